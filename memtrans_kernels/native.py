@@ -1,0 +1,3 @@
+"""Stand-in until the build lands."""
+def status():
+    return False, "not built"
