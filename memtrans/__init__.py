@@ -1,0 +1,1 @@
+"""Memorizing Transformers with an exact, device-resident memory."""

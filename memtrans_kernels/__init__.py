@@ -1,0 +1,1 @@
+"""Operators of the memory: ring write, exact search, unit vectors, attention."""
