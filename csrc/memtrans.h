@@ -1,8 +1,8 @@
 // What all operators of the extension share: names, input checks and element types.
 //
-// Only LibTorch's stable ABI is used (torch/csrc/stable, torch/headeronly), so one build works with every PyTorch >= 2.10.
-// Shape letters as everywhere: B documents, G key heads, N tokens, D head width, R = B * G memory rows, M visible and S
-// spare slots of a row.
+// Only LibTorch's stable ABI is used (torch/csrc/stable, torch/headeronly), so that one build works with every PyTorch
+// from 2.10 on. Shape letters as everywhere: B documents, G key heads, N tokens, D head width, R memory rows, M visible
+// and S spare slots of a row.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -24,8 +24,8 @@ namespace memtrans {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Raised by one whenever an operator's schema or meaning changes, together with INTERFACE in memtrans_kernels/native.py:
-// a library left over from another version is then refused instead of misused.
+// Raised by one whenever an operator's schema or meaning changes, together with INTERFACE in
+// memtrans_kernels/native.py: a library left over from another version is then refused instead of misused.
 constexpr int64_t kInterface = 1;
 
 inline std::string shape_of(const Tensor& tensor) {
@@ -67,12 +67,12 @@ inline void check_int64(const Tensor& tensor, const char* name) {
 
 inline void check_floating(const Tensor& tensor, const char* name) {
   const ScalarType type = tensor.scalar_type();
-  STD_TORCH_CHECK(
-      type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16 || type == ScalarType::Double,
-      name, " must be float32, float16, bfloat16 or float64");
+  const bool supported = type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16 ||
+      type == ScalarType::Double;
+  STD_TORCH_CHECK(supported, name, " must be float32, float16, bfloat16 or float64");
 }
 
-// The inputs of knn_add_ that every device checks alike; the values in rows, count and at are the device's own affair.
+// What every device checks of knn_add_'s inputs; the numbers in rows, count and at are each device's own affair.
 inline void check_knn_add(
     const Tensor& keys, const Tensor& values, const Tensor& cursor, const Tensor& rows, const Tensor& new_keys,
     const Tensor& new_values, const std::optional<Tensor>& count, const std::optional<Tensor>& at) {
@@ -87,7 +87,8 @@ inline void check_knn_add(
       rows.size(0) == new_keys.size(0) * new_keys.size(1) && new_keys.size(3) == width,
       "new_keys must have shape (B, G, N, D) with B * G = ", rows.size(0), " (the length of rows) and D = ", width,
       ", got ", shape_of(new_keys));
-  check_shape(new_values, "new_values", {new_keys.size(0), new_keys.size(1), new_keys.size(2), width}, "(B, G, N, D)");
+  check_shape(
+      new_values, "new_values", {new_keys.size(0), new_keys.size(1), new_keys.size(2), width}, "(B, G, N, D)");
   if (count) {
     check_shape(*count, "count", {rows.size(0)}, "(B * G,)");
     check_int64(*count, "count");

@@ -1,7 +1,7 @@
 // knn_add_ on the CPU: writes new (key, value) pairs into the rings of some memory rows and moves their cursors on.
 //
-// With base = at[row] (cursor[row] without `at`), entry base + j, j < count, goes to slot (base + j) mod (M + S), unless it
-// is stored already (base + j < cursor[row]) or newer entries of the same call would overwrite it. Then cursor[row] =
+// With base = at[row] (cursor[row] without `at`), entry base + j, j < count, goes to slot (base + j) mod (M + S), unless
+// it is stored already (base + j < cursor[row]) or newer entries of the same call would overwrite it. Then cursor[row] =
 // max(cursor[row], base + count). Entries are cast to the ring's type; finite ones saturate instead of overflowing.
 #include "memtrans.h"
 
