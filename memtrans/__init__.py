@@ -1,1 +1,15 @@
-"""Memorizing Transformers with an exact, device-resident memory."""
+"""The Memorizing Transformer as building blocks: a drop-in replacement of `memorizing-transformers-pytorch`."""
+
+from memtrans.attention import Attention, KNNAttention
+from memtrans.memory import KNNMemory, KNNMemoryList
+from memtrans.position import T5RelativePositionBias
+from memtrans.transformer import MemorizingTransformer
+
+__all__ = [
+    "Attention",
+    "KNNAttention",
+    "KNNMemory",
+    "KNNMemoryList",
+    "MemorizingTransformer",
+    "T5RelativePositionBias",
+]

@@ -1,1 +1,22 @@
-"""Operators of the memory: ring write, exact search, unit vectors, attention."""
+"""Operators of a Memorizing Transformer: ring write, exact nearest-neighbour search, cosine, fused attention.
+
+The shape letters of every docstring: B documents in the batch, H query heads, G key/value heads, N tokens of the
+segment, X cached XL tokens, L = X + N local keys, D head width, R memory rows (row = b * G + g), M slots visible in a
+row, S spare slots, K retrieved neighbours.
+"""
+
+from memtrans_kernels.api import cosine, knn_add_, knn_search, memory_attention
+from memtrans_kernels.backends import backends_info
+from memtrans_kernels.ledger import Ledger, StaleMemoryError, ledger_advance_, ledger_ticket
+
+__all__ = [
+    "Ledger",
+    "StaleMemoryError",
+    "backends_info",
+    "cosine",
+    "knn_add_",
+    "knn_search",
+    "ledger_advance_",
+    "ledger_ticket",
+    "memory_attention",
+]

@@ -1,0 +1,410 @@
+"""The memory of a Memorizing Transformer: what a document said so far, behind upstream's interface.
+
+`KNNMemory` owns one layer's ring (`ring.py`) and knows its scope, formats and files; `KNNMemoryList` is one per memorizing
+layer. The search itself is an operator of `memtrans_kernels`. Source: Wu et al. 2022, sections 3.1 and 3.2.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from memtrans.ring import MemorySnapshot, Ring
+from memtrans.storage import load_tensors, save_tensors
+from memtrans_kernels.backends import check_name
+
+UNUSED: Any = object()  # the default of arguments that upstream has and that mean nothing here
+
+
+def warn_unused(**arguments: Any) -> None:
+    """One DeprecationWarning for the arguments that were given although they have no meaning any more."""
+    given = [name for name, value in arguments.items() if value is not UNUSED]
+    if given:
+        warnings.warn(
+            f"{', '.join(given)}: accepted for compatibility and ignored; the memory lives on the device in one tensor and "
+            "is searched exactly, so there are no files, no processes and no probes to choose",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+
+
+class KNNMemory:
+    """A first-in, first-out memory of (key, value) pairs for each document of a batch, searched exactly.
+
+    Args:
+        dim: D, width of keys and values.
+        max_memories: M, entries visible per document; the oldest are dropped.
+        num_indices: documents in the batch, B.
+        memmap_filename, multiprocessing: accepted and ignored, with a DeprecationWarning.
+        device: where the memory lives. Default: that of the first tensor it sees.
+        dtype: of keys (and values). Default: float32 on the CPU, float16 on CUDA.
+        value_dtype: of values. Default: `dtype`.
+        kv_heads: G, key/value heads with a memory of their own each.
+        spare: S, entries that may be added between a forward pass and its backward. It grows to the longest segment
+            added; give N times the number of segments when several come before one backward.
+        backend: of search: one of `auto`, `reference`, `triton`, `native`, `faiss`.
+
+    Attributes:
+        scoped_indices: the documents that `add` and `search` speak of. shape: (num_indices, max_memories, 2, dim), with
+        kv_heads after num_indices if there are several.
+
+    Raises:
+        ValueError: a size below 1 or an unknown backend.
+
+    >>> memory = KNNMemory(dim=2, max_memories=3, num_indices=1)
+    >>> memory.add(torch.tensor([[[[1.0, 0.0], [5.0, 5.0]], [[0.0, 1.0], [7.0, 7.0]]]]))   # (B, N, 2, D)
+    >>> key_values, mask = memory.search(torch.tensor([[[0.0, 2.0]]]), topk=1)             # (B, ..., D)
+    >>> key_values.tolist(), mask.tolist()
+    ([[[[[0.0, 1.0], [7.0, 7.0]]]]], [[[True]]])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        max_memories: int = 16000,
+        num_indices: int = 1,
+        memmap_filename: Any = UNUSED,
+        multiprocessing: Any = UNUSED,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        value_dtype: torch.dtype | None = None,
+        kv_heads: int = 1,
+        spare: int = 0,
+        backend: str = "auto",
+    ) -> None:
+        warn_unused(memmap_filename=memmap_filename, multiprocessing=multiprocessing)
+        sizes = {"dim": dim, "max_memories": max_memories, "num_indices": num_indices, "kv_heads": kv_heads}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        if spare < 0:
+            raise ValueError(f"spare must be at least 0, got {spare}")
+        self.dim, self.max_memories, self.num_indices, self.kv_heads = dim, max_memories, num_indices, kv_heads
+        heads = () if kv_heads == 1 else (kv_heads,)
+        self.shape = (num_indices, *heads, max_memories, 2, dim)
+        self.dtype, self.value_dtype = dtype, value_dtype
+        self.spare, self.backend = spare, check_name(backend)
+        self.scoped_indices = list(range(num_indices))
+        self._ring: Ring | None = None
+        self._rows: Tensor | None = None
+        if device is not None:
+            self._prepare(torch.device(device), 0)
+
+    # ------------------------------------------------------------------------------------------------- storage
+
+    @torch._dynamo.assume_constant_result  # a traced forward meets a memory that is laid out already
+    def _prepare(self, device: torch.device, longest: int) -> None:
+        """Lays the ring out on `device`, with spare slots for a segment of `longest` entries."""
+        if self._ring is None:
+            default = torch.float16 if device.type == "cuda" else torch.float32
+            dtype = self.dtype or default
+            self._ring = Ring(
+                self.num_indices * self.kv_heads,
+                self.max_memories,
+                max(self.spare, longest),
+                self.dim,
+                key_dtype=dtype,
+                value_dtype=self.value_dtype or dtype,
+                device=device,
+                backend=self.backend,
+            )
+            self._rows = self._scoped_rows()
+        elif longest > self._ring.spare:
+            self._ring.widen(longest)
+        self.spare = max(self.spare, longest)
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the memory lives; None before it saw a tensor."""
+        return None if self._ring is None else self._ring.keys.device
+
+    @property
+    def lengths(self) -> Tensor:
+        """How many entries each document holds (num_indices,)."""
+        if self._ring is None:
+            return torch.zeros(self.num_indices, dtype=torch.int64)
+        return self._ring.lengths().reshape(self.num_indices, self.kv_heads)[:, 0].clone()
+
+    def snapshot(self, like: Tensor | None = None, longest: int = 0) -> MemorySnapshot:
+        """The memory as it stands, for the documents in scope.
+
+        like: a tensor whose device the memory takes if it has none yet. longest: the segment that will be added.
+        """
+        if self._ring is None and like is None:
+            raise ValueError("device must be given to a memory that has seen no tensor yet, got None")
+        if like is not None:
+            self._prepare(like.device, longest)
+        ring, rows = self._ring, self._rows
+        assert ring is not None and rows is not None
+        if like is not None and like.device != rows.device:
+            raise ValueError(f"the memory lives on {rows.device}, got a tensor on {like.device}")
+        return MemorySnapshot.take(ring, rows, self._host_rows(), len(self.scoped_indices))
+
+    # --------------------------------------------------------------------------------------------------- scope
+
+    def _host_rows(self) -> list[int]:
+        return [b * self.kv_heads + g for b in self.scoped_indices for g in range(self.kv_heads)]
+
+    def _scoped_rows(self) -> Tensor:
+        assert self._ring is not None
+        rows = torch.tensor(self._host_rows(), dtype=torch.int64)
+        if self._ring.keys.is_cuda:
+            rows = rows.pin_memory()
+        return rows.to(self._ring.keys.device, non_blocking=True)
+
+    def _check_indices(self, name: str, indices: Iterable[int]) -> list[int]:
+        indices = list(indices)
+        if len(set(indices)) != len(indices) or not all(0 <= index < self.num_indices for index in indices):
+            raise ValueError(f"{name} must be different numbers in [0, {self.num_indices}), got {indices}")
+        return indices
+
+    def set_scoped_indices(self, indices: Iterable[int]) -> None:
+        """Makes `add` and `search` speak of these documents, in this order.
+
+        Raises ValueError when one is repeated or out of range.
+        """
+        self.scoped_indices = self._check_indices("indices", indices)
+        if self._ring is not None:
+            self._rows = self._scoped_rows()
+
+    @contextmanager
+    def at_batch_indices(self, indices: Iterable[int]) -> Iterator[KNNMemory]:
+        """Scopes the memory to some documents inside a `with`; the scope before it comes back even after an exception."""
+        previous = self.scoped_indices
+        self.set_scoped_indices(indices)
+        try:
+            yield self
+        finally:
+            self.set_scoped_indices(previous)
+
+    # ------------------------------------------------------------------------------------- add, search, clear
+
+    def add(self, memories: Tensor, count: Tensor | None = None) -> None:
+        """Stores key/value pairs, as they are; the oldest ones make room.
+
+        Args:
+            memories: (B, N, 2, D), or (B, G, N, 2, D) when kv_heads > 1; key first, then value. Never differentiated.
+            count: (B,) int64, store only the first so many of each document.
+        """
+        heads = () if self.kv_heads == 1 else (self.kv_heads,)
+        batch = len(self.scoped_indices)
+        expected = (batch, *heads, memories.shape[-3] if memories.dim() >= 3 else 0, 2, self.dim)
+        if tuple(memories.shape) != expected:
+            raise ValueError(
+                f"memories must have shape {self._described('N, 2')} for {batch} documents in scope, "
+                f"got {tuple(memories.shape)}"
+            )
+        pairs = memories.detach().reshape(batch, self.kv_heads, -1, 2, self.dim)
+        snapshot = self.snapshot(like=memories, longest=pairs.shape[2])
+        snapshot.append(pairs[..., 0, :], pairs[..., 1, :], count)
+
+    def search(
+        self,
+        queries: Tensor,
+        topk: int,
+        nprobe: Any = UNUSED,
+        increment_hits: Any = UNUSED,
+        increment_age: Any = UNUSED,
+    ) -> tuple[Tensor, Tensor]:
+        """Finds the nearest keys of each query, best first.
+
+        Args:
+            queries: (B, ..., D); when kv_heads > 1 the axis after B is the query heads, a multiple of kv_heads.
+            topk: K. Where a document holds fewer, the rest is zeros with a False mask.
+            nprobe, increment_hits, increment_age: accepted and ignored, with a DeprecationWarning.
+
+        Returns:
+            key_values (B, ..., K, 2, D) in the queries' dtype and mask (B, ..., K).
+        """
+        warn_unused(nprobe=nprobe, increment_hits=increment_hits, increment_age=increment_age)
+        batch = len(self.scoped_indices)
+        if queries.dim() < 2 or queries.shape[0] != batch or queries.shape[-1] != self.dim:
+            raise ValueError(
+                f"queries must have shape ({batch}, ..., {self.dim}) for {batch} documents in scope, "
+                f"got {tuple(queries.shape)}"
+            )
+        heads = 1 if self.kv_heads == 1 else queries.shape[1]
+        flat = queries.detach().reshape(batch, heads, -1, self.dim)
+        snapshot = self.snapshot(like=queries)
+        _, slots = snapshot.nearest(flat, topk)
+        mask = slots >= 0
+        row = snapshot.rows.reshape(batch, -1).repeat_interleave(heads // self.kv_heads, dim=1)[:, :, None, None]
+        slot = slots.clamp(min=0).long()
+        pairs = [ring[row, slot].to(queries.dtype) for ring in (snapshot.ring.keys, snapshot.ring.values)]
+        key_values = torch.stack(pairs, dim=-2).masked_fill(~mask[..., None, None], 0.0)
+        shape = (*queries.shape[:-1], topk)
+        return key_values.reshape(*shape, 2, self.dim), mask.reshape(shape)
+
+    def clear(self, batch_indices: int | Iterable[int] | None = None) -> None:
+        """Forgets documents, counted absolutely even inside a scope; all of them by default."""
+        if batch_indices is None:
+            indices = list(range(self.num_indices))
+        else:
+            given = [batch_indices] if isinstance(batch_indices, int) else batch_indices
+            indices = self._check_indices("batch_indices", given)
+        if self._ring is not None:
+            with self.at_batch_indices(range(self.num_indices)):
+                mask = torch.zeros(self.num_indices, dtype=torch.bool)
+                mask[indices] = True
+                self.clear_rows(mask.to(self._ring.keys.device))
+
+    def clear_rows(self, mask: Tensor) -> None:
+        """Forgets the documents in scope where mask (B,) bool, on the memory's device, is True. No host round trip."""
+        if self._ring is not None:
+            self.snapshot().clear_rows(mask)
+
+    def cleanup(self) -> None:
+        """Frees the storage; the memory is empty afterwards and can be used again."""
+        self._ring, self._rows = None, None
+
+    # ---------------------------------------------------------------------------------------- state and files
+
+    def _described(self, entries: str) -> str:
+        heads = "" if self.kv_heads == 1 else f"{self.kv_heads}, "
+        return f"({len(self.scoped_indices)}, {heads}{entries}, {self.dim})"
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of what the memory holds: keys and values (R, longest row, D), old to new and ending with the newest
+        entry, and lengths (R,)."""
+        rows = self.num_indices * self.kv_heads
+        if self._ring is None:
+            empty = torch.zeros(rows, 0, self.dim, dtype=self.dtype)
+            return {"keys": empty, "values": empty.clone(), "lengths": torch.zeros(rows, dtype=torch.int64)}
+        lengths = self._ring.lengths()
+        _, slot = self._ring.window()
+        slot = slot[:, self.max_memories - int(lengths.max()) :]
+        row = torch.arange(rows, device=slot.device)[:, None]
+        return {"keys": self._ring.keys[row, slot], "values": self._ring.values[row, slot], "lengths": lengths}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Replaces what the memory holds; of a larger memory's entries it keeps the newest.
+
+        Raises ValueError when the state belongs to another width, batch or number of heads.
+        """
+        rows = self.num_indices * self.kv_heads
+        missing = {"keys", "values", "lengths"} - set(state)
+        if missing:
+            raise ValueError(f"state must hold keys, values and lengths, got none of {sorted(missing)}")
+        keys, values, lengths = state["keys"], state["values"], state["lengths"]
+        width = keys.shape[1] if keys.dim() == 3 else 0
+        if tuple(keys.shape) != (rows, width, self.dim) or values.shape != keys.shape or tuple(lengths.shape) != (rows,):
+            raise ValueError(
+                f"state must hold keys and values of shape ({rows}, entries, {self.dim}) and lengths of shape ({rows},), "
+                f"got {tuple(keys.shape)}, {tuple(values.shape)} and {tuple(lengths.shape)}"
+            )
+        if width and not bool(((lengths >= 0) & (lengths <= width)).all()):
+            raise ValueError(f"lengths must be in [0, {width}], got {lengths.tolist()}")
+        device = self.device or keys.device
+        self.cleanup()
+        kept = min(width, self.max_memories)
+        self._prepare(device, 0)
+        ring = self._ring
+        assert ring is not None
+        ring.keys[:, :kept] = keys[:, width - kept :].to(ring.keys)
+        ring.values[:, :kept] = values[:, width - kept :].to(ring.values)
+        ring.cursor.fill_(kept)
+        ring.start.copy_(kept - lengths.clamp(max=kept))
+
+    def _configuration(self) -> dict[str, int]:
+        names = ("dim", "max_memories", "num_indices", "kv_heads", "spare")
+        return {name: getattr(self, name) for name in names}
+
+    def save(self, path: str | Path) -> None:
+        """Writes the memory as one safetensors file, atomically: a file that was there before survives a failure."""
+        save_tensors(path, self.state_dict(), "memtrans.KNNMemory", self._configuration())
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: torch.device | str | None = None, **overrides: Any) -> KNNMemory:
+        """Reads a memory that `save` wrote; keyword arguments of the constructor override what the file says.
+
+        Raises ValueError when the file is damaged or not a saved memory, FileNotFoundError when there is none.
+        """
+        state, configuration = load_tensors(path, "memtrans.KNNMemory")
+        dtypes = {"dtype": state["keys"].dtype, "value_dtype": state["values"].dtype}
+        memory = cls(**{**configuration, **dtypes, **overrides}, device=device)
+        memory.load_state_dict(state)
+        return memory
+
+    def __getstate__(self) -> dict[str, Any]:
+        fields = {name: value for name, value in self.__dict__.items() if name not in ("_ring", "_rows")}
+        return {"fields": fields, "device": self.device, "state": None if self._ring is None else self.state_dict()}
+
+    def __setstate__(self, pickled: dict[str, Any]) -> None:
+        self.__dict__.update(pickled["fields"])
+        self.cleanup()
+        if pickled["state"] is not None:
+            self._prepare(pickled["device"], 0)
+            self.load_state_dict(pickled["state"])
+
+
+MemoryType = TypeVar("MemoryType", bound="KNNMemoryList")
+
+
+class KNNMemoryList(list[KNNMemory]):
+    """One `KNNMemory` per memorizing layer; clearing, scoping and saving speak of all of them.
+
+    >>> memories = KNNMemoryList.create_memories(batch_size=2, num_memory_layers=3)(dim=8, max_memories=16)
+    >>> len(memories), memories[0].num_indices
+    (3, 2)
+    """
+
+    @classmethod
+    def create_memories(
+        cls: type[MemoryType], *, batch_size: int, num_memory_layers: int, memories_directory: Any = UNUSED
+    ) -> Callable[..., MemoryType]:
+        """Returns a function that takes `KNNMemory`'s arguments and makes `num_memory_layers` memories.
+
+        memories_directory: accepted and ignored, with a DeprecationWarning.
+        """
+        warn_unused(memories_directory=memories_directory)
+
+        def create(*args: Any, **kwargs: Any) -> MemoryType:
+            return cls(KNNMemory(*args, num_indices=batch_size, **kwargs) for _ in range(num_memory_layers))
+
+        return create
+
+    @contextmanager
+    def at_batch_indices(self, indices: Iterable[int]) -> Iterator[KNNMemoryList]:
+        """Scopes every memory to some documents inside a `with`."""
+        indices = list(indices)
+        with ExitStack() as stack:
+            for memory in self:
+                stack.enter_context(memory.at_batch_indices(indices))
+            yield self
+
+    def clear_memory(
+        self, batch_indices: int | Sequence[int] | None = None, memory_indices: Iterable[int] | None = None
+    ) -> None:
+        """Forgets documents (all by default), counted absolutely, in the memories named (all by default)."""
+        for index in range(len(self)) if memory_indices is None else memory_indices:
+            self[index].clear(batch_indices)
+
+    def clear_rows(self, mask: Tensor) -> None:
+        """Forgets the documents in scope where mask (B,) bool, on the device, is True. No host round trip."""
+        for memory in self:
+            memory.clear_rows(mask)
+
+    def cleanup(self) -> None:
+        """Frees the storage of every memory."""
+        for memory in self:
+            memory.cleanup()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of what the memories hold, names prefixed by the layer's place in the list."""
+        return {f"{index}.{name}": tensor for index, memory in enumerate(self) for name, tensor in memory.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Replaces what the memories hold. Raises ValueError when the state is of another number of layers or shape."""
+        layers = {name.split(".", 1)[0] for name in state}
+        if layers != {str(index) for index in range(len(self))}:
+            raise ValueError(f"state must hold memories 0 to {len(self) - 1}, got {sorted(layers)}")
+        for index, memory in enumerate(self):
+            prefix = f"{index}."
+            memory.load_state_dict({n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)})

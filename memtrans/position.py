@@ -1,0 +1,59 @@
+"""T5's relative position bias, counted from the query's true position.
+
+Source: Raffel et al. 2020 (T5), section 2.1; Wu et al. 2022, section 4.2, use it for the local keys only.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class T5RelativePositionBias(nn.Module):
+    """A learned bias for each head and bucket of distances; exact up to num_buckets / 2, logarithmic beyond.
+
+    Args:
+        scale: factor of the learned values. num_buckets, max_distance: T5's; beyond max_distance all is one bucket.
+        heads: H.
+    """
+
+    def __init__(self, scale: float, num_buckets: int = 32, max_distance: int = 128, heads: int = 8) -> None:
+        super().__init__()
+        self.scale = scale
+        self.num_buckets = num_buckets
+        self.max_distance = max_distance
+        self.relative_attention_bias = nn.Embedding(num_buckets, heads)
+
+    def bucket(self, distance: Tensor) -> Tensor:
+        """The bucket of each distance (int64, at least 0)."""
+        exact = self.num_buckets // 2
+        ratio = torch.log(distance.clamp(min=1).float() / exact) / math.log(self.max_distance / exact)
+        logarithmic = (exact + (ratio * (self.num_buckets - exact)).long()).clamp(max=self.num_buckets - 1)
+        return torch.where(distance < exact, distance, logarithmic)
+
+    def table(self, free: int = 0) -> Tensor:
+        """Bias by distance (H, free + max_distance + 1); its last column holds for every larger distance.
+
+        free: distances that cost nothing before the counting begins. 0 but for checkpoints trained with upstream, whose
+        buckets ignore the XL cache.
+
+        >>> T5RelativePositionBias(scale=1.0, heads=4).table().shape
+        torch.Size([4, 129])
+        """
+        device = self.relative_attention_bias.weight.device
+        distance = (torch.arange(free + self.max_distance + 1, device=device) - free).clamp(min=0)
+        return self.relative_attention_bias(self.bucket(distance)).T * self.scale
+
+    def forward(self, i: int, j: int, *, device: torch.device | str | None = None) -> Tensor:
+        """Dense bias (1, H, i, j) of the i newest of j positions; 0 distance for keys in the future."""
+        del device  # upstream's argument; the table lives where the weights live
+        return expand_table(self.table(), i, j)[None]
+
+
+def expand_table(table: Tensor, length: int, local_keys: int) -> Tensor:
+    """A bias by distance (H, distances) as a dense one (H, N, L); the segment's N tokens are the last of the L keys."""
+    query_position = torch.arange(local_keys - length, local_keys, device=table.device)
+    distance = query_position[:, None] - torch.arange(local_keys, device=table.device)
+    return table[:, distance.clamp(0, table.shape[-1] - 1)]

@@ -1,0 +1,155 @@
+"""The ring that holds one layer's memory: the one owner of keys, values, cursors and host counts.
+
+Entry i of a row lives in slot i mod (M + S). Visible to a search are the entries [max(start, cursor - M), cursor); the S spare
+slots keep what a forward pass retrieved readable for its backward, until S more entries were added. Clearing moves `start`;
+nothing is rewritten. Nothing here asks the device for a value, so nothing here waits for it.
+
+    keys, values   (R, M + S, D)  written by `knn_add_` alone
+    cursor, start  (R,) int64     on the device
+    written        (R,) int64     on the host: entries ever given to each row
+
+`keys_read`, `values_read` and `written_read` are the same memory behind a tensor of its own (through DLPack), with a version
+counter of its own. Readers hold these. Autograd would otherwise refuse a backward pass after an add, and torch.compile would
+copy the whole memory to keep the old contents for it; the spare slots and the host counts are what makes reading them safe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from memtrans_kernels import Ledger, knn_add_, knn_search, ledger_advance_, ledger_ticket
+from memtrans_kernels.backends import implements
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    return torch.from_dlpack(tensor.detach())
+
+
+class Ring:
+    """The slots of R memory rows on one device; see the module's docstring for its fields.
+
+    Args:
+        rows: R. capacity: M. spare: S. dim: D.
+        key_dtype, value_dtype, device: of the storage.
+        backend: passed to search, and to add where that backend implements it.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        capacity: int,
+        spare: int,
+        dim: int,
+        *,
+        key_dtype: torch.dtype,
+        value_dtype: torch.dtype,
+        device: torch.device,
+        backend: str,
+    ) -> None:
+        self.capacity = capacity
+        self.backend = backend
+        self.cursor = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.start = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.written = torch.zeros(rows, dtype=torch.int64, device="cpu")
+        self.written_read = _alias(self.written)
+        self._hold(
+            torch.zeros(rows, capacity + spare, dim, dtype=key_dtype, device=device),
+            torch.zeros(rows, capacity + spare, dim, dtype=value_dtype, device=device),
+        )
+
+    def _hold(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+        self.keys_read, self.values_read = _alias(keys), _alias(values)
+        self.spare = keys.shape[1] - self.capacity
+
+    def window(self) -> tuple[Tensor, Tensor]:
+        """Which entries the newest M of each row are, old to new (R, M), and their slots (R, M)."""
+        entry = self.cursor[:, None] - self.capacity + torch.arange(self.capacity, device=self.cursor.device)
+        return entry, entry % self.keys.shape[1]
+
+    def widen(self, spare: int) -> None:
+        """Lays the ring out again with more spare slots; a pending backward keeps the old one."""
+        entry, old_slot = self.window()
+        new_slot = entry % (self.capacity + spare)
+
+        def moved(old: Tensor) -> Tensor:
+            new = old.new_zeros(old.shape[0], self.capacity + spare, old.shape[2])
+            index = old_slot[..., None].expand(-1, -1, old.shape[2])
+            return new.scatter_(1, new_slot[..., None].expand_as(index), old.gather(1, index))
+
+        self._hold(moved(self.keys), moved(self.values))
+
+    def lengths(self) -> Tensor:
+        """How many entries each row holds (R,)."""
+        return (self.cursor - self.start).clamp(max=self.capacity)
+
+
+@dataclass(frozen=True)
+class MemorySnapshot:
+    """A memory as one forward pass sees it: the cursors are read once, whatever is added later.
+
+    Searching and adding through a snapshot can be repeated (activation checkpointing recomputes the forward): it finds the
+    same neighbours and stores the same entries in the same slots.
+
+    Attributes:
+        ring: the storage. rows: (B·G,) int64, the ring rows in scope. start, cursor: (R,) int64, as they stood.
+        ticket: (R,) int64 on the host, the counts as they stood.
+    """
+
+    ring: Ring
+    rows: Tensor
+    documents: int
+    start: Tensor
+    cursor: Tensor
+    ticket: Tensor
+
+    @staticmethod
+    def take(ring: Ring, rows: Tensor, host_rows: Sequence[int], documents: int) -> MemorySnapshot:
+        ticket = ledger_ticket(ring.written, host_rows)
+        return MemorySnapshot(ring, rows, documents, ring.start.clone(), ring.cursor.clone(), ticket)
+
+    @property
+    def ledger(self) -> Ledger:
+        """What attention's backward needs to notice that it comes too late."""
+        return Ledger(self.ring.written_read, self.ticket, self.ring.spare)
+
+    def nearest(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Scores and slots (B, H, N, K) of the nearest keys of query (B, H, N, D)."""
+        ring = self.ring
+        return knn_search(
+            query, ring.keys_read, self.rows, self.start, self.cursor, ring.capacity, k, backend=ring.backend
+        )
+
+    def append(self, keys: Tensor, values: Tensor, count: Tensor | None = None) -> MemorySnapshot:
+        """Stores keys and values (B, G, N, D) after the snapshot's entries; returns the state after them.
+
+        count: (B,) int64, how many of the N each document stores. Default: all.
+        """
+        ring, length = self.ring, keys.shape[2]
+        if length == 0:
+            return self
+        groups = keys.shape[1]
+        count = None if count is None else count.repeat_interleave(groups)
+        backend = ring.backend if implements("knn_add_", ring.backend) else "auto"
+        knn_add_(
+            ring.keys, ring.values, ring.cursor, self.rows, keys, values, count, at=self.cursor, backend=backend
+        )
+        added = torch.full_like(self.rows, length) if count is None else count
+        cursor = self.cursor.index_add(0, self.rows, added)
+        return replace(self, cursor=cursor, ticket=ledger_advance_(ring.written, self.ticket, length))
+
+    def clear_rows(self, mask: Tensor) -> MemorySnapshot:
+        """Forgets all entries of the documents where mask (B,) is True; returns the state after that."""
+        if mask.dtype != torch.bool or mask.shape != (self.documents,):
+            raise ValueError(
+                f"mask must be a bool tensor of shape ({self.documents},), got {mask.dtype} {tuple(mask.shape)}"
+            )
+        of_rows = mask.repeat_interleave(self.rows.numel() // self.documents)
+        cleared = torch.zeros_like(self.start, dtype=torch.bool).index_copy(0, self.rows, of_rows)
+        start = torch.where(cleared, self.cursor, self.start)
+        self.ring.start.copy_(torch.maximum(self.ring.start, start))  # a recomputed forward clears nothing newer
+        return replace(self, start=start)

@@ -1,0 +1,54 @@
+"""Tensors with a configuration in one safetensors file, written so that a failure leaves the previous file whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """Writes beside `path`, forces the bytes to disk, then renames over it."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], kind: str, configuration: Mapping[str, Any]) -> None:
+    """Saves tensors and a JSON configuration under the name of what they are."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    metadata = {"kind": kind, "configuration": json.dumps(dict(configuration))}
+    write_atomically(path, save(contiguous, metadata=metadata))
+
+
+def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads what `save_tensors` wrote under the same kind.
+
+    Raises FileNotFoundError when there is no file, ValueError when it is damaged or of another kind.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"path must name a file written as {kind}, got {str(path)!r}, which does not exist")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"path must name a whole safetensors file, got {str(path)!r}: {error}") from error
+    if metadata.get("kind") != kind:
+        raise ValueError(f"path must name a file written as {kind}, got {str(path)!r} of {metadata.get('kind')}")
+    return tensors, json.loads(metadata["configuration"])

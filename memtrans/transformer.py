@@ -1,0 +1,347 @@
+"""The Memorizing Transformer: a decoder whose memorizing layers also attend to what the document said long ago.
+
+Source: Wu et al., "Memorizing Transformers", ICLR 2022 (arXiv 2203.08913). Shapes: B documents, N tokens of the segment, X cached
+XL tokens, D head width, V tokens of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from memtrans.attention import Attention, KNNAttention
+from memtrans.memory import UNUSED, KNNMemory, KNNMemoryList, warn_unused
+from memtrans.position import T5RelativePositionBias
+from memtrans.ring import MemorySnapshot
+
+
+class PreNormResidual(nn.Module):
+    """x + fn(norm(x)); what fn returns beside its output is passed through."""
+
+    def __init__(self, dim: int, fn: nn.Module) -> None:
+        super().__init__()
+        self.fn = fn
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Any:
+        out = self.fn(self.norm(x), **kwargs)
+        if not isinstance(out, tuple):
+            return out + x
+        head, *tail = out
+        return (head + x, *tail)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a GELU between them."""
+
+    def __init__(self, dim: int, mult: float = 4, dropout: float = 0.0) -> None:
+        super().__init__()
+        inner = int(dim * mult)
+        self.net = nn.Sequential(nn.Linear(dim, inner), nn.GELU(), nn.Dropout(dropout), nn.Linear(inner, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def _layers(name: str, layers: int | Sequence[int] | None, default: Sequence[int], depth: int) -> tuple[int, ...]:
+    """Layer numbers counted from 1, in ascending order, each once."""
+    chosen = default if layers is None else (layers,) if isinstance(layers, int) else tuple(layers)
+    unknown = [layer for layer in chosen if not 1 <= layer <= depth]
+    if unknown:
+        raise ValueError(f"{name} must name layers from 1 to depth={depth}, got {unknown}")
+    return tuple(sorted(set(chosen)))
+
+
+class MemorizingTransformer(nn.Module):
+    """A decoder-only transformer with a memory in some layers and an XL cache in some.
+
+    Args:
+        num_tokens: V. dim: model width. depth: layers. dim_head: D. heads: H of plain layers.
+        knn_attn_heads: H of memorizing layers. Default: heads.
+        attn_dropout, ff_dropout: dropout. ff_mult: width of the feed-forward layers over dim.
+        memorizing_layers: layers (from 1) with a memory; an int, a sequence, `()` for none. Default: depth // 2.
+        max_knn_memories: M. num_retrieved_memories: K.
+        clear_memories_on_sos_token_id: a row that contains it forgets its memory before the segment.
+        clear_memories_on_eos_token_id: a row that contains it forgets its memory after the segment.
+        shift_knn_memories_down: a layer searches the memory this many memorizing layers above, wrapping round.
+        shift_xl_memories_down: a layer attends to the XL cache this many caching layers above, wrapping round.
+        pad_id: labels equal to it are not scored; -1 scores every byte.
+        xl_max_memories: X, tokens an XL cache keeps; 0 for none. xl_memory_layers: layers with one. Default: all.
+        knn_memories_directory, knn_memory_multiprocessing: accepted and ignored, with a DeprecationWarning.
+        kv_heads: G. attn_scale_init: start of the temperature of memorizing layers.
+        memory_offset: start of a learned offset per head on the retrieved logits; None for none.
+        legacy: upstream's positions (the XL cache does not count) and shift (reads and writes rotate together), for
+            checkpoints trained with it.
+        activation_checkpointing: recompute each layer in the backward pass instead of keeping its activations.
+        validate: also check values (token ids) on the GPU, at the price of waiting for it.
+
+    Raises:
+        ValueError: a layer that does not exist, heads that do not divide.
+
+    >>> model = MemorizingTransformer(num_tokens=256, dim=32, depth=2, dim_head=8, heads=4, memorizing_layers=2)
+    >>> memories = model.create_knn_memories(batch_size=1)
+    >>> logits = model(torch.randint(0, 256, (1, 20)), knn_memories=memories)
+    >>> logits.shape, memories[0].lengths.tolist()
+    (torch.Size([1, 20, 256]), [20])
+    """
+
+    def __init__(
+        self,
+        *,
+        num_tokens: int,
+        dim: int,
+        depth: int,
+        dim_head: int = 64,
+        heads: int = 8,
+        knn_attn_heads: int | None = None,
+        attn_dropout: float = 0.0,
+        ff_mult: float = 4,
+        ff_dropout: float = 0.0,
+        memorizing_layers: int | Sequence[int] | None = None,
+        max_knn_memories: int = 250000,
+        num_retrieved_memories: int = 32,
+        clear_memories_on_sos_token_id: int | None = None,
+        clear_memories_on_eos_token_id: int | None = None,
+        knn_memories_directory: Any = UNUSED,
+        shift_knn_memories_down: int = 0,
+        pad_id: int = 0,
+        xl_max_memories: int = 0,
+        xl_memory_layers: int | Sequence[int] | None = None,
+        shift_xl_memories_down: int = 0,
+        knn_memory_multiprocessing: Any = UNUSED,
+        kv_heads: int = 1,
+        attn_scale_init: float = 20,
+        memory_offset: float | None = None,
+        legacy: bool = False,
+        activation_checkpointing: bool = False,
+        validate: bool = False,
+    ) -> None:
+        super().__init__()
+        warn_unused(
+            knn_memories_directory=knn_memories_directory, knn_memory_multiprocessing=knn_memory_multiprocessing
+        )
+        self.num_tokens, self.dim, self.dim_head, self.kv_heads = num_tokens, dim, dim_head, kv_heads
+        self.max_knn_memories, self.pad_id = max_knn_memories, pad_id
+        self.clear_memories_on_sos_token_id = clear_memories_on_sos_token_id
+        self.clear_memories_on_eos_token_id = clear_memories_on_eos_token_id
+        self.shift_knn_memories_down = int(shift_knn_memories_down)
+        self.shift_xl_memories_down = int(shift_xl_memories_down)
+        self.legacy, self.activation_checkpointing, self.validate = legacy, activation_checkpointing, validate
+        knn_attn_heads = heads if knn_attn_heads is None else knn_attn_heads
+
+        self.memorizing_layers = _layers("memorizing_layers", memorizing_layers, (depth // 2,) if depth > 1 else (), depth)
+        self.num_memory_layers = len(self.memorizing_layers)
+        every_layer = tuple(range(1, depth + 1))
+        xl_layers = _layers("xl_memory_layers", xl_memory_layers, every_layer, depth)
+        self.xl_memory_layers = xl_layers if xl_max_memories > 0 else ()
+        self.num_xl_memory_layers = len(self.xl_memory_layers)
+
+        self.token_emb = nn.Embedding(num_tokens, dim)
+        self.rel_pos_bias = T5RelativePositionBias(scale=dim_head**0.5, heads=heads)
+        self.knn_rel_pos_bias = T5RelativePositionBias(scale=dim_head**0.5, heads=knn_attn_heads)
+        self.layers = nn.ModuleList()
+        for layer in every_layer:
+            shared: dict[str, Any] = {
+                "dim": dim,
+                "dim_head": dim_head,
+                "dropout": attn_dropout,
+                "xl_max_memories": int(xl_max_memories) if layer in self.xl_memory_layers else 0,
+                "kv_heads": kv_heads,
+            }
+            attention = (
+                KNNAttention(
+                    heads=knn_attn_heads,
+                    num_retrieved_memories=num_retrieved_memories,
+                    attn_scale_init=attn_scale_init,
+                    memory_offset=memory_offset,
+                    **shared,
+                )
+                if layer in self.memorizing_layers
+                else Attention(heads=heads, **shared)
+            )
+            feed_forward = FeedForward(dim, ff_mult, ff_dropout)
+            self.layers.append(nn.ModuleList([PreNormResidual(dim, attention), PreNormResidual(dim, feed_forward)]))
+        self.to_logits = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, num_tokens))
+
+    # ------------------------------------------------------------------------------------------------ memories
+
+    def create_knn_memories(self, *, batch_size: int, **kwargs: Any) -> KNNMemoryList:
+        """Empty memories for a batch of documents; keyword arguments go to `KNNMemory` (device, dtype, spare, ...)."""
+        create = KNNMemoryList.create_memories(batch_size=batch_size, num_memory_layers=self.num_memory_layers)
+        return create(**{"dim": self.dim_head, "max_memories": self.max_knn_memories, "kv_heads": self.kv_heads, **kwargs})
+
+    @contextmanager
+    def knn_memories_context(self, **kwargs: Any) -> Iterator[KNNMemoryList]:
+        """Memories for a `with`; their storage is freed at its end, also after an exception."""
+        memories = self.create_knn_memories(**kwargs)
+        try:
+            yield memories
+        finally:
+            memories.cleanup()
+
+    # ------------------------------------------------------------------------------------------------- forward
+
+    def forward(
+        self,
+        x: Tensor | None = None,
+        knn_memories: Sequence[KNNMemory | MemorySnapshot] = (),
+        xl_memories: Sequence[Tensor | None] | None = None,
+        labels: Tensor | None = None,
+        add_knn_memory: bool = True,
+        *,
+        inputs_embeds: Tensor | None = None,
+        return_embeddings: bool = False,
+        lengths: Tensor | None = None,
+        xl_length: Tensor | None = None,
+    ) -> Any:
+        """Reads one segment.
+
+        Args:
+            x: token ids (B, N). knn_memories: one per memorizing layer, memories or snapshots of them.
+            xl_memories: one (B, X, 2, D) per caching layer, as the last call returned them.
+            labels: (B, N); the mean loss over those that differ from pad_id is returned.
+            add_knn_memory: False leaves the memories as they are.
+            inputs_embeds: (B, N, dim) instead of x. return_embeddings: stop before the logits, after the last norm.
+            lengths: (B,) int64, how many tokens of each row are real; padding at the tail is not stored.
+            xl_length: (B,) int64, how many of the newest cached tokens belong to each row's document. Default: all.
+
+        Returns:
+            logits (B, N, V), or the loss with `labels`, or embeddings (B, N, dim); paired with the new XL memories if the
+            model has any.
+
+        Raises:
+            ValueError, IndexError: ids outside the vocabulary (checked on the CPU, or with `validate`), wrong numbers
+            of memories, wrong batch sizes.
+        """
+        if (x is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of x and inputs_embeds must be given")
+        if x is not None:
+            self._check_ids("x", x, allow_pad=False)
+        hidden = self.token_emb(x) if x is not None else inputs_embeds
+        assert hidden is not None
+        snapshots = self._snapshots(knn_memories, hidden)
+        if x is not None and add_knn_memory:
+            snapshots = self._clear(snapshots, x, self.clear_memories_on_sos_token_id)
+
+        hidden, stored, new_xl_memories = self._read(
+            hidden, snapshots, self._xl(xl_memories), add_knn_memory, lengths, xl_length
+        )
+        if x is not None and add_knn_memory:
+            self._clear(stored, x, self.clear_memories_on_eos_token_id)
+
+        result = self._head(hidden, labels, return_embeddings)
+        return (result, new_xl_memories) if self.num_xl_memory_layers else result
+
+    def _head(self, hidden: Tensor, labels: Tensor | None, return_embeddings: bool) -> Tensor:
+        norm, to_vocabulary = self.to_logits
+        embeddings = norm(hidden)
+        if return_embeddings:
+            return embeddings
+        logits = to_vocabulary(embeddings)
+        if labels is None:
+            return logits
+        if labels.shape != logits.shape[:2]:
+            raise ValueError(f"labels must have shape {tuple(logits.shape[:2])}, got {tuple(labels.shape)}")
+        self._check_ids("labels", labels, allow_pad=True)
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=self.pad_id)
+
+    def _read(
+        self,
+        hidden: Tensor,
+        snapshots: list[MemorySnapshot],
+        xl_memories: list[Tensor | None],
+        add_knn_memory: bool,
+        lengths: Tensor | None,
+        xl_length: Tensor | None,
+    ) -> tuple[Tensor, list[MemorySnapshot], list[Tensor]]:
+        """Runs all layers: the result, the memories after it, the new XL caches."""
+        length = hidden.shape[1]
+        free = max((xl.shape[-3] for xl in xl_memories if xl is not None), default=0) if self.legacy else 0
+        bias, knn_bias = self.rel_pos_bias.table(free), self.knn_rel_pos_bias.table(free)
+        stored: list[MemorySnapshot] = []
+        new_xl_memories: list[Tensor] = []
+        for number, (attention, feed_forward) in enumerate(self.layers, start=1):
+            arguments: dict[str, Any] = {"rel_pos_bias": bias}
+            if number in self.xl_memory_layers:
+                place = self.xl_memory_layers.index(number) + self.shift_xl_memories_down
+                cached = xl_memories[place % self.num_xl_memory_layers]
+                arguments["xl_memory"] = cached
+                if cached is not None and xl_length is not None:
+                    arguments["local_length"] = xl_length.clamp(max=cached.shape[-3]) + length
+            if number in self.memorizing_layers:
+                arguments |= self._memory_arguments(self.memorizing_layers.index(number), snapshots)
+                arguments |= {"rel_pos_bias": knn_bias, "add_knn_memory": add_knn_memory, "lengths": lengths}
+            hidden, new_xl, *after = self._run(attention, hidden, **arguments)
+            hidden = self._run(feed_forward, hidden)
+            stored.extend(after)
+            if new_xl is not None:
+                new_xl_memories.append(new_xl)
+        return hidden, stored, new_xl_memories
+
+    def _memory_arguments(self, place: int, snapshots: list[MemorySnapshot]) -> dict[str, Any]:
+        """Which memory the layer searches and which it adds to; upstream's shift moved both."""
+        searched = snapshots[(place + self.shift_knn_memories_down) % len(snapshots)]
+        return {
+            "knn_memory": searched,
+            "add_to": searched if self.legacy else snapshots[place],
+            "return_memory": True,
+        }
+
+    def _run(self, block: nn.Module, hidden: Tensor, **arguments: Any) -> Any:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, hidden, use_reentrant=False, **arguments)
+        return block(hidden, **arguments)
+
+    # -------------------------------------------------------------------------------------------------- checks
+
+    def _check_ids(self, name: str, ids: Tensor, *, allow_pad: bool) -> None:
+        """Refuses ids outside the vocabulary. On the GPU only with `validate`: looking at a value waits for it."""
+        if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"{name} must be integers of shape (B, N), got {ids.dtype} {tuple(ids.shape)}")
+        if torch.compiler.is_compiling() or ids.numel() == 0 or (ids.device.type != "cpu" and not self.validate):
+            return
+        wrong = (ids < 0) | (ids >= self.num_tokens)
+        if allow_pad:
+            wrong = wrong & (ids != self.pad_id)
+        if bool(wrong.any()):
+            raise IndexError(f"{name} must be token ids in [0, {self.num_tokens}), got {int(ids[wrong][0])}")
+
+    def _snapshots(self, memories: Sequence[KNNMemory | MemorySnapshot], hidden: Tensor) -> list[MemorySnapshot]:
+        """One snapshot per memory, taken before anything is added."""
+        if len(memories) != self.num_memory_layers:
+            raise ValueError(
+                f"knn_memories must hold one memory for each of the layers {self.memorizing_layers}, got {len(memories)}"
+            )
+        snapshots = []
+        for memory in memories:
+            if not isinstance(memory, MemorySnapshot):
+                memory = memory.snapshot(like=hidden, longest=hidden.shape[1])
+            if memory.documents != hidden.shape[0]:
+                raise ValueError(
+                    f"knn_memories must have the batch's {hidden.shape[0]} documents in scope, got {memory.documents}"
+                )
+            snapshots.append(memory)
+        return snapshots
+
+    def _xl(self, xl_memories: Sequence[Tensor | None] | None) -> list[Tensor | None]:
+        """The XL caches given, or none for each caching layer."""
+        caches = [None] * self.num_xl_memory_layers if xl_memories is None else list(xl_memories)
+        if len(caches) != self.num_xl_memory_layers:
+            raise ValueError(
+                f"xl_memories must hold one cache for each of the layers {self.xl_memory_layers}, got {len(caches)}"
+            )
+        return caches
+
+    @staticmethod
+    def _clear(snapshots: list[MemorySnapshot], x: Tensor, token_id: int | None) -> list[MemorySnapshot]:
+        """Forgets the documents whose row of x contains the token; on the device."""
+        if token_id is None:
+            return snapshots
+        mask = (x == token_id).any(dim=-1)
+        return [snapshot.clear_rows(mask) for snapshot in snapshots]

@@ -1,0 +1,75 @@
+"""Counts on the host what each memory row was given, so that a backward pass that comes too late is an error.
+
+A ring of M + S slots keeps an entry readable until S more were added (M visible, S spare). Attention's backward reads the
+rows that its forward retrieved, after the same step added new entries; whether they are still there is a question of
+counting. The counts live in a small CPU tensor, never on the GPU, so that asking costs no host round trip; they travel
+through custom operators, so that a compiled graph counts like an eager one.
+
+    written (R,)  int64, CPU   entries ever given to each row (an upper bound where `count` stored fewer)
+    ticket  (R,)  int64, CPU   `written` when a forward pass took its snapshot; OUT_OF_SCOPE for rows it does not read
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+OUT_OF_SCOPE = torch.iinfo(torch.int64).max // 2
+
+
+class StaleMemoryError(RuntimeError):
+    """A backward pass came after more than `spare` new entries: the rows that it must read may be overwritten."""
+
+
+class Ledger(NamedTuple):
+    """What `memory_attention` needs to know whether its backward still finds what its forward retrieved."""
+
+    written: Tensor
+    ticket: Tensor
+    spare: int
+
+
+@torch.library.custom_op("memtrans::ledger_ticket", mutates_args=())
+def ledger_ticket(written: Tensor, rows: Sequence[int]) -> Tensor:
+    """Copies the counts of `rows` out of `written`; every other row is out of scope."""
+    ticket = torch.full_like(written, OUT_OF_SCOPE)
+    index = torch.tensor(rows, dtype=torch.int64)
+    ticket[index] = written[index]
+    return ticket
+
+
+@torch.library.custom_op("memtrans::ledger_advance_", mutates_args=("written",))
+def ledger_advance_(written: Tensor, ticket: Tensor, length: int) -> Tensor:
+    """Notes that the rows of `ticket` were given `length` entries from there on; returns the ticket after them.
+
+    Noting the same twice (activation checkpointing recomputes the forward) counts once.
+    """
+    in_scope = ticket != OUT_OF_SCOPE
+    after = torch.where(in_scope, ticket + length, ticket)
+    written.copy_(torch.where(in_scope, torch.maximum(written, after), written))
+    return after
+
+
+@ledger_ticket.register_fake
+def _(written: Tensor, rows: Sequence[int]) -> Tensor:
+    return torch.empty_like(written)
+
+
+@ledger_advance_.register_fake
+def _(written: Tensor, ticket: Tensor, length: int) -> Tensor:
+    return torch.empty_like(ticket)
+
+
+def check_not_stale(written: Tensor | None, ticket: Tensor | None, spare: int) -> None:
+    """Raises StaleMemoryError when a row of `ticket` was given more than `spare` entries since."""
+    if written is None or ticket is None:
+        return
+    added = int((written - ticket).max())
+    if added > spare:
+        raise StaleMemoryError(
+            f"spare={spare} slots keep what a forward pass retrieved until {spare} more entries were added, but this "
+            f"backward pass comes after {added}: create the memory with spare={added} or more, or call backward earlier"
+        )

@@ -1,0 +1,327 @@
+"""What every operator means, in plain PyTorch: the oracle of all tests, and the last-resort kernel.
+
+Arithmetic is float32, or float64 where the inputs are (tests call it so); on CPU and CUDA tensors alike, without a host
+round trip. Shapes in the letters of `memtrans_kernels`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memtrans_kernels.philox import keep_mask
+
+SEARCH_BLOCK_BYTES = 1 << 26  # of scores and their ranks held at once: 64 MiB
+
+
+def arithmetic_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any tensor is, else float32."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+# ------------------------------------------------------------------------------------------------------ ring write
+
+
+def saturate(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Casts; what is beyond the largest number of `dtype` becomes that number. NaN stays NaN."""
+    limit = torch.finfo(dtype).max
+    if torch.finfo(tensor.dtype).max > limit:
+        tensor = tensor.clamp(-limit, limit)
+    return tensor.to(dtype)
+
+
+def knn_add_(
+    keys: Tensor,  # (R, M + S, D)
+    values: Tensor,  # (R, M + S, D)
+    cursor: Tensor,  # (R,)
+    rows: Tensor,  # (B·G,)
+    new_keys: Tensor,  # (B, G, N, D)
+    new_values: Tensor,  # (B, G, N, D)
+    count: Tensor | None = None,  # (B·G,)
+    at: Tensor | None = None,  # (R,)
+) -> None:
+    """Entry base + j goes to slot (base + j) mod (M + S); what is stored already is left alone."""
+    size, length = keys.shape[1], new_keys.shape[2]
+    stored = cursor[rows]
+    base = stored if at is None else at[rows]
+    end = base + length if count is None else base + count
+
+    window = min(length, size)  # consecutive entries, so no two of them share a slot
+    entry = end[:, None] - window + torch.arange(window, device=keys.device)  # (B·G, window)
+    fresh = (entry >= base[:, None]) & (entry >= stored[:, None])
+    source = (entry - base[:, None]).clamp(min=0)
+    slot = entry % size
+    for ring, new, keep_infinite in ((keys, new_keys, True), (values, new_values, False)):
+        new = new.flatten(0, 1).gather(1, source[..., None].expand(-1, -1, new.shape[-1]))
+        cast = saturate(new, ring.dtype)
+        if keep_infinite:  # an infinite key must stay one, so that it is never retrieved
+            cast = torch.where(new.isinf(), new.to(ring.dtype), cast)
+        ring[rows[:, None], slot] = torch.where(fresh[..., None], cast, ring[rows[:, None], slot])
+    cursor[rows] = torch.maximum(stored, end)
+
+
+# ---------------------------------------------------------------------------------------------------------- search
+
+
+def knn_search(
+    query: Tensor,  # (B, H, N, D)
+    keys: Tensor,  # (R, M + S, D)
+    rows: Tensor,  # (B·G,)
+    start: Tensor,  # (R,)
+    cursor: Tensor,  # (R,)
+    capacity: int,
+    k: int,
+) -> tuple[Tensor, Tensor]:
+    """Scores every visible key and keeps the K best, older entries first among equals; in blocks of queries."""
+    batch, heads, length, dim = query.shape
+    groups = rows.numel() // max(batch, 1)
+    dtype = arithmetic_dtype(keys)
+    scores = torch.full((batch, heads, length, k), -torch.inf, dtype=dtype, device=query.device)
+    slots = torch.full((batch, heads, length, k), -1, dtype=torch.int32, device=query.device)
+    if scores.numel() == 0:
+        return scores, slots
+    block = max(1, SEARCH_BLOCK_BYTES // (16 * capacity))
+    for b in range(batch):
+        for g in range(groups):
+            of_group = slice(g * heads // groups, (g + 1) * heads // groups)
+            row = rows[b * groups + g]
+            row_keys, row_slots, visible = _oldest_first(keys, row, start, cursor, capacity)
+            row_query = query[b, of_group].reshape(-1, dim).to(keys.dtype).to(dtype)
+            parts = [_best(part, row_keys.to(dtype), visible, k) for part in row_query.split(block)]
+            best, order = (torch.cat(part) for part in zip(*parts, strict=True))
+            found = order >= 0
+            row_slots = torch.where(found, row_slots[order.clamp(min=0)], -1).to(torch.int32)
+            width = best.shape[-1]
+            scores[b, of_group, :, :width] = best.reshape(-1, length, width)
+            slots[b, of_group, :, :width] = row_slots.reshape(-1, length, width)
+    return scores, slots
+
+
+def _oldest_first(
+    keys: Tensor, row: Tensor, start: Tensor, cursor: Tensor, capacity: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The last M entries of a row from old to new: keys (M, D), their slots (M,), and which are visible (M,)."""
+    entry = cursor[row] - capacity + torch.arange(capacity, device=keys.device)
+    slot = entry % keys.shape[1]
+    row_keys = keys[row, slot]
+    visible = (entry >= start[row].clamp(min=0)) & row_keys.isfinite().all(dim=-1)
+    return row_keys, slot, visible
+
+
+def _best(query: Tensor, row_keys: Tensor, visible: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Scores and positions (Q, min(K, M)) of the best keys; position -1 and score -inf where there is none."""
+    scores = query @ row_keys.T + 0.0  # + 0.0 makes -0.0 equal to 0.0
+    scores = scores.masked_fill(~visible | scores.isnan(), -torch.inf)
+    k = min(k, scores.shape[-1])
+    if scores.dtype == torch.float64:
+        order = scores.argsort(dim=-1, descending=True, stable=True)[..., :k]
+    else:
+        order = (scores.shape[-1] - 1) - (_rank(scores).topk(k, dim=-1).values & 0xFFFFFFFF)
+    best = scores.gather(-1, order)
+    return best, order.masked_fill(best == -torch.inf, -1)
+
+
+def _rank(scores: Tensor) -> Tensor:
+    """One int64 per score whose order is (score, then age): topk has no order of its own among equal scores."""
+    bits = scores.view(torch.int32)
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()  # integers in the order of the floats
+    older = torch.arange(scores.shape[-1] - 1, -1, -1, device=scores.device)
+    return (ordered << 32) | older
+
+
+# ---------------------------------------------------------------------------------------------------------- cosine
+
+
+def cosine(query: Tensor, key: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """x / max(|x|, 1e-12) along D."""
+    return _unit(query, dtype or query.dtype), _unit(key, dtype or key.dtype)
+
+
+def _unit(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return F.normalize(tensor.to(arithmetic_dtype(tensor)), dim=-1, eps=1e-12).to(dtype, copy=True)
+
+
+def cosine_backward(grad_query: Tensor, grad_key: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """(g - u <g, u>) / |x| with u = x / |x|."""
+    return _unit_backward(grad_query, query), _unit_backward(grad_key, key)
+
+
+def _unit_backward(grad: Tensor, tensor: Tensor) -> Tensor:
+    wide = tensor.to(arithmetic_dtype(tensor))
+    norm = wide.norm(dim=-1, keepdim=True)
+    unit = wide / norm.clamp(min=1e-12)
+    grad = grad.to(wide.dtype)
+    along = (grad * unit).sum(dim=-1, keepdim=True)
+    projected = grad - torch.where(norm > 1e-12, along, 0.0) * unit  # below 1e-12 the divisor is a constant
+    return (projected / norm.clamp(min=1e-12)).to(tensor.dtype)
+
+
+# ------------------------------------------------------------------------------------------------ memory attention
+
+
+def memory_attention(
+    query: Tensor,  # (B, H, N, D)
+    key: Tensor,  # (B, G, L, D)
+    value: Tensor,  # (B, G, L, D)
+    memory_keys: Tensor,  # (R, M + S, D)
+    memory_values: Tensor,  # (R, M + S, D)
+    rows: Tensor,  # (B·G,)
+    scores: Tensor,  # (B, H, N, K)
+    slots: Tensor,  # (B, H, N, K)
+    scale: Tensor,  # (H,)
+    bias_table: Tensor | None = None,  # (H, distances)
+    bias_dense: Tensor | None = None,  # (1 or B, H, N, L)
+    memory_offset: Tensor | None = None,  # (H,)
+    local_length: Tensor | None = None,  # (B,)
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,  # ()
+) -> tuple[Tensor, Tensor]:
+    """One softmax over K retrieved and L local logits; `memory_keys` is read by the backward pass alone."""
+    dtype = arithmetic_dtype(query)
+    local = scale.to(dtype)[:, None, None] * _dot(query, key, dtype)
+    logits = _joint_logits(local, scores, slots, scale, bias_table, bias_dense, memory_offset, local_length)
+    lse = logits.logsumexp(dim=-1)  # (B, H, N)
+    weights = (logits - _finite(lse)[..., None]).exp()  # (B, H, N, K + L)
+    if dropout_p > 0.0:
+        assert seed is not None
+        weights = weights * keep_mask(seed, dropout_p, tuple(weights.shape)) / (1.0 - dropout_p)
+    to_memory, to_local = weights.split([slots.shape[-1], key.shape[-2]], dim=-1)
+    gathered = _gather(memory_values, rows, slots, dtype)  # (B, H, N, K, D)
+    out = _weighted_sum(to_local, value, dtype) + torch.einsum("bhnk,bhnkd->bhnd", to_memory, gathered)
+    return out.to(query.dtype).contiguous(), lse
+
+
+def memory_attention_backward(
+    grad_out: Tensor,  # (B, H, N, D)
+    grad_lse: Tensor,  # (B, H, N)
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    memory_keys: Tensor,
+    memory_values: Tensor,
+    rows: Tensor,
+    scores: Tensor,
+    slots: Tensor,
+    scale: Tensor,
+    bias_table: Tensor | None,
+    bias_dense: Tensor | None,
+    memory_offset: Tensor | None,
+    local_length: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value, scale, bias_table, bias_dense, memory_offset (empty where there is none).
+
+    With P the softmax, P' = P after dropout, dP' = <grad_out, values> and delta = <grad_out, out> = sum P' dP':
+    d logits = P (keep / (1 - p) dP' - delta + grad_lse).
+    """
+    dtype = arithmetic_dtype(query)
+    grad_out, scale_wide = grad_out.to(dtype), scale.to(dtype)[:, None, None]
+    dot = _dot(query, key, dtype)
+    logits = _joint_logits(scale_wide * dot, scores, slots, scale, bias_table, bias_dense, memory_offset, local_length)
+    weights = (logits - _finite(lse.to(dtype))[..., None]).exp()  # P
+    factor = torch.ones_like(weights)
+    if dropout_p > 0.0:
+        assert seed is not None
+        factor = keep_mask(seed, dropout_p, tuple(weights.shape)).to(dtype) / (1.0 - dropout_p)
+
+    sizes = [slots.shape[-1], key.shape[-2]]
+    gathered = _gather(memory_values, rows, slots, dtype)
+    grad_weights = torch.cat((torch.einsum("bhnd,bhnkd->bhnk", grad_out, gathered), _dot(grad_out, value, dtype)), -1)
+    delta = (grad_out * out.to(dtype)).sum(dim=-1, keepdim=True) - grad_lse.to(dtype)[..., None]
+    grad_logits = weights * (grad_weights * factor - delta)
+    grad_memory, grad_local = grad_logits.split(sizes, dim=-1)
+
+    retrieved_keys = _gather(memory_keys, rows, slots, dtype)
+    grad_query = _weighted_sum(grad_local, key, dtype) + torch.einsum("bhnk,bhnkd->bhnd", grad_memory, retrieved_keys)
+    grad_key = _sum_over_queries(grad_local * scale_wide, query, key, dtype)
+    grad_value = _sum_over_queries((weights * factor).split(sizes, dim=-1)[1], grad_out, value, dtype)
+    found_scores = scores.to(dtype).masked_fill(slots < 0, 0.0)
+    grad_scale = (grad_local * dot).sum(dim=(0, 2, 3)) + (grad_memory * found_scores).sum(dim=(0, 2, 3))
+    empty = query.new_empty(0)
+    return (
+        (grad_query * scale_wide).to(query.dtype).contiguous(),
+        grad_key.to(key.dtype).contiguous(),
+        grad_value.to(value.dtype).contiguous(),
+        grad_scale.to(scale.dtype),
+        empty if bias_table is None else _grad_bias_table(grad_local, bias_table),
+        empty if bias_dense is None else grad_local.sum_to_size(bias_dense.shape).to(bias_dense.dtype, copy=True),
+        empty if memory_offset is None else grad_memory.sum(dim=(0, 2, 3)).to(memory_offset.dtype),
+    )
+
+
+def _joint_logits(
+    local: Tensor,  # (B, H, N, L), scaled
+    scores: Tensor,
+    slots: Tensor,
+    scale: Tensor,
+    bias_table: Tensor | None,
+    bias_dense: Tensor | None,
+    memory_offset: Tensor | None,
+    local_length: Tensor | None,
+) -> Tensor:
+    """The K retrieved logits, then the L local ones; -inf where there is nothing to attend to."""
+    length, local_keys = local.shape[-2:]
+    distance = _distance(length, local_keys, local.device)
+    if bias_table is not None:
+        local = local + bias_table.to(local.dtype)[:, distance.clamp(0, bias_table.shape[-1] - 1)]
+    if bias_dense is not None:
+        local = local + bias_dense.to(local.dtype)
+    hidden = distance < 0
+    if local_length is not None:
+        oldest = local_keys - local_length[:, None, None, None]  # keys before it are not this document's
+        hidden = hidden | (torch.arange(local_keys, device=local.device) < oldest)
+    retrieved = scale.to(local.dtype)[:, None, None] * scores.to(local.dtype).masked_fill(slots < 0, 0.0)
+    if memory_offset is not None:
+        retrieved = retrieved + memory_offset.to(local.dtype)[:, None, None]
+    return torch.cat((retrieved.masked_fill(slots < 0, -torch.inf), local.masked_fill(hidden, -torch.inf)), dim=-1)
+
+
+def _distance(length: int, local_keys: int, device: torch.device) -> Tensor:
+    """How far behind its query a local key stands (N, L): negative in the future; the cache comes before the segment."""
+    query_position = torch.arange(local_keys - length, local_keys, device=device)
+    return query_position[:, None] - torch.arange(local_keys, device=device)
+
+
+def _finite(lse: Tensor) -> Tensor:
+    """0 for a query with nothing to attend to, so that its weights are exp(-inf) = 0 and not NaN."""
+    return lse.masked_fill(lse == -torch.inf, 0.0)
+
+
+def _dot(query: Tensor, key: Tensor, dtype: torch.dtype) -> Tensor:
+    """<query, key> per head, (B, H, N, L); H query heads share G key heads."""
+    grouped = query.to(dtype).unflatten(1, (key.shape[1], -1))
+    return torch.einsum("bghnd,bgld->bghnl", grouped, key.to(dtype)).flatten(1, 2)
+
+
+def _weighted_sum(weights: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """sum over L of weights (B, H, N, L) times value (B, G, L, D)."""
+    grouped = weights.unflatten(1, (value.shape[1], -1))
+    return torch.einsum("bghnl,bgld->bghnd", grouped, value.to(dtype)).flatten(1, 2)
+
+
+def _sum_over_queries(weights: Tensor, query: Tensor, key: Tensor, dtype: torch.dtype) -> Tensor:
+    """sum over the queries and heads of a group of weights (B, H, N, L) times query (B, H, N, D)."""
+    groups = key.shape[1]
+    weights, query = weights.unflatten(1, (groups, -1)), query.to(dtype).unflatten(1, (groups, -1))
+    return torch.einsum("bghnl,bghnd->bgld", weights, query)
+
+
+def _gather(memory: Tensor, rows: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
+    """Retrieved entries (B, H, N, K, D); zeros where the slot is -1, whatever the ring holds."""
+    batch, heads = slots.shape[:2]
+    row = rows.reshape(batch, -1).repeat_interleave(heads * batch // max(rows.numel(), 1), dim=1)  # (B, H)
+    gathered = memory[row[:, :, None, None], slots.clamp(min=0)].to(dtype)
+    return gathered.masked_fill((slots < 0)[..., None], 0.0)
+
+
+def _grad_bias_table(grad_local: Tensor, bias_table: Tensor) -> Tensor:
+    """Sums the gradients of all (query, key) pairs at the same distance; future keys have none."""
+    distances = bias_table.shape[-1]
+    distance = _distance(*grad_local.shape[-2:], grad_local.device).clamp(0, distances - 1)
+    per_head = grad_local.sum(dim=0).flatten(1)  # (H, N·L)
+    table = per_head.new_zeros(per_head.shape[0], distances).index_add(1, distance.flatten(), per_head)
+    return table.to(bias_table.dtype)
