@@ -75,7 +75,8 @@ def _open(folder: Path, module: str) -> tuple[bool, str]:
         torch.ops.load_library(library)
         interface = torch.ops.memtrans.native_interface()
     except (AttributeError, OSError, RuntimeError) as error:
-        return False, f"{library.name} cannot be loaded with torch {torch.__version__}: {error}"
+        # torch wraps the loader's own message, which names the symbol or the file that is missing
+        return False, f"{library.name} cannot be loaded with torch {torch.__version__}: {error.__cause__ or error}"
     if interface != INTERFACE:
         return False, f"{library.name} was built for interface {interface}, this version needs {INTERFACE}: reinstall"
     return True, f"loaded from {library.name}"
