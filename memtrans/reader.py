@@ -28,7 +28,8 @@ class DocumentReader:
     def __init__(self, model: MemorizingTransformer, batch: int, spare: int = 0, retrieval: bool = True) -> None:
         self.model, self.retrieval = model, retrieval
         device = model.token_emb.weight.device
-        self.memories = model.create_knn_memories(batch_size=batch, device=device, spare=spare)
+        smallest = {} if retrieval else {"max_memories": 1}  # a memory that stays empty need not be searched at length
+        self.memories = model.create_knn_memories(batch_size=batch, device=device, spare=spare, **smallest)
         groups = () if model.kv_heads == 1 else (model.kv_heads,)
         attentions = [model.layers[layer - 1][0].fn for layer in model.xl_memory_layers]
         self.xl_capacity = max((attention.xl_max_memories for attention in attentions), default=0)
