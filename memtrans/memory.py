@@ -137,12 +137,11 @@ class KNNMemory:
 
         like: a tensor whose device the memory takes if it has none yet. longest: the segment that will be added.
         """
-        if self._ring is None and like is None:
-            raise ValueError("device must be given to a memory that has seen no tensor yet, got None")
         if like is not None:
-            self._prepare(like.device, longest)
+            self._prepare(like.device, longest)  # before the first look at the ring: see there
         ring, rows = self._ring, self._rows
-        assert ring is not None and rows is not None
+        if ring is None or rows is None:
+            raise ValueError("device must be given to a memory that has seen no tensor yet, got None")
         if like is not None and like.device != rows.device:
             raise ValueError(f"the memory lives on {rows.device}, got a tensor on {like.device}")
         return MemorySnapshot.take(ring, rows, self._host_rows(), len(self.scoped_indices))

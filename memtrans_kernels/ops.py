@@ -89,7 +89,7 @@ def cosine(
 def _(
     query: Tensor, key: Tensor, dtype: torch.dtype | None = None, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(query, dtype=dtype), torch.empty_like(key, dtype=dtype)
+    return query.new_empty(query.shape, dtype=dtype), key.new_empty(key.shape, dtype=dtype)
 
 
 @torch.library.custom_op("memtrans::cosine_backward", mutates_args=())
@@ -103,7 +103,7 @@ def cosine_backward(
 def _(
     grad_query: Tensor, grad_key: Tensor, query: Tensor, key: Tensor, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(query), torch.empty_like(key)
+    return query.new_empty(query.shape), key.new_empty(key.shape)
 
 
 def _cosine_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -224,10 +224,9 @@ def _memory_attention_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tenso
 
 
 def _memory_attention_backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    bias_table, bias_dense, memory_offset = ctx.saved_tensors[11:14]
-    grads = memory_attention_backward(
-        grad_out, grad_lse, *ctx.saved_tensors, ctx.dropout_p, ctx.spare, ctx.backend
-    )
+    saved = ctx.saved_tensors  # read once: activation checkpointing unpacks them by recomputing
+    bias_table, bias_dense, memory_offset = saved[11:14]
+    grads = memory_attention_backward(grad_out, grad_lse, *saved, ctx.dropout_p, ctx.spare, ctx.backend)
     grad_query, grad_key, grad_value, grad_scale, grad_table, grad_dense, grad_offset = grads
     return (
         grad_query, grad_key, grad_value, None, None, None, None, None, grad_scale,

@@ -98,6 +98,14 @@ def knn_search(
     return scores, slots
 
 
+def knn_search_on_host(
+    query: Tensor, keys: Tensor, rows: Tensor, start: Tensor, cursor: Tensor, capacity: int, k: int
+) -> tuple[Tensor, Tensor]:
+    """The same where looking at a length costs nothing: scores no more entries than the fullest row holds."""
+    longest = int((cursor - start)[rows].max()) if rows.numel() else 0
+    return knn_search(query, keys, rows, start, cursor, max(1, min(capacity, longest)), k)
+
+
 def _oldest_first(
     keys: Tensor, row: Tensor, start: Tensor, cursor: Tensor, capacity: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,7 +147,7 @@ def cosine(query: Tensor, key: Tensor, dtype: torch.dtype | None = None) -> tupl
 
 
 def _unit(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return F.normalize(tensor.to(arithmetic_dtype(tensor)), dim=-1, eps=1e-12).to(dtype, copy=True)
+    return F.normalize(tensor.to(arithmetic_dtype(tensor)), dim=-1, eps=1e-12).to(dtype).contiguous()
 
 
 def cosine_backward(grad_query: Tensor, grad_key: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,7 +162,7 @@ def _unit_backward(grad: Tensor, tensor: Tensor) -> Tensor:
     grad = grad.to(wide.dtype)
     along = (grad * unit).sum(dim=-1, keepdim=True)
     projected = grad - torch.where(norm > 1e-12, along, 0.0) * unit  # below 1e-12 the divisor is a constant
-    return (projected / norm.clamp(min=1e-12)).to(tensor.dtype)
+    return (projected / norm.clamp(min=1e-12)).to(tensor.dtype).contiguous()
 
 
 # ------------------------------------------------------------------------------------------------ memory attention
@@ -241,15 +249,15 @@ def memory_attention_backward(
     grad_value = _sum_over_queries((weights * factor).split(sizes, dim=-1)[1], grad_out, value, dtype)
     found_scores = scores.to(dtype).masked_fill(slots < 0, 0.0)
     grad_scale = (grad_local * dot).sum(dim=(0, 2, 3)) + (grad_memory * found_scores).sum(dim=(0, 2, 3))
-    empty = query.new_empty(0)
+    nothing = query.new_empty
     return (
         (grad_query * scale_wide).to(query.dtype).contiguous(),
         grad_key.to(key.dtype).contiguous(),
         grad_value.to(value.dtype).contiguous(),
         grad_scale.to(scale.dtype),
-        empty if bias_table is None else _grad_bias_table(grad_local, bias_table),
-        empty if bias_dense is None else grad_local.sum_to_size(bias_dense.shape).to(bias_dense.dtype, copy=True),
-        empty if memory_offset is None else grad_memory.sum(dim=(0, 2, 3)).to(memory_offset.dtype),
+        nothing(0) if bias_table is None else _grad_bias_table(grad_local, bias_table),
+        nothing(0) if bias_dense is None else grad_local.sum_to_size(bias_dense.shape).to(bias_dense.dtype, copy=True),
+        nothing(0) if memory_offset is None else grad_memory.sum(dim=(0, 2, 3)).to(memory_offset.dtype),
     )
 
 

@@ -1,0 +1,52 @@
+"""Every tolerance of the test suite, and the comparisons that use them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PARITY = 1e-5  # against upstream in float32: logits, loss and gradients, relative to the largest of each tensor
+SAME_GRAPH = 2e-5  # compiled against eager, float32
+LOSS_CURVE = 1e-3  # two runs are the same curve: their first 20 losses
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float, name: str = "tensor") -> None:
+    """The largest difference, relative to the largest expected number (at least 1), stays below `tolerance`."""
+    assert actual.shape == expected.shape, f"{name}: {tuple(actual.shape)} against {tuple(expected.shape)}"
+    assert actual.isfinite().all(), f"{name} is not finite"
+    scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
+    error = float((actual.double() - expected.double()).abs().max()) / scale if expected.numel() else 0.0
+    assert error <= tolerance, f"{name}: off by {error:.3g}, allowed {tolerance:.3g}"
+
+
+def score_error_bound(query: Tensor, keys: Tensor) -> Tensor:
+    """What one float32 accumulation of <query, key> may lose: (..., Q, M) for query (..., Q, D), keys (..., M, D)."""
+    width = query.shape[-1]
+    magnitude = query.double().abs() @ keys.double().abs().transpose(-1, -2)
+    return (width + 2) * torch.finfo(torch.float32).eps * magnitude + torch.finfo(torch.float32).tiny
+
+
+def assert_nearest(query: Tensor, keys: Tensor, order: Tensor, scores: Tensor, k: int) -> None:
+    """Tie-proof: what was returned for query (Q, D) among finite keys (M, D), old to new, is a correct K nearest.
+
+    order (Q, K): positions in `keys`, -1 where there is none; scores (Q, K).
+    """
+    exact = query.double() @ keys.double().T
+    bound = score_error_bound(query, keys)
+    found = order >= 0
+    expected = min(k, keys.shape[0])
+    assert (found.sum(-1) == expected).all() and found[:, :expected].all()
+    assert (scores[~found] == -torch.inf).all()
+    if expected == 0:
+        return
+    order, scores = order[:, :expected].long(), scores[:, :expected].double()
+    assert all(len(set(row)) == expected for row in order.tolist()), "a neighbour was returned twice"
+    got, allowed = exact.gather(1, order), bound.gather(1, order)
+    kth = exact.topk(expected, dim=-1).values[:, -1:]
+    assert (got >= kth - 2 * bound.amax(-1, keepdim=True)).all(), "a nearer key was missed"
+    assert ((scores - got).abs() <= allowed).all(), "a score is not its key's"
+    assert (scores.diff(dim=-1) <= 0).all(), "not best first"
+    for row, (positions, row_scores) in enumerate(zip(order.tolist(), scores.tolist(), strict=True)):
+        for a, b, score_a, score_b in zip(positions, positions[1:], row_scores, row_scores[1:], strict=False):
+            if torch.equal(keys[a], keys[b]):
+                assert score_a == score_b and a < b, f"query {row}: equal keys {a} and {b} are not older first"
