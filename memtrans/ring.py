@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from memtrans_kernels import Ledger, knn_add_, knn_search, ledger_advance_, ledger_ticket
+from memtrans_kernels import Ledger, knn_add_, knn_search, ledger_advance_, ledger_ticket, read_cursors
 from memtrans_kernels.backends import implements
 
 
@@ -110,7 +110,7 @@ class MemorySnapshot:
     @staticmethod
     def take(ring: Ring, rows: Tensor, host_rows: Sequence[int], documents: int) -> MemorySnapshot:
         ticket = ledger_ticket(ring.written, host_rows)
-        return MemorySnapshot(ring, rows, documents, ring.start.clone(), ring.cursor.clone(), ticket)
+        return MemorySnapshot(ring, rows, documents, *read_cursors(ring.start, ring.cursor), ticket)
 
     @property
     def ledger(self) -> Ledger:

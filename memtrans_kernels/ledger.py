@@ -32,6 +32,17 @@ class Ledger(NamedTuple):
     spare: int
 
 
+@torch.library.custom_op("memtrans::read_cursors", mutates_args=())
+def read_cursors(start: Tensor, cursor: Tensor) -> tuple[Tensor, Tensor]:
+    """Copies both, as an operator of its own: a compiler that recomputes activations must not read them again later."""
+    return start.clone(), cursor.clone()
+
+
+@read_cursors.register_fake
+def _(start: Tensor, cursor: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(start), torch.empty_like(cursor)
+
+
 @torch.library.custom_op("memtrans::ledger_ticket", mutates_args=())
 def ledger_ticket(written: Tensor, rows: Sequence[int]) -> Tensor:
     """Copies the counts of `rows` out of `written`; every other row is out of scope."""

@@ -47,6 +47,7 @@ CASES = {
     "cosine_backward": lambda: (*(t.detach() for t in _cosine()), *(t.detach() for t in _cosine())),
     "memory_attention": _attention,
     "memory_attention_backward": _attention_backward,
+    "read_cursors": lambda: (torch.tensor([3, 4, 5]), torch.tensor([6, 6, 6])),
     "ledger_ticket": lambda: (torch.tensor([3, 4, 5]), [0, 2]),
     "ledger_advance_": lambda: (torch.tensor([3, 4, 5]), torch.tensor([3, 4, 4]), 6),
 }
