@@ -1,4 +1,4 @@
-"""The model is one graph, and the graph does what eager does: memories that wrap, caches, checkpointing, late backwards."""
+"""The model is one graph that does what eager does: wrapping memories, caches, checkpointing, late backwards."""
 
 from __future__ import annotations
 

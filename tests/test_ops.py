@@ -60,5 +60,7 @@ def test_opcheck(name):
 
 
 def test_every_operator_is_checked():
-    registered = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "memtrans::" in name}
+    registered = {
+        name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "memtrans::" in name
+    }
     assert {name for name in registered if not name.startswith("native_")} == set(CASES)
