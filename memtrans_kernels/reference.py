@@ -24,11 +24,9 @@ def arithmetic_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def saturate(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Casts; what is beyond the largest number of `dtype` becomes that number. NaN stays NaN."""
+    """Casts; what is beyond the largest number of `dtype`, infinity too, becomes that number. NaN stays NaN."""
     limit = torch.finfo(dtype).max
-    if torch.finfo(tensor.dtype).max > limit:
-        tensor = tensor.clamp(-limit, limit)
-    return tensor.to(dtype)
+    return tensor.to(dtype).clamp(-limit, limit)
 
 
 def knn_add_(
