@@ -1,3 +1,90 @@
-"""Stand-in until the build lands."""
-def status():
-    return False, "not built"
+"""Loads the compiled modules and says what is live.
+
+A module is a shared library of operators `memtrans::native_*`: `cpu` (schemas and CPU implementations) and `cuda` (CUDA
+implementations of the same operators). The functions here are those operators under the names of `memtrans_kernels`.
+Importing this file loads nothing, and nothing raises because a library is missing, broken or out of date: `status`
+gives the reason instead.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+MODULES = ("cpu", "cuda")
+# Equals kInterface in csrc/memtrans.h; a library built for another number is refused.
+INTERFACE = 1
+
+
+def load(module: str = "cpu") -> bool:
+    """Load one compiled module, once per process; True when its operators can be called.
+
+    Args:
+        module: "cpu" or "cuda".
+
+    Raises:
+        ValueError: for any other name.
+    """
+    return status(module)[0]
+
+
+def status(module: str = "cpu") -> tuple[bool, str]:
+    """Whether one compiled module is live, after trying to load it, and one sentence that says from where or why not.
+
+    Args:
+        module: "cpu" or "cuda".
+
+    Raises:
+        ValueError: for any other name.
+
+    >>> live, reason = status("cpu")
+    >>> isinstance(live, bool) and bool(reason)
+    True
+    """
+    if module not in MODULES:
+        raise ValueError(f"module must be one of {', '.join(MODULES)}, got {module!r}")
+    return _open(Path(__file__).resolve().parent, module)
+
+
+def knn_add_(
+    keys: Tensor,
+    values: Tensor,
+    cursor: Tensor,
+    rows: Tensor,
+    new_keys: Tensor,
+    new_values: Tensor,
+    count: Tensor | None = None,
+    at: Tensor | None = None,
+) -> None:
+    """`memtrans_kernels.knn_add_` in C++; `status` must have said that it is live."""
+    torch.ops.memtrans.native_knn_add_(keys, values, cursor, rows, new_keys, new_values, count, at)
+
+
+@functools.cache
+def _open(folder: Path, module: str) -> tuple[bool, str]:
+    name = f"_native_{module}"
+    library = next((path for suffix in ("so", "pyd") for path in sorted(folder.glob(f"{name}*.{suffix}"))), None)
+    if library is None:
+        return False, _why_not_built(folder / f"{name}.txt")
+    if module != "cpu" and not _open(folder, "cpu")[0]:
+        return False, f"the cpu module, which holds the schemas, is not live: {_open(folder, 'cpu')[1]}"
+    try:
+        torch.ops.load_library(library)
+        interface = torch.ops.memtrans.native_interface()
+    except (AttributeError, OSError, RuntimeError) as error:
+        # torch wraps the loader's own message, which names the symbol or the file that is missing
+        return False, f"{library.name} cannot be loaded with torch {torch.__version__}: {error.__cause__ or error}"
+    if interface != INTERFACE:
+        return False, f"{library.name} was built for interface {interface}, this version needs {INTERFACE}: reinstall"
+    return True, f"loaded from {library.name}"
+
+
+def _why_not_built(note: Path) -> str:
+    """The reason that setup.py left behind."""
+    try:
+        return note.read_text(encoding="utf-8").strip()
+    except OSError:
+        return "it was never built: `pip install --no-build-isolation -v .` builds it and shows why where it cannot"

@@ -96,6 +96,14 @@ def knn_search(
     return scores, slots
 
 
+def knn_search_on_host(
+    query: Tensor, keys: Tensor, rows: Tensor, start: Tensor, cursor: Tensor, capacity: int, k: int
+) -> tuple[Tensor, Tensor]:
+    """The same where looking at a length costs nothing: scores no more entries than the fullest row holds."""
+    longest = int((cursor - start)[rows].max()) if rows.numel() else 0
+    return knn_search(query, keys, rows, start, cursor, max(1, min(capacity, longest)), k)
+
+
 def _oldest_first(
     keys: Tensor, row: Tensor, start: Tensor, cursor: Tensor, capacity: int
 ) -> tuple[Tensor, Tensor, Tensor]:

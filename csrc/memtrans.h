@@ -1,0 +1,115 @@
+// What all operators of the extension share: names, input checks and element types.
+//
+// Only LibTorch's stable ABI is used (torch/csrc/stable, torch/headeronly), so that one build works with every PyTorch
+// from 2.10 on. Shape letters as everywhere: B documents, G key heads, N tokens, D head width, R memory rows, M visible
+// and S spare slots of a row.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <string>
+
+namespace memtrans {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Raised by one whenever an operator's schema or meaning changes, together with INTERFACE in
+// memtrans_kernels/native.py: a library left over from another version is then refused instead of misused.
+constexpr int64_t kInterface = 1;
+
+inline std::string shape_of(const Tensor& tensor) {
+  std::ostringstream text;
+  text << '(';
+  for (int64_t axis = 0; axis < tensor.dim(); ++axis) {
+    text << (axis ? ", " : "") << tensor.size(axis);
+  }
+  text << ')';
+  return text.str();
+}
+
+inline void check_shape(
+    const Tensor& tensor, const char* name, std::initializer_list<int64_t> expected, const char* letters) {
+  bool equal = tensor.dim() == static_cast<int64_t>(expected.size());
+  int64_t axis = 0;
+  std::ostringstream wanted;
+  for (const int64_t size : expected) {
+    equal = equal && tensor.size(axis) == size;
+    wanted << (axis++ ? ", " : "") << size;
+  }
+  STD_TORCH_CHECK(equal, name, " must have shape ", letters, " = (", wanted.str(), "), got ", shape_of(tensor));
+}
+
+inline void check_dims(const Tensor& tensor, const char* name, int64_t dims, const char* letters) {
+  STD_TORCH_CHECK(tensor.dim() == dims, name, " must have shape ", letters, ", got ", shape_of(tensor));
+}
+
+inline void check_same_device(const Tensor& tensor, const char* name, const Tensor& first, const char* first_name) {
+  STD_TORCH_CHECK(
+      tensor.is_cuda() == first.is_cuda() && tensor.is_cpu() == first.is_cpu() &&
+          tensor.get_device_index() == first.get_device_index(),
+      name, " must be on the device of ", first_name);
+}
+
+inline void check_int64(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Long, name, " must be int64");
+}
+
+inline void check_floating(const Tensor& tensor, const char* name) {
+  const ScalarType type = tensor.scalar_type();
+  const bool supported = type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16 ||
+      type == ScalarType::Double;
+  STD_TORCH_CHECK(supported, name, " must be float32, float16, bfloat16 or float64");
+}
+
+// What every device checks of knn_add_'s inputs; the numbers in rows, count and at are each device's own affair.
+inline void check_knn_add(
+    const Tensor& keys, const Tensor& values, const Tensor& cursor, const Tensor& rows, const Tensor& new_keys,
+    const Tensor& new_values, const std::optional<Tensor>& count, const std::optional<Tensor>& at) {
+  check_dims(keys, "keys", 3, "(R, M + S, D)");
+  check_dims(rows, "rows", 1, "(B * G,)");
+  check_dims(new_keys, "new_keys", 4, "(B, G, N, D)");
+  const int64_t ring_rows = keys.size(0), slots = keys.size(1), width = keys.size(2);
+  STD_TORCH_CHECK(slots > 0, "keys must have at least one slot in a row, got shape ", shape_of(keys));
+  check_shape(values, "values", {ring_rows, slots, width}, "(R, M + S, D)");
+  check_shape(cursor, "cursor", {ring_rows}, "(R,)");
+  STD_TORCH_CHECK(
+      rows.size(0) == new_keys.size(0) * new_keys.size(1) && new_keys.size(3) == width,
+      "new_keys must have shape (B, G, N, D) with B * G = ", rows.size(0), " (the length of rows) and D = ", width,
+      ", got ", shape_of(new_keys));
+  check_shape(
+      new_values, "new_values", {new_keys.size(0), new_keys.size(1), new_keys.size(2), width}, "(B, G, N, D)");
+  if (count) {
+    check_shape(*count, "count", {rows.size(0)}, "(B * G,)");
+    check_int64(*count, "count");
+    check_same_device(*count, "count", keys, "keys");
+  }
+  if (at) {
+    check_shape(*at, "at", {ring_rows}, "(R,)");
+    check_int64(*at, "at");
+    check_same_device(*at, "at", keys, "keys");
+  }
+  check_int64(cursor, "cursor");
+  check_int64(rows, "rows");
+  check_floating(keys, "keys");
+  check_floating(values, "values");
+  check_floating(new_keys, "new_keys");
+  check_floating(new_values, "new_values");
+  check_same_device(values, "values", keys, "keys");
+  check_same_device(cursor, "cursor", keys, "keys");
+  check_same_device(rows, "rows", keys, "keys");
+  check_same_device(new_keys, "new_keys", keys, "keys");
+  check_same_device(new_values, "new_values", keys, "keys");
+}
+
+}  // namespace memtrans

@@ -1,0 +1,163 @@
+"""Builds the optional C++/CUDA extension; everything else about the package stands in pyproject.toml.
+
+Each module of the extension is a shared library of operators, `memtrans_kernels/_native_<module>.abi3.so`, loaded by
+`memtrans_kernels/native.py`. A module that cannot be built never stops the installation: a warning is printed and the
+reason is left beside the package as `_native_<module>.txt`, where `memtrans_kernels.native.status` finds it.
+
+Switches (environment variables):
+  MEMTRANS_SKIP_BUILD=1       build no module at all
+  MEMTRANS_SKIP_CUDA_BUILD=1  leave the CUDA module out
+  MEMTRANS_FORCE_BUILD=1      a module that was not skipped and cannot be built is an error
+  TORCH_CUDA_ARCH_LIST        GPU architectures to compile for, e.g. "9.0" (default: those of this machine's GPUs)
+  MAX_JOBS                    compilers to run at a time
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+try:
+    from torch.utils import cpp_extension
+    from torch.version import cuda as torch_cuda
+
+    BuildExtension = cpp_extension.BuildExtension
+    torch_missing = ""
+except Exception as error:  # a broken PyTorch fails in many ways, and none of them may stop the installation
+    BuildExtension = build_ext
+    torch_missing = (
+        f"PyTorch could not be imported during installation ({error}): install it first, use --no-build-isolation"
+    )
+
+ROOT = Path(__file__).resolve().parent
+# LibTorch's stable ABI as of 2.10: one build works with every later PyTorch (and, through abi3, every Python >= 3.10).
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
+
+
+class Skipped(Exception):
+    """A module is left out on purpose or has nothing to run on here: no failure, also under MEMTRANS_FORCE_BUILD."""
+
+
+def switched_on(name: str) -> bool:
+    return os.environ.get(name, "").strip().lower() not in ("", "0", "false", "no", "off")
+
+
+def sources(*patterns: str) -> list[str]:
+    found = sorted(path for pattern in patterns for path in (ROOT / "csrc").glob(pattern))
+    return [path.relative_to(ROOT).as_posix() for path in found]
+
+
+def require_torch() -> None:
+    if switched_on("MEMTRANS_SKIP_BUILD"):
+        raise Skipped("MEMTRANS_SKIP_BUILD was set during installation")
+    if torch_missing:
+        raise RuntimeError(torch_missing)
+
+
+def cpu_module(name: str) -> Extension:
+    require_torch()
+    return cpp_extension.CppExtension(
+        name,
+        sources("*.cpp", "cpu/*.cpp"),
+        include_dirs=[str(ROOT / "csrc")],
+        extra_compile_args={"cxx": ["-O3", "-fvisibility=hidden", *STABLE_ABI]},
+        py_limited_api=True,
+        optional=True,
+    )
+
+
+def cuda_module(name: str) -> Extension:
+    require_torch()
+    if switched_on("MEMTRANS_SKIP_CUDA_BUILD"):
+        raise Skipped("MEMTRANS_SKIP_CUDA_BUILD was set during installation")
+    if not sources("cuda/*.cu"):
+        raise Skipped("this version has no CUDA sources")
+    if torch_cuda is None:
+        raise Skipped("the PyTorch present during installation was built without CUDA")
+    home = cpp_extension.CUDA_HOME
+    if home is None or shutil.which("nvcc", path=os.path.join(home, "bin")) is None:
+        raise RuntimeError("no nvcc was found during installation: install a CUDA toolkit or set CUDA_HOME")
+    return cpp_extension.CUDAExtension(
+        name,
+        sources("cuda/*.cpp", "cuda/*.cu"),
+        include_dirs=[str(ROOT / "csrc")],
+        extra_compile_args={
+            "cxx": ["-O3", "-fvisibility=hidden", "-DUSE_CUDA", *STABLE_ABI],
+            "nvcc": ["-O3", "-DUSE_CUDA", *STABLE_ABI],
+        },
+        py_limited_api=True,
+        optional=True,
+    )
+
+
+MODULES: dict[str, Callable[[str], Extension]] = {"cpu": cpu_module, "cuda": cuda_module}
+# Why a module was not even tried, by its full name.
+obstacles: dict[str, Exception] = {}
+
+
+def extension_modules() -> list[Extension]:
+    """One entry per module; one with an obstacle is an empty place, so that `BuildNative` can say why."""
+    extensions = []
+    for module, describe in MODULES.items():
+        name = f"memtrans_kernels._native_{module}"
+        try:
+            extensions.append(describe(name))
+        except Exception as error:
+            obstacles[name] = error
+            extensions.append(Extension(name, [], py_limited_api=True, optional=True))
+    return extensions
+
+
+class BuildNative(BuildExtension):
+    """Builds what can be built, and leaves the reason behind for every module that cannot."""
+
+    def run(self) -> None:
+        self.reasons: dict[str, str] = {}
+        super().run()
+        for extension in self.extensions:
+            self.leave_note(extension.name)
+
+    def build_extensions(self) -> None:
+        try:
+            super().build_extensions()
+        except Exception as error:  # the compiler itself is missing or unfit
+            for extension in self.extensions:
+                self.give_up(extension.name, obstacles.get(extension.name, error))
+
+    def build_extension(self, extension: Extension) -> None:
+        try:
+            if extension.name in obstacles:
+                raise obstacles[extension.name]
+            super().build_extension(extension)
+        except Exception as error:
+            self.give_up(extension.name, error)
+
+    def give_up(self, name: str, error: Exception) -> None:
+        if switched_on("MEMTRANS_FORCE_BUILD") and not isinstance(error, Skipped):
+            raise SystemExit(f"MEMTRANS_FORCE_BUILD is set and {name} could not be built: {error}") from error
+        self.reasons[name] = str(error) if isinstance(error, Skipped) else f"its build failed: {error}"
+        Path(self.get_ext_fullpath(name)).unlink(missing_ok=True)
+
+    def leave_note(self, name: str) -> None:
+        library = Path(self.get_ext_fullpath(name))
+        note = library.with_name(f"{name.rpartition('.')[2]}.txt")
+        note.unlink(missing_ok=True)
+        if name not in self.reasons:
+            return
+        library.unlink(missing_ok=True)  # one of an earlier installation would be out of date
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(self.reasons[name] + "\n", encoding="utf-8")
+        print(f"WARNING: memtrans goes without {name}: {self.reasons[name]}", file=sys.stderr)
+
+
+setup(
+    ext_modules=extension_modules(),
+    cmdclass={"build_ext": BuildNative},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
