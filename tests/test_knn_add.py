@@ -281,7 +281,11 @@ INT = torch.zeros(3, dtype=torch.int64)
         ({"rows": torch.tensor([0, 1, 3])}, ValueError, r"rows must be in \[0, 2\], got \[0, 1, 3\]"),
         ({"rows": torch.tensor([0, 1, -1])}, ValueError, r"rows must be in \[0, 2\], got \[0, 1, -1\]"),
         ({"backend": "cuda"}, ValueError, r"backend must be one of auto, .*got 'cuda'"),
-        ({"backend": "faiss"}, RuntimeError, r"backend='faiss' cannot run knn_add_ on cpu: faiss does not implement it"),
+        (
+            {"backend": "faiss"},
+            RuntimeError,
+            r"backend='faiss' cannot run knn_add_ on cpu: faiss does not implement it",
+        ),
     ],
 )
 def test_bad_input_is_named_with_its_value_and_what_was_expected(
