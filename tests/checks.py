@@ -35,7 +35,8 @@ def assert_nearest(query: Tensor, keys: Tensor, order: Tensor, scores: Tensor, k
     bound = score_error_bound(query, keys)
     found = order >= 0
     expected = min(k, keys.shape[0])
-    assert (found.sum(-1) == expected).all() and found[:, :expected].all()
+    assert (found.sum(-1) == expected).all()
+    assert found[:, :expected].all()
     assert (scores[~found] == -torch.inf).all()
     if expected == 0:
         return

@@ -97,7 +97,7 @@ def draw_keys(data: st.DataObject, count: int, width: int, dtype: torch.dtype) -
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_random_searches_are_exact(backend: str, data: st.DataObject) -> None:
-    """Rows picked and permuted, groups, start > 0, wrapped rings, odd M, spare slots or none, K beyond M, all dtypes."""
+    """Rows picked and permuted, groups, start > 0, wrapped rings, odd M, spare slots, K beyond M, all dtypes."""
     dtype, width = data.draw(st.sampled_from(DTYPES), "dtype"), data.draw(st.sampled_from([1, 2, 5, 16, 33]), "D")
     capacity, spare = data.draw(st.integers(1, 40), "M"), data.draw(st.sampled_from([0, 1, 7]), "S")
     k = data.draw(st.integers(1, capacity + 2), "K")
