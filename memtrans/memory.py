@@ -6,6 +6,7 @@ of `memtrans_kernels`. Source: Wu et al. 2022, sections 3.1 and 3.2.
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from memtrans.ring import MemorySnapshot, Ring
 from memtrans.storage import load_tensors, save_tensors
+from memtrans_kernels import checks
 from memtrans_kernels.backends import check_name
 
 UNUSED: Any = object()  # the default of arguments that upstream has and that mean nothing here
@@ -86,6 +88,9 @@ class KNNMemory:
                 raise ValueError(f"{name} must be at least 1, got {size}")
         if spare < 0:
             raise ValueError(f"spare must be at least 0, got {spare}")
+        for name, given in (("dtype", dtype), ("value_dtype", value_dtype)):
+            if given is not None and not given.is_floating_point:
+                raise TypeError(f"{name} must be floating point, got {given}")
         self.dim, self.max_memories, self.num_indices, self.kv_heads = dim, max_memories, num_indices, kv_heads
         heads = () if kv_heads == 1 else (kv_heads,)
         self.shape = (num_indices, *heads, max_memories, 2, dim)
@@ -159,7 +164,7 @@ class KNNMemory:
         return rows.to(self._ring.keys.device, non_blocking=True)
 
     def _check_indices(self, name: str, indices: Iterable[int]) -> list[int]:
-        indices = list(indices)
+        indices = [operator.index(index) for index in indices]
         if len(set(indices)) != len(indices) or not all(0 <= index < self.num_indices for index in indices):
             raise ValueError(f"{name} must be different numbers in [0, {self.num_indices}), got {indices}")
         return indices
@@ -200,7 +205,8 @@ class KNNMemory:
                 f"memories must have shape {self._described('N, 2')} for {batch} documents in scope, "
                 f"got {tuple(memories.shape)}"
             )
-        pairs = memories.detach().reshape(batch, self.kv_heads, -1, 2, self.dim)
+        checks.floating(memories=memories)
+        pairs = memories.detach().reshape(batch, self.kv_heads, memories.shape[-3], 2, self.dim)
         snapshot = self.snapshot(like=memories, longest=pairs.shape[2])
         snapshot.append(pairs[..., 0, :], pairs[..., 1, :], count)
 
@@ -230,6 +236,14 @@ class KNNMemory:
                 f"got {tuple(queries.shape)}"
             )
         heads = 1 if self.kv_heads == 1 else queries.shape[1]
+        if self.kv_heads > 1 and (queries.dim() < 3 or heads % self.kv_heads):
+            raise ValueError(
+                f"queries must have shape (B, H, ..., D), H a multiple of kv_heads={self.kv_heads}, "
+                f"got {tuple(queries.shape)}"
+            )
+        checks.floating(queries=queries)
+        if topk < 1:
+            raise ValueError(f"topk must be at least 1, got {topk}")
         flat = queries.detach().reshape(batch, heads, -1, self.dim)
         snapshot = self.snapshot(like=queries)
         _, slots = snapshot.nearest(flat, topk)
@@ -274,46 +288,49 @@ class KNNMemory:
         entry, and lengths (R,)."""
         rows = self.num_indices * self.kv_heads
         if self._ring is None:
-            empty = torch.zeros(rows, 0, self.dim, dtype=self.dtype)
-            return {"keys": empty, "values": empty.clone(), "lengths": torch.zeros(rows, dtype=torch.int64)}
+            keys = torch.zeros(rows, 0, self.dim, dtype=self.dtype)
+            values = torch.zeros(rows, 0, self.dim, dtype=self.value_dtype or self.dtype)
+            return {"keys": keys, "values": values, "lengths": torch.zeros(rows, dtype=torch.int64)}
         lengths = self._ring.lengths()
-        _, slot = self._ring.window()
-        slot = slot[:, self.max_memories - int(lengths.max()) :]
+        _, slot = self._ring.window(int(lengths.max()))
         row = torch.arange(rows, device=slot.device)[:, None]
         return {"keys": self._ring.keys[row, slot], "values": self._ring.values[row, slot], "lengths": lengths}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Replaces what the memory holds; of a larger memory's entries it keeps the newest.
 
-        Raises ValueError when the state belongs to another width, batch or number of heads.
+        Raises ValueError or TypeError, and keeps what it held, when the state belongs to another width, batch or number
+        of heads.
         """
+        self.check_state(state)
+        keys, values, lengths = state["keys"], state["values"], state["lengths"]
+        device = self.device or keys.device
+        self.cleanup()
+        self._prepare(device, 0)
+        kept = min(keys.shape[1], self.max_memories)
+        heads = (self.num_indices, self.kv_heads)
+        newest = [tensor[:, tensor.shape[1] - kept :].unflatten(0, heads).to(device) for tensor in (keys, values)]
+        with self.at_batch_indices(range(self.num_indices)):
+            snapshot = self.snapshot().append(*newest)
+        snapshot.ring.start.copy_(kept - lengths.clamp(max=kept))
+
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
         rows = self.num_indices * self.kv_heads
         missing = {"keys", "values", "lengths"} - set(state)
         if missing:
             raise ValueError(f"state must hold keys, values and lengths, got none of {sorted(missing)}")
         keys, values, lengths = state["keys"], state["values"], state["lengths"]
         width = keys.shape[1] if keys.dim() == 3 else 0
-        if (
-            tuple(keys.shape) != (rows, width, self.dim)
-            or values.shape != keys.shape
-            or tuple(lengths.shape) != (rows,)
-        ):
+        expected = (rows, width, self.dim)
+        if tuple(keys.shape) != expected or values.shape != keys.shape or tuple(lengths.shape) != (rows,):
             raise ValueError(
                 f"state must hold keys and values of shape ({rows}, entries, {self.dim}) and lengths of shape "
                 f"({rows},), got {tuple(keys.shape)}, {tuple(values.shape)} and {tuple(lengths.shape)}"
             )
-        if width and not bool(((lengths >= 0) & (lengths <= width)).all()):
+        checks.floating(keys=keys, values=values)
+        checks.typed(torch.int64, lengths=lengths)
+        if not bool(((lengths >= 0) & (lengths <= width)).all()):
             raise ValueError(f"lengths must be in [0, {width}], got {lengths.tolist()}")
-        device = self.device or keys.device
-        self.cleanup()
-        kept = min(width, self.max_memories)
-        self._prepare(device, 0)
-        ring = self._ring
-        assert ring is not None
-        ring.keys[:, :kept] = keys[:, width - kept :].to(ring.keys)
-        ring.values[:, :kept] = values[:, width - kept :].to(ring.values)
-        ring.cursor.fill_(kept)
-        ring.start.copy_(kept - lengths.clamp(max=kept))
 
     def _configuration(self) -> dict[str, int]:
         names = ("dim", "max_memories", "num_indices", "kv_heads", "spare")

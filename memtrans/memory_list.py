@@ -75,6 +75,11 @@ class KNNMemoryList(list[KNNMemory]):
         layers = {name.split(".", 1)[0] for name in state}
         if layers != {str(index) for index in range(len(self))}:
             raise ValueError(f"state must hold memories 0 to {len(self) - 1}, got {sorted(layers)}")
-        for index, memory in enumerate(self):
-            prefix = f"{index}."
-            memory.load_state_dict({n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)})
+        parts: list[dict[str, Tensor]] = [{} for _ in self]
+        for name, tensor in state.items():
+            index, field = name.split(".", 1)
+            parts[int(index)][field] = tensor
+        for memory, part in zip(self, parts, strict=True):
+            memory.check_state(part)  # all of them before the first is replaced
+        for memory, part in zip(self, parts, strict=True):
+            memory.load_state_dict(part)

@@ -67,14 +67,17 @@ class Ring:
         self.keys_read, self.values_read = _alias(keys), _alias(values)
         self.spare = keys.shape[1] - self.capacity
 
-    def window(self) -> tuple[Tensor, Tensor]:
-        """Which entries the newest M of each row are, old to new (R, M), and their slots (R, M)."""
-        entry = self.cursor[:, None] - self.capacity + torch.arange(self.capacity, device=self.cursor.device)
+    def window(self, newest: int) -> tuple[Tensor, Tensor]:
+        """Which the newest so many entries of each row are, old to new (R, newest), and their slots (R, newest)."""
+        entry = self.cursor[:, None] - newest + torch.arange(newest, device=self.cursor.device)
         return entry, entry % self.keys.shape[1]
 
     def widen(self, spare: int) -> None:
-        """Lays the ring out again with more spare slots; a pending backward keeps the old one."""
-        entry, old_slot = self.window()
+        """Lays the ring out again with more spare slots.
+
+        Entries that are only spare move along: a checkpointed forward that is yet to be recomputed searches them again.
+        """
+        entry, old_slot = self.window(self.capacity + self.spare)
         new_slot = entry % (self.capacity + spare)
 
         def moved(old: Tensor) -> Tensor:
@@ -98,7 +101,8 @@ class MemorySnapshot:
 
     Attributes:
         ring: the storage. rows: (B·G,) int64, the ring rows in scope. start, cursor: (R,) int64, as they stood.
-        ticket: (R,) int64 on the host, the counts as they stood.
+        ticket: (R,) int64 on the host, the counts as they stood. spare: S, as it stood; a ring that was laid out again
+            since has more, but may have dropped what this snapshot sees before that.
     """
 
     ring: Ring
@@ -107,17 +111,18 @@ class MemorySnapshot:
     start: Tensor
     cursor: Tensor
     ticket: Tensor
+    spare: int
 
     @staticmethod
     def take(ring: Ring, rows: Tensor, host_rows: Sequence[int], documents: int) -> MemorySnapshot:
         ticket = ledger_ticket(ring.written, host_rows)
         start, cursor = read_cursors(ring.start, ring.cursor)
-        return MemorySnapshot(ring, rows, documents, start, cursor, ticket)
+        return MemorySnapshot(ring, rows, documents, start, cursor, ticket, ring.spare)
 
     @property
     def ledger(self) -> Ledger:
         """What attention's backward needs to notice that it comes too late."""
-        return Ledger(self.ring.written_read, self.ticket, self.ring.spare)
+        return Ledger(self.ring.written_read, self.ticket, self.spare)
 
     def nearest(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Scores and slots (B, H, N, K) of the nearest keys of query (B, H, N, D)."""

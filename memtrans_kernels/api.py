@@ -23,6 +23,7 @@ def _bind_ring(letters: checks.Letters, keys: Tensor, rows: Tensor, **positions:
     checks.floating(keys=keys)
     checks.typed(torch.int64, rows=rows, **positions)
     checks.same_device(keys.device, rows=rows, **positions)
+    checks.within("rows", rows, 0, letters["R"] - 1)
 
 
 def knn_add_(
@@ -41,7 +42,7 @@ def knn_add_(
 
     Entry `base + j` goes to slot `(base + j) mod (M + S)`, `base` being `at[row]`, or `cursor[row]` without `at`.
     Entries below the cursor are stored already and left alone, so writing the same segment again from its snapshot
-    changes nothing. Finite numbers beyond the ring's dtype saturate; an infinite key stays infinite and is never
+    changes nothing. Numbers beyond the ring's dtype saturate; only an infinite key stays infinite, and is never
     retrieved.
 
     Args:
@@ -76,6 +77,7 @@ def knn_add_(
     checks.floating(values=values, new_keys=new_keys, new_values=new_values)
     checks.typed(torch.int64, count=count)
     checks.same_device(keys.device, values=values, new_keys=new_keys, new_values=new_values, count=count)
+    checks.within("count", count, 0, letters["N"])
     ops.knn_add_(keys, values, cursor, rows, new_keys.detach(), new_values.detach(), count, at, check_name(backend))
 
 
