@@ -1,22 +1,24 @@
 """The memory of a Memorizing Transformer: what a document said so far, behind upstream's interface.
 
-`KNNMemory` owns one layer's ring (`ring.py`) and knows its scope, formats and files; `KNNMemoryList` is one per memorizing
-layer. The search itself is an operator of `memtrans_kernels`. Source: Wu et al. 2022, sections 3.1 and 3.2.
+`KNNMemory` owns one layer's ring (`ring.py`) and knows its scope, formats and files. The search itself is an operator
+of `memtrans_kernels`. Source: Wu et al. 2022, sections 3.1 and 3.2.
 """
 
 from __future__ import annotations
 
+import operator
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from memtrans.ring import MemorySnapshot, Ring
 from memtrans.storage import load_tensors, save_tensors
+from memtrans_kernels import checks
 from memtrans_kernels.backends import check_name
 
 UNUSED: Any = object()  # the default of arguments that upstream has and that mean nothing here
@@ -27,8 +29,8 @@ def warn_unused(**arguments: Any) -> None:
     given = [name for name, value in arguments.items() if value is not UNUSED]
     if given:
         warnings.warn(
-            f"{', '.join(given)}: accepted for compatibility and ignored; the memory lives on the device in one tensor and "
-            "is searched exactly, so there are no files, no processes and no probes to choose",
+            f"{', '.join(given)}: accepted for compatibility and ignored; the memory lives on the device in one tensor "
+            "and is searched exactly, so there are no files, no processes and no probes to choose",
             DeprecationWarning,
             stacklevel=3,
         )
@@ -86,6 +88,9 @@ class KNNMemory:
                 raise ValueError(f"{name} must be at least 1, got {size}")
         if spare < 0:
             raise ValueError(f"spare must be at least 0, got {spare}")
+        for name, given in (("dtype", dtype), ("value_dtype", value_dtype)):
+            if given is not None and not given.is_floating_point:
+                raise TypeError(f"{name} must be floating point, got {given}")
         self.dim, self.max_memories, self.num_indices, self.kv_heads = dim, max_memories, num_indices, kv_heads
         heads = () if kv_heads == 1 else (kv_heads,)
         self.shape = (num_indices, *heads, max_memories, 2, dim)
@@ -159,7 +164,7 @@ class KNNMemory:
         return rows.to(self._ring.keys.device, non_blocking=True)
 
     def _check_indices(self, name: str, indices: Iterable[int]) -> list[int]:
-        indices = list(indices)
+        indices = [operator.index(index) for index in indices]
         if len(set(indices)) != len(indices) or not all(0 <= index < self.num_indices for index in indices):
             raise ValueError(f"{name} must be different numbers in [0, {self.num_indices}), got {indices}")
         return indices
@@ -175,7 +180,7 @@ class KNNMemory:
 
     @contextmanager
     def at_batch_indices(self, indices: Iterable[int]) -> Iterator[KNNMemory]:
-        """Scopes the memory to some documents inside a `with`; the scope before it comes back even after an exception."""
+        """Scopes the memory to some documents inside a `with`; the old scope comes back even after an exception."""
         previous = self.scoped_indices
         self.set_scoped_indices(indices)
         try:
@@ -200,7 +205,8 @@ class KNNMemory:
                 f"memories must have shape {self._described('N, 2')} for {batch} documents in scope, "
                 f"got {tuple(memories.shape)}"
             )
-        pairs = memories.detach().reshape(batch, self.kv_heads, -1, 2, self.dim)
+        checks.floating(memories=memories)
+        pairs = memories.detach().reshape(batch, self.kv_heads, memories.shape[-3], 2, self.dim)
         snapshot = self.snapshot(like=memories, longest=pairs.shape[2])
         snapshot.append(pairs[..., 0, :], pairs[..., 1, :], count)
 
@@ -230,6 +236,14 @@ class KNNMemory:
                 f"got {tuple(queries.shape)}"
             )
         heads = 1 if self.kv_heads == 1 else queries.shape[1]
+        if self.kv_heads > 1 and (queries.dim() < 3 or heads % self.kv_heads):
+            raise ValueError(
+                f"queries must have shape (B, H, ..., D), H a multiple of kv_heads={self.kv_heads}, "
+                f"got {tuple(queries.shape)}"
+            )
+        checks.floating(queries=queries)
+        if topk < 1:
+            raise ValueError(f"topk must be at least 1, got {topk}")
         flat = queries.detach().reshape(batch, heads, -1, self.dim)
         snapshot = self.snapshot(like=queries)
         _, slots = snapshot.nearest(flat, topk)
@@ -274,42 +288,49 @@ class KNNMemory:
         entry, and lengths (R,)."""
         rows = self.num_indices * self.kv_heads
         if self._ring is None:
-            empty = torch.zeros(rows, 0, self.dim, dtype=self.dtype)
-            return {"keys": empty, "values": empty.clone(), "lengths": torch.zeros(rows, dtype=torch.int64)}
+            keys = torch.zeros(rows, 0, self.dim, dtype=self.dtype)
+            values = torch.zeros(rows, 0, self.dim, dtype=self.value_dtype or self.dtype)
+            return {"keys": keys, "values": values, "lengths": torch.zeros(rows, dtype=torch.int64)}
         lengths = self._ring.lengths()
-        _, slot = self._ring.window()
-        slot = slot[:, self.max_memories - int(lengths.max()) :]
+        _, slot = self._ring.window(int(lengths.max()))
         row = torch.arange(rows, device=slot.device)[:, None]
         return {"keys": self._ring.keys[row, slot], "values": self._ring.values[row, slot], "lengths": lengths}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Replaces what the memory holds; of a larger memory's entries it keeps the newest.
 
-        Raises ValueError when the state belongs to another width, batch or number of heads.
+        Raises ValueError or TypeError, and keeps what it held, when the state belongs to another width, batch or number
+        of heads.
         """
+        self.check_state(state)
+        keys, values, lengths = state["keys"], state["values"], state["lengths"]
+        device = self.device or keys.device
+        self.cleanup()
+        self._prepare(device, 0)
+        kept = min(keys.shape[1], self.max_memories)
+        heads = (self.num_indices, self.kv_heads)
+        newest = [tensor[:, tensor.shape[1] - kept :].unflatten(0, heads).to(device) for tensor in (keys, values)]
+        with self.at_batch_indices(range(self.num_indices)):
+            snapshot = self.snapshot().append(*newest)
+        snapshot.ring.start.copy_(kept - lengths.clamp(max=kept))
+
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
         rows = self.num_indices * self.kv_heads
         missing = {"keys", "values", "lengths"} - set(state)
         if missing:
             raise ValueError(f"state must hold keys, values and lengths, got none of {sorted(missing)}")
         keys, values, lengths = state["keys"], state["values"], state["lengths"]
         width = keys.shape[1] if keys.dim() == 3 else 0
-        if tuple(keys.shape) != (rows, width, self.dim) or values.shape != keys.shape or tuple(lengths.shape) != (rows,):
+        expected = (rows, width, self.dim)
+        if tuple(keys.shape) != expected or values.shape != keys.shape or tuple(lengths.shape) != (rows,):
             raise ValueError(
-                f"state must hold keys and values of shape ({rows}, entries, {self.dim}) and lengths of shape ({rows},), "
-                f"got {tuple(keys.shape)}, {tuple(values.shape)} and {tuple(lengths.shape)}"
+                f"state must hold keys and values of shape ({rows}, entries, {self.dim}) and lengths of shape "
+                f"({rows},), got {tuple(keys.shape)}, {tuple(values.shape)} and {tuple(lengths.shape)}"
             )
-        if width and not bool(((lengths >= 0) & (lengths <= width)).all()):
+        checks.floating(keys=keys, values=values)
+        checks.typed(torch.int64, lengths=lengths)
+        if not bool(((lengths >= 0) & (lengths <= width)).all()):
             raise ValueError(f"lengths must be in [0, {width}], got {lengths.tolist()}")
-        device = self.device or keys.device
-        self.cleanup()
-        kept = min(width, self.max_memories)
-        self._prepare(device, 0)
-        ring = self._ring
-        assert ring is not None
-        ring.keys[:, :kept] = keys[:, width - kept :].to(ring.keys)
-        ring.values[:, :kept] = values[:, width - kept :].to(ring.values)
-        ring.cursor.fill_(kept)
-        ring.start.copy_(kept - lengths.clamp(max=kept))
 
     def _configuration(self) -> dict[str, int]:
         names = ("dim", "max_memories", "num_indices", "kv_heads", "spare")
@@ -341,69 +362,3 @@ class KNNMemory:
         if pickled["state"] is not None:
             self._prepare(pickled["device"], 0)
             self.load_state_dict(pickled["state"])
-
-
-MemoryType = TypeVar("MemoryType", bound="KNNMemoryList")
-
-
-class KNNMemoryList(list[KNNMemory]):
-    """One `KNNMemory` per memorizing layer; clearing, scoping and saving speak of all of them.
-
-    >>> memories = KNNMemoryList.create_memories(batch_size=2, num_memory_layers=3)(dim=8, max_memories=16)
-    >>> len(memories), memories[0].num_indices
-    (3, 2)
-    """
-
-    @classmethod
-    def create_memories(
-        cls: type[MemoryType], *, batch_size: int, num_memory_layers: int, memories_directory: Any = UNUSED
-    ) -> Callable[..., MemoryType]:
-        """Returns a function that takes `KNNMemory`'s arguments and makes `num_memory_layers` memories.
-
-        memories_directory: accepted and ignored, with a DeprecationWarning.
-        """
-        warn_unused(memories_directory=memories_directory)
-
-        def create(*args: Any, **kwargs: Any) -> MemoryType:
-            return cls(KNNMemory(*args, num_indices=batch_size, **kwargs) for _ in range(num_memory_layers))
-
-        return create
-
-    @contextmanager
-    def at_batch_indices(self, indices: Iterable[int]) -> Iterator[KNNMemoryList]:
-        """Scopes every memory to some documents inside a `with`."""
-        indices = list(indices)
-        with ExitStack() as stack:
-            for memory in self:
-                stack.enter_context(memory.at_batch_indices(indices))
-            yield self
-
-    def clear_memory(
-        self, batch_indices: int | Sequence[int] | None = None, memory_indices: Iterable[int] | None = None
-    ) -> None:
-        """Forgets documents (all by default), counted absolutely, in the memories named (all by default)."""
-        for index in range(len(self)) if memory_indices is None else memory_indices:
-            self[index].clear(batch_indices)
-
-    def clear_rows(self, mask: Tensor) -> None:
-        """Forgets the documents in scope where mask (B,) bool, on the device, is True. No host round trip."""
-        for memory in self:
-            memory.clear_rows(mask)
-
-    def cleanup(self) -> None:
-        """Frees the storage of every memory."""
-        for memory in self:
-            memory.cleanup()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Copies of what the memories hold, names prefixed by the layer's place in the list."""
-        return {f"{index}.{name}": tensor for index, memory in enumerate(self) for name, tensor in memory.state_dict().items()}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Replaces what the memories hold. Raises ValueError when the state is of another number of layers or shape."""
-        layers = {name.split(".", 1)[0] for name in state}
-        if layers != {str(index) for index in range(len(self))}:
-            raise ValueError(f"state must hold memories 0 to {len(self) - 1}, got {sorted(layers)}")
-        for index, memory in enumerate(self):
-            prefix = f"{index}."
-            memory.load_state_dict({n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)})

@@ -1,16 +1,17 @@
 """The ring that holds one layer's memory: the one owner of keys, values, cursors and host counts.
 
-Entry i of a row lives in slot i mod (M + S). Visible to a search are the entries [max(start, cursor - M), cursor); the S spare
-slots keep what a forward pass retrieved readable for its backward, until S more entries were added. Clearing moves `start`;
-nothing is rewritten. Nothing here asks the device for a value, so nothing here waits for it.
+Entry i of a row lives in slot i mod (M + S). Visible to a search are the entries [max(start, cursor - M), cursor); the
+S spare slots keep what a forward pass retrieved readable for its backward, until S more entries were added. Clearing
+moves `start`; nothing is rewritten. Nothing here asks the device for a value, so nothing here waits for it.
 
     keys, values   (R, M + S, D)  written by `knn_add_` alone
     cursor, start  (R,) int64     on the device
     written        (R,) int64     on the host: entries ever given to each row
 
-`keys_read`, `values_read` and `written_read` are the same memory behind a tensor of its own (through DLPack), with a version
-counter of its own. Readers hold these. Autograd would otherwise refuse a backward pass after an add, and torch.compile would
-copy the whole memory to keep the old contents for it; the spare slots and the host counts are what makes reading them safe.
+`keys_read`, `values_read` and `written_read` are the same memory behind a tensor of its own (through DLPack), with a
+version counter of its own. Readers hold these. Autograd would otherwise refuse a backward pass after an add, and
+torch.compile would copy the whole memory to keep the old contents for it; the spare slots and the host counts are what
+makes reading them safe.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from memtrans_kernels import Ledger, knn_add_, knn_search, ledger_advance_, ledger_ticket
+from memtrans_kernels import Ledger, knn_add_, knn_search, ledger_advance_, ledger_ticket, read_cursors
 from memtrans_kernels.backends import implements
 
 
@@ -66,14 +67,17 @@ class Ring:
         self.keys_read, self.values_read = _alias(keys), _alias(values)
         self.spare = keys.shape[1] - self.capacity
 
-    def window(self) -> tuple[Tensor, Tensor]:
-        """Which entries the newest M of each row are, old to new (R, M), and their slots (R, M)."""
-        entry = self.cursor[:, None] - self.capacity + torch.arange(self.capacity, device=self.cursor.device)
+    def window(self, newest: int) -> tuple[Tensor, Tensor]:
+        """Which the newest so many entries of each row are, old to new (R, newest), and their slots (R, newest)."""
+        entry = self.cursor[:, None] - newest + torch.arange(newest, device=self.cursor.device)
         return entry, entry % self.keys.shape[1]
 
     def widen(self, spare: int) -> None:
-        """Lays the ring out again with more spare slots; a pending backward keeps the old one."""
-        entry, old_slot = self.window()
+        """Lays the ring out again with more spare slots.
+
+        Entries that are only spare move along: a checkpointed forward that is yet to be recomputed searches them again.
+        """
+        entry, old_slot = self.window(self.capacity + self.spare)
         new_slot = entry % (self.capacity + spare)
 
         def moved(old: Tensor) -> Tensor:
@@ -92,12 +96,13 @@ class Ring:
 class MemorySnapshot:
     """A memory as one forward pass sees it: the cursors are read once, whatever is added later.
 
-    Searching and adding through a snapshot can be repeated (activation checkpointing recomputes the forward): it finds the
-    same neighbours and stores the same entries in the same slots.
+    Searching and adding through a snapshot can be repeated (activation checkpointing recomputes the forward): it finds
+    the same neighbours and stores the same entries in the same slots.
 
     Attributes:
         ring: the storage. rows: (B·G,) int64, the ring rows in scope. start, cursor: (R,) int64, as they stood.
-        ticket: (R,) int64 on the host, the counts as they stood.
+        ticket: (R,) int64 on the host, the counts as they stood. spare: S, as it stood; a ring that was laid out again
+            since has more, but may have dropped what this snapshot sees before that.
     """
 
     ring: Ring
@@ -106,16 +111,18 @@ class MemorySnapshot:
     start: Tensor
     cursor: Tensor
     ticket: Tensor
+    spare: int
 
     @staticmethod
     def take(ring: Ring, rows: Tensor, host_rows: Sequence[int], documents: int) -> MemorySnapshot:
         ticket = ledger_ticket(ring.written, host_rows)
-        return MemorySnapshot(ring, rows, documents, ring.start.clone(), ring.cursor.clone(), ticket)
+        start, cursor = read_cursors(ring.start, ring.cursor)
+        return MemorySnapshot(ring, rows, documents, start, cursor, ticket, ring.spare)
 
     @property
     def ledger(self) -> Ledger:
         """What attention's backward needs to notice that it comes too late."""
-        return Ledger(self.ring.written_read, self.ticket, self.ring.spare)
+        return Ledger(self.ring.written_read, self.ticket, self.spare)
 
     def nearest(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Scores and slots (B, H, N, K) of the nearest keys of query (B, H, N, D)."""
@@ -135,9 +142,7 @@ class MemorySnapshot:
         groups = keys.shape[1]
         count = None if count is None else count.repeat_interleave(groups)
         backend = ring.backend if implements("knn_add_", ring.backend) else "auto"
-        knn_add_(
-            ring.keys, ring.values, ring.cursor, self.rows, keys, values, count, at=self.cursor, backend=backend
-        )
+        knn_add_(ring.keys, ring.values, ring.cursor, self.rows, keys, values, count, at=self.cursor, backend=backend)
         added = torch.full_like(self.rows, length) if count is None else count
         cursor = self.cursor.index_add(0, self.rows, added)
         return replace(self, cursor=cursor, ticket=ledger_advance_(ring.written, self.ticket, length))

@@ -1,8 +1,8 @@
 """Backend name -> implementation of an operator; available, or why not.
 
-`auto` takes the fastest that can run on the tensors at hand: the first live one in the order of IMPLEMENTATIONS. A named
-backend raises with the reason where it cannot run. `MEMTRANS_BACKEND` stands in for `auto`; operators that the named
-backend does not implement at all stay on `auto`.
+`auto` takes the fastest that can run on the tensors at hand: the first live one in the order of IMPLEMENTATIONS. A
+named backend raises with the reason where it cannot run. `MEMTRANS_BACKEND` stands in for `auto`; operators that the
+named backend does not implement at all stay on `auto`.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Implementation(NamedTuple):
         return self.missing()
 
 
-def _reference(function: str) -> Implementation:
-    return Implementation("reference", "memtrans_kernels.reference", function, ("cpu", "cuda"))
+def _reference(function: str, devices: tuple[str, ...] = ("cpu", "cuda")) -> Implementation:
+    return Implementation("reference", "memtrans_kernels.reference", function, devices)
 
 
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
@@ -56,7 +56,7 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
         Implementation("native", "memtrans_kernels.native", "knn_add_", ("cpu",), _native_missing),
         _reference("knn_add_"),
     ),
-    "knn_search": (_reference("knn_search"),),
+    "knn_search": (_reference("knn_search_on_host", ("cpu",)), _reference("knn_search", ("cuda",))),
     "cosine": (_reference("cosine"),),
     "cosine_backward": (_reference("cosine_backward"),),
     "memory_attention": (_reference("memory_attention"),),

@@ -58,6 +58,14 @@ def same_device(device: torch.device, **tensors: Tensor | None) -> None:
             raise ValueError(f"{name} must be on {device} like the other tensors, got {tensor.device}")
 
 
+def within(name: str, tensor: Tensor | None, low: int, high: int) -> None:
+    """Refuses numbers outside [low, high], on the CPU alone: on a GPU looking at a value is a host round trip."""
+    if tensor is None or tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if bool(((tensor < low) | (tensor > high)).any()):
+        raise ValueError(f"{name} must be in [{low}, {high}], got {tensor.tolist()}")
+
+
 def divides(divisor: int, divisor_name: str, number: int, number_name: str) -> None:
     """Refuses a `number` that is no positive multiple of `divisor`."""
     if divisor <= 0 or number % divisor:

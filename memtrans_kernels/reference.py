@@ -24,11 +24,9 @@ def arithmetic_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def saturate(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Casts; what is beyond the largest number of `dtype` becomes that number. NaN stays NaN."""
+    """Casts; what is beyond the largest number of `dtype`, infinity too, becomes that number. NaN stays NaN."""
     limit = torch.finfo(dtype).max
-    if torch.finfo(tensor.dtype).max > limit:
-        tensor = tensor.clamp(-limit, limit)
-    return tensor.to(dtype)
+    return tensor.to(dtype).clamp(-limit, limit)
 
 
 def knn_add_(
@@ -88,7 +86,8 @@ def knn_search(
             row = rows[b * groups + g]
             row_keys, row_slots, visible = _oldest_first(keys, row, start, cursor, capacity)
             row_query = query[b, of_group].reshape(-1, dim).to(keys.dtype).to(dtype)
-            parts = [_best(part, row_keys.to(dtype), visible, k) for part in row_query.split(block)]
+            first, wide_keys = _first_equal(row_keys), row_keys.to(dtype)
+            parts = [_best(part, wide_keys, first, visible, k) for part in row_query.split(block)]
             best, order = (torch.cat(part) for part in zip(*parts, strict=True))
             found = order >= 0
             row_slots = torch.where(found, row_slots[order.clamp(min=0)], -1).to(torch.int32)
@@ -96,6 +95,14 @@ def knn_search(
             scores[b, of_group, :, :width] = best.reshape(-1, length, width)
             slots[b, of_group, :, :width] = row_slots.reshape(-1, length, width)
     return scores, slots
+
+
+def knn_search_on_host(
+    query: Tensor, keys: Tensor, rows: Tensor, start: Tensor, cursor: Tensor, capacity: int, k: int
+) -> tuple[Tensor, Tensor]:
+    """The same where looking at a length costs nothing: scores no more entries than the fullest row holds."""
+    longest = int((cursor - start)[rows].max()) if rows.numel() else 0
+    return knn_search(query, keys, rows, start, cursor, max(1, min(capacity, longest)), k)
 
 
 def _oldest_first(
@@ -109,9 +116,26 @@ def _oldest_first(
     return row_keys, slot, visible
 
 
-def _best(query: Tensor, row_keys: Tensor, visible: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Scores and positions (Q, min(K, M)) of the best keys; position -1 and score -inf where there is none."""
-    scores = query @ row_keys.T + 0.0  # + 0.0 makes -0.0 equal to 0.0
+def _first_equal(row_keys: Tensor) -> Tensor:
+    """For each key (M, D) the position of the oldest one equal to it (M,); no sizes that depend on the data."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[row_keys.element_size()]
+    bits = (row_keys + 0.0).view(integers).long()  # + 0.0 makes -0.0 equal to 0.0
+    factors = torch.full_like(bits[0], 6364136223846793005).cumprod(dim=0)  # Knuth's MMIX multiplier; int64 wraps
+    hashes, order = (bits * factors).sum(dim=-1).sort(stable=True)
+    position = torch.arange(len(order), device=order.device)
+    changed = torch.ones_like(position, dtype=torch.bool)
+    changed[1:] = hashes[1:] != hashes[:-1]
+    of_run = order[torch.where(changed, position, 0).cummax(dim=0).values]
+    first = torch.empty_like(order).scatter_(0, order, of_run)
+    return torch.where((row_keys[first] == row_keys).all(dim=-1), first, position)  # two keys may share a hash
+
+
+def _best(query: Tensor, row_keys: Tensor, first: Tensor, visible: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Scores and positions (Q, min(K, M)) of the best keys; position -1 and score -inf where there is none.
+
+    A matrix product rounds by where in it a column stands, so equal keys share the score of the first of them.
+    """
+    scores = (query @ row_keys.T).index_select(-1, first) + 0.0
     scores = scores.masked_fill(~visible | scores.isnan(), -torch.inf)
     k = min(k, scores.shape[-1])
     if scores.dtype == torch.float64:
@@ -185,7 +209,7 @@ def memory_attention(
     weights = (logits - _finite(lse)[..., None]).exp()  # (B, H, N, K + L)
     if dropout_p > 0.0:
         assert seed is not None
-        weights = weights * keep_mask(seed, dropout_p, tuple(weights.shape)) / (1.0 - dropout_p)
+        weights = weights * keep_mask(seed, dropout_p, weights.shape) / (1.0 - dropout_p)
     to_memory, to_local = weights.split([slots.shape[-1], key.shape[-2]], dim=-1)
     gathered = _gather(memory_values, rows, slots, dtype)  # (B, H, N, K, D)
     out = _weighted_sum(to_local, value, dtype) + torch.einsum("bhnk,bhnkd->bhnd", to_memory, gathered)
@@ -226,7 +250,7 @@ def memory_attention_backward(
     factor = torch.ones_like(weights)
     if dropout_p > 0.0:
         assert seed is not None
-        factor = keep_mask(seed, dropout_p, tuple(weights.shape)).to(dtype) / (1.0 - dropout_p)
+        factor = keep_mask(seed, dropout_p, weights.shape).to(dtype) / (1.0 - dropout_p)
 
     sizes = [slots.shape[-1], key.shape[-2]]
     gathered = _gather(memory_values, rows, slots, dtype)
@@ -281,7 +305,7 @@ def _joint_logits(
 
 
 def _distance(length: int, local_keys: int, device: torch.device) -> Tensor:
-    """How far behind its query a local key stands (N, L): negative in the future; the cache comes before the segment."""
+    """How far behind its query a local key stands (N, L): negative in the future; the cache comes first."""
     query_position = torch.arange(local_keys - length, local_keys, device=device)
     return query_position[:, None] - torch.arange(local_keys, device=device)
 
@@ -321,7 +345,8 @@ def _gather(memory: Tensor, rows: Tensor, slots: Tensor, dtype: torch.dtype) -> 
 def _grad_bias_table(grad_local: Tensor, bias_table: Tensor) -> Tensor:
     """Sums the gradients of all (query, key) pairs at the same distance; future keys have none."""
     distances = bias_table.shape[-1]
-    distance = _distance(*grad_local.shape[-2:], grad_local.device).clamp(0, distances - 1)
+    length, local_keys = grad_local.shape[-2:]
+    distance = _distance(length, local_keys, grad_local.device).clamp(0, distances - 1)
     per_head = grad_local.sum(dim=0).flatten(1)  # (H, N·L)
     table = per_head.new_zeros(per_head.shape[0], distances).index_add(1, distance.flatten(), per_head)
     return table.to(bias_table.dtype)

@@ -14,6 +14,7 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float, name: str =
     """The largest difference, relative to the largest expected number (at least 1), stays below `tolerance`."""
     assert actual.shape == expected.shape, f"{name}: {tuple(actual.shape)} against {tuple(expected.shape)}"
     assert actual.isfinite().all(), f"{name} is not finite"
+    actual, expected = actual.detach(), expected.detach()
     scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
     error = float((actual.double() - expected.double()).abs().max()) / scale if expected.numel() else 0.0
     assert error <= tolerance, f"{name}: off by {error:.3g}, allowed {tolerance:.3g}"
@@ -35,7 +36,8 @@ def assert_nearest(query: Tensor, keys: Tensor, order: Tensor, scores: Tensor, k
     bound = score_error_bound(query, keys)
     found = order >= 0
     expected = min(k, keys.shape[0])
-    assert (found.sum(-1) == expected).all() and found[:, :expected].all()
+    assert (found.sum(-1) == expected).all()
+    assert found[:, :expected].all()
     assert (scores[~found] == -torch.inf).all()
     if expected == 0:
         return
@@ -46,7 +48,21 @@ def assert_nearest(query: Tensor, keys: Tensor, order: Tensor, scores: Tensor, k
     assert (got >= kth - 2 * bound.amax(-1, keepdim=True)).all(), "a nearer key was missed"
     assert ((scores - got).abs() <= allowed).all(), "a score is not its key's"
     assert (scores.diff(dim=-1) <= 0).all(), "not best first"
-    for row, (positions, row_scores) in enumerate(zip(order.tolist(), scores.tolist(), strict=True)):
-        for a, b, score_a, score_b in zip(positions, positions[1:], row_scores, row_scores[1:], strict=False):
-            if torch.equal(keys[a], keys[b]):
-                assert score_a == score_b and a < b, f"query {row}: equal keys {a} and {b} are not older first"
+    equal = (keys[order[:, :-1]] == keys[order[:, 1:]]).all(dim=-1)  # (Q, K - 1), neighbours in rank
+    assert (~equal | (scores.diff(dim=-1) == 0)).all(), "equal keys have different scores"
+    assert (~equal | (order.diff(dim=-1) > 0)).all(), "equal keys are not older first"
+
+
+def assert_older_first(keys: Tensor, order: Tensor) -> None:
+    """Of keys (M, D), old to new, that are equal bit for bit, order (Q, K) holds the oldest, and those in order."""
+    equals: dict[bytes, list[int]] = {}
+    bits = [row.tobytes() for row in keys.contiguous().view(torch.uint8).numpy()]
+    for position, key in enumerate(bits):
+        equals.setdefault(key, []).append(position)
+    for query, positions in enumerate(order.tolist()):
+        found: dict[bytes, list[int]] = {}
+        for position in positions:
+            if position >= 0:
+                found.setdefault(bits[position], []).append(position)
+        for key, got in found.items():
+            assert got == equals[key][: len(got)], f"query {query}: of the equal keys {equals[key]} it got {got}"

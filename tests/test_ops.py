@@ -1,0 +1,66 @@
+"""The registered operators keep torch's rules: schemas, fakes, gradients and functionalisation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import CAPACITY, NEIGHBOURS, attention_inputs, ring
+
+ops = torch.ops.memtrans
+
+
+def _ring_write():
+    state = ring()
+    del state["start"]
+    new_keys, new_values = torch.randn(2, 2, 2, 3, 8)
+    return (*state.values(), new_keys, new_values, torch.tensor([3, 0, 2, 1]), state["cursor"].clone())
+
+
+def _search():
+    state = ring()
+    arguments = (state["keys"], state["rows"], state["start"], state["cursor"], CAPACITY, NEIGHBOURS)
+    return (torch.randn(2, 4, 5, 8), *arguments)
+
+
+def _cosine():
+    return torch.randn(2, 4, 5, 8, requires_grad=True), torch.randn(2, 2, 7, 8, requires_grad=True)
+
+
+def _attention():
+    inputs = attention_inputs(local_length=True)
+    order = ("bias_table", "bias_dense", "memory_offset", "local_length")
+    first = [tensor for name, tensor in inputs.items() if name not in order]
+    return (*first, *(inputs.get(name) for name in order), 0.2, torch.tensor(7))
+
+
+def _attention_backward():
+    *tensors, dropout_p, seed = (x.detach() if isinstance(x, torch.Tensor) else x for x in _attention())
+    out, lse = ops.memory_attention(*tensors, dropout_p, seed)
+    written, ticket = torch.tensor([9] * 5), torch.tensor([7] * 5)
+    return (torch.randn_like(out), torch.randn_like(lse), out, lse, *tensors, seed, written, ticket, dropout_p, 4)
+
+
+CASES = {
+    "knn_add_": _ring_write,
+    "knn_search": _search,
+    "cosine": _cosine,
+    "cosine_backward": lambda: (*(t.detach() for t in _cosine()), *(t.detach() for t in _cosine())),
+    "memory_attention": _attention,
+    "memory_attention_backward": _attention_backward,
+    "read_cursors": lambda: (torch.tensor([3, 4, 5]), torch.tensor([6, 6, 6])),
+    "ledger_ticket": lambda: (torch.tensor([3, 4, 5]), [0, 2]),
+    "ledger_advance_": lambda: (torch.tensor([3, 4, 5]), torch.tensor([3, 4, 4]), 6),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_opcheck(name):
+    torch.manual_seed(0)
+    torch.library.opcheck(getattr(ops, name), CASES[name]())
+
+
+def test_every_operator_is_checked():
+    registered = {
+        name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "memtrans::" in name
+    }
+    assert {name for name in registered if not name.startswith("native_")} == set(CASES)
