@@ -1,9 +1,10 @@
 """Checkpoints: safetensors for tensors, JSON for everything else, nothing that executes when read.
 
-A checkpoint is a directory. `checkpoint.json` is the checkpoint: it names the tensor files that belong to it, with their
-SHA-256. A new checkpoint first writes tensor files of its own under new names and forces them to disk; renaming the new
-`checkpoint.json` over the old one is the one moment at which the new checkpoint takes the place of the old; files that no
-`checkpoint.json` names are then removed. So a kill or a full disk at any moment leaves a whole checkpoint.
+A checkpoint is a directory. `checkpoint.json` is the checkpoint: it names the tensor files that belong to it, with
+their SHA-256. A new checkpoint first writes tensor files of its own under new names and forces them to disk;
+renaming the new `checkpoint.json` over the old one is the one moment at which the new checkpoint takes the place of
+the old; files that no `checkpoint.json` names are then removed. So a kill or a full disk at any moment leaves a
+whole checkpoint.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """`python -m memtrans train | eval | info`.
 
-Bad input ends with one line on standard error and exit status 2; Ctrl-C with 130, after a checkpoint; a loss that is not finite or
-a disk that is full with 1, and the last good checkpoint is kept. The last line of `train` and `eval` on standard output is one
-JSON object.
+Bad input ends with one line on standard error and exit status 2; Ctrl-C with 130, after a checkpoint; a loss that
+is not finite or a disk that is full with 1, and the last good checkpoint is kept. The last line of `train` and
+`eval` on standard output is one JSON object.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     train.description = "Trains a model on documents read from beginning to end, with a memory of each."
     train.epilog = "A preset sets every option; options that are given override it."
     train.add_argument("--preset", choices=sorted(PRESETS), default="demo", help="set of values to begin with (demo)")
-    train.add_argument("--out", type=Path, help="directory of the run (default: the first free of runs/PRESET, -2, ...)")
+    train.add_argument(
+        "--out", type=Path, help="directory of the run (default: the first free of runs/PRESET, -2, ...)"
+    )
     train.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     train.add_argument("--plain", action="store_true", help="lines instead of a progress bar")
     _add_settings(train, [field.name for field in dataclasses.fields(Settings)])

@@ -2,8 +2,9 @@
 
 Shapes: B rows of the batch, N tokens of a segment. A token is a byte; byte 0 is a byte like any other.
 
-`Corpus` (see `sources.py`) holds documents that exist; an *order* says which document a row takes next: `Shuffled` documents,
-`RandomWindows` cut from them (upstream's way), or `recall.RecallDocuments`, made on the fly. `DocumentStream` walks any of them.
+`Corpus` (see `sources.py`) holds documents that exist; an *order* says which document a row takes next: `Shuffled`
+documents, `RandomWindows` cut from them (upstream's way), or `recall.RecallDocuments`, made on the fly.
+`DocumentStream` walks any of them.
 """
 
 from __future__ import annotations
@@ -81,7 +82,13 @@ class Batch:
 
         distances = None if self.distances is None else moved(self.distances)
         return Batch(
-            moved(self.tokens), moved(self.labels), moved(self.lengths), moved(self.fresh), distances, self.scored, self.real
+            moved(self.tokens),
+            moved(self.labels),
+            moved(self.lengths),
+            moved(self.fresh),
+            distances,
+            self.scored,
+            self.real,
         )
 
 
@@ -154,7 +161,8 @@ class Shuffled:
 class RandomWindows:
     """Upstream's way: windows of `length` bytes from random places, each a document of its own.
 
-    A place is drawn evenly over all bytes at which a whole window begins; a document shorter than a window is one window.
+    A place is drawn evenly over all bytes at which a whole window begins; a document shorter than a window is one
+    window.
 
     >>> windows = RandomWindows([Document.of("digits", bytes(range(10)))], length=4, seed=0)
     >>> len(windows.document(7))
@@ -191,8 +199,8 @@ class _Row:
 class DocumentStream:
     """Batches in which every row walks its own documents in order; a row that ends one takes the next free one.
 
-    A document's last byte is only a label. Its last segment is padded. The position is two numbers a row, so that a stream
-    that loads the state of another one continues with the same batches.
+    A document's last byte is only a label. Its last segment is padded. The position is two numbers a row, so that a
+    stream that loads the state of another one continues with the same batches.
 
     Args:
         order: what the rows take. batch: B. segment: N.

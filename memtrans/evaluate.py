@@ -97,7 +97,9 @@ def evaluate_both(
 ) -> dict[str, Any]:
     """The same held-out bytes with the memory and with retrieval off, as they stand in reports."""
     on, off = (
-        evaluate(model, held_out_stream(documents, batch, segment), most_bytes, retrieval=retrieval, on_segment=on_segment)
+        evaluate(
+            model, held_out_stream(documents, batch, segment), most_bytes, retrieval=retrieval, on_segment=on_segment
+        )
         for retrieval in (True, False)
     )
     report: dict[str, Any] = {

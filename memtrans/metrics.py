@@ -1,4 +1,4 @@
-"""The record of a run: one JSON object a line, in the order of its steps, cut back to a checkpoint when a run resumes."""
+"""The record of a run: a JSON object a line, in the order of its steps, cut back to the checkpoint it resumes from."""
 
 from __future__ import annotations
 

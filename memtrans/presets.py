@@ -1,7 +1,7 @@
 """What a training run is made of, and the sets of values that have a name.
 
-`Settings` is the one owner of every option: the command line makes its options from these fields and their help, a checkpoint
-keeps them as JSON, and the model, the data and the loop are built from them.
+`Settings` is the one owner of every option: the command line makes its options from these fields and their help, a
+checkpoint keeps them as JSON, and the model, the data and the loop are built from them.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ class Settings:
     device: str = _option("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU where there is one")
     dtype: str = _option("float32", "what matrix products compute in", choices=DTYPES)
     seed: int = _option(0, "seed of weights, dropout and the order of the data", at_least=0)
-    near_steps: int = _option(0, "recall: steps for which documents ask near questions only, before far ones", at_least=0)
+    near_steps: int = _option(
+        0, "recall: steps for which documents ask near questions only, before far ones", at_least=0
+    )
     eval_bytes: int = _option(65536, "held-out bytes to evaluate on, with and without the memory", at_least=1)
     eval_every: int = _option(0, "steps between evaluations; 0 for one at the end", at_least=0)
     checkpoint_every: int = _option(250, "steps between checkpoints", at_least=1)
@@ -96,7 +98,8 @@ class Settings:
         unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
         if unknown:
             raise ValueError(f"settings must be those of this version, got {sorted(unknown)}")
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        fields: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in values.items()}
+        return cls(**fields)
 
 
 def _check(name: str, value: Any, limits: Mapping[str, Any]) -> None:
@@ -130,7 +133,7 @@ PRESETS: dict[str, Settings] = {
     # Two layers, one memory head: the first gathers a name's letters, the second finds where they stood. See recall.py.
     "recall": Settings(
         data="recall",
-        steps=1200,
+        steps=800,
         batch=16,
         segment=128,
         layers=2,
@@ -147,7 +150,7 @@ PRESETS: dict[str, Settings] = {
         learning_rate=4e-3,
         final_rate=0.05,
         weight_decay=0.0,
-        near_steps=480,
+        near_steps=200,
         eval_bytes=65536,
     ),
     # The set-up of memorizing-transformers-pytorch's own train.py: 16 documents, 5 segments of 512 tokens a step.

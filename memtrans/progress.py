@@ -52,7 +52,8 @@ class Progress:
 
 
 class Interruption:
-    """Inside a `with`, the first Ctrl-C only sets `heard`, so that nothing is left half done; the second one stops at once.
+    """Inside a `with`, the first Ctrl-C only sets `heard`, so that nothing is left half done; the second one stops
+    at once.
 
     Does nothing outside of the main thread, where signals cannot be heard.
     """

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from memtrans.attention import LocalContext
 from memtrans.data import Batch
 from memtrans.transformer import MemorizingTransformer
 
@@ -31,11 +32,10 @@ class DocumentReader:
         smallest = {} if retrieval else {"max_memories": 1}  # a memory that stays empty need not be searched at length
         self.memories = model.create_knn_memories(batch_size=batch, device=device, spare=spare, **smallest)
         groups = () if model.kv_heads == 1 else (model.kv_heads,)
-        attentions = [model.layers[layer - 1][0].fn for layer in model.xl_memory_layers]
-        self.xl_capacity = max((attention.xl_max_memories for attention in attentions), default=0)
-        self.xl_memories = [
-            torch.zeros(batch, *groups, self.xl_capacity, 2, model.dim_head, device=device) for _ in attentions
-        ]
+        attentions = [module for module in model.modules() if isinstance(module, LocalContext)]
+        self.xl_capacity = max(attention.xl_max_memories for attention in attentions)
+        size = (batch, *groups, self.xl_capacity, 2, model.dim_head)
+        self.xl_memories = [torch.zeros(size, device=device) for _ in model.xl_memory_layers]
         self.xl_length = torch.zeros(batch, dtype=torch.int64, device=device)
 
     def read(self, batch: Batch) -> Tensor:

@@ -1,12 +1,12 @@
 """A task that only a memory can do: facts stated once and asked for thousands of bytes later.
 
-A document is a row of statements `ab=x;` and questions `ab?x;`. Names are drawn without repetition, values at random, and each
-fact is asked for once, so nothing but the one statement tells the answer. Only the answers are scored: the byte after each `?`.
-How many bytes ago the fact was stated is kept with every question.
+A document is a row of statements `ab=x;` and questions `ab?x;`. Names are drawn without repetition, values at
+random, and each fact is asked for once, so nothing but the one statement tells the answer. Only the answers are
+scored: the byte after each `?`. How many bytes ago the fact was stated is kept with every question.
 
-The first documents are short and ask soon (within reach of local attention): what a layer learns there about finding a name is
-what its memory needs too, because both share queries and keys. Without them no answer is ever found among thousands of
-entries, and nothing is learnt.
+The first documents are short and ask soon (within reach of local attention): what a layer learns there about
+finding a name is what its memory needs too, because both share queries and keys. Without them no answer is ever
+found among thousands of entries, and nothing is learnt.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class RecallTask:
     length: int = 4500
     near_share: float = 0.3
     far_share: float = 0.45
-    near: tuple[int, int] = (5, 100)
+    near: tuple[int, int] = (5, 30)
     far: tuple[int, int] = (FAR, 3000)
     near_documents: int = 0
     near_length: int = 1024

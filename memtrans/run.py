@@ -1,8 +1,8 @@
 """A training run in a directory: what is reported, drawn, evaluated and saved when, and how it goes on after a stop.
 
-    OUT/metrics.jsonl   a line every `log_every` steps and at every evaluation
-    OUT/loss.png        its curves
-    OUT/checkpoint/     see `checkpoint.py`
+OUT/metrics.jsonl   a line every `log_every` steps and at every evaluation
+OUT/loss.png        its curves
+OUT/checkpoint/     see `checkpoint.py`
 """
 
 from __future__ import annotations

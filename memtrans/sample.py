@@ -1,4 +1,4 @@
-"""A look at the memory at work: for a few tokens, the text around the token and around what the memory retrieved for it."""
+"""A look at the memory at work: the text around a few tokens and around what the memory retrieved for them."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Retrieved:
 class _Spy:
     """Keeps the nearest entry of each query of a memory layer: places of entries and scores, (H, N) each.
 
-    A document that is read from its beginning into an empty memory stores its token at place i as entry i, so an entry's
-    number is the place of the text that it came from.
+    A document that is read from its beginning into an empty memory stores its token at place i as entry i, so an
+    entry's number is the place of the text that it came from.
     """
 
     def __init__(self) -> None:
@@ -65,15 +65,16 @@ def sample_retrievals(
         documents: the longest is read, at most 16384 bytes of it. segment: N. tokens: how many to show.
 
     Returns:
-        One for each token; none where the model has no memory or the document ends with its first segment.
+        One for each token; none where none is wanted, the model has no memory or the document ends with its first
+        segment.
     """
-    if not model.memorizing_layers:
+    if tokens < 1 or not model.memorizing_layers:
         return []
     longest = max(documents, key=len)
     distances = None if longest.distances is None else longest.distances[:LONGEST]
     document = Document(longest.name, longest.content[:LONGEST], distances)
     spy = _Spy()
-    attention = model.layers[model.memorizing_layers[0] - 1][0].fn
+    attention = next(module for module in model.modules() if isinstance(module, KNNAttention))
     handle = attention.register_forward_pre_hook(spy, with_kwargs=True)
     was_training = model.training
     model.eval()

@@ -42,11 +42,12 @@ def load_corpus(data: str) -> Corpus:
     """Reads all documents of a source and holds some out, always the same ones.
 
     Args:
-        data: `stdlib`; or a file (.gz, .xz and .zip are unpacked), or a directory, whose text files are documents in path
-            order. A file called enwik8 (or enwik8.zip, ...) gets the standard split of 90, 5 and 5 million bytes.
+        data: `stdlib`; or a file (.gz, .xz and .zip are unpacked), or a directory, whose text files are documents
+            in path order. A file called enwik8 (or enwik8.zip, ...) gets the standard split of 90, 5 and 5 million bytes.
 
     Raises:
-        FileNotFoundError: no such path. ValueError: no bytes in it, a damaged archive, or an enwik8 of the wrong length.
+        FileNotFoundError: no such path. ValueError: no bytes in it, a damaged archive, or an enwik8 of the wrong
+        length.
     """
     path = Path(data).expanduser()
     if data == STANDARD_LIBRARY:
@@ -67,7 +68,7 @@ def load_corpus(data: str) -> Corpus:
 
 
 def standard_library() -> list[Document]:
-    """The sources of the running Python's own library: a package is a document, a module outside of packages is one too.
+    """The sources of the running Python's own library: a package is a document, and so is a top-level module.
 
     >>> "json" in [document.name for document in standard_library()]
     True

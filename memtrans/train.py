@@ -79,7 +79,9 @@ def pick_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device must be auto, cpu or a GPU that this torch can use, got {name!r}: {reason}") from error
+        raise ValueError(
+            f"device must be auto, cpu or a GPU that this torch can use, got {name!r}: {reason}"
+        ) from error
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
     return device
@@ -231,7 +233,9 @@ class Trainer:
         """Goes to where the checkpoint was written. Raises ValueError when it is of another model or other data."""
         parts, values = checkpoint.parts, checkpoint.values
         if values["fingerprint"] != self.data.fingerprint:
-            raise ValueError(f"data must be what the checkpoint was trained on, got {self.settings.data!r} changed since")
+            raise ValueError(
+                f"data must be what the checkpoint was trained on, got {self.settings.data!r} changed since"
+            )
         load_weights(self.model, checkpoint)
         moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in parts["optimizer"].items():

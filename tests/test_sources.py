@@ -133,7 +133,7 @@ def test_the_standard_library_splits_by_documents():
 
 
 def test_missing_and_empty_data_are_refused_by_name(tmp_path):
-    with pytest.raises(FileNotFoundError, match="data must be 'stdlib' or the path .*, got '/no/such/file'"):
+    with pytest.raises(FileNotFoundError, match=r"data must be 'stdlib' or the path .*, got '/no/such/file'"):
         load_corpus("/no/such/file")
     with pytest.raises(ValueError, match="at least 2 bytes, got none in"):
         load_corpus(str(tmp_path))

@@ -165,7 +165,7 @@ def test_a_loss_that_is_not_finite_is_told_with_its_step_and_never_saved(text):
     with torch.no_grad():
         trainer.model.token_emb.weight.fill_(float("nan"))
     advance(trainer, 2)
-    with pytest.raises(NonFiniteLossError, match="the loss must stay finite, got nan bits per byte .* in step 4"):
+    with pytest.raises(NonFiniteLossError, match=r"the loss must stay finite, got nan bits per byte .* in step 4"):
         trainer.state()
     with pytest.raises(NonFiniteLossError, match="in step 4"):
         trainer.report()
@@ -202,7 +202,7 @@ def test_a_device_that_cannot_be_used_is_refused_by_name(name):
 
 
 def test_data_without_a_test_split_says_so(text):
-    with pytest.raises(ValueError, match="split must be validation, .*got 'test'"):
+    with pytest.raises(ValueError, match=r"split must be validation, .*got 'test'"):
         open_data(dataclasses.replace(SMALL, data=text), "test")
 
 
