@@ -133,7 +133,7 @@ PRESETS: dict[str, Settings] = {
     # Two layers, one memory head: the first gathers a name's letters, the second finds where they stood. See recall.py.
     "recall": Settings(
         data="recall",
-        steps=800,
+        steps=900,
         batch=16,
         segment=128,
         layers=2,
@@ -144,13 +144,13 @@ PRESETS: dict[str, Settings] = {
         memory_layers=(2,),
         memory_heads=1,
         neighbours=16,
-        memory_offset=0.0,
+        memory_offset=-2.0,
         temperature=6.0,
         position_start=8.0,
         learning_rate=4e-3,
         final_rate=0.05,
         weight_decay=0.0,
-        near_steps=200,
+        near_steps=300,
         eval_bytes=65536,
     ),
     # The set-up of memorizing-transformers-pytorch's own train.py: 16 documents, 5 segments of 512 tokens a step.

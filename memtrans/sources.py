@@ -43,7 +43,7 @@ def load_corpus(data: str) -> Corpus:
 
     Args:
         data: `stdlib`; or a file (.gz, .xz and .zip are unpacked), or a directory, whose text files are documents
-            in path order. A file called enwik8 (or enwik8.zip, ...) gets the standard split of 90, 5 and 5 million bytes.
+            in path order. A file called enwik8 (or enwik8.zip, ...) gets the standard split of 90, 5 and 5 million.
 
     Raises:
         FileNotFoundError: no such path. ValueError: no bytes in it, a damaged archive, or an enwik8 of the wrong

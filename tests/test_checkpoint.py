@@ -114,8 +114,7 @@ def test_what_an_interrupted_checkpoint_left_behind_is_removed_and_files_of_othe
     assert (tmp_path / "notes.txt").read_text() == "left"
 
 
-# ------------------------------------------------------------------------------------------------------ damaged,
-foreign
+# ------------------------------------------------------------------------------------------------ damaged or foreign
 
 
 def damage(path: Path, how: str) -> None:
