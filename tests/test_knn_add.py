@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import pytest
@@ -16,6 +17,9 @@ BACKENDS = [
     line.backend for line in backends_info() if line.operator == "knn_add_" and line.device == "cpu" and line.live
 ]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# Triton refuses float64, and its interpreter truncates to bfloat16 where GPUs round (1.005 becomes 1.0): seen with 3.9.
+INTERPRETED_DTYPES = (torch.float32, torch.float16)
+EXAMPLES = 15 if os.environ.get("TRITON_INTERPRET") == "1" else 100  # an interpreted write takes 0.1 s
 NAN, INF = float("nan"), float("inf")
 
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -105,11 +109,11 @@ def draw_entries(data: st.DataObject, shape: tuple[int, ...], dtype: torch.dtype
 
 
 @on_every_backend
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_random_writes_equal_the_definition(backend: str, data: st.DataObject) -> None:
     """Rows picked and permuted, several groups, counts, snapshots that lag behind, N beyond the ring, every dtype."""
-    dtype = st.sampled_from(DTYPES)
+    dtype = st.sampled_from(INTERPRETED_DTYPES if backend == "triton" else DTYPES)
     ring_rows, width = data.draw(st.integers(1, 6), "R"), data.draw(st.integers(1, 3), "D")
     slots = data.draw(st.integers(1, 7), "M + S")
     ring = Rings(
