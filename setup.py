@@ -15,6 +15,7 @@ Switches (environment variables):
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -38,6 +39,8 @@ except Exception as error:  # a broken PyTorch fails in many ways, and none of t
 ROOT = Path(__file__).resolve().parent
 # LibTorch's stable ABI as of 2.10: one build works with every later PyTorch (and, through abi3, every Python >= 3.10).
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
+# Errors name their source line; without the folder that the package happened to be built in.
+HOST_FLAGS = ["-O3", "-fvisibility=hidden", f"-ffile-prefix-map={ROOT}{os.sep}=", *STABLE_ABI]
 
 
 class Skipped(Exception):
@@ -53,27 +56,29 @@ def sources(*patterns: str) -> list[str]:
     return [path.relative_to(ROOT).as_posix() for path in found]
 
 
-def require_torch() -> None:
+def require_torch_and_compiler() -> None:
     if switched_on("MEMTRANS_SKIP_BUILD"):
         raise Skipped("MEMTRANS_SKIP_BUILD was set during installation")
     if torch_missing:
         raise RuntimeError(torch_missing)
+    compiler = shlex.split(cpp_extension.get_cxx_compiler())[0]
+    if os.name == "posix" and shutil.which(compiler) is None:
+        raise RuntimeError(f"no C++ compiler was found during installation ({compiler}): install one or set CXX")
 
 
 def cpu_module(name: str) -> Extension:
-    require_torch()
+    require_torch_and_compiler()
     return cpp_extension.CppExtension(
         name,
         sources("*.cpp", "cpu/*.cpp"),
         include_dirs=[str(ROOT / "csrc")],
-        extra_compile_args={"cxx": ["-O3", "-fvisibility=hidden", *STABLE_ABI]},
+        extra_compile_args={"cxx": HOST_FLAGS},
         py_limited_api=True,
-        optional=True,
     )
 
 
 def cuda_module(name: str) -> Extension:
-    require_torch()
+    require_torch_and_compiler()
     if switched_on("MEMTRANS_SKIP_CUDA_BUILD"):
         raise Skipped("MEMTRANS_SKIP_CUDA_BUILD was set during installation")
     if not sources("cuda/*.cu"):
@@ -88,11 +93,10 @@ def cuda_module(name: str) -> Extension:
         sources("cuda/*.cpp", "cuda/*.cu"),
         include_dirs=[str(ROOT / "csrc")],
         extra_compile_args={
-            "cxx": ["-O3", "-fvisibility=hidden", "-DUSE_CUDA", *STABLE_ABI],
+            "cxx": ["-DUSE_CUDA", *HOST_FLAGS],
             "nvcc": ["-O3", "-DUSE_CUDA", *STABLE_ABI],
         },
         py_limited_api=True,
-        optional=True,
     )
 
 
@@ -110,7 +114,7 @@ def extension_modules() -> list[Extension]:
             extensions.append(describe(name))
         except Exception as error:
             obstacles[name] = error
-            extensions.append(Extension(name, [], py_limited_api=True, optional=True))
+            extensions.append(Extension(name, [], py_limited_api=True))
     return extensions
 
 
@@ -124,24 +128,23 @@ class BuildNative(BuildExtension):
             self.leave_note(extension.name)
 
     def build_extensions(self) -> None:
-        try:
-            super().build_extensions()
-        except Exception as error:  # the compiler itself is missing or unfit
-            for extension in self.extensions:
-                self.give_up(extension.name, obstacles.get(extension.name, error))
+        modules = self.extensions
+        for extension in modules:  # one by one, because an unfit nvcc must not cost the CPU module
+            self.extensions = [extension]
+            try:
+                if extension.name in obstacles:
+                    raise obstacles[extension.name]
+                super().build_extensions()
+            except Exception as error:
+                self.give_up(extension, error)
+        self.extensions = modules
 
-    def build_extension(self, extension: Extension) -> None:
-        try:
-            if extension.name in obstacles:
-                raise obstacles[extension.name]
-            super().build_extension(extension)
-        except Exception as error:
-            self.give_up(extension.name, error)
-
-    def give_up(self, name: str, error: Exception) -> None:
+    def give_up(self, extension: Extension, error: Exception) -> None:
+        name = extension.name
         if switched_on("MEMTRANS_FORCE_BUILD") and not isinstance(error, Skipped):
             raise SystemExit(f"MEMTRANS_FORCE_BUILD is set and {name} could not be built: {error}") from error
-        self.reasons[name] = str(error) if isinstance(error, Skipped) else f"its build failed: {error}"
+        self.reasons[name] = str(error) if isinstance(error, Skipped) else f"it could not be built: {error}"
+        extension.optional = True  # only now: setuptools would have passed over the error in silence
         Path(self.get_ext_fullpath(name)).unlink(missing_ok=True)
 
     def leave_note(self, name: str) -> None:

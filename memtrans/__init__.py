@@ -1,7 +1,8 @@
 """The Memorizing Transformer as building blocks: a drop-in replacement of `memorizing-transformers-pytorch`."""
 
 from memtrans.attention import Attention, KNNAttention
-from memtrans.memory import KNNMemory, KNNMemoryList
+from memtrans.memory import KNNMemory
+from memtrans.memory_list import KNNMemoryList
 from memtrans.position import T5RelativePositionBias
 from memtrans.transformer import MemorizingTransformer
 

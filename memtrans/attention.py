@@ -1,7 +1,7 @@
 """Local attention with an XL cache, and attention that also reads a memory.
 
-Shapes: B documents, H query heads, G key/value heads, N tokens of the segment, X cached XL tokens, L = X + N, D head width.
-Source: Wu et al. 2022, section 3; the XL cache is Dai et al. 2019 (Transformer-XL).
+Shapes: B documents, H query heads, G key/value heads, N tokens of the segment, X cached XL tokens, L = X + N, D head
+width. Source: Wu et al. 2022, section 3; the XL cache is Dai et al. 2019 (Transformer-XL).
 """
 
 from __future__ import annotations
@@ -56,7 +56,13 @@ class LocalContext(nn.Module):
         """Puts the cached keys and values before the segment's own: (B, G, L, D)."""
         if xl_memory is None:
             return key, value
-        expected = (key.shape[0], *(() if self.kv_heads == 1 else (self.kv_heads,)), xl_memory.shape[-3], 2, self.dim_head)
+        expected = (
+            key.shape[0],
+            *(() if self.kv_heads == 1 else (self.kv_heads,)),
+            xl_memory.shape[-3],
+            2,
+            self.dim_head,
+        )
         if tuple(xl_memory.shape) != expected:
             raise ValueError(f"xl_memory must have shape {expected}, got {tuple(xl_memory.shape)}")
         cached = xl_memory if self.kv_heads > 1 else xl_memory[:, None]
@@ -250,7 +256,7 @@ class KNNAttention(LocalContext):
         result = out, self.cache(key, value)
         return (*result, target) if return_memory else result
 
-    def _dropout_arguments(self, query: Tensor) -> dict:
+    def _dropout_arguments(self, query: Tensor) -> dict[str, Any]:
         if not self.training or self.dropout.p == 0.0:
             return {}
         return {"dropout_p": self.dropout.p, "seed": torch.randint(2**62, (), device=query.device)}
@@ -279,7 +285,7 @@ class KNNAttention(LocalContext):
 def leaving_range(
     leaving: int, local_keys: int, length: int, local_length: Tensor | None, lengths: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Which of the `leaving` oldest local keys are real: [first, last) per document, without foreign and padding ones."""
+    """Which of the `leaving` oldest local keys are real, [first, last) per document: not foreign, not padding."""
     given = local_length if local_length is not None else lengths
     assert given is not None
     first = torch.zeros_like(given) if local_length is None else (local_keys - local_length).clamp(0, leaving)
@@ -291,7 +297,7 @@ def _snapshot_of(memory: KNNMemory | MemorySnapshot, key: Tensor, longest: int) 
     return memory if isinstance(memory, MemorySnapshot) else memory.snapshot(like=key, longest=longest)
 
 
-def _bias_arguments(rel_pos_bias: Tensor | None, length: int, local_keys: int) -> dict[str, Tensor]:
+def _bias_arguments(rel_pos_bias: Tensor | None, length: int, local_keys: int) -> dict[str, Any]:
     if rel_pos_bias is None:
         return {}
     if rel_pos_bias.dim() == 2:

@@ -1,16 +1,17 @@
 """The ring that holds one layer's memory: the one owner of keys, values, cursors and host counts.
 
-Entry i of a row lives in slot i mod (M + S). Visible to a search are the entries [max(start, cursor - M), cursor); the S spare
-slots keep what a forward pass retrieved readable for its backward, until S more entries were added. Clearing moves `start`;
-nothing is rewritten. Nothing here asks the device for a value, so nothing here waits for it.
+Entry i of a row lives in slot i mod (M + S). Visible to a search are the entries [max(start, cursor - M), cursor); the
+S spare slots keep what a forward pass retrieved readable for its backward, until S more entries were added. Clearing
+moves `start`; nothing is rewritten. Nothing here asks the device for a value, so nothing here waits for it.
 
     keys, values   (R, M + S, D)  written by `knn_add_` alone
     cursor, start  (R,) int64     on the device
     written        (R,) int64     on the host: entries ever given to each row
 
-`keys_read`, `values_read` and `written_read` are the same memory behind a tensor of its own (through DLPack), with a version
-counter of its own. Readers hold these. Autograd would otherwise refuse a backward pass after an add, and torch.compile would
-copy the whole memory to keep the old contents for it; the spare slots and the host counts are what makes reading them safe.
+`keys_read`, `values_read` and `written_read` are the same memory behind a tensor of its own (through DLPack), with a
+version counter of its own. Readers hold these. Autograd would otherwise refuse a backward pass after an add, and
+torch.compile would copy the whole memory to keep the old contents for it; the spare slots and the host counts are what
+makes reading them safe.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from memtrans_kernels import Ledger, knn_add_, knn_search, ledger_advance_, ledger_ticket
+from memtrans_kernels import Ledger, knn_add_, knn_search, ledger_advance_, ledger_ticket, read_cursors
 from memtrans_kernels.backends import implements
 
 
@@ -95,8 +96,8 @@ class Ring:
 class MemorySnapshot:
     """A memory as one forward pass sees it: the cursors are read once, whatever is added later.
 
-    Searching and adding through a snapshot can be repeated (activation checkpointing recomputes the forward): it finds the
-    same neighbours and stores the same entries in the same slots.
+    Searching and adding through a snapshot can be repeated (activation checkpointing recomputes the forward): it finds
+    the same neighbours and stores the same entries in the same slots.
 
     Attributes:
         ring: the storage. rows: (B·G,) int64, the ring rows in scope. start, cursor: (R,) int64, as they stood.
@@ -115,7 +116,8 @@ class MemorySnapshot:
     @staticmethod
     def take(ring: Ring, rows: Tensor, host_rows: Sequence[int], documents: int) -> MemorySnapshot:
         ticket = ledger_ticket(ring.written, host_rows)
-        return MemorySnapshot(ring, rows, documents, ring.start.clone(), ring.cursor.clone(), ticket, ring.spare)
+        start, cursor = read_cursors(ring.start, ring.cursor)
+        return MemorySnapshot(ring, rows, documents, start, cursor, ticket, ring.spare)
 
     @property
     def ledger(self) -> Ledger:
@@ -140,9 +142,7 @@ class MemorySnapshot:
         groups = keys.shape[1]
         count = None if count is None else count.repeat_interleave(groups)
         backend = ring.backend if implements("knn_add_", ring.backend) else "auto"
-        knn_add_(
-            ring.keys, ring.values, ring.cursor, self.rows, keys, values, count, at=self.cursor, backend=backend
-        )
+        knn_add_(ring.keys, ring.values, ring.cursor, self.rows, keys, values, count, at=self.cursor, backend=backend)
         added = torch.full_like(self.rows, length) if count is None else count
         cursor = self.cursor.index_add(0, self.rows, added)
         return replace(self, cursor=cursor, ticket=ledger_advance_(ring.written, self.ticket, length))

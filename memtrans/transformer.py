@@ -1,7 +1,7 @@
 """The Memorizing Transformer: a decoder whose memorizing layers also attend to what the document said long ago.
 
-Source: Wu et al., "Memorizing Transformers", ICLR 2022 (arXiv 2203.08913). Shapes: B documents, N tokens of the segment, X cached
-XL tokens, D head width, V tokens of the vocabulary.
+Source: Wu et al., "Memorizing Transformers", ICLR 2022 (arXiv 2203.08913).
+Shapes: B documents, N tokens of the segment, X cached XL tokens, D head width, V tokens of the vocabulary.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from memtrans.attention import Attention, KNNAttention
-from memtrans.memory import UNUSED, KNNMemory, KNNMemoryList, warn_unused
+from memtrans.memory import UNUSED, KNNMemory, warn_unused
+from memtrans.memory_list import KNNMemoryList
 from memtrans.position import T5RelativePositionBias
 from memtrans.ring import MemorySnapshot
 
@@ -135,7 +136,9 @@ class MemorizingTransformer(nn.Module):
         self.legacy, self.activation_checkpointing, self.validate = legacy, activation_checkpointing, validate
         knn_attn_heads = heads if knn_attn_heads is None else knn_attn_heads
 
-        self.memorizing_layers = _layers("memorizing_layers", memorizing_layers, (depth // 2,) if depth > 1 else (), depth)
+        self.memorizing_layers = _layers(
+            "memorizing_layers", memorizing_layers, (depth // 2,) if depth > 1 else (), depth
+        )
         self.num_memory_layers = len(self.memorizing_layers)
         every_layer = tuple(range(1, depth + 1))
         xl_layers = _layers("xl_memory_layers", xl_memory_layers, every_layer, depth)
@@ -174,7 +177,9 @@ class MemorizingTransformer(nn.Module):
     def create_knn_memories(self, *, batch_size: int, **kwargs: Any) -> KNNMemoryList:
         """Empty memories for a batch of documents; keyword arguments go to `KNNMemory` (device, dtype, spare, ...)."""
         create = KNNMemoryList.create_memories(batch_size=batch_size, num_memory_layers=self.num_memory_layers)
-        return create(**{"dim": self.dim_head, "max_memories": self.max_knn_memories, "kv_heads": self.kv_heads, **kwargs})
+        return create(
+            **{"dim": self.dim_head, "max_memories": self.max_knn_memories, "kv_heads": self.kv_heads, **kwargs}
+        )
 
     @contextmanager
     def knn_memories_context(self, **kwargs: Any) -> Iterator[KNNMemoryList]:
@@ -212,8 +217,8 @@ class MemorizingTransformer(nn.Module):
             xl_length: (B,) int64, how many of the newest cached tokens belong to each row's document. Default: all.
 
         Returns:
-            logits (B, N, V), or the loss with `labels`, or embeddings (B, N, dim); paired with the new XL memories if the
-            model has any.
+            logits (B, N, V), or the loss with `labels`, or embeddings (B, N, dim); paired with the new XL memories if
+            the model has any.
 
         Raises:
             ValueError, IndexError: ids outside the vocabulary (checked on the CPU, or with `validate`), wrong numbers
@@ -225,6 +230,10 @@ class MemorizingTransformer(nn.Module):
             self._check_ids("x", x, allow_pad=False)
         hidden = self.token_emb(x) if x is not None else inputs_embeds
         assert hidden is not None
+        if labels is not None:  # before the memory changes
+            if labels.shape != hidden.shape[:2]:
+                raise ValueError(f"labels must have shape {tuple(hidden.shape[:2])}, got {tuple(labels.shape)}")
+            self._check_ids("labels", labels, allow_pad=True)
         snapshots = self._snapshots(knn_memories, hidden)
         if x is not None and add_knn_memory:
             snapshots = self._clear(snapshots, x, self.clear_memories_on_sos_token_id)
@@ -246,9 +255,6 @@ class MemorizingTransformer(nn.Module):
         logits = to_vocabulary(embeddings)
         if labels is None:
             return logits
-        if labels.shape != logits.shape[:2]:
-            raise ValueError(f"labels must have shape {tuple(logits.shape[:2])}, got {tuple(labels.shape)}")
-        self._check_ids("labels", labels, allow_pad=True)
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=self.pad_id)
 
     def _read(
@@ -266,7 +272,7 @@ class MemorizingTransformer(nn.Module):
         bias, knn_bias = self.rel_pos_bias.table(free), self.knn_rel_pos_bias.table(free)
         stored: list[MemorySnapshot] = []
         new_xl_memories: list[Tensor] = []
-        for number, (attention, feed_forward) in enumerate(self.layers, start=1):
+        for number, (attention, feed_forward) in enumerate(self._blocks(), start=1):
             arguments: dict[str, Any] = {"rel_pos_bias": bias}
             if number in self.xl_memory_layers:
                 place = self.xl_memory_layers.index(number) + self.shift_xl_memories_down
@@ -283,6 +289,12 @@ class MemorizingTransformer(nn.Module):
             if new_xl is not None:
                 new_xl_memories.append(new_xl)
         return hidden, stored, new_xl_memories
+
+    def _blocks(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """Attention and feed-forward of each layer."""
+        for layer in self.layers:
+            attention, feed_forward = layer.children()
+            yield attention, feed_forward
 
     def _memory_arguments(self, place: int, snapshots: list[MemorySnapshot]) -> dict[str, Any]:
         """Which memory the layer searches and which it adds to; upstream's shift moved both."""
@@ -316,7 +328,8 @@ class MemorizingTransformer(nn.Module):
         """One snapshot per memory, taken before anything is added."""
         if len(memories) != self.num_memory_layers:
             raise ValueError(
-                f"knn_memories must hold one memory for each of the layers {self.memorizing_layers}, got {len(memories)}"
+                f"knn_memories must hold one memory for each of the layers {self.memorizing_layers}, "
+                f"got {len(memories)}"
             )
         snapshots = []
         for memory in memories:
@@ -331,7 +344,9 @@ class MemorizingTransformer(nn.Module):
 
     def _xl(self, xl_memories: Sequence[Tensor | None] | None) -> list[Tensor | None]:
         """The XL caches given, or none for each caching layer."""
-        caches = [None] * self.num_xl_memory_layers if xl_memories is None else list(xl_memories)
+        caches: list[Tensor | None] = [None] * self.num_xl_memory_layers
+        if xl_memories is not None:
+            caches = list(xl_memories)
         if len(caches) != self.num_xl_memory_layers:
             raise ValueError(
                 f"xl_memories must hold one cache for each of the layers {self.xl_memory_layers}, got {len(caches)}"

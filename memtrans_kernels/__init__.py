@@ -7,7 +7,7 @@ row, S spare slots, K retrieved neighbours.
 
 from memtrans_kernels.api import cosine, knn_add_, knn_search, memory_attention
 from memtrans_kernels.backends import backends_info
-from memtrans_kernels.ledger import Ledger, StaleMemoryError, ledger_advance_, ledger_ticket
+from memtrans_kernels.ledger import Ledger, StaleMemoryError, ledger_advance_, ledger_ticket, read_cursors
 
 __all__ = [
     "Ledger",
@@ -19,4 +19,5 @@ __all__ = [
     "ledger_advance_",
     "ledger_ticket",
     "memory_attention",
+    "read_cursors",
 ]

@@ -1,7 +1,7 @@
 """The public operators: each validates its arguments once and calls the registered operator.
 
-Shapes in the letters of `memtrans_kernels`; R memory rows hold a ring of M + S slots each, of which the newest M entries are
-visible. Entry i lives in slot i mod (M + S).
+Shapes in the letters of `memtrans_kernels`; R memory rows hold a ring of M + S slots each, of which the newest M
+entries are visible. Entry i lives in slot i mod (M + S).
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ def knn_add_(
 ) -> None:
     """Appends N entries to each picked row of a ring, in place: cast, wrap, advance the cursors.
 
-    Entry `base + j` goes to slot `(base + j) mod (M + S)`, `base` being `at[row]`, or `cursor[row]` without `at`. Entries
-    below the cursor are stored already and left alone, so writing the same segment again from its snapshot changes nothing.
-    Numbers beyond the ring's dtype saturate; only an infinite key stays infinite, and is never retrieved.
+    Entry `base + j` goes to slot `(base + j) mod (M + S)`, `base` being `at[row]`, or `cursor[row]` without `at`.
+    Entries below the cursor are stored already and left alone, so writing the same segment again from its snapshot
+    changes nothing. Numbers beyond the ring's dtype saturate; only an infinite key stays infinite, and is never
+    retrieved.
 
     Args:
         keys, values: (R, M + S, D), the ring.
@@ -77,9 +78,7 @@ def knn_add_(
     checks.typed(torch.int64, count=count)
     checks.same_device(keys.device, values=values, new_keys=new_keys, new_values=new_values, count=count)
     checks.within("count", count, 0, letters["N"])
-    ops.knn_add_(
-        keys, values, cursor, rows, new_keys.detach(), new_values.detach(), count, at, check_name(backend)
-    )
+    ops.knn_add_(keys, values, cursor, rows, new_keys.detach(), new_values.detach(), count, at, check_name(backend))
 
 
 def knn_search(
@@ -187,9 +186,9 @@ def memory_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attends to K retrieved neighbours and to the causal local context in one softmax.
 
-    Retrieved logits are `scale[h] · score + memory_offset[h]`; local ones `scale[h] · <q, k> + bias`, for the keys that stand
-    at most at the query's own position (the last N of the L keys are the segment itself). A query with nothing to attend
-    to gives zeros and an lse of -inf.
+    Retrieved logits are `scale[h] · score + memory_offset[h]`; local ones `scale[h] · <q, k> + bias`, for the keys that
+    stand at most at the query's own position (the last N of the L keys are the segment itself). A query with nothing to
+    attend to gives zeros and an lse of -inf.
 
     Args:
         query: (B, H, N, D). key, value: (B, G, L, D), L at least N, or 0 for the retrieved part alone.

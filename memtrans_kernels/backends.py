@@ -1,8 +1,8 @@
 """Backend name -> implementation of an operator; available, or why not.
 
-`auto` takes the fastest that can run on the tensors at hand: the first live one in the order of IMPLEMENTATIONS. A named
-backend raises with the reason where it cannot run. `MEMTRANS_BACKEND` stands in for `auto`; operators that the named
-backend does not implement at all stay on `auto`.
+`auto` takes the fastest that can run on the tensors at hand: the first live one in the order of IMPLEMENTATIONS. A
+named backend raises with the reason where it cannot run. `MEMTRANS_BACKEND` stands in for `auto`; operators that the
+named backend does not implement at all stay on `auto`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Counts on the host what each memory row was given, so that a backward pass that comes too late is an error.
 
-A ring of M + S slots keeps an entry readable until S more were added (M visible, S spare). Attention's backward reads the
-rows that its forward retrieved, after the same step added new entries; whether they are still there is a question of
-counting. The counts live in a small CPU tensor, never on the GPU, so that asking costs no host round trip; they travel
-through custom operators, so that a compiled graph counts like an eager one.
+A ring of M + S slots keeps an entry readable until S more were added (M visible, S spare). Attention's backward reads
+the rows that its forward retrieved, after the same step added new entries; whether they are still there is a question
+of counting. The counts live in a small CPU tensor, never on the GPU, so that asking costs no host round trip; they
+travel through custom operators, so that a compiled graph counts like an eager one.
 
     written (R,)  int64, CPU   entries ever given to each row (an upper bound where `count` stored fewer)
     ticket  (R,)  int64, CPU   `written` when a forward pass took its snapshot; OUT_OF_SCOPE for rows it does not read
@@ -30,6 +30,17 @@ class Ledger(NamedTuple):
     written: Tensor
     ticket: Tensor
     spare: int
+
+
+@torch.library.custom_op("memtrans::read_cursors", mutates_args=())
+def read_cursors(start: Tensor, cursor: Tensor) -> tuple[Tensor, Tensor]:
+    """Copies both, as an operator of its own: a compiler that recomputes activations must not read them again later."""
+    return start.clone(), cursor.clone()
+
+
+@read_cursors.register_fake
+def _(start: Tensor, cursor: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(start), torch.empty_like(cursor)
 
 
 @torch.library.custom_op("memtrans::ledger_ticket", mutates_args=())

@@ -86,9 +86,7 @@ def cosine(
 
 
 @cosine.register_fake
-def _(
-    query: Tensor, key: Tensor, dtype: torch.dtype | None = None, backend: str = "auto"
-) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, dtype: torch.dtype | None = None, backend: str = "auto") -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape, dtype=dtype), key.new_empty(key.shape, dtype=dtype)
 
 
@@ -100,9 +98,7 @@ def cosine_backward(
 
 
 @cosine_backward.register_fake
-def _(
-    grad_query: Tensor, grad_key: Tensor, query: Tensor, key: Tensor, backend: str = "auto"
-) -> tuple[Tensor, Tensor]:
+def _(grad_query: Tensor, grad_key: Tensor, query: Tensor, key: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape)
 
 

@@ -1,7 +1,7 @@
 """Philox 4x32-10 in integer arithmetic: the random numbers of dropout, the same bits in every backend.
 
-Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). A counter (column, query, head, document)
-and a 64-bit seed give one 32-bit number; a probability is dropped where that number is below p · 2^32.
+Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). A counter (column, query, head,
+document) and a 64-bit seed give one 32-bit number; a probability is dropped where that number is below p · 2^32.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def philox(seed: Tensor, counters: tuple[Tensor, Tensor, Tensor, Tensor]) -> Ten
     return c0
 
 
-def keep_mask(seed: Tensor, dropout_p: float, shape: tuple[int, int, int, int]) -> Tensor:
+def keep_mask(seed: Tensor, dropout_p: float, shape: tuple[int, ...]) -> Tensor:
     """Which probabilities (B, H, N, columns) dropout keeps; columns are the K neighbours, then the L local keys."""
     document, head, query, column = (
         torch.arange(size, device=seed.device).reshape([-1 if axis == a else 1 for a in range(4)])

@@ -209,7 +209,7 @@ def memory_attention(
     weights = (logits - _finite(lse)[..., None]).exp()  # (B, H, N, K + L)
     if dropout_p > 0.0:
         assert seed is not None
-        weights = weights * keep_mask(seed, dropout_p, tuple(weights.shape)) / (1.0 - dropout_p)
+        weights = weights * keep_mask(seed, dropout_p, weights.shape) / (1.0 - dropout_p)
     to_memory, to_local = weights.split([slots.shape[-1], key.shape[-2]], dim=-1)
     gathered = _gather(memory_values, rows, slots, dtype)  # (B, H, N, K, D)
     out = _weighted_sum(to_local, value, dtype) + torch.einsum("bhnk,bhnkd->bhnd", to_memory, gathered)
@@ -250,7 +250,7 @@ def memory_attention_backward(
     factor = torch.ones_like(weights)
     if dropout_p > 0.0:
         assert seed is not None
-        factor = keep_mask(seed, dropout_p, tuple(weights.shape)).to(dtype) / (1.0 - dropout_p)
+        factor = keep_mask(seed, dropout_p, weights.shape).to(dtype) / (1.0 - dropout_p)
 
     sizes = [slots.shape[-1], key.shape[-2]]
     gathered = _gather(memory_values, rows, slots, dtype)
@@ -305,7 +305,7 @@ def _joint_logits(
 
 
 def _distance(length: int, local_keys: int, device: torch.device) -> Tensor:
-    """How far behind its query a local key stands (N, L): negative in the future; the cache comes before the segment."""
+    """How far behind its query a local key stands (N, L): negative in the future; the cache comes first."""
     query_position = torch.arange(local_keys - length, local_keys, device=device)
     return query_position[:, None] - torch.arange(local_keys, device=device)
 
@@ -345,7 +345,8 @@ def _gather(memory: Tensor, rows: Tensor, slots: Tensor, dtype: torch.dtype) -> 
 def _grad_bias_table(grad_local: Tensor, bias_table: Tensor) -> Tensor:
     """Sums the gradients of all (query, key) pairs at the same distance; future keys have none."""
     distances = bias_table.shape[-1]
-    distance = _distance(*grad_local.shape[-2:], grad_local.device).clamp(0, distances - 1)
+    length, local_keys = grad_local.shape[-2:]
+    distance = _distance(length, local_keys, grad_local.device).clamp(0, distances - 1)
     per_head = grad_local.sum(dim=0).flatten(1)  # (H, N·L)
     table = per_head.new_zeros(per_head.shape[0], distances).index_add(1, distance.flatten(), per_head)
     return table.to(bias_table.dtype)

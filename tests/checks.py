@@ -14,6 +14,7 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float, name: str =
     """The largest difference, relative to the largest expected number (at least 1), stays below `tolerance`."""
     assert actual.shape == expected.shape, f"{name}: {tuple(actual.shape)} against {tuple(expected.shape)}"
     assert actual.isfinite().all(), f"{name} is not finite"
+    actual, expected = actual.detach(), expected.detach()
     scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
     error = float((actual.double() - expected.double()).abs().max()) / scale if expected.numel() else 0.0
     assert error <= tolerance, f"{name}: off by {error:.3g}, allowed {tolerance:.3g}"

@@ -164,8 +164,16 @@ def test_half_precision_keeps_its_dtype_and_accumulates_in_float32(dtype):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"query": torch.zeros(BATCH, HEADS, LENGTH, 3)}, ValueError, r"key must have shape \(B, G, L, D\) with B=2, D=3"),
-        ({"slots": torch.zeros(BATCH, HEADS, LENGTH, NEIGHBOURS)}, TypeError, "slots must be torch.int32, got torch.float32"),
+        (
+            {"query": torch.zeros(BATCH, HEADS, LENGTH, 3)},
+            ValueError,
+            r"key must have shape \(B, G, L, D\) with B=2, D=3",
+        ),
+        (
+            {"slots": torch.zeros(BATCH, HEADS, LENGTH, NEIGHBOURS)},
+            TypeError,
+            "slots must be torch.int32, got torch.float32",
+        ),
         ({"scale": torch.ones(3)}, ValueError, r"scale must have shape \(H\) with H=4, got \(3,\)"),
         ({"rows": torch.tensor([0, 1])}, ValueError, "rows must have B·G=4 entries, got 2"),
         ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),

@@ -47,6 +47,7 @@ CASES = {
     "cosine_backward": lambda: (*(t.detach() for t in _cosine()), *(t.detach() for t in _cosine())),
     "memory_attention": _attention,
     "memory_attention_backward": _attention_backward,
+    "read_cursors": lambda: (torch.tensor([3, 4, 5]), torch.tensor([6, 6, 6])),
     "ledger_ticket": lambda: (torch.tensor([3, 4, 5]), [0, 2]),
     "ledger_advance_": lambda: (torch.tensor([3, 4, 5]), torch.tensor([3, 4, 4]), 6),
 }
@@ -59,5 +60,7 @@ def test_opcheck(name):
 
 
 def test_every_operator_is_checked():
-    registered = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "memtrans::" in name}
+    registered = {
+        name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "memtrans::" in name
+    }
     assert {name for name in registered if not name.startswith("native_")} == set(CASES)

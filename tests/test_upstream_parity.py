@@ -1,6 +1,7 @@
 """With `legacy=True` the model is upstream's: the same logits, loss and gradients, from the same parameters.
 
-Upstream's approximate index is replaced by an exact one, and its memory stays below its capacity and unscoped, where it is right.
+Upstream's approximate index is replaced by an exact one, and its memory stays below its capacity and unscoped, where it
+is right.
 """
 
 from __future__ import annotations

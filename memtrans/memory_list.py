@@ -1,0 +1,85 @@
+"""One memory per memorizing layer, and what is said to all of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from memtrans.memory import UNUSED, KNNMemory, warn_unused
+
+MemoryType = TypeVar("MemoryType", bound="KNNMemoryList")
+
+
+class KNNMemoryList(list[KNNMemory]):
+    """One `KNNMemory` per memorizing layer; clearing, scoping and saving speak of all of them.
+
+    >>> memories = KNNMemoryList.create_memories(batch_size=2, num_memory_layers=3)(dim=8, max_memories=16)
+    >>> len(memories), memories[0].num_indices
+    (3, 2)
+    """
+
+    @classmethod
+    def create_memories(
+        cls: type[MemoryType], *, batch_size: int, num_memory_layers: int, memories_directory: Any = UNUSED
+    ) -> Callable[..., MemoryType]:
+        """Returns a function that takes `KNNMemory`'s arguments and makes `num_memory_layers` memories.
+
+        memories_directory: accepted and ignored, with a DeprecationWarning.
+        """
+        warn_unused(memories_directory=memories_directory)
+
+        def create(*args: Any, **kwargs: Any) -> MemoryType:
+            return cls(KNNMemory(*args, **{**kwargs, "num_indices": batch_size}) for _ in range(num_memory_layers))
+
+        return create
+
+    @contextmanager
+    def at_batch_indices(self, indices: Iterable[int]) -> Iterator[KNNMemoryList]:
+        """Scopes every memory to some documents inside a `with`."""
+        indices = list(indices)
+        with ExitStack() as stack:
+            for memory in self:
+                stack.enter_context(memory.at_batch_indices(indices))
+            yield self
+
+    def clear_memory(
+        self, batch_indices: int | Sequence[int] | None = None, memory_indices: Iterable[int] | None = None
+    ) -> None:
+        """Forgets documents (all by default), counted absolutely, in the memories named (all by default)."""
+        for index in range(len(self)) if memory_indices is None else memory_indices:
+            self[index].clear(batch_indices)
+
+    def clear_rows(self, mask: Tensor) -> None:
+        """Forgets the documents in scope where mask (B,) bool, on the device, is True. No host round trip."""
+        for memory in self:
+            memory.clear_rows(mask)
+
+    def cleanup(self) -> None:
+        """Frees the storage of every memory."""
+        for memory in self:
+            memory.cleanup()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of what the memories hold, names prefixed by the layer's place in the list."""
+        return {
+            f"{index}.{name}": tensor
+            for index, memory in enumerate(self)
+            for name, tensor in memory.state_dict().items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Replaces what the memories hold. Raises ValueError when the state is of another number of layers or shape."""
+        layers = {name.split(".", 1)[0] for name in state}
+        if layers != {str(index) for index in range(len(self))}:
+            raise ValueError(f"state must hold memories 0 to {len(self) - 1}, got {sorted(layers)}")
+        parts: list[dict[str, Tensor]] = [{} for _ in self]
+        for name, tensor in state.items():
+            index, field = name.split(".", 1)
+            parts[int(index)][field] = tensor
+        for memory, part in zip(self, parts, strict=True):
+            memory.check_state(part)  # all of them before the first is replaced
+        for memory, part in zip(self, parts, strict=True):
+            memory.load_state_dict(part)

@@ -1,0 +1,172 @@
+"""`Attention` and `KNNAttention`: what they see, what they cache, what they store."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from checks import SAME_GRAPH, assert_close
+
+from memtrans import Attention, KNNAttention, KNNMemory
+from memtrans.attention import leaving_range
+from memtrans.position import T5RelativePositionBias, expand_table
+
+DIM, HEADS, WIDTH, LENGTH = 16, 4, 8, 6
+
+
+def layer(**options) -> KNNAttention:
+    torch.manual_seed(0)
+    return KNNAttention(dim=DIM, heads=HEADS, dim_head=WIDTH, num_retrieved_memories=3, **options)
+
+
+@pytest.mark.parametrize("kind", [Attention, KNNAttention])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_a_cached_segment_continues_an_uncached_one(kind, kv_heads):
+    """Two segments through the XL cache give what one long segment gives; the memory holds nothing that was cached."""
+    torch.manual_seed(0)
+    attention = kind(dim=DIM, heads=HEADS, dim_head=WIDTH, xl_max_memories=LENGTH, kv_heads=kv_heads)
+    bias = torch.randn(HEADS, 5)
+    x = torch.randn(2, 2 * LENGTH, DIM)
+    memory = KNNMemory(WIDTH, 50, 2, kv_heads=kv_heads)
+    extra = {"knn_memory": memory, "add_knn_memory": False} if kind is KNNAttention else {}
+    whole, _ = attention(x, rel_pos_bias=bias, **extra)
+    extra.pop("add_knn_memory", None)
+    first, cache = attention(x[:, :LENGTH], rel_pos_bias=bias, **extra)
+    second, cache = attention(x[:, LENGTH:], xl_memory=cache, rel_pos_bias=bias, **extra)
+    assert_close(torch.cat((first, second), dim=1), whole, SAME_GRAPH)
+    assert cache.shape == ((2, LENGTH, 2, WIDTH) if kv_heads == 1 else (2, kv_heads, LENGTH, 2, WIDTH))
+    if kind is KNNAttention:
+        assert memory.lengths.tolist() == [LENGTH, LENGTH]
+
+
+@pytest.mark.parametrize("kind", [Attention, KNNAttention])
+def test_a_table_is_the_dense_bias_by_distance(kind):
+    torch.manual_seed(0)
+    attention = kind(dim=DIM, heads=HEADS, dim_head=WIDTH)
+    table = torch.randn(HEADS, 4)
+    x = torch.randn(1, LENGTH, DIM)
+    extra = {"knn_memory": KNNMemory(WIDTH, 9), "add_knn_memory": False} if kind is KNNAttention else {}
+    by_table, _ = attention(x, rel_pos_bias=table, **extra)
+    dense, _ = attention(x, rel_pos_bias=expand_table(table, LENGTH, LENGTH)[None], **extra)
+    assert_close(by_table, dense, SAME_GRAPH)
+    assert [expand_table(table, 2, 3)[0, 1, column].item() for column in range(3)] == table[0, :3].flip(0).tolist()
+
+
+@pytest.mark.parametrize("kind", [Attention, KNNAttention])
+def test_local_length_hides_what_another_document_left_in_the_cache(kind):
+    torch.manual_seed(0)
+    attention = kind(dim=DIM, heads=HEADS, dim_head=WIDTH, xl_max_memories=4)
+    x, cache = torch.randn(2, LENGTH, DIM), torch.randn(2, 4, 2, WIDTH)
+    memory = KNNMemory(WIDTH, 9, 2)
+    extra = {"knn_memory": memory, "add_knn_memory": False} if kind is KNNAttention else {}
+    hidden, _ = attention(x, xl_memory=cache, local_length=torch.tensor([LENGTH, LENGTH + 4]), **extra)
+    without, _ = attention(x, **extra)
+    whole, _ = attention(x, xl_memory=cache, **extra)
+    assert_close(hidden[0], without[0], SAME_GRAPH)
+    assert_close(hidden[1], whole[1], SAME_GRAPH)
+
+
+def test_the_memory_receives_the_normalised_keys_that_leave_the_cache():
+    attention = layer(xl_max_memories=4)
+    memory = KNNMemory(WIDTH, 50)
+    x, cache = torch.randn(1, LENGTH, DIM), torch.randn(1, 4, 2, WIDTH)
+    attention(x, knn_memory=memory, xl_memory=cache)
+    key, value = attention.to_kv(x).chunk(2, dim=-1)
+    key = torch.nn.functional.normalize(key, dim=-1)
+    expected_keys = torch.cat((cache[:, :, 0], key[:, :2]), dim=1)
+    expected_values = torch.cat((cache[:, :, 1], value[:, :2]), dim=1)
+    state = memory.state_dict()
+    assert_close(state["keys"], expected_keys, SAME_GRAPH)
+    assert_close(state["values"], expected_values, SAME_GRAPH)
+
+
+@pytest.mark.parametrize("cached", [0, 2, 4, 9])
+@pytest.mark.parametrize("valid", [0, 1, 4])
+@pytest.mark.parametrize("real", [0, 1, 5, 6])
+def test_only_real_tokens_of_this_document_leave_for_the_memory(cached, valid, real):
+    """Written as a list of tokens: foreign ones lead the cache, padding ends the segment."""
+    valid = min(valid, cached)
+    tokens = ["foreign"] * (cached - valid) + [f"cached {i}" for i in range(valid)]
+    tokens += [f"real {i}" for i in range(real)] + ["padding"] * (LENGTH - real)
+    for room in (0, 3, 9):
+        leaving = max(0, len(tokens) - room)
+        expected = [token for token in tokens[:leaving] if token not in ("foreign", "padding")]
+        first, last = leaving_range(leaving, len(tokens), LENGTH, torch.tensor([valid + LENGTH]), torch.tensor([real]))
+        assert tokens[:leaving][int(first) : max(int(first), int(last))] == expected
+
+
+def test_padding_and_foreign_entries_are_not_stored():
+    attention = layer(xl_max_memories=4)
+    memory = KNNMemory(WIDTH, 50, 3)
+    x, cache = torch.randn(3, LENGTH, DIM), torch.randn(3, 4, 2, WIDTH)
+    attention(
+        x,
+        knn_memory=memory,
+        xl_memory=cache,
+        local_length=torch.tensor([LENGTH, LENGTH + 1, LENGTH + 4]),
+        lengths=torch.tensor([1, LENGTH, LENGTH]),
+    )
+    assert memory.lengths.tolist() == [1, 3, 6]  # of each row, what is real among the 6 oldest of 10 local keys
+    stored = memory.state_dict()["keys"]
+    assert_close(stored[1, -3:][:1], cache[1, 3:, 0], SAME_GRAPH)
+
+
+def test_a_read_only_call_changes_nothing():
+    attention, memory = layer(), KNNMemory(WIDTH, 50)
+    x = torch.randn(1, LENGTH, DIM)
+    attention(x, knn_memory=memory)
+    before = memory.state_dict()
+    attention(x, knn_memory=memory, add_knn_memory=False)
+    assert all(torch.equal(before[name], tensor) for name, tensor in memory.state_dict().items())
+
+
+def test_the_segment_does_not_find_itself():
+    attention, x = layer(), torch.randn(1, LENGTH, DIM)
+    fresh, _ = attention(x, knn_memory=KNNMemory(WIDTH, 50))
+    read_only, _ = attention(x, knn_memory=KNNMemory(WIDTH, 50), add_knn_memory=False)
+    assert torch.equal(fresh, read_only)
+
+
+def test_the_offset_and_the_gate_start_as_documented():
+    attention = layer(memory_offset=-2.0, gate_output=True)
+    assert attention.memory_offset.tolist() == [-2.0] * HEADS
+    out, _ = attention(torch.randn(1, LENGTH, DIM), knn_memory=KNNMemory(WIDTH, 50))
+    assert torch.equal(out, torch.zeros_like(out))
+    assert set(dict(layer().named_parameters())) == {"scale", "to_q.weight", "to_kv.weight", "to_out.weight"}
+
+
+def test_a_low_offset_turns_the_memory_off():
+    attention, x = layer(memory_offset=-1e4), torch.randn(2, 1, LENGTH, DIM)
+    memory = KNNMemory(WIDTH, 50)
+    attention(x[0], knn_memory=memory)
+    with_memory, _ = attention(x[1], knn_memory=memory)
+    without, _ = attention(x[1], knn_memory=KNNMemory(WIDTH, 50))
+    assert_close(with_memory, without, SAME_GRAPH)
+
+
+def test_dropout_is_drawn_anew_in_training_and_never_in_evaluation():
+    attention, memory, x = layer(dropout=0.5), KNNMemory(WIDTH, 50), torch.randn(1, LENGTH, DIM)
+    first, second = (attention(x, knn_memory=memory, add_knn_memory=False)[0] for _ in range(2))
+    assert not torch.equal(first, second)
+    attention.eval()
+    first, second = (attention(x, knn_memory=memory, add_knn_memory=False)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(("i", "j"), [(5, 5), (3, 200)])
+def test_positions_count_from_the_querys_true_position(i, j):
+    bias = T5RelativePositionBias(scale=2.0, heads=HEADS)
+    dense = bias(i, j)
+    for query in range(i):
+        for key in range(0, j - i + query + 1, 7):
+            distance = torch.tensor(j - i + query - key)
+            expected = 2.0 * bias.relative_attention_bias(bias.bucket(distance))
+            assert torch.equal(dense[0, :, query, key], expected)
+
+
+def test_errors_name_the_argument():
+    with pytest.raises(ValueError, match="heads must be a multiple of kv_heads=3, got 4"):
+        layer(kv_heads=3)
+    with pytest.raises(ValueError, match=r"xl_memory must have shape \(1, 3, 2, 8\), got \(1, 3, 2, 7\)"):
+        layer()(torch.randn(1, 2, DIM), knn_memory=KNNMemory(WIDTH), xl_memory=torch.randn(1, 3, 2, 7))
+    with pytest.raises(ValueError, match=r"query must have shape \(B, H, N, D\) with D=5, got \(1, 4, 2, 8\)"):
+        layer()(torch.randn(1, 2, DIM), knn_memory=KNNMemory(5))

@@ -1,0 +1,97 @@
+"""The model is one graph that does what eager does: wrapping memories, caches, checkpointing, late backwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from checks import SAME_GRAPH, assert_close
+from torch._inductor.utils import run_and_get_code
+
+from memtrans import MemorizingTransformer
+
+BATCH, SEGMENT, CAPACITY = 2, 12, 29
+SMALL = {"num_tokens": 50, "dim": 16, "depth": 3, "dim_head": 8, "heads": 2, "num_retrieved_memories": 4, "pad_id": -1}
+CONFIGURATIONS = {
+    "memory": {"memorizing_layers": (2, 3)},
+    "memory, cache, shifts, start tokens": {
+        "memorizing_layers": (2, 3),
+        "xl_max_memories": SEGMENT,
+        "shift_knn_memories_down": 1,
+        "shift_xl_memories_down": 1,
+        "clear_memories_on_sos_token_id": 7,
+        "clear_memories_on_eos_token_id": 8,
+    },
+    "activation checkpointing": {"memorizing_layers": (2,), "activation_checkpointing": True},
+    "per-head memory with an offset": {"memorizing_layers": (2,), "kv_heads": 2, "memory_offset": -1.0},
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 50, (BATCH, 5 * SEGMENT + 1), generator=torch.Generator().manual_seed(1))
+
+
+def read(model, forward, memories):
+    """Five segments, then one backward: the losses and gradients of it all."""
+    xl_memories, losses = None, []
+    lengths, xl_length = torch.tensor([SEGMENT, SEGMENT - 1]), torch.tensor([SEGMENT, 3])
+    for segment in range(5):
+        here = tokens()[:, segment * SEGMENT : (segment + 1) * SEGMENT]
+        labels = tokens()[:, segment * SEGMENT + 1 : (segment + 1) * SEGMENT + 1]
+        extra = {"xl_memories": xl_memories, "xl_length": xl_length} if model.num_xl_memory_layers else {}
+        loss = forward(here, knn_memories=memories, labels=labels, lengths=lengths, **extra)
+        if model.num_xl_memory_layers:
+            loss, xl_memories = loss
+        losses.append(loss)
+    model.zero_grad()
+    sum(losses).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"losses": torch.stack(losses).detach(), **gradients}
+
+
+@pytest.mark.parametrize("configuration", CONFIGURATIONS.values(), ids=CONFIGURATIONS.keys())
+def test_one_graph_equals_eager(configuration):
+    model = MemorizingTransformer(**SMALL, **configuration, max_knn_memories=CAPACITY)
+    memories = [model.create_knn_memories(batch_size=BATCH, spare=5 * SEGMENT) for _ in range(2)]
+    expected = read(model, model, memories[0])
+    actual = read(model, torch.compile(model, fullgraph=True, backend="aot_eager"), memories[1])
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert_close(actual[name], tensor, SAME_GRAPH, name)
+    for eager, compiled in zip(*memories, strict=True):
+        for name, tensor in eager.state_dict().items():
+            assert_close(compiled.state_dict()[name], tensor, SAME_GRAPH, name)
+
+
+def test_the_compiled_step_never_copies_the_memory():
+    """With a size that appears nowhere else, no buffer of the generated code has the ring's shape."""
+    model = MemorizingTransformer(**SMALL, memorizing_layers=(2,), max_knn_memories=7919 - SEGMENT)
+    memories = model.create_knn_memories(batch_size=BATCH, spare=SEGMENT)
+    compiled = torch.compile(model, fullgraph=True)
+
+    def step():
+        loss = compiled(tokens()[:, :SEGMENT], knn_memories=memories, labels=tokens()[:, 1 : SEGMENT + 1])
+        loss.backward()
+        return loss
+
+    _, code = run_and_get_code(step)
+    generated = "\n".join(code)
+    assert "knn_add_" in generated and "memory_attention_backward" in generated
+    assert "7919" in generated, "the ring is an argument of the graph"
+    allocations = [line for line in generated.splitlines() if "empty_strided" in line and "7919" in line]
+    assert not allocations
+    assert memories[0].lengths.tolist() == [SEGMENT, SEGMENT]
+
+
+def test_a_compiled_backward_that_comes_too_late_is_an_error_that_names_spare():
+    model = MemorizingTransformer(**SMALL, memorizing_layers=(2,), max_knn_memories=CAPACITY)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    memories = model.create_knn_memories(batch_size=BATCH, spare=2 * SEGMENT)
+    losses = [compiled(tokens()[:, :SEGMENT], memories, labels=tokens()[:, :SEGMENT]) for _ in range(3)]
+    with pytest.raises(RuntimeError, match=f"spare={2 * SEGMENT} slots keep what a forward pass retrieved"):
+        losses[0].backward()
