@@ -250,7 +250,7 @@ class KNNMemory:
         mask = slots >= 0
         row = snapshot.rows.reshape(batch, -1).repeat_interleave(heads // self.kv_heads, dim=1)[:, :, None, None]
         slot = slots.clamp(min=0).long()
-        pairs = [ring[row, slot].to(queries.dtype) for ring in (snapshot.ring.keys, snapshot.ring.values)]
+        pairs = [ring[row, slot].to(queries.dtype) for ring in (snapshot.keys, snapshot.values)]
         key_values = torch.stack(pairs, dim=-2).masked_fill(~mask[..., None, None], 0.0)
         shape = (*queries.shape[:-1], topk)
         return key_values.reshape(*shape, 2, self.dim), mask.reshape(shape)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 PARITY = 1e-5  # against upstream in float32: logits, loss and gradients, relative to the largest of each tensor
 SAME_GRAPH = 2e-5  # compiled against eager, float32
+SAME_FORMULA = 1e-11  # one formula computed in two ways, float64
 LOSS_CURVE = 1e-3  # two runs are the same curve: their first 20 losses
 
 
