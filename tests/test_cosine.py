@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from devices import live_backends
 
-from memtrans_kernels import backends_info, cosine
+from memtrans_kernels import cosine
 
-BACKENDS = [
-    line.backend for line in backends_info() if line.operator == "cosine" and line.device == "cpu" and line.live
-]
+pytestmark = pytest.mark.device
+
+BACKENDS = live_backends("cosine")
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 

@@ -8,15 +8,16 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from devices import live_backends, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memtrans_kernels import backends_info, knn_add_
+from memtrans_kernels import knn_add_
 
-BACKENDS = [
-    line.backend for line in backends_info() if line.operator == "knn_add_" and line.device == "cpu" and line.live
-]
+pytestmark = pytest.mark.device
+
+BACKENDS = live_backends("knn_add_")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Triton refuses float64, and its interpreter truncates to bfloat16 where GPUs round (1.005 becomes 1.0): seen with 3.9.
 INTERPRETED_DTYPES = (torch.float32, torch.float16)
@@ -103,7 +104,7 @@ SPECIAL = (0.0, -0.0, 65504.0, 65519.0, 65520.0, 1e-8, 1e-40, 3.4e38, -3.4e38, 1
 
 def draw_entries(data: st.DataObject, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Ordinary numbers with some of every dtype's extremes among them."""
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32), "seed"))
+    generator = seeded(data.draw(st.integers(0, 2**32), "seed"))
     ordinary = torch.randn(shape, generator=generator, dtype=torch.float64)
     special = torch.tensor(SPECIAL, dtype=torch.float64)[torch.randint(len(SPECIAL), shape, generator=generator)]
     return torch.where(torch.rand(shape, generator=generator) < 0.2, special, ordinary).to(dtype)
@@ -248,7 +249,7 @@ def test_an_infinite_key_stays_infinite_and_an_infinite_value_never_does(
 @on_every_backend
 def test_entries_need_not_be_contiguous(backend: str) -> None:
     ring, expected = rings(rows=2), rings(rows=2)
-    pairs = torch.randn(2, 3, 2, 2, generator=torch.Generator().manual_seed(0))  # (B, N, 2, D), as a memory gets them
+    pairs = torch.randn(2, 3, 2, 2, generator=seeded(0))  # (B, N, 2, D), as a memory gets them
     new_keys, new_values = pairs[:, None, :, 0], pairs[:, None, :, 1]
     knn_add_(*ring, torch.tensor([1, 0]), new_keys, new_values, backend=backend)
     knn_add_(*expected, torch.tensor([1, 0]), new_keys.contiguous(), new_values.contiguous(), backend=backend)
