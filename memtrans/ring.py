@@ -73,11 +73,8 @@ class Ring:
         return entry, entry % self.keys.shape[1]
 
     def widen(self, spare: int) -> None:
-        """Lays the ring out again with more spare slots.
-
-        Entries that are only spare move along: a checkpointed forward that is yet to be recomputed searches them again.
-        """
-        entry, old_slot = self.window(self.capacity + self.spare)
+        """Lays the ring out again with more spare slots; snapshots and pending backwards keep reading the old one."""
+        entry, old_slot = self.window(self.capacity)
         new_slot = entry % (self.capacity + spare)
 
         def moved(old: Tensor) -> Tensor:
@@ -101,8 +98,8 @@ class MemorySnapshot:
 
     Attributes:
         ring: the storage. rows: (B·G,) int64, the ring rows in scope. start, cursor: (R,) int64, as they stood.
-        ticket: (R,) int64 on the host, the counts as they stood. spare: S, as it stood; a ring that was laid out again
-            since has more, but may have dropped what this snapshot sees before that.
+        keys, values: (R, M + S, D), to read; a ring that was laid out again since no longer holds all that this sees.
+        ticket: (R,) int64 on the host, the counts as they stood.
     """
 
     ring: Ring
@@ -110,26 +107,25 @@ class MemorySnapshot:
     documents: int
     start: Tensor
     cursor: Tensor
+    keys: Tensor
+    values: Tensor
     ticket: Tensor
-    spare: int
 
     @staticmethod
     def take(ring: Ring, rows: Tensor, host_rows: Sequence[int], documents: int) -> MemorySnapshot:
         ticket = ledger_ticket(ring.written, host_rows)
         start, cursor = read_cursors(ring.start, ring.cursor)
-        return MemorySnapshot(ring, rows, documents, start, cursor, ticket, ring.spare)
+        return MemorySnapshot(ring, rows, documents, start, cursor, ring.keys_read, ring.values_read, ticket)
 
     @property
     def ledger(self) -> Ledger:
         """What attention's backward needs to notice that it comes too late."""
-        return Ledger(self.ring.written_read, self.ticket, self.spare)
+        return Ledger(self.ring.written_read, self.ticket, self.keys.shape[1] - self.ring.capacity)
 
     def nearest(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Scores and slots (B, H, N, K) of the nearest keys of query (B, H, N, D)."""
         ring = self.ring
-        return knn_search(
-            query, ring.keys_read, self.rows, self.start, self.cursor, ring.capacity, k, backend=ring.backend
-        )
+        return knn_search(query, self.keys, self.rows, self.start, self.cursor, ring.capacity, k, backend=ring.backend)
 
     def append(self, keys: Tensor, values: Tensor, count: Tensor | None = None) -> MemorySnapshot:
         """Stores keys and values (B, G, N, D) after the snapshot's entries; returns the state after them.
@@ -145,7 +141,8 @@ class MemorySnapshot:
         knn_add_(ring.keys, ring.values, ring.cursor, self.rows, keys, values, count, at=self.cursor, backend=backend)
         added = torch.full_like(self.rows, length) if count is None else count
         cursor = self.cursor.index_add(0, self.rows, added)
-        return replace(self, cursor=cursor, ticket=ledger_advance_(ring.written, self.ticket, length))
+        ticket = ledger_advance_(ring.written, self.ticket, length)
+        return replace(self, cursor=cursor, keys=ring.keys_read, values=ring.values_read, ticket=ticket)
 
     def clear_rows(self, mask: Tensor) -> MemorySnapshot:
         """Forgets all entries of the documents where mask (B,) is True; returns the state after that."""

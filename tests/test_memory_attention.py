@@ -12,6 +12,8 @@ from checks import assert_close
 from memtrans_kernels import memory_attention
 from memtrans_kernels.philox import keep_mask
 
+pytestmark = pytest.mark.device
+
 DIFFERENTIABLE = ("query", "key", "value", "scale", "bias_table", "bias_dense", "memory_offset")
 
 
