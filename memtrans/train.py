@@ -1,6 +1,6 @@
 """Training: streams of documents, memories that live across optimiser steps, the state of a run between two of them.
 
-A step never asks the device for a value ; losses stay on the device until they are reported or saved.
+A step never asks the device for a value; losses stay on the device until they are reported or saved.
 """
 
 from __future__ import annotations

@@ -10,6 +10,9 @@ at the end.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -127,47 +130,37 @@ def as_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def rows_of(tensor: Tensor) -> int:
-    return tensor.numel() // max(tensor.shape[-1], 1)
-
-
-def cosine(query: Tensor, key: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """One launch over the rows of both."""
-    units = tuple(torch.empty(t.shape, dtype=dtype or t.dtype, device=t.device) for t in (query, key))
-    tensors = [as_rows(tensor) for tensor in (query, key)]
-    launch, rows = configs.cosine(query.shape[-1]), [rows_of(tensor) for tensor in tensors]
+def launch_over_rows(kernel: Any, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+    """One launch over the rows of the query and of the key, which come last in `tensors`."""
+    tensors = [as_rows(tensor) for tensor in tensors]
+    query, key = tensors[-2:]
+    width, launch = query.shape[-1], configs.cosine(query.shape[-1])
+    rows = [tensor.numel() // max(width, 1) for tensor in (query, key)]
     programs = sum(triton.cdiv(count, launch.block) for count in rows)
     if programs:
-        cosine_kernel[(programs,)](
-            *tensors,
-            *units,
-            *rows,
-            *(tensor.shape[1:3] for tensor in tensors),
-            *(tensor.stride()[:3] for tensor in tensors),
-            WIDTH=query.shape[-1],
-            BLOCK_WIDTH=configs.power_of_two(query.shape[-1]),
-            BLOCK=launch.block,
-            num_warps=launch.warps,
-        )
-    return units[0], units[1]
-
-
-def cosine_backward(grad_query: Tensor, grad_key: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """One launch over the rows of both."""
-    results = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, key))
-    tensors = [as_rows(tensor) for tensor in (grad_query, grad_key, query, key)]
-    launch, rows = configs.cosine(query.shape[-1]), [rows_of(tensor) for tensor in tensors[2:]]
-    programs = sum(triton.cdiv(count, launch.block) for count in rows)
-    if programs:
-        cosine_backward_kernel[(programs,)](
+        kernel[(programs,)](
             *tensors,
             *results,
             *rows,
-            *(tensor.shape[1:3] for tensor in tensors[2:]),
+            query.shape[1:3],
+            key.shape[1:3],
             *(tensor.stride()[:3] for tensor in tensors),
-            WIDTH=query.shape[-1],
-            BLOCK_WIDTH=configs.power_of_two(query.shape[-1]),
+            WIDTH=width,
+            BLOCK_WIDTH=configs.power_of_two(width),
             BLOCK=launch.block,
             num_warps=launch.warps,
         )
-    return results[0], results[1]
+
+
+def cosine(query: Tensor, key: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Unit vectors of the shapes of query and key."""
+    unit_query, unit_key = (torch.empty(t.shape, dtype=dtype or t.dtype, device=t.device) for t in (query, key))
+    launch_over_rows(cosine_kernel, (query, key), (unit_query, unit_key))
+    return unit_query, unit_key
+
+
+def cosine_backward(grad_query: Tensor, grad_key: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of query and key, from those of their unit vectors."""
+    results = query.new_empty(query.shape), key.new_empty(key.shape)
+    launch_over_rows(cosine_backward_kernel, (grad_query, grad_key, query, key), results)
+    return results
