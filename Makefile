@@ -38,7 +38,8 @@ test-slow: $(TESTS_READY)
 	$(PYTHON_BIN) -m pytest -m "slow and not gpu"
 
 test-gpu: $(TESTS_READY)
-	$(PYTHON_BIN) -m pytest -m gpu
+	MEMTRANS_TEST_DEVICE=cuda $(PYTHON_BIN) -m pytest -m "(gpu or device) and not slow" \
+	  --ignore-glob='*/test_upstream_*' tests
 
 check: $(TESTS_READY)
 	$(PYTHON_BIN) -m ruff check .

@@ -158,7 +158,7 @@ class KNNMemory:
 
     def _scoped_rows(self) -> Tensor:
         assert self._ring is not None
-        rows = torch.tensor(self._host_rows(), dtype=torch.int64)
+        rows = torch.tensor(self._host_rows(), dtype=torch.int64, device="cpu")
         if self._ring.keys.is_cuda:
             rows = rows.pin_memory()
         return rows.to(self._ring.keys.device, non_blocking=True)
@@ -264,7 +264,7 @@ class KNNMemory:
             indices = self._check_indices("batch_indices", given)
         if self._ring is not None:
             with self.at_batch_indices(range(self.num_indices)):
-                mask = torch.zeros(self.num_indices, dtype=torch.bool)
+                mask = torch.zeros(self.num_indices, dtype=torch.bool, device="cpu")
                 mask[indices] = True
                 self.clear_rows(mask.to(self._ring.keys.device))
 

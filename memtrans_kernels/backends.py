@@ -7,11 +7,14 @@ named backend does not implement at all stay on `auto`.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from memtrans_kernels import native
@@ -29,38 +32,76 @@ def _native_missing() -> str | None:
     return None if live else reason
 
 
+@functools.cache
+def _triton_missing() -> str | None:
+    return None if find_spec("triton") else "Triton is not installed"
+
+
+def _not_interpreting() -> str | None:
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton runs on CPU tensors only in its interpreter: set TRITON_INTERPRET=1"
+    return _triton_missing()
+
+
+def _any_tensors(*arguments: Any) -> str | None:
+    return None
+
+
+def _no_float64(*arguments: Any) -> str | None:
+    wide = any(isinstance(argument, Tensor) and argument.dtype == torch.float64 for argument in arguments)
+    return "it computes in float32, not in float64" if wide else None
+
+
 class Implementation(NamedTuple):
-    """Where an operator's implementation lives, on which devices it runs and what may be missing."""
+    """Where an operator's implementation lives, on which device it runs, and what may speak against it."""
 
     backend: str
+    device: str
     module: str
     function: str
-    devices: tuple[str, ...]
     missing: Callable[[], str | None] = _always_live  # why this process cannot run it, None if it can
+    unfit: Callable[..., str | None] = _any_tensors  # why it cannot run on these arguments, None if it can
 
     def load(self) -> Callable[..., Any]:
-        return getattr(import_module(self.module), self.function)
+        return getattr(import_module(f"memtrans_kernels.{self.module}"), self.function)
 
-    def why_not(self, device: str) -> str | None:
-        if device not in self.devices:
-            return f"it runs on {' and '.join(self.devices)} tensors, not on {device}"
+    def why_not(self) -> str | None:
+        if self.device == "cuda" and not torch.cuda.is_available():
+            return "PyTorch sees no CUDA device"
         return self.missing()
 
 
-def _reference(function: str, devices: tuple[str, ...] = ("cpu", "cuda")) -> Implementation:
-    return Implementation("reference", "memtrans_kernels.reference", function, devices)
+def _reference(function: str, on_host: str | None = None) -> tuple[Implementation, ...]:
+    return (
+        Implementation("reference", "cpu", "reference", on_host or function),
+        Implementation("reference", "cuda", "reference", function),
+    )
+
+
+def _triton(module: str, function: str) -> tuple[Implementation, ...]:
+    return (
+        Implementation("triton", "cuda", module, function, _triton_missing, _no_float64),
+        Implementation("triton", "cpu", module, function, _not_interpreting, _no_float64),
+    )
+
+
+def _ordered(*candidates: tuple[Implementation, ...]) -> tuple[Implementation, ...]:
+    """Fastest first; on the CPU Triton's interpreter comes last, behind the reference."""
+    flat = [candidate for group in candidates for candidate in group]
+    return tuple(sorted(flat, key=lambda candidate: (candidate.backend, candidate.device) == ("triton", "cpu")))
 
 
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
-    "knn_add_": (
-        Implementation("native", "memtrans_kernels.native", "knn_add_", ("cpu",), _native_missing),
+    "knn_add_": _ordered(
+        (Implementation("native", "cpu", "native", "knn_add_", _native_missing),),
+        _triton("knn_add", "knn_add_"),
         _reference("knn_add_"),
     ),
-    "knn_search": (_reference("knn_search_on_host", ("cpu",)), _reference("knn_search", ("cuda",))),
-    "cosine": (_reference("cosine"),),
-    "cosine_backward": (_reference("cosine_backward"),),
-    "memory_attention": (_reference("memory_attention"),),
-    "memory_attention_backward": (_reference("memory_attention_backward"),),
+    "knn_search": _reference("knn_search", on_host="knn_search_on_host"),
+    "cosine": _ordered(_triton("cosine", "cosine"), _reference("cosine")),
+    "cosine_backward": _ordered(_triton("cosine", "cosine_backward"), _reference("cosine_backward")),
+    "memory_attention": _reference("memory_attention"),
+    "memory_attention_backward": _reference("memory_attention_backward"),
 }
 
 
@@ -76,23 +117,23 @@ def implements(operator: str, backend: str) -> bool:
     return any(candidate.backend == backend for candidate in IMPLEMENTATIONS[operator])
 
 
-def resolve(operator: str, backend: str, tensor: Tensor) -> Callable[..., Any]:
-    """The function that runs `operator` on tensors like `tensor`.
+def resolve(operator: str, backend: str, *arguments: Any) -> Callable[..., Any]:
+    """The function that runs `operator` on `arguments`, of which the first is a tensor.
 
     Raises RuntimeError with the reason when a named backend cannot, ValueError when there is no such name.
     """
     if backend == "auto":
         named = check_name(os.environ.get(ENVIRONMENT_VARIABLE, "auto"))
         backend = named if implements(operator, named) else "auto"
-    reasons = []
+    device, reasons = arguments[0].device.type, []
     for candidate in IMPLEMENTATIONS[operator]:
-        if backend in ("auto", candidate.backend):
-            reason = candidate.why_not(tensor.device.type)
+        if candidate.device == device and backend in ("auto", candidate.backend):
+            reason = candidate.why_not() or candidate.unfit(*arguments)
             if reason is None:
                 return candidate.load()
             reasons.append(f"{candidate.backend}: {reason}")
     detail = "; ".join(reasons) or f"{backend} does not implement it"
-    raise RuntimeError(f"backend={backend!r} cannot run {operator} on {tensor.device}: {detail}")
+    raise RuntimeError(f"backend={backend!r} cannot run {operator} on {device}: {detail}")
 
 
 class BackendInfo(NamedTuple):
@@ -109,12 +150,11 @@ def backends_info() -> list[BackendInfo]:
     """Every implementation of every operator, per device: live or why not, in the order `auto` tries them.
 
     >>> [line.backend for line in backends_info() if line.operator == "cosine" and line.device == "cpu"]
-    ['reference']
+    ['reference', 'triton']
     """
     lines = []
     for operator, candidates in IMPLEMENTATIONS.items():
         for candidate in candidates:
-            for device in candidate.devices:
-                reason = candidate.why_not(device)
-                lines.append(BackendInfo(operator, candidate.backend, device, reason is None, reason or ""))
+            reason = candidate.why_not()
+            lines.append(BackendInfo(operator, candidate.backend, candidate.device, reason is None, reason or ""))
     return lines

@@ -47,7 +47,7 @@ def _(start: Tensor, cursor: Tensor) -> tuple[Tensor, Tensor]:
 def ledger_ticket(written: Tensor, rows: Sequence[int]) -> Tensor:
     """Copies the counts of `rows` out of `written`; every other row is out of scope."""
     ticket = torch.full_like(written, OUT_OF_SCOPE)
-    index = torch.tensor(rows, dtype=torch.int64)
+    index = torch.tensor(rows, dtype=torch.int64, device=written.device)
     ticket[index] = written[index]
     return ticket
 

@@ -29,8 +29,8 @@ def knn_add_(
     at: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
-    run = backends.resolve("knn_add_", backend, keys)
-    run(keys, values, cursor, rows, new_keys, new_values, count, at)
+    arguments = (keys, values, cursor, rows, new_keys, new_values, count, at)
+    backends.resolve("knn_add_", backend, *arguments)(*arguments)
 
 
 @knn_add_.register_fake
@@ -52,7 +52,8 @@ def knn_search(
     k: int,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    return backends.resolve("knn_search", backend, query)(query, keys, rows, start, cursor, capacity, k)
+    arguments = (query, keys, rows, start, cursor, capacity, k)
+    return backends.resolve("knn_search", backend, *arguments)(*arguments)
 
 
 @knn_search.register_fake
@@ -82,7 +83,7 @@ def score_dtype(tensor: Tensor) -> torch.dtype:
 def cosine(
     query: Tensor, key: Tensor, dtype: torch.dtype | None = None, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    return backends.resolve("cosine", backend, query)(query, key, dtype)
+    return backends.resolve("cosine", backend, query, key, dtype)(query, key, dtype)
 
 
 @cosine.register_fake
@@ -94,7 +95,8 @@ def _(query: Tensor, key: Tensor, dtype: torch.dtype | None = None, backend: str
 def cosine_backward(
     grad_query: Tensor, grad_key: Tensor, query: Tensor, key: Tensor, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    return backends.resolve("cosine_backward", backend, query)(grad_query, grad_key, query, key)
+    arguments = (grad_query, grad_key, query, key)
+    return backends.resolve("cosine_backward", backend, *arguments)(*arguments)
 
 
 @cosine_backward.register_fake
@@ -139,11 +141,11 @@ def memory_attention(
     spare: int = 0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    run = backends.resolve("memory_attention", backend, query)
-    return run(
+    arguments = (
         query, key, value, memory_keys, memory_values, rows, scores, slots, scale,
         bias_table, bias_dense, memory_offset, local_length, dropout_p, seed,
     )  # fmt: skip
+    return backends.resolve("memory_attention", backend, *arguments)(*arguments)
 
 
 @memory_attention.register_fake
@@ -178,11 +180,11 @@ def memory_attention_backward(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_not_stale(written, ticket, spare)
-    run = backends.resolve("memory_attention_backward", backend, query)
-    return run(
+    arguments = (
         grad_out, grad_lse, out, lse, query, key, value, memory_keys, memory_values, rows, scores, slots, scale,
         bias_table, bias_dense, memory_offset, local_length, dropout_p, seed,
     )  # fmt: skip
+    return backends.resolve("memory_attention_backward", backend, *arguments)(*arguments)
 
 
 @memory_attention_backward.register_fake

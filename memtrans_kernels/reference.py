@@ -83,7 +83,7 @@ def knn_search(
     for b in range(batch):
         for g in range(groups):
             of_group = slice(g * heads // groups, (g + 1) * heads // groups)
-            row = rows[b * groups + g]
+            row = rows[b * groups + g, None]  # (1,): a number would make the host wait for it
             row_keys, row_slots, visible = _oldest_first(keys, row, start, cursor, capacity)
             row_query = query[b, of_group].reshape(-1, dim).to(keys.dtype).to(dtype)
             first, wide_keys = _first_equal(row_keys), row_keys.to(dtype)
@@ -111,7 +111,7 @@ def _oldest_first(
     """The last M entries of a row from old to new: keys (M, D), their slots (M,), and which are visible (M,)."""
     entry = cursor[row] - capacity + torch.arange(capacity, device=keys.device)
     slot = entry % keys.shape[1]
-    row_keys = keys[row, slot]
+    row_keys = keys[row.expand_as(slot), slot]
     visible = (entry >= start[row].clamp(min=0)) & row_keys.isfinite().all(dim=-1)
     return row_keys, slot, visible
 

@@ -9,6 +9,7 @@ PARITY = 1e-5  # against upstream in float32: logits, loss and gradients, relati
 SAME_GRAPH = 2e-5  # compiled against eager, float32
 SAME_FORMULA = 1e-11  # one formula computed in two ways, float64
 LOSS_CURVE = 1e-3  # two runs are the same curve: their first 20 losses
+GPU_MODEL = 1e-3  # losses and gradients on a GPU against the CPU, float32: sums in another order, near-ties swap
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float, name: str = "tensor") -> None:
@@ -57,7 +58,7 @@ def assert_nearest(query: Tensor, keys: Tensor, order: Tensor, scores: Tensor, k
 def assert_older_first(keys: Tensor, order: Tensor) -> None:
     """Of keys (M, D), old to new, that are equal bit for bit, order (Q, K) holds the oldest, and those in order."""
     equals: dict[bytes, list[int]] = {}
-    bits = [row.tobytes() for row in keys.contiguous().view(torch.uint8).numpy()]
+    bits = [row.tobytes() for row in keys.contiguous().view(torch.uint8).cpu().numpy()]
     for position, key in enumerate(bits):
         equals.setdefault(key, []).append(position)
     for query, positions in enumerate(order.tolist()):

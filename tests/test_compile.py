@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from checks import SAME_GRAPH, assert_close
+from devices import seeded
 from torch._inductor.utils import run_and_get_code
 
 from memtrans import MemorizingTransformer
@@ -33,7 +34,7 @@ def fresh_compiler():
 
 
 def tokens() -> torch.Tensor:
-    return torch.randint(0, 50, (BATCH, 5 * SEGMENT + 1), generator=torch.Generator().manual_seed(1))
+    return torch.randint(0, 50, (BATCH, 5 * SEGMENT + 1), generator=seeded(1))
 
 
 def read(model, forward, memories):

@@ -4,19 +4,45 @@ from __future__ import annotations
 
 import pytest
 import torch
+from devices import live_backends
 
 from memtrans_kernels import cosine
 
+pytestmark = pytest.mark.device
 
-def test_results_are_unit_vectors_along_the_input():
-    query, key = torch.randn(2, 3, 5, 8), 1e4 * torch.randn(2, 1, 7, 8)
-    for unit, tensor in zip(cosine(query, key), (query, key), strict=True):
+BACKENDS = live_backends("cosine")
+on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@on_every_backend
+@pytest.mark.parametrize("width", [1, 8, 96])
+def test_results_are_unit_vectors_along_the_input_whatever_its_layout(backend, width):
+    query = torch.randn(2, 5, 3, width).transpose(1, 2)
+    key = 1e4 * torch.randn(2, 1, 7, 2 * width)[..., width:]
+    for unit, tensor in zip(cosine(query, key, backend=backend), (query, key), strict=True):
         torch.testing.assert_close(unit, tensor / tensor.norm(dim=-1, keepdim=True))
+        assert unit.is_contiguous()
 
 
-def test_a_zero_vector_stays_zero_with_a_finite_gradient():
+@on_every_backend
+def test_gradients_equal_those_of_the_formula_in_float64(backend):
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 5, 3, 24).transpose(1, 2), torch.randn(2, 1, 7, 24)]
+    upstream = [torch.randn(2, 3, 5, 24), torch.randn(2, 7, 1, 24).transpose(1, 2)]
+    for tensor, grad in zip(inputs, upstream, strict=True):
+        tensor.requires_grad_()
+        wide = tensor.detach().double().requires_grad_()
+        (wide / wide.norm(dim=-1, keepdim=True)).backward(grad.double())
+        tensor.expected = wide.grad.float()
+    torch.autograd.backward(cosine(*inputs, backend=backend), upstream)
+    for tensor in inputs:
+        torch.testing.assert_close(tensor.grad, tensor.expected)
+
+
+@on_every_backend
+def test_a_zero_vector_stays_zero_with_a_finite_gradient(backend):
     query = torch.zeros(1, 1, 1, 4, requires_grad=True)
-    unit, _ = cosine(query, torch.ones(1, 1, 1, 4))
+    unit, _ = cosine(query, torch.ones(1, 1, 1, 4), backend=backend)
     unit.sum().backward()
     assert torch.equal(unit, torch.zeros_like(unit)) and query.grad.isfinite().all()
 
@@ -35,9 +61,12 @@ def test_dtype_casts_both_results_and_gradients_keep_the_inputs_dtype(dtype):
     assert query.grad.dtype == key.grad.dtype == torch.float32
 
 
-def test_large_half_precision_vectors_do_not_overflow():
-    unit, _ = cosine(torch.full((1, 1, 1, 64), 6e4, dtype=torch.float16), torch.ones(1, 1, 1, 64, dtype=torch.float16))
-    torch.testing.assert_close(unit, torch.full_like(unit, 0.125))
+@on_every_backend
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 6e4), (torch.float16, 6e-8), (torch.float32, 1e18)])
+def test_large_and_tiny_vectors_keep_their_direction(backend, dtype, size):
+    vector = torch.full((1, 1, 1, 64), size, dtype=dtype)
+    for unit in cosine(vector, vector, backend=backend):
+        torch.testing.assert_close(unit, torch.full_like(unit, 0.125))
 
 
 def test_errors_name_the_argument():

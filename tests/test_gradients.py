@@ -10,11 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checks import SAME_FORMULA, assert_close
+from devices import seeded
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from memtrans import KNNAttention, KNNMemory
 from memtrans_kernels import StaleMemoryError, knn_add_, knn_search, memory_attention
+
+pytestmark = pytest.mark.device
 
 BATCH, HEADS, WIDTH, DIM, CAPACITY, NEIGHBOURS = 2, 4, 5, 6, 7, 3
 
@@ -114,7 +117,7 @@ def tell(
     story: Story, layer: KNNAttention, table: Tensor, attend: Attend, clear: Callable[[list[bool]], None]
 ) -> dict[str, Tensor]:
     """Runs a story: what came out, and the gradient of every parameter, input and bias."""
-    generator = torch.Generator().manual_seed(7)
+    generator = seeded(7)
     result, pending, xl_memory = {}, [], None
     inputs, parameters = [], {**dict(layer.named_parameters()), "bias": table}
     for parameter in parameters.values():
@@ -253,7 +256,7 @@ def retrieved_gradient(between: Callable[[KNNAttention, KNNMemory], None], spare
     """The gradient of a checkpointed segment over a full memory, something else happening before its backward."""
     layer, _, _ = make(Story())
     memory = KNNMemory(WIDTH, CAPACITY, BATCH, spare=spare, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(11)
+    generator = seeded(11)
     for _ in range(3):
         layer(torch.randn(BATCH, 4, DIM, generator=generator), knn_memory=memory)
     x = torch.randn(BATCH, 4, DIM, generator=generator).requires_grad_()
@@ -305,7 +308,7 @@ def wrapped_ring() -> dict[str, Tensor]:
     """A ring of M = 7 and S = 2 that is full and wrapped, for two documents."""
     keys, values = torch.zeros(2, 2, CAPACITY + 2, WIDTH)
     cursor, rows = torch.zeros(2, dtype=torch.int64), torch.tensor([1, 0])
-    generator = torch.Generator().manual_seed(5)
+    generator = seeded(5)
     new_keys, new_values = torch.randn(2, 2, 1, 12, WIDTH, generator=generator)
     knn_add_(keys, values, cursor, rows, new_keys, new_values)
     return {"keys": keys, "values": values, "cursor": cursor, "rows": rows, "start": torch.tensor([0, 7])}
@@ -326,7 +329,7 @@ def test_no_gradient_goes_into_the_memory() -> None:
 def test_gradcheck_of_search_followed_by_attention() -> None:
     """The scores are handed in, and yet the query has its gradient through them. Away from ties."""
     ring = wrapped_ring()
-    generator = torch.Generator().manual_seed(2)
+    generator = seeded(2)
 
     def leaf(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).requires_grad_()

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from typing import NamedTuple
 
 import pytest
 import torch
+from devices import live_backends, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memtrans_kernels import backends_info, knn_add_
+from memtrans_kernels import knn_add_
 
-BACKENDS = [
-    line.backend for line in backends_info() if line.operator == "knn_add_" and line.device == "cpu" and line.live
-]
+pytestmark = pytest.mark.device
+
+BACKENDS = live_backends("knn_add_")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# Triton refuses float64, and its interpreter truncates to bfloat16 where GPUs round (1.005 becomes 1.0): seen with 3.9.
+INTERPRETED_DTYPES = (torch.float32, torch.float16)
+EXAMPLES = 15 if os.environ.get("TRITON_INTERPRET") == "1" else 100  # an interpreted write takes 0.1 s
 NAN, INF = float("nan"), float("inf")
 
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -98,18 +104,18 @@ SPECIAL = (0.0, -0.0, 65504.0, 65519.0, 65520.0, 1e-8, 1e-40, 3.4e38, -3.4e38, 1
 
 def draw_entries(data: st.DataObject, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Ordinary numbers with some of every dtype's extremes among them."""
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32), "seed"))
+    generator = seeded(data.draw(st.integers(0, 2**32), "seed"))
     ordinary = torch.randn(shape, generator=generator, dtype=torch.float64)
     special = torch.tensor(SPECIAL, dtype=torch.float64)[torch.randint(len(SPECIAL), shape, generator=generator)]
     return torch.where(torch.rand(shape, generator=generator) < 0.2, special, ordinary).to(dtype)
 
 
 @on_every_backend
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_random_writes_equal_the_definition(backend: str, data: st.DataObject) -> None:
     """Rows picked and permuted, several groups, counts, snapshots that lag behind, N beyond the ring, every dtype."""
-    dtype = st.sampled_from(DTYPES)
+    dtype = st.sampled_from(INTERPRETED_DTYPES if backend == "triton" else DTYPES)
     ring_rows, width = data.draw(st.integers(1, 6), "R"), data.draw(st.integers(1, 3), "D")
     slots = data.draw(st.integers(1, 7), "M + S")
     ring = Rings(
@@ -211,16 +217,21 @@ def test_writing_twice_from_a_snapshot_changes_nothing(backend: str, length: int
 @pytest.mark.parametrize(("dtype", "largest"), [(torch.float16, 65504.0), (torch.bfloat16, 3.3895313892515355e38)])
 def test_numbers_beyond_the_dtype_saturate(backend: str, dtype: torch.dtype, largest: float) -> None:
     ring = rings(rows=1, slots=2, width=2, dtype=dtype)
-    new = torch.tensor([[[[1e39, -1e39], [largest, -0.0]]]], dtype=torch.float64)
+    new = torch.tensor([[[[3.4e38, -3.4e38], [largest, -0.0]]]])  # nearly the largest float32
     knn_add_(*ring, torch.tensor([0]), new, new, backend=backend)
     for tensor in (ring.keys, ring.values):
         assert tensor.tolist() == [[[largest, -largest], [largest, 0.0]]]
         assert tensor[0, 1, 1].signbit()
 
 
-@on_every_backend
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("given_dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("backend", "dtype", "given_dtype"),
+    [
+        (backend, dtype, given_dtype)
+        for backend in BACKENDS
+        for dtype, given_dtype in itertools.product(INTERPRETED_DTYPES if backend == "triton" else DTYPES, repeat=2)
+    ],
+)
 def test_an_infinite_key_stays_infinite_and_an_infinite_value_never_does(
     backend: str, dtype: torch.dtype, given_dtype: torch.dtype
 ) -> None:
@@ -238,7 +249,7 @@ def test_an_infinite_key_stays_infinite_and_an_infinite_value_never_does(
 @on_every_backend
 def test_entries_need_not_be_contiguous(backend: str) -> None:
     ring, expected = rings(rows=2), rings(rows=2)
-    pairs = torch.randn(2, 3, 2, 2, generator=torch.Generator().manual_seed(0))  # (B, N, 2, D), as a memory gets them
+    pairs = torch.randn(2, 3, 2, 2, generator=seeded(0))  # (B, N, 2, D), as a memory gets them
     new_keys, new_values = pairs[:, None, :, 0], pairs[:, None, :, 1]
     knn_add_(*ring, torch.tensor([1, 0]), new_keys, new_values, backend=backend)
     knn_add_(*expected, torch.tensor([1, 0]), new_keys.contiguous(), new_values.contiguous(), backend=backend)
@@ -258,6 +269,7 @@ ROWS, NEW = torch.tensor([0, 1, 2]), torch.zeros(3, 1, 2, 2)
 INT = torch.zeros(3, dtype=torch.int64)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [

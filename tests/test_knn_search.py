@@ -8,16 +8,17 @@ from typing import Any
 import checks
 import pytest
 import torch
+from devices import live_backends, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memtrans_kernels import backends_info, knn_search, reference
+from memtrans_kernels import knn_search, reference
 
-BACKENDS = [
-    line.backend for line in backends_info() if line.operator == "knn_search" and line.device == "cpu" and line.live
-]
+pytestmark = pytest.mark.device
+
+BACKENDS = live_backends("knn_search")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 NAN, INF = float("nan"), float("inf")
 
@@ -81,7 +82,7 @@ def assert_exact(query: Tensor, held: Memory, rows: list[int], scores: Tensor, s
 
 def draw_keys(data: st.DataObject, count: int, width: int, dtype: torch.dtype) -> Tensor:
     """Keys (C, D): some huge or tiny, many equal to an older one, zeros of both signs, some not finite."""
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32), "seed"))
+    generator = seeded(data.draw(st.integers(0, 2**32), "seed"))
     magnitude = data.draw(st.sampled_from([1.0, 1.0, 100.0, 1e-3] if dtype == torch.float16 else [1.0, 1e15, 1e-15]))
     keys = torch.randn(count, width, generator=generator) * magnitude
     if count and data.draw(st.booleans(), "duplicates"):
@@ -111,7 +112,7 @@ def test_random_searches_are_exact(backend: str, data: st.DataObject) -> None:
         entries.append((start, draw_keys(data, count, width, dtype)))
     held = memory(entries, capacity, spare, hidden=data.draw(st.sampled_from([INF, NAN, 1e4])))
     rows = data.draw(st.permutations(range(held.rows)), "rows")[: batch * groups]
-    query = torch.randn(batch, heads, length, width, generator=torch.Generator().manual_seed(1))
+    query = torch.randn(batch, heads, length, width, generator=seeded(1))
 
     scores, slots = search(query, held, k, backend, rows)
 
@@ -125,9 +126,9 @@ def test_random_searches_are_exact(backend: str, data: st.DataObject) -> None:
 @pytest.mark.parametrize("spare", [0, 3])
 @pytest.mark.parametrize("start", [0, 2])
 def test_lengths_around_k_around_m_and_just_wrapped(backend: str, count: int, spare: int, start: int) -> None:
-    keys = torch.randn(count, 5, generator=torch.Generator().manual_seed(count))
+    keys = torch.randn(count, 5, generator=seeded(count))
     held = memory([(min(start, count), keys)], capacity=9, spare=spare)
-    query = torch.randn(1, 2, 3, 5, generator=torch.Generator().manual_seed(0))
+    query = torch.randn(1, 2, 3, 5, generator=seeded(0))
     scores, slots = search(query, held, 4, backend)
     assert_exact(query, held, [0], scores, slots, 4)
 
@@ -152,7 +153,7 @@ def test_a_cleared_row_shows_only_what_came_after(backend: str) -> None:
 @pytest.mark.parametrize("length", [1, 2, 5, 64])
 def test_equal_keys_have_equal_scores_and_come_older_first(backend: str, width: int, length: int) -> None:
     """However a product of matrices rounds at the edges of its tiles. Five different keys, 257 entries."""
-    generator = torch.Generator().manual_seed(width)
+    generator = seeded(width)
     keys = torch.randn(5, width, generator=generator)[torch.randint(0, 5, (257,), generator=generator)]
     held = memory([(0, torch.cat((torch.zeros(100, width), keys)))], capacity=257)
     query = torch.randn(1, 1, length, width, generator=generator)
@@ -175,8 +176,8 @@ def test_a_key_that_is_not_finite_is_never_retrieved(backend: str, dtype: torch.
 
 @on_every_backend
 def test_a_query_that_is_not_a_number_finds_nothing_and_leaves_the_others_alone(backend: str) -> None:
-    held = memory([(0, torch.randn(7, 3, generator=torch.Generator().manual_seed(0)))], capacity=7)
-    query = torch.randn(1, 1, 3, 3, generator=torch.Generator().manual_seed(1))
+    held = memory([(0, torch.randn(7, 3, generator=seeded(0)))], capacity=7)
+    query = torch.randn(1, 1, 3, 3, generator=seeded(1))
     expected_scores, expected_slots = search(query, held, 4, backend)
     query[0, 0, 1, 2] = NAN
     scores, slots = search(query, held, 4, backend)
@@ -205,8 +206,8 @@ def test_zero_scores_of_either_sign_tie(backend: str) -> None:
 
 @on_every_backend
 def test_the_same_inputs_give_the_same_bits(backend: str) -> None:
-    held = memory([(0, torch.randn(300, 24, generator=torch.Generator().manual_seed(0)))] * 2, capacity=200)
-    query = torch.randn(2, 4, 33, 24, generator=torch.Generator().manual_seed(1))
+    held = memory([(0, torch.randn(300, 24, generator=seeded(0)))] * 2, capacity=200)
+    query = torch.randn(2, 4, 33, 24, generator=seeded(1))
     first, again = search(query, held, 16, backend), search(query.clone(), held, 16, backend)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
@@ -246,8 +247,8 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_the_reference_never_holds_a_score_for_every_query(monkeypatch: pytest.MonkeyPatch) -> None:
-    held = memory([(0, torch.randn(128, 4, generator=torch.Generator().manual_seed(0)))], capacity=128)
-    query = torch.randn(1, 1, 2000, 4, generator=torch.Generator().manual_seed(1))
+    held = memory([(0, torch.randn(128, 4, generator=seeded(0)))], capacity=128)
+    query = torch.randn(1, 1, 2000, 4, generator=seeded(1))
     arguments = (query, held.keys, torch.tensor([0]), held.start, held.cursor, held.capacity, 2)
     whole = reference.knn_search(*arguments)
     monkeypatch.setattr(reference, "SEARCH_BLOCK_BYTES", 1 << 16)
@@ -262,6 +263,7 @@ def test_the_reference_never_holds_a_score_for_every_query(monkeypatch: pytest.M
 KEYS, QUERY, INT = torch.zeros(2, 5, 3), torch.zeros(2, 4, 6, 3), torch.zeros(2, dtype=torch.int64)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [

@@ -12,6 +12,8 @@ from checks import assert_close
 from memtrans_kernels import memory_attention
 from memtrans_kernels.philox import keep_mask
 
+pytestmark = pytest.mark.device
+
 DIFFERENTIABLE = ("query", "key", "value", "scale", "bias_table", "bias_dense", "memory_offset")
 
 
@@ -161,6 +163,7 @@ def test_half_precision_keeps_its_dtype_and_accumulates_in_float32(dtype):
     assert torch.equal(out, wide.to(dtype)) and torch.equal(lse, wide_lse)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

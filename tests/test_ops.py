@@ -6,6 +6,8 @@ import pytest
 import torch
 from cases import CAPACITY, NEIGHBOURS, attention_inputs, ring
 
+pytestmark = pytest.mark.device
+
 ops = torch.ops.memtrans
 
 

@@ -6,8 +6,11 @@ import math
 
 import pytest
 import torch
+from devices import seeded
 
 from memtrans_kernels.philox import keep_mask, philox
+
+pytestmark = pytest.mark.device
 
 LOW = 0xFFFFFFFF
 ALL_ONES = (LOW,) * 4
@@ -48,7 +51,7 @@ def test_the_known_answers_of_random123(seed: int, counter: tuple[int, int, int,
 
 
 def test_any_counter_and_seed_give_the_definitions_number() -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     for _ in range(200):
         key0, key1, *counter = torch.randint(0, 1 << 32, (6,), generator=generator).tolist()
         seed = key1 << 32 | key0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from checks import SAME_GRAPH, assert_close
+from devices import seeded
 
 from memtrans import MemorizingTransformer
 
@@ -18,7 +19,7 @@ def build(**options) -> MemorizingTransformer:
 
 
 def segments(count: int) -> torch.Tensor:
-    return torch.randint(2, VOCABULARY, (count, BATCH, LENGTH), generator=torch.Generator().manual_seed(3))
+    return torch.randint(2, VOCABULARY, (count, BATCH, LENGTH), generator=seeded(3))
 
 
 @pytest.fixture

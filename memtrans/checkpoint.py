@@ -1,0 +1,131 @@
+"""Checkpoints: safetensors for tensors, JSON for everything else, nothing that executes when read.
+
+A checkpoint is a directory. `checkpoint.json` is the checkpoint: it names the tensor files that belong to it, with
+their SHA-256. A new checkpoint first writes tensor files of its own under new names and forces them to disk;
+renaming the new `checkpoint.json` over the old one is the one moment at which the new checkpoint takes the place of
+the old; files that no `checkpoint.json` names are then removed. So a kill or a full disk at any moment leaves a
+whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from memtrans.storage import write_atomically
+
+INDEX = "checkpoint.json"
+KIND = "memtrans.checkpoint"
+VERSION = 1
+
+Parts = Mapping[str, Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds: named parts of named tensors (`model`, `optimizer`, ...) and JSON values."""
+
+    parts: Parts
+    values: dict[str, Any]
+
+
+def exists(directory: str | Path) -> bool:
+    """Whether the directory holds a checkpoint."""
+    return (Path(directory) / INDEX).exists()
+
+
+def save_checkpoint(directory: str | Path, parts: Parts, values: Mapping[str, Any]) -> None:
+    """Writes a checkpoint in the place of the one that is there, if any.
+
+    Args:
+        directory: made if missing. parts: tensors by part and name, each part a file. values: anything that JSON holds.
+
+    Raises:
+        OSError: the disk is full, or the like; the previous checkpoint is whole.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    files = {}
+    try:
+        for part, tensors in parts.items():
+            content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+            digest = hashlib.sha256(content).hexdigest()
+            files[part] = {"name": f"{part}-{digest[:16]}.safetensors", "sha256": digest}
+            write_atomically(directory / files[part]["name"], content)
+        index = {"kind": KIND, "version": VERSION, "files": files, "values": dict(values)}
+        index["sha256"] = _digest(index)
+        write_atomically(directory / INDEX, (json.dumps(index, indent=1) + "\n").encode())
+        _force_to_disk(directory)
+    finally:
+        _remove_unnamed(directory)
+
+
+def load_checkpoint(directory: str | Path) -> Checkpoint:
+    """Reads and verifies a checkpoint.
+
+    Raises:
+        FileNotFoundError: there is none. ValueError: it is damaged, or something else.
+    """
+    directory = Path(directory)
+    if not exists(directory):
+        raise FileNotFoundError(f"checkpoint must be a directory with {INDEX}, got {str(directory)!r}")
+    index = _read_index(directory / INDEX)
+    parts = {}
+    for part, file in index["files"].items():
+        path = directory / file["name"]
+        content = path.read_bytes() if path.exists() else b""
+        if hashlib.sha256(content).hexdigest() != file["sha256"]:
+            what = "does not have the bytes that were written" if content else "is missing"
+            raise ValueError(f"checkpoint must be whole, got {str(directory)!r}, where {file['name']} {what}")
+        try:
+            parts[part] = load(content)
+        except SafetensorError as error:
+            raise ValueError(f"checkpoint must hold safetensors files, got {str(path)!r}: {error}") from error
+    return Checkpoint(parts, index["values"])
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    try:
+        index = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"checkpoint must have a whole {INDEX}, got {str(path)!r}: {error}") from error
+    if not isinstance(index, dict) or index.get("kind") != KIND:
+        raise ValueError(f"checkpoint must be one of memtrans, got {str(path)!r} of another kind")
+    if index.get("version") != VERSION:
+        raise ValueError(f"checkpoint must be of version {VERSION}, got {index.get('version')} in {str(path)!r}")
+    if index.pop("sha256", None) != _digest(index):
+        raise ValueError(f"checkpoint must be whole, got {str(path)!r}, which was changed since it was written")
+    return index
+
+
+def _digest(index: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
+
+
+def _force_to_disk(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove_unnamed(directory: Path) -> None:
+    """Removes what earlier checkpoints, and interrupted ones, left behind."""
+    if not exists(directory):
+        named = set()
+    else:
+        named = {INDEX, *(file["name"] for file in _read_index(directory / INDEX)["files"].values())}
+    for path in directory.iterdir():
+        ours = path.name.endswith(".safetensors") or (path.name.startswith(".") and ".safetensors." in path.name)
+        if (ours or path.name.startswith(f".{INDEX}.")) and path.name not in named:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,192 @@
+"""`python -m memtrans train | eval | info`.
+
+Bad input ends with one line on standard error and exit status 2; Ctrl-C with 130, after a checkpoint; a loss that
+is not finite or a disk that is full with 1, and the last good checkpoint is kept. The last line of `train` and
+`eval` on standard output is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+
+from memtrans.checkpoint import load_checkpoint
+from memtrans.evaluate import evaluate_both
+from memtrans.presets import PRESETS, Settings, build_model
+from memtrans.run import Run, checkpoint_of, resumed_settings, start
+from memtrans.train import NonFiniteLossError, load_weights, open_data, pick_device
+from memtrans_kernels import backends_info
+
+BAD_INPUT = (ValueError, OSError)  # from reading what the user named
+OVERRIDDEN_BY_EVAL = ("data", "batch", "segment", "memory", "neighbours", "device", "eval_bytes")
+
+
+class InputError(Exception):
+    """Something the user gave will not do; the message is for the user."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except InputError as error:
+        return _fail(options, str(error), 2)
+    except NonFiniteLossError as error:
+        return _fail(options, f"{error}; the last good checkpoint is kept", 1)
+    except OSError as error:
+        return _fail(options, f"writing to {options.out} failed: {error}; the last checkpoint is kept", 1)
+    except KeyboardInterrupt:
+        return _fail(options, "stopped by Ctrl-C", 130)
+
+
+def _fail(options: argparse.Namespace, message: str, status: int) -> int:
+    print(f"memtrans {options.name}: {message}", file=sys.stderr, flush=True)
+    return status
+
+
+# ------------------------------------------------------------------------------------------------------------ options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m memtrans", description="Memorizing Transformers on real text.")
+    commands = parser.add_subparsers(required=True, metavar="{train,eval,info}")
+
+    train = commands.add_parser("train", help="train a model", formatter_class=argparse.RawDescriptionHelpFormatter)
+    train.set_defaults(command=_train, name="train")
+    train.description = "Trains a model on documents read from beginning to end, with a memory of each."
+    train.epilog = "A preset sets every option; options that are given override it."
+    train.add_argument("--preset", choices=sorted(PRESETS), default="demo", help="set of values to begin with (demo)")
+    train.add_argument(
+        "--out", type=Path, help="directory of the run (default: the first free of runs/PRESET, -2, ...)"
+    )
+    train.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    train.add_argument("--plain", action="store_true", help="lines instead of a progress bar")
+    _add_settings(train, [field.name for field in dataclasses.fields(Settings)])
+
+    evaluate = commands.add_parser("eval", help="evaluate a run's checkpoint, with its memory and without")
+    evaluate.set_defaults(command=_evaluate, name="eval")
+    evaluate.add_argument("--out", type=Path, required=True, help="directory of the run")
+    evaluate.add_argument("--split", choices=("validation", "test"), default="validation", help="held-out documents")
+    _add_settings(evaluate, OVERRIDDEN_BY_EVAL)
+
+    info = commands.add_parser("info", help="versions, devices, and which backend of each operator is live")
+    info.set_defaults(command=_info, name="info", out=None)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    """One option for each setting; what is not given does not appear among the parsed options."""
+    hints = get_type_hints(Settings)
+    fields = {field.name: field for field in dataclasses.fields(Settings)}
+    for name in names:
+        keywords: dict[str, Any] = {"default": argparse.SUPPRESS, "help": fields[name].metadata["help"]}
+        text = str(hints[name])
+        if hints[name] is bool:
+            keywords["action"] = argparse.BooleanOptionalAction
+        elif "tuple" in text:
+            keywords |= {"type": int, "nargs": "+", "metavar": "LAYER"}
+        else:
+            keywords["type"] = next(kind for kind in (float, int, str) if kind.__name__ in text)
+            keywords["metavar"] = keywords["type"].__name__.upper()
+        if "choices" in fields[name].metadata:
+            keywords["metavar"] = "{" + ",".join(fields[name].metadata["choices"]) + "}"
+        parser.add_argument("--" + name.replace("_", "-"), **keywords)
+
+
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings that stand on the command line."""
+    names = {field.name for field in dataclasses.fields(Settings)}
+    chosen = {name: value for name, value in vars(options).items() if name in names}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------- commands
+
+
+def _train(options: argparse.Namespace) -> int:
+    given = _given(options)
+    try:
+        options.out = options.out or _free_directory(options.preset, options.resume)
+        if options.resume:
+            settings = resumed_settings(options.out, given)
+        else:
+            settings = dataclasses.replace(PRESETS[options.preset], **given)
+        trainer = start(settings, options.out, options.resume)
+        options.out.mkdir(parents=True, exist_ok=True)
+    except BAD_INPUT as error:
+        raise InputError(str(error)) from error
+    run = Run(trainer, options.out, options.plain)
+    try:
+        summary = run.train()
+    except KeyboardInterrupt:
+        saved = f"step {trainer.step} is saved, --resume --out {options.out} goes on from there"
+        return _fail(options, f"stopped by Ctrl-C; {saved}", 130)
+    print(json.dumps(summary), flush=True)
+    return 0
+
+
+def _free_directory(preset: str, resume: bool) -> Path:
+    """runs/PRESET, or the first of runs/PRESET-2, -3, ... that does not exist; with `resume`, the last that does."""
+    number = 1
+    path = Path("runs") / preset
+    while path.exists():
+        number += 1
+        following = Path("runs") / f"{preset}-{number}"
+        if resume and not following.exists():
+            break
+        path = following
+    return path
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    try:
+        checkpoint = load_checkpoint(checkpoint_of(options.out))
+        settings = Settings.from_json({**checkpoint.values["settings"], **_given(options)})
+        data = open_data(settings, options.split)
+        model = build_model(settings).to(pick_device(settings.device))
+        load_weights(model, checkpoint)
+    except BAD_INPUT as error:
+        raise InputError(str(error)) from error
+    report = evaluate_both(model, data.held_out, settings.batch, settings.segment, settings.eval_bytes)
+    rest = {"steps": checkpoint.values["step"], "data": settings.data, "split": options.split, "out": str(options.out)}
+    device = str(model.token_emb.weight.device)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(json.dumps({**rest, **report, "parameters": parameters, "device": device}), flush=True)
+    return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    del options
+    for name in ("memtrans", "torch", "triton", "numpy", "safetensors"):
+        print(f"{name:12} {_version(name)}")
+    print(f"{'python':12} {platform.python_version()} on {platform.platform()}")
+    print(f"{'gpu':12} {_gpu()}")
+    for line in backends_info():
+        state = "live" if line.live else f"not live: {line.reason}"
+        print(f"{line.operator:26} {line.backend:10} {line.device:5} {state}")
+    return 0
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        return "none" if built else "none; this torch is built without CUDA"
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return f"{', '.join(names)}; CUDA {torch.version.cuda}"

@@ -1,0 +1,117 @@
+"""Evaluation over held-out documents, with the memory and with retrieval off, and a look at what is retrieved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memtrans.data import NOT_SCORED, Batch, Document, DocumentStream, InOrder
+from memtrans.reader import DocumentReader
+from memtrans.recall import CHANCE, FAR
+from memtrans.transformer import MemorizingTransformer
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model does on held-out documents.
+
+    Attributes:
+        bits_per_byte: of the scored bytes. far_accuracy: share of the far questions answered; None without any.
+        scored: bytes scored. far_questions: of them asked for long ago.
+    """
+
+    bits_per_byte: float
+    far_accuracy: float | None
+    scored: int
+    far_questions: int
+
+
+def negative_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum over the scored labels, in nats, float32."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=NOT_SCORED, reduction="sum")
+
+
+def held_out_stream(documents: Sequence[Document], batch: int, segment: int) -> DocumentStream:
+    """Every document once, each from its beginning; no more rows than documents."""
+    return DocumentStream(InOrder(documents), min(batch, len(documents)), segment)
+
+
+@torch.no_grad()
+def evaluate(
+    model: MemorizingTransformer,
+    stream: DocumentStream,
+    most_bytes: int,
+    *,
+    retrieval: bool = True,
+    on_segment: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Reads a stream to its end, or until `most_bytes` tokens were read; the memory starts empty.
+
+    Args:
+        retrieval: False keeps the memory empty: the same bytes without it.
+        on_segment: called after each segment; may raise to stop.
+    """
+    device = model.token_emb.weight.device
+    was_training = model.training
+    model.eval()
+    reader = DocumentReader(model, stream.batch, retrieval=retrieval)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    far = torch.zeros(2, dtype=torch.int64, device=device)  # asked, answered
+    read = scored = 0
+    try:
+        while read < most_bytes and (batch := stream.next()) is not None:
+            on_device = batch.to(device)
+            logits = reader.read(on_device)
+            total += negative_log_likelihood(logits, on_device.labels)
+            far += _far_answers(logits, on_device)
+            read, scored = read + batch.real, scored + batch.scored
+            on_segment()
+    finally:
+        model.train(was_training)
+    asked, answered = far.tolist()
+    bits = float(total) / math.log(2) / scored if scored else math.nan
+    return Evaluation(bits, answered / asked if asked else None, scored, asked)
+
+
+def _far_answers(logits: Tensor, batch: Batch) -> Tensor:
+    """How many far questions a segment asks, and how many the likeliest byte answers (2,)."""
+    if batch.distances is None:
+        return torch.zeros(2, dtype=torch.int64, device=logits.device)
+    far = batch.distances >= FAR
+    return torch.stack((far.sum(), (far & (logits.argmax(dim=-1) == batch.labels)).sum()))
+
+
+def evaluate_both(
+    model: MemorizingTransformer,
+    documents: Sequence[Document],
+    batch: int,
+    segment: int,
+    most_bytes: int,
+    on_segment: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """The same held-out bytes with the memory and with retrieval off, as they stand in reports."""
+    on, off = (
+        evaluate(
+            model, held_out_stream(documents, batch, segment), most_bytes, retrieval=retrieval, on_segment=on_segment
+        )
+        for retrieval in (True, False)
+    )
+    report: dict[str, Any] = {
+        "eval_bits_per_byte": on.bits_per_byte,
+        "eval_bits_per_byte_without_memory": off.bits_per_byte,
+        "eval_scored_bytes": on.scored,
+    }
+    if on.far_accuracy is not None:
+        report |= {
+            "recall_accuracy": on.far_accuracy,
+            "recall_accuracy_without_memory": off.far_accuracy,
+            "recall_chance": CHANCE,
+            "recall_questions": on.far_questions,
+        }
+    return report

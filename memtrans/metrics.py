@@ -1,0 +1,39 @@
+"""The record of a run: a JSON object a line, in the order of its steps, cut back to the checkpoint it resumes from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from memtrans.storage import write_atomically
+
+EVALUATED = "eval_bits_per_byte"  # the field that tells the line of an evaluation
+
+
+class Metrics:
+    """Appends to a file; each line is in the file when `append` returns."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Writes one line."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(dict(line)) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """Every whole line; a kill may have left a part of one at the end."""
+        lines = []
+        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return lines
+
+    def truncate(self, step: int) -> None:
+        """Keeps what was known when the checkpoint of `step` was written; evaluations at that step come after it."""
+        kept = [line for line in self.read() if line["step"] < step or (line["step"] == step and EVALUATED not in line)]
+        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())

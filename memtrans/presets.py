@@ -1,0 +1,225 @@
+"""What a training run is made of, and the sets of values that have a name.
+
+`Settings` is the one owner of every option: the command line makes its options from these fields and their help, a
+checkpoint keeps them as JSON, and the model, the data and the loop are built from them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from memtrans.transformer import MemorizingTransformer
+
+DTYPES = ("float32", "bfloat16")
+
+
+def _option(default: Any, text: str, **limits: Any) -> Any:
+    """A field with its help text; limits: `at_least`, `above`, `choices`."""
+    return dataclasses.field(default=default, metadata={"help": text, **limits})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every option of a run; the help texts say what each is. Letters as in the kernels: B, N, M, K, X, H, G, D.
+
+    Raises:
+        ValueError: a value out of range; names the field, the value and what was expected.
+
+    >>> Settings(steps=10).steps
+    10
+    >>> Settings(batch=0)
+    Traceback (most recent call last):
+    ValueError: batch must be at least 1, got 0
+    """
+
+    data: str = _option("stdlib", "stdlib (the sources of Python's standard library), recall, or a file or directory")
+    windows: bool = _option(False, "read random windows, each with a fresh memory, instead of whole documents")
+    window_segments: int = _option(5, "segments of a window, with --windows", at_least=1)
+    steps: int = _option(1000, "optimiser steps", at_least=1)
+    batch: int = _option(8, "B: documents read side by side", at_least=1)
+    segment: int = _option(256, "N: tokens of a segment", at_least=1)
+    segments: int = _option(1, "segments before one backward pass", at_least=1)
+    accumulate: int = _option(1, "backward passes before one optimiser step", at_least=1)
+    layers: int = _option(4, "layers of the model", at_least=1)
+    width: int = _option(128, "width of the model", at_least=1)
+    heads: int = _option(4, "H: query heads", at_least=1)
+    head_width: int = _option(32, "D: width of a head", at_least=1)
+    kv_heads: int = _option(1, "G: key and value heads", at_least=1)
+    memory: int = _option(4096, "M: entries of a document's memory; 0 for no memory layer", at_least=0)
+    memory_layers: tuple[int, ...] | None = _option(None, "layers with a memory, from 1 (default: the middle one)")
+    memory_heads: int | None = _option(None, "query heads of memory layers (default: --heads)", at_least=1)
+    neighbours: int = _option(32, "K: entries that a query retrieves", at_least=1)
+    memory_offset: float | None = _option(None, "start of a learned offset on retrieved logits (default: none)")
+    temperature: float = _option(20.0, "start of the learned factor on the cosine of memory layers", above=0)
+    position_start: float | None = _option(
+        None, "start the local heads at looking 1, 2, 3, ... tokens back, this strongly (default: random, strong)"
+    )
+    xl: int = _option(0, "X: tokens of an XL cache; 0 for none", at_least=0)
+    xl_layers: tuple[int, ...] | None = _option(None, "layers with an XL cache, from 1 (default: all)")
+    dropout: float = _option(0.0, "dropout of attention weights and feed-forward layers", at_least=0)
+    learning_rate: float = _option(1e-3, "highest learning rate of AdamW", above=0)
+    warmup: int = _option(100, "steps of the linear warm-up; a cosine decay follows", at_least=0)
+    final_rate: float = _option(0.1, "the learning rate's end, as a part of its highest", at_least=0)
+    weight_decay: float = _option(0.01, "weight decay of matrices", at_least=0)
+    clip: float = _option(1.0, "largest norm of the gradient", above=0)
+    device: str = _option("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU where there is one")
+    dtype: str = _option("float32", "what matrix products compute in", choices=DTYPES)
+    seed: int = _option(0, "seed of weights, dropout and the order of the data", at_least=0)
+    near_steps: int = _option(
+        0, "recall: steps for which documents ask near questions only, before far ones", at_least=0
+    )
+    eval_bytes: int = _option(65536, "held-out bytes to evaluate on, with and without the memory", at_least=1)
+    eval_every: int = _option(0, "steps between evaluations; 0 for one at the end", at_least=0)
+    checkpoint_every: int = _option(250, "steps between checkpoints", at_least=1)
+    log_every: int = _option(10, "steps between reports (the losses stay on the device until then)", at_least=1)
+    sample: int = _option(0, "tokens for which to show, at the end, what the memory retrieved", at_least=0)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check(field.name, getattr(self, field.name), field.metadata)
+        for name in ("memory_layers", "xl_layers"):
+            wrong = [layer for layer in getattr(self, name) or () if not 1 <= layer <= self.layers]
+            if wrong:
+                raise ValueError(f"{name} must name layers from 1 to {self.layers}, got {wrong[0]}")
+        for name in ("heads", "memory_heads"):
+            if (getattr(self, name) or self.heads) % self.kv_heads:
+                raise ValueError(f"{name} must be a multiple of kv_heads={self.kv_heads}, got {getattr(self, name)}")
+
+    def to_json(self) -> dict[str, Any]:
+        """The values as JSON holds them."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Settings:
+        """Settings of what `to_json` returned. Raises ValueError for names that do not exist."""
+        unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(f"settings must be those of this version, got {sorted(unknown)}")
+        fields: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in values.items()}
+        return cls(**fields)
+
+
+def _check(name: str, value: Any, limits: Mapping[str, Any]) -> None:
+    if value is None:
+        return
+    if "at_least" in limits and not value >= limits["at_least"]:
+        raise ValueError(f"{name} must be at least {limits['at_least']}, got {value}")
+    if "above" in limits and not value > limits["above"]:
+        raise ValueError(f"{name} must be above {limits['above']}, got {value}")
+    if "choices" in limits and value not in limits["choices"]:
+        raise ValueError(f"{name} must be one of {', '.join(limits['choices'])}, got {value!r}")
+
+
+PRESETS: dict[str, Settings] = {
+    # Minutes on two CPU cores, on text that every machine has.
+    "demo": Settings(
+        steps=600,
+        batch=4,
+        segment=256,
+        layers=4,
+        width=192,
+        heads=6,
+        head_width=32,
+        memory=2048,
+        neighbours=16,
+        memory_offset=-4.0,
+        learning_rate=2e-3,
+        eval_bytes=16384,
+        sample=4,
+    ),
+    # Two layers, one memory head: the first gathers a name's letters, the second finds where they stood. See recall.py.
+    "recall": Settings(
+        data="recall",
+        steps=900,
+        batch=16,
+        segment=128,
+        layers=2,
+        width=64,
+        heads=4,
+        head_width=32,
+        memory=4096,
+        memory_layers=(2,),
+        memory_heads=1,
+        neighbours=16,
+        memory_offset=-2.0,
+        temperature=6.0,
+        position_start=8.0,
+        learning_rate=4e-3,
+        final_rate=0.05,
+        weight_decay=0.0,
+        near_steps=300,
+        eval_bytes=65536,
+    ),
+    # The set-up of memorizing-transformers-pytorch's own train.py: 16 documents, 5 segments of 512 tokens a step.
+    "enwik8": Settings(
+        data="enwik8",
+        steps=100_000,
+        batch=16,
+        segment=512,
+        accumulate=5,
+        layers=8,
+        width=512,
+        heads=8,
+        head_width=64,
+        memory=512 * 15,
+        memory_layers=(4,),
+        neighbours=32,
+        xl=512,
+        xl_layers=(7, 8),
+        learning_rate=2e-4,
+        clip=0.5,
+        eval_bytes=1_000_000,
+        eval_every=5000,
+        checkpoint_every=1000,
+        log_every=20,
+    ),
+}
+
+
+def build_model(settings: Settings) -> MemorizingTransformer:
+    """The model of a run, over bytes; draws its weights from torch's generator.
+
+    >>> model = build_model(Settings(layers=2, width=16, heads=2, head_width=8))
+    >>> model.memorizing_layers
+    (1,)
+    """
+    layers: tuple[int, ...] | None = settings.memory_layers
+    model = MemorizingTransformer(
+        num_tokens=256,
+        dim=settings.width,
+        depth=settings.layers,
+        dim_head=settings.head_width,
+        heads=settings.heads,
+        knn_attn_heads=settings.memory_heads,
+        attn_dropout=settings.dropout,
+        ff_dropout=settings.dropout,
+        memorizing_layers=(layers or max(1, settings.layers // 2)) if settings.memory else (),
+        max_knn_memories=max(1, settings.memory),
+        num_retrieved_memories=settings.neighbours,
+        pad_id=-1,
+        xl_max_memories=settings.xl,
+        xl_memory_layers=settings.xl_layers,
+        kv_heads=settings.kv_heads,
+        attn_scale_init=settings.temperature,
+        memory_offset=settings.memory_offset,
+    )
+    if settings.position_start is not None:
+        _look_back(model, settings.position_start)
+    return model
+
+
+def _look_back(model: MemorizingTransformer, strength: float) -> None:
+    """Starts local head h at distance h + 1, and memory layers at no preference.
+
+    The default start, N(0, 1) times the root of the head's width, points heads at random distances; none may point at
+    the one that a task needs, and so strong a preference is slow to move.
+    """
+    local, with_memory = model.rel_pos_bias, model.knn_rel_pos_bias
+    for bias in (local, with_memory):
+        bias.relative_attention_bias.weight.data.mul_(0.1 / bias.scale)
+    table = local.relative_attention_bias.weight.data  # (buckets, H); a bucket for each small distance
+    for head in range(table.shape[1]):
+        table[(head + 1) % table.shape[0], head] += strength / local.scale

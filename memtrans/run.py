@@ -1,0 +1,175 @@
+"""A training run in a directory: what is reported, drawn, evaluated and saved when, and how it goes on after a stop.
+
+OUT/metrics.jsonl   a line every `log_every` steps and at every evaluation
+OUT/loss.png        its curves
+OUT/checkpoint/     see `checkpoint.py`
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from memtrans.checkpoint import exists, load_checkpoint, save_checkpoint
+from memtrans.evaluate import evaluate_both
+from memtrans.metrics import Metrics
+from memtrans.plot import plot_metrics
+from memtrans.presets import Settings
+from memtrans.progress import Interruption, Progress
+from memtrans.sample import sample_retrievals
+from memtrans.train import Trainer, open_data, pick_device
+
+MAY_CHANGE = ("steps", "device", "eval_bytes", "eval_every", "checkpoint_every", "log_every", "sample")
+
+
+def checkpoint_of(out: str | Path) -> Path:
+    """Where a run keeps its checkpoint."""
+    return Path(out) / "checkpoint"
+
+
+def resumed_settings(out: str | Path, given: Mapping[str, Any]) -> Settings:
+    """The settings of the checkpoint in `out`, with those that were given and may change.
+
+    Raises FileNotFoundError without a checkpoint, ValueError when it is damaged or was made with other settings.
+    """
+    saved = load_checkpoint(checkpoint_of(out)).values["settings"]
+    for name, value in given.items():
+        if name not in MAY_CHANGE and value != Settings.from_json(saved).to_json()[name]:
+            raise ValueError(f"{name} must be {saved[name]!r}, as in the checkpoint to resume, got {value!r}")
+    return Settings.from_json({**saved, **given})
+
+
+def start(settings: Settings, out: str | Path, resume: bool) -> Trainer:
+    """A trainer at the beginning of the run, or where the checkpoint in `out` left it.
+
+    Raises ValueError or FileNotFoundError when the data, the device, the directory or the checkpoint will not do.
+    """
+    if not resume and exists(checkpoint_of(out)):
+        raise ValueError(f"out must be a directory without a checkpoint, or come with --resume, got {str(out)!r}")
+    trainer = Trainer(settings, open_data(settings), pick_device(settings.device))
+    if resume:
+        trainer.restore(load_checkpoint(checkpoint_of(out)))
+    return trainer
+
+
+class Run:
+    """Trains in a directory until the end, Ctrl-C or a loss that is not finite.
+
+    Args:
+        trainer: from `start`. out: the directory, made if missing. plain: lines instead of a bar.
+    """
+
+    def __init__(self, trainer: Trainer, out: str | Path, plain: bool = False) -> None:
+        self.trainer, self.out, self.plain = trainer, Path(out), plain
+        self.settings = trainer.settings
+        self.metrics = Metrics(self.out / "metrics.jsonl")
+        self._saved_step = -1
+        self._seconds = 0.0  # spent on steps by this process
+        self._read = 0  # tokens read in them
+        self._since = (0.0, 0)  # both, at the last report
+
+    def train(self) -> dict[str, Any]:
+        """Runs to the end and returns the summary.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C; a checkpoint was written. NonFiniteLossError: the last good checkpoint is kept.
+            OSError: a checkpoint could not be written; the previous one is kept.
+        """
+        trainer = self.trainer
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.metrics.truncate(trainer.step)
+        self.progress = Progress(self.settings.steps, trainer.step, self.plain)
+        with Interruption() as interruption:
+            try:
+                self._save()
+                evaluation = self._evaluate_if_due(interruption) if trainer.step else {}
+                while trainer.step < self.settings.steps:
+                    self._step(interruption)
+                    evaluation = self._evaluate_if_due(interruption) or evaluation
+            finally:
+                self.progress.close()
+        for retrieved in sample_retrievals(
+            trainer.model, trainer.data.held_out, self.settings.segment, self.settings.sample
+        ):
+            print(retrieved)
+        return self._summary(evaluation)
+
+    def _step(self, interruption: Interruption) -> None:
+        """One optimiser step, and the report and the checkpoint that are due after it."""
+        trainer, settings = self.trainer, self.settings
+        begin, tokens = time.perf_counter(), trainer.tokens
+        trainer.advance()
+        last = trainer.step == settings.steps
+        due = last or trainer.step % settings.log_every == 0
+        line = trainer.report() if due else None
+        self._seconds += time.perf_counter() - begin
+        self._read += trainer.tokens - tokens
+        self.progress.step()
+        if line is not None:
+            self._log(line)
+        if last or interruption.heard or trainer.step % settings.checkpoint_every == 0:
+            self._save()
+        interruption.check()
+
+    def _log(self, line: dict[str, Any]) -> None:
+        seconds, tokens = self._seconds - self._since[0], self._read - self._since[1]
+        self._since = (self._seconds, self._read)
+        line["tokens_per_second"] = tokens / seconds
+        self.metrics.append(line)
+        self.progress.report(line)
+
+    def _save(self) -> None:
+        """Writes a checkpoint unless the one of this step is there."""
+        if self._saved_step != self.trainer.step:
+            save_checkpoint(checkpoint_of(self.out), *self.trainer.state())
+            self._saved_step = self.trainer.step
+            plot_metrics(self.metrics.read(), self.out / "loss.png")
+
+    def _evaluate_if_due(self, interruption: Interruption) -> dict[str, Any]:
+        trainer, settings = self.trainer, self.settings
+        if trainer.step < settings.steps and (not settings.eval_every or trainer.step % settings.eval_every):
+            return {}
+        evaluation = evaluate_settings(trainer, interruption.check)
+        self.metrics.append({"step": trainer.step, "tokens": trainer.tokens, **evaluation})
+        plot_metrics(self.metrics.read(), self.out / "loss.png")
+        self.progress.say(describe(trainer.step, evaluation))
+        return evaluation
+
+    def _summary(self, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+        trainer = self.trainer
+        return {
+            "steps": trainer.step,
+            "tokens": trainer.tokens,
+            "tokens_per_second": round(self._read / self._seconds, 1) if self._seconds else None,
+            **evaluation,
+            "parameters": trainer.parameters,
+            "device": str(trainer.device),
+            "data": self.settings.data,
+            "seed": self.settings.seed,
+            "seconds": round(self._seconds, 1),
+            "out": str(self.out),
+        }
+
+
+def evaluate_settings(trainer: Trainer, on_segment: Callable[[], None]) -> dict[str, Any]:
+    """Both evaluations of a run over its held-out documents."""
+    settings = trainer.settings
+    return evaluate_both(
+        trainer.model, trainer.data.held_out, settings.batch, settings.segment, settings.eval_bytes, on_segment
+    )
+
+
+def describe(step: int, evaluation: Mapping[str, Any]) -> str:
+    """An evaluation as a line of text."""
+    text = (
+        f"step {step}: held out {evaluation['eval_bits_per_byte']:.3f} bits per byte with memory, "
+        f"{evaluation['eval_bits_per_byte_without_memory']:.3f} without"
+    )
+    if "recall_accuracy" in evaluation:
+        text += (
+            f"; far questions answered {evaluation['recall_accuracy']:.1%} with memory, "
+            f"{evaluation['recall_accuracy_without_memory']:.1%} without (chance {evaluation['recall_chance']:.1%})"
+        )
+    return text

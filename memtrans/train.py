@@ -1,0 +1,259 @@
+"""Training: streams of documents, memories that live across optimiser steps, the state of a run between two of them.
+
+A step never asks the device for a value ; losses stay on the device until they are reported or saved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memtrans.checkpoint import Checkpoint
+from memtrans.data import Batch, Document, DocumentOrder, DocumentStream, RandomWindows, Shuffled
+from memtrans.evaluate import negative_log_likelihood
+from memtrans.presets import Settings, build_model
+from memtrans.reader import DocumentReader
+from memtrans.recall import RecallDocuments, RecallTask
+from memtrans.sources import load_corpus
+from memtrans.transformer import MemorizingTransformer
+
+RECALL = "recall"
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or the gradient became infinite or NaN; no checkpoint was written since."""
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run learns from: an order of documents, documents held out, and which corpus that is."""
+
+    order: DocumentOrder
+    held_out: Sequence[Document]
+    fingerprint: str
+
+
+def open_data(settings: Settings, split: str = "validation") -> TrainingData:
+    """The documents that the settings ask for.
+
+    split: which documents are held out, `validation` or `test`.
+
+    Raises FileNotFoundError or ValueError when there is no such data or no such split.
+    """
+    if settings.data == RECALL:
+        return _recall_data(settings)
+    corpus = load_corpus(settings.data)
+    held_out = {"validation": corpus.validation, "test": corpus.test}[split]
+    if not held_out:
+        raise ValueError(f"split must be validation, which is all that {settings.data!r} holds out, got {split!r}")
+    order: DocumentOrder = Shuffled(corpus.train, settings.seed)
+    if settings.windows:
+        order = RandomWindows(corpus.train, settings.window_segments * settings.segment + 1, settings.seed)
+    return TrainingData(order, held_out, corpus.fingerprint)
+
+
+def _recall_data(settings: Settings) -> TrainingData:
+    """Facts and questions; the first documents of every row are near ones until `near_steps` are over."""
+    segments = settings.near_steps * settings.segments * settings.accumulate
+    per_document = math.ceil(RecallTask.near_length * 7 / 8 / settings.segment)
+    task = RecallTask(near_documents=settings.batch * segments // per_document)
+    held_out_task = RecallTask()
+    held_out = RecallDocuments("held out", held_out_task)
+    count = max(settings.batch, math.ceil(settings.eval_bytes / (held_out_task.length * 3 // 4)))
+    return TrainingData(
+        RecallDocuments(settings.seed, task), [held_out.document(index) for index in range(count)], f"{RECALL} {task}"
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; `auto` takes a GPU where there is one. Raises ValueError when it cannot be used."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device must be auto, cpu or a GPU that this torch can use, got {name!r}: {reason}"
+        ) from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
+    return device
+
+
+def learning_rate(settings: Settings, step: int) -> float:
+    """Of the optimiser step after `step` others: a linear warm-up, then a cosine decay to `final_rate`.
+
+    >>> settings = Settings(steps=100, warmup=10, learning_rate=1.0, final_rate=0.0)
+    >>> [round(learning_rate(settings, step), 2) for step in (0, 9, 10, 55, 99)]
+    [0.1, 1.0, 1.0, 0.5, 0.0]
+    """
+    if step < settings.warmup:
+        return settings.learning_rate * (step + 1) / settings.warmup
+    progress = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    share = settings.final_rate + (1 - settings.final_rate) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+    return settings.learning_rate * share
+
+
+def _optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
+    """AdamW, with weight decay on matrices of linear layers alone."""
+    decayed = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if id(p) in decayed], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95))
+
+
+class Trainer:
+    """A run between two steps: model, optimiser, what the rows carry, the position in the data.
+
+    Args:
+        settings: of the run. data: from `open_data`. device: from `pick_device`.
+
+    Attributes:
+        step: optimiser steps done. tokens: real tokens read.
+    """
+
+    def __init__(self, settings: Settings, data: TrainingData, device: torch.device) -> None:
+        self.settings, self.data, self.device = settings, data, device
+        torch.manual_seed(settings.seed)
+        self.model: MemorizingTransformer = build_model(settings).to(device)
+        self.optimizer = _optimizer(self.model, settings)
+        self.stream = DocumentStream(data.order, settings.batch, settings.segment)
+        self.reader = DocumentReader(self.model, settings.batch, spare=settings.segments * settings.segment)
+        self.step = self.tokens = 0
+        self._pending: list[Tensor] = []  # (2,) each: bits per byte and gradient norm of the steps since `report`
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model learns."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def advance(self) -> None:
+        """One optimiser step."""
+        settings = self.settings
+        rate = learning_rate(settings, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        rounds = [[self._draw() for _ in range(settings.segments)] for _ in range(settings.accumulate)]
+        scored = max(1, sum(batch.scored for segments in rounds for batch in segments))
+        total = torch.zeros((), device=self.device)
+        for segments in rounds:
+            loss = torch.stack([self._loss(batch) for batch in segments]).sum() / scored
+            loss.backward()
+            total += loss.detach()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._pending.append(torch.stack((total / math.log(2), norm.detach())))
+        self.step += 1
+
+    def _draw(self) -> Batch:
+        batch = self.stream.next()
+        assert batch is not None, "training orders have no end"
+        self.tokens += batch.real
+        return batch
+
+    def _loss(self, batch: Batch) -> Tensor:
+        batch = batch.to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.dtype == "bfloat16"):
+            logits = self.reader.read(batch)
+        return negative_log_likelihood(logits, batch.labels)
+
+    def check(self) -> Tensor:
+        """Losses and gradient norms (steps, 2) since the last report, on the host.
+
+        Raises NonFiniteLossError if one is infinite or NaN: then the model is lost since that step.
+        """
+        if not self._pending:
+            return torch.zeros(0, 2)
+        pending = torch.stack(self._pending).cpu()
+        wrong = (~pending.isfinite().all(dim=1)).nonzero().flatten().tolist()
+        if wrong:
+            step = self.step - len(pending) + wrong[0] + 1
+            loss, norm = pending[wrong[0]].tolist()
+            raise NonFiniteLossError(
+                f"the loss must stay finite, got {loss} bits per byte with a gradient of norm {norm} in step {step}; "
+                "a lower learning rate may help"
+            )
+        return pending
+
+    def report(self) -> dict[str, Any]:
+        """The mean over the steps since the last report, which it ends."""
+        losses, norms = self.check().mean(dim=0).tolist()
+        self._pending = []
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "bits_per_byte": losses,
+            "gradient_norm": norms,
+            "learning_rate": learning_rate(self.settings, self.step - 1),
+        }
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """Tensors by part and JSON values: all that the run needs to go on as if it had never stopped.
+
+        Raises NonFiniteLossError rather than hand out a model that is lost.
+        """
+        pending = self.check()
+        random_state = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random_state["cuda"] = torch.cuda.get_rng_state(self.device)
+        moments = {
+            f"{place}.{name}": tensor
+            for place, tensors in self.optimizer.state_dict()["state"].items()
+            for name, tensor in tensors.items()
+        }
+        parts = {
+            "model": self.model.state_dict(),
+            "optimizer": moments,
+            **self.reader.state_dict(),
+            "loop": {"pending": pending, **{f"random.{name}": state for name, state in random_state.items()}},
+        }
+        values = {
+            "settings": self.settings.to_json(),
+            "step": self.step,
+            "tokens": self.tokens,
+            "stream": self.stream.state_dict(),
+            "fingerprint": self.data.fingerprint,
+        }
+        return parts, values
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Goes to where the checkpoint was written. Raises ValueError when it is of another model or other data."""
+        parts, values = checkpoint.parts, checkpoint.values
+        if values["fingerprint"] != self.data.fingerprint:
+            raise ValueError(
+                f"data must be what the checkpoint was trained on, got {self.settings.data!r} changed since"
+            )
+        load_weights(self.model, checkpoint)
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in parts["optimizer"].items():
+            place, key = name.split(".", 1)
+            moments.setdefault(int(place), {})[key] = tensor
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        self.reader.load_state_dict(parts)
+        self.stream.load_state_dict(values["stream"])
+        self.step, self.tokens = values["step"], values["tokens"]
+        self._pending = list(parts["loop"]["pending"].to(self.device))
+        torch.set_rng_state(parts["loop"]["random.cpu"])
+        if self.device.type == "cuda" and "random.cuda" in parts["loop"]:
+            torch.cuda.set_rng_state(parts["loop"]["random.cuda"], self.device)
+
+
+def load_weights(model: MemorizingTransformer, checkpoint: Checkpoint) -> None:
+    """Copies a checkpoint's weights into a model. Raises ValueError when they are another model's."""
+    try:
+        model.load_state_dict(dict(checkpoint.parts["model"]))
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"checkpoint must hold weights of this model, got others: {error}") from error

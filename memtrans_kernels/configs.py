@@ -1,0 +1,27 @@
+"""Every block size of the Triton kernels, by the shape that decides it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Launch(NamedTuple):
+    """Rows that one program handles at a time, and its warps."""
+
+    block: int
+    warps: int
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is at least `number`: Triton's block sizes."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+def ring_write(width: int) -> Launch:
+    """One program owns a memory row, so it needs many warps to keep enough bytes in flight."""
+    return Launch(block=max(1, 16384 // power_of_two(width)), warps=16)
+
+
+def cosine(width: int) -> Launch:
+    """About 4096 numbers a program: rows of any width in registers, and thousands of programs at training sizes."""
+    return Launch(block=max(1, 4096 // power_of_two(width)), warps=4)

@@ -1,0 +1,22 @@
+"""The device the operators' tests run on: the CPU, or what MEMTRANS_TEST_DEVICE names (`make test-gpu` says cuda)."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from memtrans_kernels import backends_info
+
+DEVICE = os.environ.get("MEMTRANS_TEST_DEVICE", "cpu")
+
+
+def live_backends(operator: str) -> list[str]:
+    """The backends of an operator that can run here."""
+    lines = backends_info()
+    return [line.backend for line in lines if line.operator == operator and line.device == DEVICE and line.live]
+
+
+def seeded(seed: int) -> torch.Generator:
+    """Random numbers that are the same in every run."""
+    return torch.Generator(DEVICE).manual_seed(seed)

@@ -1,0 +1,345 @@
+"""The command line from the outside: what it prints and writes, how it stops, how it goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from memtrans.checkpoint import load_checkpoint
+from memtrans.cli import main
+from memtrans.metrics import Metrics
+from memtrans.presets import PRESETS, Settings
+
+TINY = [
+    *("--batch", "2", "--segment", "32", "--layers", "2", "--width", "16", "--heads", "2", "--head-width", "8"),
+    *("--memory", "64", "--neighbours", "4", "--eval-bytes", "300", "--sample", "0", "--plain"),
+]
+REPORTED = {
+    "steps",
+    "tokens",
+    "tokens_per_second",
+    "eval_bits_per_byte",
+    "eval_bits_per_byte_without_memory",
+    "parameters",
+    "device",
+}
+
+
+@pytest.fixture
+def text(tmp_path) -> str:
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"".join(b"line %d of a text, " % number for number in range(400)))
+    return str(path)
+
+
+def train(out: Path, *options: str) -> int:
+    return main(["train", "--out", str(out), *TINY, *options])
+
+
+def last_line(capsys) -> dict:
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def without_times(out: Path) -> list[dict]:
+    lines = Metrics(out / "metrics.jsonl").read()
+    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
+
+
+def checkpoint_files(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (out / "checkpoint").iterdir()}
+
+
+# -------------------------------------------------------------------------------------------------------------- train
+
+
+def test_train_reports_one_json_object_in_its_last_line_and_leaves_metrics_curve_and_checkpoint(tmp_path, text, capsys):
+    out = tmp_path / "run"
+    assert train(out, "--data", text, "--steps", "5", "--log-every", "2") == 0
+    report = last_line(capsys)
+    assert set(report) >= REPORTED
+    assert (report["steps"], report["tokens"], report["device"]) == (5, 320, "cpu")
+    assert [line["step"] for line in without_times(out)] == [2, 4, 5, 5]
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert load_checkpoint(out / "checkpoint").values["step"] == 5
+
+
+def test_recall_also_reports_the_answers_to_far_questions(tmp_path, capsys):
+    assert (
+        train(tmp_path / "run", "--preset", "recall", "--memory-layers", "2", "--steps", "2", "--eval-bytes", "8000")
+        == 0
+    )
+    report = last_line(capsys)
+    assert set(report) >= REPORTED | {"recall_accuracy", "recall_accuracy_without_memory", "recall_chance"}
+    assert 0 <= report["recall_accuracy"] < 0.3
+
+
+def test_a_sample_of_what_was_retrieved_comes_before_the_last_line(tmp_path, text, capsys):
+    assert train(tmp_path / "run", "--data", text, "--steps", "1", "--sample", "3") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("retrieved [" in line and "bytes ago, cosine" in line for line in lines) == 3
+    json.loads(lines[-1])
+
+
+def test_windows_and_evaluations_on_the_way_are_options(tmp_path, text):
+    assert train(tmp_path / "run", "--data", text, "--steps", "4", "--windows", "--eval-every", "2") == 0
+    lines = without_times(tmp_path / "run")
+    assert [line["step"] for line in lines if "eval_bits_per_byte" in line] == [2, 4]
+
+
+def test_without_out_a_run_takes_the_first_free_directory_and_resume_the_last_one(tmp_path, text, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ["train", *TINY, "--data", text, "--steps", "1"]
+    assert main(options) == main(options) == 0
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"demo", "demo-2"}
+    assert main([*options, "--resume", "--steps", "2"]) == 0
+    steps = [load_checkpoint(tmp_path / "runs" / name / "checkpoint").values["step"] for name in ("demo", "demo-2")]
+    assert steps == [1, 2]
+
+
+# ------------------------------------------------------------------------------------------------------------- resume
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_last_byte(tmp_path, text, monkeypatch):
+    """The checkpoint is at step 4, the lines up to step 7: those after it are cut and written again."""
+    options = ["--data", text, "--checkpoint-every", "4", "--log-every", "1", "--eval-every", "3", "--xl", "8"]
+    assert train(tmp_path / "through", *options, "--steps", "10") == 0
+
+    from memtrans import train as train_module
+
+    advance = train_module.Trainer.advance
+
+    def stop_at_seven(trainer):
+        if trainer.step == 7:
+            raise SystemExit
+        advance(trainer)
+
+    monkeypatch.setattr(train_module.Trainer, "advance", stop_at_seven)
+    with pytest.raises(SystemExit):
+        train(tmp_path / "stopped", *options, "--steps", "10")
+    monkeypatch.undo()
+    assert [line["step"] for line in without_times(tmp_path / "stopped")][-1] == 7
+    assert main(["train", "--resume", "--out", str(tmp_path / "stopped"), "--plain"]) == 0
+    assert without_times(tmp_path / "stopped") == without_times(tmp_path / "through")
+    assert checkpoint_files(tmp_path / "stopped") == checkpoint_files(tmp_path / "through")
+
+
+def test_a_half_written_last_line_of_metrics_is_cut(tmp_path, text):
+    out = tmp_path / "run"
+    assert train(out, "--data", text, "--steps", "3", "--log-every", "1") == 0
+    whole = without_times(out)
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "bits')
+    assert main(["train", "--resume", "--out", str(out), "--plain"]) == 0
+    assert without_times(out) == whole
+
+
+def start(out: Path, *options: str) -> subprocess.Popen:
+    """A run in a process of its own that is past its first steps."""
+    command = [sys.executable, "-m", "memtrans", "train", "--out", str(out), *TINY, *options]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            return process
+    raise AssertionError(process.communicate()[1])
+
+
+def test_ctrl_c_writes_a_checkpoint_exits_with_130_and_the_resumed_run_equals_an_uninterrupted_one(tmp_path, text):
+    options = ["--data", text, "--steps", "400", "--log-every", "1"]
+    out = tmp_path / "run"
+    process = start(out, *options)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    step = load_checkpoint(out / "checkpoint").values["step"]
+    assert 3 <= step < 400
+    assert re.search(f"stopped by Ctrl-C; step {step} is saved, --resume", errors)
+    assert "Traceback" not in errors
+
+    end = str(step + 3)
+    settings = [*options[:2], "--steps", "400", "--log-every", "1"]
+    resumed = main(["train", "--resume", "--out", str(out), "--plain", "--steps", end])
+    through = train(tmp_path / "through", *settings[:2], "--steps", end, "--log-every", "1")
+    assert resumed == through == 0
+    losses = [[line.get("bits_per_byte") for line in without_times(run)] for run in (out, tmp_path / "through")]
+    assert losses[0][:step] == losses[1][:step]
+    assert len(losses[0]) == len(losses[1])
+
+
+@pytest.mark.parametrize("after", [0.0, 0.11])
+def test_a_killed_run_resumes(tmp_path, text, after):
+    kill_and_resume(tmp_path / "run", text, after)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [0.037 * number for number in range(20)])
+def test_twenty_killed_runs_resume(tmp_path, text, after):
+    kill_and_resume(tmp_path / "run", text, after)
+
+
+def kill_and_resume(out: Path, text: str, after: float) -> None:
+    process = start(out, "--data", text, "--steps", "5000", "--log-every", "1", "--checkpoint-every", "1")
+    time.sleep(after)
+    process.kill()
+    process.communicate(timeout=60)
+    step = load_checkpoint(out / "checkpoint").values["step"]
+    assert step >= 2
+    assert main(["train", "--resume", "--out", str(out), "--plain", "--steps", str(step + 2)]) == 0
+    assert [line["step"] for line in without_times(out)] == [*range(1, step + 3), step + 2]
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "/no/such/file"], "data must be 'stdlib' or the path of a file or directory, got '/no/such/file'"),
+        (["--batch", "0"], "batch must be at least 1, got 0"),
+        (["--memory-layers", "7"], "memory_layers must name layers from 1 to 2, got 7"),
+        (["--device", "abacus"], "device must be auto, cpu or"),
+        (["--dtype", "int3"], "dtype must be one of float32, bfloat16, got 'int3'"),
+        (["--resume"], "checkpoint must be a directory with checkpoint.json, got"),
+    ],
+)
+def test_bad_input_ends_with_one_line_and_status_2(tmp_path, text, capsys, options, message):
+    assert train(tmp_path / "run", "--data", text, *options) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch", "two"], "argument --batch: invalid int value: 'two'"),
+        (["--preset", "huge"], "invalid choice: 'huge'"),
+    ],
+)
+def test_options_that_cannot_be_read_end_with_status_2(tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *options])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_directory_with_a_checkpoint_is_not_overwritten(tmp_path, text, capsys):
+    assert train(tmp_path / "run", "--data", text, "--steps", "1") == 0
+    before = checkpoint_files(tmp_path / "run")
+    assert train(tmp_path / "run", "--data", text, "--steps", "2") == 2
+    assert "out must be a directory without a checkpoint, or come with --resume" in capsys.readouterr().err
+    assert checkpoint_files(tmp_path / "run") == before
+
+
+def test_a_resumed_run_refuses_other_settings_and_other_data(tmp_path, text, capsys):
+    out = tmp_path / "run"
+    assert train(out, "--data", text, "--steps", "1") == 0
+    assert main(["train", "--resume", "--out", str(out), "--width", "32"]) == 2
+    assert "width must be 16, as in the checkpoint to resume, got 32" in capsys.readouterr().err
+    Path(text).write_bytes(b"another text altogether " * 90)
+    assert main(["train", "--resume", "--out", str(out)]) == 2
+    assert "data must be what the checkpoint was trained on" in capsys.readouterr().err
+
+
+def test_a_corrupt_checkpoint_is_refused_and_left_as_it_is(tmp_path, text, capsys):
+    out = tmp_path / "run"
+    assert train(out, "--data", text, "--steps", "1") == 0
+    (path,) = (out / "checkpoint").glob("model-*.safetensors")
+    path.write_bytes(path.read_bytes()[:-1])
+    before = checkpoint_files(out)
+    for command in (["train", "--resume", "--out", str(out)], ["eval", "--out", str(out)]):
+        assert main(command) == 2
+        assert "checkpoint must be whole, got" in capsys.readouterr().err
+    assert checkpoint_files(out) == before
+
+
+def test_a_full_disk_ends_with_status_1_and_the_previous_checkpoint_resumes(tmp_path, text, capsys, monkeypatch):
+    from memtrans import checkpoint, storage
+
+    out = tmp_path / "run"
+    written = []
+
+    def fill_up(path, content):
+        written.append(path)
+        if len(written) > 8:
+            raise OSError(28, "No space left on device")
+        storage.write_atomically(path, content)
+
+    monkeypatch.setattr(checkpoint, "write_atomically", fill_up)
+    assert train(out, "--data", text, "--steps", "4", "--checkpoint-every", "2") == 1
+    assert "No space left on device; the last checkpoint is kept" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert load_checkpoint(out / "checkpoint").values["step"] == 0
+    assert main(["train", "--resume", "--out", str(out), "--plain"]) == 0
+
+
+def test_a_loss_that_is_not_finite_ends_with_status_1_and_keeps_the_last_good_checkpoint(tmp_path, text, capsys):
+    out = tmp_path / "run"
+    options = ["--steps", "40", "--checkpoint-every", "1", "--warmup", "0", "--learning-rate", "1e30"]
+    assert train(out, "--data", text, *options) == 1
+    error = capsys.readouterr().err
+    assert "the loss must stay finite, got" in error
+    assert "the last good checkpoint is kept" in error
+    kept = load_checkpoint(out / "checkpoint")
+    assert kept.values["step"] < 40
+
+
+# ------------------------------------------------------------------------------------------------------ eval and info
+
+
+def test_eval_repeats_the_runs_own_evaluation_and_takes_other_sizes(tmp_path, text, capsys):
+    out = tmp_path / "run"
+    assert train(out, "--data", text, "--steps", "2") == 0
+    trained = last_line(capsys)
+    assert main(["eval", "--out", str(out)]) == 0
+    report = last_line(capsys)
+    assert report["eval_bits_per_byte"] == trained["eval_bits_per_byte"]
+    assert report["eval_bits_per_byte_without_memory"] == trained["eval_bits_per_byte_without_memory"]
+    assert main(["eval", "--out", str(out), "--memory", "8", "--neighbours", "2"]) == 0
+    assert last_line(capsys)["eval_bits_per_byte"] != trained["eval_bits_per_byte"]
+
+
+def test_info_names_versions_and_every_backend_as_live_or_why_not(capsys):
+    from memtrans_kernels import backends_info
+
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("python", "torch", "gpu"):
+        assert re.search(rf"^{name} +\S", printed, re.MULTILINE)
+    for line in backends_info():
+        expected = "live" if line.live else f"not live: {line.reason}"
+        assert re.search(
+            rf"^{line.operator} +{line.backend} +{line.device} +{re.escape(expected)}$", printed, re.MULTILINE
+        )
+
+
+def test_help_documents_every_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "%" not in printed
+    for name in Settings().to_json():
+        assert f"--{name.replace('_', '-')}" in printed
+    for preset in PRESETS:
+        assert preset in printed
+
+
+def test_the_module_runs_as_a_program(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "memtrans", "train", "--data", str(tmp_path / "none")], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "data must be" in done.stderr

@@ -1,0 +1,89 @@
+"""Settings refuse what cannot run, and presets are what they say."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from memtrans.presets import PRESETS, Settings, build_model
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("steps", 0, "steps must be at least 1, got 0"),
+        ("batch", -3, "batch must be at least 1, got -3"),
+        ("memory", -1, "memory must be at least 0, got -1"),
+        ("learning_rate", 0.0, "learning_rate must be above 0, got 0.0"),
+        ("learning_rate", float("nan"), "learning_rate must be above 0, got nan"),
+        ("dtype", "int8", "dtype must be one of float32, bfloat16, got 'int8'"),
+        ("memory_layers", (2, 9), "memory_layers must name layers from 1 to 4, got 9"),
+        ("xl_layers", (0,), "xl_layers must name layers from 1 to 4, got 0"),
+        ("kv_heads", 3, "heads must be a multiple of kv_heads=3, got 4"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(name, value, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**{name: value})
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_settings_come_back_from_json_as_they_were(preset):
+    settings = PRESETS[preset]
+    assert Settings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+
+
+def test_settings_of_another_version_are_refused():
+    with pytest.raises(ValueError, match=r"settings must be those of this version, got \['colour'\]"):
+        Settings.from_json({"colour": "blue"})
+
+
+def test_every_setting_has_a_help_text():
+    assert all(field.metadata["help"] for field in dataclasses.fields(Settings))
+
+
+def test_the_demos_batch_divides_by_four():
+    assert PRESETS["demo"].batch % 4 == 0
+
+
+def test_enwik8_is_upstreams_own_training_set_up():
+    settings = PRESETS["enwik8"]
+    assert (settings.batch, settings.accumulate * settings.segments, settings.segment) == (16, 5, 512)
+    model = build_model(settings)
+    assert (len(model.layers), model.token_emb.weight.shape) == (8, (256, 512))
+    assert (model.memorizing_layers, model.xl_memory_layers) == ((4,), (7, 8))
+    assert model.max_knn_memories == 7680
+    memory_layer, caching_layer = model.layers[3][0].fn, model.layers[7][0].fn
+    assert (memory_layer.num_retrieved_memories, memory_layer.heads, memory_layer.dim_head) == (32, 8, 64)
+    assert caching_layer.xl_max_memories == 512
+    assert 21.7e6 < sum(parameter.numel() for parameter in model.parameters()) < 21.9e6
+
+
+def test_a_memory_of_zero_entries_is_a_model_without_memory_layers():
+    model = build_model(Settings(memory=0))
+    assert model.memorizing_layers == ()
+    assert len(model.create_knn_memories(batch_size=1)) == 0
+
+
+def test_the_middle_layer_has_the_memory_by_default():
+    assert build_model(Settings(layers=6)).memorizing_layers == (3,)
+    assert build_model(Settings(layers=1)).memorizing_layers == (1,)
+
+
+def test_a_position_start_lets_each_local_head_look_one_token_further_back():
+    model = build_model(dataclasses.replace(Settings(heads=4, layers=2), position_start=8.0))
+    table = model.rel_pos_bias.table()
+    assert table.argmax(dim=1).tolist() == [1, 2, 3, 4]
+    assert (table.max(dim=1).values > 7).all()
+    assert model.knn_rel_pos_bias.table().abs().max() < 1
+
+
+def test_the_seed_determines_the_weights():
+    torch.manual_seed(3)
+    first = build_model(Settings())
+    torch.manual_seed(3)
+    second = build_model(Settings())
+    assert all(torch.equal(left, right) for left, right in zip(first.parameters(), second.parameters(), strict=True))

@@ -1,0 +1,215 @@
+"""Steps, their schedule, and a run's state between two of them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from memtrans.checkpoint import load_checkpoint, save_checkpoint
+from memtrans.presets import Settings
+from memtrans.train import NonFiniteLossError, Trainer, TrainingData, learning_rate, open_data, pick_device
+
+SMALL = Settings(
+    data="recall",
+    steps=12,
+    batch=3,
+    segment=32,
+    layers=2,
+    width=16,
+    heads=2,
+    head_width=8,
+    memory=64,
+    neighbours=4,
+    warmup=2,
+    eval_bytes=200,
+)
+VARIANTS = {
+    "plain": SMALL,
+    "dropout": dataclasses.replace(SMALL, dropout=0.2),
+    "xl": dataclasses.replace(SMALL, xl=16, xl_layers=(1, 2)),
+    "several segments before one backward": dataclasses.replace(SMALL, segments=3),
+    "several backward passes before one step": dataclasses.replace(SMALL, accumulate=2, xl=8),
+    "without memory": dataclasses.replace(SMALL, memory=0),
+    "grouped heads": dataclasses.replace(SMALL, kv_heads=2),
+}
+
+
+@pytest.fixture
+def text(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    for number in range(6):
+        content = torch.randint(97, 103, (90 + 37 * number,), generator=generator, dtype=torch.uint8)
+        (tmp_path / f"{number}.txt").write_bytes(bytes(content.tolist()))
+    return str(tmp_path)
+
+
+def trainer_of(settings: Settings) -> Trainer:
+    return Trainer(settings, open_data(settings), torch.device("cpu"))
+
+
+def advance(trainer: Trainer, steps: int) -> None:
+    for _ in range(steps):
+        trainer.advance()
+
+
+def assert_same_state(left: Trainer, right: Trainer) -> None:
+    (left_parts, left_values), (right_parts, right_values) = left.state(), right.state()
+    assert left_values == right_values
+    for part in left_parts:
+        assert set(left_parts[part]) == set(right_parts[part])
+        for name, tensor in left_parts[part].items():
+            assert torch.equal(tensor, right_parts[part][name]), (part, name)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_that_was_saved_and_resumed_equals_one_that_was_not_bit_for_bit(text, tmp_path_factory, variant):
+    settings = dataclasses.replace(VARIANTS[variant], data=text)
+    through = trainer_of(settings)
+    advance(through, 10)
+
+    stopped = trainer_of(settings)
+    advance(stopped, 4)
+    directory = tmp_path_factory.mktemp("checkpoint")
+    save_checkpoint(directory, *stopped.state())
+    torch.manual_seed(999)
+    resumed = trainer_of(settings)
+    resumed.restore(load_checkpoint(directory))
+    advance(resumed, 6)
+    assert_same_state(resumed, through)
+    assert resumed.report() == through.report()
+
+
+@pytest.mark.parametrize("data", ["recall", "windows"])
+def test_the_other_orders_resume_bit_for_bit_too(text, data):
+    changes = {"data": "recall"} if data == "recall" else {"data": text, "windows": True}
+    settings = dataclasses.replace(SMALL, **changes)
+    through, stopped = trainer_of(settings), trainer_of(settings)
+    advance(through, 7)
+    advance(stopped, 5)
+    resumed = trainer_of(settings)
+    resumed.restore(checkpoint_of(stopped))
+    advance(resumed, 2)
+    assert_same_state(resumed, through)
+
+
+def checkpoint_of(trainer: Trainer):
+    from memtrans.checkpoint import Checkpoint
+
+    return Checkpoint(*trainer.state())
+
+
+def test_the_same_seed_gives_the_same_run_and_another_one_another(text):
+    runs = []
+    for seed in (0, 0, 1):
+        trainer = trainer_of(dataclasses.replace(SMALL, data=text, seed=seed))
+        advance(trainer, 3)
+        runs.append(trainer.model.state_dict()["token_emb.weight"])
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+
+
+def test_training_lowers_the_loss(text):
+    trainer = trainer_of(dataclasses.replace(SMALL, data=text, steps=60, learning_rate=1e-2))
+    advance(trainer, 1)
+    first = trainer.report()["bits_per_byte"]
+    advance(trainer, 59)
+    last = trainer.report()["bits_per_byte"]
+    assert first > 6
+    assert last < 4.5
+
+
+def test_memories_live_on_across_steps_and_end_with_their_document(text):
+    trainer = trainer_of(dataclasses.replace(SMALL, data=text, memory=500))
+    held = []
+    for _ in range(8):
+        fresh_before = [row.index for row in trainer.stream._rows]
+        trainer.advance()
+        lengths = trainer.reader.memories[0].lengths.tolist()
+        for row, length in enumerate(lengths):
+            state = trainer.stream._rows[row]
+            assert length == state.offset
+        held.append((fresh_before, lengths))
+    assert any(length > SMALL.segment for _, lengths in held for length in lengths)
+
+
+def test_windows_clear_every_memory_after_their_segments(text):
+    settings = dataclasses.replace(SMALL, data=text, windows=True, window_segments=2, memory=500)
+    trainer = trainer_of(settings)
+    lengths = []
+    for _ in range(4):
+        trainer.advance()
+        lengths.append(trainer.reader.memories[0].lengths.tolist())
+    assert lengths == [[32] * 3, [64] * 3, [32] * 3, [64] * 3]
+
+
+def test_several_segments_before_one_backward_learn_from_all_of_them(text):
+    """Two segments at once weigh what two backward passes weigh: the memory is never differentiated."""
+    together = trainer_of(dataclasses.replace(SMALL, data=text, segments=2))
+    apart = trainer_of(dataclasses.replace(SMALL, data=text, accumulate=2))
+    for trainer in (together, apart):
+        trainer.advance()
+    left, right = together.report(), apart.report()
+    assert left["tokens"] == right["tokens"]
+    assert left["bits_per_byte"] == pytest.approx(right["bits_per_byte"])
+    assert left["gradient_norm"] == pytest.approx(right["gradient_norm"])
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_a_loss_that_is_not_finite_is_told_with_its_step_and_never_saved(text):
+    trainer = trainer_of(dataclasses.replace(SMALL, data=text))
+    advance(trainer, 3)
+    with torch.no_grad():
+        trainer.model.token_emb.weight.fill_(float("nan"))
+    advance(trainer, 2)
+    with pytest.raises(NonFiniteLossError, match=r"the loss must stay finite, got nan bits per byte .* in step 4"):
+        trainer.state()
+    with pytest.raises(NonFiniteLossError, match="in step 4"):
+        trainer.report()
+
+
+def test_a_gradient_that_is_not_finite_is_noticed_although_the_loss_is(text):
+    trainer = trainer_of(dataclasses.replace(SMALL, data=text))
+    trainer.model.token_emb.weight.register_hook(lambda gradient: gradient * float("inf"))
+    trainer.advance()
+    with pytest.raises(NonFiniteLossError, match=r"got \d.* bits per byte with a gradient of norm (nan|inf) in step 1"):
+        trainer.state()
+
+
+def test_other_data_than_the_checkpoints_is_refused(text):
+    settings = dataclasses.replace(SMALL, data=text)
+    checkpoint = checkpoint_of(trainer_of(settings))
+    data = open_data(settings)
+    changed = Trainer(settings, TrainingData(data.order, data.held_out, "another"), torch.device("cpu"))
+    with pytest.raises(ValueError, match="data must be what the checkpoint was trained on"):
+        changed.restore(checkpoint)
+
+
+def test_weights_of_another_model_are_refused(text):
+    settings = dataclasses.replace(SMALL, data=text)
+    checkpoint = checkpoint_of(trainer_of(settings))
+    with pytest.raises(ValueError, match="checkpoint must hold weights of this model, got others"):
+        trainer_of(dataclasses.replace(settings, width=24)).restore(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["nonsense", "cuda:99", "meta"])
+def test_a_device_that_cannot_be_used_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"device must be auto, cpu or .*got '{name}'"):
+        pick_device(name)
+
+
+def test_data_without_a_test_split_says_so(text):
+    with pytest.raises(ValueError, match=r"split must be validation, .*got 'test'"):
+        open_data(dataclasses.replace(SMALL, data=text), "test")
+
+
+def test_the_learning_rate_warms_up_and_decays():
+    settings = dataclasses.replace(SMALL, steps=100, warmup=10, learning_rate=2.0, final_rate=0.1)
+    rates = [learning_rate(settings, step) for step in range(101)]
+    assert rates[:10] == [pytest.approx(0.2 * (step + 1)) for step in range(10)]
+    assert rates[10] == max(rates) == 2.0
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[100] == pytest.approx(0.2)
