@@ -20,6 +20,9 @@ from checks import PARITY, assert_close
 from torch import Tensor
 
 import memtrans
+from memtrans.data import NOT_SCORED
+from memtrans.evaluate import held_out_stream
+from memtrans.sources import load_corpus
 
 WIDTH = 16
 SMALL = {"num_tokens": 30, "dim": 16, "depth": 3, "dim_head": 8, "heads": 2, "num_retrieved_memories": 4}
@@ -107,6 +110,30 @@ def test_fault_c_half_precision_goes_in_and_comes_out(theirs: Callable[..., Any]
             add_and_search(theirs(max_memories=4))
     else:
         assert add_and_search(theirs(max_memories=4)).dtype == torch.float32
+
+
+def test_fault_d_text_is_read_with_current_numpy(tmp_path: Path) -> None:
+    """Upstream's training script reads its bytes with `numpy.fromstring`, which numpy 2.3 no longer does."""
+    content = bytes(range(256)) * 20
+    (tmp_path / "text").write_bytes(content)
+    corpus = load_corpus(str(tmp_path / "text"))
+    read = torch.cat([document.content for document in (*corpus.train, *corpus.validation)])
+    assert bytes(read.tolist()) == content
+
+
+def test_fault_e_evaluation_reads_every_held_out_document_and_no_other(tmp_path: Path) -> None:
+    """Upstream's training script computes its "valid loss" on a training batch."""
+    for number in range(40):
+        (tmp_path / f"{number}.txt").write_bytes(bytes([number + 1]) * (300 + number))  # one byte value each
+    corpus = load_corpus(str(tmp_path))
+    held_out = {document.content[0].item(): len(document) - 1 for document in corpus.validation}
+    assert 0 < len(held_out) < 20
+    assert held_out.keys().isdisjoint(document.content[0].item() for document in corpus.train)
+    read: dict[int, int] = {}
+    for batch in held_out_stream(corpus.validation, batch=4, segment=64):
+        for label in batch.labels[batch.labels != NOT_SCORED].tolist():
+            read[label] = read.get(label, 0) + 1
+    assert read == held_out
 
 
 def test_fault_f_the_scope_comes_back_after_an_exception(theirs: Callable[..., Any]) -> None:
