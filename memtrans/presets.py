@@ -116,12 +116,12 @@ def _check(name: str, value: Any, limits: Mapping[str, Any]) -> None:
 PRESETS: dict[str, Settings] = {
     # Minutes on two CPU cores, on text that every machine has.
     "demo": Settings(
-        steps=600,
+        steps=800,
         batch=4,
         segment=256,
         layers=4,
-        width=192,
-        heads=6,
+        width=128,
+        heads=4,
         head_width=32,
         memory=2048,
         neighbours=16,
@@ -133,7 +133,7 @@ PRESETS: dict[str, Settings] = {
     # Two layers, one memory head: the first gathers a name's letters, the second finds where they stood. See recall.py.
     "recall": Settings(
         data="recall",
-        steps=900,
+        steps=1000,
         batch=16,
         segment=128,
         layers=2,
@@ -150,7 +150,7 @@ PRESETS: dict[str, Settings] = {
         learning_rate=4e-3,
         final_rate=0.05,
         weight_decay=0.0,
-        near_steps=300,
+        near_steps=350,
         eval_bytes=65536,
     ),
     # The set-up of memorizing-transformers-pytorch's own train.py: 16 documents, 5 segments of 512 tokens a step.

@@ -5,10 +5,9 @@ random, and each fact is asked for once, so nothing but the one statement tells 
 scored: the byte after each `?`. How many bytes ago the fact was stated is kept with every question.
 
 What starts the one softmax of local and retrieved keys, found by trying (the preset `recall` sets all of it):
-- The first documents are short and ask within `near` bytes, where local attention reaches only a handful of facts. What
-  a layer learns there about finding a name is what its memory needs, because both share queries and keys. With
-  questions 5 to 100 bytes away the same model was still near chance after 500 steps; with 5 to 30 it had started after
-  150.
+- The first documents are short and ask within `near` bytes, where local attention reaches only a handful of facts.
+  What a layer learns there about finding a name is what its memory needs, because both share queries and keys. With
+  questions 5 to 100 bytes away the same model was still near chance after 500 steps; with 5 to 30 it started by 150.
 - The retrieved logits start with an offset of -2, so that random neighbours do not drown the local keys meanwhile.
 - Local heads start at looking 1, 2, 3 and 4 bytes back, which is where the letters of a name are; with T5's random
   start of standard deviation 8 none may, and 900 steps did not move them.
