@@ -172,9 +172,12 @@ class KNNMemory:
     def set_scoped_indices(self, indices: Iterable[int]) -> None:
         """Makes `add` and `search` speak of these documents, in this order.
 
-        Raises ValueError when one is repeated or out of range.
+        Raises ValueError when there is none, or one is repeated or out of range.
         """
-        self.scoped_indices = self._check_indices("indices", indices)
+        chosen = self._check_indices("indices", indices)
+        if not chosen:
+            raise ValueError("indices must name at least one document, got []")
+        self.scoped_indices = chosen
         if self._ring is not None:
             self._rows = self._scoped_rows()
 

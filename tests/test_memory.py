@@ -256,6 +256,13 @@ def test_repeated_and_out_of_range_indices_are_refused(indices: Any) -> None:
     assert held(memory) == [[1, 2, 3]] * 3
 
 
+def test_a_scope_of_no_document_is_refused() -> None:
+    memory = filled(3)
+    with pytest.raises(ValueError, match=r"indices must name at least one document, got \[\]"):
+        memory.set_scoped_indices([])
+    assert memory.scoped_indices == [0, 1, 2]
+
+
 @pytest.mark.parametrize("indices", [[1], 1, (1,), torch.tensor([1])])
 def test_clear_is_absolute_inside_a_scope(indices: Any) -> None:
     memory = filled(3)
