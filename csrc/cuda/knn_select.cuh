@@ -127,6 +127,14 @@ struct WarpTopK {
     __syncwarp();
   }
 
+  // kth_largest, or 0 where fewer than rank values are there.
+  static __device__ uint32_t reached_by(const uint32_t (&values)[kPerLane], int rank) {
+    int present = 0;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) present += values[i] != 0;
+    return static_cast<int>(__reduce_add_sync(kAllLanes, present)) < rank ? 0 : kth_largest(values, rank);
+  }
+
   // The largest value that at least `rank` of the warp's values reach; 0 stands for no value.
   static __device__ uint32_t kth_largest(const uint32_t (&values)[kPerLane], int rank) {
     uint32_t largest = 0, smallest = 0xFFFFFFFFu;

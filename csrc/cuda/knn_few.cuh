@@ -1,0 +1,195 @@
+// Exact top-K for few queries a row (decoding): reads every visible key once, whatever the number of rows.
+//
+//   few_scores   query x key products on the tensor cores (mma m16n8k16, keys are the 16 rows), operands straight from
+//                global memory: the order of the columns within a product is free, so each lane takes 16 contiguous bytes.
+//                Scores go to a workspace, (B * G, queries, slots) fp32.
+//   few_select   a block keeps the K best of kFewPart slots of one query.
+//   few_merge    a warp keeps the K best over the parts of one query.
+// Shapes as in knn_scan.cuh; products are exact and accumulate in fp32. No query is ever redone here.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <type_traits>
+
+#include "knn_select.cuh"
+
+namespace memtrans {
+
+constexpr int kFewThreads = 256;
+constexpr int kFewTile = 128;   // keys of a block's step: 16 per warp
+constexpr int kFewPart = 8192;  // slots of one few_select block
+
+struct FewArguments {
+  const int64_t* rows;  // the first row of this launch
+  const int64_t* start;
+  const int64_t* cursor;
+  const void* query;    // the first query of this launch
+  const void* keys;
+  float* products;      // (rows, queries_per_row, stride)
+  uint64_t* entries;    // (rows * queries_per_row, parts, k)
+  float* scores;
+  int32_t* slots;
+  int queries_per_row;
+  int slot_count;
+  int stride;           // slot_count rounded up to 4
+  int parts;
+  int capacity;
+  int k;
+};
+
+template <typename T>
+__device__ inline void mma_m16n8k16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                    uint32_t b1) {
+  if constexpr (std::is_same_v<T, __half>)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Grid (splits, rows, groups of 8 queries). Each warp takes 16 keys of every tile of its split.
+template <typename T, int dim>
+__global__ void __launch_bounds__(kFewThreads) few_scores(const FewArguments arguments) {
+  constexpr int kParts = dim / 32;  // 16 bytes a lane, 4 lanes a row
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane / 4, part = lane % 4;
+  const int64_t row = arguments.rows[blockIdx.y];
+  const Window window = visible_window(arguments.start, arguments.cursor, row, arguments.capacity, arguments.slot_count);
+  const T* keys = static_cast<const T*>(arguments.keys) + row * arguments.slot_count * dim + part * 8;
+
+  const int first_query = blockIdx.z * 8;
+  const int64_t query = static_cast<int64_t>(blockIdx.y) * arguments.queries_per_row + first_query;
+  uint4 b[kParts];
+#pragma unroll
+  for (int i = 0; i < kParts; ++i)
+    b[i] = first_query + quad < arguments.queries_per_row
+               ? *reinterpret_cast<const uint4*>(static_cast<const T*>(arguments.query) + (query + quad) * dim + i * 32 + part * 8)
+               : uint4{0, 0, 0, 0};
+
+  const int tiles = (arguments.slot_count + kFewTile - 1) / kFewTile;
+  float* products = arguments.products + query * arguments.stride;
+#pragma unroll 2
+  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const int slot = tile * kFewTile + warp * 16 + quad;  // and slot + 8
+    const bool near = window.shows(slot), far = window.shows(slot + 8);
+    if (!__any_sync(kAllLanes, near || far)) continue;
+    uint4 a[kParts], c[kParts];
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      const T* place = keys + static_cast<int64_t>(slot) * dim + i * 32;
+      a[i] = near ? __ldcs(reinterpret_cast<const uint4*>(place)) : uint4{0, 0, 0, 0};
+      c[i] = far ? __ldcs(reinterpret_cast<const uint4*>(place + 8 * dim)) : uint4{0, 0, 0, 0};
+    }
+    float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      mma_m16n8k16<T>(d, a[i].x, c[i].x, a[i].y, c[i].y, b[i].x, b[i].y);
+      mma_m16n8k16<T>(d, a[i].z, c[i].z, a[i].w, c[i].w, b[i].z, b[i].w);
+    }
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      if (first_query + part * 2 + e >= arguments.queries_per_row) continue;
+      float* const target = products + static_cast<int64_t>(part * 2 + e) * arguments.stride + slot;
+      if (near) target[0] = d[e];
+      if (far) target[8] = d[2 + e];
+    }
+  }
+}
+
+// Grid (parts, queries). Every thread's best slot bounds the K-th best from below; few slots reach the K-th largest of these.
+template <typename T>
+__global__ void __launch_bounds__(kFewThreads) few_select(const FewArguments arguments, int dim) {
+  constexpr int kVectors = kFewPart / 4 / kFewThreads;
+  __shared__ uint64_t buffers[8][WarpTopK::kCapacity];
+  __shared__ uint32_t best_of_thread[kFewThreads];
+  __shared__ uint32_t shared_floor;
+  __shared__ int counts[8];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t query = blockIdx.y;
+  const int64_t row = arguments.rows[query / arguments.queries_per_row];
+  const Window window = visible_window(arguments.start, arguments.cursor, row, arguments.capacity, arguments.slot_count);
+  const float* products = arguments.products + query * arguments.stride;
+
+  float4 scores[kVectors];
+  uint32_t largest = 0;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const int slot = blockIdx.x * kFewPart + (i * kFewThreads + threadIdx.x) * 4;
+    if (slot < arguments.slot_count) scores[i] = *reinterpret_cast<const float4*>(products + slot);
+    float* const score = &scores[i].x;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      if (!window.shows(slot + e)) score[e] = NAN;
+      if (score[e] > -INFINITY && score[e] < INFINITY) largest = max(largest, sortable(score[e]));
+    }
+  }
+  best_of_thread[threadIdx.x] = largest;
+  __syncthreads();
+  if (warp == 0) {
+    uint32_t values[WarpTopK::kPerLane];
+#pragma unroll
+    for (int i = 0; i < WarpTopK::kPerLane; ++i) values[i] = best_of_thread[lane + 32 * i];
+    const uint32_t floor = WarpTopK::reached_by(values, arguments.k);
+    if (lane == 0) shared_floor = floor;
+  }
+  __syncthreads();
+
+  WarpTopK best(buffers[warp], arguments.k);
+  best.floor = shared_floor ? (static_cast<uint64_t>(shared_floor) << 32) - 1 : 0;
+  const T* keys = static_cast<const T*>(arguments.keys) + row * arguments.slot_count * dim;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const float* const score = &scores[i].x;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int slot = blockIdx.x * kFewPart + (i * kFewThreads + threadIdx.x) * 4 + e;
+      bool offered = score[e] > -INFINITY;
+      if (score[e] == INFINITY) offered = key_is_finite(keys + static_cast<int64_t>(slot) * dim, dim);
+      best.push(offered, make_entry(score[e], window.age(slot)));
+    }
+  }
+  if (lane == 0) counts[warp] = best.count;
+  __syncthreads();
+  if (warp > 0) return;
+  for (int other = 1; other < 8; ++other)
+    for (int i = 0; i < counts[other]; i += 32)
+      best.push(i + lane < counts[other], i + lane < counts[other] ? buffers[other][i + lane] : 0);
+  uint64_t* const entries = arguments.entries + (query * arguments.parts + blockIdx.x) * arguments.k;
+  best.prune();
+  for (int i = lane; i < arguments.k; i += 32) entries[i] = i < best.count ? best.buffer[i] : 0;
+}
+
+// One warp a query.
+__global__ void __launch_bounds__(128) few_merge(const FewArguments arguments, int64_t queries) {
+  __shared__ uint64_t buffers[4][WarpTopK::kCapacity];
+  const int lane = threadIdx.x % 32;
+  const int64_t query = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / 32;
+  if (query >= queries) return;
+  const int64_t row = arguments.rows[query / arguments.queries_per_row];
+  const Window window = visible_window(arguments.start, arguments.cursor, row, arguments.capacity, arguments.slot_count);
+  const int total = arguments.parts * arguments.k;
+  const uint64_t* entries = arguments.entries + query * total;
+  WarpTopK best(buffers[threadIdx.x / 32], arguments.k);
+  for (int i = lane; i < (total + 31) / 32 * 32; i += 32) {
+    const uint64_t entry = i < total ? entries[i] : 0;
+    best.push(entry != 0, entry);
+  }
+  float* const scores = arguments.scores + query * arguments.k;
+  int32_t* const slots = arguments.slots + query * arguments.k;
+  best.finish([&](int rank, uint64_t entry) {
+    scores[rank] = entry_score(entry);
+    slots[rank] = window.slot(entry_age(entry));
+  });
+  for (int rank = best.count + lane; rank < arguments.k; rank += 32) {
+    scores[rank] = -INFINITY;
+    slots[rank] = -1;
+  }
+}
+
+}  // namespace memtrans
