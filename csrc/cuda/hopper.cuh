@@ -45,6 +45,24 @@ __device__ inline void barrier_wait(uint32_t barrier, uint32_t phase) {
       : "memory");
 }
 
+// For a thread that waits long and often: leaves the issue slots to others.
+__device__ inline void barrier_wait_idly(uint32_t barrier, uint32_t phase) {
+  uint32_t done = 0;
+  while (true) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, done;\n"
+        "}\n"
+        : "=r"(done)
+        : "r"(barrier), "r"(phase)
+        : "memory");
+    if (done) return;
+    __nanosleep(64);
+  }
+}
+
 // ---- tensor-map loads into swizzled shared memory ----
 __device__ inline void load_tile_2d(uint32_t target, const CUtensorMap* map, uint32_t barrier, int c0, int c1) {
   asm volatile(

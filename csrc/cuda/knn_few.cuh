@@ -19,6 +19,7 @@ namespace memtrans {
 
 constexpr int kFewThreads = 256;
 constexpr int kFewTile = 128;   // keys of a block's step: 16 per warp
+constexpr int kFewBlocks = 2;   // of few_scores on a multiprocessor
 constexpr int kFewPart = 8192;  // slots of one few_select block
 
 struct FewArguments {
@@ -56,7 +57,7 @@ __device__ inline void mma_m16n8k16(float (&d)[4], uint32_t a0, uint32_t a1, uin
 
 // Grid (splits, rows, groups of 8 queries). Each warp takes 16 keys of every tile of its split.
 template <typename T, int dim>
-__global__ void __launch_bounds__(kFewThreads) few_scores(const FewArguments arguments) {
+__global__ void __launch_bounds__(kFewThreads, dim > 128 ? 1 : kFewBlocks) few_scores(const FewArguments arguments) {
   constexpr int kParts = dim / 32;  // 16 bytes a lane, 4 lanes a row
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane / 4, part = lane % 4;
   const int64_t row = arguments.rows[blockIdx.y];
@@ -74,31 +75,39 @@ __global__ void __launch_bounds__(kFewThreads) few_scores(const FewArguments arg
 
   const int tiles = (arguments.slot_count + kFewTile - 1) / kFewTile;
   float* products = arguments.products + query * arguments.stride;
-#pragma unroll 2
-  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    const int slot = tile * kFewTile + warp * 16 + quad;  // and slot + 8
-    const bool near = window.shows(slot), far = window.shows(slot + 8);
-    if (!__any_sync(kAllLanes, near || far)) continue;
-    uint4 a[kParts], c[kParts];
+  uint4 near[2][kParts], far[2][kParts];  // the keys at hand and those on their way
+  const auto load = [&](uint4(&a)[kParts], uint4(&b)[kParts], int tile) {
+    const int slot = tile * kFewTile + warp * 16 + quad;
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
       const T* place = keys + static_cast<int64_t>(slot) * dim + i * 32;
-      a[i] = near ? __ldcs(reinterpret_cast<const uint4*>(place)) : uint4{0, 0, 0, 0};
-      c[i] = far ? __ldcs(reinterpret_cast<const uint4*>(place + 8 * dim)) : uint4{0, 0, 0, 0};
+      a[i] = window.shows(slot) ? __ldcs(reinterpret_cast<const uint4*>(place)) : uint4{0, 0, 0, 0};
+      b[i] = window.shows(slot + 8) ? __ldcs(reinterpret_cast<const uint4*>(place + 8 * dim)) : uint4{0, 0, 0, 0};
     }
+  };
+  const auto multiply = [&](const uint4(&a)[kParts], const uint4(&c)[kParts], int tile) {
     float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
       mma_m16n8k16<T>(d, a[i].x, c[i].x, a[i].y, c[i].y, b[i].x, b[i].y);
       mma_m16n8k16<T>(d, a[i].z, c[i].z, a[i].w, c[i].w, b[i].z, b[i].w);
     }
+    const int slot = tile * kFewTile + warp * 16 + quad;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       if (first_query + part * 2 + e >= arguments.queries_per_row) continue;
       float* const target = products + static_cast<int64_t>(part * 2 + e) * arguments.stride + slot;
-      if (near) target[0] = d[e];
-      if (far) target[8] = d[2 + e];
+      if (slot < arguments.slot_count) target[0] = d[e];
+      if (slot + 8 < arguments.slot_count) target[8] = d[2 + e];
     }
+  };
+  const int step = gridDim.x;
+  load(near[0], far[0], blockIdx.x);
+  for (int tile = blockIdx.x; tile < tiles; tile += 2 * step) {
+    load(near[1], far[1], tile + step);
+    multiply(near[0], far[0], tile);
+    load(near[0], far[0], tile + 2 * step);
+    if (tile + step < tiles) multiply(near[1], far[1], tile + step);
   }
 }
 
@@ -132,10 +141,15 @@ __global__ void __launch_bounds__(kFewThreads) few_select(const FewArguments arg
   best_of_thread[threadIdx.x] = largest;
   __syncthreads();
   if (warp == 0) {
-    uint32_t values[WarpTopK::kPerLane];
+    uint32_t values[kFewThreads / 32];
+    int present = 0;
 #pragma unroll
-    for (int i = 0; i < WarpTopK::kPerLane; ++i) values[i] = best_of_thread[lane + 32 * i];
-    const uint32_t floor = WarpTopK::reached_by(values, arguments.k);
+    for (int i = 0; i < kFewThreads / 32; ++i) {
+      values[i] = best_of_thread[lane + 32 * i];
+      present += values[i] != 0;
+    }
+    present = __reduce_add_sync(kAllLanes, present);
+    const uint32_t floor = present < arguments.k ? 0 : kth_largest(values, arguments.k);
     if (lane == 0) shared_floor = floor;
   }
   __syncthreads();
@@ -146,6 +160,9 @@ __global__ void __launch_bounds__(kFewThreads) few_select(const FewArguments arg
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     const float* const score = &scores[i].x;
+    const float lowest = shared_floor ? unsortable(shared_floor) : -INFINITY;
+    const bool any = score[0] >= lowest || score[1] >= lowest || score[2] >= lowest || score[3] >= lowest;
+    if (!__any_sync(kAllLanes, any)) continue;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int slot = blockIdx.x * kFewPart + (i * kFewThreads + threadIdx.x) * 4 + e;

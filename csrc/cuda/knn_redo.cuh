@@ -16,9 +16,11 @@ __global__ void __launch_bounds__(kRedoThreads) knn_redo(const ScanArguments arg
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const uint32_t total = *arguments.redo_count;
   for (uint32_t item = blockIdx.x; item < total; item += gridDim.x) {
-    const int64_t query = arguments.redo[item];
+    const int64_t query = arguments.redo[item] / arguments.parts;
+    const int part = arguments.redo[item] % arguments.parts;
     const int64_t row = arguments.rows[query / arguments.queries_per_row];
-    const Window window = visible_window(arguments.start, arguments.cursor, row, arguments.capacity, arguments.slot_count);
+    const Window window = visible_window(arguments.start, arguments.cursor, row, arguments.capacity, arguments.slot_count)
+                              .piece(part, arguments.parts);
     const T* keys = static_cast<const T*>(arguments.keys) + row * arguments.slot_count * dim;
     for (int i = threadIdx.x; i < dim; i += kRedoThreads) query_values[i] = static_cast<float>(queries[query * dim + i]);
     __syncthreads();
@@ -37,7 +39,7 @@ __global__ void __launch_bounds__(kRedoThreads) knn_redo(const ScanArguments arg
       }
       bool offered = age < window.length && score > -INFINITY;
       if (offered && score == INFINITY) offered = key_is_finite(key, dim);
-      best.push(offered, make_entry(score, age));
+      best.push(offered, make_entry(score, age + window.offset));
     }
     if (lane == 0) counts[warp] = best.count;
     __syncthreads();
@@ -45,16 +47,9 @@ __global__ void __launch_bounds__(kRedoThreads) knn_redo(const ScanArguments arg
       for (int other = 1; other < 8; ++other)
         for (int i = 0; i < counts[other]; i += 32)
           best.push(i + lane < counts[other], i + lane < counts[other] ? buffers[other][i + lane] : 0);
-      float* const scores = arguments.scores + query * arguments.k;
-      int32_t* const slots = arguments.slots + query * arguments.k;
-      best.finish([&](int rank, uint64_t entry) {
-        scores[rank] = entry_score(entry);
-        slots[rank] = window.slot(entry_age(entry));
-      });
-      for (int rank = best.count + lane; rank < arguments.k; rank += 32) {
-        scores[rank] = -INFINITY;
-        slots[rank] = -1;
-      }
+      const ScanResult result{arguments, window, query, part};
+      best.finish([&](int rank, uint64_t entry) { result.put(rank, entry); });
+      result.pad(best.count);
     }
     __syncthreads();
   }

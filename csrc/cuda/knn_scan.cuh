@@ -19,12 +19,12 @@
 namespace memtrans {
 
 constexpr int kScanTile = 128;           // keys of one stage
-constexpr int kScanThreads = 3 * 128;   // two consumer warpgroups and a producer
 constexpr int kSampleBlock = 8 * kScanTile;  // slots that one sample tile represents
-constexpr int kGroups = 64;              // group maxima per query
+constexpr int kMaxima = 64;              // group maxima per query
 constexpr int kListRecords = 128;        // records of one thread's list for one query
 constexpr int kListFull = 123;           // a visit appends at most 4 records to a list
 constexpr int kListBytes = kListRecords * 16;
+constexpr int kListAlignment = 16 * 4 * kListBytes;  // the lists of a warp: no 4 GB boundary among them
 constexpr int kUnsampledLength = 640;    // so few visible keys, and the rest of their tiles, fit the lists whole
 constexpr float kLowest = -3.402823466e+38f;
 
@@ -35,11 +35,13 @@ struct ScanArguments {
   const void* keys;
   float* scores;
   int32_t* slots;
-  char* lists;          // kListBytes-aligned; 4 lists a query, kQueries queries a block of the grid
+  uint64_t* entries;    // (queries, parts, k), where there are several parts: few_merge makes scores and slots of them
+  char* lists;          // kListAlignment-aligned; 4 lists a query, kQueries queries a block of the grid
   uint32_t* redo_count;
-  uint32_t* redo;       // queries to redo
+  uint32_t* redo;       // query * parts + part
   int64_t row_count;
   int queries_per_row;
+  int parts;            // pieces of a row's window, searched by different blocks
   int slot_count;       // M + S
   int capacity;
   int k;
@@ -48,17 +50,42 @@ struct ScanArguments {
 
 template <int dim>
 struct ScanShape {
-  static constexpr int kHalves = dim > 128 ? 1 : 2;  // 64-query accumulators of a warpgroup
-  static constexpr int kQueries = 128 * kHalves;
+  static constexpr int kGroups = dim > 128 ? 2 : 4;  // consumer warpgroups, of 64 queries each
+  static constexpr int kQueries = 64 * kGroups;
+  static constexpr int kThreads = 128 * (kGroups + 1);
+  static constexpr int kConsumerRegisters = kGroups == 4 ? 112 : 208;
   static constexpr int kColumns = dim % 64 == 0 ? 64 : 32;  // columns of one swizzled chunk
   static constexpr int kChunks = dim / kColumns;
   static constexpr int kRowBytes = kColumns * 2;
   static constexpr int kQueryBytes = kQueries * dim * 2;
   static constexpr int kStageBytes = kScanTile * dim * 2;
-  static constexpr int kSelectBytes = 8 * WarpTopK::kCapacity * 8;
+  static constexpr int kSelectBytes = 4 * kGroups * WarpTopK::kCapacity * 8;
   static constexpr int kStagesThatFit = (232448 - 1024 - 256 - kSelectBytes - kQueryBytes) / kStageBytes;
   static constexpr int kStages = kStagesThatFit < 6 ? kStagesThatFit : 6;
   static constexpr int kSharedBytes = 1024 + 256 + kSelectBytes + kQueryBytes + kStages * kStageBytes;
+};
+
+// One unit of work: a block's queries against one piece of one row's window.
+struct ScanJob {
+  int64_t index;    // row of the batch, of B * G
+  int row;          // row of the memory
+  int part;
+  int first_query;  // of the row
+  Window window;
+
+  __device__ ScanJob(const ScanArguments& arguments, int64_t job, int queries) {
+    const int tiles = (arguments.queries_per_row + queries - 1) / queries;
+    first_query = static_cast<int>(job % tiles) * queries;
+    part = static_cast<int>(job / tiles % arguments.parts);
+    index = job / tiles / arguments.parts;
+    row = static_cast<int>(arguments.rows[index]);
+    window = visible_window(arguments.start, arguments.cursor, row, arguments.capacity, arguments.slot_count)
+                 .piece(part, arguments.parts);
+  }
+
+  static __device__ int64_t count(const ScanArguments& arguments, int queries) {
+    return arguments.row_count * arguments.parts * ((arguments.queries_per_row + queries - 1) / queries);
+  }
 };
 
 // What one block streams for one set of queries: sample tiles, then tiles of all visible keys.
@@ -100,7 +127,7 @@ struct ScanPlan {
       best = cost;
       phases = max(1, 4 >> step);
       skip = max(1, (1 << step) / 4);
-      rank = static_cast<int>(kGroups * (1.0f - expf(-keys / kGroups)) + 0.5f);
+      rank = static_cast<int>(kMaxima * (1.0f - expf(-keys / kMaxima)) + 0.5f);
     }
   }
 
@@ -224,17 +251,17 @@ struct ScanConsumer {
   using Shape = ScanShape<dim>;
   static constexpr int kSteps = dim / 16, kStepsPerChunk = Shape::kColumns / 16;
 
-  int group;                              // which of the two warpgroups
+  int group;                              // which of the warpgroups
   uint32_t queries, stages, full, empty;  // shared addresses; queries: this warpgroup's
   StageCursor<Shape::kStages> cursor;
 
-  __device__ void multiply(float (&scores)[64], int half, int stage) {
+  __device__ void multiply(float (&scores)[64]) {
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const int chunk = step / kStepsPerChunk, offset = step % kStepsPerChunk * 32;
-      const uint32_t a = queries + (half * Shape::kChunks + chunk) * 64 * Shape::kRowBytes + offset;
-      const uint32_t b = stages + stage * Shape::kStageBytes + chunk * kScanTile * Shape::kRowBytes + offset;
+      const uint32_t a = queries + chunk * 64 * Shape::kRowBytes + offset;
+      const uint32_t b = stages + cursor.index * Shape::kStageBytes + chunk * kScanTile * Shape::kRowBytes + offset;
       const uint64_t a_matrix = matrix_descriptor<Shape::kRowBytes>(a), b_matrix = matrix_descriptor<Shape::kRowBytes>(b);
       if (step == 0) wgmma_m64n128k16<T, false>(scores, a_matrix, b_matrix);
       else wgmma_m64n128k16<T, true>(scores, a_matrix, b_matrix);
@@ -242,51 +269,38 @@ struct ScanConsumer {
     wgmma_commit();
   }
 
-  __device__ void release() {
-    if (threadIdx.x % 32 == 0) barrier_arrive(empty + 8 * cursor.index);
-    cursor.advance();
-  }
-
-  static __device__ void turn_wait(int group) { asm volatile("bar.sync %0, 256;" ::"r"(group + 1) : "memory"); }
-  static __device__ void turn_pass(int group) { asm volatile("bar.arrive %0, 256;" ::"r"(group + 1) : "memory"); }
-
-  // visit(scores, half, tile) for each tile and half, one accumulator at a time. The warpgroups take turns to issue their
-  // products, so that the tensor cores work for one while the other looks at its scores.
+  // visit(scores, tile) for each tile.
   template <typename Visit>
-  __device__ void stream_singly(int tiles, Visit visit) {
+  __device__ void stream(int tiles, Visit visit) {
     for (int tile = 0; tile < tiles; ++tile) {
+      float scores[64];
       barrier_wait(full + 8 * cursor.index, cursor.phase);
-#pragma unroll
-      for (int half = 0; half < Shape::kHalves; ++half) {
-        float scores[64];
-        turn_wait(group);
-        multiply(scores, half, cursor.index);
-        turn_pass(group ^ 1);
-        wgmma_wait<0>(scores);
-        if (half == Shape::kHalves - 1) release();
-        visit(scores, half, tile);
-      }
+      turn_wait();
+      multiply(scores);
+      turn_pass_early();
+      wgmma_wait<0>(scores);
+      turn_pass_late();
+      if (threadIdx.x % 32 == 0) barrier_arrive(empty + 8 * cursor.index);
+      cursor.advance();
+      visit(scores, tile);
     }
   }
 
-  // The same with both accumulators in flight, for a visit that needs fewer registers.
-  template <typename Visit>
-  __device__ void stream_doubly(int tiles, Visit visit) {
-    static_assert(Shape::kHalves == 2, "two accumulators");
-    for (int tile = 0; tile < tiles; ++tile) {
-      float first[64], second[64];
-      barrier_wait(full + 8 * cursor.index, cursor.phase);
-      turn_wait(group);
-      multiply(first, 0, cursor.index);
-      multiply(second, 1, cursor.index);
-      turn_pass(group ^ 1);
-      wgmma_wait<1>(first);
-      visit(first, 0, tile);
-      wgmma_wait<0>(second);
-      release();
-      visit(second, 1, tile);
-    }
+#ifndef MEMTRANS_TURN
+#define MEMTRANS_TURN 2
+#endif
+  __device__ void turn_start() {
+    if (MEMTRANS_TURN == 1 && group == Shape::kGroups - 1) pass(0);
+    if (MEMTRANS_TURN == 2 && group >= Shape::kGroups / 2) pass(group - Shape::kGroups / 2);
+    if (MEMTRANS_TURN == 3 && group == Shape::kGroups - 1) pass(0);
   }
+  __device__ void turn_wait() { if (MEMTRANS_TURN) asm volatile("bar.sync %0, 256;" ::"r"(group + 1) : "memory"); }
+  __device__ void turn_pass_early() { if (MEMTRANS_TURN == 1) pass((group + 1) % Shape::kGroups); }
+  __device__ void turn_pass_late() {
+    if (MEMTRANS_TURN == 2) pass((group + Shape::kGroups / 2) % Shape::kGroups);
+    if (MEMTRANS_TURN == 3) pass((group + 1) % Shape::kGroups);
+  }
+  static __device__ void pass(int group) { asm volatile("bar.arrive %0, 256;" ::"r"(group + 1) : "memory"); }
 };
 
 template <int dim>
@@ -295,151 +309,231 @@ __device__ void produce(const CUtensorMap* query_map, const CUtensorMap* key_map
                         uint32_t query_full, uint32_t query_empty) {
   using Shape = ScanShape<dim>;
   StageCursor<Shape::kStages> cursor;
-  const int tiles_per_row = (arguments.queries_per_row + Shape::kQueries - 1) / Shape::kQueries;
   uint32_t query_phase = 1;
-  for (int64_t job = blockIdx.x; job < arguments.row_count * tiles_per_row; job += gridDim.x, query_phase ^= 1) {
-    const int64_t index = job / tiles_per_row;
-    const int row = static_cast<int>(arguments.rows[index]);
-    const int query = static_cast<int>(index * arguments.queries_per_row + job % tiles_per_row * Shape::kQueries);
-    const ScanPlan plan(visible_window(arguments.start, arguments.cursor, row, arguments.capacity, arguments.slot_count),
-                        arguments.k, arguments.hit_cost);
-    barrier_wait(query_empty, query_phase);
+  const int64_t jobs = ScanJob::count(arguments, Shape::kQueries);
+  for (int64_t number = blockIdx.x; number < jobs; number += gridDim.x, query_phase ^= 1) {
+    const ScanJob job(arguments, number, Shape::kQueries);
+    const ScanPlan plan(job.window, arguments.k, arguments.hit_cost);
+    const int query = static_cast<int>(job.index * arguments.queries_per_row + job.first_query);
+    barrier_wait_idly(query_empty, query_phase);
     barrier_expect_bytes(query_full, Shape::kQueryBytes);
-    for (int part = 0; part < Shape::kQueries / 64; ++part)
+    for (int group = 0; group < Shape::kGroups; ++group)
       for (int chunk = 0; chunk < Shape::kChunks; ++chunk)
-        load_tile_2d(queries + (part * Shape::kChunks + chunk) * 64 * Shape::kRowBytes, query_map, query_full,
-                     chunk * Shape::kColumns, query + part * 64);
+        load_tile_2d(queries + (group * Shape::kChunks + chunk) * 64 * Shape::kRowBytes, query_map, query_full,
+                     chunk * Shape::kColumns, query + group * 64);
     const int sample_tiles = plan.sample_tiles();
     for (int i = 0; i < sample_tiles + plan.tiles; ++i, cursor.advance()) {
       const uint32_t target = stages + cursor.index * Shape::kStageBytes, barrier = full + 8 * cursor.index;
-      barrier_wait(empty + 8 * cursor.index, cursor.phase ^ 1);
+      barrier_wait_idly(empty + 8 * cursor.index, cursor.phase ^ 1);
       barrier_expect_bytes(barrier, Shape::kStageBytes);
       for (int chunk = 0; chunk < Shape::kChunks; ++chunk) {
         const uint32_t part = target + chunk * kScanTile * Shape::kRowBytes;
         if (i < sample_tiles)
-          load_tile_4d(part, sample_map, barrier, chunk * Shape::kColumns, plan.sample_phase(i), plan.sample_block(i) * kScanTile, row);
+          load_tile_4d(part, sample_map, barrier, chunk * Shape::kColumns, plan.sample_phase(i),
+                       plan.sample_block(i) * kScanTile, job.row);
         else
-          load_tile_3d(part, key_map, barrier, chunk * Shape::kColumns, plan.tile_slot(i - sample_tiles), row);
+          load_tile_3d(part, key_map, barrier, chunk * Shape::kColumns, plan.tile_slot(i - sample_tiles), job.row);
       }
     }
   }
 }
 
-// One warp selects the k best of the four lists of one query, writes them, or puts the query on the redo list.
+// Where the result of one query against one part goes.
+struct ScanResult {
+  const ScanArguments& arguments;
+  const Window& window;
+  int64_t query;
+  int part;
+
+  __device__ void put(int rank, uint64_t entry) const {
+    if (arguments.parts > 1) {
+      arguments.entries[(query * arguments.parts + part) * arguments.k + rank] = entry;
+      return;
+    }
+    arguments.scores[query * arguments.k + rank] = entry ? entry_score(entry) : -INFINITY;
+    arguments.slots[query * arguments.k + rank] = entry ? window.slot(entry_age(entry)) : -1;
+  }
+  __device__ void pad(int from) const {
+    for (int rank = from + threadIdx.x % 32; rank < arguments.k; rank += 32) put(rank, 0);
+  }
+  __device__ void redo() const {
+    if (threadIdx.x % 32 == 0)
+      arguments.redo[atomicAdd(arguments.redo_count, 1)] = static_cast<uint32_t>(query * arguments.parts + part);
+  }
+};
+
+// The four lists of one query, and the warp that selects from them.
 template <typename T, int dim>
-__device__ void select_from_lists(const ScanArguments& arguments, const ScanPlan& plan, int row, int64_t query,
-                                  const char* lists, const int (&counts)[4], float threshold, uint64_t* buffer) {
-  const int lane = threadIdx.x & 31;
-  WarpTopK best(buffer, arguments.k);
-  const int end0 = counts[0], end1 = end0 + counts[1], end2 = end1 + counts[2], total = end2 + counts[3];
-  const auto load = [&](int i) {
-    const int list = (i >= end0) + (i >= end1) + (i >= end2);
-    const int position = i - (list > 2 ? end2 : list > 1 ? end1 : list > 0 ? end0 : 0);
-    return i < total ? __ldcg(reinterpret_cast<const float4*>(lists + list * kListBytes) + position)
-                     : make_float4(-INFINITY, -INFINITY, 0.0f, 0.0f);
+struct ListSelection {
+  static constexpr int kLoads = 6;  // records of a lane in the common case
+  const ScanArguments& arguments;
+  const Window& window;
+  const T* keys;         // of the row
+  uint64_t* buffer;      // of the warp
+
+  struct Lists {
+    const char* place;
+    int end[4];          // running totals of their records
+    float threshold;
+
+    __device__ float4 record(int i) const {
+      const int list = (i >= end[0]) + (i >= end[1]) + (i >= end[2]);
+      const int position = i - (list > 2 ? end[2] : list > 1 ? end[1] : list > 0 ? end[0] : 0);
+      return i < end[3] ? __ldcg(reinterpret_cast<const float4*>(place + list * kListBytes) + position)
+                        : make_float4(-INFINITY, -INFINITY, 0.0f, 0.0f);
+    }
+    __device__ bool full() const {
+      return end[0] >= kListFull || end[1] - end[0] >= kListFull || end[2] - end[1] >= kListFull || end[3] - end[2] >= kListFull;
+    }
   };
-  const T* keys = static_cast<const T*>(arguments.keys) + static_cast<int64_t>(row) * arguments.slot_count * dim;
-  float4 record = load(lane);
-  for (int i = 0; i < total; i += 32) {
-    const float4 next = load(i + 32 + lane);
-    const int slot = 2 * __float_as_int(record.z);
-    const auto offer = [&](float score, int slot) {
-      bool offered = score >= threshold && plan.window.shows(slot);
-      if (offered && score == INFINITY) offered = key_is_finite(keys + static_cast<int64_t>(slot) * dim, dim);
-      best.push(offered, make_entry(score, plan.window.age(slot)));
-    };
-    offer(record.x, slot);
-    offer(record.y, slot + 1);
-    record = next;
+
+  __device__ bool counts(const Lists& lists, float score, int slot) const {
+    bool counted = score >= lists.threshold && window.shows(slot);
+    if (counted && score == INFINITY) counted = key_is_finite(keys + static_cast<int64_t>(slot) * dim, dim);
+    return counted;
   }
-  bool full = false;
-  for (int list = 0; list < 4; ++list) full = full || counts[list] >= kListFull;
-  const bool short_of_keys = best.count < min(arguments.k, plan.window.length) && threshold > kLowest;
-  if (full || short_of_keys) {
-    if (lane == 0) arguments.redo[atomicAdd(arguments.redo_count, 1)] = static_cast<uint32_t>(query);
-    return;
+
+  __device__ bool is_short(const Lists& lists, int found) const {
+    return lists.full() || (found < min(arguments.k, window.length) && lists.threshold > kLowest);
   }
-  float* scores = arguments.scores + query * arguments.k;
-  int32_t* slots = arguments.slots + query * arguments.k;
-  best.finish([&](int rank, uint64_t entry) {
-    scores[rank] = entry_score(entry);
-    slots[rank] = plan.window.slot(entry_age(entry));
-  });
-  for (int rank = best.count + lane; rank < arguments.k; rank += 32) {
-    scores[rank] = -INFINITY;
-    slots[rank] = -1;
+
+  // Any number of records, any ties.
+  __device__ __noinline__ void select_slowly(const Lists& lists, const ScanResult& result) const {
+    WarpTopK best(buffer, arguments.k);
+    for (int i = threadIdx.x % 32; i < (lists.end[3] + 31) / 32 * 32; i += 32) {
+      const float4 record = lists.record(i);
+      const int slot = 2 * __float_as_int(record.z);
+      best.push(counts(lists, record.x, slot), make_entry(record.x, window.age(slot) + window.offset));
+      best.push(counts(lists, record.y, slot + 1), make_entry(record.y, window.age(slot + 1) + window.offset));
+    }
+    if (is_short(lists, best.count)) return result.redo();
+    best.finish([&](int rank, uint64_t entry) { result.put(rank, entry); });
+    result.pad(best.count);
   }
-}
+
+  // Up to kLoads records a lane, already loaded. The k best are found by counting, then ranked by comparing all pairs.
+  __device__ void select(const Lists& lists, const float4 (&records)[kLoads], const ScanResult& result) const {
+    const int lane = threadIdx.x % 32, k = arguments.k;
+    if (lists.end[3] > 32 * kLoads) return select_slowly(lists, result);
+    uint32_t scores[2 * kLoads];
+    int found = 0;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int slot = 2 * __float_as_int(records[i].z);
+      scores[2 * i] = counts(lists, records[i].x, slot) ? sortable(records[i].x) : 0;
+      scores[2 * i + 1] = counts(lists, records[i].y, slot + 1) ? sortable(records[i].y) : 0;
+      found += (scores[2 * i] != 0) + (scores[2 * i + 1] != 0);
+    }
+    found = __reduce_add_sync(kAllLanes, found);
+    if (is_short(lists, found)) return result.redo();
+    uint32_t bound = 1;
+    if (found > k) bound = kth_largest(scores, k);
+    int mine = 0;
+#pragma unroll
+    for (int i = 0; i < 2 * kLoads; ++i) mine += scores[i] >= bound;
+    int place = mine;
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const int before = __shfl_up_sync(kAllLanes, place, offset);
+      if (lane >= offset) place += before;
+    }
+    const int kept = __shfl_sync(kAllLanes, place, 31);
+    if (kept > k) return select_slowly(lists, result);  // ties at the k-th score
+    place -= mine;
+#pragma unroll
+    for (int i = 0; i < 2 * kLoads; ++i) {
+      const int age = window.age(2 * __float_as_int(records[i / 2].z) + i % 2) + window.offset;
+      if (scores[i] >= bound) buffer[place++] = static_cast<uint64_t>(scores[i]) << 32 | (0xFFFFFFFFu - age);
+    }
+    if (lane == 0 && kept % 2) buffer[kept] = 0;
+    __syncwarp();
+    for (int i = lane; i < kept; i += 32) {
+      const uint64_t entry = buffer[i];
+      int rank = 0;
+#pragma unroll 4
+      for (int other = 0; other < kept; other += 2) {
+        const ulonglong2 two = *reinterpret_cast<const ulonglong2*>(buffer + other);
+        rank += (two.x > entry) + (two.y > entry);
+      }
+      result.put(rank, entry);
+    }
+    result.pad(kept);
+    __syncwarp();
+  }
+};
 
 template <typename T, int dim>
 __device__ void consume(const ScanArguments& arguments, ScanConsumer<T, dim>& consumer, uint64_t* buffer, uint32_t query_full,
                         uint32_t query_empty) {
   using Shape = ScanShape<dim>;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, group = threadIdx.x / 128;
-  const int tiles_per_row = (arguments.queries_per_row + Shape::kQueries - 1) / Shape::kQueries;
-  const int local = group * 64 * Shape::kHalves + warp * 16;  // this warp's first query in the block
+  using Selection = ListSelection<T, dim>;
+  const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16;  // this warp's first query in the block
   char* const lists = arguments.lists + static_cast<int64_t>(blockIdx.x) * Shape::kQueries * 4 * kListBytes;
-  const uint64_t own = reinterpret_cast<uint64_t>(lists) + ((local + lane / 4) * 4 + lane % 4) * kListBytes;
-  const uint32_t list_high = static_cast<uint32_t>(own >> 32);
-  const int sampled_limit = arguments.slot_count / 8 * 8;
+  const uint64_t own = reinterpret_cast<uint64_t>(lists) + ((first + lane / 4) * 4 + lane % 4) * kListBytes;
+  const uint32_t own_low = static_cast<uint32_t>(own), own_high = static_cast<uint32_t>(own >> 32);
+  const int64_t jobs = ScanJob::count(arguments, Shape::kQueries);
   uint32_t query_phase = 0;
-  for (int64_t job = blockIdx.x; job < arguments.row_count * tiles_per_row; job += gridDim.x, query_phase ^= 1) {
-    const int64_t index = job / tiles_per_row;
-    const int row = static_cast<int>(arguments.rows[index]);
-    const int tile_query = static_cast<int>(job % tiles_per_row) * Shape::kQueries;
-    const ScanPlan plan(visible_window(arguments.start, arguments.cursor, row, arguments.capacity, arguments.slot_count),
-                        arguments.k, arguments.hit_cost);
+  for (int64_t number = blockIdx.x; number < jobs; number += gridDim.x, query_phase ^= 1) {
+    const ScanJob job(arguments, number, Shape::kQueries);
+    const ScanPlan plan(job.window, arguments.k, arguments.hit_cost);
     barrier_wait(query_full, query_phase);
 
-    float threshold[2][2] = {{kLowest, kLowest}, {kLowest, kLowest}};
+    float threshold[2] = {kLowest, kLowest};
     if (plan.phases > 0) {
-      float maxima[2][2][16];
+      float maxima[2][16];
 #pragma unroll
-      for (int i = 0; i < 64; ++i) maxima[i / 32][i / 16 % 2][i % 16] = -INFINITY;
-      consumer.stream_singly(plan.sample_tiles(), [&](float(&scores)[64], int half, int tile) {
-        take_maxima(scores, maxima[half], plan.window, plan.sample_block(tile) * kSampleBlock + plan.sample_phase(tile), sampled_limit);
+      for (int i = 0; i < 32; ++i) maxima[i / 16][i % 16] = -INFINITY;
+      consumer.stream(plan.sample_tiles(), [&](const float(&scores)[64], int tile) {
+        take_maxima(scores, maxima, plan.window, plan.sample_block(tile) * kSampleBlock + plan.sample_phase(tile),
+                    arguments.slot_count / 8 * 8);
       });
 #pragma unroll
-      for (int half = 0; half < Shape::kHalves; ++half)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) threshold[half][e] = group_threshold(maxima[half][e], plan.rank);
+      for (int e = 0; e < 2; ++e) threshold[e] = group_threshold(maxima[e], plan.rank);
     }
 
-    uint32_t list[2][2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) list[half][e] = static_cast<uint32_t>(own) + (half * 64 + e * 8) * 4 * kListBytes;
-    const auto collect = [&](float(&scores)[64], int half, int tile) {
-      collect_hits(scores, threshold[half], list[half], list_high, plan.tile_slot(tile) / 2 + lane % 4);
-    };
-    if constexpr (Shape::kHalves == 2) consumer.stream_doubly(plan.tiles, collect);
-    else consumer.stream_singly(plan.tiles, collect);
+    uint32_t list[2] = {own_low, own_low + 8 * 4 * kListBytes};
+    consumer.stream(plan.tiles, [&](const float(&scores)[64], int tile) {
+      collect_hits(scores, threshold, list, own_high, plan.tile_slot(tile) / 2 + lane % 4);
+    });
     if (lane == 0) barrier_arrive(query_empty);
     __syncwarp();
 
+    const T* keys = static_cast<const T*>(arguments.keys) + static_cast<int64_t>(job.row) * arguments.slot_count * dim;
+    const Selection selection{arguments, plan.window, keys, buffer};
+    const int records[2] = {static_cast<int>(list[0] - own_low) / 16, static_cast<int>(list[1] - own_low - 8 * 4 * kListBytes) / 16};
+    const auto lists_of = [&](int i) {
+      typename Selection::Lists found;
+      found.place = lists + static_cast<int64_t>(first + i) * 4 * kListBytes;
+      int total = 0;
 #pragma unroll
-    for (int half = 0; half < Shape::kHalves; ++half) {
+      for (int part = 0; part < 4; ++part)
+        found.end[part] = total += __shfl_sync(kAllLanes, i < 8 ? records[0] : records[1], i % 8 * 4 + part);
+      found.threshold = __shfl_sync(kAllLanes, i < 8 ? threshold[0] : threshold[1], i % 8 * 4);
+      return found;
+    };
+    const int queries = min(16, arguments.queries_per_row - job.first_query - first);
+    typename Selection::Lists next = lists_of(0);
+    float4 next_records[Selection::kLoads];
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int count = (list[half][e] - static_cast<uint32_t>(own) - (half * 64 + e * 8) * 4 * kListBytes) / 16;
-        for (int octet = 0; octet < 8; ++octet) {
-          int counts[4];
+    for (int j = 0; j < Selection::kLoads; ++j) next_records[j] = next.record(32 * j + lane);
+#pragma unroll 1
+    for (int i = 0; i < queries; ++i) {
+      const typename Selection::Lists current = next;
+      float4 current_records[Selection::kLoads];
 #pragma unroll
-          for (int i = 0; i < 4; ++i) counts[i] = __shfl_sync(kAllLanes, count, octet * 4 + i);
-          const float bound = __shfl_sync(kAllLanes, threshold[half][e], octet * 4);
-          const int query = local + half * 64 + e * 8 + octet;
-          if (tile_query + query >= arguments.queries_per_row) continue;
-          select_from_lists<T, dim>(arguments, plan, row, index * arguments.queries_per_row + tile_query + query,
-                                    lists + static_cast<int64_t>(query) * 4 * kListBytes, counts, bound, buffer);
-        }
-      }
+      for (int j = 0; j < Selection::kLoads; ++j) current_records[j] = next_records[j];
+      next = lists_of(min(i + 1, 15));
+#pragma unroll
+      for (int j = 0; j < Selection::kLoads; ++j) next_records[j] = next.record(32 * j + lane);
+      selection.select(current, current_records,
+                       {arguments, plan.window, job.index * arguments.queries_per_row + job.first_query + first + i, job.part});
     }
+    __syncwarp();
   }
 }
 
 template <typename T, int dim>
-__global__ void __launch_bounds__(kScanThreads, 1)
+__global__ void __launch_bounds__(ScanShape<dim>::kThreads, 1)
     knn_scan(const __grid_constant__ CUtensorMap query_map, const __grid_constant__ CUtensorMap key_map,
              const __grid_constant__ CUtensorMap sample_map, const __grid_constant__ ScanArguments arguments) {
   using Shape = ScanShape<dim>;
@@ -453,23 +547,24 @@ __global__ void __launch_bounds__(kScanThreads, 1)
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < Shape::kStages; ++stage) {
       barrier_init(full + 8 * stage, 1);
-      barrier_init(empty + 8 * stage, 8);
+      barrier_init(empty + 8 * stage, 4 * Shape::kGroups);
     }
     barrier_init(query_full, 1);
-    barrier_init(query_empty, 8);
+    barrier_init(query_empty, 4 * Shape::kGroups);
     barrier_init_fence();
   }
   __syncthreads();
   const int group = __shfl_sync(kAllLanes, threadIdx.x / 128, 0);  // uniform, as wgmma's branches must be
-  if (group == 2) {
+  if (group == Shape::kGroups) {
     registers_down<24>();
-    if (threadIdx.x == 256)
+    if (threadIdx.x % 128 == 0)
       produce<dim>(&query_map, &key_map, &sample_map, arguments, base, stages, full, empty, query_full, query_empty);
   } else {
-    registers_up<240>();
-    ScanConsumer<T, dim> consumer{group, base + group * (Shape::kQueryBytes / 2), stages, full, empty, {}};
-    uint64_t* buffer = reinterpret_cast<uint64_t*>(shared + (select - shared_address(shared))) + threadIdx.x / 32 * WarpTopK::kCapacity;
-    if (group == 1) consumer.turn_pass(0);
+    registers_up<Shape::kConsumerRegisters>();
+    ScanConsumer<T, dim> consumer{group, base + group * (Shape::kQueryBytes / Shape::kGroups), stages, full, empty, {}};
+    uint64_t* buffer = reinterpret_cast<uint64_t*>(shared + (select - shared_address(shared))) +
+                       threadIdx.x / 32 * WarpTopK::kCapacity;
+    consumer.turn_start();
     consume<T, dim>(arguments, consumer, buffer, query_full, query_empty);
   }
 }

@@ -15,6 +15,7 @@ namespace {
 
 constexpr int kFewQueries = 32;                  // up to so many queries a row, reading the keys is what costs
 constexpr int64_t kProductBytes = 256ll << 20;   // scores that a few-query launch may hold
+constexpr int64_t kSmallestPart = 4096;          // keys that are worth a block of their own
 constexpr float kHitCost = 120.0f;
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -37,12 +38,28 @@ int64_t few_parts(const KnnSearchShape& shape) { return (shape.slots + kFewPart 
 
 bool takes_few_queries(const KnnSearchShape& shape) { return shape.queries_per_row <= kFewQueries; }
 
-int64_t redo_bytes(const KnnSearchShape& shape) { return round_up(shape.row_count * shape.queries_per_row * 4 + 256, kListBytes); }
-
-int64_t scan_workspace(const KnnSearchShape& shape) {
+// Pieces of a row's window, so that few queries still occupy all multiprocessors.
+int64_t scan_parts(const KnnSearchShape& shape) {
   const int64_t queries = shape.dim > 128 ? ScanShape<256>::kQueries : ScanShape<128>::kQueries;
-  return redo_bytes(shape) + multiprocessors() * queries * 4 * kListBytes + kListBytes;
+  const int64_t jobs = shape.row_count * ((shape.queries_per_row + queries - 1) / queries);
+  const int64_t wanted = multiprocessors() / jobs, sensible = shape.capacity / kSmallestPart;
+  const int64_t parts = wanted < sensible ? wanted : sensible;
+  return parts < 1 ? 1 : parts;
 }
+
+// Scratch memory of knn_scan: counter | redo list | entries of the parts | lists.
+struct ScanWorkspace {
+  int64_t redo, entries, lists, bytes;
+
+  explicit ScanWorkspace(const KnnSearchShape& shape) {
+    const int64_t queries = shape.dim > 128 ? ScanShape<256>::kQueries : ScanShape<128>::kQueries;
+    const int64_t results = shape.row_count * shape.queries_per_row * scan_parts(shape);
+    redo = 256;
+    entries = redo + round_up(results * 4, 256);
+    lists = round_up(entries + (scan_parts(shape) > 1 ? results * shape.k * 8 : 0), kListAlignment);
+    bytes = lists + multiprocessors() * queries * 4 * kListBytes + kListAlignment;
+  }
+};
 
 int64_t few_workspace(const KnnSearchShape& shape) {
   const int64_t queries = few_rows(shape) * shape.queries_per_row;
@@ -87,19 +104,28 @@ int launch_scan(const KnnSearchShape& shape, const KnnSearchTensors& tensors, fl
                      {width, 8 * width, slots * width}, {static_cast<cuuint32_t>(columns), 1, kScanTile, 1});
   if (!mapped) return -3;
 
-  char* const workspace = static_cast<char*>(tensors.workspace);
-  const int64_t lists = round_up(reinterpret_cast<int64_t>(workspace) + redo_bytes(shape), kListBytes);
+  const ScanWorkspace places(shape);
+  char* const workspace = reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(tensors.workspace), kListAlignment));
+  const int parts = static_cast<int>(scan_parts(shape));
+  uint64_t* const entries = reinterpret_cast<uint64_t*>(workspace + places.entries);
   const ScanArguments arguments{tensors.rows, tensors.start, tensors.cursor, tensors.keys, tensors.scores, tensors.slots,
-                                reinterpret_cast<char*>(lists), reinterpret_cast<uint32_t*>(workspace),
-                                reinterpret_cast<uint32_t*>(workspace + 256), shape.row_count,
-                                static_cast<int>(shape.queries_per_row), static_cast<int>(shape.slots),
+                                entries, workspace + places.lists, reinterpret_cast<uint32_t*>(workspace),
+                                reinterpret_cast<uint32_t*>(workspace + places.redo), shape.row_count,
+                                static_cast<int>(shape.queries_per_row), parts, static_cast<int>(shape.slots),
                                 static_cast<int>(shape.capacity), static_cast<int>(shape.k), hit_cost};
-  const int64_t jobs = shape.row_count * ((shape.queries_per_row + Shape::kQueries - 1) / Shape::kQueries);
-  const int64_t blocks_in_grid = jobs < multiprocessors() ? jobs : multiprocessors();
+  const int64_t queries = shape.row_count * shape.queries_per_row;
+  const int64_t jobs = shape.row_count * parts * ((shape.queries_per_row + Shape::kQueries - 1) / Shape::kQueries);
+  const unsigned blocks_in_grid = static_cast<unsigned>(jobs < multiprocessors() ? jobs : multiprocessors());
   cudaMemsetAsync(workspace, 0, 4, stream);
   cudaFuncSetAttribute(knn_scan<T, dim>, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes);
-  knn_scan<T, dim><<<blocks_in_grid, kScanThreads, Shape::kSharedBytes, stream>>>(query_map, key_map, sample_map, arguments);
+  knn_scan<T, dim><<<blocks_in_grid, Shape::kThreads, Shape::kSharedBytes, stream>>>(query_map, key_map, sample_map, arguments);
   knn_redo<T, dim><<<multiprocessors(), kRedoThreads, 0, stream>>>(arguments, static_cast<const T*>(tensors.query));
+  if (parts > 1) {
+    const FewArguments merge{tensors.rows, tensors.start, tensors.cursor, nullptr, nullptr, nullptr, entries, tensors.scores,
+                             tensors.slots, static_cast<int>(shape.queries_per_row), static_cast<int>(shape.slots), 0, parts,
+                             static_cast<int>(shape.capacity), static_cast<int>(shape.k)};
+    few_merge<<<static_cast<unsigned>((queries + 3) / 4), 128, 0, stream>>>(merge, queries);
+  }
   return static_cast<int>(cudaGetLastError());
 }
 
@@ -116,8 +142,8 @@ int launch_few(const KnnSearchShape& shape, const KnnSearchTensors& tensors, cud
                                  tensors.scores + query * shape.k, tensors.slots + query * shape.k, static_cast<int>(per_row),
                                  static_cast<int>(shape.slots), static_cast<int>(stride), parts,
                                  static_cast<int>(shape.capacity), static_cast<int>(shape.k)};
-    const int64_t tiles = (shape.slots + kFewTile - 1) / kFewTile, wanted = (8 * multiprocessors() + count - 1) / count;
-    const dim3 grid(static_cast<unsigned>(tiles < wanted ? tiles : wanted), static_cast<unsigned>(count),
+    const int64_t tiles = (shape.slots + kFewTile - 1) / kFewTile, wanted = (dim > 128 ? 1 : kFewBlocks) * multiprocessors() / count;
+    const dim3 grid(static_cast<unsigned>(wanted < 1 ? 1 : tiles < wanted ? tiles : wanted), static_cast<unsigned>(count),
                     static_cast<unsigned>((per_row + 7) / 8));
     few_scores<T, dim><<<grid, kFewThreads, 0, stream>>>(arguments);
     few_select<T><<<dim3(parts, static_cast<unsigned>(count * per_row)), kFewThreads, 0, stream>>>(arguments, dim);
@@ -148,13 +174,17 @@ int launch(const KnnSearchShape& shape, const KnnSearchTensors& tensors, float h
 }  // namespace memtrans
 
 extern "C" int64_t memtrans_cuda_knn_search_workspace(const KnnSearchShape* shape) {
-  return memtrans::takes_few_queries(*shape) ? memtrans::few_workspace(*shape) : memtrans::scan_workspace(*shape);
+  return memtrans::takes_few_queries(*shape) ? memtrans::few_workspace(*shape) : memtrans::ScanWorkspace(*shape).bytes;
 }
 
 extern "C" int memtrans_cuda_knn_search(const KnnSearchShape* shape, const KnnSearchTensors* tensors, void* stream) {
   if (shape->k < 1 || shape->k > 128) return -2;
   if (shape->row_count == 0 || shape->queries_per_row == 0) return 0;
   const float hit_cost = shape->hit_cost > 0 ? shape->hit_cost : memtrans::kHitCost;
+#ifdef MEMTRANS_QUICK_BUILD
+  return memtrans::launch<__half>(*shape, *tensors, hit_cost, static_cast<cudaStream_t>(stream));
+#else
   return shape->bfloat16 ? memtrans::launch<__nv_bfloat16>(*shape, *tensors, hit_cost, static_cast<cudaStream_t>(stream))
                          : memtrans::launch<__half>(*shape, *tensors, hit_cost, static_cast<cudaStream_t>(stream));
+#endif
 }

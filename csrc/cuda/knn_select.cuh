@@ -11,21 +11,30 @@ namespace memtrans {
 
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
-// The visible entries of one memory row: `length` slots from slot `first` on, wrapping round after slot slots - 1.
+// Visible entries of one memory row: `length` slots from slot `first` on, wrapping round after slot slots - 1. `offset`
+// entries of the row are older than these.
 struct Window {
   int first;
   int length;
   int slots;
+  int offset = 0;
 
   __device__ int age(int slot) const { return slot >= first ? slot - first : slot - first + slots; }
   __device__ int slot(int age) const { return first + age < slots ? first + age : first + age - slots; }
   __device__ bool shows(int slot) const { return slot < slots && age(slot) < length; }
+
+  // One of `parts` equal pieces, the oldest first.
+  __device__ Window piece(int part, int parts) const {
+    const int begin = static_cast<int>(static_cast<int64_t>(length) * part / parts);
+    const int end = static_cast<int>(static_cast<int64_t>(length) * (part + 1) / parts);
+    return {slot(begin), end - begin, slots, begin};
+  }
 };
 
 __device__ inline Window visible_window(const int64_t* start, const int64_t* cursor, int64_t row, int capacity, int slots) {
   const int64_t end = cursor[row];
   const int64_t oldest = end - capacity > start[row] ? end - capacity : start[row];
-  return {static_cast<int>(oldest % slots), static_cast<int>(end > oldest ? end - oldest : 0), slots};
+  return {static_cast<int>(oldest % slots), static_cast<int>(end > oldest ? end - oldest : 0), slots, 0};
 }
 
 __device__ inline uint32_t sortable(float score) {
@@ -48,6 +57,42 @@ __device__ inline bool key_is_finite(const T* key, int dim) {
   bool finite = true;
   for (int i = 0; i < dim; ++i) finite = finite && isfinite(static_cast<float>(key[i]));
   return finite;
+}
+
+// The largest value that at least `rank` of a warp's values reach, or any smaller one that exactly `rank` reach. At least
+// rank values are not 0, which stands for no value. The first probes assume that counts fall exponentially.
+template <int count>
+__device__ inline uint32_t kth_largest(const uint32_t (&values)[count], int rank) {
+  uint32_t smallest = 0xFFFFFFFFu, largest = 0;
+  int present = 0;
+#pragma unroll
+  for (int i = 0; i < count; ++i) {
+    largest = max(largest, values[i]);
+    smallest = min(smallest, values[i] ? values[i] : 0xFFFFFFFFu);
+    present += values[i] != 0;
+  }
+  uint32_t low = __reduce_min_sync(kAllLanes, smallest);   // reached by at_low >= rank values
+  uint32_t high = __reduce_max_sync(kAllLanes, largest);   // what is above is reached by at_high < rank values
+  float at_low = static_cast<float>(__reduce_add_sync(kAllLanes, present)), at_high = 0.5f;
+  for (int step = 0; low < high; ++step) {
+    const uint32_t span = high - low;
+    const float share = __logf(at_low / rank) / __logf(at_low / at_high);
+    const uint32_t guess = step < 6 ? __float2uint_rz(share * span) : span / 2;
+    const uint32_t middle = low + 1 + min(guess, span - 1);
+    int reached = 0;
+#pragma unroll
+    for (int i = 0; i < count; ++i) reached += values[i] >= middle;
+    reached = __reduce_add_sync(kAllLanes, reached);
+    if (reached == rank) return middle;
+    if (reached > rank) {
+      low = middle;
+      at_low = reached;
+    } else {
+      high = middle - 1;
+      at_high = fmaxf(reached, 0.5f);
+    }
+  }
+  return low;
 }
 
 struct WarpTopK {
@@ -125,37 +170,6 @@ struct WarpTopK {
       visit(rank, entry);
     }
     __syncwarp();
-  }
-
-  // kth_largest, or 0 where fewer than rank values are there.
-  static __device__ uint32_t reached_by(const uint32_t (&values)[kPerLane], int rank) {
-    int present = 0;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) present += values[i] != 0;
-    return static_cast<int>(__reduce_add_sync(kAllLanes, present)) < rank ? 0 : kth_largest(values, rank);
-  }
-
-  // The largest value that at least `rank` of the warp's values reach; 0 stands for no value.
-  static __device__ uint32_t kth_largest(const uint32_t (&values)[kPerLane], int rank) {
-    uint32_t largest = 0, smallest = 0xFFFFFFFFu;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      largest = max(largest, values[i]);
-      smallest = min(smallest, values[i] ? values[i] : 0xFFFFFFFFu);
-    }
-    uint32_t low = __reduce_min_sync(kAllLanes, smallest);
-    uint32_t high = __reduce_max_sync(kAllLanes, largest);  // invariant: low is reached by rank values, above high: fewer
-    while (low < high) {
-      const uint32_t middle = low + (high - low) / 2 + 1;
-      int reached = 0;
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) reached += values[i] >= middle;
-      reached = __reduce_add_sync(kAllLanes, reached);
-      if (reached >= rank) low = middle;
-      else high = middle - 1;
-      if (reached == rank) break;
-    }
-    return low;
   }
 };
 
