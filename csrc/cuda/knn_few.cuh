@@ -111,74 +111,92 @@ __global__ void __launch_bounds__(kFewThreads, dim > 128 ? 1 : kFewBlocks) few_s
   }
 }
 
-// Grid (parts, queries). Every thread's best slot bounds the K-th best from below; few slots reach the K-th largest of these.
+// Grid (parts, queries). Every thread's best slot bounds the K-th best from below; few slots reach the K-th largest of these
+// and meet in a shared list, in no particular order. Where ties make them many, each warp selects first.
 template <typename T>
 __global__ void __launch_bounds__(kFewThreads) few_select(const FewArguments arguments, int dim) {
   constexpr int kVectors = kFewPart / 4 / kFewThreads;
   __shared__ uint64_t buffers[8][WarpTopK::kCapacity];
   __shared__ uint32_t best_of_thread[kFewThreads];
-  __shared__ uint32_t shared_floor;
-  __shared__ int counts[8];
+  __shared__ int counts[8], survivors;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t query = blockIdx.y;
   const int64_t row = arguments.rows[query / arguments.queries_per_row];
   const Window window = visible_window(arguments.start, arguments.cursor, row, arguments.capacity, arguments.slot_count);
   const float* products = arguments.products + query * arguments.stride;
+  const T* keys = static_cast<const T*>(arguments.keys) + row * arguments.slot_count * dim;
+  const auto slot_of = [&](int i) { return blockIdx.x * kFewPart + (i * kFewThreads + threadIdx.x) * 4; };
 
   float4 scores[kVectors];
-  uint32_t largest = 0;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i)
+    if (slot_of(i) < arguments.slot_count) scores[i] = *reinterpret_cast<const float4*>(products + slot_of(i));
+  float largest = -INFINITY;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
-    const int slot = blockIdx.x * kFewPart + (i * kFewThreads + threadIdx.x) * 4;
-    if (slot < arguments.slot_count) scores[i] = *reinterpret_cast<const float4*>(products + slot);
-    float* const score = &scores[i].x;
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      if (!window.shows(slot + e)) score[e] = NAN;
-      if (score[e] > -INFINITY && score[e] < INFINITY) largest = max(largest, sortable(score[e]));
-    }
+    const int slot = slot_of(i);
+    const bool whole = slot + 3 < arguments.slot_count && window.age(slot) + 3 < window.length;
+    const auto take = [&](float& score, int slot) {
+      if (!whole && !window.shows(slot)) score = -INFINITY;
+      if (score < INFINITY) largest = fmaxf(largest, score);  // an infinite one may belong to a key that does not count
+    };
+    take(scores[i].x, slot);
+    take(scores[i].y, slot + 1);
+    take(scores[i].z, slot + 2);
+    take(scores[i].w, slot + 3);
   }
-  best_of_thread[threadIdx.x] = largest;
+  best_of_thread[threadIdx.x] = largest > -INFINITY ? sortable(largest) : 0;
+  if (threadIdx.x == 0) survivors = 0;
   __syncthreads();
-  if (warp == 0) {
-    uint32_t values[kFewThreads / 32];
-    int present = 0;
+
+  uint32_t values[kFewThreads / 32];
+  int present = 0;
 #pragma unroll
-    for (int i = 0; i < kFewThreads / 32; ++i) {
-      values[i] = best_of_thread[lane + 32 * i];
-      present += values[i] != 0;
-    }
-    present = __reduce_add_sync(kAllLanes, present);
-    const uint32_t floor = present < arguments.k ? 0 : kth_largest(values, arguments.k);
-    if (lane == 0) shared_floor = floor;
+  for (int i = 0; i < kFewThreads / 32; ++i) {
+    values[i] = best_of_thread[lane + 32 * i];
+    present += values[i] != 0;
+  }
+  present = __reduce_add_sync(kAllLanes, present);
+  const float lowest = present < arguments.k ? -3.402823466e+38f : unsortable(kth_largest(values, arguments.k));
+  const auto counts_as_neighbour = [&](float score, int slot) {
+    return score >= lowest && (score < INFINITY || key_is_finite(keys + static_cast<int64_t>(slot) * dim, dim));
+  };
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const auto offer = [&](float score, int slot) {
+      if (!counts_as_neighbour(score, slot)) return;
+      const int place = atomicAdd(&survivors, 1);
+      if (place < WarpTopK::kCapacity) buffers[0][place] = make_entry(score, window.age(slot));
+    };
+    if (fmaxf(fmaxf(scores[i].x, scores[i].y), fmaxf(scores[i].z, scores[i].w)) < lowest) continue;
+    offer(scores[i].x, slot_of(i));
+    offer(scores[i].y, slot_of(i) + 1);
+    offer(scores[i].z, slot_of(i) + 2);
+    offer(scores[i].w, slot_of(i) + 3);
   }
   __syncthreads();
 
   WarpTopK best(buffers[warp], arguments.k);
-  best.floor = shared_floor ? (static_cast<uint64_t>(shared_floor) << 32) - 1 : 0;
-  const T* keys = static_cast<const T*>(arguments.keys) + row * arguments.slot_count * dim;
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    const float* const score = &scores[i].x;
-    const float lowest = shared_floor ? unsortable(shared_floor) : -INFINITY;
-    const bool any = score[0] >= lowest || score[1] >= lowest || score[2] >= lowest || score[3] >= lowest;
-    if (!__any_sync(kAllLanes, any)) continue;
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int slot = blockIdx.x * kFewPart + (i * kFewThreads + threadIdx.x) * 4 + e;
-      bool offered = score[e] > -INFINITY;
-      if (score[e] == INFINITY) offered = key_is_finite(keys + static_cast<int64_t>(slot) * dim, dim);
-      best.push(offered, make_entry(score[e], window.age(slot)));
+  if (survivors <= WarpTopK::kCapacity) {
+    best.count = survivors;
+  } else {
+    __syncthreads();
+#pragma unroll 1
+    for (int i = 0; i < kVectors * 4; ++i) {
+      const int slot = blockIdx.x * kFewPart + i * kFewThreads + threadIdx.x;
+      const float score = window.shows(slot) ? products[slot] : -INFINITY;
+      best.push(counts_as_neighbour(score, slot), make_entry(score, window.age(slot)));
     }
+    if (lane == 0) counts[warp] = best.count;
+    __syncthreads();
+    if (warp == 0)
+      for (int other = 1; other < 8; ++other)
+        for (int i = 0; i < counts[other]; i += 32)
+          best.push(i + lane < counts[other], i + lane < counts[other] ? buffers[other][i + lane] : 0);
   }
-  if (lane == 0) counts[warp] = best.count;
-  __syncthreads();
   if (warp > 0) return;
-  for (int other = 1; other < 8; ++other)
-    for (int i = 0; i < counts[other]; i += 32)
-      best.push(i + lane < counts[other], i + lane < counts[other] ? buffers[other][i + lane] : 0);
-  uint64_t* const entries = arguments.entries + (query * arguments.parts + blockIdx.x) * arguments.k;
   best.prune();
+  uint64_t* const entries = arguments.entries + (query * arguments.parts + blockIdx.x) * arguments.k;
   for (int i = lane; i < arguments.k; i += 32) entries[i] = i < best.count ? best.buffer[i] : 0;
 }
 
@@ -192,10 +210,14 @@ __global__ void __launch_bounds__(128) few_merge(const FewArguments arguments, i
   const Window window = visible_window(arguments.start, arguments.cursor, row, arguments.capacity, arguments.slot_count);
   const int total = arguments.parts * arguments.k;
   const uint64_t* entries = arguments.entries + query * total;
+  constexpr int kLoads = 8;
   WarpTopK best(buffers[threadIdx.x / 32], arguments.k);
-  for (int i = lane; i < (total + 31) / 32 * 32; i += 32) {
-    const uint64_t entry = i < total ? entries[i] : 0;
-    best.push(entry != 0, entry);
+  for (int base = 0; base < total; base += 32 * kLoads) {
+    uint64_t entry[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) entry[i] = base + 32 * i + lane < total ? entries[base + 32 * i + lane] : 0;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) best.push(entry[i] != 0, entry[i]);
   }
   float* const scores = arguments.scores + query * arguments.k;
   int32_t* const slots = arguments.slots + query * arguments.k;

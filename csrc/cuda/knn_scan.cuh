@@ -46,6 +46,7 @@ struct ScanArguments {
   int capacity;
   int k;
   float hit_cost;       // cost of one candidate, in scanned keys
+  int one;              // 1
 };
 
 template <int dim>
@@ -88,20 +89,23 @@ struct ScanJob {
   }
 };
 
-// What one block streams for one set of queries: sample tiles, then tiles of all visible keys.
+// What one block streams for one job: sample tiles, then tiles of all visible keys.
 struct ScanPlan {
   Window window;
-  int first_block, blocks, block_count, phases, skip, rank;  // the sample
+  int first_block, blocks, block_count, phase_bits, skip_bits, rank;  // the sample; rank 0: none
   int first_tile, tiles, tile_count;
 
   __device__ ScanPlan(Window window, int k, float hit_cost) : window(window) {
-    const int slots = window.slots;
-    tile_count = (slots + kScanTile - 1) / kScanTile;
+    tile_count = (window.slots + kScanTile - 1) / kScanTile;
     first_tile = window.first / kScanTile;
     tiles = span(kScanTile, tile_count);
-    block_count = (slots + kSampleBlock - 1) / kSampleBlock;
+    block_count = (window.slots + kSampleBlock - 1) / kSampleBlock;
     first_block = window.first / kSampleBlock;
     blocks = span(kSampleBlock, block_count);
+    if (blocks >= 8) {  // the first and the last are partly out of sight
+      first_block = first_block + 1 < block_count ? first_block + 1 : 0;
+      blocks -= 2;
+    }
     choose_sample(k, hit_cost);
   }
 
@@ -115,31 +119,37 @@ struct ScanPlan {
   // The fraction of keys to sample: scanning a key costs 1, a candidate hit_cost. rank leaves fewer than K keys at the
   // threshold about once in a million queries of independent keys.
   __device__ void choose_sample(int k, float hit_cost) {
-    phases = skip = rank = 0;
+    phase_bits = skip_bits = rank = 0;
     if (window.length <= kUnsampledLength) return;
     float best = 3e38f;
+    const float covered = fminf(1.0f, static_cast<float>(blocks) * kSampleBlock / window.length);
     for (int step = 0; step < 6; ++step) {
-      const float fraction = 0.5f / (1 << step);
+      const float fraction = 0.5f / (1 << step) * covered;
       const float expected = k * fraction;
       const float keys = expected + 5.0f * sqrtf(expected) + 3.0f;
       const float cost = fraction * window.length + hit_cost * keys / fraction;
       if (cost >= best || (step > 0 && fraction * window.length < 4.0f * keys)) continue;
       best = cost;
-      phases = max(1, 4 >> step);
-      skip = max(1, (1 << step) / 4);
+      phase_bits = max(0, 2 - step);
+      skip_bits = max(0, step - 2);
       rank = static_cast<int>(kMaxima * (1.0f - expf(-keys / kMaxima)) + 0.5f);
     }
   }
 
-  __device__ int sample_tiles() const { return phases ? (blocks + skip - 1) / skip * phases : 0; }
+  __device__ int sample_tiles() const { return rank ? ((blocks + (1 << skip_bits) - 1) >> skip_bits) << phase_bits : 0; }
   __device__ int sample_block(int i) const {
-    const int block = first_block + i / phases * skip;
+    const int block = first_block + (i >> phase_bits << skip_bits);
     return block < block_count ? block : block - block_count;
   }
-  __device__ int sample_phase(int i) const { return (sample_block(i) * 5 + 3 + i % phases * (8 / phases)) & 7; }
+  __device__ int sample_phase(int i) const { return (sample_block(i) * 5 + 3 + (i << (3 - phase_bits))) & 7; }
   __device__ int tile_slot(int i) const {
     const int tile = first_tile + i;
     return (tile < tile_count ? tile : tile - tile_count) * kScanTile;
+  }
+  // Are all of `count` slots from `slot` on, in steps of `step`, visible?
+  __device__ bool shows_all(int slot, int step, int limit) const {
+    const int span = step * (kScanTile - 1);
+    return slot + span < limit && window.age(slot) + span < window.length;
   }
 };
 
@@ -156,16 +166,15 @@ struct StageCursor {
   }
 };
 
-// Takes one 64 x 128 accumulator into the running maxima of the thread's two queries: column pair i into group i. Column c
-// is slot base + 8 * c, of which those from limit on, and those outside the window, do not count.
-__device__ inline void take_maxima(const float (&scores)[64], float (&maxima)[2][16], const Window& window, int base,
-                                   int limit) {
-  const int last = base + 8 * (kScanTile - 1);
-  if (last < limit && window.age(base) + (last - base) < window.length) {
+// Takes one 64 x 128 accumulator into the running maxima of the thread's two queries: column pair i into group i.
+__device__ inline void take_maxima(const float (&scores)[64], float (&maxima)[2][16]) {
 #pragma unroll
-    for (int i = 0; i < 64; i += 2) maxima[i / 2 % 2][i / 4] = fmaxf(maxima[i / 2 % 2][i / 4], fmaxf(scores[i], scores[i + 1]));
-    return;
-  }
+  for (int i = 0; i < 64; i += 2) maxima[i / 2 % 2][i / 4] = fmaxf(maxima[i / 2 % 2][i / 4], fmaxf(scores[i], scores[i + 1]));
+}
+
+// The same where column c, slot base + 8 * c, may be out of sight.
+__device__ inline void take_visible_maxima(const float (&scores)[64], float (&maxima)[2][16], const Window& window, int base,
+                                           int limit) {
 #pragma unroll
   for (int i = 0; i < 64; i += 4) {
 #pragma unroll
@@ -206,42 +215,68 @@ __device__ inline float group_threshold(float (&maxima)[16], int rank) {
   return low;
 }
 
-// Appends {first, second, pair} where the larger of the two reaches the threshold; list is the low word of its address.
-__device__ inline void append_pair(uint32_t& list, uint32_t list_high, float larger, float threshold, float first,
-                                   float second, int pair) {
-  asm volatile(
-      "{\n"
-      ".reg .pred hit;\n"
-      ".reg .b64 address;\n"
-      "setp.ge.f32 hit, %1, %2;\n"
-      "mov.b64 address, {%0, %6};\n"
-      "@hit st.global.v2.f32 [address], {%3, %4};\n"
-      "@hit st.global.u32 [address + 8], %5;\n"
-      "@hit add.u32 %0, %0, 16;\n"
-      "}\n"
-      : "+r"(list)
-      : "f"(larger), "f"(threshold), "f"(first), "f"(second), "r"(pair), "r"(list_high)
-      : "memory");
-}
+// A thread's lists, one for each of its two queries: where the next record {score, score of the next slot, slot / 2} goes.
+// `one` is 1, unknown to the compiler: sums through it use the multiply pipe and leave the adder to the comparisons.
+struct HitLists {
+  uint32_t next[2];  // low words of the addresses
+  uint32_t high;     // high word of all of them
+  int one;
 
-// One 64 x 128 accumulator against the thresholds of the thread's two queries. pair is half the slot of its first column.
-__device__ inline void collect_hits(const float (&scores)[64], const float (&threshold)[2], uint32_t (&list)[2],
-                                    uint32_t list_high, int pair) {
+  // Appends where value >= threshold. The record's slot / 2 is pair + step.
+  __device__ void append(int e, int value, int threshold, float first, float second, int pair, int step) {
+    asm volatile(
+        "{\n"
+        ".reg .pred hit;\n"
+        ".reg .b64 address;\n"
+        ".reg .b32 id;\n"
+        "setp.ge.s32 hit, %1, %2;\n"
+        "mov.b64 address, {%0, %6};\n"
+        "mad.lo.u32 id, %7, %8, %5;\n"
+        "@hit st.global.v2.f32 [address], {%3, %4};\n"
+        "@hit st.global.u32 [address + 8], id;\n"
+        "@hit mad.lo.u32 %0, %7, 16, %0;\n"
+        "}\n"
+        : "+r"(next[e])
+        : "r"(value), "r"(threshold), "f"(first), "f"(second), "r"(pair), "r"(high), "r"(one), "r"(step)
+        : "memory");
+  }
+  __device__ void stop_at_end(int e) { next[e] = min(next[e], (next[e] | (kListBytes - 1)) - (kListBytes - 1 - kListFull * 16)); }
+};
+
+// One 64 x 128 accumulator against the thresholds of the thread's two queries, both above 0, where floats compare as their
+// bits do. pair is half the slot of the thread's first column.
+__device__ inline void collect_hits(const float (&scores)[64], const float (&threshold)[2], HitLists& lists, int pair) {
 #pragma unroll
   for (int g = 0; g < 4; ++g) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      float larger[4];
+      const auto score = [&](int i) { return scores[16 * g + i / 2 * 4 + 2 * e + i % 2]; };
+      const auto bits = [&](int i) { return __float_as_int(score(i)); };
+      const int limit = __float_as_int(threshold[e]);
+      int largest = __vimax3_s32(bits(0), bits(1), bits(2));
+      largest = __vimax3_s32(largest, bits(3), bits(4));
+      largest = max(__vimax3_s32(largest, bits(5), bits(6)), bits(7));
+      if (!__any_sync(kAllLanes, largest >= limit)) continue;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) larger[i] = fmaxf(scores[16 * g + 4 * i + 2 * e], scores[16 * g + 4 * i + 2 * e + 1]);
-      const float largest = fmaxf(fmaxf(larger[0], larger[1]), fmaxf(larger[2], larger[3]));
-      if (__any_sync(kAllLanes, largest >= threshold[e])) {
+      for (int i = 0; i < 4; ++i)
+        lists.append(e, max(bits(2 * i), bits(2 * i + 1)), limit, score(2 * i), score(2 * i + 1), pair, 16 * g + 4 * i);
+      lists.stop_at_end(e);
+    }
+  }
+}
+
+// The same for any thresholds and for tiles of which the window hides a part.
+__device__ inline void collect_carefully(const float (&scores)[64], const float (&threshold)[2], HitLists& lists, int pair,
+                                         const Window& window) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          append_pair(list[e], list_high, larger[i], threshold[e], scores[16 * g + 4 * i + 2 * e],
-                      scores[16 * g + 4 * i + 2 * e + 1], pair + 16 * g + 4 * i);
-        list[e] = min(list[e], (list[e] | (kListBytes - 1)) - (kListBytes - 1 - kListFull * 16));
-      }
+  for (int i = 0; i < 64; i += 4) {
+    const int slot = 2 * (pair + i);
+    const bool first_shown = window.shows(slot), second_shown = window.shows(slot + 1);
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const float first = first_shown ? scores[i + 2 * e] : -INFINITY, second = second_shown ? scores[i + 2 * e + 1] : -INFINITY;
+      lists.append(e, fmaxf(first, second) >= threshold[e], 1, first, second, pair, i);
+      lists.stop_at_end(e);
     }
   }
 }
@@ -251,20 +286,20 @@ struct ScanConsumer {
   using Shape = ScanShape<dim>;
   static constexpr int kSteps = dim / 16, kStepsPerChunk = Shape::kColumns / 16;
 
-  int group;                              // which of the warpgroups
-  uint32_t queries, stages, full, empty;  // shared addresses; queries: this warpgroup's
+  uint64_t queries, stages;  // matrix descriptors: of this warpgroup's queries, of the first stage
+  uint32_t full, empty;      // shared addresses
   StageCursor<Shape::kStages> cursor;
 
   __device__ void multiply(float (&scores)[64]) {
+    const uint64_t keys = stages + cursor.index * (Shape::kStageBytes / 16);
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const int chunk = step / kStepsPerChunk, offset = step % kStepsPerChunk * 32;
-      const uint32_t a = queries + chunk * 64 * Shape::kRowBytes + offset;
-      const uint32_t b = stages + cursor.index * Shape::kStageBytes + chunk * kScanTile * Shape::kRowBytes + offset;
-      const uint64_t a_matrix = matrix_descriptor<Shape::kRowBytes>(a), b_matrix = matrix_descriptor<Shape::kRowBytes>(b);
-      if (step == 0) wgmma_m64n128k16<T, false>(scores, a_matrix, b_matrix);
-      else wgmma_m64n128k16<T, true>(scores, a_matrix, b_matrix);
+      const uint64_t a = queries + (chunk * 64 * Shape::kRowBytes + offset) / 16;
+      const uint64_t b = keys + (chunk * kScanTile * Shape::kRowBytes + offset) / 16;
+      if (step == 0) wgmma_m64n128k16<T, false>(scores, a, b);
+      else wgmma_m64n128k16<T, true>(scores, a, b);
     }
     wgmma_commit();
   }
@@ -275,32 +310,13 @@ struct ScanConsumer {
     for (int tile = 0; tile < tiles; ++tile) {
       float scores[64];
       barrier_wait(full + 8 * cursor.index, cursor.phase);
-      turn_wait();
       multiply(scores);
-      turn_pass_early();
       wgmma_wait<0>(scores);
-      turn_pass_late();
       if (threadIdx.x % 32 == 0) barrier_arrive(empty + 8 * cursor.index);
       cursor.advance();
       visit(scores, tile);
     }
   }
-
-#ifndef MEMTRANS_TURN
-#define MEMTRANS_TURN 2
-#endif
-  __device__ void turn_start() {
-    if (MEMTRANS_TURN == 1 && group == Shape::kGroups - 1) pass(0);
-    if (MEMTRANS_TURN == 2 && group >= Shape::kGroups / 2) pass(group - Shape::kGroups / 2);
-    if (MEMTRANS_TURN == 3 && group == Shape::kGroups - 1) pass(0);
-  }
-  __device__ void turn_wait() { if (MEMTRANS_TURN) asm volatile("bar.sync %0, 256;" ::"r"(group + 1) : "memory"); }
-  __device__ void turn_pass_early() { if (MEMTRANS_TURN == 1) pass((group + 1) % Shape::kGroups); }
-  __device__ void turn_pass_late() {
-    if (MEMTRANS_TURN == 2) pass((group + Shape::kGroups / 2) % Shape::kGroups);
-    if (MEMTRANS_TURN == 3) pass((group + 1) % Shape::kGroups);
-  }
-  static __device__ void pass(int group) { asm volatile("bar.arrive %0, 256;" ::"r"(group + 1) : "memory"); }
 };
 
 template <int dim>
@@ -362,92 +378,137 @@ struct ScanResult {
   }
 };
 
-// The four lists of one query, and the warp that selects from them.
+// One warp selects the K best of the four lists of one query: 8 lanes read a list.
 template <typename T, int dim>
 struct ListSelection {
-  static constexpr int kLoads = 6;  // records of a lane in the common case
+  static constexpr int kLoads = 8;        // records of a lane in the common case
+  static constexpr int kMostKept = 192;   // entries that are worth ranking by comparing all pairs
   const ScanArguments& arguments;
   const Window& window;
   const T* keys;         // of the row
   uint64_t* buffer;      // of the warp
 
   struct Lists {
-    const char* place;
-    int end[4];          // running totals of their records
+    const char* place;   // of the lane's list
+    int count;           // its records
     float threshold;
 
     __device__ float4 record(int i) const {
-      const int list = (i >= end[0]) + (i >= end[1]) + (i >= end[2]);
-      const int position = i - (list > 2 ? end[2] : list > 1 ? end[1] : list > 0 ? end[0] : 0);
-      return i < end[3] ? __ldcg(reinterpret_cast<const float4*>(place + list * kListBytes) + position)
-                        : make_float4(-INFINITY, -INFINITY, 0.0f, 0.0f);
-    }
-    __device__ bool full() const {
-      return end[0] >= kListFull || end[1] - end[0] >= kListFull || end[2] - end[1] >= kListFull || end[3] - end[2] >= kListFull;
+      const bool present = static_cast<int>(threadIdx.x % 8) + 8 * i < count;
+      return present ? __ldcg(reinterpret_cast<const float4*>(place) + threadIdx.x % 8 + 8 * i)
+                     : make_float4(-INFINITY, -INFINITY, 0.0f, 0.0f);
     }
   };
 
-  __device__ bool counts(const Lists& lists, float score, int slot) const {
-    bool counted = score >= lists.threshold && window.shows(slot);
-    if (counted && score == INFINITY) counted = key_is_finite(keys + static_cast<int64_t>(slot) * dim, dim);
-    return counted;
-  }
-
-  __device__ bool is_short(const Lists& lists, int found) const {
-    return lists.full() || (found < min(arguments.k, window.length) && lists.threshold > kLowest);
-  }
-
-  // Any number of records, any ties.
+  // Any number of records, any ties, non-finite keys.
   __device__ __noinline__ void select_slowly(const Lists& lists, const ScanResult& result) const {
     WarpTopK best(buffer, arguments.k);
-    for (int i = threadIdx.x % 32; i < (lists.end[3] + 31) / 32 * 32; i += 32) {
+    const auto offer = [&](float score, int slot) {
+      bool counted = score >= lists.threshold;
+      if (counted && score == INFINITY) counted = key_is_finite(keys + static_cast<int64_t>(slot) * dim, dim);
+      best.push(counted, make_entry(score, window.age(slot) + window.offset));
+    };
+    for (int i = 0; __any_sync(kAllLanes, 8 * i < lists.count); ++i) {
       const float4 record = lists.record(i);
       const int slot = 2 * __float_as_int(record.z);
-      best.push(counts(lists, record.x, slot), make_entry(record.x, window.age(slot) + window.offset));
-      best.push(counts(lists, record.y, slot + 1), make_entry(record.y, window.age(slot + 1) + window.offset));
+      offer(record.x, slot);
+      offer(record.y, slot + 1);
     }
-    if (is_short(lists, best.count)) return result.redo();
+    if (best.count < min(arguments.k, window.length) && lists.threshold > kLowest) return result.redo();
     best.finish([&](int rank, uint64_t entry) { result.put(rank, entry); });
     result.pad(best.count);
   }
 
-  // Up to kLoads records a lane, already loaded. The k best are found by counting, then ranked by comparing all pairs.
+  // Up to kLoads records a lane, already loaded.
   __device__ void select(const Lists& lists, const float4 (&records)[kLoads], const ScanResult& result) const {
-    const int lane = threadIdx.x % 32, k = arguments.k;
-    if (lists.end[3] > 32 * kLoads) return select_slowly(lists, result);
-    uint32_t scores[2 * kLoads];
-    int found = 0;
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const int slot = 2 * __float_as_int(records[i].z);
-      scores[2 * i] = counts(lists, records[i].x, slot) ? sortable(records[i].x) : 0;
-      scores[2 * i + 1] = counts(lists, records[i].y, slot + 1) ? sortable(records[i].y) : 0;
-      found += (scores[2 * i] != 0) + (scores[2 * i + 1] != 0);
-    }
-    found = __reduce_add_sync(kAllLanes, found);
-    if (is_short(lists, found)) return result.redo();
-    uint32_t bound = 1;
-    if (found > k) bound = kth_largest(scores, k);
+    if (__any_sync(kAllLanes, lists.count >= kListFull)) return result.redo();
+    const float largest = warp_largest(records);
+    if (__any_sync(kAllLanes, lists.count > 8 * kLoads) || largest == INFINITY) return select_slowly(lists, result);
+    const int found = reaching(records, lists.threshold);
+    if (found < min(arguments.k, window.length) && lists.threshold > kLowest) return result.redo();
+    const float bound = found > arguments.k ? kth_score(records, lists.threshold, largest, found) : lists.threshold;
+
     int mine = 0;
 #pragma unroll
-    for (int i = 0; i < 2 * kLoads; ++i) mine += scores[i] >= bound;
+    for (int i = 0; i < kLoads; ++i) mine += (records[i].x >= bound) + (records[i].y >= bound);
     int place = mine;
 #pragma unroll
     for (int offset = 1; offset < 32; offset *= 2) {
       const int before = __shfl_up_sync(kAllLanes, place, offset);
-      if (lane >= offset) place += before;
+      if (static_cast<int>(threadIdx.x % 32) >= offset) place += before;
     }
     const int kept = __shfl_sync(kAllLanes, place, 31);
-    if (kept > k) return select_slowly(lists, result);  // ties at the k-th score
-    place -= mine;
+    if (kept > kMostKept) return select_slowly(lists, result);  // ties
+    float2* const raw = reinterpret_cast<float2*>(buffer) + place - mine;
+    int written = 0;
 #pragma unroll
-    for (int i = 0; i < 2 * kLoads; ++i) {
-      const int age = window.age(2 * __float_as_int(records[i / 2].z) + i % 2) + window.offset;
-      if (scores[i] >= bound) buffer[place++] = static_cast<uint64_t>(scores[i]) << 32 | (0xFFFFFFFFu - age);
+    for (int i = 0; i < kLoads; ++i) {
+      const int slot = 2 * __float_as_int(records[i].z);
+      if (records[i].x >= bound) raw[written++] = make_float2(records[i].x, __int_as_float(slot));
+      if (records[i].y >= bound) raw[written++] = make_float2(records[i].y, __int_as_float(slot + 1));
     }
-    if (lane == 0 && kept % 2) buffer[kept] = 0;
     __syncwarp();
-    for (int i = lane; i < kept; i += 32) {
+    rank(kept, result);
+  }
+
+  static __device__ int reaching(const float4 (&records)[kLoads], float score) {
+    int count = 0;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) count += (records[i].x >= score) + (records[i].y >= score);
+    return __reduce_add_sync(kAllLanes, count);
+  }
+
+  static __device__ float warp_largest(const float4 (&records)[kLoads]) {
+    float largest = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) largest = fmaxf(largest, fmaxf(records[i].x, records[i].y));
+    return unsortable(__reduce_max_sync(kAllLanes, sortable(largest)));
+  }
+
+  static __device__ float warp_smallest(const float4 (&records)[kLoads]) {
+    float smallest = INFINITY;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      smallest = fminf(smallest, records[i].x >= kLowest ? records[i].x : INFINITY);
+      smallest = fminf(smallest, records[i].y >= kLowest ? records[i].y : INFINITY);
+    }
+    return unsortable(__reduce_min_sync(kAllLanes, sortable(smallest)));
+  }
+
+  // A score that k records reach; more only where scores tie. The first guesses assume that counts fall exponentially.
+  __device__ float kth_score(const float4 (&records)[kLoads], float threshold, float largest, int found) const {
+    float low = threshold == kLowest ? warp_smallest(records) : threshold, high = largest;
+    float at_low = static_cast<float>(found), at_high = 0.7f;
+    const float k = static_cast<float>(arguments.k);
+    for (int step = 0; step < 64; ++step) {
+      const float share = step < 8 ? __fdividef(__logf(__fdividef(at_low, k)), __logf(__fdividef(at_low, at_high))) : 0.5f;
+      float middle = low + share * (high - low);
+      if (!(middle > low && middle <= high)) middle = 0.5f * low + 0.5f * high;
+      if (!(middle > low && middle <= high)) middle = high;
+      const int reached = reaching(records, middle);
+      if (reached == arguments.k) return middle;
+      if (reached > arguments.k) {
+        low = middle;
+        at_low = reached;
+        if (low == high) break;
+      } else {
+        if (middle == high && at_high >= 1.0f) break;
+        high = middle;
+        at_high = fmaxf(reached, 1.0f);
+      }
+    }
+    return low;
+  }
+
+  // Writes the k best of the {score, slot} in the buffer, best first.
+  __device__ void rank(int kept, const ScanResult& result) const {
+    for (int i = threadIdx.x % 32; i < kept; i += 32) {
+      const float2 raw = reinterpret_cast<const float2*>(buffer)[i];
+      buffer[i] = make_entry(raw.x, window.age(__float_as_int(raw.y)) + window.offset);
+    }
+    if (threadIdx.x % 32 == 0 && kept % 2) buffer[kept] = 0;
+    __syncwarp();
+    for (int i = threadIdx.x % 32; i < kept; i += 32) {
       const uint64_t entry = buffer[i];
       int rank = 0;
 #pragma unroll 4
@@ -455,7 +516,7 @@ struct ListSelection {
         const ulonglong2 two = *reinterpret_cast<const ulonglong2*>(buffer + other);
         rank += (two.x > entry) + (two.y > entry);
       }
-      result.put(rank, entry);
+      if (rank < arguments.k) result.put(rank, entry);
     }
     result.pad(kept);
     __syncwarp();
@@ -479,35 +540,41 @@ __device__ void consume(const ScanArguments& arguments, ScanConsumer<T, dim>& co
     barrier_wait(query_full, query_phase);
 
     float threshold[2] = {kLowest, kLowest};
-    if (plan.phases > 0) {
+    if (plan.rank > 0) {
       float maxima[2][16];
 #pragma unroll
       for (int i = 0; i < 32; ++i) maxima[i / 16][i % 16] = -INFINITY;
+      const int limit = arguments.slot_count / 8 * 8;
       consumer.stream(plan.sample_tiles(), [&](const float(&scores)[64], int tile) {
-        take_maxima(scores, maxima, plan.window, plan.sample_block(tile) * kSampleBlock + plan.sample_phase(tile),
-                    arguments.slot_count / 8 * 8);
+        const int slot = plan.sample_block(tile) * kSampleBlock + plan.sample_phase(tile);
+        if (plan.shows_all(slot, 8, limit)) take_maxima(scores, maxima);
+        else take_visible_maxima(scores, maxima, plan.window, slot, limit);
       });
 #pragma unroll
       for (int e = 0; e < 2; ++e) threshold[e] = group_threshold(maxima[e], plan.rank);
     }
 
-    uint32_t list[2] = {own_low, own_low + 8 * 4 * kListBytes};
-    consumer.stream(plan.tiles, [&](const float(&scores)[64], int tile) {
-      collect_hits(scores, threshold, list, own_high, plan.tile_slot(tile) / 2 + lane % 4);
+    HitLists hits{{own_low, own_low + 8 * 4 * kListBytes}, own_high, arguments.one};
+    const bool positive = threshold[0] > 0.0f && threshold[1] > 0.0f;
+    int slot = plan.tile_slot(0);
+    consumer.stream(plan.tiles, [&](const float(&scores)[64], int) {
+      const bool plain = positive && plan.shows_all(slot, 1, arguments.slot_count);
+      if (__all_sync(kAllLanes, plain)) collect_hits(scores, threshold, hits, slot / 2 + lane % 4);
+      else collect_carefully(scores, threshold, hits, slot / 2 + lane % 4, plan.window);
+      slot += kScanTile;
+      if (slot >= arguments.slot_count) slot = 0;
     });
     if (lane == 0) barrier_arrive(query_empty);
     __syncwarp();
 
     const T* keys = static_cast<const T*>(arguments.keys) + static_cast<int64_t>(job.row) * arguments.slot_count * dim;
     const Selection selection{arguments, plan.window, keys, buffer};
-    const int records[2] = {static_cast<int>(list[0] - own_low) / 16, static_cast<int>(list[1] - own_low - 8 * 4 * kListBytes) / 16};
-    const auto lists_of = [&](int i) {
+    const int records[2] = {static_cast<int>(hits.next[0] - own_low) / 16,
+                            static_cast<int>(hits.next[1] - own_low - 8 * 4 * kListBytes) / 16};
+    const auto lists_of = [&](int i) {  // the lists of the warp's query i
       typename Selection::Lists found;
-      found.place = lists + static_cast<int64_t>(first + i) * 4 * kListBytes;
-      int total = 0;
-#pragma unroll
-      for (int part = 0; part < 4; ++part)
-        found.end[part] = total += __shfl_sync(kAllLanes, i < 8 ? records[0] : records[1], i % 8 * 4 + part);
+      found.place = lists + (static_cast<int64_t>(first + i) * 4 + lane / 8) * kListBytes;
+      found.count = __shfl_sync(kAllLanes, i < 8 ? records[0] : records[1], i % 8 * 4 + lane / 8);
       found.threshold = __shfl_sync(kAllLanes, i < 8 ? threshold[0] : threshold[1], i % 8 * 4);
       return found;
     };
@@ -515,7 +582,7 @@ __device__ void consume(const ScanArguments& arguments, ScanConsumer<T, dim>& co
     typename Selection::Lists next = lists_of(0);
     float4 next_records[Selection::kLoads];
 #pragma unroll
-    for (int j = 0; j < Selection::kLoads; ++j) next_records[j] = next.record(32 * j + lane);
+    for (int j = 0; j < Selection::kLoads; ++j) next_records[j] = next.record(j);
 #pragma unroll 1
     for (int i = 0; i < queries; ++i) {
       const typename Selection::Lists current = next;
@@ -524,7 +591,7 @@ __device__ void consume(const ScanArguments& arguments, ScanConsumer<T, dim>& co
       for (int j = 0; j < Selection::kLoads; ++j) current_records[j] = next_records[j];
       next = lists_of(min(i + 1, 15));
 #pragma unroll
-      for (int j = 0; j < Selection::kLoads; ++j) next_records[j] = next.record(32 * j + lane);
+      for (int j = 0; j < Selection::kLoads; ++j) next_records[j] = next.record(j);
       selection.select(current, current_records,
                        {arguments, plan.window, job.index * arguments.queries_per_row + job.first_query + first + i, job.part});
     }
@@ -561,10 +628,10 @@ __global__ void __launch_bounds__(ScanShape<dim>::kThreads, 1)
       produce<dim>(&query_map, &key_map, &sample_map, arguments, base, stages, full, empty, query_full, query_empty);
   } else {
     registers_up<Shape::kConsumerRegisters>();
-    ScanConsumer<T, dim> consumer{group, base + group * (Shape::kQueryBytes / Shape::kGroups), stages, full, empty, {}};
+    ScanConsumer<T, dim> consumer{matrix_descriptor<Shape::kRowBytes>(base + group * (Shape::kQueryBytes / Shape::kGroups)),
+                                  matrix_descriptor<Shape::kRowBytes>(stages), full, empty, {}};
     uint64_t* buffer = reinterpret_cast<uint64_t*>(shared + (select - shared_address(shared))) +
                        threadIdx.x / 32 * WarpTopK::kCapacity;
-    consumer.turn_start();
     consume<T, dim>(arguments, consumer, buffer, query_full, query_empty);
   }
 }

@@ -112,7 +112,7 @@ int launch_scan(const KnnSearchShape& shape, const KnnSearchTensors& tensors, fl
                                 entries, workspace + places.lists, reinterpret_cast<uint32_t*>(workspace),
                                 reinterpret_cast<uint32_t*>(workspace + places.redo), shape.row_count,
                                 static_cast<int>(shape.queries_per_row), parts, static_cast<int>(shape.slots),
-                                static_cast<int>(shape.capacity), static_cast<int>(shape.k), hit_cost};
+                                static_cast<int>(shape.capacity), static_cast<int>(shape.k), hit_cost, 1};
   const int64_t queries = shape.row_count * shape.queries_per_row;
   const int64_t jobs = shape.row_count * parts * ((shape.queries_per_row + Shape::kQueries - 1) / Shape::kQueries);
   const unsigned blocks_in_grid = static_cast<unsigned>(jobs < multiprocessors() ? jobs : multiprocessors());
