@@ -101,14 +101,17 @@ __device__ inline void registers_up() {
 }
 
 // ---- wgmma ----
-// Descriptor of a K-major operand whose rows are row_bytes (64 or 128) wide and swizzled with that same width.
+// Descriptor of a K-major operand whose rows are row_bytes (64 or 128) wide and swizzled with that same width. The low word
+// holds the address in units of 16 bytes: adding to it moves the matrix.
 template <int row_bytes>
-__device__ inline uint64_t matrix_descriptor(uint32_t address) {
+__device__ inline uint64_t matrix_descriptor(uint32_t low) {
   static_assert(row_bytes == 64 || row_bytes == 128, "swizzle is as wide as a row");
-  constexpr uint64_t layout = row_bytes == 128 ? 1 : 2;
-  constexpr uint64_t stride_of_8_rows = 8 * row_bytes;
-  return ((address & 0x3FFFF) >> 4) | (uint64_t{1} << 16) | ((stride_of_8_rows >> 4) << 32) | (layout << 62);
+  constexpr uint32_t layout = row_bytes == 128 ? 1 : 2;
+  constexpr uint32_t stride_of_8_rows = 8 * row_bytes;
+  return static_cast<uint64_t>(layout << 30 | stride_of_8_rows >> 4) << 32 | low;
 }
+
+__device__ inline uint32_t matrix_low_word(uint32_t address) { return ((address & 0x3FFFF) >> 4) | 1u << 16; }
 
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

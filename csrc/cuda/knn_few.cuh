@@ -3,7 +3,7 @@
 //   few_scores   query x key products on the tensor cores (mma m16n8k16, keys are the 16 rows), operands straight from
 //                global memory: the order of the columns within a product is free, so each lane takes 16 contiguous bytes.
 //                Scores go to a workspace, (B * G, queries, slots) fp32.
-//   few_select   a block keeps the K best of kFewPart slots of one query.
+//   few_select   a block keeps the K best of one query, or of a part of its slots where there are few queries.
 //   few_merge    a warp keeps the K best over the parts of one query.
 // Shapes as in knn_scan.cuh; products are exact and accumulate in fp32. No query is ever redone here.
 #pragma once
@@ -20,7 +20,8 @@ namespace memtrans {
 constexpr int kFewThreads = 256;
 constexpr int kFewTile = 128;   // keys of a block's step: 16 per warp
 constexpr int kFewBlocks = 2;   // of few_scores on a multiprocessor
-constexpr int kFewPart = 8192;  // slots of one few_select block
+constexpr int kSelectThreads = 1024;  // of few_select
+constexpr int kSmallestSelection = 8192;  // slots that are worth a block of few_select
 
 struct FewArguments {
   const int64_t* rows;  // the first row of this launch
@@ -35,7 +36,8 @@ struct FewArguments {
   int queries_per_row;
   int slot_count;
   int stride;           // slot_count rounded up to 4
-  int parts;
+  int parts;            // of few_select, part_slots each
+  int part_slots;
   int capacity;
   int k;
 };
@@ -111,90 +113,109 @@ __global__ void __launch_bounds__(kFewThreads, dim > 128 ? 1 : kFewBlocks) few_s
   }
 }
 
-// Grid (parts, queries). Every thread's best slot bounds the K-th best from below; few slots reach the K-th largest of these
-// and meet in a shared list, in no particular order. Where ties make them many, each warp selects first.
+// Writes the k best of a warp's entries as the result of a query.
+__device__ inline void write_neighbours(WarpTopK& best, const FewArguments& arguments, int64_t query, const Window& window) {
+  float* const scores = arguments.scores + query * arguments.k;
+  int32_t* const slots = arguments.slots + query * arguments.k;
+  best.finish([&](int rank, uint64_t entry) {
+    scores[rank] = entry_score(entry);
+    slots[rank] = window.slot(entry_age(entry));
+  });
+  for (int rank = best.count + threadIdx.x % 32; rank < arguments.k; rank += 32) {
+    scores[rank] = -INFINITY;
+    slots[rank] = -1;
+  }
+}
+
+// Grid (parts, queries). Every group of four threads has a best score; the K-th largest of these 256 bounds the K-th best
+// from below, and the few slots that reach it meet in a shared list, in no particular order. Where ties make them many, each
+// warp selects first. A query of one part is finished here.
 template <typename T>
-__global__ void __launch_bounds__(kFewThreads) few_select(const FewArguments arguments, int dim) {
-  constexpr int kVectors = kFewPart / 4 / kFewThreads;
-  __shared__ uint64_t buffers[8][WarpTopK::kCapacity];
-  __shared__ uint32_t best_of_thread[kFewThreads];
-  __shared__ int counts[8], survivors;
+__global__ void __launch_bounds__(kSelectThreads, 1) few_select(const FewArguments arguments, int dim) {
+  constexpr int kUnroll = 8;
+  __shared__ uint64_t shared_list[WarpTopK::kCapacity];
+  __shared__ uint32_t best_of_group[kSelectThreads / 4];
+  __shared__ int survivors;
+  static_assert(kSelectThreads / 4 == 256, "as many groups as the bound is taken from");
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t query = blockIdx.y;
   const int64_t row = arguments.rows[query / arguments.queries_per_row];
   const Window window = visible_window(arguments.start, arguments.cursor, row, arguments.capacity, arguments.slot_count);
   const float* products = arguments.products + query * arguments.stride;
   const T* keys = static_cast<const T*>(arguments.keys) + row * arguments.slot_count * dim;
-  const auto slot_of = [&](int i) { return blockIdx.x * kFewPart + (i * kFewThreads + threadIdx.x) * 4; };
+  const int begin = blockIdx.x * arguments.part_slots, end = min(begin + arguments.part_slots, arguments.slot_count);
 
-  float4 scores[kVectors];
+  // visit(score, slot) for the thread's visible slots, kUnroll vectors of 4 in flight
+  const auto for_each = [&](auto visit) {
+    for (int base = begin + 4 * threadIdx.x; base < end; base += 4 * kSelectThreads * kUnroll) {
+      float4 scores[kUnroll];
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i)
-    if (slot_of(i) < arguments.slot_count) scores[i] = *reinterpret_cast<const float4*>(products + slot_of(i));
+      for (int i = 0; i < kUnroll; ++i)
+        if (base + 4 * kSelectThreads * i < end)
+          scores[i] = *reinterpret_cast<const float4*>(products + base + 4 * kSelectThreads * i);
+#pragma unroll
+      for (int i = 0; i < kUnroll; ++i) {
+        const int slot = base + 4 * kSelectThreads * i;
+        if (slot >= end) continue;
+        const bool whole = slot + 3 < end && window.age(slot) + 3 < window.length && slot + 3 < window.slots &&
+                           (slot >= window.first || slot + 3 < window.first);
+        const auto shown = [&](float score, int slot) { return whole || window.shows(slot) ? score : -INFINITY; };
+        visit(make_float4(shown(scores[i].x, slot), shown(scores[i].y, slot + 1), shown(scores[i].z, slot + 2),
+                          shown(scores[i].w, slot + 3)),
+              slot);
+      }
+    }
+  };
+  const auto finite_max = [](float a, float b) { return b < INFINITY ? fmaxf(a, b) : a; };  // an infinite one may not count
   float largest = -INFINITY;
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    const int slot = slot_of(i);
-    const bool whole = slot + 3 < arguments.slot_count && window.age(slot) + 3 < window.length;
-    const auto take = [&](float& score, int slot) {
-      if (!whole && !window.shows(slot)) score = -INFINITY;
-      if (score < INFINITY) largest = fmaxf(largest, score);  // an infinite one may belong to a key that does not count
-    };
-    take(scores[i].x, slot);
-    take(scores[i].y, slot + 1);
-    take(scores[i].z, slot + 2);
-    take(scores[i].w, slot + 3);
-  }
-  best_of_thread[threadIdx.x] = largest > -INFINITY ? sortable(largest) : 0;
+  for_each([&](float4 score, int) {
+    largest = finite_max(finite_max(finite_max(finite_max(largest, score.x), score.y), score.z), score.w);
+  });
+  largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
+  largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
+  if (lane % 4 == 0) best_of_group[threadIdx.x / 4] = largest > -INFINITY ? sortable(largest) : 0;
   if (threadIdx.x == 0) survivors = 0;
   __syncthreads();
 
-  uint32_t values[kFewThreads / 32];
+  uint32_t values[8];
   int present = 0;
 #pragma unroll
-  for (int i = 0; i < kFewThreads / 32; ++i) {
-    values[i] = best_of_thread[lane + 32 * i];
+  for (int i = 0; i < 8; ++i) {
+    values[i] = best_of_group[lane + 32 * i];
     present += values[i] != 0;
   }
   present = __reduce_add_sync(kAllLanes, present);
   const float lowest = present < arguments.k ? -3.402823466e+38f : unsortable(kth_largest(values, arguments.k));
-  const auto counts_as_neighbour = [&](float score, int slot) {
-    return score >= lowest && (score < INFINITY || key_is_finite(keys + static_cast<int64_t>(slot) * dim, dim));
+  const auto offer = [&](float score, int slot) {
+    if (!(score >= lowest)) return;
+    if (score == INFINITY && !key_is_finite(keys + static_cast<int64_t>(slot) * dim, dim)) return;
+    const int place = atomicAdd(&survivors, 1);
+    if (place < WarpTopK::kCapacity) shared_list[place] = make_entry(score, window.age(slot));
   };
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    const auto offer = [&](float score, int slot) {
-      if (!counts_as_neighbour(score, slot)) return;
-      const int place = atomicAdd(&survivors, 1);
-      if (place < WarpTopK::kCapacity) buffers[0][place] = make_entry(score, window.age(slot));
-    };
-    if (fmaxf(fmaxf(scores[i].x, scores[i].y), fmaxf(scores[i].z, scores[i].w)) < lowest) continue;
-    offer(scores[i].x, slot_of(i));
-    offer(scores[i].y, slot_of(i) + 1);
-    offer(scores[i].z, slot_of(i) + 2);
-    offer(scores[i].w, slot_of(i) + 3);
-  }
+  for_each([&](float4 score, int slot) {
+    if (fmaxf(fmaxf(score.x, score.y), fmaxf(score.z, score.w)) < lowest) return;
+    offer(score.x, slot);
+    offer(score.y, slot + 1);
+    offer(score.z, slot + 2);
+    offer(score.w, slot + 3);
+  });
   __syncthreads();
+  if (warp > 0 && survivors <= WarpTopK::kCapacity) return;
 
-  WarpTopK best(buffers[warp], arguments.k);
-  if (survivors <= WarpTopK::kCapacity) {
-    best.count = survivors;
-  } else {
-    __syncthreads();
-#pragma unroll 1
-    for (int i = 0; i < kVectors * 4; ++i) {
-      const int slot = blockIdx.x * kFewPart + i * kFewThreads + threadIdx.x;
-      const float score = window.shows(slot) ? products[slot] : -INFINITY;
-      best.push(counts_as_neighbour(score, slot), make_entry(score, window.age(slot)));
+  WarpTopK best(shared_list, arguments.k);
+  best.count = survivors;
+  if (survivors > WarpTopK::kCapacity) {  // ties: one warp takes them all
+    if (warp > 0) return;
+    best.count = 0;
+    for (int base = begin; base < end; base += 32) {
+      const int slot = base + lane;
+      const float score = slot < end && window.shows(slot) ? products[slot] : -INFINITY;
+      bool counted = score >= lowest;
+      if (counted && score == INFINITY) counted = key_is_finite(keys + static_cast<int64_t>(slot) * dim, dim);
+      best.push(counted, make_entry(score, window.age(slot)));
     }
-    if (lane == 0) counts[warp] = best.count;
-    __syncthreads();
-    if (warp == 0)
-      for (int other = 1; other < 8; ++other)
-        for (int i = 0; i < counts[other]; i += 32)
-          best.push(i + lane < counts[other], i + lane < counts[other] ? buffers[other][i + lane] : 0);
   }
-  if (warp > 0) return;
+  if (arguments.parts == 1) return write_neighbours(best, arguments, query, window);
   best.prune();
   uint64_t* const entries = arguments.entries + (query * arguments.parts + blockIdx.x) * arguments.k;
   for (int i = lane; i < arguments.k; i += 32) entries[i] = i < best.count ? best.buffer[i] : 0;
@@ -219,16 +240,7 @@ __global__ void __launch_bounds__(128) few_merge(const FewArguments arguments, i
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) best.push(entry[i] != 0, entry[i]);
   }
-  float* const scores = arguments.scores + query * arguments.k;
-  int32_t* const slots = arguments.slots + query * arguments.k;
-  best.finish([&](int rank, uint64_t entry) {
-    scores[rank] = entry_score(entry);
-    slots[rank] = window.slot(entry_age(entry));
-  });
-  for (int rank = best.count + lane; rank < arguments.k; rank += 32) {
-    scores[rank] = -INFINITY;
-    slots[rank] = -1;
-  }
+  write_neighbours(best, arguments, query, window);
 }
 
 }  // namespace memtrans

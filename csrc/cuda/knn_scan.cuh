@@ -25,6 +25,7 @@ constexpr int kListRecords = 128;        // records of one thread's list for one
 constexpr int kListFull = 123;           // a visit appends at most 4 records to a list
 constexpr int kListBytes = kListRecords * 16;
 constexpr int kListAlignment = 16 * 4 * kListBytes;  // the lists of a warp: no 4 GB boundary among them
+constexpr float kMostCandidates = 256;   // expected for a query: the lists hold twice as many
 constexpr int kUnsampledLength = 640;    // so few visible keys, and the rest of their tiles, fit the lists whole
 constexpr float kLowest = -3.402823466e+38f;
 
@@ -128,7 +129,7 @@ struct ScanPlan {
       const float expected = k * fraction;
       const float keys = expected + 5.0f * sqrtf(expected) + 3.0f;
       const float cost = fraction * window.length + hit_cost * keys / fraction;
-      if (cost >= best || (step > 0 && fraction * window.length < 4.0f * keys)) continue;
+      if (step > 0 && (cost >= best || fraction * window.length < 4.0f * keys || keys / fraction > kMostCandidates)) continue;
       best = cost;
       phase_bits = max(0, 2 - step);
       skip_bits = max(0, step - 2);
@@ -286,18 +287,18 @@ struct ScanConsumer {
   using Shape = ScanShape<dim>;
   static constexpr int kSteps = dim / 16, kStepsPerChunk = Shape::kColumns / 16;
 
-  uint64_t queries, stages;  // matrix descriptors: of this warpgroup's queries, of the first stage
+  uint32_t queries, stages;  // matrix_low_word of this warpgroup's queries, of the first stage
   uint32_t full, empty;      // shared addresses
   StageCursor<Shape::kStages> cursor;
 
   __device__ void multiply(float (&scores)[64]) {
-    const uint64_t keys = stages + cursor.index * (Shape::kStageBytes / 16);
+    const uint32_t keys = stages + cursor.index * (Shape::kStageBytes / 16);
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const int chunk = step / kStepsPerChunk, offset = step % kStepsPerChunk * 32;
-      const uint64_t a = queries + (chunk * 64 * Shape::kRowBytes + offset) / 16;
-      const uint64_t b = keys + (chunk * kScanTile * Shape::kRowBytes + offset) / 16;
+      const uint64_t a = matrix_descriptor<Shape::kRowBytes>(queries + (chunk * 64 * Shape::kRowBytes + offset) / 16);
+      const uint64_t b = matrix_descriptor<Shape::kRowBytes>(keys + (chunk * kScanTile * Shape::kRowBytes + offset) / 16);
       if (step == 0) wgmma_m64n128k16<T, false>(scores, a, b);
       else wgmma_m64n128k16<T, true>(scores, a, b);
     }
@@ -419,36 +420,60 @@ struct ListSelection {
     result.pad(best.count);
   }
 
-  // Up to kLoads records a lane, already loaded.
-  __device__ void select(const Lists& lists, const float4 (&records)[kLoads], const ScanResult& result) const {
-    if (__any_sync(kAllLanes, lists.count >= kListFull)) return result.redo();
-    const float largest = warp_largest(records);
-    if (__any_sync(kAllLanes, lists.count > 8 * kLoads) || largest == INFINITY) return select_slowly(lists, result);
+  // Up to kLoads records a lane, already loaded; reload() may overwrite them once the best are in shared memory.
+  template <typename Reload>
+  __device__ void select(const Lists& lists, const float4 (&records)[kLoads], const ScanResult& result, Reload reload) const {
     const int found = reaching(records, lists.threshold);
-    if (found < min(arguments.k, window.length) && lists.threshold > kLowest) return result.redo();
-    const float bound = found > arguments.k ? kth_score(records, lists.threshold, largest, found) : lists.threshold;
+    const float largest = warp_largest(records);
+    const bool full = __any_sync(kAllLanes, lists.count >= kListFull);
+    const bool many = __any_sync(kAllLanes, lists.count > 8 * kLoads) || largest == INFINITY;
+    const bool is_short = !many && found < min(arguments.k, window.length) && lists.threshold > kLowest;
+    int kept = 0;
+    if (!full && !many && !is_short) {
+      const float bound = found > arguments.k ? kth_score(records, lists.threshold, largest, found) : lists.threshold;
+      kept = compact(records, bound);
+    }
+    const Lists current = lists;
+    reload();
+    if (full || is_short) result.redo();
+    else if (many || kept > kMostKept) select_slowly(current, result);  // kept: ties
+    else rank(kept, result);
+  }
 
+  // Puts {score, slot} of the records' scores from bound up into the buffer, as far as they fit, and counts them.
+  __device__ int compact(const float4 (&records)[kLoads], float bound) const {
     int mine = 0;
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) mine += (records[i].x >= bound) + (records[i].y >= bound);
-    int place = mine;
+    int end = mine;
 #pragma unroll
     for (int offset = 1; offset < 32; offset *= 2) {
-      const int before = __shfl_up_sync(kAllLanes, place, offset);
-      if (static_cast<int>(threadIdx.x % 32) >= offset) place += before;
+      const int before = __shfl_up_sync(kAllLanes, end, offset);
+      if (static_cast<int>(threadIdx.x % 32) >= offset) end += before;
     }
-    const int kept = __shfl_sync(kAllLanes, place, 31);
-    if (kept > kMostKept) return select_slowly(lists, result);  // ties
-    float2* const raw = reinterpret_cast<float2*>(buffer) + place - mine;
-    int written = 0;
+    const int kept = __shfl_sync(kAllLanes, end, 31);
+    if (kept > kMostKept) return kept;
+    uint32_t place = shared_address(buffer + end - mine);
+    const auto store = [&](float score, int slot) {
+      asm volatile(
+          "{\n"
+          ".reg .pred kept;\n"
+          "setp.ge.f32 kept, %1, %3;\n"
+          "@kept st.shared.v2.b32 [%0], {%4, %2};\n"
+          "@kept add.u32 %0, %0, 8;\n"
+          "}\n"
+          : "+r"(place)
+          : "f"(score), "r"(slot), "f"(bound), "r"(__float_as_int(score))
+          : "memory");
+    };
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const int slot = 2 * __float_as_int(records[i].z);
-      if (records[i].x >= bound) raw[written++] = make_float2(records[i].x, __int_as_float(slot));
-      if (records[i].y >= bound) raw[written++] = make_float2(records[i].y, __int_as_float(slot + 1));
+      store(records[i].x, slot);
+      store(records[i].y, slot + 1);
     }
     __syncwarp();
-    rank(kept, result);
+    return kept;
   }
 
   static __device__ int reaching(const float4 (&records)[kLoads], float score) {
@@ -556,19 +581,21 @@ __device__ void consume(const ScanArguments& arguments, ScanConsumer<T, dim>& co
 
     HitLists hits{{own_low, own_low + 8 * 4 * kListBytes}, own_high, arguments.one};
     const bool positive = threshold[0] > 0.0f && threshold[1] > 0.0f;
-    int slot = plan.tile_slot(0);
-    consumer.stream(plan.tiles, [&](const float(&scores)[64], int) {
-      const bool plain = positive && plan.shows_all(slot, 1, arguments.slot_count);
-      if (__all_sync(kAllLanes, plain)) collect_hits(scores, threshold, hits, slot / 2 + lane % 4);
-      else collect_carefully(scores, threshold, hits, slot / 2 + lane % 4, plan.window);
-      slot += kScanTile;
-      if (slot >= arguments.slot_count) slot = 0;
+    const int ring_end = plan.tile_count - 1 - plan.first_tile, last = plan.tiles - 1;
+    int pair = plan.first_tile * (kScanTile / 2) + lane % 4;
+    consumer.stream(plan.tiles, [&](const float(&scores)[64], int tile) {
+      // only the first and the last tile of the window and that at the end of the ring have slots to hide
+      const bool plain = positive & (tile != 0) & (tile != last) & (tile != ring_end);
+      if (__all_sync(kAllLanes, plain)) collect_hits(scores, threshold, hits, pair);
+      else collect_carefully(scores, threshold, hits, pair, plan.window);
+      pair = tile == ring_end ? lane % 4 : pair + kScanTile / 2;
     });
     if (lane == 0) barrier_arrive(query_empty);
     __syncwarp();
 
     const T* keys = static_cast<const T*>(arguments.keys) + static_cast<int64_t>(job.row) * arguments.slot_count * dim;
-    const Selection selection{arguments, plan.window, keys, buffer};
+    const Window window = plan.window;  // its own copy: what selection passes on lives in memory
+    const Selection selection{arguments, window, keys, buffer};
     const int records[2] = {static_cast<int>(hits.next[0] - own_low) / 16,
                             static_cast<int>(hits.next[1] - own_low - 8 * 4 * kListBytes) / 16};
     const auto lists_of = [&](int i) {  // the lists of the warp's query i
@@ -579,21 +606,20 @@ __device__ void consume(const ScanArguments& arguments, ScanConsumer<T, dim>& co
       return found;
     };
     const int queries = min(16, arguments.queries_per_row - job.first_query - first);
-    typename Selection::Lists next = lists_of(0);
-    float4 next_records[Selection::kLoads];
+    typename Selection::Lists current = lists_of(0);
+    float4 loaded[Selection::kLoads];
+    const auto load = [&] {
 #pragma unroll
-    for (int j = 0; j < Selection::kLoads; ++j) next_records[j] = next.record(j);
+      for (int j = 0; j < Selection::kLoads; ++j) loaded[j] = current.record(j);
+    };
+    load();
 #pragma unroll 1
     for (int i = 0; i < queries; ++i) {
-      const typename Selection::Lists current = next;
-      float4 current_records[Selection::kLoads];
-#pragma unroll
-      for (int j = 0; j < Selection::kLoads; ++j) current_records[j] = next_records[j];
-      next = lists_of(min(i + 1, 15));
-#pragma unroll
-      for (int j = 0; j < Selection::kLoads; ++j) next_records[j] = next.record(j);
-      selection.select(current, current_records,
-                       {arguments, plan.window, job.index * arguments.queries_per_row + job.first_query + first + i, job.part});
+      const int64_t query = job.index * arguments.queries_per_row + job.first_query + first + i;
+      selection.select(current, loaded, {arguments, window, query, job.part}, [&] {
+        current = lists_of(min(i + 1, 15));
+        load();
+      });
     }
     __syncwarp();
   }
@@ -628,8 +654,8 @@ __global__ void __launch_bounds__(ScanShape<dim>::kThreads, 1)
       produce<dim>(&query_map, &key_map, &sample_map, arguments, base, stages, full, empty, query_full, query_empty);
   } else {
     registers_up<Shape::kConsumerRegisters>();
-    ScanConsumer<T, dim> consumer{matrix_descriptor<Shape::kRowBytes>(base + group * (Shape::kQueryBytes / Shape::kGroups)),
-                                  matrix_descriptor<Shape::kRowBytes>(stages), full, empty, {}};
+    ScanConsumer<T, dim> consumer{matrix_low_word(base + group * (Shape::kQueryBytes / Shape::kGroups)),
+                                  matrix_low_word(stages), full, empty, {}};
     uint64_t* buffer = reinterpret_cast<uint64_t*>(shared + (select - shared_address(shared))) +
                        threadIdx.x / 32 * WarpTopK::kCapacity;
     consume<T, dim>(arguments, consumer, buffer, query_full, query_empty);

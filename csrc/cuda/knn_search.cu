@@ -34,7 +34,13 @@ int64_t few_rows(const KnnSearchShape& shape) {
   return fitting < 1 ? 1 : fitting < shape.row_count ? fitting : shape.row_count;
 }
 
-int64_t few_parts(const KnnSearchShape& shape) { return (shape.slots + kFewPart - 1) / kFewPart; }
+// Blocks of few_select for one query: one where there are enough queries.
+int64_t few_parts(const KnnSearchShape& shape) {
+  const int64_t queries = few_rows(shape) * shape.queries_per_row;
+  const int64_t wanted = multiprocessors() / queries, sensible = shape.slots / kSmallestSelection;
+  const int64_t parts = wanted < sensible ? wanted : sensible;
+  return parts < 1 ? 1 : parts;
+}
 
 bool takes_few_queries(const KnnSearchShape& shape) { return shape.queries_per_row <= kFewQueries; }
 
@@ -122,7 +128,7 @@ int launch_scan(const KnnSearchShape& shape, const KnnSearchTensors& tensors, fl
   knn_redo<T, dim><<<multiprocessors(), kRedoThreads, 0, stream>>>(arguments, static_cast<const T*>(tensors.query));
   if (parts > 1) {
     const FewArguments merge{tensors.rows, tensors.start, tensors.cursor, nullptr, nullptr, nullptr, entries, tensors.scores,
-                             tensors.slots, static_cast<int>(shape.queries_per_row), static_cast<int>(shape.slots), 0, parts,
+                             tensors.slots, static_cast<int>(shape.queries_per_row), static_cast<int>(shape.slots), 0, parts, 0,
                              static_cast<int>(shape.capacity), static_cast<int>(shape.k)};
     few_merge<<<static_cast<unsigned>((queries + 3) / 4), 128, 0, stream>>>(merge, queries);
   }
@@ -141,13 +147,15 @@ int launch_few(const KnnSearchShape& shape, const KnnSearchTensors& tensors, cud
                                  static_cast<const T*>(tensors.query) + query * dim, tensors.keys, products, entries,
                                  tensors.scores + query * shape.k, tensors.slots + query * shape.k, static_cast<int>(per_row),
                                  static_cast<int>(shape.slots), static_cast<int>(stride), parts,
+                                 static_cast<int>(round_up((shape.slots + parts - 1) / parts, 4)),
                                  static_cast<int>(shape.capacity), static_cast<int>(shape.k)};
     const int64_t tiles = (shape.slots + kFewTile - 1) / kFewTile, wanted = (dim > 128 ? 1 : kFewBlocks) * multiprocessors() / count;
     const dim3 grid(static_cast<unsigned>(wanted < 1 ? 1 : tiles < wanted ? tiles : wanted), static_cast<unsigned>(count),
                     static_cast<unsigned>((per_row + 7) / 8));
     few_scores<T, dim><<<grid, kFewThreads, 0, stream>>>(arguments);
-    few_select<T><<<dim3(parts, static_cast<unsigned>(count * per_row)), kFewThreads, 0, stream>>>(arguments, dim);
-    few_merge<<<static_cast<unsigned>((count * per_row + 3) / 4), 128, 0, stream>>>(arguments, count * per_row);
+    few_select<T><<<dim3(parts, static_cast<unsigned>(count * per_row)), kSelectThreads, 0, stream>>>(arguments, dim);
+    if (parts > 1)
+      few_merge<<<static_cast<unsigned>((count * per_row + 3) / 4), 128, 0, stream>>>(arguments, count * per_row);
   }
   return static_cast<int>(cudaGetLastError());
 }
