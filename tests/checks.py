@@ -58,7 +58,7 @@ def assert_nearest(query: Tensor, keys: Tensor, order: Tensor, scores: Tensor, k
 def assert_older_first(keys: Tensor, order: Tensor) -> None:
     """Of keys (M, D), old to new, that are equal bit for bit, order (Q, K) holds the oldest, and those in order."""
     equals: dict[bytes, list[int]] = {}
-    bits = [row.tobytes() for row in keys.contiguous().view(torch.uint8).numpy()]
+    bits = [row.tobytes() for row in keys.contiguous().view(torch.uint8).cpu().numpy()]
     for position, key in enumerate(bits):
         equals.setdefault(key, []).append(position)
     for query, positions in enumerate(order.tolist()):

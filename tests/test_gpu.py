@@ -65,7 +65,7 @@ def test_clear_search_and_add_never_wait_for_the_device():
     with no_host_round_trip():
         for step in inputs[1:]:
             read_segment(memory, *step)
-    assert memory.lengths.tolist() == [CAPACITY] + [(4 - row) * SEGMENT if row > 1 else CAPACITY for row in range(1, 4)]
+    assert memory.lengths.tolist() == [min(CAPACITY, (5 - row) * SEGMENT) for row in range(BATCH)]
 
 
 def test_a_captured_graph_replays_over_segments_that_wrap():

@@ -269,6 +269,7 @@ ROWS, NEW = torch.tensor([0, 1, 2]), torch.zeros(3, 1, 2, 2)
 INT = torch.zeros(3, dtype=torch.int64)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [

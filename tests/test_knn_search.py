@@ -263,6 +263,7 @@ def test_the_reference_never_holds_a_score_for_every_query(monkeypatch: pytest.M
 KEYS, QUERY, INT = torch.zeros(2, 5, 3), torch.zeros(2, 4, 6, 3), torch.zeros(2, dtype=torch.int64)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [

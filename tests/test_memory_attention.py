@@ -163,6 +163,7 @@ def test_half_precision_keeps_its_dtype_and_accumulates_in_float32(dtype):
     assert torch.equal(out, wide.to(dtype)) and torch.equal(lse, wide_lse)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
