@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parent
 # LibTorch's stable ABI as of 2.10: one build works with every later PyTorch (and, through abi3, every Python >= 3.10).
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
 # Errors name their source line; without the folder that the package happened to be built in.
-HOST_FLAGS = ["-O3", "-fvisibility=hidden", f"-ffile-prefix-map={ROOT}{os.sep}=", *STABLE_ABI]
+HOST_FLAGS = ["-O3", "-fopenmp-simd", "-fvisibility=hidden", f"-ffile-prefix-map={ROOT}{os.sep}=", *STABLE_ABI]
 
 
 class Skipped(Exception):

@@ -52,6 +52,10 @@ def _no_float64(*arguments: Any) -> str | None:
     return "it computes in float32, not in float64" if wide else None
 
 
+def _no_float64_keys(query: Tensor, keys: Tensor, *_: Any) -> str | None:
+    return _no_float64(keys)  # the query is cast to the dtype of the keys
+
+
 class Implementation(NamedTuple):
     """Where an operator's implementation lives, on which device it runs, and what may speak against it."""
 
@@ -97,7 +101,10 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
         _triton("knn_add", "knn_add_"),
         _reference("knn_add_"),
     ),
-    "knn_search": _reference("knn_search", on_host="knn_search_on_host"),
+    "knn_search": _ordered(
+        (Implementation("native", "cpu", "native", "knn_search", _native_missing, _no_float64_keys),),
+        _reference("knn_search", on_host="knn_search_on_host"),
+    ),
     "cosine": _ordered(_triton("cosine", "cosine"), _reference("cosine")),
     "cosine_backward": _ordered(_triton("cosine", "cosine_backward"), _reference("cosine_backward")),
     "memory_attention": _reference("memory_attention"),

@@ -19,10 +19,16 @@ from memtrans_kernels import knn_search, reference
 pytestmark = pytest.mark.device
 
 BACKENDS = live_backends("knn_search")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+COMPILED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (*COMPILED_DTYPES, torch.float64)
 NAN, INF = float("nan"), float("inf")
 
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def dtypes(backend: str) -> tuple[torch.dtype, ...]:
+    """Of keys; only the reference computes in float64."""
+    return DTYPES if backend == "reference" else COMPILED_DTYPES
 
 
 @dataclass
@@ -99,7 +105,10 @@ def draw_keys(data: st.DataObject, count: int, width: int, dtype: torch.dtype) -
 @given(data=st.data())
 def test_random_searches_are_exact(backend: str, data: st.DataObject) -> None:
     """Rows picked and permuted, groups, start > 0, wrapped rings, odd M, spare slots, K beyond M, all dtypes."""
-    dtype, width = data.draw(st.sampled_from(DTYPES), "dtype"), data.draw(st.sampled_from([1, 2, 5, 16, 33]), "D")
+    dtype, width = (
+        data.draw(st.sampled_from(dtypes(backend)), "dtype"),
+        data.draw(st.sampled_from([1, 2, 5, 16, 33]), "D"),
+    )
     capacity, spare = data.draw(st.integers(1, 40), "M"), data.draw(st.sampled_from([0, 1, 7]), "S")
     k = data.draw(st.integers(1, capacity + 2), "K")
     batch, groups = data.draw(st.integers(1, 3), "B"), data.draw(st.sampled_from([1, 2]), "G")
@@ -164,8 +173,7 @@ def test_equal_keys_have_equal_scores_and_come_older_first(backend: str, width: 
             assert len(row.unique()) <= 5
 
 
-@on_every_backend
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("backend", "dtype"), [(backend, dtype) for backend in BACKENDS for dtype in dtypes(backend)])
 def test_a_key_that_is_not_finite_is_never_retrieved(backend: str, dtype: torch.dtype) -> None:
     keys = torch.tensor([[1.0, 0.0], [INF, 0.0], [2.0, 0.0], [NAN, 0.0], [0.0, -INF], [3.0, 0.0]], dtype=dtype)
     held = memory([(0, keys)], capacity=6)
