@@ -25,7 +25,7 @@ constexpr int kListRecords = 128;        // records of one thread's list for one
 constexpr int kListFull = 123;           // a visit appends at most 4 records to a list
 constexpr int kListBytes = kListRecords * 16;
 constexpr int kListAlignment = 16 * 4 * kListBytes;  // the lists of a warp: no 4 GB boundary among them
-constexpr float kMostCandidates = 256;   // expected for a query: the lists hold twice as many
+constexpr float kMostCandidates = 440;   // of a query, six deviations above the mean: what its lists hold
 constexpr int kUnsampledLength = 640;    // so few visible keys, and the rest of their tiles, fit the lists whole
 constexpr float kLowest = -3.402823466e+38f;
 
@@ -129,7 +129,7 @@ struct ScanPlan {
       const float expected = k * fraction;
       const float keys = expected + 5.0f * sqrtf(expected) + 3.0f;
       const float cost = fraction * window.length + hit_cost * keys / fraction;
-      if (step > 0 && (cost >= best || fraction * window.length < 4.0f * keys || keys / fraction > kMostCandidates)) continue;
+      if (step > 0 && (cost >= best || fraction * window.length < 4.0f * keys || (keys + 6.0f * sqrtf(keys)) / fraction > kMostCandidates)) continue;
       best = cost;
       phase_bits = max(0, 2 - step);
       skip_bits = max(0, step - 2);
@@ -154,17 +154,13 @@ struct ScanPlan {
   }
 };
 
-// One warpgroup's view of the stages: which one is next, and its phase.
+// Goes round the stages twice: which stage is next, and the phase of its barriers.
 template <int stages>
 struct StageCursor {
-  int index = 0;
-  uint32_t phase = 0;
-  __device__ void advance() {
-    if (++index == stages) {
-      index = 0;
-      phase ^= 1;
-    }
-  }
+  int position = 0;
+  __device__ int index() const { return position < stages ? position : position - stages; }
+  __device__ uint32_t phase() const { return position >= stages; }
+  __device__ void advance() { position = position + 1 < 2 * stages ? position + 1 : 0; }
 };
 
 // Takes one 64 x 128 accumulator into the running maxima of the thread's two queries: column pair i into group i.
@@ -292,7 +288,7 @@ struct ScanConsumer {
   StageCursor<Shape::kStages> cursor;
 
   __device__ void multiply(float (&scores)[64]) {
-    const uint32_t keys = stages + cursor.index * (Shape::kStageBytes / 16);
+    const uint32_t keys = stages + cursor.index() * (Shape::kStageBytes / 16);
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
@@ -310,10 +306,10 @@ struct ScanConsumer {
   __device__ void stream(int tiles, Visit visit) {
     for (int tile = 0; tile < tiles; ++tile) {
       float scores[64];
-      barrier_wait(full + 8 * cursor.index, cursor.phase);
+      barrier_wait(full + 8 * cursor.index(), cursor.phase());
       multiply(scores);
       wgmma_wait<0>(scores);
-      if (threadIdx.x % 32 == 0) barrier_arrive(empty + 8 * cursor.index);
+      if (threadIdx.x % 32 == 0) barrier_arrive(empty + 8 * cursor.index());
       cursor.advance();
       visit(scores, tile);
     }
@@ -340,8 +336,8 @@ __device__ void produce(const CUtensorMap* query_map, const CUtensorMap* key_map
                      chunk * Shape::kColumns, query + group * 64);
     const int sample_tiles = plan.sample_tiles();
     for (int i = 0; i < sample_tiles + plan.tiles; ++i, cursor.advance()) {
-      const uint32_t target = stages + cursor.index * Shape::kStageBytes, barrier = full + 8 * cursor.index;
-      barrier_wait_idly(empty + 8 * cursor.index, cursor.phase ^ 1);
+      const uint32_t target = stages + cursor.index() * Shape::kStageBytes, barrier = full + 8 * cursor.index();
+      barrier_wait_idly(empty + 8 * cursor.index(), cursor.phase() ^ 1);
       barrier_expect_bytes(barrier, Shape::kStageBytes);
       for (int chunk = 0; chunk < Shape::kChunks; ++chunk) {
         const uint32_t part = target + chunk * kScanTile * Shape::kRowBytes;
@@ -390,14 +386,16 @@ struct ListSelection {
   uint64_t* buffer;      // of the warp
 
   struct Lists {
-    const char* place;   // of the lane's list
-    int count;           // its records
+    const char* place;   // of the lane's first record; the next ones are 8 records on
+    int count;           // records of the lane's list, less those before its first
     float threshold;
 
-    __device__ float4 record(int i) const {
-      const bool present = static_cast<int>(threadIdx.x % 8) + 8 * i < count;
-      return present ? __ldcg(reinterpret_cast<const float4*>(place) + threadIdx.x % 8 + 8 * i)
-                     : make_float4(-INFINITY, -INFINITY, 0.0f, 0.0f);
+    // Record i of the lane; whatever the list's memory holds where there is none.
+    __device__ float4 record(int i) const { return __ldcg(reinterpret_cast<const float4*>(place + 128 * i)); }
+    // Scores that reach nothing, where there is no record i.
+    __device__ void hide_missing(float4& record, int i) const {
+      record.x = 8 * i < count ? record.x : -INFINITY;
+      record.y = 8 * i < count ? record.y : -INFINITY;
     }
   };
 
@@ -410,7 +408,8 @@ struct ListSelection {
       best.push(counted, make_entry(score, window.age(slot) + window.offset));
     };
     for (int i = 0; __any_sync(kAllLanes, 8 * i < lists.count); ++i) {
-      const float4 record = lists.record(i);
+      float4 record = lists.record(i);
+      lists.hide_missing(record, i);
       const int slot = 2 * __float_as_int(record.z);
       offer(record.x, slot);
       offer(record.y, slot + 1);
@@ -422,16 +421,20 @@ struct ListSelection {
 
   // Up to kLoads records a lane, already loaded; reload() may overwrite them once the best are in shared memory.
   template <typename Reload>
-  __device__ void select(const Lists& lists, const float4 (&records)[kLoads], const ScanResult& result, Reload reload) const {
-    const int found = reaching(records, lists.threshold);
+  __device__ void select(const Lists& lists, float4 (&records)[kLoads], const ScanResult& result, Reload reload) const {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) lists.hide_missing(records[i], i);
+    int mine;  // the lane's scores from the bound up
+    const int found = reaching(records, lists.threshold, mine);
     const float largest = warp_largest(records);
-    const bool full = __any_sync(kAllLanes, lists.count >= kListFull);
+    const bool full = __any_sync(kAllLanes, lists.count + static_cast<int>(threadIdx.x % 8) >= kListFull);
     const bool many = __any_sync(kAllLanes, lists.count > 8 * kLoads) || largest == INFINITY;
     const bool is_short = !many && found < min(arguments.k, window.length) && lists.threshold > kLowest;
     int kept = 0;
     if (!full && !many && !is_short) {
-      const float bound = found > arguments.k ? kth_score(records, lists.threshold, largest, found) : lists.threshold;
-      kept = compact(records, bound);
+      float bound = lists.threshold;
+      if (found > arguments.k) bound = kth_score(records, lists.threshold, largest, found, mine);
+      kept = compact(records, bound, mine);
     }
     const Lists current = lists;
     reload();
@@ -440,11 +443,9 @@ struct ListSelection {
     else rank(kept, result);
   }
 
-  // Puts {score, slot} of the records' scores from bound up into the buffer, as far as they fit, and counts them.
-  __device__ int compact(const float4 (&records)[kLoads], float bound) const {
-    int mine = 0;
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) mine += (records[i].x >= bound) + (records[i].y >= bound);
+  // Puts {score, slot} of the records' scores from bound up into the buffer, as far as they fit, and counts them; `mine` are
+  // the lane's.
+  __device__ int compact(const float4 (&records)[kLoads], float bound, int mine) const {
     int end = mine;
 #pragma unroll
     for (int offset = 1; offset < 32; offset *= 2) {
@@ -476,11 +477,20 @@ struct ListSelection {
     return kept;
   }
 
-  static __device__ int reaching(const float4 (&records)[kLoads], float score) {
-    int count = 0;
+  static __device__ int reaching(const float4 (&records)[kLoads], float score, int& mine) {
+    int first = 0, second = 0;
+    const auto count = [&](int& total, float value) {
+      asm("{\n.reg .pred reached;\nsetp.ge.f32 reached, %1, %2;\n@reached add.s32 %0, %0, 1;\n}\n"
+          : "+r"(total)
+          : "f"(value), "f"(score));
+    };
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) count += (records[i].x >= score) + (records[i].y >= score);
-    return __reduce_add_sync(kAllLanes, count);
+    for (int i = 0; i < kLoads; ++i) {
+      count(first, records[i].x);
+      count(second, records[i].y);
+    }
+    mine = first + second;
+    return __reduce_add_sync(kAllLanes, mine);
   }
 
   static __device__ float warp_largest(const float4 (&records)[kLoads]) {
@@ -501,7 +511,8 @@ struct ListSelection {
   }
 
   // A score that k records reach; more only where scores tie. The first guesses assume that counts fall exponentially.
-  __device__ float kth_score(const float4 (&records)[kLoads], float threshold, float largest, int found) const {
+  // `mine` are the lane's scores that reach it.
+  __device__ float kth_score(const float4 (&records)[kLoads], float threshold, float largest, int found, int& mine) const {
     float low = threshold == kLowest ? warp_smallest(records) : threshold, high = largest;
     float at_low = static_cast<float>(found), at_high = 0.7f;
     const float k = static_cast<float>(arguments.k);
@@ -510,7 +521,7 @@ struct ListSelection {
       float middle = low + share * (high - low);
       if (!(middle > low && middle <= high)) middle = 0.5f * low + 0.5f * high;
       if (!(middle > low && middle <= high)) middle = high;
-      const int reached = reaching(records, middle);
+      const int reached = reaching(records, middle, mine);
       if (reached == arguments.k) return middle;
       if (reached > arguments.k) {
         low = middle;
@@ -522,6 +533,7 @@ struct ListSelection {
         at_high = fmaxf(reached, 1.0f);
       }
     }
+    reaching(records, low, mine);
     return low;
   }
 
@@ -600,8 +612,8 @@ __device__ void consume(const ScanArguments& arguments, ScanConsumer<T, dim>& co
                             static_cast<int>(hits.next[1] - own_low - 8 * 4 * kListBytes) / 16};
     const auto lists_of = [&](int i) {  // the lists of the warp's query i
       typename Selection::Lists found;
-      found.place = lists + (static_cast<int64_t>(first + i) * 4 + lane / 8) * kListBytes;
-      found.count = __shfl_sync(kAllLanes, i < 8 ? records[0] : records[1], i % 8 * 4 + lane / 8);
+      found.place = lists + (static_cast<int64_t>(first + i) * 4 + lane / 8) * kListBytes + lane % 8 * 16;
+      found.count = __shfl_sync(kAllLanes, i < 8 ? records[0] : records[1], i % 8 * 4 + lane / 8) - lane % 8;
       found.threshold = __shfl_sync(kAllLanes, i < 8 ? threshold[0] : threshold[1], i % 8 * 4);
       return found;
     };

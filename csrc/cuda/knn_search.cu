@@ -16,7 +16,7 @@ namespace {
 constexpr int kFewQueries = 32;                  // up to so many queries a row, reading the keys is what costs
 constexpr int64_t kProductBytes = 256ll << 20;   // scores that a few-query launch may hold
 constexpr int64_t kSmallestPart = 4096;          // keys that are worth a block of their own
-constexpr float kHitCost = 120.0f;
+constexpr float kHitCost = 200.0f;
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -147,7 +147,7 @@ int launch_few(const KnnSearchShape& shape, const KnnSearchTensors& tensors, cud
                                  static_cast<const T*>(tensors.query) + query * dim, tensors.keys, products, entries,
                                  tensors.scores + query * shape.k, tensors.slots + query * shape.k, static_cast<int>(per_row),
                                  static_cast<int>(shape.slots), static_cast<int>(stride), parts,
-                                 static_cast<int>(round_up((shape.slots + parts - 1) / parts, 4)),
+                                 static_cast<int>((shape.capacity + parts - 1) / parts),
                                  static_cast<int>(shape.capacity), static_cast<int>(shape.k)};
     const int64_t tiles = (shape.slots + kFewTile - 1) / kFewTile, wanted = (dim > 128 ? 1 : kFewBlocks) * multiprocessors() / count;
     const dim3 grid(static_cast<unsigned>(wanted < 1 ? 1 : tiles < wanted ? tiles : wanted), static_cast<unsigned>(count),
