@@ -6,13 +6,15 @@
 
 namespace memtrans {
 
-constexpr int kRedoThreads = 256;
+constexpr int kRedoThreads = 1024;
+constexpr int kRedoBufferBytes = kRedoThreads / 32 * WarpTopK::kCapacity * 8;
 
 template <typename T, int dim>
 __global__ void __launch_bounds__(kRedoThreads) knn_redo(const ScanArguments arguments, const T* queries) {
-  __shared__ uint64_t buffers[8][WarpTopK::kCapacity];
+  constexpr int kWarps = kRedoThreads / 32;
+  extern __shared__ uint64_t buffers[];  // WarpTopK::kCapacity of each warp
   __shared__ float query_values[dim];
-  __shared__ int counts[8];
+  __shared__ int counts[kWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const uint32_t total = *arguments.redo_count;
   for (uint32_t item = blockIdx.x; item < total; item += gridDim.x) {
@@ -25,12 +27,12 @@ __global__ void __launch_bounds__(kRedoThreads) knn_redo(const ScanArguments arg
     for (int i = threadIdx.x; i < dim; i += kRedoThreads) query_values[i] = static_cast<float>(queries[query * dim + i]);
     __syncthreads();
 
-    WarpTopK best(buffers[warp], arguments.k);
+    WarpTopK best(buffers + warp * WarpTopK::kCapacity, arguments.k);
     for (int base = warp * 32; base < window.length; base += kRedoThreads) {
       const int age = base + lane;
       const T* key = keys + static_cast<int64_t>(window.slot(min(age, window.length - 1))) * dim;
       float score = 0.0f;
-#pragma unroll 4
+#pragma unroll 8
       for (int i = 0; i < dim; i += 8) {
         const uint4 packed = *reinterpret_cast<const uint4*>(key + i);
         const T* values = reinterpret_cast<const T*>(&packed);
@@ -41,12 +43,13 @@ __global__ void __launch_bounds__(kRedoThreads) knn_redo(const ScanArguments arg
       if (offered && score == INFINITY) offered = key_is_finite(key, dim);
       best.push(offered, make_entry(score, age + window.offset));
     }
+    best.prune();
     if (lane == 0) counts[warp] = best.count;
     __syncthreads();
     if (warp == 0) {
-      for (int other = 1; other < 8; ++other)
-        for (int i = 0; i < counts[other]; i += 32)
-          best.push(i + lane < counts[other], i + lane < counts[other] ? buffers[other][i + lane] : 0);
+      for (int other = 1; other < kWarps; ++other)
+        for (int i = lane; i < (counts[other] + 31) / 32 * 32; i += 32)
+          best.push(i < counts[other], i < counts[other] ? buffers[other * WarpTopK::kCapacity + i] : 0);
       const ScanResult result{arguments, window, query, part};
       best.finish([&](int rank, uint64_t entry) { result.put(rank, entry); });
       result.pad(best.count);

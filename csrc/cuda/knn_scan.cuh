@@ -354,7 +354,7 @@ __device__ void produce(const CUtensorMap* query_map, const CUtensorMap* key_map
 // Where the result of one query against one part goes.
 struct ScanResult {
   const ScanArguments& arguments;
-  const Window& window;
+  Window window;
   int64_t query;
   int part;
 
@@ -381,7 +381,7 @@ struct ListSelection {
   static constexpr int kLoads = 8;        // records of a lane in the common case
   static constexpr int kMostKept = 192;   // entries that are worth ranking by comparing all pairs
   const ScanArguments& arguments;
-  const Window& window;
+  Window window;
   const T* keys;         // of the row
   uint64_t* buffer;      // of the warp
 
@@ -399,13 +399,14 @@ struct ListSelection {
     }
   };
 
-  // Any number of records, any ties, non-finite keys.
-  __device__ __noinline__ void select_slowly(const Lists& lists, const ScanResult& result) const {
-    WarpTopK best(buffer, arguments.k);
+  // Any number of records, any ties, non-finite keys. Out of line, with everything by value: what it takes by address would
+  // live in memory on the common path too.
+  static __device__ __noinline__ void select_slowly(ListSelection self, Lists lists, ScanResult result) {
+    WarpTopK best(self.buffer, self.arguments.k);
     const auto offer = [&](float score, int slot) {
       bool counted = score >= lists.threshold;
-      if (counted && score == INFINITY) counted = key_is_finite(keys + static_cast<int64_t>(slot) * dim, dim);
-      best.push(counted, make_entry(score, window.age(slot) + window.offset));
+      if (counted && score == INFINITY) counted = key_is_finite(self.keys + static_cast<int64_t>(slot) * dim, dim);
+      best.push(counted, make_entry(score, self.window.age(slot) + self.window.offset));
     };
     for (int i = 0; __any_sync(kAllLanes, 8 * i < lists.count); ++i) {
       float4 record = lists.record(i);
@@ -414,7 +415,7 @@ struct ListSelection {
       offer(record.x, slot);
       offer(record.y, slot + 1);
     }
-    if (best.count < min(arguments.k, window.length) && lists.threshold > kLowest) return result.redo();
+    if (best.count < min(self.arguments.k, self.window.length) && lists.threshold > kLowest) return result.redo();
     best.finish([&](int rank, uint64_t entry) { result.put(rank, entry); });
     result.pad(best.count);
   }
@@ -439,7 +440,7 @@ struct ListSelection {
     const Lists current = lists;
     reload();
     if (full || is_short) result.redo();
-    else if (many || kept > kMostKept) select_slowly(current, result);  // kept: ties
+    else if (many || kept > kMostKept) select_slowly(*this, current, result);  // kept: ties
     else rank(kept, result);
   }
 
@@ -591,6 +592,9 @@ __device__ void consume(const ScanArguments& arguments, ScanConsumer<T, dim>& co
       for (int e = 0; e < 2; ++e) threshold[e] = group_threshold(maxima[e], plan.rank);
     }
 
+#pragma unroll
+    for (int e = 0; e < 2; ++e)  // a block may have queries to spare: what they hold is another row's, or zeros
+      if (job.first_query + first + lane / 4 + 8 * e >= arguments.queries_per_row) threshold[e] = INFINITY;
     HitLists hits{{own_low, own_low + 8 * 4 * kListBytes}, own_high, arguments.one};
     const bool positive = threshold[0] > 0.0f && threshold[1] > 0.0f;
     const int ring_end = plan.tile_count - 1 - plan.first_tile, last = plan.tiles - 1;
@@ -606,8 +610,7 @@ __device__ void consume(const ScanArguments& arguments, ScanConsumer<T, dim>& co
     __syncwarp();
 
     const T* keys = static_cast<const T*>(arguments.keys) + static_cast<int64_t>(job.row) * arguments.slot_count * dim;
-    const Window window = plan.window;  // its own copy: what selection passes on lives in memory
-    const Selection selection{arguments, window, keys, buffer};
+    const Selection selection{arguments, plan.window, keys, buffer};
     const int records[2] = {static_cast<int>(hits.next[0] - own_low) / 16,
                             static_cast<int>(hits.next[1] - own_low - 8 * 4 * kListBytes) / 16};
     const auto lists_of = [&](int i) {  // the lists of the warp's query i
@@ -628,7 +631,7 @@ __device__ void consume(const ScanArguments& arguments, ScanConsumer<T, dim>& co
 #pragma unroll 1
     for (int i = 0; i < queries; ++i) {
       const int64_t query = job.index * arguments.queries_per_row + job.first_query + first + i;
-      selection.select(current, loaded, {arguments, window, query, job.part}, [&] {
+      selection.select(current, loaded, {arguments, plan.window, query, job.part}, [&] {
         current = lists_of(min(i + 1, 15));
         load();
       });

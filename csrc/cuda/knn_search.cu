@@ -125,7 +125,8 @@ int launch_scan(const KnnSearchShape& shape, const KnnSearchTensors& tensors, fl
   cudaMemsetAsync(workspace, 0, 4, stream);
   cudaFuncSetAttribute(knn_scan<T, dim>, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes);
   knn_scan<T, dim><<<blocks_in_grid, Shape::kThreads, Shape::kSharedBytes, stream>>>(query_map, key_map, sample_map, arguments);
-  knn_redo<T, dim><<<multiprocessors(), kRedoThreads, 0, stream>>>(arguments, static_cast<const T*>(tensors.query));
+  cudaFuncSetAttribute(knn_redo<T, dim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kRedoBufferBytes);
+  knn_redo<T, dim><<<multiprocessors(), kRedoThreads, kRedoBufferBytes, stream>>>(arguments, static_cast<const T*>(tensors.query));
   if (parts > 1) {
     const FewArguments merge{tensors.rows, tensors.start, tensors.cursor, nullptr, nullptr, nullptr, entries, tensors.scores,
                              tensors.slots, static_cast<int>(shape.queries_per_row), static_cast<int>(shape.slots), 0, parts, 0,
