@@ -70,6 +70,14 @@ def knn_search(
     return torch.ops.memtrans.native_knn_search(query, keys, rows, start, cursor, capacity, k)
 
 
+def knn_search_cuda(
+    query: Tensor, keys: Tensor, rows: Tensor, start: Tensor, cursor: Tensor, capacity: int, k: int
+) -> tuple[Tensor, Tensor]:
+    """`memtrans_kernels.knn_search` in CUDA; `status("cuda")` must have said that it is live."""
+    query = query.to(keys.dtype).contiguous()
+    return torch.ops.memtrans.native_knn_search(query, keys, rows, start, cursor, capacity, k)
+
+
 @functools.cache
 def _open(folder: Path, module: str) -> tuple[bool, str]:
     name = f"_native_{module}"
