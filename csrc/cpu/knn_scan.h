@@ -11,6 +11,8 @@
 #include "cpu/best_keys.h"
 
 #include <cmath>
+#include <cstdlib>
+#include <string>
 #include <type_traits>
 
 namespace memtrans {
@@ -99,39 +101,44 @@ MEMTRANS_INLINE bool any_above(const float* scores, const float* thresholds) {
   return any != 0;
 }
 
+// kKeys rows of keys by kVectors * kLanes queries, which leave the registers only when they are complete.
 template <int kLanes, int kVectors, int kKeys>
-MEMTRANS_INLINE void scan_tile(
-    const Keys<float>& keys, int64_t first_key, const Queries& queries, int64_t first_query, BestKeys& best) {
-  constexpr int64_t kPanel = kVectors * kLanes;
-  const int64_t count = std::min<int64_t>(kKeys, keys.size - first_key), width = queries.width;
-  const float* panel = &queries.numbers[first_query * width];
-  const float* key[kKeys];
-  for (int64_t index = 0; index < kKeys; ++index) {
-    key[index] = keys.first + (first_key + std::min(index, count - 1)) * keys.stride;
-  }
-  Vector<kLanes> scores[kKeys][kVectors] = {};
+MEMTRANS_INLINE void score_tile(const float* const* key, const float* panel, int64_t width, float* scores) {
+  Vector<kLanes> sums[kKeys][kVectors] = {};
   for (int64_t column = 0; column < width; ++column) {
 #pragma GCC unroll 16
     for (int index = 0; index < kKeys; ++index) {
       const float component = key[index][column];
 #pragma GCC unroll 2
       for (int vector = 0; vector < kVectors; ++vector) {
-        scores[index][vector] += component * load<kLanes>(panel + column * kPanel + vector * kLanes);
+        sums[index][vector] += component * load<kLanes>(panel + (column * kVectors + vector) * kLanes);
       }
     }
   }
-  float written[kKeys][kPanel];
-  std::memcpy(written, scores, sizeof(written));
-  const float* thresholds = best.thresholds() + first_query;
-  if (!any_above<kKeys * kPanel, kPanel>(written[0], thresholds)) {
+  std::memcpy(scores, sums, sizeof(sums));
+}
+
+template <int kLanes, int kVectors, int kKeys>
+MEMTRANS_INLINE void scan_tile(
+    const Keys<float>& keys, int64_t first_key, const Queries& queries, int64_t first_query, BestKeys& best) {
+  constexpr int64_t kPanel = kVectors * kLanes;
+  const int64_t count = std::min<int64_t>(kKeys, keys.size - first_key), width = queries.width;
+  const float *panel = &queries.numbers[first_query * width], *thresholds = best.thresholds() + first_query;
+  const float* key[kKeys];  // those beyond `count` repeat the last one and are not looked at
+  for (int64_t index = 0; index < kKeys; ++index) {
+    key[index] = keys.first + (first_key + std::min(index, count - 1)) * keys.stride;
+  }
+  float scores[kKeys][kPanel];
+  score_tile<kLanes, kVectors, kKeys>(key, panel, width, scores[0]);
+  if (!any_above<kKeys * kPanel, kPanel>(scores[0], thresholds)) {
     return;
   }
   for (int64_t index = 0; index < count; ++index) {
-    if (!any_above<kPanel, kPanel>(written[index], thresholds)) {
+    if (!any_above<kPanel, kPanel>(scores[index], thresholds)) {
       continue;
     }
     for (int64_t lane = 0; lane < kPanel; ++lane) {
-      const float score = written[index][lane];
+      const float score = scores[index][lane];
       if (score > thresholds[lane] && retrievable(score, panel + lane, kPanel, key[index], width)) {
         best.offer(first_query + lane, score, keys.position + first_key + index);
       }
@@ -232,13 +239,17 @@ void scan_anywhere(const Keys<Key>& keys, const Queries& queries, BestKeys& best
 #endif
 }
 
+// The fastest that this processor has, or what ATEN_CPU_CAPABILITY (avx512, avx2, default) limits all of PyTorch to.
 template <typename Key>
 Scan<Key> fastest_scan() {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+  const char* const variable = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string limit = variable ? variable : "avx512";
+  if (limit == "avx512" && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
     return {scan_avx512<Key>, 16};
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+  if (limit != "default" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     return {scan_avx2<Key>, 8};
   }
 #endif

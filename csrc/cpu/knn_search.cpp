@@ -66,10 +66,10 @@ Plan make_plan(
 // Scans the entries `begin` to `end` of a window, counted from its oldest one, in the order of their age.
 template <typename Key>
 void scan_entries(
-    const Tensor& keys, const Window& window, int64_t begin, int64_t end, const Queries& queries, BestKeys& best) {
+    const Scan<Key>& scan, const Tensor& keys, const Window& window, int64_t begin, int64_t end,
+    const Queries& queries, BestKeys& best) {
   const Key* row = keys.const_data_ptr<Key>() + window.row * keys.stride(0);
   const int64_t slots = keys.size(1);
-  const Scan<Key> scan = fastest_scan<Key>();
   while (begin < end) {
     const int64_t slot = (window.first + begin) % slots, size = std::min(end - begin, slots - slot);
     scan.run({row + slot * keys.stride(1), keys.stride(1), size, begin}, queries, best);
@@ -89,10 +89,10 @@ void run_part(const Plan& plan, int64_t part, const Tensor& query, const Tensor&
   if (kept == 0) {
     return;
   }
-  const Queries queries(
-      query.const_data_ptr<Key>() + first_of_all * plan.width, size, plan.width, fastest_scan<Key>().lanes);
+  const Scan<Key> scan = fastest_scan<Key>();
+  const Queries queries(query.const_data_ptr<Key>() + first_of_all * plan.width, size, plan.width, scan.lanes);
   BestKeys best(size, queries.padded(), kept);
-  scan_entries<Key>(keys, window, begin, end, queries, best);
+  scan_entries(scan, keys, window, begin, end, queries, best);
   for (int64_t number = 0; number < size; ++number) {
     best.take(number, found + ((first_of_all + number) * plan.key_parts + key_part) * plan.k);
   }
