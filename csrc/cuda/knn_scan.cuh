@@ -40,6 +40,8 @@ struct ScanArguments {
   char* lists;          // kListAlignment-aligned; 4 lists a query, kQueries queries a block of the grid
   uint32_t* redo_count;
   uint32_t* redo;       // query * parts + part
+  uint32_t* redo_done;  // (kSpreadQueries,): parts of a redone query that are ready
+  uint64_t* redo_entries;  // (kSpreadQueries, kRedoParts, k)
   int64_t row_count;
   int queries_per_row;
   int parts;            // pieces of a row's window, searched by different blocks
@@ -117,8 +119,9 @@ struct ScanPlan {
     return min(count, count - window.first / size + (end - window.slots + size - 1) / size);
   }
 
-  // The fraction of keys to sample: scanning a key costs 1, a candidate hit_cost. rank leaves fewer than K keys at the
-  // threshold about once in a million queries of independent keys.
+  // The fraction of keys to sample: scanning a key costs 1, a candidate hit_cost. The K - 1 best keys have a binomial number
+  // in the sample, which fall into so many distinct groups; rank is what that number reaches about once in a million queries
+  // of independent keys (4.6 deviations and a little, within 1 of the exact number for K from 1 to 128).
   __device__ void choose_sample(int k, float hit_cost) {
     phase_bits = skip_bits = rank = 0;
     if (window.length <= kUnsampledLength) return;
@@ -126,14 +129,18 @@ struct ScanPlan {
     const float covered = fminf(1.0f, static_cast<float>(blocks) * kSampleBlock / window.length);
     for (int step = 0; step < 6; ++step) {
       const float fraction = 0.5f / (1 << step) * covered;
-      const float expected = k * fraction;
-      const float keys = expected + 5.0f * sqrtf(expected) + 3.0f;
+      const float expected = k * fraction, empty = expf(-expected / kMaxima);
+      const float variance = expected * (1.0f - fraction) * empty * empty +
+                             kMaxima * empty * (1.0f - (1.0f + expected / kMaxima) * empty);
+      const float groups = fminf(fminf(k, 60.0f), ceilf(kMaxima * (1.0f - empty) + 4.6f * sqrtf(variance) + 2.5f - 2.2f * fraction));
+      const float keys = -kMaxima * logf(1.0f - groups / kMaxima);
       const float cost = fraction * window.length + hit_cost * keys / fraction;
-      if (step > 0 && (cost >= best || fraction * window.length < 4.0f * keys || (keys + 6.0f * sqrtf(keys)) / fraction > kMostCandidates)) continue;
+      const bool fits = fraction * window.length >= 4.0f * keys && keys + 6.0f * sqrtf(keys) <= kMostCandidates * fraction;
+      if (step > 0 && (cost >= best || !fits)) continue;
       best = cost;
       phase_bits = max(0, 2 - step);
       skip_bits = max(0, step - 2);
-      rank = static_cast<int>(kMaxima * (1.0f - expf(-keys / kMaxima)) + 0.5f);
+      rank = static_cast<int>(groups);
     }
   }
 
@@ -391,6 +398,8 @@ struct ListSelection {
     float threshold;
 
     // Record i of the lane; whatever the list's memory holds where there is none.
+    // Does any lane have more than half of kLoads records?
+    __device__ bool many() const { return __any_sync(kAllLanes, count > 8 * kLoads / 2); }
     __device__ float4 record(int i) const { return __ldcg(reinterpret_cast<const float4*>(place + 128 * i)); }
     // Scores that reach nothing, where there is no record i.
     __device__ void hide_missing(float4& record, int i) const {
@@ -422,31 +431,40 @@ struct ListSelection {
 
   // Up to kLoads records a lane, already loaded; reload() may overwrite them once the best are in shared memory.
   template <typename Reload>
-  __device__ void select(const Lists& lists, float4 (&records)[kLoads], const ScanResult& result, Reload reload) const {
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) lists.hide_missing(records[i], i);
+  __device__ void select(const Lists& lists, float4 (&records)[kLoads], bool many, const ScanResult& result,
+                         Reload reload) const {
+    for_records(many, [&](int i) { lists.hide_missing(records[i], i); });
     int mine;  // the lane's scores from the bound up
-    const int found = reaching(records, lists.threshold, mine);
-    const float largest = warp_largest(records);
+    const int found = reaching(records, many, lists.threshold, mine);
+    const float largest = warp_largest(records, many);
     const bool full = __any_sync(kAllLanes, lists.count + static_cast<int>(threadIdx.x % 8) >= kListFull);
-    const bool many = __any_sync(kAllLanes, lists.count > 8 * kLoads) || largest == INFINITY;
-    const bool is_short = !many && found < min(arguments.k, window.length) && lists.threshold > kLowest;
+    const bool hard = __any_sync(kAllLanes, lists.count > 8 * kLoads) || largest == INFINITY;
+    const bool is_short = !hard && found < min(arguments.k, window.length) && lists.threshold > kLowest;
     int kept = 0;
-    if (!full && !many && !is_short) {
+    if (!full && !hard && !is_short) {
       float bound = lists.threshold;
-      if (found > arguments.k) bound = kth_score(records, lists.threshold, largest, found, mine);
-      kept = compact(records, bound, mine);
+      if (found > arguments.k) bound = kth_score(records, many, lists.threshold, largest, found, mine);
+      kept = compact(records, many, bound, mine);
     }
     const Lists current = lists;
     reload();
     if (full || is_short) result.redo();
-    else if (many || kept > kMostKept) select_slowly(*this, current, result);  // kept: ties
+    else if (hard || kept > kMostKept) select_slowly(*this, current, result);  // kept: ties
     else rank(kept, result);
+  }
+
+  template <typename Visit>
+  static __device__ void for_records(bool many, Visit visit) {
+#pragma unroll
+    for (int i = 0; i < kLoads / 2; ++i) visit(i);
+    if (!many) return;
+#pragma unroll
+    for (int i = kLoads / 2; i < kLoads; ++i) visit(i);
   }
 
   // Puts {score, slot} of the records' scores from bound up into the buffer, as far as they fit, and counts them; `mine` are
   // the lane's.
-  __device__ int compact(const float4 (&records)[kLoads], float bound, int mine) const {
+  __device__ int compact(const float4 (&records)[kLoads], bool many, float bound, int mine) const {
     int end = mine;
 #pragma unroll
     for (int offset = 1; offset < 32; offset *= 2) {
@@ -468,53 +486,50 @@ struct ListSelection {
           : "f"(score), "r"(slot), "f"(bound), "r"(__float_as_int(score))
           : "memory");
     };
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
+    for_records(many, [&](int i) {
       const int slot = 2 * __float_as_int(records[i].z);
       store(records[i].x, slot);
       store(records[i].y, slot + 1);
-    }
+    });
     __syncwarp();
     return kept;
   }
 
-  static __device__ int reaching(const float4 (&records)[kLoads], float score, int& mine) {
+  static __device__ int reaching(const float4 (&records)[kLoads], bool many, float score, int& mine) {
     int first = 0, second = 0;
     const auto count = [&](int& total, float value) {
       asm("{\n.reg .pred reached;\nsetp.ge.f32 reached, %1, %2;\n@reached add.s32 %0, %0, 1;\n}\n"
           : "+r"(total)
           : "f"(value), "f"(score));
     };
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
+    for_records(many, [&](int i) {
       count(first, records[i].x);
       count(second, records[i].y);
-    }
+    });
     mine = first + second;
     return __reduce_add_sync(kAllLanes, mine);
   }
 
-  static __device__ float warp_largest(const float4 (&records)[kLoads]) {
+  static __device__ float warp_largest(const float4 (&records)[kLoads], bool many) {
     float largest = -INFINITY;
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) largest = fmaxf(largest, fmaxf(records[i].x, records[i].y));
+    for_records(many, [&](int i) { largest = fmaxf(largest, fmaxf(records[i].x, records[i].y)); });
     return unsortable(__reduce_max_sync(kAllLanes, sortable(largest)));
   }
 
-  static __device__ float warp_smallest(const float4 (&records)[kLoads]) {
+  static __device__ float warp_smallest(const float4 (&records)[kLoads], bool many) {
     float smallest = INFINITY;
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
+    for_records(many, [&](int i) {
       smallest = fminf(smallest, records[i].x >= kLowest ? records[i].x : INFINITY);
       smallest = fminf(smallest, records[i].y >= kLowest ? records[i].y : INFINITY);
-    }
+    });
     return unsortable(__reduce_min_sync(kAllLanes, sortable(smallest)));
   }
 
   // A score that k records reach; more only where scores tie. The first guesses assume that counts fall exponentially.
   // `mine` are the lane's scores that reach it.
-  __device__ float kth_score(const float4 (&records)[kLoads], float threshold, float largest, int found, int& mine) const {
-    float low = threshold == kLowest ? warp_smallest(records) : threshold, high = largest;
+  __device__ float kth_score(const float4 (&records)[kLoads], bool many, float threshold, float largest, int found,
+                             int& mine) const {
+    float low = threshold == kLowest ? warp_smallest(records, many) : threshold, high = largest;
     float at_low = static_cast<float>(found), at_high = 0.7f;
     const float k = static_cast<float>(arguments.k);
     for (int step = 0; step < 64; ++step) {
@@ -522,7 +537,7 @@ struct ListSelection {
       float middle = low + share * (high - low);
       if (!(middle > low && middle <= high)) middle = 0.5f * low + 0.5f * high;
       if (!(middle > low && middle <= high)) middle = high;
-      const int reached = reaching(records, middle, mine);
+      const int reached = reaching(records, many, middle, mine);
       if (reached == arguments.k) return middle;
       if (reached > arguments.k) {
         low = middle;
@@ -534,7 +549,7 @@ struct ListSelection {
         at_high = fmaxf(reached, 1.0f);
       }
     }
-    reaching(records, low, mine);
+    reaching(records, many, low, mine);
     return low;
   }
 
@@ -623,15 +638,16 @@ __device__ void consume(const ScanArguments& arguments, ScanConsumer<T, dim>& co
     const int queries = min(16, arguments.queries_per_row - job.first_query - first);
     typename Selection::Lists current = lists_of(0);
     float4 loaded[Selection::kLoads];
+    bool many = false;
     const auto load = [&] {
-#pragma unroll
-      for (int j = 0; j < Selection::kLoads; ++j) loaded[j] = current.record(j);
+      many = current.many();
+      Selection::for_records(many, [&](int j) { loaded[j] = current.record(j); });
     };
     load();
 #pragma unroll 1
     for (int i = 0; i < queries; ++i) {
       const int64_t query = job.index * arguments.queries_per_row + job.first_query + first + i;
-      selection.select(current, loaded, {arguments, plan.window, query, job.part}, [&] {
+      selection.select(current, loaded, many, {arguments, plan.window, query, job.part}, [&] {
         current = lists_of(min(i + 1, 15));
         load();
       });
