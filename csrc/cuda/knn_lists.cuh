@@ -46,8 +46,6 @@ struct ListSelection {
     float threshold;
 
     // Record i of the lane; whatever the list's memory holds where there is none.
-    // Does any lane have more than half of kLoads records?
-    __device__ bool many() const { return __any_sync(kAllLanes, count > 8 * kLoads / 2); }
     __device__ float4 record(int i) const { return __ldcg(reinterpret_cast<const float4*>(place + 128 * i)); }
     // Scores that reach nothing, where there is no record i.
     __device__ void hide_missing(float4& record, int i) const {
@@ -79,20 +77,20 @@ struct ListSelection {
 
   // Up to kLoads records a lane, already loaded; reload() may overwrite them once the best are in shared memory.
   template <typename Reload>
-  __device__ void select(const Lists& lists, float4 (&records)[kLoads], bool many, const ScanResult& result,
-                         Reload reload) const {
-    for_records(many, [&](int i) { lists.hide_missing(records[i], i); });
+  __device__ void select(const Lists& lists, float4 (&records)[kLoads], const ScanResult& result, Reload reload) const {
+    #pragma unroll
+    for (int i = 0; i < kLoads; ++i) lists.hide_missing(records[i], i);
     int mine;  // the lane's scores from the bound up
-    const int found = reaching(records, many, lists.threshold, mine);
-    const float largest = warp_largest(records, many);
+    const int found = reaching(records, lists.threshold, mine);
+    const float largest = warp_largest(records);
     const bool full = __any_sync(kAllLanes, lists.count + static_cast<int>(threadIdx.x % 8) >= kListFull);
     const bool hard = __any_sync(kAllLanes, lists.count > 8 * kLoads) || largest == INFINITY;
     const bool is_short = !hard && found < min(arguments.k, window.length) && lists.threshold > kLowest;
     int kept = 0;
     if (!full && !hard && !is_short) {
       float bound = lists.threshold;
-      if (found > arguments.k) bound = kth_score(records, many, lists.threshold, largest, found, mine);
-      kept = compact(records, many, bound, mine);
+      if (found > arguments.k) bound = kth_score(records, lists.threshold, largest, found, mine);
+      kept = compact(records, bound, mine);
     }
     const Lists current = lists;
     reload();
@@ -101,18 +99,9 @@ struct ListSelection {
     else rank(kept, result);
   }
 
-  template <typename Visit>
-  static __device__ void for_records(bool many, Visit visit) {
-#pragma unroll
-    for (int i = 0; i < kLoads / 2; ++i) visit(i);
-    if (!many) return;
-#pragma unroll
-    for (int i = kLoads / 2; i < kLoads; ++i) visit(i);
-  }
-
   // Puts {score, slot} of the records' scores from bound up into the buffer, as far as they fit, and counts them; `mine` are
   // the lane's.
-  __device__ int compact(const float4 (&records)[kLoads], bool many, float bound, int mine) const {
+  __device__ int compact(const float4 (&records)[kLoads], float bound, int mine) const {
     int end = mine;
 #pragma unroll
     for (int offset = 1; offset < 32; offset *= 2) {
@@ -134,50 +123,53 @@ struct ListSelection {
           : "f"(score), "r"(slot), "f"(bound), "r"(__float_as_int(score))
           : "memory");
     };
-    for_records(many, [&](int i) {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
       const int slot = 2 * __float_as_int(records[i].z);
       store(records[i].x, slot);
       store(records[i].y, slot + 1);
-    });
+    }
     __syncwarp();
     return kept;
   }
 
-  static __device__ int reaching(const float4 (&records)[kLoads], bool many, float score, int& mine) {
+  static __device__ int reaching(const float4 (&records)[kLoads], float score, int& mine) {
     int first = 0, second = 0;
     const auto count = [&](int& total, float value) {
       asm("{\n.reg .pred reached;\nsetp.ge.f32 reached, %1, %2;\n@reached add.s32 %0, %0, 1;\n}\n"
           : "+r"(total)
           : "f"(value), "f"(score));
     };
-    for_records(many, [&](int i) {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
       count(first, records[i].x);
       count(second, records[i].y);
-    });
+    }
     mine = first + second;
     return __reduce_add_sync(kAllLanes, mine);
   }
 
-  static __device__ float warp_largest(const float4 (&records)[kLoads], bool many) {
+  static __device__ float warp_largest(const float4 (&records)[kLoads]) {
     float largest = -INFINITY;
-    for_records(many, [&](int i) { largest = fmaxf(largest, fmaxf(records[i].x, records[i].y)); });
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) largest = fmaxf(largest, fmaxf(records[i].x, records[i].y));
     return unsortable(__reduce_max_sync(kAllLanes, sortable(largest)));
   }
 
-  static __device__ float warp_smallest(const float4 (&records)[kLoads], bool many) {
+  static __device__ float warp_smallest(const float4 (&records)[kLoads]) {
     float smallest = INFINITY;
-    for_records(many, [&](int i) {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
       smallest = fminf(smallest, records[i].x >= kLowest ? records[i].x : INFINITY);
       smallest = fminf(smallest, records[i].y >= kLowest ? records[i].y : INFINITY);
-    });
+    }
     return unsortable(__reduce_min_sync(kAllLanes, sortable(smallest)));
   }
 
   // A score that k records reach; more only where scores tie. The first guesses assume that counts fall exponentially.
   // `mine` are the lane's scores that reach it.
-  __device__ float kth_score(const float4 (&records)[kLoads], bool many, float threshold, float largest, int found,
-                             int& mine) const {
-    float low = threshold == kLowest ? warp_smallest(records, many) : threshold, high = largest;
+  __device__ float kth_score(const float4 (&records)[kLoads], float threshold, float largest, int found, int& mine) const {
+    float low = threshold == kLowest ? warp_smallest(records) : threshold, high = largest;
     float at_low = static_cast<float>(found), at_high = 0.7f;
     const float k = static_cast<float>(arguments.k);
     for (int step = 0; step < 64; ++step) {
@@ -185,7 +177,7 @@ struct ListSelection {
       float middle = low + share * (high - low);
       if (!(middle > low && middle <= high)) middle = 0.5f * low + 0.5f * high;
       if (!(middle > low && middle <= high)) middle = high;
-      const int reached = reaching(records, many, middle, mine);
+      const int reached = reaching(records, middle, mine);
       if (reached == arguments.k) return middle;
       if (reached > arguments.k) {
         low = middle;
@@ -197,7 +189,7 @@ struct ListSelection {
         at_high = fmaxf(reached, 1.0f);
       }
     }
-    reaching(records, many, low, mine);
+    reaching(records, low, mine);
     return low;
   }
 

@@ -43,7 +43,7 @@ __device__ void redo_window(WarpTopK& best, uint64_t* buffers, int* counts, cons
 }
 
 // The first warp of a block stores its part's entries; true in the block that is the last of the query.
-__device__ inline bool store_part(const ScanArguments& arguments, const WarpTopK& best, uint32_t item, int part) {
+__device__ inline bool store_part(const ScanArguments& arguments, const WarpTopK& best, uint32_t item, int part, int parts) {
   const int lane = threadIdx.x % 32;
   uint64_t* const entries = arguments.redo_entries + (static_cast<int64_t>(item) * kRedoParts + part) * arguments.k;
   for (int i = lane; i < arguments.k; i += 32) entries[i] = i < best.count ? best.buffer[i] : 0;
@@ -51,7 +51,7 @@ __device__ inline bool store_part(const ScanArguments& arguments, const WarpTopK
   __syncwarp();
   uint32_t done = 0;
   if (lane == 0) done = atomicAdd(arguments.redo_done + item, 1);
-  const bool last = __shfl_sync(kAllLanes, done, 0) == kRedoParts - 1;
+  const bool last = __shfl_sync(kAllLanes, done, 0) == static_cast<uint32_t>(parts - 1);
   __threadfence();
   return last;
 }
@@ -63,7 +63,8 @@ __global__ void __launch_bounds__(kRedoThreads) knn_redo(const ScanArguments arg
   __shared__ int counts[kRedoWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const uint32_t total = *arguments.redo_count;
-  const int parts = total <= kSpreadQueries ? kRedoParts : 1;
+  const int spread = arguments.k > 32 ? kRedoParts / 4 : kRedoParts;  // merging costs parts * K
+  const int parts = total <= kSpreadQueries ? spread : 1;
   for (uint32_t work = blockIdx.x; work < total * parts; work += gridDim.x) {
     const uint32_t item = work / parts;
     const int64_t query = arguments.redo[item] / arguments.parts;
@@ -80,11 +81,12 @@ __global__ void __launch_bounds__(kRedoThreads) knn_redo(const ScanArguments arg
     redo_window<T, dim>(best, buffers, counts, query_values, keys, window.piece(work % parts, parts));
     if (warp > 0) continue;
     if (parts > 1) {
-      if (!store_part(arguments, best, item, work % parts)) continue;
+      if (!store_part(arguments, best, item, work % parts, parts)) continue;
       best = WarpTopK(buffers, arguments.k);
       const uint64_t* entries = arguments.redo_entries + static_cast<int64_t>(item) * kRedoParts * arguments.k;
-      for (int i = lane; i < kRedoParts * arguments.k; i += 32) {  // a multiple of 32
-        const uint64_t entry = __ldcg(entries + i);
+      const int count = parts * arguments.k;
+      for (int i = lane; i < (count + 31) / 32 * 32; i += 32) {
+        const uint64_t entry = i < count ? __ldcg(entries + i) : 0;
         best.push(entry != 0, entry);
       }
     }

@@ -84,16 +84,19 @@ struct ScanConsumer {
 
   // Phase 2: all keys, into the thread's lists.
   __device__ void collect(const ScanPlan& plan, const float (&threshold)[2], HitLists& hits) {
-    const int lane = threadIdx.x % 32;
-    const bool positive = threshold[0] > 0.0f && threshold[1] > 0.0f;
-    const int ring_end = plan.tile_count - 1 - plan.first_tile, last = plan.tiles - 1;
-    int pair = plan.first_tile * (kScanTile / 2) + lane % 4;
+    const bool positive = __all_sync(kAllLanes, threshold[0] > 0.0f && threshold[1] > 0.0f);
+    int pair = plan.first_tile * (kScanTile / 2) + threadIdx.x % 4;
+    int careful = 0;  // the next tile that needs care: the first, that at the end of the ring, the last; or each
     stream(plan.tiles, [&](const float(&scores)[64], int tile) {
-      // only the first and the last tile of the window and that at the end of the ring have slots to hide
-      const bool plain = positive & (tile != 0) & (tile != last) & (tile != ring_end);
-      if (__all_sync(kAllLanes, plain)) collect_hits(scores, threshold, hits, pair);
-      else collect_carefully(scores, threshold, hits, pair, plan.window);
-      pair = tile == ring_end ? lane % 4 : pair + kScanTile / 2;
+      if (__all_sync(kAllLanes, tile != careful)) {
+        collect_hits(scores, threshold, hits, pair);
+      } else {
+        collect_carefully(scores, threshold, hits, pair, plan.window);
+        const int ring_end = plan.tile_count - 1 - plan.first_tile, last = plan.tiles - 1;
+        careful = !positive ? tile + 1 : tile < ring_end && ring_end < last ? ring_end : last;
+        if (tile == ring_end) pair = static_cast<int>(threadIdx.x % 4) - kScanTile / 2;
+      }
+      pair += kScanTile / 2;
     });
   }
 };
@@ -151,16 +154,15 @@ __device__ void select_all(const ScanArguments& arguments, const ScanJob& job, c
   const int queries = min(16, arguments.queries_per_row - job.first_query - first);
   typename Selection::Lists current = lists_of(0);
   float4 loaded[Selection::kLoads];
-  bool many = false;
   const auto load = [&] {
-    many = current.many();
-    Selection::for_records(many, [&](int j) { loaded[j] = current.record(j); });
+#pragma unroll
+    for (int i = 0; i < Selection::kLoads; ++i) loaded[i] = current.record(i);
   };
   load();
 #pragma unroll 1
   for (int i = 0; i < queries; ++i) {
     const int64_t query = job.index * arguments.queries_per_row + job.first_query + first + i;
-    selection.select(current, loaded, many, {arguments, window, query, job.part}, [&] {
+    selection.select(current, loaded, {arguments, window, query, job.part}, [&] {
       current = lists_of(min(i + 1, 15));
       load();
     });

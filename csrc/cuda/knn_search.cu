@@ -17,7 +17,7 @@ constexpr int kFewQueries = 8, kMostFewQueries = 32;  // of a row, for the path 
 constexpr int64_t kFewProducts = 22'000'000;     // ... while writing this many scores is cheaper than a scan's fixed costs
 constexpr int64_t kProductBytes = 256ll << 20;   // scores that a few-query launch may hold
 constexpr int64_t kSmallestPart = 4096;          // keys that are worth a block of their own
-constexpr float kHitCost = 200.0f;
+constexpr float kHitCost = 120.0f;
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
