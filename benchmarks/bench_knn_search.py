@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.cases import CASES, NEIGHBOURS, TOY, Case, search_arguments
-from benchmarks.measure import machine, median_ms
+from cases import CASES, NEIGHBOURS, TOY, Case, search_arguments
+from measure import machine, median_ms
 from memtrans_kernels import knn_search
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
