@@ -88,8 +88,8 @@ def _unfit_for_hopper(
         return f"D must be one of {SEARCH_WIDTHS}, got {keys.shape[-1]}"
     if sizes[1] > SEARCH_MOST_NEIGHBOURS:
         return f"k must be at most {SEARCH_MOST_NEIGHBOURS}, got {sizes[1]}"
-    if not keys.is_contiguous():
-        return "keys must be contiguous"
+    if not keys.is_contiguous() or keys.data_ptr() % 16:
+        return "keys must be contiguous and begin at a multiple of 16 bytes"
     if torch.cuda.get_device_capability(keys.device)[0] != 9:
         return f"it needs a Hopper GPU, got {torch.cuda.get_device_name(keys.device)}"
     return None

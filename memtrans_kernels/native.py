@@ -76,6 +76,8 @@ def knn_search_cuda(
 ) -> tuple[Tensor, Tensor]:
     """`memtrans_kernels.knn_search` in CUDA; `status("cuda")` must have said that it is live."""
     query = query.to(keys.dtype).contiguous()
+    if query.data_ptr() % 16:  # the copy engine reads 16 bytes at a time
+        query = query.clone()
     return torch.ops.memtrans.native_knn_search(query, keys, rows, start, cursor, capacity, k)
 
 

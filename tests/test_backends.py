@@ -18,6 +18,7 @@ SEARCH = (
     torch.tensor([0]),
     torch.tensor([8]),
 )
+UNALIGNED = "keys must be contiguous and begin at a multiple of 16 bytes"
 
 
 @pytest.fixture
@@ -76,7 +77,8 @@ def test_plain_pytorch_on_a_gpu_is_announced_once(nothing_compiled: None, on_a_g
         ({1: torch.zeros(1, 8, 64)}, 4, "keys must be float16 or bfloat16, got torch.float32"),
         ({1: torch.zeros(1, 8, 48, dtype=torch.float16)}, 4, r"D must be one of (32, 64, 96, 128, 256), got 48"),
         ({}, 129, "k must be at most 128, got 129"),
-        ({1: torch.zeros(1, 64, 8, dtype=torch.float16).transpose(1, 2)}, 4, "keys must be contiguous"),
+        ({1: torch.zeros(1, 64, 8, dtype=torch.float16).transpose(1, 2)}, 4, UNALIGNED),
+        ({1: torch.zeros(1 + 8 * 64, dtype=torch.float16)[1:].view(1, 8, 64)}, 4, UNALIGNED),
     ],
 )
 def test_what_the_hopper_search_does_not_take_is_a_reason(change: dict, k: int, reason: str) -> None:
