@@ -25,3 +25,21 @@ def ring_write(width: int) -> Launch:
 def cosine(width: int) -> Launch:
     """About 4096 numbers a program: rows of any width in registers, and thousands of programs at training sizes."""
     return Launch(block=max(1, 4096 // power_of_two(width)), warps=4)
+
+
+class AttentionLaunch(NamedTuple):
+    """Queries and local keys of a tile, the program's warps, and how many tiles are in flight."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def attention_forward(itemsize: int, width: int, length: int) -> AttentionLaunch:
+    """Few queries (decoding) take the smallest tile that a matrix product has."""
+    if itemsize > 2:
+        return AttentionLaunch(queries=16 if length <= 16 else 32, keys=32, warps=4, stages=1)
+    if length <= 16:
+        return AttentionLaunch(queries=16, keys=64, warps=4, stages=2)
+    return AttentionLaunch(queries=64, keys=64, warps=4 if width <= 64 else 8, stages=2)
