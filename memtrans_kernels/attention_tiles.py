@@ -96,6 +96,14 @@ def local_tile(
     return dot, dropped, weights * (grad_weights - delta)
 
 
+@triton.jit
+def load_denominator(lse, at, mask):
+    """lse in units of ln 2. Outside the mask infinity, so that all weights are 0; 0 where a query attends to nothing,
+    whose logits are all -inf."""
+    denominator = tl.load(lse + at, mask=mask, other=float("inf"))
+    return tl.where(denominator == float("-inf"), 0.0, denominator) * LOG2E
+
+
 def rows_of(tensor: Tensor) -> Tensor:
     """The tensor with its last axis contiguous; a copy only where it is not."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

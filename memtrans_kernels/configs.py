@@ -43,3 +43,28 @@ def attention_forward(itemsize: int, width: int, length: int) -> AttentionLaunch
     if length <= 16:
         return AttentionLaunch(queries=16, keys=64, warps=4, stages=2)
     return AttentionLaunch(queries=64, keys=64, warps=4 if width <= 64 else 8, stages=2)
+
+
+def attention_query_gradient(itemsize: int, width: int, length: int) -> AttentionLaunch:
+    """Gathers keys and values of the neighbours, so it has twice the rows of the forward kernel in registers."""
+    if itemsize > 2:
+        return AttentionLaunch(queries=16 if length <= 16 else 32, keys=32, warps=4, stages=1)
+    if length <= 16:
+        return AttentionLaunch(queries=16, keys=64, warps=4, stages=1)
+    return AttentionLaunch(queries=64, keys=64, warps=4 if width <= 64 else 8, stages=2)
+
+
+def attention_key_gradient(itemsize: int, width: int) -> AttentionLaunch:
+    """Half as many keys as queries: more programs, as each walks over the queries of all heads that share its keys."""
+    if itemsize > 2:
+        return AttentionLaunch(queries=32, keys=32, warps=4, stages=1)
+    return AttentionLaunch(queries=64, keys=64, warps=4 if width <= 64 else 8, stages=2)
+
+
+BIAS_PARTS = 16  # programs that share the documents and blocks of queries of one tile of the bias gradient
+
+
+def attention_bias_gradient(itemsize: int, width: int) -> AttentionLaunch:
+    """Square tiles: as many keys as queries."""
+    block = 32 if itemsize > 2 else 64
+    return AttentionLaunch(queries=block, keys=block, warps=4, stages=1)
