@@ -28,12 +28,13 @@ def cosine(width: int) -> Launch:
 
 
 class AttentionLaunch(NamedTuple):
-    """Queries and local keys of a tile, the program's warps, and how many tiles are in flight."""
+    """Queries and local keys of a tile, warps, tiles in flight, and neighbours whose rows are in flight together."""
 
     queries: int
     keys: int
     warps: int
     stages: int
+    unroll: int = 1
 
 
 def attention_forward(itemsize: int, width: int, length: int) -> AttentionLaunch:
@@ -41,24 +42,34 @@ def attention_forward(itemsize: int, width: int, length: int) -> AttentionLaunch
     if itemsize > 2:
         return AttentionLaunch(queries=16 if length <= 16 else 32, keys=32, warps=4, stages=1)
     if length <= 16:
-        return AttentionLaunch(queries=16, keys=64, warps=4, stages=2)
-    return AttentionLaunch(queries=64, keys=64, warps=4 if width <= 64 else 8, stages=2)
+        return AttentionLaunch(queries=16, keys=64, warps=4, stages=2, unroll=8)
+    if width <= 64:
+        return AttentionLaunch(queries=64, keys=64, warps=4, stages=2, unroll=4)
+    return AttentionLaunch(queries=64, keys=32, warps=4, stages=2, unroll=2)
 
 
 def attention_query_gradient(itemsize: int, width: int, length: int) -> AttentionLaunch:
-    """Gathers keys and values of the neighbours, so it has twice the rows of the forward kernel in registers."""
+    """Gathers keys and values of the neighbours: twice the rows of the forward kernel in registers."""
     if itemsize > 2:
         return AttentionLaunch(queries=16 if length <= 16 else 32, keys=32, warps=4, stages=1)
     if length <= 16:
-        return AttentionLaunch(queries=16, keys=64, warps=4, stages=1)
-    return AttentionLaunch(queries=64, keys=64, warps=4 if width <= 64 else 8, stages=2)
+        return AttentionLaunch(queries=16, keys=64, warps=4, stages=1, unroll=4)
+    return AttentionLaunch(queries=64 if width <= 64 else 32, keys=32, warps=4, stages=2, unroll=2)
 
 
 def attention_key_gradient(itemsize: int, width: int) -> AttentionLaunch:
-    """Half as many keys as queries: more programs, as each walks over the queries of all heads that share its keys."""
+    """Few queries at a time: two sums of (keys, D) and two tiles of (keys, queries) stay in registers."""
     if itemsize > 2:
         return AttentionLaunch(queries=32, keys=32, warps=4, stages=1)
-    return AttentionLaunch(queries=64, keys=64, warps=4 if width <= 64 else 8, stages=2)
+    return AttentionLaunch(queries=32, keys=64, warps=4, stages=2)
+
+
+KEY_GRADIENT_PROGRAMS = 512  # about four for each multiprocessor of a large GPU
+
+
+def head_parts(programs: int, heads: int) -> int:
+    """Into how many parts the heads that share keys are split, so that there are enough programs."""
+    return max(1, min(heads, KEY_GRADIENT_PROGRAMS // programs))
 
 
 BIAS_PARTS = 16  # programs that share the documents and blocks of queries of one tile of the bias gradient

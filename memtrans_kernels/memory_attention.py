@@ -51,13 +51,14 @@ def retrieved_softmax(scores, slots, at, inside, scale, offset, NEIGHBOURS: tl.c
 @triton.jit
 def attend_to_neighbours(
     acc, values, scores, slots, at, inside, scale, offset, peak, stride, seed, b, h, n,
-    NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, THRESHOLD: tl.constexpr,
+    NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, UNROLL: tl.constexpr,
+    THRESHOLD: tl.constexpr,
 ):  # fmt: skip
     """Adds the weighted values of the neighbours, one of each query at a time."""
     peak = tl.where(peak == float("-inf"), 0.0, peak)
-    for k in tl.range(0, NEIGHBOURS, num_stages=1, loop_unroll_factor=4):
+    for k in tl.range(0, NEIGHBOURS, num_stages=1, loop_unroll_factor=UNROLL):
         slot = tl.load(slots + at * NEIGHBOURS + k, mask=inside, other=-1)
-        score = tl.load(scores + at * NEIGHBOURS + k, mask=slot >= 0, other=0.0)
+        score = tl.load(scores + at * NEIGHBOURS + k, mask=inside, other=0.0)  # beside the slot, not after it
         weight = tl.where(slot >= 0, tl.exp2(score * scale + offset - peak), 0.0)
         if THRESHOLD > 0:
             weight = tl.where(kept(seed, b, h, n, k + n * 0, THRESHOLD), weight, 0.0)
@@ -98,7 +99,8 @@ def memory_attention_kernel(
     seed, out, lse, heads, groups, length, local_keys, distances,
     query_strides, key_strides, value_strides, memory_strides, dense_strides,
     NEIGHBOURS: tl.constexpr, BLOCK_NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, THRESHOLD: tl.constexpr, REST: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, UNROLL: tl.constexpr, THRESHOLD: tl.constexpr,
+    REST: tl.constexpr,
 ):  # fmt: skip
     program, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(length, BLOCK_QUERIES)
     block, bh = (blocks - 1 - program % blocks).to(tl.int32), program // blocks  # longest first
@@ -121,7 +123,7 @@ def memory_attention_kernel(
         )  # fmt: skip
         acc = attend_to_neighbours(
             acc, ring, scores, slots, at, inside, factor, offset, peak, memory_strides[1], draw, b, h, n,
-            NEIGHBOURS, WIDTH, BLOCK_WIDTH, THRESHOLD,
+            NEIGHBOURS, WIDTH, BLOCK_WIDTH, UNROLL, THRESHOLD,
         )  # fmt: skip
 
     q = load_rows(
@@ -195,6 +197,7 @@ def memory_attention(
             BLOCK_WIDTH=max(16, configs.power_of_two(width)),
             BLOCK_QUERIES=launch.queries,
             BLOCK_KEYS=launch.keys,
+            UNROLL=launch.unroll,
             num_warps=launch.warps,
             num_stages=launch.stages,
             **dropout_constants(dropout_p),

@@ -6,7 +6,8 @@ With P the softmax over neighbours and local keys, keep / (1 - p) its dropout, a
 
 1. A program per block of queries: their gradient (the neighbours' keys and values are gathered here), delta, and its
    part of the gradients of scale and offset, and of the bias beyond the table's end.
-2. A program per block of local keys: gradients of key and value, over all queries of all heads that share them.
+2. A program per block of local keys: gradients of key and value, over all queries of the heads that share them (or of
+   a part of these heads).
 3. Gradients of the bias: `attention_bias`.
 
 No two programs write the same number, so there are no atomics and two passes give the same bits. Shapes, limits and
@@ -14,6 +15,8 @@ precision: see `memory_attention`; the gradient of the local logits is cast to t
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -65,13 +68,14 @@ def query_gradient_of_local(
 def query_gradient_of_neighbours(
     acc, scale_sum, offset_sum, grad, denominator, delta, keys, values, key_stride, value_stride, scores, slots, at,
     inside, scale, offset, seed, b, h, n,
-    NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, THRESHOLD: tl.constexpr,
-    REST: tl.constexpr,
+    NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, UNROLL: tl.constexpr,
+    THRESHOLD: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """sum of d logits · key over the neighbours, one of each query at a time."""
-    for k in tl.range(0, NEIGHBOURS, num_stages=1, loop_unroll_factor=2):
+    for k in tl.range(0, NEIGHBOURS, num_stages=1, loop_unroll_factor=UNROLL):
         slot = tl.load(slots + at * NEIGHBOURS + k, mask=inside, other=-1)
-        score = tl.load(scores + at * NEIGHBOURS + k, mask=slot >= 0, other=0.0)
+        score = tl.load(scores + at * NEIGHBOURS + k, mask=inside, other=0.0)  # beside the slot, not after it
+        score = tl.where(slot >= 0, score, 0.0)
         value = gather_rows(values, slot, value_stride, WIDTH, BLOCK_WIDTH)
         key = gather_rows(keys, slot, key_stride, WIDTH, BLOCK_WIDTH)
         grad_weight = tl.sum(grad * value, axis=1)
@@ -92,7 +96,7 @@ def query_gradient_kernel(
     heads, groups, length, local_keys, distances, grad_strides, lse_strides, out_strides, query_strides, key_strides,
     value_strides, memory_key_strides, memory_value_strides, dense_strides,
     NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_QUERIES: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr, THRESHOLD: tl.constexpr, REST: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr, UNROLL: tl.constexpr, THRESHOLD: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     program, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(length, BLOCK_QUERIES)
     block, bh = (blocks - 1 - program % blocks).to(tl.int32), program // blocks  # longest first
@@ -127,7 +131,7 @@ def query_gradient_kernel(
             acc, scale_sum, offset_sum, grad.to(tl.float32), denominator, of_query,
             memory_keys + row * memory_key_strides[0], memory_values + row * memory_value_strides[0],
             memory_key_strides[1], memory_value_strides[1], scores, slots, at, inside, factor * LOG2E, offset,
-            draw, b, h, n, NEIGHBOURS, WIDTH, BLOCK_WIDTH, THRESHOLD, REST,
+            draw, b, h, n, NEIGHBOURS, WIDTH, BLOCK_WIDTH, UNROLL, THRESHOLD, REST,
         )  # fmt: skip
 
     q = load_rows(
@@ -218,7 +222,9 @@ def key_gradient_kernel(
     first = tl.maximum(seen, 0) // BLOCK_QUERIES * BLOCK_QUERIES
     far = tl.maximum(seen + BLOCK_KEYS + distances - 2, 0)  # from here on all keys are far from all queries
     far = tl.minimum(tl.cdiv(far, BLOCK_QUERIES) * BLOCK_QUERIES, length)
-    for head in tl.range(0, heads // groups):
+    each = tl.cdiv(heads // groups, tl.num_programs(1))  # heads of a part
+    part = tl.program_id(1).to(tl.int64)
+    for head in tl.range(part * each, tl.minimum(part * each + each, heads // groups)):
         h = g * (heads // groups) + head
         factor = tl.load(scale + h).to(tl.float32)
         of_head = query + b * query_strides[0] + h * query_strides[1]
@@ -237,10 +243,31 @@ def key_gradient_kernel(
             local_length is not None, NEIGHBOURS, WIDTH, BLOCK_WIDTH, BLOCK_QUERIES, THRESHOLD, REST,
         )  # fmt: skip
     column = tl.arange(0, BLOCK_WIDTH)
-    at = (bg * local_keys + j)[:, None] * WIDTH + column[None, :]
+    at = ((part * batch * groups + bg) * local_keys + j)[:, None] * WIDTH + column[None, :]
     mask = (j < local_keys)[:, None] & (column < WIDTH)[None, :]
     tl.store(grad_key + at, grad_k.to(grad_key.dtype.element_ty), mask=mask)
     tl.store(grad_value + at, grad_v.to(grad_value.dtype.element_ty), mask=mask)
+
+
+def _key_gradient(batch: int, shared: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Gradients of key and value, (B, G, L, D). Where few programs would own a block of keys each, several share its
+    heads, and their parts are added up."""
+    key, value = shared["key"], shared["value"]
+    launch = configs.attention_key_gradient(key.dtype.itemsize, shared["WIDTH"])
+    programs = triton.cdiv(shared["local_keys"], launch.keys) * batch * shared["groups"]
+    if programs == 0:
+        return key.new_zeros(key.shape), value.new_zeros(value.shape)
+    parts = configs.head_parts(programs, shared["heads"] // shared["groups"])
+    dtypes = (key.dtype, value.dtype) if parts == 1 else (torch.float32, torch.float32)
+    grad_key, grad_value = (key.new_empty(parts, *key.shape, dtype=dtype) for dtype in dtypes)
+    key_gradient_kernel[(programs, parts)](
+        grad_key=grad_key, grad_value=grad_value, batch=batch,
+        BLOCK_QUERIES=launch.queries, BLOCK_KEYS=launch.keys, num_warps=launch.warps, num_stages=launch.stages,
+        **shared,
+    )  # fmt: skip
+    if parts == 1:
+        return grad_key[0], grad_value[0]
+    return grad_key.sum(dim=0).to(key.dtype), grad_value.sum(dim=0).to(value.dtype)
 
 
 def memory_attention_backward(
@@ -293,19 +320,12 @@ def memory_attention_backward(
             scores=scores.contiguous(), slots=slots.contiguous(), memory_offset=memory_offset, grad_query=grad_query,
             sums=sums, lse_strides=grad_lse.stride(), out_strides=out.stride()[:3],
             memory_key_strides=memory_keys.stride()[:2], memory_value_strides=memory_values.stride()[:2],
-            BLOCK_QUERIES=launch.queries, BLOCK_KEYS=launch.keys, num_warps=launch.warps, num_stages=launch.stages,
-            **shared,
+            BLOCK_QUERIES=launch.queries, BLOCK_KEYS=launch.keys, UNROLL=launch.unroll,
+            num_warps=launch.warps, num_stages=launch.stages, **shared,
         )  # fmt: skip
     of_scale, of_offset, far = sums.sum(dim=-1)
 
-    launch = configs.attention_key_gradient(query.dtype.itemsize, width)
-    grad_key, grad_value = key.new_empty(key.shape), value.new_empty(value.shape)
-    if grad_key.numel():
-        key_gradient_kernel[(triton.cdiv(local_keys, launch.keys) * batch * groups,)](
-            grad_key=grad_key, grad_value=grad_value, batch=batch,
-            BLOCK_QUERIES=launch.queries, BLOCK_KEYS=launch.keys, num_warps=launch.warps, num_stages=launch.stages,
-            **shared,
-        )  # fmt: skip
+    grad_key, grad_value = _key_gradient(batch, shared)
     nothing = query.new_empty
     return (
         grad_query,
