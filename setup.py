@@ -8,7 +8,8 @@ Switches (environment variables):
   MEMTRANS_SKIP_BUILD=1       build no module at all
   MEMTRANS_SKIP_CUDA_BUILD=1  leave the CUDA module out
   MEMTRANS_FORCE_BUILD=1      a module that was not skipped and cannot be built is an error
-  TORCH_CUDA_ARCH_LIST        GPU architectures to compile for, e.g. "9.0" (default: those of this machine's GPUs)
+  TORCH_CUDA_ARCH_LIST        GPU architectures to compile for (default: 9.0a, the one that the kernels are written for;
+                              a list without it or 9.0 leaves the CUDA module out)
   MAX_JOBS                    compilers to run at a time
 """
 
@@ -37,10 +38,13 @@ except Exception as error:  # a broken PyTorch fails in many ways, and none of t
     )
 
 ROOT = Path(__file__).resolve().parent
+HOPPER = "9.0a"  # what the CUDA kernels are written for: wgmma and the bulk copy engine
+# PyTorch's build switches these off for its own tensors' sake; the kernels include no PyTorch header.
+HALF_CONVERSIONS = ["-U__CUDA_NO_HALF_CONVERSIONS__", "-U__CUDA_NO_BFLOAT16_CONVERSIONS__"]
 # LibTorch's stable ABI as of 2.10: one build works with every later PyTorch (and, through abi3, every Python >= 3.10).
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
 # Errors name their source line; without the folder that the package happened to be built in.
-HOST_FLAGS = ["-O3", "-fvisibility=hidden", f"-ffile-prefix-map={ROOT}{os.sep}=", *STABLE_ABI]
+HOST_FLAGS = ["-O3", "-fopenmp-simd", "-fvisibility=hidden", f"-ffile-prefix-map={ROOT}{os.sep}=", *STABLE_ABI]
 
 
 class Skipped(Exception):
@@ -85,6 +89,11 @@ def cuda_module(name: str) -> Extension:
         raise Skipped("this version has no CUDA sources")
     if torch_cuda is None:
         raise Skipped("the PyTorch present during installation was built without CUDA")
+    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", HOPPER).replace(";", " ").split()
+    if not {HOPPER, "9.0"} & {name.removesuffix("+PTX") for name in architectures}:
+        raise Skipped(
+            f"TORCH_CUDA_ARCH_LIST is {' '.join(architectures)}, and the kernels are written for {HOPPER} only"
+        )
     home = cpp_extension.CUDA_HOME
     if home is None or shutil.which("nvcc", path=os.path.join(home, "bin")) is None:
         raise RuntimeError("no nvcc was found during installation: install a CUDA toolkit or set CUDA_HOME")
@@ -94,7 +103,7 @@ def cuda_module(name: str) -> Extension:
         include_dirs=[str(ROOT / "csrc")],
         extra_compile_args={
             "cxx": ["-DUSE_CUDA", *HOST_FLAGS],
-            "nvcc": ["-O3", "-DUSE_CUDA", *STABLE_ABI],
+            "nvcc": ["-O3", "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", *HALF_CONVERSIONS],
         },
         py_limited_api=True,
     )

@@ -26,7 +26,7 @@ using torch::stable::Tensor;
 
 // Raised by one whenever an operator's schema or meaning changes, together with INTERFACE in
 // memtrans_kernels/native.py: a library left over from another version is then refused instead of misused.
-constexpr int64_t kInterface = 1;
+constexpr int64_t kInterface = 2;
 
 inline std::string shape_of(const Tensor& tensor) {
   std::ostringstream text;
@@ -110,6 +110,38 @@ inline void check_knn_add(
   check_same_device(rows, "rows", keys, "keys");
   check_same_device(new_keys, "new_keys", keys, "keys");
   check_same_device(new_values, "new_values", keys, "keys");
+}
+
+// What every device checks of knn_search's inputs.
+inline void check_knn_search(
+    const Tensor& query, const Tensor& keys, const Tensor& rows, const Tensor& start, const Tensor& cursor,
+    int64_t capacity, int64_t k) {
+  check_dims(query, "query", 4, "(B, H, N, D)");
+  check_dims(keys, "keys", 3, "(R, M + S, D)");
+  check_dims(rows, "rows", 1, "(B * G,)");
+  check_shape(start, "start", {keys.size(0)}, "(R,)");
+  check_shape(cursor, "cursor", {keys.size(0)}, "(R,)");
+  const int64_t batch = query.size(0), groups = batch ? rows.size(0) / batch : 0;
+  STD_TORCH_CHECK(query.size(3) == keys.size(2), "query must have D = ", keys.size(2), ", got ", shape_of(query));
+  STD_TORCH_CHECK(
+      groups * batch == rows.size(0) && (groups ? query.size(1) % groups == 0 : query.size(0) == 0),
+      "rows must have B * G elements with B and H as in query ", shape_of(query), " and H a multiple of G, got ",
+      rows.size(0));
+  STD_TORCH_CHECK(
+      capacity >= 1 && capacity <= keys.size(1), "capacity must lie in 1..", keys.size(1), ", got ", capacity);
+  STD_TORCH_CHECK(k >= 1, "k must be at least 1, got ", k);
+  const ScalarType type = keys.scalar_type();
+  STD_TORCH_CHECK(
+      type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
+      "keys must be float32, float16 or bfloat16");
+  check_floating(query, "query");
+  check_int64(rows, "rows");
+  check_int64(start, "start");
+  check_int64(cursor, "cursor");
+  check_same_device(query, "query", keys, "keys");
+  check_same_device(rows, "rows", keys, "keys");
+  check_same_device(start, "start", keys, "keys");
+  check_same_device(cursor, "cursor", keys, "keys");
 }
 
 }  // namespace memtrans

@@ -172,7 +172,7 @@ def _info(options: argparse.Namespace) -> int:
     print(f"{'python':12} {platform.python_version()} on {platform.platform()}")
     print(f"{'gpu':12} {_gpu()}")
     for line in backends_info():
-        state = "live" if line.live else f"not live: {line.reason}"
+        state = f"live{f' ({line.reason})' if line.reason else ''}" if line.live else f"not live: {line.reason}"
         print(f"{line.operator:26} {line.backend:10} {line.device:5} {state}")
     return 0
 

@@ -6,11 +6,13 @@ scored: the byte after each `?`. How many bytes ago the fact was stated is kept 
 
 What starts the one softmax of local and retrieved keys, found by trying (the preset `recall` sets all of it):
 - The first documents are short and ask within `near` bytes, where local attention reaches only a handful of facts.
-  What a layer learns there about finding a name is what its memory needs, because both share queries and keys. With
-  questions 5 to 100 bytes away the same model was still near chance after 500 steps; with 5 to 30 it started by 150.
-- The retrieved logits start with an offset of -2, so that random neighbours do not drown the local keys meanwhile.
-- Local heads start at looking 1, 2, 3 and 4 bytes back, which is where the letters of a name are; with T5's random
-  start of standard deviation 8 none may, and 900 steps did not move them.
+  What a layer learns there about finding a name is what its memory needs, because both share queries and keys. In a
+  prototype, questions 5 to 100 bytes away started after 400 to 800 steps, if at all; 5 to 30 within 200.
+- The retrieved logits start with an offset of -2: random neighbours drown the local keys meanwhile. At step 200 the
+  loss was 3.5 bits with an offset of 0, 2.5 with -2 and 0.7 with -4; but at step 800, with far questions, 0.26 with -2
+  and 0.45 with -4.
+- Local heads start at looking 1, 2, 3 and 4 bytes back, where the letters of a name are. With T5's random start a
+  prototype answered 11 % of near questions after 900 steps; with this one 59 %, all that it could see, after 400.
 """
 
 from __future__ import annotations
@@ -54,8 +56,9 @@ class RecallDocuments:
     """Documents of the task without end; `seed` and the number determine each.
 
     >>> document = RecallDocuments(seed=0, task=RecallTask()).document(3)
-    >>> bytes(document.content[:10].tolist()).decode()
-    'xb=s;ne=k;'
+    >>> text = bytes(document.content.tolist()).decode()
+    >>> text[2], text[4], int((document.distances > 0).sum()) == text.count("?")
+    ('=', ';', True)
     """
 
     def __init__(self, seed: int | str, task: RecallTask) -> None:

@@ -14,6 +14,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 
+def _umask() -> int:
+    """The process's mask; it can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
 def write_atomically(path: str | Path, content: bytes) -> None:
     """Writes beside `path`, forces the bytes to disk, then renames over it."""
     path = Path(path)
@@ -23,6 +30,7 @@ def write_atomically(path: str | Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's file is its owner's alone
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

@@ -91,7 +91,9 @@ def bias_gradient_kernel(
 
 
 @triton.jit
-def diagonal_sums_kernel(tiles, far, grad_table, heads, distances, parts, places, BLOCK: tl.constexpr):
+def diagonal_sums_kernel(
+    tiles, far, grad_table, heads, distances, parts, places, BLOCK: tl.constexpr, BLOCK_PARTS: tl.constexpr
+):
     """Gradient of one bias by distance: the sum along one diagonal of all tiles (parts, H, places, BLOCK, BLOCK)."""
     distance, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if distance == distances - 1:
@@ -102,10 +104,10 @@ def diagonal_sums_kernel(tiles, far, grad_table, heads, distances, parts, places
         # A query m of the first tile stands `below` ahead of key m - below; in the next one it is key m + BLOCK - below.
         n = tl.where(m >= below, m - below, m - below + BLOCK)
         at = tl.where(m >= below, 0, BLOCK * BLOCK) + m * BLOCK + n
-        acc = tl.zeros([BLOCK], tl.float32)
-        for part in tl.range(0, parts):
-            acc += tl.load(tiles + ((part * heads + h) * places + place) * BLOCK * BLOCK + at)
-        tl.store(grad_table + h * distances + distance, tl.sum(acc).to(grad_table.dtype.element_ty))
+        part = tl.arange(0, BLOCK_PARTS)
+        tile = (part * heads + h) * places + place
+        terms = tl.load(tiles + tile[:, None] * BLOCK * BLOCK + at[None, :], mask=(part < parts)[:, None], other=0.0)
+        tl.store(grad_table + h * distances + distance, tl.sum(terms).to(grad_table.dtype.element_ty))
 
 
 def grad_table(bias_table: Tensor, far: Tensor, batch: int, shared: dict[str, Any]) -> Tensor:
@@ -114,7 +116,7 @@ def grad_table(bias_table: Tensor, far: Tensor, batch: int, shared: dict[str, An
     length, local_keys = shared["length"], shared["local_keys"]
     if batch * length * local_keys == 0:
         return bias_table.new_zeros(heads, distances)
-    launch = configs.attention_bias_gradient(shared["query"].dtype.itemsize, shared["WIDTH"])
+    launch = configs.attention_bias_gradient(shared["query"].dtype.itemsize)
     parts = min(configs.BIAS_PARTS, batch * triton.cdiv(length, launch.queries))
     places = (distances - 2) // launch.queries + 2 if distances > 1 else 0
     tiles = far.new_empty(parts, heads, places, launch.queries, launch.queries)
@@ -122,8 +124,9 @@ def grad_table(bias_table: Tensor, far: Tensor, batch: int, shared: dict[str, An
         _add_tiles((places, heads, parts), tiles, batch, parts, False, launch, shared)
     grad = bias_table.new_empty(heads, distances)
     diagonal_sums_kernel[(distances, heads)](
-        tiles, far, grad, heads, distances, parts, places, BLOCK=launch.queries, num_warps=1
-    )
+        tiles, far, grad, heads, distances, parts, places,
+        BLOCK=launch.queries, BLOCK_PARTS=configs.power_of_two(parts), num_warps=4,
+    )  # fmt: skip
     return grad
 
 
@@ -131,7 +134,7 @@ def grad_dense(bias_dense: Tensor, batch: int, shared: dict[str, Any]) -> Tensor
     """(1 or B, H, N, L)."""
     documents, heads, length, local_keys = bias_dense.shape
     grad = bias_dense.new_empty(bias_dense.shape)
-    launch = configs.attention_bias_gradient(shared["query"].dtype.itemsize, shared["WIDTH"])
+    launch = configs.attention_bias_gradient(shared["query"].dtype.itemsize)
     places = triton.cdiv(length, launch.queries) * triton.cdiv(local_keys, launch.queries)
     if grad.numel():
         _add_tiles((places, heads, documents), grad, batch, documents, True, launch, shared)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
@@ -32,6 +33,11 @@ def _native_missing() -> str | None:
     return None if live else reason
 
 
+def _native_cuda_missing() -> str | None:
+    live, reason = native.status("cuda")
+    return None if live else reason
+
+
 @functools.cache
 def _triton_missing() -> str | None:
     return None if find_spec("triton") else "Triton is not installed"
@@ -47,9 +53,43 @@ def _any_tensors(*arguments: Any) -> str | None:
     return None
 
 
+NARROW = "no float64"
+
+
 def _no_float64(*arguments: Any) -> str | None:
     wide = any(isinstance(argument, Tensor) and argument.dtype == torch.float64 for argument in arguments)
     return "it computes in float32, not in float64" if wide else None
+
+
+def _no_float64_keys(query: Tensor, keys: Tensor, *_: Any) -> str | None:
+    return _no_float64(keys)  # the query is cast to the dtype of the keys
+
+
+SEARCH_WIDTHS, SEARCH_MOST_NEIGHBOURS = (32, 64, 96, 128, 256), 128  # what csrc/cuda/knn_search.cu is compiled for
+SEARCH_LIMITS = f"float16 and bfloat16 keys, D of {SEARCH_WIDTHS}, K up to {SEARCH_MOST_NEIGHBOURS}, Hopper GPUs"
+
+
+def _unfit_for_hopper(
+    query: Tensor, keys: Tensor, rows: Tensor, start: Tensor, cursor: Tensor, *sizes: int
+) -> str | None:
+    if keys.dtype not in (torch.float16, torch.bfloat16):
+        return f"keys must be float16 or bfloat16, got {keys.dtype}"
+    if keys.shape[-1] not in SEARCH_WIDTHS:
+        return f"D must be one of {SEARCH_WIDTHS}, got {keys.shape[-1]}"
+    if sizes[1] > SEARCH_MOST_NEIGHBOURS:
+        return f"k must be at most {SEARCH_MOST_NEIGHBOURS}, got {sizes[1]}"
+    if not keys.is_contiguous():
+        return "keys must be contiguous"
+    if torch.cuda.get_device_capability(keys.device)[0] != 9:
+        return f"it needs a Hopper GPU, got {torch.cuda.get_device_name(keys.device)}"
+    return None
+
+
+def _beyond_attention_tiles(slots_position: int, *arguments: Any) -> str | None:
+    width, neighbours = arguments[0].shape[-1], arguments[slots_position].shape[-1]
+    if width > 128 or neighbours > 128:
+        return f"its tiles hold head widths and neighbours up to 128, not D={width} and K={neighbours}"
+    return _no_float64(*arguments)
 
 
 class Implementation(NamedTuple):
@@ -61,6 +101,7 @@ class Implementation(NamedTuple):
     function: str
     missing: Callable[[], str | None] = _always_live  # why this process cannot run it, None if it can
     unfit: Callable[..., str | None] = _any_tensors  # why it cannot run on these arguments, None if it can
+    limits: str = ""  # what `unfit` lets through, in words
 
     def load(self) -> Callable[..., Any]:
         return getattr(import_module(f"memtrans_kernels.{self.module}"), self.function)
@@ -80,8 +121,8 @@ def _reference(function: str, on_host: str | None = None) -> tuple[Implementatio
 
 def _triton(module: str, function: str) -> tuple[Implementation, ...]:
     return (
-        Implementation("triton", "cuda", module, function, _triton_missing, _no_float64),
-        Implementation("triton", "cpu", module, function, _not_interpreting, _no_float64),
+        Implementation("triton", "cuda", module, function, _triton_missing, _no_float64, NARROW),
+        Implementation("triton", "cpu", module, function, _not_interpreting, _no_float64, NARROW),
     )
 
 
@@ -91,17 +132,37 @@ def _ordered(*candidates: tuple[Implementation, ...]) -> tuple[Implementation, .
     return tuple(sorted(flat, key=lambda candidate: (candidate.backend, candidate.device) == ("triton", "cpu")))
 
 
+SLOTS = 7  # the position of `slots` among the arguments of `memory_attention`
+
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
     "knn_add_": _ordered(
         (Implementation("native", "cpu", "native", "knn_add_", _native_missing),),
         _triton("knn_add", "knn_add_"),
         _reference("knn_add_"),
     ),
-    "knn_search": _reference("knn_search", on_host="knn_search_on_host"),
+    "knn_search": _ordered(
+        (
+            Implementation("native", "cpu", "native", "knn_search", _native_missing, _no_float64_keys, NARROW),
+            Implementation(
+                "native", "cuda", "native", "knn_search_cuda", _native_cuda_missing, _unfit_for_hopper, SEARCH_LIMITS
+            ),
+        ),
+        _reference("knn_search", on_host="knn_search_on_host"),
+    ),
     "cosine": _ordered(_triton("cosine", "cosine"), _reference("cosine")),
     "cosine_backward": _ordered(_triton("cosine", "cosine_backward"), _reference("cosine_backward")),
-    "memory_attention": _reference("memory_attention"),
-    "memory_attention_backward": _reference("memory_attention_backward"),
+    "memory_attention": _ordered(
+        _triton("memory_attention", "memory_attention", functools.partial(_beyond_attention_tiles, SLOTS)),
+        _reference("memory_attention"),
+    ),
+    "memory_attention_backward": _ordered(
+        _triton(
+            "memory_attention_backward",
+            "memory_attention_backward",
+            functools.partial(_beyond_attention_tiles, SLOTS + 4),  # behind the gradients, out and lse
+        ),
+        _reference("memory_attention_backward"),
+    ),
 }
 
 
@@ -125,15 +186,24 @@ def resolve(operator: str, backend: str, *arguments: Any) -> Callable[..., Any]:
     if backend == "auto":
         named = check_name(os.environ.get(ENVIRONMENT_VARIABLE, "auto"))
         backend = named if implements(operator, named) else "auto"
-    device, reasons = arguments[0].device.type, []
+    device: str = arguments[0].device.type
+    reasons: list[str] = []
     for candidate in IMPLEMENTATIONS[operator]:
         if candidate.device == device and backend in ("auto", candidate.backend):
             reason = candidate.why_not() or candidate.unfit(*arguments)
             if reason is None:
+                if candidate.backend == "reference" and device == "cuda" and reasons:
+                    _warn_slow_path(operator, "; ".join(reasons))
                 return candidate.load()
             reasons.append(f"{candidate.backend}: {reason}")
     detail = "; ".join(reasons) or f"{backend} does not implement it"
     raise RuntimeError(f"backend={backend!r} cannot run {operator} on {device}: {detail}")
+
+
+@functools.cache
+def _warn_slow_path(operator: str, reasons: str) -> None:
+    """Says once for each reason that a GPU runs the plain PyTorch version."""
+    warnings.warn(f"{operator} runs in plain PyTorch, which is slow: {reasons}", RuntimeWarning, stacklevel=2)
 
 
 class BackendInfo(NamedTuple):
@@ -143,7 +213,7 @@ class BackendInfo(NamedTuple):
     backend: str
     device: str
     live: bool
-    reason: str
+    reason: str  # why not, or the limits within which it is
 
 
 def backends_info() -> list[BackendInfo]:
@@ -156,5 +226,7 @@ def backends_info() -> list[BackendInfo]:
     for operator, candidates in IMPLEMENTATIONS.items():
         for candidate in candidates:
             reason = candidate.why_not()
-            lines.append(BackendInfo(operator, candidate.backend, candidate.device, reason is None, reason or ""))
+            lines.append(
+                BackendInfo(operator, candidate.backend, candidate.device, reason is None, reason or candidate.limits)
+            )
     return lines

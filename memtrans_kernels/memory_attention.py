@@ -36,7 +36,9 @@ from memtrans_kernels.attention_tiles import (
 
 
 @triton.jit
-def retrieved_softmax(scores, slots, at, inside, scale, offset, NEIGHBOURS: tl.constexpr, BLOCK_NEIGHBOURS: tl.constexpr):
+def retrieved_softmax(
+    scores, slots, at, inside, scale, offset, NEIGHBOURS: tl.constexpr, BLOCK_NEIGHBOURS: tl.constexpr
+):
     """Peak and denominator of the retrieved logits of queries `at`; -inf and 0 where there are none."""
     k = tl.arange(0, BLOCK_NEIGHBOURS)
     entry = at[:, None] * NEIGHBOURS + k[None, :]
@@ -118,9 +120,7 @@ def memory_attention_kernel(
     if NEIGHBOURS > 0:
         offset = 0.0 if memory_offset is None else tl.load(memory_offset + h).to(tl.float32) * LOG2E
         ring = memory_values + tl.load(rows + b * groups + g) * memory_strides[0]
-        peak, total = retrieved_softmax(
-            scores, slots, at, inside, factor, offset, NEIGHBOURS, BLOCK_NEIGHBOURS
-        )  # fmt: skip
+        peak, total = retrieved_softmax(scores, slots, at, inside, factor, offset, NEIGHBOURS, BLOCK_NEIGHBOURS)
         acc = attend_to_neighbours(
             acc, ring, scores, slots, at, inside, factor, offset, peak, memory_strides[1], draw, b, h, n,
             NEIGHBOURS, WIDTH, BLOCK_WIDTH, UNROLL, THRESHOLD,
@@ -151,7 +151,8 @@ def memory_attention_kernel(
         WIDTH, BLOCK_WIDTH, BLOCK_KEYS, THRESHOLD,
     )  # fmt: skip
 
-    acc *= (REST / tl.where(total > 0.0, total, 1.0))[:, None]
+    total = tl.where(total > 0.0, total, 1.0)  # nothing to attend to: out is 0, lse is the peak, -inf
+    acc *= (REST / total)[:, None]
     column = tl.arange(0, BLOCK_WIDTH)
     mask = inside[:, None] & (column < WIDTH)[None, :]
     tl.store(out + at[:, None] * WIDTH + column[None, :], acc.to(out.dtype.element_ty), mask=mask)
@@ -181,7 +182,7 @@ def memory_attention(
     query, key, value, memory_values = (rows_of(tensor) for tensor in (query, key, value, memory_values))
     out = query.new_empty(batch, heads, length, width)
     lse = query.new_empty(batch, heads, length, dtype=torch.float32)
-    launch = configs.attention_forward(query.dtype.itemsize, width, length)
+    launch = configs.attention_forward(query.dtype.itemsize, width, length, local_keys)
     programs = batch * heads * triton.cdiv(length, launch.queries)
     if programs:
         memory_attention_kernel[(programs,)](

@@ -16,7 +16,7 @@ from torch import Tensor
 
 MODULES = ("cpu", "cuda")
 # Equals kInterface in csrc/memtrans.h; a library built for another number is refused.
-INTERFACE = 1
+INTERFACE = 2
 
 
 def load(module: str = "cpu") -> bool:
@@ -61,6 +61,21 @@ def knn_add_(
 ) -> None:
     """`memtrans_kernels.knn_add_` in C++; `status` must have said that it is live."""
     torch.ops.memtrans.native_knn_add_(keys, values, cursor, rows, new_keys, new_values, count, at)
+
+
+def knn_search(
+    query: Tensor, keys: Tensor, rows: Tensor, start: Tensor, cursor: Tensor, capacity: int, k: int
+) -> tuple[Tensor, Tensor]:
+    """`memtrans_kernels.knn_search` in C++; `status` must have said that it is live. No float64 keys."""
+    return torch.ops.memtrans.native_knn_search(query, keys, rows, start, cursor, capacity, k)
+
+
+def knn_search_cuda(
+    query: Tensor, keys: Tensor, rows: Tensor, start: Tensor, cursor: Tensor, capacity: int, k: int
+) -> tuple[Tensor, Tensor]:
+    """`memtrans_kernels.knn_search` in CUDA; `status("cuda")` must have said that it is live."""
+    query = query.to(keys.dtype).contiguous()
+    return torch.ops.memtrans.native_knn_search(query, keys, rows, start, cursor, capacity, k)
 
 
 @functools.cache

@@ -318,7 +318,8 @@ def test_info_names_versions_and_every_backend_as_live_or_why_not(capsys):
     for name in ("python", "torch", "gpu"):
         assert re.search(rf"^{name} +\S", printed, re.MULTILINE)
     for line in backends_info():
-        expected = "live" if line.live else f"not live: {line.reason}"
+        limits = f" ({line.reason})" if line.reason else ""
+        expected = f"live{limits}" if line.live else f"not live: {line.reason}"
         assert re.search(
             rf"^{line.operator} +{line.backend} +{line.device} +{re.escape(expected)}$", printed, re.MULTILINE
         )

@@ -154,3 +154,10 @@ def test_a_failing_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest
     monkeypatch.undo()
     assert os.listdir(tmp_path) == ["memory"]
     assert held(KNNMemory.load(path)) == [[1, 2, 3]] * 2
+
+
+def test_a_saved_file_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    plain, saved = tmp_path / "plain", tmp_path / "memory.safetensors"
+    plain.write_bytes(b"")
+    filled().save(saved)
+    assert saved.stat().st_mode == plain.stat().st_mode

@@ -3,7 +3,7 @@
 // With base = at[row] (cursor[row] without `at`), entry base + j, j < count, goes to slot (base + j) mod (M + S), unless
 // it is stored already (base + j < cursor[row]) or newer entries of the same call would overwrite it. Then cursor[row] =
 // max(cursor[row], base + count). Entries are cast to the ring's type; finite ones saturate instead of overflowing.
-#include "memtrans.h"
+#include "cpu/tensors.h"
 
 #include <algorithm>
 #include <cmath>
@@ -21,16 +21,6 @@ struct RowWrite {
   int64_t first;
   int64_t last;
 };
-
-std::vector<int64_t> numbers(const Tensor& tensor) {
-  const int64_t* data = tensor.const_data_ptr<int64_t>();
-  const int64_t stride = tensor.dim() ? tensor.stride(0) : 1;
-  std::vector<int64_t> list(tensor.numel());
-  for (size_t index = 0; index < list.size(); ++index) {
-    list[index] = data[index * stride];
-  }
-  return list;
-}
 
 std::vector<RowWrite> plan_writes(
     const Tensor& rows, const Tensor& cursor, const std::optional<Tensor>& count, const std::optional<Tensor>& at,
@@ -96,21 +86,6 @@ void write_entries(const Tensor& ring, const Tensor& given, const std::vector<Ro
       }
     }
   });
-}
-
-// Calls action(element) with a value of the C++ type that `type` names; check_floating has admitted only these four.
-template <typename Action>
-void with_element_type(ScalarType type, const Action& action) {
-  switch (type) {
-    case ScalarType::Half:
-      return action(c10::Half{});
-    case ScalarType::BFloat16:
-      return action(c10::BFloat16{});
-    case ScalarType::Double:
-      return action(double{});
-    default:
-      return action(float{});
-  }
 }
 
 template <bool kSaturateInfinity>

@@ -36,7 +36,7 @@ struct FewArguments {
   int queries_per_row;
   int slot_count;
   int stride;           // slot_count rounded up to 4
-  int parts;            // of few_select, part_slots each
+  int parts;            // of few_select, part_slots entries each
   int part_slots;
   int capacity;
   int k;
@@ -132,7 +132,7 @@ __device__ inline void write_neighbours(WarpTopK& best, const FewArguments& argu
 // warp selects first. A query of one part is finished here.
 template <typename T>
 __global__ void __launch_bounds__(kSelectThreads, 1) few_select(const FewArguments arguments, int dim) {
-  constexpr int kUnroll = 8;
+  constexpr int kUnroll = 16;
   __shared__ uint64_t shared_list[WarpTopK::kCapacity];
   __shared__ uint32_t best_of_group[kSelectThreads / 4];
   __shared__ int survivors;
@@ -143,33 +143,24 @@ __global__ void __launch_bounds__(kSelectThreads, 1) few_select(const FewArgumen
   const Window window = visible_window(arguments.start, arguments.cursor, row, arguments.capacity, arguments.slot_count);
   const float* products = arguments.products + query * arguments.stride;
   const T* keys = static_cast<const T*>(arguments.keys) + row * arguments.slot_count * dim;
-  const int begin = blockIdx.x * arguments.part_slots, end = min(begin + arguments.part_slots, arguments.slot_count);
+  const int begin = blockIdx.x * arguments.part_slots, end = min(begin + arguments.part_slots, window.length);  // ages
 
-  // visit(score, slot) for the thread's visible slots, kUnroll vectors of 4 in flight
+  // visit(score, age) for the thread's ages, kUnroll in flight
   const auto for_each = [&](auto visit) {
-    for (int base = begin + 4 * threadIdx.x; base < end; base += 4 * kSelectThreads * kUnroll) {
-      float4 scores[kUnroll];
-#pragma unroll
-      for (int i = 0; i < kUnroll; ++i)
-        if (base + 4 * kSelectThreads * i < end)
-          scores[i] = *reinterpret_cast<const float4*>(products + base + 4 * kSelectThreads * i);
+    for (int base = begin + threadIdx.x; base < end; base += kSelectThreads * kUnroll) {
+      float scores[kUnroll];
 #pragma unroll
       for (int i = 0; i < kUnroll; ++i) {
-        const int slot = base + 4 * kSelectThreads * i;
-        if (slot >= end) continue;
-        const bool whole = slot + 3 < end && window.age(slot) + 3 < window.length && slot + 3 < window.slots &&
-                           (slot >= window.first || slot + 3 < window.first);
-        const auto shown = [&](float score, int slot) { return whole || window.shows(slot) ? score : -INFINITY; };
-        visit(make_float4(shown(scores[i].x, slot), shown(scores[i].y, slot + 1), shown(scores[i].z, slot + 2),
-                          shown(scores[i].w, slot + 3)),
-              slot);
+        const int age = base + kSelectThreads * i;
+        scores[i] = age < end ? products[window.slot(age)] : -INFINITY;
       }
+#pragma unroll
+      for (int i = 0; i < kUnroll; ++i) visit(scores[i], base + kSelectThreads * i);
     }
   };
-  const auto finite_max = [](float a, float b) { return b < INFINITY ? fmaxf(a, b) : a; };  // an infinite one may not count
   float largest = -INFINITY;
-  for_each([&](float4 score, int) {
-    largest = finite_max(finite_max(finite_max(finite_max(largest, score.x), score.y), score.z), score.w);
+  for_each([&](float score, int) {
+    if (score < INFINITY) largest = fmaxf(largest, score);  // an infinite one may belong to a key that does not count
   });
   largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
   largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
@@ -186,18 +177,14 @@ __global__ void __launch_bounds__(kSelectThreads, 1) few_select(const FewArgumen
   }
   present = __reduce_add_sync(kAllLanes, present);
   const float lowest = present < arguments.k ? -3.402823466e+38f : unsortable(kth_largest(values, arguments.k));
-  const auto offer = [&](float score, int slot) {
-    if (!(score >= lowest)) return;
-    if (score == INFINITY && !key_is_finite(keys + static_cast<int64_t>(slot) * dim, dim)) return;
-    const int place = atomicAdd(&survivors, 1);
-    if (place < WarpTopK::kCapacity) shared_list[place] = make_entry(score, window.age(slot));
+  const auto counts = [&](float score, int age) {
+    if (score == INFINITY) return key_is_finite(keys + static_cast<int64_t>(window.slot(age)) * dim, dim);
+    return score >= lowest;
   };
-  for_each([&](float4 score, int slot) {
-    if (fmaxf(fmaxf(score.x, score.y), fmaxf(score.z, score.w)) < lowest) return;
-    offer(score.x, slot);
-    offer(score.y, slot + 1);
-    offer(score.z, slot + 2);
-    offer(score.w, slot + 3);
+  for_each([&](float score, int age) {
+    if (!(score >= lowest) || !counts(score, age)) return;
+    const int place = atomicAdd(&survivors, 1);
+    if (place < WarpTopK::kCapacity) shared_list[place] = make_entry(score, age);
   });
   __syncthreads();
   if (warp > 0 && survivors <= WarpTopK::kCapacity) return;
@@ -208,11 +195,9 @@ __global__ void __launch_bounds__(kSelectThreads, 1) few_select(const FewArgumen
     if (warp > 0) return;
     best.count = 0;
     for (int base = begin; base < end; base += 32) {
-      const int slot = base + lane;
-      const float score = slot < end && window.shows(slot) ? products[slot] : -INFINITY;
-      bool counted = score >= lowest;
-      if (counted && score == INFINITY) counted = key_is_finite(keys + static_cast<int64_t>(slot) * dim, dim);
-      best.push(counted, make_entry(score, window.age(slot)));
+      const int age = base + lane;
+      const float score = age < end ? products[window.slot(age)] : -INFINITY;
+      best.push(counts(score, age), make_entry(score, age));
     }
   }
   if (arguments.parts == 1) return write_neighbours(best, arguments, query, window);

@@ -13,7 +13,8 @@
 namespace memtrans {
 namespace {
 
-constexpr int kFewQueries = 32;                  // up to so many queries a row, reading the keys is what costs
+constexpr int kFewQueries = 8, kMostFewQueries = 32;  // of a row, for the path that reads the keys once ...
+constexpr int64_t kFewProducts = 22'000'000;     // ... while writing this many scores is cheaper than a scan's fixed costs
 constexpr int64_t kProductBytes = 256ll << 20;   // scores that a few-query launch may hold
 constexpr int64_t kSmallestPart = 4096;          // keys that are worth a block of their own
 constexpr float kHitCost = 120.0f;
@@ -42,7 +43,10 @@ int64_t few_parts(const KnnSearchShape& shape) {
   return parts < 1 ? 1 : parts;
 }
 
-bool takes_few_queries(const KnnSearchShape& shape) { return shape.queries_per_row <= kFewQueries; }
+bool takes_few_queries(const KnnSearchShape& shape) {
+  return shape.queries_per_row <= kFewQueries ||
+         (shape.queries_per_row <= kMostFewQueries && shape.row_count * shape.queries_per_row * shape.slots <= kFewProducts);
+}
 
 // Pieces of a row's window, so that few queries still occupy all multiprocessors.
 int64_t scan_parts(const KnnSearchShape& shape) {
@@ -53,14 +57,16 @@ int64_t scan_parts(const KnnSearchShape& shape) {
   return parts < 1 ? 1 : parts;
 }
 
-// Scratch memory of knn_scan: counter | redo list | entries of the parts | lists.
+// Scratch memory of knn_scan and knn_redo: counters | entries of redone queries | redo list | entries of the parts | lists.
 struct ScanWorkspace {
-  int64_t redo, entries, lists, bytes;
+  static constexpr int64_t kCounterBytes = 4 + 4 * kSpreadQueries;
+  int64_t redo_entries, redo, entries, lists, bytes;
 
   explicit ScanWorkspace(const KnnSearchShape& shape) {
     const int64_t queries = shape.dim > 128 ? ScanShape<256>::kQueries : ScanShape<128>::kQueries;
     const int64_t results = shape.row_count * shape.queries_per_row * scan_parts(shape);
-    redo = 256;
+    redo_entries = round_up(kCounterBytes, 256);
+    redo = redo_entries + round_up(int64_t{kSpreadQueries} * kRedoParts * shape.k * 8, 256);
     entries = redo + round_up(results * 4, 256);
     lists = round_up(entries + (scan_parts(shape) > 1 ? results * shape.k * 8 : 0), kListAlignment);
     bytes = lists + multiprocessors() * queries * 4 * kListBytes + kListAlignment;
@@ -116,16 +122,18 @@ int launch_scan(const KnnSearchShape& shape, const KnnSearchTensors& tensors, fl
   uint64_t* const entries = reinterpret_cast<uint64_t*>(workspace + places.entries);
   const ScanArguments arguments{tensors.rows, tensors.start, tensors.cursor, tensors.keys, tensors.scores, tensors.slots,
                                 entries, workspace + places.lists, reinterpret_cast<uint32_t*>(workspace),
-                                reinterpret_cast<uint32_t*>(workspace + places.redo), shape.row_count,
+                                reinterpret_cast<uint32_t*>(workspace + places.redo),
+                                reinterpret_cast<uint32_t*>(workspace) + 1,
+                                reinterpret_cast<uint64_t*>(workspace + places.redo_entries), shape.row_count,
                                 static_cast<int>(shape.queries_per_row), parts, static_cast<int>(shape.slots),
                                 static_cast<int>(shape.capacity), static_cast<int>(shape.k), hit_cost, 1};
   const int64_t queries = shape.row_count * shape.queries_per_row;
   const int64_t jobs = shape.row_count * parts * ((shape.queries_per_row + Shape::kQueries - 1) / Shape::kQueries);
   const unsigned blocks_in_grid = static_cast<unsigned>(jobs < multiprocessors() ? jobs : multiprocessors());
-  cudaMemsetAsync(workspace, 0, 4, stream);
+  cudaMemsetAsync(workspace, 0, ScanWorkspace::kCounterBytes, stream);
   cudaFuncSetAttribute(knn_scan<T, dim>, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes);
   knn_scan<T, dim><<<blocks_in_grid, Shape::kThreads, Shape::kSharedBytes, stream>>>(query_map, key_map, sample_map, arguments);
-  knn_redo<T, dim><<<multiprocessors(), kRedoThreads, 0, stream>>>(arguments, static_cast<const T*>(tensors.query));
+  knn_redo<T, dim><<<2 * multiprocessors(), kRedoThreads, 0, stream>>>(arguments, static_cast<const T*>(tensors.query));
   if (parts > 1) {
     const FewArguments merge{tensors.rows, tensors.start, tensors.cursor, nullptr, nullptr, nullptr, entries, tensors.scores,
                              tensors.slots, static_cast<int>(shape.queries_per_row), static_cast<int>(shape.slots), 0, parts, 0,
@@ -147,7 +155,7 @@ int launch_few(const KnnSearchShape& shape, const KnnSearchTensors& tensors, cud
                                  static_cast<const T*>(tensors.query) + query * dim, tensors.keys, products, entries,
                                  tensors.scores + query * shape.k, tensors.slots + query * shape.k, static_cast<int>(per_row),
                                  static_cast<int>(shape.slots), static_cast<int>(stride), parts,
-                                 static_cast<int>(round_up((shape.slots + parts - 1) / parts, 4)),
+                                 static_cast<int>((shape.capacity + parts - 1) / parts),
                                  static_cast<int>(shape.capacity), static_cast<int>(shape.k)};
     const int64_t tiles = (shape.slots + kFewTile - 1) / kFewTile, wanted = (dim > 128 ? 1 : kFewBlocks) * multiprocessors() / count;
     const dim3 grid(static_cast<unsigned>(wanted < 1 ? 1 : tiles < wanted ? tiles : wanted), static_cast<unsigned>(count),

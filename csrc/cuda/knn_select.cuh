@@ -27,7 +27,7 @@ struct Window {
   __device__ Window piece(int part, int parts) const {
     const int begin = static_cast<int>(static_cast<int64_t>(length) * part / parts);
     const int end = static_cast<int>(static_cast<int64_t>(length) * (part + 1) / parts);
-    return {slot(begin), end - begin, slots, begin};
+    return {slot(begin), end - begin, slots, offset + begin};
   }
 };
 

@@ -1,0 +1,186 @@
+"""What everything is measured at, how it is timed, and how it is written down.
+
+Sizes are in the letters of `memtrans_kernels`. There is one entry for each operator, implementation, case, mode and
+dtype.
+
+GPU time is the median of CUDA events, or of replays of a captured graph where a call takes less than GRAPH_BELOW.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+MEMORIES = {"8k": 8192, "64k": 65536, "262k": 262144}
+TOY = os.environ.get("MEMTRANS_BENCH_TOY") == "1"  # sizes for a test that only asks whether the benchmarks run
+
+FOLDER = Path(__file__).resolve().parent
+RESULTS = Path(os.environ.get("MEMTRANS_BENCH_RESULTS", FOLDER / "results"))
+GRAPH_BELOW = 0.5  # ms
+GRAPH_CALLS, ROUNDS, WARM_UP = 20, 50, 5
+KEY = ("op", "impl", "case", "mode", "dtype")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+only_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="measured on a GPU only")
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    width: int  # D
+    groups: int  # G
+    capacity: int  # M
+    batch: int = 16  # B
+    heads: int = 8  # H
+    length: int = 512  # N
+    neighbours: int = 32  # K
+    spare: int = 512  # S
+
+    @property
+    def rows(self) -> int:
+        return self.batch * self.groups
+
+
+def case(name: str) -> Case:
+    """`[decode-]<d64|d128|paper>-<8k|64k|262k>`, as README and result files name it.
+
+    >>> case("decode-paper-64k").length
+    1
+    """
+    shape, memory = name.removeprefix("decode-").rsplit("-", 1)
+    width, groups = {"d64": (64, 1), "d128": (128, 1), "paper": (128, 8)}[shape]
+    made = Case(name, width, groups, MEMORIES[memory], length=1 if name.startswith("decode-") else 512)
+    return replace(made, batch=2, capacity=32, length=min(8, made.length), neighbours=4, spare=8) if TOY else made
+
+
+@dataclass
+class Ring:
+    """A memory that is full and has wrapped round: random keys of unit length, random values."""
+
+    keys: Tensor  # (R, M + S, D)
+    values: Tensor  # (R, M + S, D)
+    cursor: Tensor  # (R,)
+    start: Tensor  # (R,)
+    rows: Tensor  # (B·G,)
+
+
+def full_ring(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> Ring:
+    generator = torch.Generator(device).manual_seed(seed)
+    shape = (case.rows, case.capacity + case.spare, case.width)
+    keys, values = (torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator) for _ in range(2))
+    keys /= keys.norm(dim=-1, keepdim=True)
+    cursor = torch.full((case.rows,), 2 * shape[1] + case.spare // 2, device=device)
+    return Ring(keys, values, cursor, torch.zeros_like(cursor), torch.arange(case.rows, device=device))
+
+
+def machine() -> str:
+    """The folder of the results: `cpu`, or a GPU's short name and how many there are, as in `h200-x2`."""
+    if DEVICE == "cpu":
+        return "cpu"
+    words = torch.cuda.get_device_name().lower().split()
+    name = next((word for word in words if word[:1] in "abhg" and word[1:].isdigit()), "-".join(words))
+    return name if torch.cuda.device_count() == 1 else f"{name}-x{torch.cuda.device_count()}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def gpu_milliseconds(function: Callable[[], Any], rounds: int = ROUNDS) -> float:
+    """Median GPU time of one call."""
+    for _ in range(WARM_UP):
+        function()
+    once = _event_milliseconds(function, rounds)
+    if once >= GRAPH_BELOW:
+        return once
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(GRAPH_CALLS):
+            function()
+    return _event_milliseconds(graph.replay, rounds) / GRAPH_CALLS
+
+
+def _event_milliseconds(function: Callable[[], Any], rounds: int) -> float:
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
+    for begin, end in events:
+        begin.record()
+        function()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(begin.elapsed_time(end) for begin, end in events)
+
+
+def measure(
+    benchmark: Any,
+    function: Callable[[], Any],
+    *,
+    op: str,
+    impl: str,
+    case: str,
+    dtype: torch.dtype,
+    mode: str = "forward",
+    capturable: bool = True,
+    **extra: Any,
+) -> None:
+    """Times `function` and writes the entry down. `extra` holds what gives a rate: `bytes`, `flop`, `tokens`."""
+    labels = {"op": op, "impl": impl, "case": case, "mode": mode, "dtype": dtype_name(dtype)}
+    benchmark.extra_info.update(labels, **_environment(), **extra)
+    if DEVICE == "cpu":
+        benchmark.pedantic(function, rounds=2 if TOY else 15, warmup_rounds=3)
+        milliseconds = benchmark.stats.stats.median * 1e3 if benchmark.stats else None
+    else:
+        milliseconds = gpu_milliseconds(function) if capturable else _uncaptured(function)
+        benchmark.extra_info["gpu_ms"] = milliseconds
+        benchmark.pedantic(lambda: (function(), torch.cuda.synchronize()), rounds=5)
+    write_down({**benchmark.extra_info, "ms": milliseconds})
+
+
+def _uncaptured(function: Callable[[], Any]) -> float:
+    for _ in range(WARM_UP):
+        function()
+    return _event_milliseconds(function, ROUNDS)
+
+
+def write_down(entry: dict[str, Any]) -> None:
+    """Puts the entry into `results/<machine>/<op>.json`, in place of an earlier one of the same labels."""
+    path = RESULTS / machine() / f"{entry['op']}.json"
+    entries = json.loads(path.read_text()) if path.exists() else []
+    kept = [other for other in entries if any(other[name] != entry[name] for name in KEY)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([*kept, entry], indent=1) + "\n")
+
+
+def _environment() -> dict[str, str]:
+    return {
+        "gpu": torch.cuda.get_device_name() if DEVICE == "cuda" else f"none, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "commit": _commit(),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def _commit() -> str:
+    """Of the checkout, `-dirty` where files differ from it; MEMTRANS_COMMIT where the sources are no checkout."""
+    command = ["git", "-C", str(FOLDER), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("MEMTRANS_COMMIT", "unknown")

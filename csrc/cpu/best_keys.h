@@ -1,0 +1,79 @@
+// The best K of the keys that each of some queries was offered, in any number, by score and then by age.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <vector>
+
+namespace memtrans {
+
+// One retrieved key as a number whose order is (score, then age): larger is better. `position` counts the visible keys
+// of a row from old to new. Zero stands for no key: a score of -inf or NaN is never retrieved.
+using Found = uint64_t;
+
+inline Found found(float score, int64_t position) {
+  const float unsigned_zero = score + 0.0f;
+  uint32_t bits;
+  std::memcpy(&bits, &unsigned_zero, sizeof(bits));
+  const uint32_t ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  return static_cast<Found>(ordered) << 32 | ~static_cast<uint32_t>(position);
+}
+
+inline float score_of(Found found) {
+  const uint32_t ordered = static_cast<uint32_t>(found >> 32);
+  const uint32_t bits = ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered;
+  float score;
+  std::memcpy(&score, &bits, sizeof(score));
+  return score;
+}
+
+inline int64_t position_of(Found found) {
+  return static_cast<uint32_t>(~found);
+}
+
+// Keys above a query's threshold are put aside; every K of them the best K are kept and the threshold rises to the K-th.
+class BestKeys {
+ public:
+  // Queries `queries` to `padded` stand for nothing: their threshold is one that no score passes.
+  BestKeys(int64_t queries, int64_t padded, int64_t k)
+      : k_(k), aside_(queries * 2 * k), sizes_(queries, 0), thresholds_(padded, std::numeric_limits<float>::infinity()) {
+    std::fill_n(thresholds_.begin(), queries, -std::numeric_limits<float>::infinity());
+  }
+
+  // One for each query: only keys with a greater score are worth offering. It rises, and a stale one is safe.
+  const float* thresholds() const {
+    return thresholds_.data();
+  }
+
+  // Keys have to be offered from old to new.
+  void offer(int64_t query, float score, int64_t position) {
+    Found* aside = &aside_[query * 2 * k_];
+    int64_t& size = sizes_[query];
+    aside[size++] = found(score, position);
+    if (size == 2 * k_) {
+      std::nth_element(aside, aside + k_ - 1, aside + size, std::greater<Found>());
+      thresholds_[query] = score_of(aside[k_ - 1]);
+      size = k_;
+    }
+  }
+
+  // Writes the best K of a query, best first, and returns how many there are.
+  int64_t take(int64_t query, Found* best) {
+    Found* aside = &aside_[query * 2 * k_];
+    const int64_t size = sizes_[query], taken = std::min(size, k_);
+    std::partial_sort(aside, aside + taken, aside + size, std::greater<Found>());
+    std::copy_n(aside, taken, best);
+    return taken;
+  }
+
+ private:
+  int64_t k_;
+  std::vector<Found> aside_;
+  std::vector<int64_t> sizes_;
+  std::vector<float> thresholds_;
+};
+
+}  // namespace memtrans

@@ -1,0 +1,101 @@
+"""`auto` takes the fastest that can run; a named backend runs or says why not; nothing falls back in silence."""
+
+from __future__ import annotations
+
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from memtrans_kernels import backends, knn_search, native, reference
+from memtrans_kernels.backends import Implementation, backends_info, resolve
+
+SEARCH = (
+    torch.zeros(1, 2, 3, 64, dtype=torch.float16),
+    torch.zeros(1, 8, 64, dtype=torch.float16),
+    torch.tensor([0]),
+    torch.tensor([0]),
+    torch.tensor([8]),
+)
+
+
+@pytest.fixture
+def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "status", lambda module="cpu": (False, f"the {module} module is not built"))
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Stands for a CUDA tensor: `resolve` looks at its device alone."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    backends._warn_slow_path.cache_clear()
+    return SimpleNamespace(device=torch.device("cuda"))
+
+
+def test_auto_passes_on_to_the_next_one_when_the_first_is_missing(nothing_compiled: None) -> None:
+    assert resolve("knn_search", "auto", *SEARCH, 8, 4) is reference.knn_search_on_host
+    assert resolve("knn_add_", "auto", SEARCH[1]) is reference.knn_add_
+
+
+def test_a_named_backend_that_cannot_run_says_why(nothing_compiled: None) -> None:
+    with pytest.raises(
+        RuntimeError, match=r"backend='native' cannot run knn_search on cpu: native: the cpu module is not"
+    ):
+        knn_search(*SEARCH, capacity=8, k=4, backend="native")
+    with pytest.raises(
+        RuntimeError, match="backend='triton' cannot run knn_search on cpu: triton does not implement it"
+    ):
+        knn_search(*SEARCH, capacity=8, k=4, backend="triton")
+
+
+def test_the_environment_stands_in_for_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMTRANS_BACKEND", "reference")
+    assert resolve("knn_add_", "auto", SEARCH[1]) is reference.knn_add_
+    monkeypatch.setenv("MEMTRANS_BACKEND", "native")
+    assert resolve("memory_attention", "auto", SEARCH[0]) is reference.memory_attention, "native has no attention"
+    monkeypatch.setenv("MEMTRANS_BACKEND", "fastest")
+    with pytest.raises(
+        ValueError, match="backend must be one of auto, reference, triton, native, faiss, got 'fastest'"
+    ):
+        resolve("knn_add_", "auto", SEARCH[1])
+
+
+def test_plain_pytorch_on_a_gpu_is_announced_once(nothing_compiled: None, on_a_gpu: SimpleNamespace) -> None:
+    with pytest.warns(RuntimeWarning, match="knn_search runs in plain PyTorch, which is slow: native: the cuda module"):
+        resolve("knn_search", "auto", on_a_gpu)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resolve("knn_search", "auto", on_a_gpu)
+        resolve("knn_search", "reference", on_a_gpu)
+
+
+@pytest.mark.parametrize(
+    ("change", "k", "reason"),
+    [
+        ({1: torch.zeros(1, 8, 64)}, 4, "keys must be float16 or bfloat16, got torch.float32"),
+        ({1: torch.zeros(1, 8, 48, dtype=torch.float16)}, 4, r"D must be one of (32, 64, 96, 128, 256), got 48"),
+        ({}, 129, "k must be at most 128, got 129"),
+        ({1: torch.zeros(1, 64, 8, dtype=torch.float16).transpose(1, 2)}, 4, "keys must be contiguous"),
+    ],
+)
+def test_what_the_hopper_search_does_not_take_is_a_reason(change: dict, k: int, reason: str) -> None:
+    arguments = [change.get(place, tensor) for place, tensor in enumerate(SEARCH)]
+    assert backends._unfit_for_hopper(*arguments, 8, k) == reason
+
+
+def test_every_implementation_can_be_loaded_or_says_why_not() -> None:
+    for operator, candidates in backends.IMPLEMENTATIONS.items():
+        for candidate in candidates:
+            assert isinstance(candidate, Implementation)
+            if candidate.why_not() is None:
+                assert callable(candidate.load()), f"{operator} by {candidate.backend}"
+
+
+def test_info_has_a_line_for_each_and_names_the_limits() -> None:
+    lines = backends_info()
+    assert len(lines) == sum(len(candidates) for candidates in backends.IMPLEMENTATIONS.values())
+    assert all(line.live or line.reason for line in lines)
+    assert {"reference"} == {line.backend for line in lines if line.operator == "memory_attention" and line.live} - {
+        "triton"
+    }

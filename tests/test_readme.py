@@ -1,0 +1,35 @@
+"""The README shows what the code and the result files say."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_its_python_snippets_run_in_order() -> None:
+    names: dict = {}
+    snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert snippets
+    for snippet in snippets:
+        exec(snippet, names)
+    assert names["logits"].shape == (2, 256, 256)
+    assert names["memories"][0].lengths.tolist() == [0, 1024]
+
+
+def test_its_tables_are_those_of_the_result_files() -> None:
+    specification = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    assert specification and specification.loader
+    tables = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(tables)
+    assert tables.filled(README) == README, "run: python benchmarks/tables.py"
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(([\w./-]+)\)", README))))
+def test_every_file_it_links_to_exists(path: str) -> None:
+    assert (ROOT / path).exists()
