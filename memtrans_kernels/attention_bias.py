@@ -2,9 +2,9 @@
 
     bias_table (H, distances) · bias_dense (1 or B, H, N, L) -> the same shapes
 
-The gradient of a bias is a sum of gradients of logits, recomputed here tile by tile. Table: only tiles near the diagonal
-are visited, as all farther logits belong to the last column, which the kernel over queries has summed. Tiles that lie
-equally far behind their queries are added up over documents and blocks of queries, and only then along their
+The gradient of a bias is a sum of gradients of logits, recomputed here tile by tile. Table: only tiles near the
+diagonal are visited, as all farther logits belong to the last column, which the kernel over queries has summed. Tiles
+that lie equally far behind their queries are added up over documents and blocks of queries, and only then along their
 diagonals. Dense: the tiles of one place are added up over the documents that share the bias. No atomics.
 
 Limits and precision: see `memory_attention_backward`; sums are float32.
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -101,7 +100,7 @@ def diagonal_sums_kernel(
     else:
         place, below = distance // BLOCK, distance % BLOCK  # the diagonal crosses this tile and the next one
         m = tl.arange(0, BLOCK)
-        # A query m of the first tile stands `below` ahead of key m - below; in the next one it is key m + BLOCK - below.
+        # In the first tile query m stands this far from key m - below, in the next one from key m + BLOCK - below.
         n = tl.where(m >= below, m - below, m - below + BLOCK)
         at = tl.where(m >= below, 0, BLOCK * BLOCK) + m * BLOCK + n
         part = tl.arange(0, BLOCK_PARTS)

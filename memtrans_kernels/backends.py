@@ -85,10 +85,15 @@ def _unfit_for_hopper(
     return None
 
 
-def _beyond_attention_tiles(slots_position: int, *arguments: Any) -> str | None:
-    width, neighbours = arguments[0].shape[-1], arguments[slots_position].shape[-1]
-    if width > 128 or neighbours > 128:
-        return f"its tiles hold head widths and neighbours up to 128, not D={width} and K={neighbours}"
+ATTENTION_MOST = 128  # head width, and neighbours: a tile of either is in registers
+ATTENTION_LIMITS = f"{NARROW}, D and K up to {ATTENTION_MOST}"
+
+
+def _beyond_attention_tiles(*arguments: Any, slots: int) -> str | None:
+    """`slots`: where they stand among the arguments."""
+    width, neighbours = arguments[0].shape[-1], arguments[slots].shape[-1]
+    if width > ATTENTION_MOST or neighbours > ATTENTION_MOST:
+        return f"D and K must be at most {ATTENTION_MOST}, got {width} and {neighbours}"
     return _no_float64(*arguments)
 
 
@@ -119,11 +124,17 @@ def _reference(function: str, on_host: str | None = None) -> tuple[Implementatio
     )
 
 
-def _triton(module: str, function: str) -> tuple[Implementation, ...]:
+def _triton(
+    module: str, function: str, unfit: Callable[..., str | None] = _no_float64, limits: str = NARROW
+) -> tuple[Implementation, ...]:
     return (
-        Implementation("triton", "cuda", module, function, _triton_missing, _no_float64, NARROW),
-        Implementation("triton", "cpu", module, function, _not_interpreting, _no_float64, NARROW),
+        Implementation("triton", "cuda", module, function, _triton_missing, unfit, limits),
+        Implementation("triton", "cpu", module, function, _not_interpreting, unfit, limits),
     )
+
+
+def _triton_attention(function: str, slots: int) -> tuple[Implementation, ...]:
+    return _triton(function, function, functools.partial(_beyond_attention_tiles, slots=slots), ATTENTION_LIMITS)
 
 
 def _ordered(*candidates: tuple[Implementation, ...]) -> tuple[Implementation, ...]:
@@ -131,8 +142,6 @@ def _ordered(*candidates: tuple[Implementation, ...]) -> tuple[Implementation, .
     flat = [candidate for group in candidates for candidate in group]
     return tuple(sorted(flat, key=lambda candidate: (candidate.backend, candidate.device) == ("triton", "cpu")))
 
-
-SLOTS = 7  # the position of `slots` among the arguments of `memory_attention`
 
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
     "knn_add_": _ordered(
@@ -151,17 +160,9 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
     ),
     "cosine": _ordered(_triton("cosine", "cosine"), _reference("cosine")),
     "cosine_backward": _ordered(_triton("cosine", "cosine_backward"), _reference("cosine_backward")),
-    "memory_attention": _ordered(
-        _triton("memory_attention", "memory_attention", functools.partial(_beyond_attention_tiles, SLOTS)),
-        _reference("memory_attention"),
-    ),
+    "memory_attention": _ordered(_triton_attention("memory_attention", slots=7), _reference("memory_attention")),
     "memory_attention_backward": _ordered(
-        _triton(
-            "memory_attention_backward",
-            "memory_attention_backward",
-            functools.partial(_beyond_attention_tiles, SLOTS + 4),  # behind the gradients, out and lse
-        ),
-        _reference("memory_attention_backward"),
+        _triton_attention("memory_attention_backward", slots=11), _reference("memory_attention_backward")
     ),
 }
 

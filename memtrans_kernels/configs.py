@@ -26,9 +26,8 @@ def ring_write(width: int) -> Launch:
 
 
 def cosine(width: int) -> Launch:
-<<<<<<< HEAD
-    """About 4096 numbers a program: rows of any width in registers, and thousands of programs at training sizes."""
-    return Launch(block=max(1, 4096 // power_of_two(width)), warps=4)
+    """About 2048 numbers a program. H200, 16 x 8 x 512 queries and as many keys of 128: 19.7 us, with 4096 22.3."""
+    return Launch(block=max(1, 2048 // power_of_two(width)), warps=4)
 
 
 class AttentionLaunch(NamedTuple):

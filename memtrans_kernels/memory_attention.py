@@ -2,8 +2,9 @@
 
     out = softmax([scale · scores + offset, scale · q kᵀ + bias]) · [memory values, values]
 
-    query (B, H, N, D) · key, value (B, G, L, D) · memory_values (R, M + S, D) · rows (B·G,) · scores, slots (B, H, N, K)
-    scale, memory_offset (H,) · bias_table (H, distances) · bias_dense (1 or B, H, N, L) -> out (B, H, N, D), lse (B, H, N)
+    query (B, H, N, D) · key, value (B, G, L, D) · memory_values (R, M + S, D) · rows (B·G,)
+    scores, slots (B, H, N, K) · scale, memory_offset (H,) · bias_table (H, distances) · bias_dense (1 or B, H, N, L)
+    -> out (B, H, N, D), lse (B, H, N)
 
 A program owns a block of queries of one head: it gathers their neighbours' values, a row at a time as these are read
 once, and then walks over the local keys. Neither logits nor gathered values are written anywhere.

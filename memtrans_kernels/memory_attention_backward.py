@@ -150,13 +150,13 @@ def query_gradient_kernel(
     near = tl.minimum(near, end)
     grad = grad.to(q.dtype)
     acc, scale_sum, far_sum = query_gradient_of_local(
-        acc, scale_sum, far_sum, q, grad, denominator, of_query, key, value, key_strides[2], value_strides[2], 0, near, n,
-        factor * LOG2E, bias_table, bias_dense, dense_strides[2:], oldest, sizes, draw, b, h, False,
+        acc, scale_sum, far_sum, q, grad, denominator, of_query, key, value, key_strides[2], value_strides[2], 0, near,
+        n, factor * LOG2E, bias_table, bias_dense, dense_strides[2:], oldest, sizes, draw, b, h, False,
         local_length is not None, NEIGHBOURS, WIDTH, BLOCK_WIDTH, BLOCK_KEYS, THRESHOLD, REST,
     )  # fmt: skip
     acc, scale_sum, far_sum = query_gradient_of_local(
-        acc, scale_sum, far_sum, q, grad, denominator, of_query, key, value, key_strides[2], value_strides[2], near, end,
-        n, factor * LOG2E, bias_table, bias_dense, dense_strides[2:], oldest, sizes, draw, b, h, True,
+        acc, scale_sum, far_sum, q, grad, denominator, of_query, key, value, key_strides[2], value_strides[2], near,
+        end, n, factor * LOG2E, bias_table, bias_dense, dense_strides[2:], oldest, sizes, draw, b, h, True,
         local_length is not None, NEIGHBOURS, WIDTH, BLOCK_WIDTH, BLOCK_KEYS, THRESHOLD, REST,
     )  # fmt: skip
 
