@@ -115,7 +115,7 @@ def grad_table(bias_table: Tensor, far: Tensor, batch: int, shared: dict[str, An
     length, local_keys = shared["length"], shared["local_keys"]
     if batch * length * local_keys == 0:
         return bias_table.new_zeros(heads, distances)
-    launch = configs.attention_bias_gradient(shared["query"].dtype.itemsize)
+    launch = configs.attention_bias_gradient(shared["query"].dtype.itemsize, shared["WIDTH"])
     parts = min(configs.BIAS_PARTS, batch * triton.cdiv(length, launch.queries))
     places = (distances - 2) // launch.queries + 2 if distances > 1 else 0
     tiles = far.new_empty(parts, heads, places, launch.queries, launch.queries)
@@ -133,7 +133,7 @@ def grad_dense(bias_dense: Tensor, batch: int, shared: dict[str, Any]) -> Tensor
     """(1 or B, H, N, L)."""
     documents, heads, length, local_keys = bias_dense.shape
     grad = bias_dense.new_empty(bias_dense.shape)
-    launch = configs.attention_bias_gradient(shared["query"].dtype.itemsize)
+    launch = configs.attention_bias_gradient(shared["query"].dtype.itemsize, shared["WIDTH"])
     places = triton.cdiv(length, launch.queries) * triton.cdiv(local_keys, launch.queries)
     if grad.numel():
         _add_tiles((places, heads, documents), grad, batch, documents, True, launch, shared)

@@ -84,7 +84,8 @@ def head_parts(programs: int, heads: int) -> int:
 BIAS_PARTS = 16  # programs that share the documents and blocks of queries of one tile of the bias gradient
 
 
-def attention_bias_gradient(itemsize: int) -> AttentionLaunch:
-    """Square tiles: as many keys as queries. Two in flight save 0.003 ms at D 64, 0.008 at D 128."""
+def attention_bias_gradient(itemsize: int, width: int) -> AttentionLaunch:
+    """Square tiles: as many keys as queries. A second one in flight saves 0.003 ms at D 64; it would save 0.008
+    at D 128, in 133 KB of shared memory, which few GPUs have."""
     block = 32 if itemsize > 2 else 64
-    return AttentionLaunch(queries=block, keys=block, warps=4, stages=1 if itemsize > 2 else 2)
+    return AttentionLaunch(queries=block, keys=block, warps=4, stages=2 if itemsize == 2 and width <= 64 else 1)

@@ -331,8 +331,8 @@ def memory_attention_backward(
         grad_query,
         grad_key,
         grad_value,
-        of_scale.to(scale.dtype),
+        of_scale.to(scale.dtype, copy=True),  # outputs must not share storage
         nothing(0) if bias_table is None else attention_bias.grad_table(bias_table, far, batch, shared),
         nothing(0) if bias_dense is None else attention_bias.grad_dense(bias_dense, batch, shared),
-        nothing(0) if memory_offset is None else of_offset.to(memory_offset.dtype),
+        nothing(0) if memory_offset is None else of_offset.to(memory_offset.dtype, copy=True),
     )
