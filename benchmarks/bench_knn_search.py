@@ -1,8 +1,6 @@
-"""Exact top-K search against its rivals, all in one run.
+"""Exact top-K search against its rivals, all in one run, over memories that are full and have wrapped.
 
-    pytest benchmarks/bench_knn_search.py --benchmark-json benchmarks/results/<machine>/knn_search.json
-
-`extra_info.gpu_ms` is the figure to quote. Without a GPU a toy shape runs instead, to see that the module works.
+`sdpa-dense` is the rival that matters: plain attention to the whole memory, which finds no neighbours but needs none.
 """
 
 from __future__ import annotations
@@ -12,76 +10,99 @@ from typing import Any
 
 import pytest
 import torch
+from common import DEVICE, TOY, Case, Ring, case, full_ring, measure
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import normalize, scaled_dot_product_attention
 
-from benchmarks.cases import CASES, NEIGHBOURS, TOY, Case, search_arguments
-from benchmarks.measure import machine, median_ms
-from memtrans_kernels import knn_search
+from memtrans_kernels import backends_info, knn_search
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPE = torch.float16 if DEVICE.type == "cuda" else torch.float32
-SHAPES = CASES if DEVICE.type == "cuda" else {TOY.name: TOY}
-LARGEST_SCORE_MATRIX = 2**31  # bytes: beyond it the plain rivals do not run
-
-Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]
-Rival = Callable[[Case, Arguments], Callable[[], Any]]
+DTYPE = torch.float16 if DEVICE == "cuda" else torch.float32
+GPU_CASES = ("d64-8k", "d64-64k", "d64-262k", "d128-8k", "d128-64k", "paper-64k", "decode-d64-64k", "decode-paper-64k")
+CASES = GPU_CASES if DEVICE == "cuda" else ("cpu-d64-64k",)
+MOST_SCORE_BYTES = 2**31  # of one row in float16: beyond it a matrix of all scores is no rival
 
 
-def _ours(backend: str) -> Rival:
-    def prepare(case: Case, arguments: Arguments) -> Callable[[], Any]:
-        return lambda: knn_search(*arguments, NEIGHBOURS, backend=backend)
-
-    return prepare
+def ours(sizes: Case, ring: Ring, query: Tensor) -> Callable[[], Any]:
+    arguments = (query, ring.keys, ring.rows, ring.start, ring.cursor, sizes.capacity, sizes.neighbours)
+    return lambda: knn_search(*arguments)
 
 
-def _by_row(case: Case, arguments: Arguments) -> tuple[Tensor, Tensor]:
-    """query (R, queries, D) and the M first slots of the keys, which are all visible but for the order of ages."""
-    query, keys, *_ = arguments
-    return query.reshape(keys.shape[0], -1, case.dim), keys[:, : case.capacity]
+def faiss_bridge(sizes: Case, ring: Ring, query: Tensor) -> Callable[[], Any]:
+    arguments = (query, ring.keys, ring.rows, ring.start, ring.cursor, sizes.capacity, sizes.neighbours)
+    return lambda: knn_search(*arguments, backend="faiss")
 
 
-def _torch(case: Case, arguments: Arguments) -> Callable[[], Any]:
-    query, keys = _by_row(case, arguments)
-    if query.shape[1] * case.capacity * 4 > LARGEST_SCORE_MATRIX:
-        pytest.skip("the score matrix of a row does not fit")
-    return lambda: [(q @ k.T).topk(min(NEIGHBOURS, case.capacity), -1) for q, k in zip(query, keys, strict=True)]
-
-
-def _sdpa_dense(case: Case, arguments: Arguments) -> Callable[[], Any]:
-    query, keys = (tensor[:, None] for tensor in _by_row(case, arguments))
-    return lambda: scaled_dot_product_attention(query, keys, keys)
-
-
-def _flashlib(case: Case, arguments: Arguments) -> Callable[[], Any]:
+def flashlib(sizes: Case, ring: Ring, query: Tensor) -> Callable[[], Any]:
     flash_knn = pytest.importorskip("flashlib").flash_knn
-    query, keys = (tensor.bfloat16().contiguous() for tensor in _by_row(case, arguments))
-    return lambda: flash_knn(query, keys, NEIGHBOURS)
+    queries, keys = (tensor.bfloat16().contiguous() for tensor in by_row(sizes, ring, query))
+    return lambda: flash_knn(queries, keys, sizes.neighbours)
 
 
-RIVALS: dict[str, Rival] = {
-    "memtrans": _ours("auto"),
-    "memtrans-native": _ours("native"),
-    "memtrans-triton": _ours("triton"),
-    "faiss-gpu": _ours("faiss"),
-    "flashlib": _flashlib,
-    "torch": _torch,
-    "sdpa-dense": _sdpa_dense,
+def product_and_topk(sizes: Case, ring: Ring, query: Tensor) -> Callable[[], Any]:
+    queries, keys = by_row(sizes, ring, query)
+    return lambda: [(q @ k.T).topk(sizes.neighbours) for q, k in zip(queries, keys, strict=True)]
+
+
+def dense_attention(sizes: Case, ring: Ring, query: Tensor) -> Callable[[], Any]:
+    queries, keys = (tensor[:, None] for tensor in by_row(sizes, ring, query))
+    return lambda: scaled_dot_product_attention(queries, keys, keys)
+
+
+def faiss_on_the_cpu(sizes: Case, ring: Ring, query: Tensor) -> Callable[[], Any]:
+    """`IndexFlatIP`, a row at a time; the indices are filled beforehand, which is in its favour."""
+    import faiss
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    queries, keys = by_row(sizes, ring, query)
+    indices = []
+    for row in keys:
+        indices.append(faiss.IndexFlatIP(sizes.width))
+        indices[-1].add(row.numpy())
+    return lambda: [i.search(q.numpy(), sizes.neighbours) for i, q in zip(indices, queries, strict=True)]
+
+
+def by_row(sizes: Case, ring: Ring, query: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries (R, H/G · N, D) and as many keys (R, M, D) as are visible."""
+    return query.reshape(sizes.rows, -1, sizes.width), ring.keys[:, : sizes.capacity]
+
+
+RIVALS = {
+    "memtrans": ours,
+    "faiss-gpu": faiss_bridge,
+    "faiss-cpu": faiss_on_the_cpu,
+    "flashlib": flashlib,
+    "torch": product_and_topk,
+    "sdpa-dense": dense_attention,
 }
 
 
-@pytest.mark.parametrize("implementation", RIVALS)
-@pytest.mark.parametrize("case", SHAPES.values(), ids=SHAPES)
-def test_knn_search(benchmark: Any, case: Case, implementation: str) -> None:
-    arguments = search_arguments(case, DTYPE, DEVICE)
-    try:
-        call = RIVALS[implementation](case, arguments)
-        call()
-    except (RuntimeError, NotImplementedError) as error:
-        pytest.skip(f"{implementation} cannot run {case.name}: {error}")
-    gpu_ms = median_ms(call, capturable=implementation != "faiss-gpu")
-    benchmark.extra_info.update(
-        machine(), op="knn_search", impl=implementation, case=case.name, mode="forward", dtype=str(DTYPE)[6:],
-        gpu_ms=gpu_ms, tflop_per_second=case.flop / gpu_ms / 1e9, key_bytes=case.key_bytes(DTYPE),
-    )  # fmt: skip
-    benchmark.pedantic(call, rounds=1)
+def runs_here(impl: str, sizes: Case) -> bool:
+    """Whether an implementation belongs to this machine and this case."""
+    if impl == "faiss-gpu":
+        return any(line.live for line in backends_info() if (line.backend, line.device) == ("faiss", "cuda"))
+    if impl in ("flashlib", "faiss-cpu"):
+        return (impl == "flashlib") == (DEVICE == "cuda")
+    score_bytes = sizes.capacity * sizes.length * sizes.heads // sizes.groups * 2
+    return impl != "torch" or score_bytes <= MOST_SCORE_BYTES
+
+
+@pytest.mark.parametrize(
+    ("name", "impl"), [(name, impl) for name in CASES for impl in RIVALS if runs_here(impl, case(name))]
+)
+def test_knn_search(benchmark: Any, name: str, impl: str) -> None:
+    sizes = case(name)
+    ring = full_ring(sizes, DTYPE, DEVICE)
+    query = normalize(torch.randn(sizes.batch, sizes.heads, sizes.length, sizes.width, device=DEVICE), dim=-1).to(DTYPE)
+    flop = 2 * query.numel() * sizes.capacity
+    key_bytes = sizes.rows * sizes.capacity * sizes.width * DTYPE.itemsize
+    measure(
+        benchmark,
+        RIVALS[impl](sizes, ring, query),
+        op="knn_search",
+        impl=impl,
+        case=name,
+        dtype=DTYPE,
+        capturable=impl != "faiss-gpu" and not TOY,
+        flop=flop,
+        bytes=key_bytes,
+    )

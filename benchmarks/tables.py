@@ -1,7 +1,7 @@
 """Writes the README's tables from the result files: `python benchmarks/tables.py` after new results.
 
 A table stands between `<!-- table: MACHINE OP -->` and `<!-- end of table -->`. Each cell is the median in
-milliseconds; behind it, in brackets, how many times slower than `memtrans` in the same case and mode.
+milliseconds; behind it, in brackets, how many times as long as `memtrans` takes in the same case and mode.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def table(entries: list[dict[str, Any]]) -> str:
         lines.append(f"| {case} | {mode} | {' | '.join(cells)} |")
     first = entries[0]
     lines.append("")
-    lines.append(f"Milliseconds on {first['gpu']}, torch {first['torch']}, triton {first['triton']}.")
+    where = first["gpu"].replace("none, ", "a CPU, ")
+    lines.append(f"Milliseconds on {where}, torch {first['torch']}, triton {first['triton']}.")
     return "\n".join(lines) + "\n"
 
 

@@ -26,7 +26,7 @@ using torch::stable::Tensor;
 
 // Raised by one whenever an operator's schema or meaning changes, together with INTERFACE in
 // memtrans_kernels/native.py: a library left over from another version is then refused instead of misused.
-constexpr int64_t kInterface = 2;
+constexpr int64_t kInterface = 3;
 
 inline std::string shape_of(const Tensor& tensor) {
   std::ostringstream text;
@@ -112,8 +112,8 @@ inline void check_knn_add(
   check_same_device(new_values, "new_values", keys, "keys");
 }
 
-// What every device checks of knn_search's inputs.
-inline void check_knn_search(
+// What every search checks of its inputs, wherever they are.
+inline void check_search_shapes(
     const Tensor& query, const Tensor& keys, const Tensor& rows, const Tensor& start, const Tensor& cursor,
     int64_t capacity, int64_t k) {
   check_dims(query, "query", 4, "(B, H, N, D)");
@@ -135,6 +135,12 @@ inline void check_knn_search(
       type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
       "keys must be float32, float16 or bfloat16");
   check_floating(query, "query");
+}
+
+inline void check_knn_search(
+    const Tensor& query, const Tensor& keys, const Tensor& rows, const Tensor& start, const Tensor& cursor,
+    int64_t capacity, int64_t k) {
+  check_search_shapes(query, keys, rows, start, cursor, capacity, k);
   check_int64(rows, "rows");
   check_int64(start, "start");
   check_int64(cursor, "cursor");

@@ -18,6 +18,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(memtrans, library) {
   library.def(
       "native_knn_search(Tensor query, Tensor keys, Tensor rows, Tensor start, Tensor cursor, int capacity, int k) -> "
       "(Tensor scores, Tensor slots)");
+  library.def(
+      "native_faiss_search(Tensor query, Tensor keys, Tensor rows, Tensor start, Tensor cursor, int capacity, int k) -> "
+      "(Tensor scores, Tensor positions)");
+  library.def("native_faiss_versions() -> (int headers, int library)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(memtrans, CompositeExplicitAutograd, library) {

@@ -38,6 +38,16 @@ def _native_cuda_missing() -> str | None:
     return None if live else reason
 
 
+def _faiss_bridge_missing() -> str | None:
+    live, reason = native.status("faiss")
+    return None if live else reason
+
+
+@functools.cache
+def _faiss_package_missing() -> str | None:
+    return None if find_spec("faiss") else "the package faiss is not installed"
+
+
 @functools.cache
 def _triton_missing() -> str | None:
     return None if find_spec("triton") else "Triton is not installed"
@@ -95,6 +105,18 @@ def _beyond_attention_tiles(*arguments: Any, slots: int) -> str | None:
     if width > ATTENTION_MOST or neighbours > ATTENTION_MOST:
         return f"D and K must be at most {ATTENTION_MOST}, got {width} and {neighbours}"
     return _no_float64(*arguments)
+
+
+FAISS_MOST_NEIGHBOURS = 2048  # getMaxKSelection in Faiss
+FAISS_LIMITS = f"no float64, finite keys, K up to {FAISS_MOST_NEIGHBOURS}; it reads lengths on the host: no CUDA graphs"
+
+
+def _unfit_for_faiss(query: Tensor, keys: Tensor, *others: Any) -> str | None:
+    if others[-1] > FAISS_MOST_NEIGHBOURS:
+        return f"k must be at most {FAISS_MOST_NEIGHBOURS}, got {others[-1]}"
+    if keys.stride()[1:] != (keys.shape[2], 1):
+        return "the slots of a row of keys must be contiguous"
+    return _no_float64(keys)
 
 
 class Implementation(NamedTuple):
@@ -157,6 +179,12 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
             ),
         ),
         _reference("knn_search", on_host="knn_search_on_host"),
+        (  # behind the reference, so that `auto` never takes them: equal keys come in any order
+            Implementation("faiss", "cpu", "faiss_cpu", "knn_search", _faiss_package_missing, _no_float64_keys, NARROW),
+            Implementation(
+                "faiss", "cuda", "faiss_gpu", "knn_search", _faiss_bridge_missing, _unfit_for_faiss, FAISS_LIMITS
+            ),
+        ),
     ),
     "cosine": _ordered(_triton("cosine", "cosine"), _reference("cosine")),
     "cosine_backward": _ordered(_triton("cosine", "cosine_backward"), _reference("cosine_backward")),

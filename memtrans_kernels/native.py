@@ -1,29 +1,30 @@
 """Loads the compiled modules and says what is live.
 
-A module is a shared library of operators `memtrans::native_*`: `cpu` (schemas and CPU implementations) and `cuda` (CUDA
-implementations of the same operators). The functions here are those operators under the names of `memtrans_kernels`.
-Importing this file loads nothing, and nothing raises because a library is missing, broken or out of date: `status`
-gives the reason instead.
+A module is a shared library of operators `memtrans::native_*`: `cpu` (schemas and CPU implementations), `cuda` (CUDA
+implementations of the same operators) and `faiss` (the search by Faiss on a GPU, called by `faiss_gpu.py`). The
+functions here are those operators under the names of `memtrans_kernels`. Importing this file loads nothing, and nothing
+raises because a library is missing, broken or out of date: `status` gives the reason instead.
 """
 
 from __future__ import annotations
 
 import functools
+from importlib import import_module
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-MODULES = ("cpu", "cuda")
+MODULES = ("cpu", "cuda", "faiss")
 # Equals kInterface in csrc/memtrans.h; a library built for another number is refused.
-INTERFACE = 2
+INTERFACE = 3
 
 
 def load(module: str = "cpu") -> bool:
     """Load one compiled module, once per process; True when its operators can be called.
 
     Args:
-        module: "cpu" or "cuda".
+        module: "cpu", "cuda" or "faiss".
 
     Raises:
         ValueError: for any other name.
@@ -35,7 +36,7 @@ def status(module: str = "cpu") -> tuple[bool, str]:
     """Whether one compiled module is live, after trying to load it, and one sentence that says from where or why not.
 
     Args:
-        module: "cpu" or "cuda".
+        module: "cpu", "cuda" or "faiss".
 
     Raises:
         ValueError: for any other name.
@@ -87,14 +88,33 @@ def _open(folder: Path, module: str) -> tuple[bool, str]:
     if module != "cpu" and not _open(folder, "cpu")[0]:
         return False, f"the cpu module, which holds the schemas, is not live: {_open(folder, 'cpu')[1]}"
     try:
+        if module == "faiss":
+            import_module("faiss")  # loads libfaiss.so, which the module is linked to
         torch.ops.load_library(library)
         interface = torch.ops.memtrans.native_interface()
-    except (AttributeError, OSError, RuntimeError) as error:
+    except (AttributeError, ImportError, OSError, RuntimeError) as error:
         # torch wraps the loader's own message, which names the symbol or the file that is missing
         return False, f"{library.name} cannot be loaded with torch {torch.__version__}: {error.__cause__ or error}"
     if interface != INTERFACE:
         return False, f"{library.name} was built for interface {interface}, this version needs {INTERFACE}: reinstall"
+    if module == "faiss" and (mismatch := _faiss_mismatch(*torch.ops.memtrans.native_faiss_versions())):
+        return False, mismatch
     return True, f"loaded from {library.name}"
+
+
+def _faiss_mismatch(headers: int, library: int) -> str:
+    """Why a build for one version of Faiss cannot use another, "" where it can; 1015001 is 1.15.1.
+
+    Faiss keeps its binary interface within a minor version only.
+
+    >>> _faiss_mismatch(1015000, 1015001)
+    ''
+    >>> _faiss_mismatch(1014002, 1015001)
+    'the faiss module was built for Faiss 1.14.2, and 1.15.1 is loaded: reinstall'
+    """
+    built, loaded = (f"{number // 1_000_000}.{number // 1000 % 1000}.{number % 1000}" for number in (headers, library))
+    same = headers // 1000 == library // 1000
+    return "" if same else f"the faiss module was built for Faiss {built}, and {loaded} is loaded: reinstall"
 
 
 def _why_not_built(note: Path) -> str:

@@ -251,5 +251,5 @@ def test_the_cuda_module_needs_the_schemas_of_the_cpu_module(elsewhere: Path) ->
 
 
 def test_an_unknown_module_is_named() -> None:
-    with pytest.raises(ValueError, match="module must be one of cpu, cuda, got 'gpu'"):
+    with pytest.raises(ValueError, match="module must be one of cpu, cuda, faiss, got 'gpu'"):
         native.status("gpu")

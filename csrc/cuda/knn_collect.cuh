@@ -52,7 +52,7 @@ __device__ inline float group_threshold(float (&maxima)[16], int rank) {
     if (reached >= rank) low = middle;
     else high = middle;
   }
-  return low;
+  return fmaxf(low, kLowest);  // where no maximum is finite, the steps lead to -inf, which hidden slots would reach
 }
 
 // A thread's lists, one for each of its two queries: where the next record {score, score of the next slot, slot / 2} goes.
