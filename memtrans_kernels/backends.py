@@ -95,6 +95,18 @@ def _unfit_for_hopper(
     return None
 
 
+ATTENTION_MOST = 128  # head width, and neighbours: a tile of either is in registers
+ATTENTION_LIMITS = f"{NARROW}, D and K up to {ATTENTION_MOST}"
+
+
+def _beyond_attention_tiles(*arguments: Any, slots: int) -> str | None:
+    """`slots`: where they stand among the arguments."""
+    width, neighbours = arguments[0].shape[-1], arguments[slots].shape[-1]
+    if width > ATTENTION_MOST or neighbours > ATTENTION_MOST:
+        return f"D and K must be at most {ATTENTION_MOST}, got {width} and {neighbours}"
+    return _no_float64(*arguments)
+
+
 FAISS_MOST_NEIGHBOURS = 2048  # getMaxKSelection in Faiss
 FAISS_LIMITS = f"no float64, finite keys, K up to {FAISS_MOST_NEIGHBOURS}; it reads lengths on the host: no CUDA graphs"
 
@@ -134,11 +146,17 @@ def _reference(function: str, on_host: str | None = None) -> tuple[Implementatio
     )
 
 
-def _triton(module: str, function: str) -> tuple[Implementation, ...]:
+def _triton(
+    module: str, function: str, unfit: Callable[..., str | None] = _no_float64, limits: str = NARROW
+) -> tuple[Implementation, ...]:
     return (
-        Implementation("triton", "cuda", module, function, _triton_missing, _no_float64, NARROW),
-        Implementation("triton", "cpu", module, function, _not_interpreting, _no_float64, NARROW),
+        Implementation("triton", "cuda", module, function, _triton_missing, unfit, limits),
+        Implementation("triton", "cpu", module, function, _not_interpreting, unfit, limits),
     )
+
+
+def _triton_attention(function: str, slots: int) -> tuple[Implementation, ...]:
+    return _triton(function, function, functools.partial(_beyond_attention_tiles, slots=slots), ATTENTION_LIMITS)
 
 
 def _ordered(*candidates: tuple[Implementation, ...]) -> tuple[Implementation, ...]:
@@ -170,8 +188,10 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
     ),
     "cosine": _ordered(_triton("cosine", "cosine"), _reference("cosine")),
     "cosine_backward": _ordered(_triton("cosine", "cosine_backward"), _reference("cosine_backward")),
-    "memory_attention": _reference("memory_attention"),
-    "memory_attention_backward": _reference("memory_attention_backward"),
+    "memory_attention": _ordered(_triton_attention("memory_attention", slots=7), _reference("memory_attention")),
+    "memory_attention_backward": _ordered(
+        _triton_attention("memory_attention_backward", slots=11), _reference("memory_attention_backward")
+    ),
 }
 
 

@@ -101,3 +101,18 @@ def test_info_has_a_line_for_each_and_names_the_limits() -> None:
     assert {"reference"} == {line.backend for line in lines if line.operator == "memory_attention" and line.live} - {
         "triton"
     }
+
+
+@pytest.mark.parametrize(("operator", "before"), [("memory_attention", 0), ("memory_attention_backward", 4)])
+def test_attention_kernels_leave_what_no_tile_holds_to_the_reference(operator: str, before: int) -> None:
+    kernel = backends.IMPLEMENTATIONS[operator][0]
+    assert (kernel.backend, kernel.device) == ("triton", "cuda")
+
+    def unfit(width: int, neighbours: int, dtype: torch.dtype) -> str | None:
+        query, slots = torch.zeros(1, 1, 1, width, dtype=dtype), torch.zeros(1, 1, 1, neighbours, dtype=torch.int32)
+        return kernel.unfit(*[query] * (before + 7), slots)
+
+    assert unfit(128, 128, torch.float16) is None
+    assert unfit(129, 32, torch.float16) == "D and K must be at most 128, got 129 and 32"
+    assert unfit(64, 200, torch.float16) == "D and K must be at most 128, got 64 and 200"
+    assert unfit(64, 32, torch.float64) == "it computes in float32, not in float64"

@@ -6,13 +6,30 @@ import math
 
 import pytest
 import torch
-from cases import BATCH, GROUPS, HEADS, LENGTH, LOCAL, NEIGHBOURS, WIDTH, attention_inputs
-from checks import assert_close
+from cases import (
+    BATCH,
+    GROUPS,
+    HEADS,
+    LENGTH,
+    LOCAL,
+    NEIGHBOURS,
+    SHAPES,
+    WIDTH,
+    attention_inputs,
+    in_float64,
+    random_attention,
+)
+from checks import ATTENTION, LSE, assert_close
+from devices import DEVICE, live_backends, seeded
 
 from memtrans_kernels import memory_attention
 from memtrans_kernels.philox import keep_mask
 
 pytestmark = pytest.mark.device
+
+on_every_backend = pytest.mark.parametrize("backend", live_backends("memory_attention"))
+# Triton's interpreter truncates where it should round to bfloat16
+DTYPES = [torch.float32, torch.float16] if DEVICE == "cpu" else list(ATTENTION)
 
 DIFFERENTIABLE = ("query", "key", "value", "scale", "bias_table", "bias_dense", "memory_offset")
 
@@ -58,6 +75,20 @@ def test_it_is_one_softmax(bias, offset, local_length, entries):
                 torch.testing.assert_close(lse[b, h, n], expected_lse)
 
 
+@on_every_backend
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_every_backend_equals_the_formula_in_float64(backend, dtype, shape):
+    inputs = random_attention(shape, dtype, seeded(0))
+    out, lse = memory_attention(**inputs, backend=backend)
+    expected_out, expected_lse = memory_attention(**in_float64(inputs), backend="reference")
+    nothing = expected_lse == -torch.inf
+    assert out.dtype == dtype and lse.dtype == torch.float32
+    assert_close(out, expected_out, ATTENTION[dtype])
+    assert_close(lse[~nothing], expected_lse[~nothing], LSE)
+    assert (lse[nothing] == -torch.inf).all() and (out[nothing] == 0.0).all()
+
+
 @pytest.mark.parametrize("bias", [None, "table", "dense"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 def test_gradcheck_of_everything_but_the_retrieved_logits_query(bias, dropout_p):
@@ -96,29 +127,32 @@ def test_no_gradient_reaches_the_memory():
     assert inputs["memory_values"].grad is None
 
 
-def test_a_later_token_changes_nothing_earlier():
+@on_every_backend
+def test_a_later_token_changes_nothing_earlier(backend):
     inputs = attention_inputs()
-    before, _ = memory_attention(**inputs)
+    before, _ = memory_attention(**inputs, backend=backend)
     changed = {name: inputs[name].detach().clone() for name in ("query", "key", "value")}
     for name in changed:
         changed[name][:, :, -1] = 1e3
-    after, _ = memory_attention(**{**inputs, **changed})
+    after, _ = memory_attention(**{**inputs, **changed}, backend=backend)
     assert torch.equal(after[:, :, :-1], before[:, :, :-1])
 
 
-def test_a_slot_that_was_not_retrieved_changes_nothing_whatever_it_holds():
+@on_every_backend
+def test_a_slot_that_was_not_retrieved_changes_nothing_whatever_it_holds(backend):
     inputs = attention_inputs(entries=(2,))
-    before, _ = memory_attention(**inputs)
+    before, _ = memory_attention(**inputs, backend=backend)
     memory_values = torch.full_like(inputs["memory_values"], torch.nan)
     memory_values[:, :2] = inputs["memory_values"][:, :2]
-    after, _ = memory_attention(**{**inputs, "memory_values": memory_values})
+    after, _ = memory_attention(**{**inputs, "memory_values": memory_values}, backend=backend)
     assert (inputs["slots"] == -1).any() and torch.equal(after, before)
 
 
-def test_a_query_with_nothing_to_attend_to_gives_zeros_and_minus_infinity():
+@on_every_backend
+def test_a_query_with_nothing_to_attend_to_gives_zeros_and_minus_infinity(backend):
     inputs = attention_inputs(entries=(), bias=None, offset=False)
     inputs["key"] = inputs["value"] = torch.zeros(BATCH, GROUPS, 0, WIDTH)
-    out, lse = memory_attention(**inputs)
+    out, lse = memory_attention(**inputs, backend=backend)
     (out.sum() + lse.exp().sum()).backward()
     assert torch.equal(out, torch.zeros_like(out)) and (lse == -math.inf).all()
     assert torch.equal(inputs["query"].grad, torch.zeros_like(inputs["query"]))
@@ -153,12 +187,13 @@ def test_dropout_is_reproducible_and_keeps_the_mean():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_keeps_its_dtype_and_accumulates_in_float32(dtype):
+def test_half_precision_of_the_reference_accumulates_in_float32(dtype):
     torch.manual_seed(0)
     inputs = {name: tensor.detach() for name, tensor in attention_inputs().items()}
     low = {name: tensor.to(dtype) for name, tensor in inputs.items() if name in ("query", "key", "value")}
-    out, lse = memory_attention(**{**inputs, **low})
-    wide, wide_lse = memory_attention(**{**inputs, **{name: tensor.float() for name, tensor in low.items()}})
+    out, lse = memory_attention(**{**inputs, **low}, backend="reference")
+    widened = {name: tensor.float() for name, tensor in low.items()}
+    wide, wide_lse = memory_attention(**{**inputs, **widened}, backend="reference")
     assert out.dtype == dtype and lse.dtype == torch.float32
     assert torch.equal(out, wide.to(dtype)) and torch.equal(lse, wide_lse)
 

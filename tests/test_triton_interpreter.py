@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
+MODULES = ["test_knn_add.py", "test_cosine.py", "test_memory_attention.py", "test_memory_attention_backward.py"]
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("module", ["test_knn_add.py", "test_cosine.py"])
+@pytest.mark.parametrize("module", MODULES)
 def test_interpreted(module: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton", str(TESTS / module)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
