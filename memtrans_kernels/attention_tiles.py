@@ -109,6 +109,11 @@ def rows_of(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def packed(tensor: Tensor | None) -> Tensor | None:
+    """The tensor without gaps, as kernels index it; a copy only where it has some."""
+    return None if tensor is None else tensor.contiguous()
+
+
 def dropout_constants(dropout_p: float) -> dict[str, float]:
     """The number below which Philox drops a weight, and what the others are multiplied by."""
     return {"THRESHOLD": int(dropout_p * 2**32), "REST": 1.0 / (1.0 - dropout_p)}

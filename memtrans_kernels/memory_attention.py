@@ -31,6 +31,7 @@ from memtrans_kernels.attention_tiles import (
     load_rows,
     local_logits,
     oldest_key,
+    packed,
     rows_of,
     strides_of_dense,
 )
@@ -187,8 +188,8 @@ def memory_attention(
     programs = batch * heads * triton.cdiv(length, launch.queries)
     if programs:
         memory_attention_kernel[(programs,)](
-            query, key, value, memory_values, rows.contiguous(), scores.contiguous(), slots.contiguous(), scale,
-            None if bias_table is None else bias_table.contiguous(), bias_dense, memory_offset, local_length,
+            query, key, value, memory_values, packed(rows), packed(scores), packed(slots), packed(scale),
+            packed(bias_table), bias_dense, packed(memory_offset), packed(local_length),
             seed if dropout_p > 0.0 else None, out, lse, heads, groups, length, local_keys,
             1 if bias_table is None else bias_table.shape[1],
             query.stride()[:3], key.stride()[:3], value.stride()[:3], memory_values.stride()[:2],

@@ -33,6 +33,7 @@ from memtrans_kernels.attention_tiles import (
     load_rows,
     local_tile,
     oldest_key,
+    packed,
     rows_of,
     strides_of_dense,
 )
@@ -253,7 +254,7 @@ def _key_gradient(batch: int, shared: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Gradients of key and value, (B, G, L, D). Where few programs would own a block of keys each, several share its
     heads, and their parts are added up."""
     key, value = shared["key"], shared["value"]
-    launch = configs.attention_key_gradient(key.dtype.itemsize, shared["WIDTH"])
+    launch = configs.attention_key_gradient(shared["query"].dtype.itemsize, shared["WIDTH"])
     programs = triton.cdiv(shared["local_keys"], launch.keys) * batch * shared["groups"]
     if programs == 0:
         return key.new_zeros(key.shape), value.new_zeros(value.shape)
@@ -298,9 +299,9 @@ def memory_attention_backward(
         rows_of(tensor) for tensor in (query, key, value, memory_keys, memory_values, grad_out, out)
     )
     shared = {
-        "grad_out": grad_out, "lse": lse.contiguous(), "query": query, "key": key, "value": value, "scale": scale,
-        "bias_table": None if bias_table is None else bias_table.contiguous(), "bias_dense": bias_dense,
-        "local_length": local_length, "seed": seed if dropout_p > 0.0 else None,
+        "grad_out": grad_out, "lse": packed(lse), "query": query, "key": key, "value": value, "scale": packed(scale),
+        "bias_table": packed(bias_table), "bias_dense": bias_dense, "local_length": packed(local_length),
+        "seed": seed if dropout_p > 0.0 else None,
         "delta": query.new_empty(batch, heads, length, dtype=torch.float32),
         "heads": heads, "groups": groups, "length": length, "local_keys": local_keys,
         "distances": 1 if bias_table is None else bias_table.shape[1],
@@ -316,8 +317,8 @@ def memory_attention_backward(
     sums = query.new_empty(3, heads, batch * blocks, dtype=torch.float32)  # parts of scale, offset and far biases
     if sums.numel():
         query_gradient_kernel[(batch * heads * blocks,)](
-            grad_lse=grad_lse, out=out, memory_keys=memory_keys, memory_values=memory_values, rows=rows.contiguous(),
-            scores=scores.contiguous(), slots=slots.contiguous(), memory_offset=memory_offset, grad_query=grad_query,
+            grad_lse=grad_lse, out=out, memory_keys=memory_keys, memory_values=memory_values, rows=packed(rows),
+            scores=packed(scores), slots=packed(slots), memory_offset=packed(memory_offset), grad_query=grad_query,
             sums=sums, lse_strides=grad_lse.stride(), out_strides=out.stride()[:3],
             memory_key_strides=memory_keys.stride()[:2], memory_value_strides=memory_values.stride()[:2],
             BLOCK_QUERIES=launch.queries, BLOCK_KEYS=launch.keys, UNROLL=launch.unroll,

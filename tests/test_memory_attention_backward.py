@@ -83,3 +83,16 @@ def test_the_slot_that_minus_one_would_point_to_is_never_read(backend):
     longer = {name: torch.cat((ring, torch.full_like(ring[:, :1], torch.nan)), dim=1) for name, ring in rings.items()}
     before, after = gradients(inputs, *upstream, backend), gradients({**inputs, **longer}, *upstream, backend)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@on_every_backend
+def test_the_layout_of_the_arguments_changes_nothing(backend):
+    """One number for all heads, and numbers with gaps between them."""
+    shape = SHAPES["table over two tiles, masked"]._replace(offset=True)
+    inputs, upstream = random_attention(shape, torch.float32, seeded(0)), upstream_gradients(shape)
+    inputs |= {name: torch.ones(shape.heads) for name in ("scale", "memory_offset")}
+    spread = {name: torch.ones(1).expand(shape.heads) for name in ("scale", "memory_offset")}
+    for name in ("local_length", "bias_table", "scores", "slots", "key", "memory_values"):
+        spread[name] = torch.stack((inputs[name], inputs[name]), dim=-1)[..., 0]
+    expected, actual = (gradients(given, *upstream, backend) for given in (inputs, {**inputs, **spread}))
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
