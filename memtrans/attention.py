@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from memtrans.memory import KNNMemory
 from memtrans.position import expand_table
 from memtrans.ring import MemorySnapshot
+from memtrans.validation import at_least, check_cache, check_counts
 from memtrans_kernels import cosine, memory_attention
 
 
@@ -39,6 +40,8 @@ class LocalContext(nn.Module):
         super().__init__()
         if kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"heads must be a multiple of kv_heads={kv_heads}, got {heads}")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         self.heads, self.kv_heads, self.dim_head = heads, kv_heads, dim_head
         self.xl_max_memories = int(xl_max_memories)
         self.dropout = nn.Dropout(dropout)
@@ -48,6 +51,8 @@ class LocalContext(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query (B, H, N, D), key and value (B, G, N, D) of x (B, N, dim)."""
+        if x.dim() != 3 or x.shape[2] != self.to_q.in_features:
+            raise ValueError(f"x must have shape (B, N, {self.to_q.in_features}), got {tuple(x.shape)}")
         query = rearrange(self.to_q(x), "b n (h d) -> b h n d", h=self.heads)
         key, value = rearrange(self.to_kv(x), "b n (kv g d) -> kv b g n d", kv=2, g=self.kv_heads)
         return query, key, value
@@ -56,15 +61,7 @@ class LocalContext(nn.Module):
         """Puts the cached keys and values before the segment's own: (B, G, L, D)."""
         if xl_memory is None:
             return key, value
-        expected = (
-            key.shape[0],
-            *(() if self.kv_heads == 1 else (self.kv_heads,)),
-            xl_memory.shape[-3],
-            2,
-            self.dim_head,
-        )
-        if tuple(xl_memory.shape) != expected:
-            raise ValueError(f"xl_memory must have shape {expected}, got {tuple(xl_memory.shape)}")
+        check_cache("xl_memory", xl_memory, key.shape[0], self.kv_heads, self.dim_head, key.device)
         cached = xl_memory if self.kv_heads > 1 else xl_memory[:, None]
         cached_key, cached_value = cached.to(key.dtype).unbind(dim=-2)
         return torch.cat((cached_key, key), dim=-2), torch.cat((cached_value, value), dim=-2)
@@ -125,6 +122,7 @@ class Attention(LocalContext):
         Returns:
             out (B, N, dim), and the new XL cache, None without one.
         """
+        check_counts(x, local_length=local_length)
         query, key, value = self.project(x)
         key, value = self.extend(key, value, xl_memory)
         out = F.scaled_dot_product_attention(
@@ -189,8 +187,9 @@ class KNNAttention(LocalContext):
         memory_offset: float | None = None,
     ) -> None:
         super().__init__(dim, heads, dim_head, dropout, xl_max_memories, kv_heads, bias_out=False)
-        if num_retrieved_memories < 1:
-            raise ValueError(f"num_retrieved_memories must be at least 1, got {num_retrieved_memories}")
+        at_least(1, num_retrieved_memories=num_retrieved_memories)
+        if attn_scale_init <= 0:
+            raise ValueError(f"attn_scale_init must be above 0, got {attn_scale_init}")
         self.num_retrieved_memories = num_retrieved_memories
         self.scale = nn.Parameter(torch.full((heads, 1, 1), math.log(attn_scale_init)))
         self.output_gate = nn.Parameter(torch.zeros(1)) if gate_output else None
@@ -225,11 +224,14 @@ class KNNAttention(LocalContext):
         Returns:
             out (B, N, dim), and the new XL cache, None without one.
         """
+        check_counts(x, local_length=local_length, lengths=lengths)
         query, key, value = self.project(x)
         query, key = cosine(query, key)
         key, value = self.extend(key, value, xl_memory)
         longest = max(x.shape[1], key.shape[2] - self.xl_max_memories)  # more than N only for a foreign, longer cache
         snapshot = _snapshot_of(knn_memory, key, longest)
+        if snapshot.documents != x.shape[0]:
+            raise ValueError(f"knn_memory must have x's {x.shape[0]} documents in scope, got {snapshot.documents}")
         target = snapshot if add_to is None else _snapshot_of(add_to, key, longest)
         scores, slots = snapshot.nearest(query, self.num_retrieved_memories)
         out, _ = memory_attention(
@@ -242,7 +244,7 @@ class KNNAttention(LocalContext):
             scores,
             slots,
             self.scale.exp().flatten(),
-            **_bias_arguments(rel_pos_bias, query.shape[2], key.shape[2]),
+            **_bias_arguments(rel_pos_bias, self.heads, query.shape[2], key.shape[2]),
             memory_offset=self.memory_offset,
             local_length=local_length,
             **self._dropout_arguments(query),
@@ -297,9 +299,11 @@ def _snapshot_of(memory: KNNMemory | MemorySnapshot, key: Tensor, longest: int) 
     return memory if isinstance(memory, MemorySnapshot) else memory.snapshot(like=key, longest=longest)
 
 
-def _bias_arguments(rel_pos_bias: Tensor | None, length: int, local_keys: int) -> dict[str, Any]:
+def _bias_arguments(rel_pos_bias: Tensor | None, heads: int, length: int, local_keys: int) -> dict[str, Any]:
+    """By distance (H, distances), or dense: (..., N, L) with up to two leading axes that broadcast against (1, H)."""
     if rel_pos_bias is None:
         return {}
     if rel_pos_bias.dim() == 2:
         return {"bias_table": rel_pos_bias}
-    return {"bias_dense": rel_pos_bias[..., -length:, -local_keys:]}
+    dense = rel_pos_bias if rel_pos_bias.dim() == 4 else rel_pos_bias[None]
+    return {"bias_dense": dense[..., -length:, -local_keys:].expand(-1, heads, -1, -1)}

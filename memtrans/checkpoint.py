@@ -69,6 +69,14 @@ def save_checkpoint(directory: str | Path, parts: Parts, values: Mapping[str, An
         _remove_unnamed(directory)
 
 
+def require(checkpoint: Checkpoint, *values: str) -> Checkpoint:
+    """Returns the checkpoint, or raises ValueError when it lacks one of the named values."""
+    missing = [name for name in values if name not in checkpoint.values]
+    if missing:
+        raise ValueError(f"checkpoint must be a training run's, got one without {', '.join(missing)}")
+    return checkpoint
+
+
 def load_checkpoint(directory: str | Path) -> Checkpoint:
     """Reads and verifies a checkpoint.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import platform
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from typing import Any, get_type_hints
 
 import torch
 
-from memtrans.checkpoint import load_checkpoint
+from memtrans.checkpoint import load_checkpoint, require
 from memtrans.evaluate import evaluate_both
 from memtrans.presets import PRESETS, Settings, build_model
 from memtrans.run import Run, checkpoint_of, resumed_settings, start
@@ -131,8 +132,14 @@ def _train(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         saved = f"step {trainer.step} is saved, --resume --out {options.out} goes on from there"
         return _fail(options, f"stopped by Ctrl-C; {saved}", 130)
-    print(json.dumps(summary), flush=True)
+    print(_json_line(summary), flush=True)
     return 0
+
+
+def _json_line(values: dict[str, Any]) -> str:
+    """Strict JSON: what is no finite number is null."""
+    finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
+    return json.dumps(finite, allow_nan=False)
 
 
 def _free_directory(preset: str, resume: bool) -> Path:
@@ -150,7 +157,7 @@ def _free_directory(preset: str, resume: bool) -> Path:
 
 def _evaluate(options: argparse.Namespace) -> int:
     try:
-        checkpoint = load_checkpoint(checkpoint_of(options.out))
+        checkpoint = require(load_checkpoint(checkpoint_of(options.out)), "settings", "step")
         settings = Settings.from_json({**checkpoint.values["settings"], **_given(options)})
         data = open_data(settings, options.split)
         model = build_model(settings).to(pick_device(settings.device))
@@ -161,7 +168,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     rest = {"steps": checkpoint.values["step"], "data": settings.data, "split": options.split, "out": str(options.out)}
     device = str(model.token_emb.weight.device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(json.dumps({**rest, **report, "parameters": parameters, "device": device}), flush=True)
+    print(_json_line({**rest, **report, "parameters": parameters, "device": device}), flush=True)
     return 0
 
 

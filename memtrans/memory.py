@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memtrans.ring import MemorySnapshot, Ring
+from memtrans.ring import MemorySnapshot, Ring, check_mask
 from memtrans.storage import load_tensors, save_tensors
 from memtrans_kernels import checks
 from memtrans_kernels.backends import check_name
@@ -263,7 +263,10 @@ class KNNMemory:
         if batch_indices is None:
             indices = list(range(self.num_indices))
         else:
-            given = [batch_indices] if isinstance(batch_indices, int) else batch_indices
+            try:
+                given: Iterable[int] = [operator.index(batch_indices)]  # type: ignore[arg-type]
+            except TypeError:
+                given = batch_indices  # type: ignore[assignment]
             indices = self._check_indices("batch_indices", given)
         if self._ring is not None:
             with self.at_batch_indices(range(self.num_indices)):
@@ -275,6 +278,8 @@ class KNNMemory:
         """Forgets the documents in scope where mask (B,) bool, on the memory's device, is True. No host round trip."""
         if self._ring is not None:
             self.snapshot().clear_rows(mask)
+        else:
+            check_mask(mask, len(self.scoped_indices))
 
     def cleanup(self) -> None:
         """Frees the storage; the memory is empty afterwards and can be used again."""

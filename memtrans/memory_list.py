@@ -31,7 +31,10 @@ class KNNMemoryList(list[KNNMemory]):
         """
         warn_unused(memories_directory=memories_directory)
 
-        def create(*args: Any, **kwargs: Any) -> MemoryType:
+        def create(
+            *args: Any, memmap_filename: Any = UNUSED, multiprocessing: Any = UNUSED, **kwargs: Any
+        ) -> MemoryType:
+            warn_unused(memmap_filename=memmap_filename, multiprocessing=multiprocessing)  # once, not for each layer
             return cls(KNNMemory(*args, **{**kwargs, "num_indices": batch_size}) for _ in range(num_memory_layers))
 
         return create

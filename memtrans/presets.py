@@ -7,6 +7,7 @@ checkpoint keeps them as JSON, and the model, the data and the loop are built fr
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 def _option(default: Any, text: str, **limits: Any) -> Any:
-    """A field with its help text; limits: `at_least`, `above`, `choices`."""
+    """A field with its help text; limits: `at_least`, `above`, `below`, `choices`."""
     return dataclasses.field(default=default, metadata={"help": text, **limits})
 
 
@@ -59,7 +60,7 @@ class Settings:
     )
     xl: int = _option(0, "X: tokens of an XL cache; 0 for none", at_least=0)
     xl_layers: tuple[int, ...] | None = _option(None, "layers with an XL cache, from 1 (default: all)")
-    dropout: float = _option(0.0, "dropout of attention weights and feed-forward layers", at_least=0)
+    dropout: float = _option(0.0, "dropout of attention weights and feed-forward layers", at_least=0, below=1)
     learning_rate: float = _option(1e-3, "highest learning rate of AdamW", above=0)
     warmup: int = _option(100, "steps of the linear warm-up; a cosine decay follows", at_least=0)
     final_rate: float = _option(0.1, "the learning rate's end, as a part of its highest", at_least=0)
@@ -67,7 +68,7 @@ class Settings:
     clip: float = _option(1.0, "largest norm of the gradient", above=0)
     device: str = _option("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU where there is one")
     dtype: str = _option("float32", "what matrix products compute in", choices=DTYPES)
-    seed: int = _option(0, "seed of weights, dropout and the order of the data", at_least=0)
+    seed: int = _option(0, "seed of weights, dropout and the order of the data", at_least=0, below=2**63)
     near_steps: int = _option(
         0, "recall: steps for which documents ask near questions only, before far ones", at_least=0
     )
@@ -105,6 +106,10 @@ class Settings:
 def _check(name: str, value: Any, limits: Mapping[str, Any]) -> None:
     if value is None:
         return
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    if "below" in limits and not value < limits["below"]:
+        raise ValueError(f"{name} must be below {limits['below']}, got {value}")
     if "at_least" in limits and not value >= limits["at_least"]:
         raise ValueError(f"{name} must be at least {limits['at_least']}, got {value}")
     if "above" in limits and not value > limits["above"]:
@@ -153,9 +158,11 @@ PRESETS: dict[str, Settings] = {
         near_steps=350,
         eval_bytes=65536,
     ),
-    # The set-up of memorizing-transformers-pytorch's own train.py: 16 documents, 5 segments of 512 tokens a step.
+    # The set-up of memorizing-transformers-pytorch's own train.py: 16 random windows of 5 segments of 512 tokens,
+    # a fresh memory each, a constant learning rate, no weight decay (AdamW is then its Adam, but for beta2 = 0.95).
     "enwik8": Settings(
         data="enwik8",
+        windows=True,
         steps=100_000,
         batch=16,
         segment=512,
@@ -170,6 +177,9 @@ PRESETS: dict[str, Settings] = {
         xl=512,
         xl_layers=(7, 8),
         learning_rate=2e-4,
+        warmup=0,
+        final_rate=1.0,
+        weight_decay=0.0,
         clip=0.5,
         eval_bytes=1_000_000,
         eval_every=5000,

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from memtrans_kernels import Ledger, knn_add_, knn_search, ledger_advance_, ledger_ticket, read_cursors
+from memtrans_kernels import Ledger, checks, knn_add_, knn_search, ledger_advance_, ledger_ticket, read_cursors
 from memtrans_kernels.backends import implements
 
 
@@ -89,6 +89,12 @@ class Ring:
         return (self.cursor - self.start).clamp(max=self.capacity)
 
 
+def check_mask(mask: Tensor, documents: int) -> None:
+    """Refuses what is no bool tensor (B,)."""
+    if mask.dtype != torch.bool or mask.shape != (documents,):
+        raise ValueError(f"mask must be a bool tensor of shape ({documents},), got {mask.dtype} {tuple(mask.shape)}")
+
+
 @dataclass(frozen=True)
 class MemorySnapshot:
     """A memory as one forward pass sees it: the cursors are read once, whatever is added later.
@@ -146,10 +152,8 @@ class MemorySnapshot:
 
     def clear_rows(self, mask: Tensor) -> MemorySnapshot:
         """Forgets all entries of the documents where mask (B,) is True; returns the state after that."""
-        if mask.dtype != torch.bool or mask.shape != (self.documents,):
-            raise ValueError(
-                f"mask must be a bool tensor of shape ({self.documents},), got {mask.dtype} {tuple(mask.shape)}"
-            )
+        check_mask(mask, self.documents)
+        checks.same_device(self.start.device, mask=mask)
         of_rows = mask.repeat_interleave(self.rows.numel() // self.documents)
         cleared = torch.zeros_like(self.start, dtype=torch.bool).index_copy(0, self.rows, of_rows)
         start = torch.where(cleared, self.cursor, self.start)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from memtrans.checkpoint import exists, load_checkpoint, save_checkpoint
+from memtrans.checkpoint import exists, load_checkpoint, require, save_checkpoint
 from memtrans.evaluate import evaluate_both
 from memtrans.metrics import Metrics
 from memtrans.plot import plot_metrics
@@ -34,7 +34,7 @@ def resumed_settings(out: str | Path, given: Mapping[str, Any]) -> Settings:
 
     Raises FileNotFoundError without a checkpoint, ValueError when it is damaged or was made with other settings.
     """
-    saved = load_checkpoint(checkpoint_of(out)).values["settings"]
+    saved = require(load_checkpoint(checkpoint_of(out)), "settings").values["settings"]
     for name, value in given.items():
         if name not in MAY_CHANGE and value != Settings.from_json(saved).to_json()[name]:
             raise ValueError(f"{name} must be {saved[name]!r}, as in the checkpoint to resume, got {value!r}")

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from memtrans.data import Document
 
 STANDARD_LIBRARY = "stdlib"
@@ -20,6 +22,17 @@ HELD_OUT_SHARE = 0.05  # of the bytes of several documents
 HELD_OUT_END = 0.1  # of a single document
 SNIFFED = 8192  # bytes looked at to tell text from the rest
 UNUSUAL_PACKAGES = {"test", "idlelib", "lib2to3", "site-packages", "dist-packages"}  # not installed everywhere
+
+# RuntimeError: an encrypted archive; NotImplementedError: a compression that Python does not know
+UNREADABLE = (
+    EOFError,
+    gzip.BadGzipFile,
+    lzma.LZMAError,
+    zipfile.BadZipFile,
+    zlib.error,
+    RuntimeError,
+    NotImplementedError,
+)
 
 
 @dataclass(frozen=True)
@@ -42,8 +55,9 @@ def load_corpus(data: str) -> Corpus:
     """Reads all documents of a source and holds some out, always the same ones.
 
     Args:
-        data: `stdlib`; or a file (.gz, .xz and .zip are unpacked), or a directory, whose text files are documents
-            in path order. A file called enwik8 (or enwik8.zip, ...) gets the standard split of 90, 5 and 5 million.
+        data: `stdlib`; or a file (.gz, .xz and .zip are unpacked); or a directory: each of its text files is a
+            document, and so is each directory in it, all text files below it in path order. A file called enwik8 (or
+            enwik8.zip, ...) gets the standard split of 90, 5 and 5 million.
 
     Raises:
         FileNotFoundError: no such path. ValueError: no bytes in it, a damaged archive, or an enwik8 of the wrong
@@ -53,7 +67,7 @@ def load_corpus(data: str) -> Corpus:
     if data == STANDARD_LIBRARY:
         documents = standard_library()
     elif path.is_dir():
-        documents = [document for file in sorted(path.rglob("*")) for document in _of_directory(path, file)]
+        documents = [document for entry in sorted(path.iterdir()) for document in _of_entry(path, entry)]
     elif path.exists():
         documents = list(_unpacked(path.name, path))
     else:
@@ -84,8 +98,18 @@ def standard_library() -> list[Document]:
     return documents
 
 
-def _of_directory(root: Path, file: Path) -> Iterator[Document]:
-    """The text in a file of a directory; nothing if it is hidden or not text."""
+def _of_entry(root: Path, entry: Path) -> Iterator[Document]:
+    """The documents of a file in the directory `root`, or the one that a directory in it is."""
+    if not entry.is_dir():
+        yield from _text_in(root, entry)
+        return
+    texts = [document.content for file in sorted(entry.rglob("*")) for document in _text_in(root, file)]
+    if texts:
+        yield Document(entry.name, torch.cat(texts))
+
+
+def _text_in(root: Path, file: Path) -> Iterator[Document]:
+    """The text in a file; nothing if it is hidden or not text."""
     relative = file.relative_to(root)
     if file.is_file() and not any(part.startswith(".") for part in relative.parts):
         yield from (document for document in _unpacked(str(relative), file) if _is_text(document))
@@ -110,7 +134,7 @@ def _unpacked(name: str, file: Path) -> Iterator[Document]:
                         yield Document.of(f"{name}/{member}", archive.read(member))
         else:
             yield Document.of(name, file.read_bytes())
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zipfile.BadZipFile, zlib.error) as error:
+    except UNREADABLE as error:
         raise ValueError(f"data must hold whole {file.suffix} archives, got {str(file)!r}: {error}") from error
 
 

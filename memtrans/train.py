@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memtrans.checkpoint import Checkpoint
+from memtrans.checkpoint import Checkpoint, require
 from memtrans.data import Batch, Document, DocumentOrder, DocumentStream, RandomWindows, Shuffled
 from memtrans.evaluate import negative_log_likelihood
 from memtrans.presets import Settings, build_model
@@ -231,6 +231,7 @@ class Trainer:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Goes to where the checkpoint was written. Raises ValueError when it is of another model or other data."""
+        require(checkpoint, "settings", "step", "tokens", "stream", "fingerprint")
         parts, values = checkpoint.parts, checkpoint.values
         if values["fingerprint"] != self.data.fingerprint:
             raise ValueError(
@@ -256,4 +257,5 @@ def load_weights(model: MemorizingTransformer, checkpoint: Checkpoint) -> None:
     try:
         model.load_state_dict(dict(checkpoint.parts["model"]))
     except (KeyError, RuntimeError) as error:
-        raise ValueError(f"checkpoint must hold weights of this model, got others: {error}") from error
+        detail = " ".join(str(error).split())
+        raise ValueError(f"checkpoint must hold weights of this model, got others: {detail}") from error

@@ -20,6 +20,7 @@ from memtrans.memory import UNUSED, KNNMemory, warn_unused
 from memtrans.memory_list import KNNMemoryList
 from memtrans.position import T5RelativePositionBias
 from memtrans.ring import MemorySnapshot
+from memtrans.validation import at_least, check_cache, check_counts, check_embeddings, check_ids
 
 
 class PreNormResidual(nn.Module):
@@ -127,6 +128,9 @@ class MemorizingTransformer(nn.Module):
         warn_unused(
             knn_memories_directory=knn_memories_directory, knn_memory_multiprocessing=knn_memory_multiprocessing
         )
+        at_least(1, num_tokens=num_tokens, dim=dim, depth=depth, dim_head=dim_head, heads=heads, kv_heads=kv_heads)
+        at_least(1, max_knn_memories=max_knn_memories)
+        at_least(0, xl_max_memories=int(xl_max_memories))
         self.num_tokens, self.dim, self.dim_head, self.kv_heads = num_tokens, dim, dim_head, kv_heads
         self.max_knn_memories, self.pad_id = max_knn_memories, pad_id
         self.clear_memories_on_sos_token_id = clear_memories_on_sos_token_id
@@ -226,21 +230,15 @@ class MemorizingTransformer(nn.Module):
         """
         if (x is None) == (inputs_embeds is None):
             raise ValueError("exactly one of x and inputs_embeds must be given")
-        if x is not None:
-            self._check_ids("x", x, allow_pad=False)
-        hidden = self.token_emb(x) if x is not None else inputs_embeds
-        assert hidden is not None
-        if labels is not None:  # before the memory changes
-            if labels.shape != hidden.shape[:2]:
-                raise ValueError(f"labels must have shape {tuple(hidden.shape[:2])}, got {tuple(labels.shape)}")
-            self._check_ids("labels", labels, allow_pad=True)
+        hidden = self._embed(x, inputs_embeds)
+        self._check_labels(labels, hidden)  # whatever is refused is refused before the memory changes
+        check_counts(hidden, lengths=lengths, xl_length=xl_length)
+        caches = self._xl(xl_memories, hidden)
         snapshots = self._snapshots(knn_memories, hidden)
         if x is not None and add_knn_memory:
             snapshots = self._clear(snapshots, x, self.clear_memories_on_sos_token_id)
 
-        hidden, stored, new_xl_memories = self._read(
-            hidden, snapshots, self._xl(xl_memories), add_knn_memory, lengths, xl_length
-        )
+        hidden, stored, new_xl_memories = self._read(hidden, snapshots, caches, add_knn_memory, lengths, xl_length)
         if x is not None and add_knn_memory:
             self._clear(stored, x, self.clear_memories_on_eos_token_id)
 
@@ -255,7 +253,7 @@ class MemorizingTransformer(nn.Module):
         logits = to_vocabulary(embeddings)
         if labels is None:
             return logits
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=self.pad_id)
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten().long(), ignore_index=self.pad_id)
 
     def _read(
         self,
@@ -312,17 +310,21 @@ class MemorizingTransformer(nn.Module):
 
     # -------------------------------------------------------------------------------------------------- checks
 
-    def _check_ids(self, name: str, ids: Tensor, *, allow_pad: bool) -> None:
-        """Refuses ids outside the vocabulary. On the GPU only with `validate`: looking at a value waits for it."""
-        if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"{name} must be integers of shape (B, N), got {ids.dtype} {tuple(ids.shape)}")
-        if torch.compiler.is_compiling() or ids.numel() == 0 or (ids.device.type != "cpu" and not self.validate):
+    def _embed(self, x: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        device = self.token_emb.weight.device
+        if x is not None:
+            check_ids("x", x, self.num_tokens, None, device, self.validate)
+            return self.token_emb(x)
+        assert inputs_embeds is not None
+        check_embeddings(inputs_embeds, self.dim, device, self.validate)
+        return inputs_embeds
+
+    def _check_labels(self, labels: Tensor | None, hidden: Tensor) -> None:
+        if labels is None:
             return
-        wrong = (ids < 0) | (ids >= self.num_tokens)
-        if allow_pad:
-            wrong = wrong & (ids != self.pad_id)
-        if bool(wrong.any()):
-            raise IndexError(f"{name} must be token ids in [0, {self.num_tokens}), got {int(ids[wrong][0])}")
+        check_ids("labels", labels, self.num_tokens, self.pad_id, hidden.device, self.validate)
+        if labels.shape != hidden.shape[:2]:
+            raise ValueError(f"labels must have shape {tuple(hidden.shape[:2])}, got {tuple(labels.shape)}")
 
     def _snapshots(self, memories: Sequence[KNNMemory | MemorySnapshot], hidden: Tensor) -> list[MemorySnapshot]:
         """One snapshot per memory, taken before anything is added."""
@@ -331,18 +333,22 @@ class MemorizingTransformer(nn.Module):
                 f"knn_memories must hold one memory for each of the layers {self.memorizing_layers}, "
                 f"got {len(memories)}"
             )
-        snapshots = []
-        for memory in memories:
-            if not isinstance(memory, MemorySnapshot):
-                memory = memory.snapshot(like=hidden, longest=hidden.shape[1])
-            if memory.documents != hidden.shape[0]:
+        snapshots = [
+            memory if isinstance(memory, MemorySnapshot) else memory.snapshot(like=hidden, longest=hidden.shape[1])
+            for memory in memories
+        ]
+        expected = (hidden.shape[0], self.kv_heads, self.dim_head)
+        for place, snapshot in enumerate(snapshots):
+            found = (snapshot.documents, snapshot.rows.numel() // snapshot.documents, snapshot.keys.shape[2])
+            if found != expected:
                 raise ValueError(
-                    f"knn_memories must have the batch's {hidden.shape[0]} documents in scope, got {memory.documents}"
+                    f"knn_memories[{place}] must have the batch's {expected[0]} documents in scope, "
+                    f"kv_heads={expected[1]} and dim={expected[2]}, "
+                    f"got {found[0]} documents, kv_heads={found[1]} and dim={found[2]}"
                 )
-            snapshots.append(memory)
         return snapshots
 
-    def _xl(self, xl_memories: Sequence[Tensor | None] | None) -> list[Tensor | None]:
+    def _xl(self, xl_memories: Sequence[Tensor | None] | None, hidden: Tensor) -> list[Tensor | None]:
         """The XL caches given, or none for each caching layer."""
         caches: list[Tensor | None] = [None] * self.num_xl_memory_layers
         if xl_memories is not None:
@@ -351,6 +357,10 @@ class MemorizingTransformer(nn.Module):
             raise ValueError(
                 f"xl_memories must hold one cache for each of the layers {self.xl_memory_layers}, got {len(caches)}"
             )
+        for place, cache in enumerate(caches):
+            if cache is not None:
+                name = f"xl_memories[{place}]"
+                check_cache(name, cache, hidden.shape[0], self.kv_heads, self.dim_head, hidden.device)
         return caches
 
     @staticmethod

@@ -163,7 +163,28 @@ def test_positions_count_from_the_querys_true_position(i, j):
             assert torch.equal(dense[0, :, query, key], expected)
 
 
+def test_a_dense_bias_may_leave_out_the_batch_or_share_the_heads():
+    attention, x, memory = layer(), torch.randn(1, LENGTH, DIM), KNNMemory(WIDTH, 9)
+    bias = torch.randn(1, 1, LENGTH, LENGTH)
+    outs = [
+        attention(x, knn_memory=memory, add_knn_memory=False, rel_pos_bias=given)[0]
+        for given in (bias.expand(1, HEADS, -1, -1), bias, bias[0].expand(HEADS, -1, -1))
+    ]
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
+
+
 def test_errors_name_the_argument():
+    with pytest.raises(ValueError, match=r"x must have shape \(B, N, 16\), got \(1, 2, 5\)"):
+        layer()(torch.randn(1, 2, 5), knn_memory=KNNMemory(WIDTH))
+    with pytest.raises(ValueError, match="documents in scope, got 1"):
+        layer()(torch.randn(3, 2, DIM), knn_memory=KNNMemory(WIDTH))
+    with pytest.raises(TypeError, match=r"lengths must be torch\.int64, got torch\.float32"):
+        layer()(torch.randn(1, 2, DIM), knn_memory=KNNMemory(WIDTH), lengths=torch.ones(1))
+    with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\), got 1.0"):
+        layer(dropout=1.0)
+    with pytest.raises(ValueError, match="attn_scale_init must be above 0, got 0"):
+        layer(attn_scale_init=0)
     with pytest.raises(ValueError, match="heads must be a multiple of kv_heads=3, got 4"):
         layer(kv_heads=3)
     with pytest.raises(ValueError, match=r"xl_memory must have shape \(1, 3, 2, 8\), got \(1, 3, 2, 7\)"):

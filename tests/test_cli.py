@@ -12,11 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from memtrans.checkpoint import load_checkpoint
+from memtrans.checkpoint import load_checkpoint, save_checkpoint
 from memtrans.cli import main
 from memtrans.metrics import Metrics
 from memtrans.presets import PRESETS, Settings
+from memtrans.run import checkpoint_of
 
 TINY = [
     *("--batch", "2", "--segment", "32", "--layers", "2", "--width", "16", "--heads", "2", "--head-width", "8"),
@@ -344,3 +346,34 @@ def test_the_module_runs_as_a_program(tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "data must be" in done.stderr
+
+
+def test_five_steps_of_the_demo_with_both_evaluations_end_within_half_a_minute(tmp_path):
+    command = [sys.executable, "-m", "memtrans", "train", "--preset", "demo", "--steps", "5", "--plain"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "run")], capture_output=True, text=True, timeout=30, check=True
+    )
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert summary["steps"] == 5
+    assert {"eval_bits_per_byte", "eval_bits_per_byte_without_memory", "tokens_per_second"} <= set(summary)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_recall_preset_answers_far_questions_with_its_memory_and_not_without(tmp_path):
+    command = [sys.executable, "-m", "memtrans", "train", "--preset", "recall", "--plain"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "run")], capture_output=True, text=True, timeout=600, check=True
+    )
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert summary["recall_accuracy"] >= 0.9
+    assert summary["recall_accuracy_without_memory"] <= 2 * summary["recall_chance"]
+
+
+@pytest.mark.parametrize("command", [["train", "--resume"], ["eval"]])
+def test_a_checkpoint_that_no_training_run_wrote_is_one_line_and_status_2(command, tmp_path, capsys):
+    save_checkpoint(checkpoint_of(tmp_path), {"model": {"weight": torch.ones(2)}}, {"step": 1})
+    assert main([*command, "--out", str(tmp_path)]) == 2
+    printed = capsys.readouterr().err.strip()
+    assert "checkpoint must be a training run's, got one without settings" in printed
+    assert len(printed.splitlines()) == 1

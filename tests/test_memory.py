@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from memories import filled, held, pairs
@@ -364,3 +365,17 @@ def test_bad_tensors_are_refused_and_nothing_is_lost(
 def test_query_heads_must_be_a_multiple_of_the_key_value_heads(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"queries must have shape .* H a multiple of kv_heads=2, got"):
         KNNMemory(2, 4, 2, kv_heads=2).search(torch.ones(shape), 1)
+
+
+def test_a_list_of_memories_warns_once_for_what_it_ignores() -> None:
+    create = KNNMemoryList.create_memories(batch_size=2, num_memory_layers=3)
+    with pytest.warns(DeprecationWarning, match="multiprocessing: accepted for compatibility") as record:
+        create(dim=4, multiprocessing=False)
+    assert len(record) == 1
+
+
+@pytest.mark.parametrize("index", [1, torch.tensor(1), numpy.int64(1)])
+def test_clear_takes_any_kind_of_integer(index: Any) -> None:
+    memory = filled(3)
+    memory.clear(index)
+    assert held(memory) == [[1, 2, 3], [], [1, 2, 3]]

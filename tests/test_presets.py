@@ -18,7 +18,9 @@ from memtrans.presets import PRESETS, Settings, build_model
         ("batch", -3, "batch must be at least 1, got -3"),
         ("memory", -1, "memory must be at least 0, got -1"),
         ("learning_rate", 0.0, "learning_rate must be above 0, got 0.0"),
-        ("learning_rate", float("nan"), "learning_rate must be above 0, got nan"),
+        ("learning_rate", float("nan"), "learning_rate must be finite, got nan"),
+        ("dropout", 1.0, "dropout must be below 1, got 1.0"),
+        ("seed", 2**70, f"seed must be below {2**63}, got {2**70}"),
         ("dtype", "int8", "dtype must be one of float32, bfloat16, got 'int8'"),
         ("memory_layers", (2, 9), "memory_layers must name layers from 1 to 4, got 9"),
         ("xl_layers", (0,), "xl_layers must name layers from 1 to 4, got 0"),
@@ -59,6 +61,8 @@ def test_enwik8_is_upstreams_own_training_set_up():
     memory_layer, caching_layer = model.layers[3][0].fn, model.layers[7][0].fn
     assert (memory_layer.num_retrieved_memories, memory_layer.heads, memory_layer.dim_head) == (32, 8, 64)
     assert caching_layer.xl_max_memories == 512
+    assert (settings.windows, settings.window_segments) == (True, 5)
+    assert (settings.warmup, settings.final_rate, settings.weight_decay) == (0, 1.0, 0.0)
     assert 21.7e6 < sum(parameter.numel() for parameter in model.parameters()) < 21.9e6
 
 

@@ -60,16 +60,18 @@ def test_a_zip_archive_holds_one_document_per_member_in_path_order(tmp_path):
     assert sorted(names) == ["texts.zip/a/y.txt", "texts.zip/a/z.txt", "texts.zip/b.txt"]
 
 
-def test_a_directory_gives_its_text_files_in_path_order_and_leaves_the_rest(tmp_path):
-    (tmp_path / "sub").mkdir()
-    for name in ("b.txt", "a.py", "sub/c.md", "sub/d.txt"):
+def test_a_directory_gives_its_text_files_and_one_document_for_each_directory_in_it(tmp_path):
+    (tmp_path / "sub" / "below").mkdir(parents=True)
+    (tmp_path / "nothing").mkdir()
+    for name in ("b.txt", "a.py", "sub/c.md", "sub/below/d.txt"):
         (tmp_path / name).write_bytes(name.encode() * 30)
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\0\0\0data")
     (tmp_path / ".hidden").write_bytes(TEXT)
     (tmp_path / "empty.txt").touch()
     corpus = load_corpus(str(tmp_path))
-    names = [document.name for document in [*corpus.train, *corpus.validation]]
-    assert sorted(names) == ["a.py", "b.txt", "sub/c.md", "sub/d.txt"]
+    documents = {document.name: bytes(document.content.tolist()) for document in [*corpus.train, *corpus.validation]}
+    assert sorted(documents) == ["a.py", "b.txt", "sub"]
+    assert documents["sub"] == b"sub/below/d.txt" * 30 + b"sub/c.md" * 30, "in path order"
     assert [document.name for document in corpus.train] == sorted(document.name for document in corpus.train)
 
 

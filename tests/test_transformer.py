@@ -177,7 +177,11 @@ def test_a_default_layer_and_layers_given_in_any_form():
         (lambda m, k: m(torch.full((2, 4), 30), k), IndexError, r"x must be token ids in \[0, 30\), got 30"),
         (lambda m, k: m(torch.full((2, 4), -1), k), IndexError, r"x must be token ids in \[0, 30\), got -1"),
         (lambda m, k: m(torch.ones(2, 4), k), ValueError, r"x must be integers of shape \(B, N\), got torch.float32"),
-        (lambda m, k: m(torch.ones(3, 4).long(), k), ValueError, "must have the batch's 3 documents in scope, got 2"),
+        (
+            lambda m, k: m(torch.ones(3, 4).long(), k),
+            ValueError,
+            r"knn_memories\[0\] must have the batch's 3 documents in scope, .* got 2 documents",
+        ),
         (lambda m, k: m(torch.ones(2, 4).long(), []), ValueError, r"one memory for each of the layers \(2,\), got 0"),
         (lambda m, k: m(None, k), ValueError, "exactly one of x and inputs_embeds must be given"),
         (
@@ -189,6 +193,32 @@ def test_a_default_layer_and_layers_given_in_any_form():
             lambda m, k: m(torch.ones(2, 4).long(), k, labels=torch.full((2, 4), 99)),
             IndexError,
             r"labels must be token ids in \[0, 30\), got 99",
+        ),
+        (
+            lambda m, k: m(torch.ones(2, 4).long(), k, labels=torch.ones(2, 4)),
+            ValueError,
+            r"labels must be integers of shape \(B, N\), got torch.float32",
+        ),
+        (lambda m, k: m(torch.ones(2, 4).long().to("meta"), k), ValueError, "x must be on cpu like the other tensors"),
+        (
+            lambda m, k: m(torch.ones(2, 4).long(), k, lengths=torch.tensor([-3, 4])),
+            ValueError,
+            r"lengths must not be negative, got \[-3, 4\]",
+        ),
+        (
+            lambda m, k: m(torch.ones(2, 4).long(), k, lengths=torch.ones(2)),
+            TypeError,
+            "lengths must be torch.int64, got torch.float32",
+        ),
+        (
+            lambda m, k: m(inputs_embeds=torch.full((2, 4, 16), float("nan")), knn_memories=k),
+            ValueError,
+            "inputs_embeds must be finite",
+        ),
+        (
+            lambda m, k: m(inputs_embeds=torch.ones(2, 4, 7), knn_memories=k),
+            ValueError,
+            r"inputs_embeds must have shape \(B, N, 16\), got \(2, 4, 7\)",
         ),
         (
             lambda m, k: m(torch.ones(2, 4).long(), k, xl_memories=[None]),
@@ -203,6 +233,27 @@ def test_a_wrong_call_names_argument_value_and_expectation(call, error, message)
     with pytest.raises(error, match=message):
         call(model, memories)
     assert memories[0].lengths.tolist() == [0, 0]
+
+
+def test_a_refused_call_leaves_every_memory_and_every_row_as_it_was():
+    """The second memory or the last cache is wrong, and a row holds a start token."""
+    model = build(memorizing_layers=(2, 3), xl_max_memories=5, clear_memories_on_sos_token_id=3)
+    memories = model.create_knn_memories(batch_size=BATCH)
+    _, caches = model(segments(1)[0].clamp(min=4), memories)
+    tokens = torch.full((BATCH, 4), 3)
+    before = [memory.lengths.tolist() for memory in memories]
+    wrong_memory = [memories[0], build(dim_head=5).create_knn_memories(batch_size=BATCH)[0]]
+    with pytest.raises(ValueError, match=r"knn_memories\[1\] must have .* dim=8, got .* dim=5"):
+        model(tokens, wrong_memory, caches)
+    with pytest.raises(ValueError, match=r"xl_memories\[3\] must have shape"):
+        model(tokens, memories, [*caches[:3], caches[3][..., :7]])
+    assert [memory.lengths.tolist() for memory in memories] == before
+
+
+@pytest.mark.parametrize("name", ["num_tokens", "dim", "depth", "dim_head", "heads", "max_knn_memories"])
+def test_a_size_of_zero_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        build(**{name: 0})
 
 
 def test_a_layer_that_does_not_exist_is_an_error_that_says_what_does():
