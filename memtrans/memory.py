@@ -18,6 +18,7 @@ from torch import Tensor
 
 from memtrans.ring import MemorySnapshot, Ring, check_mask
 from memtrans.storage import load_tensors, save_tensors
+from memtrans.validation import check_numbers
 from memtrans_kernels import checks
 from memtrans_kernels.backends import check_name
 
@@ -199,6 +200,9 @@ class KNNMemory:
         Args:
             memories: (B, N, 2, D), or (B, G, N, 2, D) when kv_heads > 1; key first, then value. Never differentiated.
             count: (B,) int64, store only the first so many of each document.
+
+        Raises:
+            ValueError, TypeError: another shape, dtype or device; on the CPU also values that are NaN.
         """
         heads = () if self.kv_heads == 1 else (self.kv_heads,)
         batch = len(self.scoped_indices)
@@ -210,6 +214,9 @@ class KNNMemory:
             )
         checks.floating(memories=memories)
         pairs = memories.detach().reshape(batch, self.kv_heads, memories.shape[-3], 2, self.dim)
+        check_numbers(
+            "the values in memories", pairs[..., 1, :]
+        )  # infinite ones saturate; such keys are never retrieved
         snapshot = self.snapshot(like=memories, longest=pairs.shape[2])
         snapshot.append(pairs[..., 0, :], pairs[..., 1, :], count)
 

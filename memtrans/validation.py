@@ -38,8 +38,19 @@ def check_embeddings(embeds: Tensor, width: int, device: torch.device, validate:
     checks.same_device(device, inputs_embeds=embeds)
     if embeds.dim() != 3 or embeds.shape[2] != width:
         raise ValueError(f"inputs_embeds must have shape (B, N, {width}), got {tuple(embeds.shape)}")
-    if may_look(embeds, validate) and not bool(embeds.isfinite().all()):
-        raise ValueError("inputs_embeds must be finite, got infinite or NaN components")
+    check_finite("inputs_embeds", embeds, validate)
+
+
+def check_finite(name: str, tensor: Tensor, validate: bool = False) -> None:
+    """Refuses infinite and NaN components, where values may be looked at."""
+    if may_look(tensor, validate) and not bool(tensor.isfinite().all()):
+        raise ValueError(f"{name} must be finite, got infinite or NaN components")
+
+
+def check_numbers(name: str, tensor: Tensor) -> None:
+    """Refuses NaN components, where values may be looked at."""
+    if may_look(tensor) and bool(tensor.isnan().any()):
+        raise ValueError(f"{name} must be numbers, got NaN components")
 
 
 def check_counts(hidden: Tensor, **counts: Tensor | None) -> None:

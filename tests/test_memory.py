@@ -379,3 +379,14 @@ def test_clear_takes_any_kind_of_integer(index: Any) -> None:
     memory = filled(3)
     memory.clear(index)
     assert held(memory) == [[1, 2, 3], [], [1, 2, 3]]
+
+
+def test_a_value_that_is_not_a_number_is_refused_and_a_key_is_stored_but_never_found() -> None:
+    memory, memories = KNNMemory(2, 4), torch.ones(1, 1, 2, 2)
+    memories[..., 1, 0] = float("nan")
+    with pytest.raises(ValueError, match="the values in memories must be numbers, got NaN components"):
+        memory.add(memories)
+    assert memory.lengths.tolist() == [0]
+    memory.add(memories.flip(-2))
+    assert memory.lengths.tolist() == [1]
+    assert not memory.search(torch.ones(1, 1, 2), 1)[1].any()
