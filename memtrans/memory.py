@@ -214,9 +214,8 @@ class KNNMemory:
             )
         checks.floating(memories=memories)
         pairs = memories.detach().reshape(batch, self.kv_heads, memories.shape[-3], 2, self.dim)
-        check_numbers(
-            "the values in memories", pairs[..., 1, :]
-        )  # infinite ones saturate; such keys are never retrieved
+        # infinite values saturate, and such keys are never retrieved
+        check_numbers("the values in memories", pairs[..., 1, :])
         snapshot = self.snapshot(like=memories, longest=pairs.shape[2])
         snapshot.append(pairs[..., 0, :], pairs[..., 1, :], count)
 
