@@ -18,7 +18,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -32,7 +31,6 @@ GRAPH_CALLS, ROUNDS, WARM_UP = 20, 50, 5
 KEY = ("op", "impl", "case", "mode", "dtype")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-only_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="measured on a GPU only")
 
 
 @dataclass(frozen=True)
