@@ -21,6 +21,7 @@ from memtrans.reader import DocumentReader
 from memtrans.recall import RecallDocuments, RecallTask
 from memtrans.sources import load_corpus
 from memtrans.transformer import MemorizingTransformer
+from memtrans.validation import usable_device
 
 RECALL = "recall"
 
@@ -74,14 +75,7 @@ def pick_device(name: str) -> torch.device:
     """The device of that name; `auto` takes a GPU where there is one. Raises ValueError when it cannot be used."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"device must be auto, cpu or a GPU that this torch can use, got {name!r}: {reason}"
-        ) from error
+    device = usable_device(name)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
     return device

@@ -209,7 +209,7 @@ def kill_and_resume(out: Path, text: str, after: float) -> None:
         (["--data", "/no/such/file"], "data must be 'stdlib' or the path of a file or directory, got '/no/such/file'"),
         (["--batch", "0"], "batch must be at least 1, got 0"),
         (["--memory-layers", "7"], "memory_layers must name layers from 1 to 2, got 7"),
-        (["--device", "abacus"], "device must be auto, cpu or"),
+        (["--device", "abacus"], "device must be one that this torch can use, got 'abacus': "),
         (["--dtype", "int3"], "dtype must be one of float32, bfloat16, got 'int3'"),
         (["--resume"], "checkpoint must be a directory with checkpoint.json, got"),
     ],
