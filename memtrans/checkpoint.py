@@ -40,7 +40,7 @@ class Checkpoint:
 
 def exists(directory: str | Path) -> bool:
     """Whether the directory holds a checkpoint."""
-    return (Path(directory) / INDEX).exists()
+    return (Path(directory) / INDEX).is_file()
 
 
 def save_checkpoint(directory: str | Path, parts: Parts, values: Mapping[str, Any]) -> None:

@@ -395,7 +395,7 @@ def _parts(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 def snapshot_for(
     name: str, memory: KNNMemory | MemorySnapshot, like: Tensor, longest: int, kv_heads: int, width: int
 ) -> MemorySnapshot:
-    """The snapshot given, or one of the memory given, which must be for the documents of like (B, ...) and such heads."""
+    """The snapshot given, or one of the memory given; it must fit the documents of like (B, ...) and such heads."""
     if isinstance(memory, KNNMemory):
         memory = memory.snapshot(like=like, longest=longest)
     elif not isinstance(memory, MemorySnapshot):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from memtrans.checkpoint import Checkpoint, require
 from memtrans.data import Batch, Document, DocumentOrder, DocumentStream, RandomWindows, Shuffled
-from memtrans.evaluate import negative_log_likelihood
+from memtrans.evaluate import NonFiniteLossError, negative_log_likelihood
 from memtrans.presets import Settings, build_model
 from memtrans.reader import DocumentReader
 from memtrans.recall import RecallDocuments, RecallTask
@@ -24,10 +24,6 @@ from memtrans.transformer import MemorizingTransformer
 from memtrans.validation import usable_device
 
 RECALL = "recall"
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss or the gradient became infinite or NaN; no checkpoint was written since."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +56,8 @@ def open_data(settings: Settings, split: str = "validation") -> TrainingData:
 
 def _recall_data(settings: Settings) -> TrainingData:
     """Facts and questions; the first documents of every row are near ones until `near_steps` are over."""
+    if settings.windows:
+        raise ValueError("windows must be off for recall, whose far questions no window holds, got True")
     segments = settings.near_steps * settings.segments * settings.accumulate
     per_document = math.ceil(RecallTask.near_length * 7 / 8 / settings.segment)
     task = RecallTask(near_documents=settings.batch * segments // per_document)
