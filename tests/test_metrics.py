@@ -46,9 +46,7 @@ def test_a_line_that_a_kill_cut_off_is_no_line(tmp_path):
 def test_a_whole_line_that_is_no_report_is_an_error_that_names_it(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 1}}\n{line}\n')
-    with pytest.raises(
-        ValueError, match=r"metrics\.jsonl must hold a JSON object with a step in .* in 2"
-    ):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl must hold a JSON object with a step in .* in 2"):
         Metrics(path).read()
 
 
