@@ -283,7 +283,10 @@ class DocumentStream:
         """Goes to a position that `state_dict` told. Raises ValueError when it is of another batch."""
         if len(state["rows"]) != self.batch:
             raise ValueError(f"state must hold {self.batch} rows, got {len(state['rows'])}")
-        self._taken = state["taken"]
-        self._rows = [
+        rows = [
             _Row(index, offset, self.order.document(index) if index >= 0 else None) for index, offset in state["rows"]
         ]
+        for row in rows:
+            if row.document is not None and not 0 <= row.offset < len(row.document):
+                raise ValueError(f"state must hold places in documents of {len(row.document)} bytes, got {row.offset}")
+        self._taken, self._rows = state["taken"], rows

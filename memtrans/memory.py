@@ -17,7 +17,7 @@ from torch import Tensor
 
 from memtrans.ring import MemorySnapshot, Ring, check_mask
 from memtrans.storage import load_tensors, save_tensors
-from memtrans.validation import check_numbers, sizes, usable_device
+from memtrans.validation import check_finite, check_numbers, sizes, usable_device
 from memtrans_kernels import checks
 from memtrans_kernels.backends import check_name
 
@@ -239,7 +239,8 @@ class KNNMemory:
             key_values (B, ..., K, 2, D) in the queries' dtype and mask (B, ..., K).
 
         Raises:
-            ValueError, TypeError: another shape, dtype or device, or a topk that is no integer of at least 1.
+            ValueError, TypeError: another shape, dtype or device, or a topk that is no integer of at least 1; on the
+            CPU also queries that are not finite.
         """
         warn_unused(nprobe=nprobe, increment_hits=increment_hits, increment_age=increment_age)
         checks.tensors(queries=queries)
@@ -257,6 +258,7 @@ class KNNMemory:
                 f"queries must have shape (B, H, ..., D), H a multiple of kv_heads={self.kv_heads}, "
                 f"got {tuple(queries.shape)}"
             )
+        check_finite("queries", queries)
         flat = queries.detach().reshape(batch, heads, -1, self.dim)
         snapshot = self.snapshot(like=queries)
         _, slots = snapshot.nearest(flat, topk)

@@ -15,6 +15,14 @@ from typing import Any
 from memtrans.transformer import MemorizingTransformer
 
 DTYPES = ("float32", "bfloat16")
+KINDS: dict[str, tuple[type, ...]] = {
+    "bool": (bool,),
+    "int": (int,),
+    "float": (float, int),
+    "str": (str,),
+    "tuple[int, ...]": (tuple,),
+    "None": (type(None),),
+}
 
 
 def _option(default: Any, text: str, **limits: Any) -> Any:
@@ -27,7 +35,7 @@ class Settings:
     """Every option of a run; the help texts say what each is. Letters as in the kernels: B, N, M, K, X, H, G, D.
 
     Raises:
-        ValueError: a value out of range; names the field, the value and what was expected.
+        ValueError: a value out of range or of another type; names the field, the value and what was expected.
 
     >>> Settings(steps=10).steps
     10
@@ -80,6 +88,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
+            _check_kind(field.name, getattr(self, field.name), str(field.type))
             _check(field.name, getattr(self, field.name), field.metadata)
         for name in ("memory_layers", "xl_layers"):
             wrong = [layer for layer in getattr(self, name) or () if not 1 <= layer <= self.layers]
@@ -96,11 +105,20 @@ class Settings:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Settings:
         """Settings of what `to_json` returned. Raises ValueError for names that do not exist."""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"settings must be names with values, got {values!r}")
         unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
         if unknown:
             raise ValueError(f"settings must be those of this version, got {sorted(unknown)}")
         fields: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in values.items()}
         return cls(**fields)
+
+
+def _check_kind(name: str, value: Any, annotation: str) -> None:
+    names = annotation.split(" | ")
+    kind = "bool" if isinstance(value, bool) else next((kind for kind in names if isinstance(value, KINDS[kind])), None)
+    if kind not in names:
+        raise ValueError(f"{name} must be of type {annotation}, got {value!r}")
 
 
 def _check(name: str, value: Any, limits: Mapping[str, Any]) -> None:

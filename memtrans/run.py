@@ -39,9 +39,9 @@ def resumed_settings(out: str | Path, given: Mapping[str, Any]) -> Settings:
 
     Raises FileNotFoundError without a checkpoint, ValueError when it is damaged or was made with other settings.
     """
-    saved = require(load_checkpoint(checkpoint_of(out)), "settings").values["settings"]
+    saved = Settings.from_json(require(load_checkpoint(checkpoint_of(out)), "settings").values["settings"]).to_json()
     for name, value in given.items():
-        if name not in MAY_CHANGE and value != Settings.from_json(saved).to_json()[name]:
+        if name not in MAY_CHANGE and value != saved[name]:
             raise ValueError(f"{name} must be {saved[name]!r}, as in the checkpoint to resume, got {value!r}")
     return Settings.from_json({**saved, **given})
 

@@ -6,7 +6,7 @@ A step never asks the device for a value; losses stay on the device until they a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from memtrans.recall import RecallDocuments, RecallTask
 from memtrans.sources import load_corpus
 from memtrans.transformer import MemorizingTransformer
 from memtrans.validation import usable_device
+from memtrans_kernels import checks
 
 RECALL = "recall"
 
@@ -222,7 +223,19 @@ class Trainer:
         return parts, values
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Goes to where the checkpoint was written. Raises ValueError when it is of another model or other data."""
+        """Goes to where the checkpoint was written.
+
+        Raises ValueError when it is of another model or other data, or when no run with these settings wrote it.
+        """
+        try:
+            self._restore(checkpoint)
+        except (KeyError, TypeError, IndexError, RuntimeError) as error:
+            what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ValueError(
+                f"checkpoint must be one that a run with its settings wrote, got another: {what}"
+            ) from error
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
         require(checkpoint, "settings", "step", "tokens", "stream", "fingerprint")
         parts, values = checkpoint.parts, checkpoint.values
         if values["fingerprint"] != self.data.fingerprint:
@@ -230,6 +243,7 @@ class Trainer:
                 f"data must be what the checkpoint was trained on, got {self.settings.data!r} changed since"
             )
         load_weights(self.model, checkpoint)
+        self._check_moments(parts["optimizer"])
         moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in parts["optimizer"].items():
             place, key = name.split(".", 1)
@@ -237,11 +251,29 @@ class Trainer:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         self.reader.load_state_dict(parts)
         self.stream.load_state_dict(values["stream"])
-        self.step, self.tokens = values["step"], values["tokens"]
+        self.step, self.tokens = checks.integer("step", values["step"]), checks.integer("tokens", values["tokens"])
         self._pending = list(parts["loop"]["pending"].to(self.device))
         torch.set_rng_state(parts["loop"]["random.cpu"])
         if self.device.type == "cuda" and "random.cuda" in parts["loop"]:
             torch.cuda.set_rng_state(parts["loop"]["random.cuda"], self.device)
+
+    def _check_moments(self, saved: Mapping[str, Tensor]) -> None:
+        """Refuses what are no moments of this optimiser: it takes any. A parameter without a gradient has none."""
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        places = {name.partition(".")[0] for name in saved}
+        expected = {
+            f"{place}.{name}": tuple(shape)
+            for place, parameter in enumerate(parameters)
+            for name, shape in {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}.items()
+            if str(place) in places
+        }
+        found = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+        if found != expected:
+            wrong = sorted(set(found.items()) ^ set(expected.items()))[0][0]
+            raise ValueError(
+                f"checkpoint must hold this model's moments, {wrong} of shape {expected.get(wrong)}, "
+                f"got {found.get(wrong)}"
+            )
 
 
 def load_weights(model: MemorizingTransformer, checkpoint: Checkpoint) -> None:

@@ -356,6 +356,7 @@ def test_a_memory_that_cannot_be_is_refused(kwargs: dict, error: type[Exception]
         (lambda m: m.search(torch.ones(3, 2), 1), ValueError, r"queries must .* 2 documents in scope, got \(3, 2\)"),
         (lambda m: m.search(torch.ones(2, 2).int(), 1), TypeError, "queries must be floating point, got torch.int32"),
         (lambda m: m.search(torch.ones(2, 2), 0), ValueError, "topk must be at least 1, got 0"),
+        (lambda m: m.search(torch.full((2, 2), INF), 1), ValueError, "queries must be finite, got infinite or NaN"),
         (lambda m: m.search(torch.ones(2, 2), 2.0), TypeError, "topk must be an integer, got 2.0"),
         (lambda m: m.search(numpy.ones((2, 2)), 1), TypeError, "queries must be a torch.Tensor, got ndarray"),
         (lambda m: m.add(numpy.ones((2, 1, 2, 2))), TypeError, "memories must be a torch.Tensor, got ndarray"),

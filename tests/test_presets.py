@@ -22,6 +22,11 @@ from memtrans.presets import PRESETS, Settings, build_model
         ("dropout", 1.0, "dropout must be below 1, got 1.0"),
         ("seed", 2**70, f"seed must be below {2**63}, got {2**70}"),
         ("dtype", "int8", "dtype must be one of float32, bfloat16, got 'int8'"),
+        ("batch", 2.5, r"batch must be of type int, got 2\.5"),
+        ("batch", None, "batch must be of type int, got None"),
+        ("xl_layers", "12", r"xl_layers must be of type tuple\[int, \.\.\.\] \| None, got '12'"),
+        ("windows", 1, "windows must be of type bool, got 1"),
+        ("seed", True, "seed must be of type int, got True"),
         ("memory_layers", (2, 9), "memory_layers must name layers from 1 to 4, got 9"),
         ("xl_layers", (0,), "xl_layers must name layers from 1 to 4, got 0"),
         ("kv_heads", 3, "heads must be a multiple of kv_heads=3, got 4"),
@@ -39,6 +44,8 @@ def test_settings_come_back_from_json_as_they_were(preset):
 
 
 def test_settings_of_another_version_are_refused():
+    with pytest.raises(ValueError, match=r"settings must be names with values, got \[1\]"):
+        Settings.from_json([1])
     with pytest.raises(ValueError, match=r"settings must be those of this version, got \['colour'\]"):
         Settings.from_json({"colour": "blue"})
 

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from memtrans.checkpoint import load_checkpoint, save_checkpoint
+from memtrans.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from memtrans.presets import Settings
 from memtrans.train import NonFiniteLossError, Trainer, TrainingData, learning_rate, open_data, pick_device
 
@@ -186,6 +186,40 @@ def test_other_data_than_the_checkpoints_is_refused(text):
     changed = Trainer(settings, TrainingData(data.order, data.held_out, "another"), torch.device("cpu"))
     with pytest.raises(ValueError, match="data must be what the checkpoint was trained on"):
         changed.restore(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("part", "changed", "message"),
+    [
+        ("optimizer", None, "checkpoint must be one that a run with its settings wrote, got another: KeyError: 'optim"),
+        ("optimizer", {"weight": torch.ones(1)}, r"this model's moments, weight of shape None, got \(1,\)"),
+        ("optimizer", {"0.step": torch.ones(())}, r"this model's moments, 0.exp_avg of shape \(.*\), got None"),
+        ("memories", {"a": torch.ones(1)}, r"state must hold memories 0 to 0, got \['a'\]"),
+        ("loop", {"pending": torch.zeros(0, 2)}, "checkpoint must be one that .* got another: KeyError: 'random.cpu'"),
+    ],
+)
+def test_a_checkpoint_whose_parts_are_not_a_runs_is_refused(text, part, changed, message):
+    trainer = trainer_of(dataclasses.replace(SMALL, data=text))
+    trainer.advance()
+    parts, values = trainer.state()
+    parts = {name: tensors for name, tensors in {**parts, part: changed}.items() if tensors is not None}
+    with pytest.raises(ValueError, match=message):
+        trainer_of(trainer.settings).restore(Checkpoint(parts, values))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"step": "3"}, "got another: TypeError: step must be an integer, got '3'"),
+        ({"stream": {}}, "got another: KeyError: 'rows'"),
+        ({"stream": {"taken": 3, "rows": [[0, 10**9]] * 3}}, r"places in documents of \d+ bytes, got 1000000000"),
+    ],
+)
+def test_a_checkpoint_whose_values_are_not_a_runs_is_refused(text, changed, message):
+    trainer = trainer_of(dataclasses.replace(SMALL, data=text))
+    parts, values = trainer.state()
+    with pytest.raises(ValueError, match=message):
+        trainer_of(trainer.settings).restore(Checkpoint(parts, {**values, **changed}))
 
 
 def test_weights_of_another_model_are_refused(text):
