@@ -29,7 +29,6 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 NAME_LENGTH = 2
 FAR = 2000  # bytes between a fact and its question that count as far
 CHANCE = 1 / len(LETTERS)
-ITEM_LENGTH = NAME_LENGTH + 3  # a name, '=' or '?', a value, ';'
 
 
 @dataclass(frozen=True)

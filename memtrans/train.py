@@ -229,11 +229,11 @@ class Trainer:
         """
         try:
             self._restore(checkpoint)
+        except torch.OutOfMemoryError:
+            raise
         except (KeyError, TypeError, IndexError, RuntimeError) as error:
-            what = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise ValueError(
-                f"checkpoint must be one that a run with its settings wrote, got another: {what}"
-            ) from error
+            what = f"another: {type(error).__name__}: {' '.join(str(error).split())}"
+            raise ValueError(f"checkpoint must be one that a run with its settings wrote, got {what}") from error
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         require(checkpoint, "settings", "step", "tokens", "stream", "fingerprint")
@@ -252,7 +252,7 @@ class Trainer:
         self.reader.load_state_dict(parts)
         self.stream.load_state_dict(values["stream"])
         self.step, self.tokens = checks.integer("step", values["step"]), checks.integer("tokens", values["tokens"])
-        self._pending = list(parts["loop"]["pending"].to(self.device))
+        self._pending = list(parts["loop"]["pending"].reshape(-1, 2).to(self.device))
         torch.set_rng_state(parts["loop"]["random.cpu"])
         if self.device.type == "cuda" and "random.cuda" in parts["loop"]:
             torch.cuda.set_rng_state(parts["loop"]["random.cuda"], self.device)

@@ -7,8 +7,9 @@ import re
 import pytest
 import torch
 
-from memtrans.recall import FAR, ITEM_LENGTH, NAME_LENGTH, RecallDocuments, RecallTask
+from memtrans.recall import FAR, NAME_LENGTH, RecallDocuments, RecallTask
 
+ITEM_LENGTH = NAME_LENGTH + 3  # a name, '=' or '?', a value, ';'
 TASK = RecallTask()
 
 
