@@ -68,6 +68,12 @@ class Settings:
     clip: float = _option(1.0, "largest norm of the gradient", above=0)
     device: str = _option("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU where there is one")
     dtype: str = _option("float32", "what matrix products compute in", choices=DTYPES)
+    compile: bool | None = _option(
+        None, "compile the model, and replay each step as a CUDA graph on a GPU (default: on a GPU)"
+    )
+    skip_nonfinite: bool = _option(
+        False, "go on after a step whose loss or gradient is not finite, which then changes nothing"
+    )
     seed: int = _option(0, "seed of weights, dropout and the order of the data", at_least=0, below=2**63)
     near_steps: int = _option(
         0, "recall: steps for which documents ask near questions only, before far ones", at_least=0

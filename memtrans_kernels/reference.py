@@ -349,7 +349,7 @@ def _grad_bias_table(grad_local: Tensor, bias_table: Tensor) -> Tensor:
     """
     distances = bias_table.shape[-1]
     length, local_keys = grad_local.shape[-2:]
-    table = torch.zeros_like(bias_table, dtype=grad_local.dtype)
+    table = grad_local.new_zeros(bias_table.shape)
     if length and local_keys:
         backwards = grad_local.sum(dim=0).flip(-1)  # (H, N, L); row i, shifted by i, has a distance in each column
         shifted = F.pad(backwards, (0, length)).flatten(1)[:, :-length].unflatten(1, (length, -1))
