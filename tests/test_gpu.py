@@ -121,7 +121,10 @@ def test_more_than_two_to_the_31_elements_in_one_memory():
     assert start.numel() == rows
 
 
-@pytest.mark.parametrize("configuration", [{}, {"xl_max_memories": SEGMENT}, {"kv_heads": 2, "memory_offset": -1.0}])
+@pytest.mark.parametrize(
+    "configuration",
+    [{}, {"xl_max_memories": SEGMENT}, {"kv_heads": 2, "memory_offset": -1.0}, {"combine": "gate"}],
+)
 def test_the_model_gives_what_it_gives_on_the_cpu(configuration):
     torch.manual_seed(0)
     options = {"num_tokens": 100, "dim": 64, "depth": 3, "dim_head": 32, "heads": 2, "memorizing_layers": (2, 3)}
