@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+import upstream
 from common import DEVICE, TOY, bytes_of, case, compiled, full_ring, measure, peak_bytes
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
@@ -111,28 +112,18 @@ def dense_bias(given: Problem, dtype: torch.dtype) -> Tensor:
     return given.bias_table[:, given.distance.clamp(0, DISTANCES - 1)].to(dtype)
 
 
-def upstream(given: Problem) -> Rival:
-    groups, local, neighbours = given.key.shape[1], given.key.shape[2], given.slots.shape[3]
+def upstreams_arithmetic(given: Problem) -> Rival:
     memory = torch.stack((given.memory_keys, given.memory_values), dim=-2).to(DTYPE)  # (R, M + S, 2, D)
-    row, future = given.row_of_head, given.distance < 0
-    scale = given.scale.to(DTYPE)[:, None, None]
-    bias = dense_bias(given, DTYPE)
+    row, scale, bias = given.row_of_head, given.scale.to(DTYPE)[:, None, None], dense_bias(given, DTYPE)
 
     def attend() -> Tensor:
-        memory_key, memory_value = memory[row, given.slots].unbind(dim=-2)
-        of_group = given.query.unflatten(1, (groups, -1))
-        near = torch.einsum("bghnd,bgld->bghnl", of_group, given.key).flatten(1, 2) * scale + bias
-        far = torch.einsum("bhnd,bhnkd->bhnk", given.query, memory_key) * scale
-        logits = torch.cat((far, near.masked_fill(future, -torch.inf)), dim=-1)
-        to_memory, to_local = logits.softmax(dim=-1).split([neighbours, local], dim=-1)
-        local_out = torch.einsum("bghnl,bgld->bghnd", to_local.unflatten(1, (groups, -1)), given.value).flatten(1, 2)
-        return torch.einsum("bhnk,bhnkd->bhnd", to_memory, memory_value) + local_out
+        return upstream.attend(given.query, given.key, given.value, memory[row, given.slots], scale, bias)
 
-    return Rival(attend, [given.query, given.key, given.value, scale, bias], [row, given.slots, future], [memory])
+    return Rival(attend, [given.query, given.key, given.value, scale, bias], [row, given.slots], [memory])
 
 
 def upstream_compiled(given: Problem) -> Rival:
-    rival = upstream(given)
+    rival = upstreams_arithmetic(given)
     return rival._replace(function=compiled(rival.function))
 
 
@@ -180,7 +171,7 @@ def sdpa_dense(given: Problem) -> Rival:
     return Rival(attend, [given.query], [], ring)
 
 
-RIVALS: dict[str, Callable[[Problem], Rival]] = {"memtrans": ours, "upstream": upstream}
+RIVALS: dict[str, Callable[[Problem], Rival]] = {"memtrans": ours, "upstream": upstreams_arithmetic}
 if DEVICE == "cuda" or TOY:
     RIVALS |= {"upstream-compiled": upstream_compiled, "flex": flex, "flex-dense": flex_dense, "sdpa-dense": sdpa_dense}
 
