@@ -12,7 +12,7 @@ import json
 import os
 import statistics
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,6 +28,7 @@ FOLDER = Path(__file__).resolve().parent
 RESULTS = Path(os.environ.get("MEMTRANS_BENCH_RESULTS", FOLDER / "results"))
 GRAPH_BELOW = 0.5  # ms
 GRAPH_CALLS, ROUNDS, WARM_UP = 20, 50, 5
+RATED = ("bytes", "flop", "tokens")
 KEY = ("op", "impl", "case", "mode", "dtype")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -135,7 +136,7 @@ def measure(
     capturable: bool = True,
     **extra: Any,
 ) -> None:
-    """Times `function` and writes the entry down. `extra` holds what gives a rate: `bytes`, `flop`, `tokens`."""
+    """Times `function` and writes the entry down, with a rate a second for each of `bytes`, `flop` and `tokens`."""
     labels = {"op": op, "impl": impl, "case": case, "mode": mode, "dtype": dtype_name(dtype)}
     benchmark.extra_info.update(labels, **_environment(), **extra)
     if DEVICE == "cpu":
@@ -145,13 +146,39 @@ def measure(
         milliseconds = gpu_milliseconds(function) if capturable else _uncaptured(function)
         benchmark.extra_info["gpu_ms"] = milliseconds
         benchmark.pedantic(lambda: (function(), torch.cuda.synchronize()), rounds=5)
-    write_down({**benchmark.extra_info, "ms": milliseconds})
+    rates = {f"{name}_per_second": extra[name] / milliseconds * 1e3 for name in RATED if name in extra and milliseconds}
+    write_down({**benchmark.extra_info, **rates, "ms": milliseconds})
 
 
 def _uncaptured(function: Callable[[], Any]) -> float:
     for _ in range(WARM_UP):
         function()
     return _event_milliseconds(function, ROUNDS)
+
+
+def bytes_of(tensors: Iterable[Tensor | None]) -> int:
+    """What they hold, each storage counted once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
+    return sum(storages.values())
+
+
+def peak_bytes(run: Callable[[], Any], inputs: int) -> int:
+    """Allocated at most while `run` runs, beside what was there already, and with its inputs; 0 on a CPU."""
+    if DEVICE == "cpu":
+        return 0
+    run()  # compiles, and lets libraries have their workspaces
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before + inputs
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As one graph of these sizes, or an error; at toy size on a CPU without generating code."""
+    torch._dynamo.reset()  # a compiler that has seen too many sizes would run the function as it is
+    return torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager" if TOY else "inductor")
 
 
 def write_down(entry: dict[str, Any]) -> None:

@@ -154,16 +154,27 @@ class Attention(LocalContext):
         return bias.to(query.dtype).masked_fill(hidden, -torch.inf)
 
 
-class KNNAttention(LocalContext):
-    """Attention to the local context and to the K nearest entries of a memory, in one softmax.
+COMBINATIONS = ("softmax", "gate")
 
-    Cosine similarity with a learned temperature per head; the memory is never differentiated.
+
+class KNNAttention(LocalContext):
+    """Attention to the local context and to the K nearest entries of a memory.
+
+    Cosine similarity with a learned temperature per head; the memory is never differentiated. Both parts share one
+    softmax; or each has its own, and g = sigmoid(memory_gate), learned per head, mixes what they give:
+    g · retrieved + (1 - g) · local. A query that finds nothing takes the local part whole.
 
     Args:
         dim: model width. heads: H. dim_head: D. dropout: of the joint attention weights. num_retrieved_memories: K.
         xl_max_memories: X; only what leaves the XL cache is added to the memory.
         attn_scale_init: the temperature's start. gate_output: multiply the result by tanh of a gate that starts at 0.
         kv_heads: G. memory_offset: start of a learned offset per head on the retrieved logits; None for none.
+        combine: "softmax" for the joint one, "gate" for the mixture, which starts at equal parts.
+
+    Raises:
+        ValueError: an argument out of range; `memory_offset` beside a gate, where it would change nothing.
+
+    Source: Wu et al. 2022, section 3.1: the gate; the joint softmax is that of the paper's first version.
 
     >>> attention = KNNAttention(dim=32, heads=4, dim_head=8, num_retrieved_memories=3)
     >>> memory = KNNMemory(dim=8, max_memories=100, num_indices=2)
@@ -185,9 +196,14 @@ class KNNAttention(LocalContext):
         gate_output: bool = False,
         kv_heads: int = 1,
         memory_offset: float | None = None,
+        combine: str = "softmax",
     ) -> None:
         super().__init__(dim, heads, dim_head, dropout, xl_max_memories, kv_heads, bias_out=False)
         at_least(1, num_retrieved_memories=num_retrieved_memories)
+        if combine not in COMBINATIONS:
+            raise ValueError(f"combine must be one of {', '.join(COMBINATIONS)}, got {combine!r}")
+        if combine == "gate" and memory_offset is not None:
+            raise ValueError(f"memory_offset must be None with combine='gate', got {memory_offset}")
         if attn_scale_init <= 0:
             raise ValueError(f"attn_scale_init must be above 0, got {attn_scale_init}")
         self.num_retrieved_memories = num_retrieved_memories
@@ -195,6 +211,7 @@ class KNNAttention(LocalContext):
         self.output_gate = nn.Parameter(torch.zeros(1)) if gate_output else None
         offset = None if memory_offset is None else torch.full((heads,), float(memory_offset))
         self.memory_offset = None if offset is None else nn.Parameter(offset)
+        self.memory_gate = nn.Parameter(torch.zeros(heads)) if combine == "gate" else None
 
     def forward(
         self,
@@ -233,23 +250,9 @@ class KNNAttention(LocalContext):
         if snapshot.documents != x.shape[0]:
             raise ValueError(f"knn_memory must have x's {x.shape[0]} documents in scope, got {snapshot.documents}")
         target = snapshot if add_to is None else _snapshot_of(add_to, key, longest)
-        scores, slots = snapshot.nearest(query, self.num_retrieved_memories)
-        out, _ = memory_attention(
-            query,
-            key,
-            value,
-            snapshot.keys,
-            snapshot.values,
-            snapshot.rows,
-            scores,
-            slots,
-            self.scale.exp().flatten(),
-            **_bias_arguments(rel_pos_bias, self.heads, query.shape[2], key.shape[2]),
-            memory_offset=self.memory_offset,
-            local_length=local_length,
-            **self._dropout_arguments(query),
-            ledger=snapshot.ledger,
-        )
+        local = {"key": key, "value": value, "local_length": local_length}
+        local |= _bias_arguments(rel_pos_bias, self.heads, query.shape[2], key.shape[2])
+        out = self._attend(query, snapshot, local)
         if add_knn_memory:
             target = self._add(target, key, value, x.shape[1], local_length, lengths)
         out = self.merge(out)
@@ -257,6 +260,34 @@ class KNNAttention(LocalContext):
             out = out * self.output_gate.tanh()
         result = out, self.cache(key, value)
         return (*result, target) if return_memory else result
+
+    def _attend(self, query: Tensor, snapshot: MemorySnapshot, local: dict[str, Any]) -> Tensor:
+        """Looks at the neighbours of each query and at the local keys; (B, H, N, D)."""
+        scores, slots = snapshot.nearest(query, self.num_retrieved_memories)
+        shared: dict[str, Any] = {
+            "query": query,
+            "memory_keys": snapshot.keys,
+            "memory_values": snapshot.values,
+            "rows": snapshot.rows,
+            "scale": self.scale.exp().flatten(),
+        }
+        retrieved: dict[str, Any] = {
+            "scores": scores,
+            "slots": slots,
+            "memory_offset": self.memory_offset,
+            "ledger": snapshot.ledger,
+        }
+        if self.memory_gate is None:
+            return memory_attention(**shared, **retrieved, **local, **self._dropout_arguments(query))[0]
+        no_keys = local["key"][:, :, :0].detach()
+        retrieved |= {"key": no_keys, "value": no_keys}
+        local |= {"scores": scores[..., :0], "slots": slots[..., :0]}
+        to_memory, to_local = (
+            memory_attention(**shared, **part, **self._dropout_arguments(query))[0] for part in (retrieved, local)
+        )
+        gate = self.memory_gate.sigmoid()[:, None, None]
+        gate = torch.where(slots[..., :1] >= 0, gate, 0.0)  # (B, H, N, 1); the best come first
+        return (gate * to_memory + (1.0 - gate) * to_local).to(query.dtype)
 
     def _dropout_arguments(self, query: Tensor) -> dict[str, Any]:
         if not self.training or self.dropout.p == 0.0:

@@ -229,6 +229,16 @@ def resolve(operator: str, backend: str, *arguments: Any) -> Callable[..., Any]:
     raise RuntimeError(f"backend={backend!r} cannot run {operator} on {device}: {detail}")
 
 
+def run(operator: str, backend: str, *arguments: Any) -> Any:
+    """Runs `operator` on `arguments`, on the GPU that the first of them lives on: launches go to the current one."""
+    function = resolve(operator, backend, *arguments)
+    device: torch.device = arguments[0].device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return function(*arguments)
+    with torch.cuda.device(device):
+        return function(*arguments)
+
+
 @functools.cache
 def _warn_slow_path(operator: str, reasons: str) -> None:
     """Says once for each reason that a GPU runs the plain PyTorch version."""
