@@ -10,15 +10,13 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from memtrans.memory import KNNMemory
-from memtrans.position import expand_table
 from memtrans.ring import MemorySnapshot
 from memtrans.validation import at_least, check_cache, check_counts
-from memtrans_kernels import cosine, memory_attention
+from memtrans_kernels import cosine, local_attention, memory_attention
 
 
 class LocalContext(nn.Module):
@@ -73,6 +71,12 @@ class LocalContext(nn.Module):
         newest = torch.stack((key, value), dim=-2)[:, :, -self.xl_max_memories :].detach()
         return newest if self.kv_heads > 1 else newest[:, 0]
 
+    def dropout_arguments(self, query: Tensor) -> dict[str, Any]:
+        """Of the kernel: nothing unless weights are dropped; the seed is drawn on the device."""
+        if not self.training or self.dropout.p == 0.0:
+            return {}
+        return {"dropout_p": self.dropout.p, "seed": torch.randint(2**62, (), device=query.device)}
+
     def merge(self, out: Tensor) -> Tensor:
         """Heads (B, H, N, D) back to (B, N, dim)."""
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
@@ -125,33 +129,16 @@ class Attention(LocalContext):
         check_counts(x, local_length=local_length)
         query, key, value = self.project(x)
         key, value = self.extend(key, value, xl_memory)
-        out = F.scaled_dot_product_attention(
+        out, _ = local_attention(
             query,
             key,
             value,
-            attn_mask=self._logit_mask(query, key, rel_pos_bias, local_length),
-            dropout_p=self.dropout.p if self.training else 0.0,
-            scale=self.scale,
-            enable_gqa=True,
+            torch.full((self.heads,), self.scale, device=x.device),
+            **_bias_arguments(rel_pos_bias, self.heads, query.shape[2], key.shape[2]),
+            local_length=local_length,
+            **self.dropout_arguments(query),
         )
         return self.merge(out), self.cache(key, value)
-
-    def _logit_mask(
-        self, query: Tensor, key: Tensor, rel_pos_bias: Tensor | None, local_length: Tensor | None
-    ) -> Tensor:
-        """What is added to the logits: the bias, and -inf where a query must not look; (1 or B, H or 1, N, L)."""
-        length, local_keys = query.shape[2], key.shape[2]
-        column = torch.arange(local_keys, device=query.device)
-        hidden = column > torch.arange(local_keys - length, local_keys, device=query.device)[:, None]
-        if local_length is not None:
-            hidden = hidden | (column < local_keys - local_length[:, None, None, None])
-        if rel_pos_bias is None:
-            bias = query.new_zeros(1, 1, length, local_keys)
-        elif rel_pos_bias.dim() == 2:
-            bias = expand_table(rel_pos_bias, length, local_keys)[None]
-        else:
-            bias = rel_pos_bias[..., -length:, -local_keys:]
-        return bias.to(query.dtype).masked_fill(hidden, -torch.inf)
 
 
 COMBINATIONS = ("softmax", "gate")
@@ -278,21 +265,16 @@ class KNNAttention(LocalContext):
             "ledger": snapshot.ledger,
         }
         if self.memory_gate is None:
-            return memory_attention(**shared, **retrieved, **local, **self._dropout_arguments(query))[0]
+            return memory_attention(**shared, **retrieved, **local, **self.dropout_arguments(query))[0]
         no_keys = local["key"][:, :, :0].detach()
         retrieved |= {"key": no_keys, "value": no_keys}
         local |= {"scores": scores[..., :0], "slots": slots[..., :0]}
         to_memory, to_local = (
-            memory_attention(**shared, **part, **self._dropout_arguments(query))[0] for part in (retrieved, local)
+            memory_attention(**shared, **part, **self.dropout_arguments(query))[0] for part in (retrieved, local)
         )
         gate = self.memory_gate.sigmoid()[:, None, None]
         gate = torch.where(slots[..., :1] >= 0, gate, 0.0)  # (B, H, N, 1); the best come first
         return (gate * to_memory + (1.0 - gate) * to_local).to(query.dtype)
-
-    def _dropout_arguments(self, query: Tensor) -> dict[str, Any]:
-        if not self.training or self.dropout.p == 0.0:
-            return {}
-        return {"dropout_p": self.dropout.p, "seed": torch.randint(2**62, (), device=query.device)}
 
     def _add(
         self,
