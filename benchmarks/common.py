@@ -138,7 +138,7 @@ def measure(
 ) -> None:
     """Times `function` and writes the entry down, with a rate a second for each of `bytes`, `flop` and `tokens`."""
     labels = {"op": op, "impl": impl, "case": case, "mode": mode, "dtype": dtype_name(dtype)}
-    benchmark.extra_info.update(labels, **_environment(), **extra)
+    benchmark.extra_info.update(labels, **environment(), **extra)
     if DEVICE == "cpu":
         benchmark.pedantic(function, rounds=2 if TOY else 15, warmup_rounds=3)
         milliseconds = benchmark.stats.stats.median * 1e3 if benchmark.stats else None
@@ -190,7 +190,7 @@ def write_down(entry: dict[str, Any]) -> None:
     path.write_text(json.dumps([*kept, entry], indent=1) + "\n")
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     return {
         "gpu": torch.cuda.get_device_name() if DEVICE == "cuda" else f"none, {torch.get_num_threads()} threads",
         "torch": torch.__version__,

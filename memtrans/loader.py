@@ -38,7 +38,7 @@ class StepInputs:
 
         scored = sum(batch.scored for segments in rounds for batch in segments)
         tokens, labels, lengths, fresh = map(stacked, ("tokens", "labels", "lengths", "fresh"))
-        return cls(tokens, labels, lengths, fresh, torch.tensor(float(max(1, scored))))
+        return cls(tokens, labels, lengths, fresh, torch.tensor(float(max(1, scored)), device="cpu"))
 
     def rounds(self) -> list[list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
         """tokens, labels, lengths and fresh of each segment of each backward pass."""

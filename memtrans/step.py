@@ -130,6 +130,7 @@ class ReplayedStep:
 
     def _capture(self, inputs: StepInputs) -> None:
         self._inputs = StepInputs(*(tensor.clone() for tensor in inputs.tensors()))
+        torch.cuda.empty_cache()  # what the eager steps held; the graph has a pool of its own
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._result = self.step.compute(self._inputs)
