@@ -11,6 +11,7 @@ import functools
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -230,12 +231,14 @@ def resolve(operator: str, backend: str, *arguments: Any) -> Callable[..., Any]:
 
 
 def run(operator: str, backend: str, *arguments: Any) -> Any:
-    """Runs `operator` on `arguments`, on the GPU that the first of them lives on: launches go to the current one."""
+    """Runs `operator` on the GPU that its tensors live on, as kernels go to the current one, and in the dtypes given:
+    an autocast around it would round the reference's matrix products."""
     function = resolve(operator, backend, *arguments)
     device: torch.device = arguments[0].device
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    if not elsewhere and not torch.is_autocast_enabled(device.type):
         return function(*arguments)
-    with torch.cuda.device(device):
+    with torch.cuda.device(device) if elsewhere else nullcontext(), torch.autocast(device.type, enabled=False):
         return function(*arguments)
 
 
