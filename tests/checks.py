@@ -85,8 +85,3 @@ def assert_older_first(keys: Tensor, order: Tensor) -> None:
                 found.setdefault(bits[position], []).append(position)
         for key, got in found.items():
             assert got == equals[key][: len(got)], f"query {query}: of the equal keys {equals[key]} it got {got}"
-
-
-# Two runs are the same curve when their losses agree this closely, in bits, over so many first steps; at the end the
-# spread of seeds decides, because the choice of neighbours is discontinuous.
-SAME_CURVE, FIRST_STEPS = 1e-3, 20
