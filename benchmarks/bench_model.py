@@ -4,8 +4,8 @@
 - `upstream`: the same layer in that package's arithmetic on the device, see `upstream.py`.
 - `upstream-package`: the package itself where it is installed, with its memory on the CPU, read and not added to: an
   approximate index that begins anew when it is full.
-- `attention`: the plain `Attention` layer of the same shape, without memory; `attention-kernel` is the same layer with
-  the local part of `memory_attention` in place of PyTorch's.
+- `attention`: the plain `Attention` layer of the same shape, without memory; `attention-sdpa` is the same layer with
+  PyTorch's attention and a dense bias in place of the kernel.
 
 Parameters and inputs are in the entry's dtype; gradients are those of the input, the bias and every parameter.
 `peak_bytes` counts them, and what a step allocates, but not the memory's storage.
@@ -22,29 +22,27 @@ import torch
 import upstream
 from common import DEVICE, TOY, Case, bytes_of, case, compiled, measure, peak_bytes
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from memtrans import Attention, KNNAttention, KNNMemory
 from memtrans.position import T5RelativePositionBias, expand_table
-from memtrans_kernels import memory_attention
 
 GPU_CASES = ("d64-64k", "paper-64k")
 CASES = GPU_CASES if DEVICE == "cuda" or TOY else ("cpu-d64-64k",)
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
 
-class KernelAttention(Attention):
-    """`Attention` through `memory_attention`, with no neighbours, and a memory that nothing reads."""
+class SdpaAttention(Attention):
+    """`Attention` through PyTorch's own, with a dense bias and no kernel of ours."""
 
     def forward(self, x: Tensor, *, rel_pos_bias: Tensor) -> Tensor:
         query, key, value = self.project(x)
-        (batch, heads, length, width), groups = query.shape, key.shape[1]
-        memory, rows = query.new_empty(1, 1, width), query.new_zeros(batch * groups, dtype=torch.int64)
-        scores = query.new_empty(batch, heads, length, 0, dtype=torch.float32)
-        scale = query.new_full((heads,), self.scale, dtype=torch.float32)
-        out, _ = memory_attention(
-            query, key, value, memory, memory, rows, scores, scores.int(), scale, bias_table=rel_pos_bias
+        length = query.shape[2]
+        future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
+        mask = expand_table(rel_pos_bias, length, length)[None].to(query.dtype).masked_fill(future, -torch.inf)
+        return self.merge(
+            scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scale, enable_gqa=True)
         )
-        return self.merge(out)
 
 
 class Candidate(NamedTuple):
@@ -122,9 +120,9 @@ def plain_attention(sizes: Case, folder: Path) -> Candidate:
     return Candidate(Attention(**shape(sizes)), {"rel_pos_bias": bias}, bias)
 
 
-def plain_attention_in_the_kernel(sizes: Case, folder: Path) -> Candidate:
+def plain_attention_by_pytorch(sizes: Case, folder: Path) -> Candidate:
     bias = table(sizes)
-    return Candidate(KernelAttention(**shape(sizes)), {"rel_pos_bias": bias}, bias)
+    return Candidate(SdpaAttention(**shape(sizes)), {"rel_pos_bias": bias}, bias)
 
 
 CANDIDATES: dict[str, Callable[[Case, Path], Candidate]] = {
@@ -133,9 +131,9 @@ CANDIDATES: dict[str, Callable[[Case, Path], Candidate]] = {
     "upstream": upstreams_arithmetic,
     "upstream-package": upstreams_package,
     "attention": plain_attention,
-    "attention-kernel": plain_attention_in_the_kernel,
+    "attention-sdpa": plain_attention_by_pytorch,
 }
-COMPILED = ("memtrans", "memtrans-gate", "upstream", "attention", "attention-kernel")
+COMPILED = ("memtrans", "memtrans-gate", "upstream", "attention", "attention-sdpa")
 MEASURED = [
     (name, impl) for name in CASES for impl in CANDIDATES if impl != "upstream-package" or case(name).groups == 1
 ]
