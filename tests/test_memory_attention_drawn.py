@@ -25,8 +25,8 @@ pytestmark = pytest.mark.device
 on_every_backend = pytest.mark.parametrize("backend", live_backends("memory_attention_backward"))
 # Triton's interpreter truncates where it should round to bfloat16
 DTYPES = [torch.float32, torch.float16] if DEVICE == "cpu" else list(ATTENTION)
-# Interpreted, an example takes a second; on a GPU most of its seconds go into compiling for its shape
-EXAMPLES = 6 if os.environ.get("TRITON_INTERPRET") == "1" else 40
+# Interpreted, an example takes a second; on a GPU kernels are compiled for most of them
+EXAMPLES = 6 if os.environ.get("TRITON_INTERPRET") == "1" else 40 if DEVICE == "cpu" else 20
 drawn = settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
 
 
