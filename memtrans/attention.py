@@ -154,7 +154,7 @@ class KNNAttention(LocalContext):
     g · retrieved + (1 - g) · local. A query that finds nothing takes the local part whole.
 
     Args:
-        dim: model width. heads: H. dim_head: D. dropout: of the joint attention weights. num_retrieved_memories: K.
+        dim: model width. heads: H. dim_head: D. dropout: of the attention weights. num_retrieved_memories: K.
         xl_max_memories: X; only what leaves the XL cache is added to the memory.
         attn_scale_init: the temperature's start. gate_output: multiply the result by tanh of a gate that starts at 0.
         kv_heads: G. memory_offset: start of a learned offset per head on the retrieved logits; None for none.
