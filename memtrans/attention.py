@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from memtrans.local_cache import LocalView
 from memtrans.memory import KNNMemory
 from memtrans.position import expand_table
 from memtrans.ring import MemorySnapshot
@@ -57,18 +58,20 @@ class LocalContext(nn.Module):
         key, value = rearrange(self.to_kv(x), "b n (kv g d) -> kv b g n d", kv=2, g=self.kv_heads)
         return query, key, value
 
-    def extend(self, key: Tensor, value: Tensor, xl_memory: Tensor | None) -> tuple[Tensor, Tensor]:
+    def extend(self, key: Tensor, value: Tensor, xl_memory: Tensor | LocalView | None) -> tuple[Tensor, Tensor]:
         """Puts the cached keys and values before the segment's own: (B, G, L, D)."""
         if xl_memory is None:
             return key, value
+        if isinstance(xl_memory, LocalView):
+            return xl_memory.extend(key, value)
         check_cache("xl_memory", xl_memory, key.shape[0], self.kv_heads, self.dim_head, key.device)
         cached = xl_memory if self.kv_heads > 1 else xl_memory[:, None]
         cached_key, cached_value = cached.to(key.dtype).unbind(dim=-2)
         return torch.cat((cached_key, key), dim=-2), torch.cat((cached_value, value), dim=-2)
 
-    def cache(self, key: Tensor, value: Tensor) -> Tensor | None:
+    def cache(self, key: Tensor, value: Tensor, xl_memory: Tensor | LocalView | None) -> Tensor | None:
         """The newest of the local keys and values, for the next segment: (B, X, 2, D), or (B, G, X, 2, D) if G > 1."""
-        if self.xl_max_memories == 0:
+        if self.xl_max_memories == 0 or isinstance(xl_memory, LocalView):
             return None
         newest = torch.stack((key, value), dim=-2)[:, :, -self.xl_max_memories :].detach()
         return newest if self.kv_heads > 1 else newest[:, 0]
@@ -108,15 +111,17 @@ class Attention(LocalContext):
         self,
         x: Tensor,
         *,
-        xl_memory: Tensor | None = None,
+        xl_memory: Tensor | LocalView | None = None,
         rel_pos_bias: Tensor | None = None,
         local_length: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attends.
 
         Args:
-            x: (B, N, dim). xl_memory: (B, X, 2, D), or (B, G, X, 2, D) if G > 1.
-            rel_pos_bias: by distance (H, distances), or dense (1, H, at least N, at least L).
+            x: (B, N, dim).
+            xl_memory: (B, X, 2, D), or (B, G, X, 2, D) if G > 1, or the view of a `LocalCache`, which keeps the keys
+                and values itself.
+            rel_pos_bias: by distance (H, distances), or dense (1 or B, H, at least N, at least L).
             local_length: (B,) int64, how many of the newest of the L local keys are this document's. Default: all.
 
         Returns:
@@ -125,33 +130,40 @@ class Attention(LocalContext):
         check_counts(x, local_length=local_length)
         query, key, value = self.project(x)
         key, value = self.extend(key, value, xl_memory)
-        out = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=self._logit_mask(query, key, rel_pos_bias, local_length),
-            dropout_p=self.dropout.p if self.training else 0.0,
-            scale=self.scale,
-            enable_gqa=True,
-        )
-        return self.merge(out), self.cache(key, value)
+        out = self._attend(query, key, value, self._logit_mask(query, key, rel_pos_bias, local_length))
+        return self.merge(out), self.cache(key, value, xl_memory)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        """(B, H, N, D); mask is added to the logits."""
+        batch, heads, length, width = query.shape
+        dropout_p = self.dropout.p if self.training else 0.0
+        if length > 1:
+            return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=self.scale, enable_gqa=True)
+        # The heads of a group are the queries of one key head: no key is repeated, and every kernel takes it.
+        grouped = query.reshape(batch, self.kv_heads, -1, width)
+        of_group = mask.expand(-1, heads, -1, -1).reshape(mask.shape[0], self.kv_heads, -1, mask.shape[3])
+        out = F.scaled_dot_product_attention(grouped, key, value, of_group, dropout_p, scale=self.scale)
+        return out.reshape(batch, heads, 1, width)
 
     def _logit_mask(
         self, query: Tensor, key: Tensor, rel_pos_bias: Tensor | None, local_length: Tensor | None
     ) -> Tensor:
         """What is added to the logits: the bias, and -inf where a query must not look; (1 or B, H or 1, N, L)."""
         length, local_keys = query.shape[2], key.shape[2]
-        column = torch.arange(local_keys, device=query.device)
-        hidden = column > torch.arange(local_keys - length, local_keys, device=query.device)[:, None]
-        if local_length is not None:
-            hidden = hidden | (column < local_keys - local_length[:, None, None, None])
         if rel_pos_bias is None:
             bias = query.new_zeros(1, 1, length, local_keys)
         elif rel_pos_bias.dim() == 2:
             bias = expand_table(rel_pos_bias, length, local_keys)[None]
         else:
             bias = rel_pos_bias[..., -length:, -local_keys:]
-        return bias.to(query.dtype).masked_fill(hidden, -torch.inf)
+        bias = bias.to(query.dtype)
+        if length == 1 and local_length is None:
+            return bias
+        column = torch.arange(local_keys, device=query.device)
+        hidden = column > torch.arange(local_keys - length, local_keys, device=query.device)[:, None]
+        if local_length is not None:
+            hidden = hidden | (column < local_keys - local_length[:, None, None, None])
+        return bias.masked_fill(hidden, -torch.inf)
 
 
 class KNNAttention(LocalContext):
@@ -201,7 +213,7 @@ class KNNAttention(LocalContext):
         x: Tensor,
         *,
         knn_memory: KNNMemory | MemorySnapshot,
-        xl_memory: Tensor | None = None,
+        xl_memory: Tensor | LocalView | None = None,
         add_knn_memory: bool = True,
         rel_pos_bias: Tensor | None = None,
         local_length: Tensor | None = None,
@@ -212,10 +224,12 @@ class KNNAttention(LocalContext):
         """Searches, attends, then adds what leaves the XL cache (the whole segment where there is no cache).
 
         Args:
-            x: (B, N, dim). xl_memory: (B, X, 2, D), or (B, G, X, 2, D) if G > 1.
+            x: (B, N, dim).
+            xl_memory: (B, X, 2, D), or (B, G, X, 2, D) if G > 1, or the view of a `LocalCache`, which keeps the keys
+                and values itself; then nothing is to be added here, and `add_leaving` adds at the segment's end.
             knn_memory: the memory to search, or a snapshot of it (use one under activation checkpointing).
             add_knn_memory: False leaves the memory as it is.
-            rel_pos_bias: by distance (H, distances), or dense (1, H, at least N, at least L).
+            rel_pos_bias: by distance (H, distances), or dense (1 or B, H, at least N, at least L).
             local_length: (B,) int64, how many of the newest of the L local keys are this document's. Default: all.
             lengths: (B,) int64, how many of the N tokens are real; padding at the tail is not stored. Default: all.
             add_to: the memory to add to. Default: `knn_memory`.
@@ -251,11 +265,11 @@ class KNNAttention(LocalContext):
             ledger=snapshot.ledger,
         )
         if add_knn_memory:
-            target = self._add(target, key, value, x.shape[1], local_length, lengths)
+            target = self.add_leaving(target, key, value, x.shape[1], local_length, lengths)
         out = self.merge(out)
         if self.output_gate is not None:
             out = out * self.output_gate.tanh()
-        result = out, self.cache(key, value)
+        result = out, self.cache(key, value, xl_memory)
         return (*result, target) if return_memory else result
 
     def _dropout_arguments(self, query: Tensor) -> dict[str, Any]:
@@ -263,7 +277,7 @@ class KNNAttention(LocalContext):
             return {}
         return {"dropout_p": self.dropout.p, "seed": torch.randint(2**62, (), device=query.device)}
 
-    def _add(
+    def add_leaving(
         self,
         snapshot: MemorySnapshot,
         key: Tensor,
@@ -272,7 +286,10 @@ class KNNAttention(LocalContext):
         local_length: Tensor | None,
         lengths: Tensor | None,
     ) -> MemorySnapshot:
-        """Adds the local keys and values that the XL cache has no room for."""
+        """Adds the local keys and values (B, G, L, D) that the XL cache has no room for; returns the state after that.
+
+        length: N, how many of the L are the segment's. local_length, lengths: as in `forward`.
+        """
         local_keys = key.shape[2]
         leaving = max(0, local_keys - self.xl_max_memories)
         key, value = key[:, :, :leaving].detach(), value[:, :, :leaving].detach()
