@@ -19,6 +19,7 @@ from memtrans.attention import Attention, KNNAttention
 from memtrans.memory import UNUSED, KNNMemory, warn_unused
 from memtrans.memory_list import KNNMemoryList
 from memtrans.position import T5RelativePositionBias
+from memtrans.pretrained import Pretrained, configuration_of
 from memtrans.ring import MemorySnapshot
 from memtrans.validation import at_least, check_cache, check_counts, check_embeddings, check_ids
 
@@ -60,7 +61,7 @@ def _layers(name: str, layers: int | Sequence[int] | None, default: Sequence[int
     return tuple(sorted(set(chosen)))
 
 
-class MemorizingTransformer(nn.Module):
+class MemorizingTransformer(Pretrained):
     """A decoder-only transformer with a memory in some layers and an XL cache in some.
 
     Args:
@@ -82,6 +83,9 @@ class MemorizingTransformer(nn.Module):
             checkpoints trained with it.
         activation_checkpointing: recompute each layer in the backward pass instead of keeping its activations.
         validate: also check values (token ids) on the GPU, at the price of waiting for it.
+
+    Attributes:
+        config: these arguments, as `save_pretrained` writes and `from_pretrained` reads them.
 
     Raises:
         ValueError: a layer that does not exist, heads that do not divide.
@@ -124,7 +128,9 @@ class MemorizingTransformer(nn.Module):
         activation_checkpointing: bool = False,
         validate: bool = False,
     ) -> None:
+        arguments = configuration_of(locals(), without=("knn_memories_directory", "knn_memory_multiprocessing"))
         super().__init__()
+        self.config = arguments
         warn_unused(
             knn_memories_directory=knn_memories_directory, knn_memory_multiprocessing=knn_memory_multiprocessing
         )
