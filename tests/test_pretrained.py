@@ -46,7 +46,7 @@ def test_a_model_comes_back_with_its_arguments_and_weights(tmp_path):
 
 
 def test_the_config_is_readable_and_names_the_constructors_arguments(tmp_path):
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="knn_memories_directory"):
         build(knn_memories_directory=tmp_path).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model_type"] == "memorizing-transformer"
