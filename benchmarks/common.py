@@ -133,17 +133,26 @@ def measure(
     dtype: torch.dtype,
     mode: str = "forward",
     capturable: bool = True,
+    calls: int = 1,
+    tokens: int = 0,
     **extra: Any,
 ) -> None:
-    """Times `function` and writes the entry down. `extra` holds what gives a rate: `bytes`, `flop`, `tokens`."""
+    """Times `function` and writes the entry down.
+
+    calls: of what is timed, in one call of `function`. tokens: of one of them; the entry then says how many a second.
+    `extra` holds what gives a rate, such as `bytes` and `flop`.
+    """
     labels = {"op": op, "impl": impl, "case": case, "mode": mode, "dtype": dtype_name(dtype)}
     benchmark.extra_info.update(labels, **_environment(), **extra)
     if DEVICE == "cpu":
         benchmark.pedantic(function, rounds=2 if TOY else 15, warmup_rounds=3)
-        milliseconds = benchmark.stats.stats.median * 1e3 if benchmark.stats else None
+        milliseconds = benchmark.stats.stats.median * 1e3 / calls if benchmark.stats else None
     else:
-        milliseconds = gpu_milliseconds(function) if capturable else _uncaptured(function)
+        milliseconds = (gpu_milliseconds(function) if capturable else _uncaptured(function)) / calls
         benchmark.extra_info["gpu_ms"] = milliseconds
+    if tokens and milliseconds:
+        benchmark.extra_info["tokens_per_second"] = tokens / milliseconds * 1e3
+    if DEVICE != "cpu":
         benchmark.pedantic(lambda: (function(), torch.cuda.synchronize()), rounds=5)
     write_down({**benchmark.extra_info, "ms": milliseconds})
 
