@@ -84,6 +84,6 @@ def test_generate(benchmark: Any, name: str) -> None:
 
     segment()
     measure(
-        benchmark, segment, op="generate", impl="memtrans", case=name, dtype=DTYPE, capturable=False, calls=decoder.segment,
-        tokens=decoder.batch, **busy_and_peak(segment),
+        benchmark, segment, op="generate", impl="memtrans", case=name, dtype=DTYPE, capturable=False,
+        calls=decoder.segment, tokens=decoder.batch, **busy_and_peak(segment),
     )  # fmt: skip
