@@ -12,7 +12,7 @@ import json
 import os
 import statistics
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,6 +28,7 @@ FOLDER = Path(__file__).resolve().parent
 RESULTS = Path(os.environ.get("MEMTRANS_BENCH_RESULTS", FOLDER / "results"))
 GRAPH_BELOW = 0.5  # ms
 GRAPH_CALLS, ROUNDS, WARM_UP = 20, 50, 5
+RATED = ("bytes", "flop", "tokens")
 KEY = ("op", "impl", "case", "mode", "dtype")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -134,33 +135,54 @@ def measure(
     mode: str = "forward",
     capturable: bool = True,
     calls: int = 1,
-    tokens: int = 0,
     **extra: Any,
 ) -> None:
-    """Times `function` and writes the entry down.
+    """Times `function` and writes the entry down, with a rate a second for each of `bytes`, `flop` and `tokens`.
 
-    calls: of what is timed, in one call of `function`. tokens: of one of them; the entry then says how many a second.
-    `extra` holds what gives a rate, such as `bytes` and `flop`.
+    calls: of what is timed, in one call of `function`; the time and the rates are those of one of them.
     """
     labels = {"op": op, "impl": impl, "case": case, "mode": mode, "dtype": dtype_name(dtype)}
-    benchmark.extra_info.update(labels, **_environment(), **extra)
+    benchmark.extra_info.update(labels, **environment(), **extra)
     if DEVICE == "cpu":
         benchmark.pedantic(function, rounds=2 if TOY else 15, warmup_rounds=3)
         milliseconds = benchmark.stats.stats.median * 1e3 / calls if benchmark.stats else None
     else:
         milliseconds = (gpu_milliseconds(function) if capturable else _uncaptured(function)) / calls
         benchmark.extra_info["gpu_ms"] = milliseconds
-    if tokens and milliseconds:
-        benchmark.extra_info["tokens_per_second"] = tokens / milliseconds * 1e3
-    if DEVICE != "cpu":
         benchmark.pedantic(lambda: (function(), torch.cuda.synchronize()), rounds=5)
-    write_down({**benchmark.extra_info, "ms": milliseconds})
+    rates = {f"{name}_per_second": extra[name] / milliseconds * 1e3 for name in RATED if name in extra and milliseconds}
+    write_down({**benchmark.extra_info, **rates, "ms": milliseconds})
 
 
 def _uncaptured(function: Callable[[], Any]) -> float:
     for _ in range(WARM_UP):
         function()
     return _event_milliseconds(function, ROUNDS)
+
+
+def bytes_of(tensors: Iterable[Tensor | None]) -> int:
+    """What they hold, each storage counted once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
+    return sum(storages.values())
+
+
+def peak_bytes(run: Callable[[], Any], inputs: int) -> int:
+    """Allocated at most while `run` runs, beside what was there already, and with its inputs; 0 on a CPU."""
+    if DEVICE == "cpu":
+        return 0
+    run()  # compiles, and lets libraries have their workspaces
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before + inputs
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As one graph of these sizes, or an error; at toy size on a CPU without generating code."""
+    torch._dynamo.reset()  # a compiler that has seen too many sizes would run the function as it is
+    return torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager" if TOY else "inductor")
 
 
 def write_down(entry: dict[str, Any]) -> None:
@@ -172,7 +194,7 @@ def write_down(entry: dict[str, Any]) -> None:
     path.write_text(json.dumps([*kept, entry], indent=1) + "\n")
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     return {
         "gpu": torch.cuda.get_device_name() if DEVICE == "cuda" else f"none, {torch.get_num_threads()} threads",
         "torch": torch.__version__,

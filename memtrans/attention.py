@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from memtrans.local_cache import LocalView
 from memtrans.memory import KNNMemory
-from memtrans.position import expand_table
 from memtrans.ring import MemorySnapshot
 from memtrans.validation import at_least, check_cache, check_counts
-from memtrans_kernels import cosine, memory_attention
+from memtrans_kernels import cosine, local_attention, memory_attention
 
 
 class LocalContext(nn.Module):
@@ -76,6 +75,12 @@ class LocalContext(nn.Module):
         newest = torch.stack((key, value), dim=-2)[:, :, -self.xl_max_memories :].detach()
         return newest if self.kv_heads > 1 else newest[:, 0]
 
+    def dropout_arguments(self, query: Tensor) -> dict[str, Any]:
+        """Of the kernel: nothing unless weights are dropped; the seed is drawn on the device."""
+        if not self.training or self.dropout.p == 0.0:
+            return {}
+        return {"dropout_p": self.dropout.p, "seed": torch.randint(2**62, (), device=query.device)}
+
     def merge(self, out: Tensor) -> Tensor:
         """Heads (B, H, N, D) back to (B, N, dim)."""
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
@@ -130,52 +135,50 @@ class Attention(LocalContext):
         check_counts(x, local_length=local_length)
         query, key, value = self.project(x)
         key, value = self.extend(key, value, xl_memory)
-        out = self._attend(query, key, value, self._logit_mask(query, key, rel_pos_bias, local_length))
+        bias = _bias_arguments(rel_pos_bias, self.heads, query.shape[2], key.shape[2])
+        if x.shape[1] == 1 and local_length is None and "bias_dense" in bias and not self.training:
+            return self.merge(self._attend_once(query, key, value, **bias)), self.cache(key, value, xl_memory)
+        out, _ = local_attention(
+            query,
+            key,
+            value,
+            torch.full((self.heads,), self.scale, device=x.device),
+            **bias,
+            local_length=local_length,
+            **self.dropout_arguments(query),
+        )
         return self.merge(out), self.cache(key, value, xl_memory)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-        """(B, H, N, D); mask is added to the logits."""
-        batch, heads, length, width = query.shape
-        dropout_p = self.dropout.p if self.training else 0.0
-        if length > 1:
-            return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=self.scale, enable_gqa=True)
-        # The heads of a group are the queries of one key head: no key is repeated, and every kernel takes it.
-        grouped = query.reshape(batch, self.kv_heads, -1, width)
-        of_group = mask.expand(-1, heads, -1, -1).reshape(mask.shape[0], self.kv_heads, -1, mask.shape[3])
-        out = F.scaled_dot_product_attention(grouped, key, value, of_group, dropout_p, scale=self.scale)
+    def _attend_once(self, query: Tensor, key: Tensor, value: Tensor, bias_dense: Tensor) -> Tensor:
+        """One query a head, (B, H, 1, D), by PyTorch's attention: heads that share keys are queries of one head."""
+        batch, heads, _, width = query.shape
+        of_group = (self.kv_heads, heads // self.kv_heads)
+        mask = bias_dense[:, :, 0].unflatten(1, of_group).to(query.dtype)
+        out = F.scaled_dot_product_attention(query.reshape(batch, *of_group, width), key, value, mask, scale=self.scale)
         return out.reshape(batch, heads, 1, width)
 
-    def _logit_mask(
-        self, query: Tensor, key: Tensor, rel_pos_bias: Tensor | None, local_length: Tensor | None
-    ) -> Tensor:
-        """What is added to the logits: the bias, and -inf where a query must not look; (1 or B, H or 1, N, L)."""
-        length, local_keys = query.shape[2], key.shape[2]
-        if rel_pos_bias is None:
-            bias = query.new_zeros(1, 1, length, local_keys)
-        elif rel_pos_bias.dim() == 2:
-            bias = expand_table(rel_pos_bias, length, local_keys)[None]
-        else:
-            bias = rel_pos_bias[..., -length:, -local_keys:]
-        bias = bias.to(query.dtype)
-        if length == 1 and local_length is None:
-            return bias
-        column = torch.arange(local_keys, device=query.device)
-        hidden = column > torch.arange(local_keys - length, local_keys, device=query.device)[:, None]
-        if local_length is not None:
-            hidden = hidden | (column < local_keys - local_length[:, None, None, None])
-        return bias.masked_fill(hidden, -torch.inf)
+
+COMBINATIONS = ("softmax", "gate")
 
 
 class KNNAttention(LocalContext):
-    """Attention to the local context and to the K nearest entries of a memory, in one softmax.
+    """Attention to the local context and to the K nearest entries of a memory.
 
-    Cosine similarity with a learned temperature per head; the memory is never differentiated.
+    Cosine similarity with a learned temperature per head; the memory is never differentiated. Both parts share one
+    softmax; or each has its own, and g = sigmoid(memory_gate), learned per head, mixes what they give:
+    g · retrieved + (1 - g) · local. A query that finds nothing takes the local part whole.
 
     Args:
         dim: model width. heads: H. dim_head: D. dropout: of the joint attention weights. num_retrieved_memories: K.
         xl_max_memories: X; only what leaves the XL cache is added to the memory.
         attn_scale_init: the temperature's start. gate_output: multiply the result by tanh of a gate that starts at 0.
         kv_heads: G. memory_offset: start of a learned offset per head on the retrieved logits; None for none.
+        combine: "softmax" for the joint one, "gate" for the mixture, which starts at equal parts.
+
+    Raises:
+        ValueError: an argument out of range; `memory_offset` beside a gate, where it would change nothing.
+
+    Source: Wu et al. 2022, section 3.1: the gate; the joint softmax is that of the paper's first version.
 
     >>> attention = KNNAttention(dim=32, heads=4, dim_head=8, num_retrieved_memories=3)
     >>> memory = KNNMemory(dim=8, max_memories=100, num_indices=2)
@@ -197,9 +200,14 @@ class KNNAttention(LocalContext):
         gate_output: bool = False,
         kv_heads: int = 1,
         memory_offset: float | None = None,
+        combine: str = "softmax",
     ) -> None:
         super().__init__(dim, heads, dim_head, dropout, xl_max_memories, kv_heads, bias_out=False)
         at_least(1, num_retrieved_memories=num_retrieved_memories)
+        if combine not in COMBINATIONS:
+            raise ValueError(f"combine must be one of {', '.join(COMBINATIONS)}, got {combine!r}")
+        if combine == "gate" and memory_offset is not None:
+            raise ValueError(f"memory_offset must be None with combine='gate', got {memory_offset}")
         if attn_scale_init <= 0:
             raise ValueError(f"attn_scale_init must be above 0, got {attn_scale_init}")
         self.num_retrieved_memories = num_retrieved_memories
@@ -207,6 +215,7 @@ class KNNAttention(LocalContext):
         self.output_gate = nn.Parameter(torch.zeros(1)) if gate_output else None
         offset = None if memory_offset is None else torch.full((heads,), float(memory_offset))
         self.memory_offset = None if offset is None else nn.Parameter(offset)
+        self.memory_gate = nn.Parameter(torch.zeros(heads)) if combine == "gate" else None
 
     def forward(
         self,
@@ -247,23 +256,9 @@ class KNNAttention(LocalContext):
         if snapshot.documents != x.shape[0]:
             raise ValueError(f"knn_memory must have x's {x.shape[0]} documents in scope, got {snapshot.documents}")
         target = snapshot if add_to is None else _snapshot_of(add_to, key, longest)
-        scores, slots = snapshot.nearest(query, self.num_retrieved_memories)
-        out, _ = memory_attention(
-            query,
-            key,
-            value,
-            snapshot.keys,
-            snapshot.values,
-            snapshot.rows,
-            scores,
-            slots,
-            self.scale.exp().flatten(),
-            **_bias_arguments(rel_pos_bias, self.heads, query.shape[2], key.shape[2]),
-            memory_offset=self.memory_offset,
-            local_length=local_length,
-            **self._dropout_arguments(query),
-            ledger=snapshot.ledger,
-        )
+        local = {"key": key, "value": value, "local_length": local_length}
+        local |= _bias_arguments(rel_pos_bias, self.heads, query.shape[2], key.shape[2])
+        out = self._attend(query, snapshot, local)
         if add_knn_memory:
             target = self.add_leaving(target, key, value, x.shape[1], local_length, lengths)
         out = self.merge(out)
@@ -272,10 +267,33 @@ class KNNAttention(LocalContext):
         result = out, self.cache(key, value, xl_memory)
         return (*result, target) if return_memory else result
 
-    def _dropout_arguments(self, query: Tensor) -> dict[str, Any]:
-        if not self.training or self.dropout.p == 0.0:
-            return {}
-        return {"dropout_p": self.dropout.p, "seed": torch.randint(2**62, (), device=query.device)}
+    def _attend(self, query: Tensor, snapshot: MemorySnapshot, local: dict[str, Any]) -> Tensor:
+        """Looks at the neighbours of each query and at the local keys; (B, H, N, D)."""
+        scores, slots = snapshot.nearest(query, self.num_retrieved_memories)
+        shared: dict[str, Any] = {
+            "query": query,
+            "memory_keys": snapshot.keys,
+            "memory_values": snapshot.values,
+            "rows": snapshot.rows,
+            "scale": self.scale.exp().flatten(),
+        }
+        retrieved: dict[str, Any] = {
+            "scores": scores,
+            "slots": slots,
+            "memory_offset": self.memory_offset,
+            "ledger": snapshot.ledger,
+        }
+        if self.memory_gate is None:
+            return memory_attention(**shared, **retrieved, **local, **self.dropout_arguments(query))[0]
+        no_keys = local["key"][:, :, :0].detach()
+        retrieved |= {"key": no_keys, "value": no_keys}
+        local |= {"scores": scores[..., :0], "slots": slots[..., :0]}
+        to_memory, to_local = (
+            memory_attention(**shared, **part, **self.dropout_arguments(query))[0] for part in (retrieved, local)
+        )
+        gate = self.memory_gate.sigmoid()[:, None, None]
+        gate = torch.where(slots[..., :1] >= 0, gate, 0.0)  # (B, H, N, 1); the best come first
+        return (gate * to_memory + (1.0 - gate) * to_local).to(query.dtype)
 
     def add_leaving(
         self,

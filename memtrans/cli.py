@@ -98,7 +98,7 @@ def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None
     for name in names:
         keywords: dict[str, Any] = {"default": argparse.SUPPRESS, "help": fields[name].metadata["help"]}
         text = str(hints[name])
-        if hints[name] is bool:
+        if hints[name] in (bool, bool | None):
             keywords["action"] = argparse.BooleanOptionalAction
         elif "tuple" in text:
             keywords |= {"type": int, "nargs": "+", "metavar": "LAYER"}
@@ -170,7 +170,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         load_weights(model, checkpoint)
     except BAD_INPUT as error:
         raise InputError(str(error)) from error
-    report = evaluate_both(model, data.held_out, settings.batch, settings.segment, settings.eval_bytes)
+    dtype = getattr(torch, settings.dtype)
+    report = evaluate_both(model, data.held_out, settings.batch, settings.segment, settings.eval_bytes, dtype)
     rest = {"steps": checkpoint.values["step"], "data": settings.data, "split": options.split, "out": str(options.out)}
     device = str(model.token_emb.weight.device)
     parameters = sum(parameter.numel() for parameter in model.parameters())

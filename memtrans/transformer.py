@@ -79,6 +79,7 @@ class MemorizingTransformer(Pretrained):
         knn_memories_directory, knn_memory_multiprocessing: accepted and ignored, with a DeprecationWarning.
         kv_heads: G. attn_scale_init: start of the temperature of memorizing layers.
         memory_offset: start of a learned offset per head on the retrieved logits; None for none.
+        combine: "softmax" over retrieved and local keys together, or one softmax each and a learned "gate" per head.
         legacy: upstream's positions (the XL cache does not count) and shift (reads and writes rotate together), for
             checkpoints trained with it.
         activation_checkpointing: recompute each layer in the backward pass instead of keeping its activations.
@@ -124,6 +125,7 @@ class MemorizingTransformer(Pretrained):
         kv_heads: int = 1,
         attn_scale_init: float = 20,
         memory_offset: float | None = None,
+        combine: str = "softmax",
         legacy: bool = False,
         activation_checkpointing: bool = False,
         validate: bool = False,
@@ -173,6 +175,7 @@ class MemorizingTransformer(Pretrained):
                     num_retrieved_memories=num_retrieved_memories,
                     attn_scale_init=attn_scale_init,
                     memory_offset=memory_offset,
+                    combine=combine,
                     **shared,
                 )
                 if layer in self.memorizing_layers

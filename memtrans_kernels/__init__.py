@@ -5,7 +5,7 @@ segment, X cached XL tokens, L = X + N local keys, D head width, R memory rows (
 row, S spare slots, K retrieved neighbours.
 """
 
-from memtrans_kernels.api import cosine, knn_add_, knn_search, memory_attention
+from memtrans_kernels.api import cosine, knn_add_, knn_search, local_attention, memory_attention
 from memtrans_kernels.backends import backends_info
 from memtrans_kernels.ledger import Ledger, StaleMemoryError, ledger_advance_, ledger_ticket, read_cursors
 
@@ -18,6 +18,7 @@ __all__ = [
     "knn_search",
     "ledger_advance_",
     "ledger_ticket",
+    "local_attention",
     "memory_attention",
     "read_cursors",
 ]

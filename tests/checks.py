@@ -15,6 +15,10 @@ GPU_MODEL = 1e-3  # losses and gradients on a GPU against the CPU, float32: sums
 ATTENTION = {torch.float32: 2e-6, torch.float16: 2.5e-3, torch.bfloat16: 2e-2}
 LSE = 1e-6  # in float32 whatever the inputs
 
+# Two runs are the same curve when their losses agree so closely over the first steps, and their final losses, means of
+# the last steps, within the spread of seeds: which neighbours are nearest is not continuous.
+SAME_CURVE, FIRST_STEPS, LAST_STEPS = 1e-3, 20, 20
+
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float, name: str = "tensor") -> None:
     """The largest difference, relative to the largest expected number (at least 1), stays below `tolerance`."""
@@ -24,6 +28,15 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float, name: str =
     scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
     error = float((actual.double() - expected.double()).abs().max()) / scale if expected.numel() else 0.0
     assert error <= tolerance, f"{name}: off by {error:.3g}, allowed {tolerance:.3g}"
+
+
+def assert_same_curve(losses: Tensor, plain: Tensor) -> None:
+    """losses (steps,) follow the first of the curves of several seeds, plain (seeds, steps)."""
+    off = float((losses - plain[0])[:FIRST_STEPS].abs().max())
+    assert off <= SAME_CURVE, f"the first {FIRST_STEPS} losses are off by {off:.3g}, allowed {SAME_CURVE:.3g}"
+    final, finals = losses[-LAST_STEPS:].mean(), plain[:, -LAST_STEPS:].mean(dim=1)
+    off, spread = float((final - finals[0]).abs()), float(finals.max() - finals.min())
+    assert off <= spread, f"the final loss is off by {off:.3g}, the spread of seeds is {spread:.3g}"
 
 
 def score_error_bound(query: Tensor, keys: Tensor) -> Tensor:

@@ -30,6 +30,8 @@ VARIANTS: dict[str, dict] = {
     "legacy": {"legacy": True, "xl_max_memories": 20, "memorizing_layers": (2, 3), "shift_knn_memories_down": 1},
     "legacy without xl": {"legacy": True},
     "offset": {"memory_offset": -2.0},
+    "gate": {"combine": "gate", "xl_max_memories": 6},
+    "gate, a memory for each head": {"combine": "gate", "kv_heads": 4, "memorizing_layers": (2, 3)},
 }
 
 
