@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from common import DEVICE, MEMORIES, TOY, measure
+from common import DEVICE, MEMORIES, TOY, busy_share, measure
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -56,22 +55,6 @@ def consume(tokens: Iterator[Tensor], count: int) -> None:
         pass
 
 
-def busy_and_peak(function: Callable[[], Any]) -> dict[str, Any]:
-    """The share of the time in which the GPU has a kernel to run, and the bytes allocated at most."""
-    if DEVICE == "cpu":
-        return {"gpu_busy": None, "peak_bytes": None}
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    function()
-    torch.cuda.synchronize()
-    seconds = time.perf_counter() - begin
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        function()
-        torch.cuda.synchronize()
-    busy = sum(event.device_time_total for event in profiler.events()) / 1e6
-    return {"gpu_busy": busy / seconds, "peak_bytes": torch.cuda.max_memory_allocated()}
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_generate(benchmark: Any, name: str) -> None:
     if DEVICE == "cuda":
@@ -83,7 +66,9 @@ def test_generate(benchmark: Any, name: str) -> None:
         consume(tokens, decoder.segment)
 
     segment()
+    peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else None
+    busy = busy_share(lambda: consume(tokens, 64))
     measure(
         benchmark, segment, op="generate", impl="memtrans", case=name, dtype=DTYPE, capturable=False,
-        calls=decoder.segment, tokens=decoder.batch, **busy_and_peak(segment),
+        calls=decoder.segment, tokens=decoder.batch, gpu_busy=busy, peak_bytes=peak,
     )  # fmt: skip

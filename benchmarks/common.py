@@ -179,6 +179,22 @@ def peak_bytes(run: Callable[[], Any], inputs: int) -> int:
     return torch.cuda.max_memory_allocated() - before + inputs
 
 
+def busy_share(function: Callable[[], Any]) -> float | None:
+    """The share of the time in which at least one kernel runs on the GPU."""
+    if DEVICE == "cpu":
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+        torch.cuda.synchronize()
+    on_gpu = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    spans = sorted((event.time_range.start, event.time_range.end) for event in on_gpu)
+    busy, reached = 0.0, spans[0][0]
+    for begin, end in spans:
+        busy += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return busy / (reached - spans[0][0])
+
+
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """As one graph of these sizes, or an error; at toy size on a CPU without generating code."""
     torch._dynamo.reset()  # a compiler that has seen too many sizes would run the function as it is
