@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import DEVICE, MEMORIES, TOY, environment, write_down
+from common import DEVICE, MEMORIES, TOY, busy_share, environment, write_down
 
 from memtrans.data import Document, Shuffled
 from memtrans.presets import PRESETS, Settings
@@ -72,22 +72,6 @@ def full_trainer(settings: Settings) -> Trainer:
 def synchronize() -> None:
     if DEVICE == "cuda":
         torch.cuda.synchronize()
-
-
-def busy_share(function: Callable[[], Any]) -> float | None:
-    """The share of the time in which at least one kernel runs on the GPU."""
-    if DEVICE == "cpu":
-        return None
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        function()
-        torch.cuda.synchronize()
-    on_gpu = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    spans = sorted((event.time_range.start, event.time_range.end) for event in on_gpu)
-    busy, reached = 0.0, spans[0][0]
-    for begin, end in spans:
-        busy += max(0.0, end - max(begin, reached))
-        reached = max(reached, end)
-    return busy / (reached - spans[0][0])
 
 
 def timed(benchmark: Any, function: Callable[[], None], tokens: int, **entry: Any) -> None:

@@ -134,16 +134,20 @@ def measure(
     dtype: torch.dtype,
     mode: str = "forward",
     capturable: bool = True,
+    calls: int = 1,
     **extra: Any,
 ) -> None:
-    """Times `function` and writes the entry down, with a rate a second for each of `bytes`, `flop` and `tokens`."""
+    """Times `function` and writes the entry down, with a rate a second for each of `bytes`, `flop` and `tokens`.
+
+    calls: of what is timed, in one call of `function`; the time and the rates are those of one of them.
+    """
     labels = {"op": op, "impl": impl, "case": case, "mode": mode, "dtype": dtype_name(dtype)}
     benchmark.extra_info.update(labels, **environment(), **extra)
     if DEVICE == "cpu":
         benchmark.pedantic(function, rounds=2 if TOY else 15, warmup_rounds=3)
-        milliseconds = benchmark.stats.stats.median * 1e3 if benchmark.stats else None
+        milliseconds = benchmark.stats.stats.median * 1e3 / calls if benchmark.stats else None
     else:
-        milliseconds = gpu_milliseconds(function) if capturable else _uncaptured(function)
+        milliseconds = (gpu_milliseconds(function) if capturable else _uncaptured(function)) / calls
         benchmark.extra_info["gpu_ms"] = milliseconds
         benchmark.pedantic(lambda: (function(), torch.cuda.synchronize()), rounds=5)
     rates = {f"{name}_per_second": extra[name] / milliseconds * 1e3 for name in RATED if name in extra and milliseconds}
@@ -173,6 +177,22 @@ def peak_bytes(run: Callable[[], Any], inputs: int) -> int:
     run()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before + inputs
+
+
+def busy_share(function: Callable[[], Any]) -> float | None:
+    """The share of the time in which at least one kernel runs on the GPU."""
+    if DEVICE == "cpu":
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+        torch.cuda.synchronize()
+    on_gpu = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    spans = sorted((event.time_range.start, event.time_range.end) for event in on_gpu)
+    busy, reached = 0.0, spans[0][0]
+    for begin, end in spans:
+        busy += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return busy / (reached - spans[0][0])
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

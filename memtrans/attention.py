@@ -10,9 +10,11 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from memtrans.local_cache import LocalView
 from memtrans.memory import KNNMemory, snapshot_for
 from memtrans.ring import MemorySnapshot
 from memtrans.validation import check_bias, check_cache, check_count, check_hidden, check_number, sizes, whole
@@ -53,18 +55,20 @@ class LocalContext(nn.Module):
         key, value = rearrange(self.to_kv(x), "b n (kv g d) -> kv b g n d", kv=2, g=self.kv_heads)
         return query, key, value
 
-    def extend(self, key: Tensor, value: Tensor, xl_memory: Tensor | None) -> tuple[Tensor, Tensor]:
+    def extend(self, key: Tensor, value: Tensor, xl_memory: Tensor | LocalView | None) -> tuple[Tensor, Tensor]:
         """Puts the cached keys and values before the segment's own: (B, G, L, D)."""
         if xl_memory is None:
             return key, value
+        if isinstance(xl_memory, LocalView):
+            return xl_memory.extend(key, value)
         check_cache("xl_memory", xl_memory, key.shape[0], self.kv_heads, self.dim_head, key.device)
         cached = xl_memory if self.kv_heads > 1 else xl_memory[:, None]
         cached_key, cached_value = cached.to(key.dtype).unbind(dim=-2)
         return torch.cat((cached_key, key), dim=-2), torch.cat((cached_value, value), dim=-2)
 
-    def cache(self, key: Tensor, value: Tensor) -> Tensor | None:
+    def cache(self, key: Tensor, value: Tensor, xl_memory: Tensor | LocalView | None) -> Tensor | None:
         """The newest of the local keys and values, for the next segment: (B, X, 2, D), or (B, G, X, 2, D) if G > 1."""
-        if self.xl_max_memories == 0:
+        if self.xl_max_memories == 0 or isinstance(xl_memory, LocalView):
             return None
         newest = torch.stack((key, value), dim=-2)[:, :, -self.xl_max_memories :].detach()
         return newest if self.kv_heads > 1 else newest[:, 0]
@@ -110,15 +114,17 @@ class Attention(LocalContext):
         self,
         x: Tensor,
         *,
-        xl_memory: Tensor | None = None,
+        xl_memory: Tensor | LocalView | None = None,
         rel_pos_bias: Tensor | None = None,
         local_length: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attends.
 
         Args:
-            x: (B, N, dim). xl_memory: (B, X, 2, D), or (B, G, X, 2, D) if G > 1.
-            rel_pos_bias: by distance (H, distances), or dense (1, H, at least N, at least L).
+            x: (B, N, dim).
+            xl_memory: (B, X, 2, D), or (B, G, X, 2, D) if G > 1, or the view of a `LocalCache`, which keeps the keys
+                and values itself.
+            rel_pos_bias: by distance (H, distances), or dense (1 or B, H, at least N, at least L).
             local_length: (B,) int64, how many of the newest of the L local keys are this document's. Default: all.
 
         Returns:
@@ -131,16 +137,27 @@ class Attention(LocalContext):
         key, value = self.extend(key, value, xl_memory)
         check_count("local_length", local_length, x, key.shape[2])
         check_bias(rel_pos_bias, query, key.shape[2])
+        bias = _bias_arguments(rel_pos_bias, self.heads, query.shape[2], key.shape[2])
+        if x.shape[1] == 1 and local_length is None and "bias_dense" in bias and not self.training:
+            return self.merge(self._attend_once(query, key, value, **bias)), self.cache(key, value, xl_memory)
         out, _ = local_attention(
             query,
             key,
             value,
             torch.full((self.heads,), self.scale, device=x.device),
-            **_bias_arguments(rel_pos_bias, self.heads, query.shape[2], key.shape[2]),
+            **bias,
             local_length=local_length,
             **self.dropout_arguments(query),
         )
-        return self.merge(out), self.cache(key, value)
+        return self.merge(out), self.cache(key, value, xl_memory)
+
+    def _attend_once(self, query: Tensor, key: Tensor, value: Tensor, bias_dense: Tensor) -> Tensor:
+        """One query a head, (B, H, 1, D), by PyTorch's attention: heads that share keys are queries of one head."""
+        batch, heads, _, width = query.shape
+        of_group = (self.kv_heads, heads // self.kv_heads)
+        mask = bias_dense[:, :, 0].unflatten(1, of_group).to(query.dtype)
+        out = F.scaled_dot_product_attention(query.reshape(batch, *of_group, width), key, value, mask, scale=self.scale)
+        return out.reshape(batch, heads, 1, width)
 
 
 COMBINATIONS = ("softmax", "gate")
@@ -207,7 +224,7 @@ class KNNAttention(LocalContext):
         x: Tensor,
         *,
         knn_memory: KNNMemory | MemorySnapshot,
-        xl_memory: Tensor | None = None,
+        xl_memory: Tensor | LocalView | None = None,
         add_knn_memory: bool = True,
         rel_pos_bias: Tensor | None = None,
         local_length: Tensor | None = None,
@@ -218,10 +235,12 @@ class KNNAttention(LocalContext):
         """Searches, attends, then adds what leaves the XL cache (the whole segment where there is no cache).
 
         Args:
-            x: (B, N, dim). xl_memory: (B, X, 2, D), or (B, G, X, 2, D) if G > 1.
+            x: (B, N, dim).
+            xl_memory: (B, X, 2, D), or (B, G, X, 2, D) if G > 1, or the view of a `LocalCache`, which keeps the keys
+                and values itself; then nothing is to be added here, and `add_leaving` adds at the segment's end.
             knn_memory: the memory to search, or a snapshot of it (use one under activation checkpointing).
             add_knn_memory: False leaves the memory as it is.
-            rel_pos_bias: by distance (H, distances), or dense (1, H, at least N, at least L).
+            rel_pos_bias: by distance (H, distances), or dense (1 or B, H, at least N, at least L).
             local_length: (B,) int64, how many of the newest of the L local keys are this document's. Default: all.
             lengths: (B,) int64, how many of the N tokens are real; padding at the tail is not stored. Default: all.
             add_to: the memory to add to. Default: `knn_memory`.
@@ -249,11 +268,11 @@ class KNNAttention(LocalContext):
         local |= _bias_arguments(rel_pos_bias, self.heads, query.shape[2], key.shape[2])
         out = self._attend(query, snapshot, local)
         if add_knn_memory:
-            target = self._add(target, key, value, x.shape[1], local_length, lengths)
+            target = self.add_leaving(target, key, value, x.shape[1], local_length, lengths)
         out = self.merge(out)
         if self.output_gate is not None:
             out = out * self.output_gate.tanh()
-        result = out, self.cache(key, value)
+        result = out, self.cache(key, value, xl_memory)
         return (*result, target) if return_memory else result
 
     def _attend(self, query: Tensor, snapshot: MemorySnapshot, local: dict[str, Any]) -> Tensor:
@@ -284,7 +303,7 @@ class KNNAttention(LocalContext):
         gate = torch.where(slots[..., :1] >= 0, gate, 0.0)  # (B, H, N, 1); the best come first
         return (gate * to_memory + (1.0 - gate) * to_local).to(query.dtype)
 
-    def _add(
+    def add_leaving(
         self,
         snapshot: MemorySnapshot,
         key: Tensor,
@@ -293,7 +312,10 @@ class KNNAttention(LocalContext):
         local_length: Tensor | None,
         lengths: Tensor | None,
     ) -> MemorySnapshot:
-        """Adds the local keys and values that the XL cache has no room for."""
+        """Adds the local keys and values (B, G, L, D) that the XL cache has no room for; returns the state after that.
+
+        length: N, how many of the L are the segment's. local_length, lengths: as in `forward`.
+        """
         local_keys = key.shape[2]
         leaving = max(0, local_keys - self.xl_max_memories)
         key, value = key[:, :, :leaving].detach(), value[:, :, :leaving].detach()
