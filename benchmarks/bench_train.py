@@ -107,7 +107,7 @@ def test_train(benchmark: Any, case: str, impl: str) -> None:
 
     steps(WARM_UP)
     peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else None
-    busy = busy_share(lambda: steps(3))
+    busy = busy_share(lambda: steps(5))
     per_step = settings.batch * settings.segment * settings.segments * settings.accumulate
     timed(
         benchmark, steps, STEPS * per_step, impl=impl, case=case, dtype=settings.dtype, gpu_busy=busy, peak_bytes=peak
