@@ -4,6 +4,7 @@
 #   make test        every test but the slow ones and those that need a GPU
 #   make test-slow   the slow ones
 #   make test-gpu    those that need a GPU
+#   make test-gpu-slow  the slow ones of these
 #   make check       lint, format, types, import directions
 #   make bench       benchmarks
 #   make clean       remove .venv and everything built
@@ -25,7 +26,7 @@ endif
 
 CSRC := $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test test-slow test-gpu check bench clean
+.PHONY: demo test test-slow test-gpu test-gpu-slow check bench clean
 .DEFAULT_GOAL := test
 
 demo: $(PACKAGE_READY)
@@ -40,6 +41,9 @@ test-slow: $(TESTS_READY)
 test-gpu: $(TESTS_READY)
 	MEMTRANS_TEST_DEVICE=cuda $(PYTHON_BIN) -m pytest -m "(gpu or device) and not slow" \
 	  --ignore-glob='*/test_upstream_*' tests
+
+test-gpu-slow: $(TESTS_READY)
+	MEMTRANS_TEST_DEVICE=cuda $(PYTHON_BIN) -m pytest -m "gpu and slow" tests
 
 check: $(TESTS_READY)
 	$(PYTHON_BIN) -m ruff check .

@@ -28,7 +28,9 @@ def ours(sizes: Case, ring: Ring, query: Tensor) -> Callable[[], Any]:
 
 
 def faiss_bridge(sizes: Case, ring: Ring, query: Tensor) -> Callable[[], Any]:
-    arguments = (query, ring.keys, ring.rows, ring.start, ring.cursor, sizes.capacity, sizes.neighbours)
+    """In bfloat16: of the three dtypes that it takes, the one it is fastest in."""
+    keys = ring.keys.bfloat16()
+    arguments = (query.bfloat16(), keys, ring.rows, ring.start, ring.cursor, sizes.capacity, sizes.neighbours)
     return lambda: knn_search(*arguments, backend="faiss")
 
 

@@ -1,28 +1,42 @@
-"""Attention to given neighbours and to the local context, forward and with its gradients.
+"""Attention to given neighbours and to the local context, forward and with its gradients, against its rivals.
 
-`-xl512` puts 512 cached keys before the segment's own. `upstream` is that package's arithmetic on the device of the
-tensors: neighbours gathered as pairs, logits concatenated, a dense bias. `sdpa-dense` attends to the whole memory
-instead of K neighbours, without any local context, and has no backward pass here.
+`-xl512` puts 512 cached keys before the segment's own. All are given slots and scores, memories full and wrapped.
+
+- `upstream`: that package's arithmetic on the device of the tensors: neighbours gathered as pairs (B, H, N, K, 2, D)
+  out of a memory in the query's dtype, logits concatenated, one softmax, a dense bias.
+- `flex`: FlexAttention for the local part, its bias looked up by distance; neighbours gathered; both merged by their
+  lse. `flex-dense` reads a dense bias instead, whose gradient has fewer additions to one number.
+- `sdpa-dense`: attends to the whole memory instead of K neighbours, without any local context.
+
+Each entry has `bytes`, what any implementation that gathers must read: the neighbours' values, and with gradients their
+keys and the values once more. `peak_bytes` is allocated at most, inputs included; `input_bytes` and `output_bytes` are
+the least it could be; `ring_bytes` is what of the inputs is memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from common import DEVICE, case, full_ring, measure
+import upstream
+from common import DEVICE, TOY, bytes_of, case, compiled, full_ring, measure, peak_bytes
 from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
 from memtrans_kernels import memory_attention
 
 XL = "-xl512"
-CASES = ["cpu-d64-64k"] if DEVICE == "cpu" else ["d64-64k", "d64-64k-xl512", "d128-64k", "paper-64k", "decode-d64-64k"]
+GPU_CASES = ("d64-64k", "d64-64k-xl512", "d128-64k", "paper-64k", "decode-d64-64k", "decode-d64-64k-xl512")
+TOY_CASES = ("d64-64k-xl512", "paper-64k", "decode-d64-64k")
+CASES = TOY_CASES if TOY else GPU_CASES if DEVICE == "cuda" else ("cpu-d64-64k", "cpu-d64-64k-xl512")
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 DISTANCES = 129  # of the bias table: T5 tells distances up to 128 apart
+SAME = {torch.float32: 5e-3, torch.bfloat16: 8e-2}  # between implementations; the largest value is about 4
+FORWARD, BACKWARD = "forward", "forward+backward"
 
 
 @dataclass
@@ -41,8 +55,17 @@ class Problem:
     bias_table: Tensor  # (H, distances)
 
     @property
-    def leaves(self) -> list[Tensor]:
-        return [self.query, self.key, self.value, self.scale, self.bias_table]
+    def row_of_head(self) -> Tensor:
+        """(B, H, 1, 1)"""
+        batch, groups = self.key.shape[:2]
+        return self.rows.reshape(batch, groups).repeat_interleave(self.query.shape[1] // groups, 1)[..., None, None]
+
+    @property
+    def distance(self) -> Tensor:
+        """How far behind its query a local key stands (N, L)."""
+        length, local = self.query.shape[2], self.key.shape[2]
+        position = torch.arange(local, device=self.query.device)
+        return position[local - length :, None] - position
 
     @property
     def gathered_bytes(self) -> int:
@@ -50,104 +73,156 @@ class Problem:
         return self.slots.numel() * self.memory_values.shape[-1] * self.memory_values.element_size()
 
 
-def problem(name: str, dtype: torch.dtype) -> Problem:
+class Rival(NamedTuple):
+    """One implementation, ready to run."""
+
+    function: Callable[[], Tensor]  # out (B, H, N, D)
+    leaves: list[Tensor]  # what its gradients are of
+    others: list[Tensor]  # what else it reads
+    ring: list[Tensor]  # the memory
+
+
+def problem(name: str) -> Problem:
     """Random unit queries and keys; neighbours anywhere in the memory."""
     sizes = case(name.removesuffix(XL))
     batch, heads, groups, length, width = sizes.batch, sizes.heads, sizes.groups, sizes.length, sizes.width
-    local = length + (512 if name.endswith(XL) else 0)
+    cached = (3 if TOY else 512) if name.endswith(XL) else 0
     ring = full_ring(sizes, torch.float32 if DEVICE == "cpu" else torch.float16, DEVICE)
     query, key, value = (
         torch.randn(batch, count, tokens, width, device=DEVICE)
-        for count, tokens in ((heads, length), (groups, local), (groups, local))
+        for count, tokens in ((heads, length), (groups, cached + length), (groups, cached + length))
     )
-    query, key, value = F.normalize(query, dim=-1).to(dtype), F.normalize(key, dim=-1).to(dtype), value.to(dtype)
+    query, key, value = F.normalize(query, dim=-1).to(DTYPE), F.normalize(key, dim=-1).to(DTYPE), value.to(DTYPE)
     slots = torch.randint(ring.keys.shape[1], (batch, heads, length, sizes.neighbours), device=DEVICE)
-    of_head = ring.rows.reshape(batch, groups).repeat_interleave(heads // groups, dim=1)[:, :, None, None]
-    scores = (query.to(ring.keys.dtype)[:, :, :, None] * ring.keys[of_head, slots]).sum(-1, dtype=torch.float32)
     scale, table = torch.full((heads,), 20.0, device=DEVICE), torch.randn(heads, DISTANCES, device=DEVICE)
-    given = Problem(query, key, value, ring.keys, ring.values, ring.rows, scores, slots.int(), scale, table)
-    for leaf in given.leaves:
-        leaf.requires_grad_()
+    given = Problem(query, key, value, ring.keys, ring.values, ring.rows, slots.float(), slots.int(), scale, table)
+    retrieved = ring.keys[given.row_of_head, slots]
+    given.scores = (query.to(retrieved.dtype)[:, :, :, None] * retrieved).sum(-1, dtype=torch.float32)
     return given
 
 
-def ours(given: Problem) -> Tensor:
-    return memory_attention(**vars(given))[0]
+def ours(given: Problem) -> Rival:
+    leaves = [given.query, given.key, given.value, given.scale, given.bias_table]
+    others, ring = [given.rows, given.scores, given.slots], [given.memory_keys, given.memory_values]
+    return Rival(lambda: memory_attention(**vars(given))[0], leaves, others, ring)
 
 
-def upstream(given: Problem) -> Tensor:
-    """One softmax over concatenated logits; every head's neighbours gathered as (B, H, N, K, 2, D)."""
-    batch, heads, length, _ = given.query.shape
-    groups, local = given.key.shape[1:3]
-    row = given.rows.reshape(batch, groups).repeat_interleave(heads // groups, dim=1)[:, :, None, None]
-    pairs = torch.stack((given.memory_keys[row, given.slots], given.memory_values[row, given.slots]), dim=-2)
-    memory_key, memory_value = pairs.to(given.query.dtype).unbind(dim=-2)
-    scale = given.scale.to(given.query.dtype)[:, None, None]
-    distance = torch.arange(local - length, local, device=row.device)[:, None] - torch.arange(local, device=row.device)
-    bias = given.bias_table.to(given.query.dtype)[:, distance.clamp(0, DISTANCES - 1)]
-    of_group = given.query.unflatten(1, (groups, -1))
-    dot = torch.einsum("bghnd,bgld->bghnl", of_group, given.key).flatten(1, 2)
-    near = (dot * scale + bias).masked_fill(distance < 0, -torch.inf)
-    far = torch.einsum("bhnd,bhnkd->bhnk", given.query, memory_key) * scale
-    to_memory, to_local = torch.cat((far, near), dim=-1).softmax(dim=-1).split([far.shape[-1], local], dim=-1)
-    local_out = torch.einsum("bghnl,bgld->bghnd", to_local.unflatten(1, (groups, -1)), given.value).flatten(1, 2)
-    return torch.einsum("bhnk,bhnkd->bhnd", to_memory, memory_value) + local_out
+def dense_bias(given: Problem, dtype: torch.dtype) -> Tensor:
+    """(H, N, L), given: upstream makes it once for all its layers."""
+    return given.bias_table[:, given.distance.clamp(0, DISTANCES - 1)].to(dtype)
 
 
-def sdpa_dense(given: Problem) -> Tensor:
-    """Attends to every slot of the memory."""
+def upstreams_arithmetic(given: Problem) -> Rival:
+    memory = torch.stack((given.memory_keys, given.memory_values), dim=-2).to(DTYPE)  # (R, M + S, 2, D)
+    row, scale, bias = given.row_of_head, given.scale.to(DTYPE)[:, None, None], dense_bias(given, DTYPE)
+
+    def attend() -> Tensor:
+        return upstream.attend(given.query, given.key, given.value, memory[row, given.slots], scale, bias)
+
+    return Rival(attend, [given.query, given.key, given.value, scale, bias], [row, given.slots], [memory])
+
+
+def upstream_compiled(given: Problem) -> Rival:
+    rival = upstreams_arithmetic(given)
+    return rival._replace(function=compiled(rival.function))
+
+
+def flex(given: Problem, dense: bool = False) -> Rival:
+    length, local = given.query.shape[2], given.key.shape[2]
+    cached, row = local - length, given.row_of_head
+    bias = dense_bias(given, torch.float32) if dense else given.bias_table
+
+    def with_bias(score: Tensor, b: Tensor, h: Tensor, n: Tensor, j: Tensor) -> Tensor:
+        return score + (bias[h, n, j] if dense else bias[h, (n + cached - j).clamp(0, DISTANCES - 1)])
+
+    causal = create_block_mask(lambda b, h, n, j: j <= n + cached, None, None, length, local, device=DEVICE)
+
+    def attend() -> Tensor:
+        query = given.query * given.scale[:, None, None].to(DTYPE)
+        near, aux = flex_attention(
+            query, given.key, given.value, with_bias, causal, scale=1.0, enable_gqa=True,
+            return_aux=AuxRequest(lse=True),
+        )  # fmt: skip
+        if query.requires_grad:  # the gradient of the scores needs the neighbours' keys
+            retrieved = given.memory_keys[row, given.slots].to(DTYPE)
+            logits = torch.einsum("bhnd,bhnkd->bhnk", query, retrieved).float()
+        else:
+            logits = given.scores * given.scale[:, None, None]
+        lse = torch.logaddexp(aux.lse, logits.logsumexp(dim=-1))[..., None]
+        values = given.memory_values[row, given.slots].to(DTYPE)
+        far = torch.einsum("bhnk,bhnkd->bhnd", (logits - lse).exp().to(DTYPE), values)
+        return near * (aux.lse[..., None] - lse).exp().to(DTYPE) + far
+
+    leaves = [given.query, given.key, given.value, given.scale, bias]
+    others, ring = [row, given.scores, given.slots], [given.memory_keys, given.memory_values]
+    return Rival(compiled(attend), leaves, others, ring)
+
+
+def flex_dense(given: Problem) -> Rival:
+    return flex(given, dense=True)
+
+
+def sdpa_dense(given: Problem) -> Rival:
+    """The memory gets no gradient, as in all the others."""
     batch, groups = given.key.shape[:2]
     memory = (given.memory_keys, given.memory_values)
-    keys, values = (tensor.unflatten(0, (batch, groups)).to(given.query.dtype) for tensor in memory)
-    return F.scaled_dot_product_attention(given.query, keys, values, scale=20.0, enable_gqa=True)
+    ring = [tensor.unflatten(0, (batch, groups)).to(DTYPE) for tensor in memory]
+    attend = lambda: F.scaled_dot_product_attention(given.query, *ring, scale=20.0, enable_gqa=True)  # noqa: E731
+    return Rival(attend, [given.query], [], ring)
 
 
-IMPLEMENTATIONS: dict[str, Callable[[Problem], Tensor]] = {"memtrans": ours, "upstream": upstream}
-if DEVICE == "cuda":
-    IMPLEMENTATIONS |= {"upstream-compiled": torch.compile(upstream, dynamic=False), "sdpa-dense": sdpa_dense}
-FORWARD, BACKWARD = "forward", "forward+backward"
+RIVALS: dict[str, Callable[[Problem], Rival]] = {"memtrans": ours, "upstream": upstreams_arithmetic}
+if DEVICE == "cuda" or TOY:
+    RIVALS |= {"upstream-compiled": upstream_compiled, "flex": flex, "flex-dense": flex_dense, "sdpa-dense": sdpa_dense}
 
 
-def with_gradients(function: Callable[[Problem], Tensor], given: Problem, grad_out: Tensor) -> None:
-    torch.autograd.grad(function(given), given.leaves, grad_out)
+def has_gradients(name: str, impl: str) -> bool:
+    """Nobody trains token by token, and FlexAttention refuses to on a CPU."""
+    return not name.startswith("decode-") and (DEVICE == "cuda" or not impl.startswith("flex"))
 
 
-def without_gradients(function: Callable[[Problem], Tensor], given: Problem) -> None:
-    with torch.no_grad():
-        function(given)
+MEASURED = [(name, impl, FORWARD) for name in CASES for impl in RIVALS]
+MEASURED += [(name, impl, BACKWARD) for name in CASES for impl in RIVALS if has_gradients(name, impl)]
 
 
-def peak_bytes(run: Callable[[], Any]) -> int:
-    """Allocated at most, inputs included; 0 on a CPU."""
-    if DEVICE == "cpu":
-        return 0
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated()
+def step(rival: Rival, grad_out: Tensor, mode: str) -> Callable[[], list[Tensor]]:
+    """What is timed; it returns all that it computes: out, and with gradients those of the leaves."""
+    for leaf in rival.leaves:
+        leaf.requires_grad_(mode == BACKWARD)
+
+    def forward() -> list[Tensor]:
+        return [rival.function()]
+
+    def with_gradients() -> list[Tensor]:
+        out = rival.function()
+        return [out.detach(), *torch.autograd.grad(out, rival.leaves, grad_out)]
+
+    return forward if mode == FORWARD else with_gradients
 
 
-@pytest.mark.parametrize("mode", [FORWARD, BACKWARD])
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", CASES)
+def assert_same_as_ours(given: Problem, grad_out: Tensor, mode: str, actual: list[Tensor]) -> None:
+    """Out, and the gradients of query, key and value."""
+    expected = step(ours(given), grad_out, mode)()
+    for mine, theirs in zip(expected[:4], actual[:4], strict=True):
+        largest = max(1.0, float(mine.abs().max()))
+        torch.testing.assert_close(theirs, mine, atol=SAME[DTYPE] * largest, rtol=0.0, check_dtype=False)
+
+
+@pytest.mark.parametrize(("name", "impl", "mode"), MEASURED)
 def test_memory_attention(benchmark: Any, name: str, impl: str, mode: str) -> None:
-    if mode == BACKWARD and (impl == "sdpa-dense" or name.startswith("decode-")):
-        pytest.skip("forward only")
-    dtype = torch.float32 if DEVICE == "cpu" else torch.bfloat16
-    given = problem(name, dtype)
-    function = IMPLEMENTATIONS[impl]
-    grad_out = torch.randn_like(given.query)
-    step = without_gradients if mode == FORWARD else partial(with_gradients, grad_out=grad_out)
-    run = partial(step, function, given)
+    torch.manual_seed(0)
+    given = problem(name)
+    rival, grad_out = RIVALS[impl](given), torch.randn_like(given.query)
+    run = step(rival, grad_out, mode)
+    results = run()
+    output_bytes = bytes_of(results)
+    if impl != "sdpa-dense":
+        assert_same_as_ours(given, grad_out, mode, results)
+    del results
+    inputs = [*rival.leaves, *rival.others, *rival.ring, *([grad_out] if mode == BACKWARD else [])]
     measure(
-        benchmark, run, op="memory_attention", impl=impl, case=name, mode=mode, dtype=dtype,
-        gathered_bytes=given.gathered_bytes, peak_bytes=peak_bytes(run),
+        benchmark, run, op="memory_attention", impl=impl, case=name, mode=mode, dtype=DTYPE,
+        peak_bytes=peak_bytes(run, bytes_of(inputs)), input_bytes=bytes_of(inputs), output_bytes=output_bytes,
+        ring_bytes=bytes_of(rival.ring),
+        **({} if impl == "sdpa-dense" else {"bytes": given.gathered_bytes * (1 if mode == FORWARD else 3)}),
     )  # fmt: skip
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_upstreams_arithmetic_is_ours(name: str) -> None:
-    given = problem(name, torch.float32)
-    with torch.no_grad():
-        expected, actual = upstream(given), ours(given)
-    torch.testing.assert_close(actual, expected, atol=5e-3, rtol=0.0)  # upstream rounds no score to the ring's dtype

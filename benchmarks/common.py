@@ -3,7 +3,8 @@
 Sizes are in the letters of `memtrans_kernels`. There is one entry for each operator, implementation, case, mode and
 dtype.
 
-GPU time is the median of CUDA events, or of replays of a captured graph where a call takes less than GRAPH_BELOW.
+GPU time is the median of CUDA events around replays of a captured graph of calls, so that what the host needs to launch
+them does not count; `eager_ms` is that of calls launched one by one.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import json
 import os
 import statistics
 import subprocess
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,8 +28,9 @@ TOY = os.environ.get("MEMTRANS_BENCH_TOY") == "1"  # sizes for a test that only 
 
 FOLDER = Path(__file__).resolve().parent
 RESULTS = Path(os.environ.get("MEMTRANS_BENCH_RESULTS", FOLDER / "results"))
-GRAPH_BELOW = 0.5  # ms
+GRAPH_BELOW = 8.0  # ms; a call that takes longer keeps the GPU busy without a graph
 GRAPH_CALLS, ROUNDS, WARM_UP = 20, 50, 5
+RATED = ("bytes", "flop", "tokens")
 KEY = ("op", "impl", "case", "mode", "dtype")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -99,18 +102,17 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def gpu_milliseconds(function: Callable[[], Any], rounds: int = ROUNDS) -> float:
-    """Median GPU time of one call."""
-    for _ in range(WARM_UP):
-        function()
-    once = _event_milliseconds(function, rounds)
-    if once >= GRAPH_BELOW:
-        return once
+def gpu_milliseconds(function: Callable[[], Any]) -> tuple[float, float]:
+    """Median GPU time of one call in a replayed graph, and launched by itself, when the host's work may count too."""
+    eager = _uncaptured(function)
+    if eager >= GRAPH_BELOW:
+        return eager, eager
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(GRAPH_CALLS):
             function()
-    return _event_milliseconds(graph.replay, rounds) / GRAPH_CALLS
+    rounds = ROUNDS if eager < 1.0 else ROUNDS // 5
+    return _event_milliseconds(graph.replay, rounds) / GRAPH_CALLS, eager
 
 
 def _event_milliseconds(function: Callable[[], Any], rounds: int) -> float:
@@ -133,25 +135,79 @@ def measure(
     dtype: torch.dtype,
     mode: str = "forward",
     capturable: bool = True,
+    calls: int = 1,
     **extra: Any,
 ) -> None:
-    """Times `function` and writes the entry down. `extra` holds what gives a rate: `bytes`, `flop`, `tokens`."""
+    """Times `function` and writes the entry down, with a rate a second for each of `bytes`, `flop` and `tokens`.
+
+    calls: of what is timed, in one call of `function`; the time and the rates are those of one of them.
+    """
     labels = {"op": op, "impl": impl, "case": case, "mode": mode, "dtype": dtype_name(dtype)}
-    benchmark.extra_info.update(labels, **_environment(), **extra)
+    benchmark.extra_info.update(labels, **environment(), **extra)
     if DEVICE == "cpu":
         benchmark.pedantic(function, rounds=2 if TOY else 15, warmup_rounds=3)
-        milliseconds = benchmark.stats.stats.median * 1e3 if benchmark.stats else None
+        milliseconds = benchmark.stats.stats.median * 1e3 / calls if benchmark.stats else None
     else:
-        milliseconds = gpu_milliseconds(function) if capturable else _uncaptured(function)
-        benchmark.extra_info["gpu_ms"] = milliseconds
+        captured, eager = gpu_milliseconds(function) if capturable else 2 * (_uncaptured(function),)
+        milliseconds = captured / calls
+        benchmark.extra_info.update(gpu_ms=milliseconds, eager_ms=eager / calls)
         benchmark.pedantic(lambda: (function(), torch.cuda.synchronize()), rounds=5)
-    write_down({**benchmark.extra_info, "ms": milliseconds})
+    rates = {f"{name}_per_second": extra[name] / milliseconds * 1e3 for name in RATED if name in extra and milliseconds}
+    write_down({**benchmark.extra_info, **rates, "ms": milliseconds})
 
 
 def _uncaptured(function: Callable[[], Any]) -> float:
     for _ in range(WARM_UP):
         function()
     return _event_milliseconds(function, ROUNDS)
+
+
+def bytes_of(tensors: Iterable[Tensor | None]) -> int:
+    """What they hold, each storage counted once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
+    return sum(storages.values())
+
+
+def peak_bytes(run: Callable[[], Any], inputs: int) -> int:
+    """Allocated at most while `run` runs, beside what was there already, and with its inputs; 0 on a CPU."""
+    if DEVICE == "cpu":
+        return 0
+    run()  # compiles, and lets libraries have their workspaces
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before + inputs
+
+
+def busy_share(function: Callable[[], Any]) -> float | None:
+    """The share of its time in which at least one kernel runs on the GPU.
+
+    The kernels' time is the profiler's, the whole time is that of a call without it: a profiler holds the host up.
+    """
+    if DEVICE == "cpu":
+        return None
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    function()
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - begin
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+        torch.cuda.synchronize()
+    on_gpu = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    busy, reached = 0.0, 0.0
+    for start, end in sorted((event.time_range.start, event.time_range.end) for event in on_gpu):
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return busy / 1e6 / seconds
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As one graph of these sizes, or an error; at toy size on a CPU without generating code."""
+    torch._dynamo.reset()  # a compiler that has seen too many sizes would run the function as it is
+    return torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager" if TOY else "inductor")
 
 
 def write_down(entry: dict[str, Any]) -> None:
@@ -163,7 +219,7 @@ def write_down(entry: dict[str, Any]) -> None:
     path.write_text(json.dumps([*kept, entry], indent=1) + "\n")
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     return {
         "gpu": torch.cuda.get_device_name() if DEVICE == "cuda" else f"none, {torch.get_num_threads()} threads",
         "torch": torch.__version__,

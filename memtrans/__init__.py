@@ -1,6 +1,7 @@
 """The Memorizing Transformer as building blocks: a drop-in replacement of `memorizing-transformers-pytorch`."""
 
 from memtrans.attention import Attention, KNNAttention
+from memtrans.generate import generate
 from memtrans.memory import KNNMemory
 from memtrans.memory_list import KNNMemoryList
 from memtrans.position import T5RelativePositionBias
@@ -13,4 +14,5 @@ __all__ = [
     "KNNMemoryList",
     "MemorizingTransformer",
     "T5RelativePositionBias",
+    "generate",
 ]

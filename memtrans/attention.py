@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from memtrans.local_cache import LocalView
 from memtrans.memory import KNNMemory, snapshot_for
-from memtrans.position import expand_table
 from memtrans.ring import MemorySnapshot
 from memtrans.validation import check_bias, check_cache, check_count, check_hidden, check_number, sizes, whole
-from memtrans_kernels import checks, cosine, memory_attention
+from memtrans_kernels import checks, cosine, local_attention, memory_attention
 
 
 class LocalContext(nn.Module):
@@ -55,21 +55,29 @@ class LocalContext(nn.Module):
         key, value = rearrange(self.to_kv(x), "b n (kv g d) -> kv b g n d", kv=2, g=self.kv_heads)
         return query, key, value
 
-    def extend(self, key: Tensor, value: Tensor, xl_memory: Tensor | None) -> tuple[Tensor, Tensor]:
+    def extend(self, key: Tensor, value: Tensor, xl_memory: Tensor | LocalView | None) -> tuple[Tensor, Tensor]:
         """Puts the cached keys and values before the segment's own: (B, G, L, D)."""
         if xl_memory is None:
             return key, value
+        if isinstance(xl_memory, LocalView):
+            return xl_memory.extend(key, value)
         check_cache("xl_memory", xl_memory, key.shape[0], self.kv_heads, self.dim_head, key.device)
         cached = xl_memory if self.kv_heads > 1 else xl_memory[:, None]
         cached_key, cached_value = cached.to(key.dtype).unbind(dim=-2)
         return torch.cat((cached_key, key), dim=-2), torch.cat((cached_value, value), dim=-2)
 
-    def cache(self, key: Tensor, value: Tensor) -> Tensor | None:
+    def cache(self, key: Tensor, value: Tensor, xl_memory: Tensor | LocalView | None) -> Tensor | None:
         """The newest of the local keys and values, for the next segment: (B, X, 2, D), or (B, G, X, 2, D) if G > 1."""
-        if self.xl_max_memories == 0:
+        if self.xl_max_memories == 0 or isinstance(xl_memory, LocalView):
             return None
         newest = torch.stack((key, value), dim=-2)[:, :, -self.xl_max_memories :].detach()
         return newest if self.kv_heads > 1 else newest[:, 0]
+
+    def dropout_arguments(self, query: Tensor) -> dict[str, Any]:
+        """Of the kernel: nothing unless weights are dropped; the seed is drawn on the device."""
+        if not self.training or self.dropout.p == 0.0:
+            return {}
+        return {"dropout_p": self.dropout.p, "seed": torch.randint(2**62, (), device=query.device)}
 
     def merge(self, out: Tensor) -> Tensor:
         """Heads (B, H, N, D) back to (B, N, dim)."""
@@ -106,15 +114,17 @@ class Attention(LocalContext):
         self,
         x: Tensor,
         *,
-        xl_memory: Tensor | None = None,
+        xl_memory: Tensor | LocalView | None = None,
         rel_pos_bias: Tensor | None = None,
         local_length: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attends.
 
         Args:
-            x: (B, N, dim). xl_memory: (B, X, 2, D), or (B, G, X, 2, D) if G > 1.
-            rel_pos_bias: by distance (H, distances), or dense (1, H, at least N, at least L).
+            x: (B, N, dim).
+            xl_memory: (B, X, 2, D), or (B, G, X, 2, D) if G > 1, or the view of a `LocalCache`, which keeps the keys
+                and values itself.
+            rel_pos_bias: by distance (H, distances), or dense (1 or B, H, at least N, at least L).
             local_length: (B,) int64, how many of the newest of the L local keys are this document's. Default: all.
 
         Returns:
@@ -127,45 +137,50 @@ class Attention(LocalContext):
         key, value = self.extend(key, value, xl_memory)
         check_count("local_length", local_length, x, key.shape[2])
         check_bias(rel_pos_bias, query, key.shape[2])
-        out = F.scaled_dot_product_attention(
+        bias = _bias_arguments(rel_pos_bias, self.heads, query.shape[2], key.shape[2])
+        if x.shape[1] == 1 and local_length is None and "bias_dense" in bias and not self.training:
+            return self.merge(self._attend_once(query, key, value, **bias)), self.cache(key, value, xl_memory)
+        out, _ = local_attention(
             query,
             key,
             value,
-            attn_mask=self._logit_mask(query, key, rel_pos_bias, local_length),
-            dropout_p=self.dropout.p if self.training else 0.0,
-            scale=self.scale,
-            enable_gqa=True,
+            torch.full((self.heads,), self.scale, device=x.device),
+            **bias,
+            local_length=local_length,
+            **self.dropout_arguments(query),
         )
-        return self.merge(out), self.cache(key, value)
+        return self.merge(out), self.cache(key, value, xl_memory)
 
-    def _logit_mask(
-        self, query: Tensor, key: Tensor, rel_pos_bias: Tensor | None, local_length: Tensor | None
-    ) -> Tensor:
-        """What is added to the logits: the bias, and -inf where a query must not look; (1 or B, H or 1, N, L)."""
-        length, local_keys = query.shape[2], key.shape[2]
-        column = torch.arange(local_keys, device=query.device)
-        hidden = column > torch.arange(local_keys - length, local_keys, device=query.device)[:, None]
-        if local_length is not None:
-            hidden = hidden | (column < local_keys - local_length[:, None, None, None])
-        if rel_pos_bias is None:
-            bias = query.new_zeros(1, 1, length, local_keys)
-        elif rel_pos_bias.dim() == 2:
-            bias = expand_table(rel_pos_bias, length, local_keys)[None]
-        else:
-            bias = rel_pos_bias[..., -length:, -local_keys:]
-        return bias.to(query.dtype).masked_fill(hidden, -torch.inf)
+    def _attend_once(self, query: Tensor, key: Tensor, value: Tensor, bias_dense: Tensor) -> Tensor:
+        """One query a head, (B, H, 1, D), by PyTorch's attention: heads that share keys are queries of one head."""
+        batch, heads, _, width = query.shape
+        of_group = (self.kv_heads, heads // self.kv_heads)
+        mask = bias_dense[:, :, 0].unflatten(1, of_group).to(query.dtype)
+        out = F.scaled_dot_product_attention(query.reshape(batch, *of_group, width), key, value, mask, scale=self.scale)
+        return out.reshape(batch, heads, 1, width)
+
+
+COMBINATIONS = ("softmax", "gate")
 
 
 class KNNAttention(LocalContext):
-    """Attention to the local context and to the K nearest entries of a memory, in one softmax.
+    """Attention to the local context and to the K nearest entries of a memory.
 
-    Cosine similarity with a learned temperature per head; the memory is never differentiated.
+    Cosine similarity with a learned temperature per head; the memory is never differentiated. Both parts share one
+    softmax; or each has its own, and g = sigmoid(memory_gate), learned per head, mixes what they give:
+    g · retrieved + (1 - g) · local. A query that finds nothing takes the local part whole.
 
     Args:
-        dim: model width. heads: H. dim_head: D. dropout: of the joint attention weights. num_retrieved_memories: K.
+        dim: model width. heads: H. dim_head: D. dropout: of the attention weights. num_retrieved_memories: K.
         xl_max_memories: X; only what leaves the XL cache is added to the memory.
         attn_scale_init: the temperature's start. gate_output: multiply the result by tanh of a gate that starts at 0.
         kv_heads: G. memory_offset: start of a learned offset per head on the retrieved logits; None for none.
+        combine: "softmax" for the joint one, "gate" for the mixture, which starts at equal parts.
+
+    Raises:
+        ValueError: an argument out of range; `memory_offset` beside a gate, where it would change nothing.
+
+    Source: Wu et al. 2022, section 3.1: the gate; the joint softmax is that of the paper's first version.
 
     >>> attention = KNNAttention(dim=32, heads=4, dim_head=8, num_retrieved_memories=3)
     >>> memory = KNNMemory(dim=8, max_memories=100, num_indices=2)
@@ -187,23 +202,29 @@ class KNNAttention(LocalContext):
         gate_output: bool = False,
         kv_heads: int = 1,
         memory_offset: float | None = None,
+        combine: str = "softmax",
     ) -> None:
         super().__init__(dim, heads, dim_head, dropout, xl_max_memories, kv_heads, bias_out=False)
         self.num_retrieved_memories = checks.integer("num_retrieved_memories", num_retrieved_memories, low=1)
         check_number("attn_scale_init", attn_scale_init, above=0)
+        if combine not in COMBINATIONS:
+            raise ValueError(f"combine must be one of {', '.join(COMBINATIONS)}, got {combine!r}")
+        if combine == "gate" and memory_offset is not None:
+            raise ValueError(f"memory_offset must be None with combine='gate', got {memory_offset}")
         self.scale = nn.Parameter(torch.full((self.heads, 1, 1), math.log(attn_scale_init)))
         self.output_gate = nn.Parameter(torch.zeros(1)) if gate_output else None
         self.memory_offset = None
         if memory_offset is not None:
             check_number("memory_offset", memory_offset)
             self.memory_offset = nn.Parameter(torch.full((self.heads,), float(memory_offset)))
+        self.memory_gate = nn.Parameter(torch.zeros(self.heads)) if combine == "gate" else None
 
     def forward(
         self,
         x: Tensor,
         *,
         knn_memory: KNNMemory | MemorySnapshot,
-        xl_memory: Tensor | None = None,
+        xl_memory: Tensor | LocalView | None = None,
         add_knn_memory: bool = True,
         rel_pos_bias: Tensor | None = None,
         local_length: Tensor | None = None,
@@ -214,10 +235,12 @@ class KNNAttention(LocalContext):
         """Searches, attends, then adds what leaves the XL cache (the whole segment where there is no cache).
 
         Args:
-            x: (B, N, dim). xl_memory: (B, X, 2, D), or (B, G, X, 2, D) if G > 1.
+            x: (B, N, dim).
+            xl_memory: (B, X, 2, D), or (B, G, X, 2, D) if G > 1, or the view of a `LocalCache`, which keeps the keys
+                and values itself; then nothing is to be added here, and `add_leaving` adds at the segment's end.
             knn_memory: the memory to search, or a snapshot of it (use one under activation checkpointing).
             add_knn_memory: False leaves the memory as it is.
-            rel_pos_bias: by distance (H, distances), or dense (1, H, at least N, at least L).
+            rel_pos_bias: by distance (H, distances), or dense (1 or B, H, at least N, at least L).
             local_length: (B,) int64, how many of the newest of the L local keys are this document's. Default: all.
             lengths: (B,) int64, how many of the N tokens are real; padding at the tail is not stored. Default: all.
             add_to: the memory to add to. Default: `knn_memory`.
@@ -241,37 +264,46 @@ class KNNAttention(LocalContext):
         target = snapshot
         if add_to is not None:
             target = snapshot_for("add_to", add_to, key, longest, self.kv_heads, self.dim_head)
-        scores, slots = snapshot.nearest(query, self.num_retrieved_memories)
-        out, _ = memory_attention(
-            query,
-            key,
-            value,
-            snapshot.keys,
-            snapshot.values,
-            snapshot.rows,
-            scores,
-            slots,
-            self.scale.exp().flatten(),
-            **_bias_arguments(rel_pos_bias, self.heads, query.shape[2], key.shape[2]),
-            memory_offset=self.memory_offset,
-            local_length=local_length,
-            **self._dropout_arguments(query),
-            ledger=snapshot.ledger,
-        )
+        local = {"key": key, "value": value, "local_length": local_length}
+        local |= _bias_arguments(rel_pos_bias, self.heads, query.shape[2], key.shape[2])
+        out = self._attend(query, snapshot, local)
         if add_knn_memory:
-            target = self._add(target, key, value, x.shape[1], local_length, lengths)
+            target = self.add_leaving(target, key, value, x.shape[1], local_length, lengths)
         out = self.merge(out)
         if self.output_gate is not None:
             out = out * self.output_gate.tanh()
-        result = out, self.cache(key, value)
+        result = out, self.cache(key, value, xl_memory)
         return (*result, target) if return_memory else result
 
-    def _dropout_arguments(self, query: Tensor) -> dict[str, Any]:
-        if not self.training or self.dropout.p == 0.0:
-            return {}
-        return {"dropout_p": self.dropout.p, "seed": torch.randint(2**62, (), device=query.device)}
+    def _attend(self, query: Tensor, snapshot: MemorySnapshot, local: dict[str, Any]) -> Tensor:
+        """Looks at the neighbours of each query and at the local keys; (B, H, N, D)."""
+        scores, slots = snapshot.nearest(query, self.num_retrieved_memories)
+        shared: dict[str, Any] = {
+            "query": query,
+            "memory_keys": snapshot.keys,
+            "memory_values": snapshot.values,
+            "rows": snapshot.rows,
+            "scale": self.scale.exp().flatten(),
+        }
+        retrieved: dict[str, Any] = {
+            "scores": scores,
+            "slots": slots,
+            "memory_offset": self.memory_offset,
+            "ledger": snapshot.ledger,
+        }
+        if self.memory_gate is None:
+            return memory_attention(**shared, **retrieved, **local, **self.dropout_arguments(query))[0]
+        no_keys = local["key"][:, :, :0].detach()
+        retrieved |= {"key": no_keys, "value": no_keys}
+        local |= {"scores": scores[..., :0], "slots": slots[..., :0]}
+        to_memory, to_local = (
+            memory_attention(**shared, **part, **self.dropout_arguments(query))[0] for part in (retrieved, local)
+        )
+        gate = self.memory_gate.sigmoid()[:, None, None]
+        gate = torch.where(slots[..., :1] >= 0, gate, 0.0)  # (B, H, N, 1); the best come first
+        return (gate * to_memory + (1.0 - gate) * to_local).to(query.dtype)
 
-    def _add(
+    def add_leaving(
         self,
         snapshot: MemorySnapshot,
         key: Tensor,
@@ -280,7 +312,10 @@ class KNNAttention(LocalContext):
         local_length: Tensor | None,
         lengths: Tensor | None,
     ) -> MemorySnapshot:
-        """Adds the local keys and values that the XL cache has no room for."""
+        """Adds the local keys and values (B, G, L, D) that the XL cache has no room for; returns the state after that.
+
+        length: N, how many of the L are the segment's. local_length, lengths: as in `forward`.
+        """
         local_keys = key.shape[2]
         leaving = max(0, local_keys - self.xl_max_memories)
         key, value = key[:, :, :leaving].detach(), value[:, :, :leaving].detach()

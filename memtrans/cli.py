@@ -1,4 +1,4 @@
-"""`python -m memtrans train | eval | info`.
+"""`python -m memtrans train | eval | generate | info`.
 
 Bad input ends with one line on standard error and exit status 2; Ctrl-C with 130, after a checkpoint; a loss that
 is not finite, a disk that is full or too little memory with 1, and the last good checkpoint is kept. The last line of
@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from typing import Any, get_type_hints
 
 import torch
 
+from memtrans import cli_generate
 from memtrans.checkpoint import load_checkpoint, require
 from memtrans.evaluate import evaluate_both
 from memtrans.presets import PRESETS, Settings, build_model
@@ -73,7 +75,7 @@ def _fail(options: argparse.Namespace, message: str, status: int) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m memtrans", description="Memorizing Transformers on real text.")
-    commands = parser.add_subparsers(required=True, metavar="{train,eval,info}")
+    commands = parser.add_subparsers(required=True, metavar="{train,eval,generate,info}")
 
     train = commands.add_parser("train", help="train a model", formatter_class=argparse.RawDescriptionHelpFormatter)
     train.set_defaults(command=_train, name="train")
@@ -93,6 +95,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--split", choices=("validation", "test"), default="validation", help="held-out documents")
     _add_settings(evaluate, OVERRIDDEN_BY_EVAL)
 
+    generate = commands.add_parser("generate", help="continue a prompt of any length with a trained model")
+    generate.set_defaults(command=_generate, name="generate", out=None)
+    cli_generate.add_options(generate)
+
     info = commands.add_parser("info", help="versions, devices, and which backend of each operator is live")
     info.set_defaults(command=_info, name="info", out=None)
     return parser
@@ -105,7 +111,7 @@ def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None
     for name in names:
         keywords: dict[str, Any] = {"default": argparse.SUPPRESS, "help": fields[name].metadata["help"]}
         text = str(hints[name])
-        if hints[name] is bool:
+        if hints[name] in (bool, bool | None):
             keywords["action"] = argparse.BooleanOptionalAction
         elif "tuple" in text:
             keywords |= {"type": int, "nargs": "+", "metavar": "LAYER"}
@@ -185,11 +191,27 @@ def _evaluate(options: argparse.Namespace) -> int:
         load_weights(model, checkpoint)
     except BAD_INPUT as error:
         raise InputError(str(error)) from error
-    report = evaluate_both(model, data.held_out, settings.batch, settings.segment, settings.eval_bytes)
+    dtype = getattr(torch, settings.dtype)
+    report = evaluate_both(model, data.held_out, settings.batch, settings.segment, settings.eval_bytes, dtype)
     rest = {"steps": checkpoint.values["step"], "data": settings.data, "split": options.split, "out": str(options.out)}
     device = str(model.token_emb.weight.device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(_json_line({**rest, **report, "parameters": parameters, "device": device}), flush=True)
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    try:
+        generation = cli_generate.Generation.open(options)
+    except (*BAD_INPUT, IndexError) as error:
+        raise InputError(str(error)) from error
+    try:
+        generation.run()
+    except BrokenPipeError:  # whoever read the text has gone
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  Python flushes it once more when it ends
+        return 1
+    except OSError as error:
+        return _fail(options, f"writing failed: {error}", 1)
     return 0
 
 

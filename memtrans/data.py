@@ -225,9 +225,9 @@ class DocumentStream:
     def next(self) -> Batch | None:
         """The next segment of every row, on the CPU; None when every document was read."""
         size = (self.batch, self.segment)
-        tokens = torch.zeros(size, dtype=torch.int64)
-        labels = torch.full(size, NOT_SCORED, dtype=torch.int64)
-        distances = torch.zeros(size, dtype=torch.int64)
+        tokens = torch.zeros(size, dtype=torch.int64, device="cpu")
+        labels = torch.full(size, NOT_SCORED, dtype=torch.int64, device="cpu")
+        distances = torch.zeros(size, dtype=torch.int64, device="cpu")
         fresh = [self._advance(row) for row in self._rows]
         lengths = [self._fill(row, tokens[b], labels[b], distances[b]) for b, row in enumerate(self._rows)]
         if not any(lengths):
@@ -236,8 +236,8 @@ class DocumentStream:
         return Batch(
             tokens,
             labels,
-            torch.tensor(lengths),
-            torch.tensor(fresh),
+            torch.tensor(lengths, device="cpu"),
+            torch.tensor(fresh, device="cpu"),
             distances if asks else None,
             scored=int((labels != NOT_SCORED).sum()),
             real=sum(lengths),

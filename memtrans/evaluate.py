@@ -53,12 +53,14 @@ def evaluate(
     most_bytes: int,
     *,
     retrieval: bool = True,
+    dtype: torch.dtype = torch.float32,
     on_segment: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Reads a stream to its end, or until `most_bytes` tokens were read; the memory starts empty.
 
     Args:
         retrieval: False keeps the memory empty: the same bytes without it.
+        dtype: what matrix products compute in, float32 or bfloat16.
         on_segment: called after each segment; may raise to stop.
 
     Raises:
@@ -67,7 +69,7 @@ def evaluate(
     device = model.token_emb.weight.device
     was_training = model.training
     model.eval()
-    reader = DocumentReader(model, stream.batch, retrieval=retrieval)
+    reader = DocumentReader(model, stream.batch, retrieval=retrieval, dtype=dtype)
     total = torch.zeros((), dtype=torch.float64, device=device)
     far = torch.zeros(2, dtype=torch.int64, device=device)  # asked, answered
     read = scored = 0
@@ -102,12 +104,18 @@ def evaluate_both(
     batch: int,
     segment: int,
     most_bytes: int,
+    dtype: torch.dtype = torch.float32,
     on_segment: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """The same held-out bytes with the memory and with retrieval off, as they stand in reports."""
     on, off = (
         evaluate(
-            model, held_out_stream(documents, batch, segment), most_bytes, retrieval=retrieval, on_segment=on_segment
+            model,
+            held_out_stream(documents, batch, segment),
+            most_bytes,
+            retrieval=retrieval,
+            dtype=dtype,
+            on_segment=on_segment,
         )
         for retrieval in (True, False)
     )

@@ -351,13 +351,14 @@ class KNNMemory:
         if not bool(((lengths >= 0) & (lengths <= width)).all()):
             raise ValueError(f"lengths must be in [0, {width}], got {lengths.tolist()}")
 
-    def _configuration(self) -> dict[str, int]:
+    def configuration(self) -> dict[str, int]:
+        """The arguments that make a memory of this size."""
         names = ("dim", "max_memories", "num_indices", "kv_heads", "spare")
         return {name: getattr(self, name) for name in names}
 
     def save(self, path: str | Path) -> None:
         """Writes the memory as one safetensors file, atomically: a file that was there before survives a failure."""
-        save_tensors(path, self.state_dict(), "memtrans.KNNMemory", self._configuration())
+        save_tensors(path, self.state_dict(), "memtrans.KNNMemory", self.configuration())
 
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str | None = None, **overrides: Any) -> KNNMemory:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from memtrans.memory import UNUSED, KNNMemory, warn_unused
+from memtrans.storage import load_tensors, save_tensors
 from memtrans_kernels import checks
 
+KIND = "memtrans.KNNMemoryList"
 MemoryType = TypeVar("MemoryType", bound="KNNMemoryList")
 
 
@@ -97,3 +101,31 @@ class KNNMemoryList(list[KNNMemory]):
             memory.check_state(part)  # all of them before the first is replaced
         for memory, part in zip(self, parts, strict=True):
             memory.load_state_dict(part)
+
+    def save(self, path: str | Path) -> None:
+        """Writes all memories as one safetensors file, atomically.
+
+        Raises ValueError when there is none, or they differ in more than what they hold.
+        """
+        configurations = [memory.configuration() for memory in self]
+        if not configurations or configurations != [configurations[0]] * len(self):
+            raise ValueError(f"the list must hold memories of one configuration to be saved, got {configurations}")
+        save_tensors(path, self.state_dict(), KIND, {"layers": len(self), **configurations[0]})
+
+    @classmethod
+    def load(
+        cls: type[MemoryType], path: str | Path, *, device: torch.device | str | None = None, **overrides: Any
+    ) -> MemoryType:
+        """Reads memories that `save` wrote; arguments of `KNNMemory` override what the file says.
+
+        A smaller `max_memories` keeps the newest entries, a larger one makes room.
+
+        Raises ValueError when the file is damaged or holds something else, FileNotFoundError when there is none.
+        """
+        state, configuration = load_tensors(path, KIND)
+        layers = configuration.pop("layers")
+        dtypes = {"dtype": state["0.keys"].dtype, "value_dtype": state["0.values"].dtype}
+        arguments = {**configuration, **dtypes, **overrides}
+        memories = cls(KNNMemory(**arguments, device=device) for _ in range(layers))
+        memories.load_state_dict(state)
+        return memories

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from memtrans.attention import COMBINATIONS
 from memtrans.transformer import MemorizingTransformer
 
 DTYPES = ("float32", "bfloat16")
@@ -62,6 +63,9 @@ class Settings:
     memory_heads: int | None = _option(None, "query heads of memory layers (default: --heads)", at_least=1)
     neighbours: int = _option(32, "K: entries that a query retrieves", at_least=1)
     memory_offset: float | None = _option(None, "start of a learned offset on retrieved logits (default: none)")
+    combine: str = _option(
+        "softmax", "one softmax over retrieved and local keys, or one each and a learned gate", choices=COMBINATIONS
+    )
     temperature: float = _option(20.0, "start of the learned factor on the cosine of memory layers", above=0)
     position_start: float | None = _option(
         None, "start the local heads at looking 1, 2, 3, ... tokens back, this strongly (default: random, strong)"
@@ -76,6 +80,12 @@ class Settings:
     clip: float = _option(1.0, "largest norm of the gradient", above=0)
     device: str = _option("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU where there is one")
     dtype: str = _option("float32", "what matrix products compute in", choices=DTYPES)
+    compile: bool | None = _option(
+        None, "compile the model, and replay each step as a CUDA graph on a GPU (default: on a GPU)"
+    )
+    skip_nonfinite: bool = _option(
+        False, "go on after a step whose loss or gradient is not finite, which then changes nothing"
+    )
     seed: int = _option(0, "seed of weights, dropout and the order of the data", at_least=0, below=2**63)
     near_steps: int = _option(
         0, "recall: steps for which documents ask near questions only, before far ones", at_least=0
@@ -233,6 +243,7 @@ def build_model(settings: Settings) -> MemorizingTransformer:
         kv_heads=settings.kv_heads,
         attn_scale_init=settings.temperature,
         memory_offset=settings.memory_offset,
+        combine=settings.combine,
     )
     if settings.position_start is not None:
         _look_back(model, settings.position_start)

@@ -51,6 +51,13 @@ class Progress:
             self._bar = None
 
 
+def reading_bar(tokens: int, shown: bool) -> Any:
+    """A bar for reading so many tokens, on standard error where that is a terminal; a context manager."""
+    from tqdm import tqdm
+
+    return tqdm(total=tokens, unit="token", desc="reading", dynamic_ncols=True, disable=None if shown else True)
+
+
 class Interruption:
     """Inside a `with`, the first Ctrl-C only sets `heard`, so that nothing is left half done; the second one stops
     at once.

@@ -134,6 +134,14 @@ class MemorySnapshot:
                 f"got {found[0]} documents, kv_heads={found[1]} and dim={found[2]}"
             )
 
+    def live(self) -> MemorySnapshot:
+        """The same rows as they stand whenever they are read, instead of now.
+
+        For a step that adds nothing and is replayed: it finds the memory where it lies, for as long as no longer
+        segment makes it lay itself out again.
+        """
+        return replace(self, start=self.ring.start, cursor=self.ring.cursor)
+
     @property
     def ledger(self) -> Ledger:
         """What attention's backward needs to notice that it comes too late."""

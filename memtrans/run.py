@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from memtrans.checkpoint import exists, load_checkpoint, require, save_checkpoint
 from memtrans.evaluate import NonFiniteLossError, evaluate_both
 from memtrans.metrics import Metrics
@@ -179,7 +181,13 @@ def evaluate_settings(trainer: Trainer, on_segment: Callable[[], None]) -> dict[
     """Both evaluations of a run over its held-out documents."""
     settings = trainer.settings
     return evaluate_both(
-        trainer.model, trainer.data.held_out, settings.batch, settings.segment, settings.eval_bytes, on_segment
+        trainer.model,
+        trainer.data.held_out,
+        settings.batch,
+        settings.segment,
+        settings.eval_bytes,
+        getattr(torch, settings.dtype),
+        on_segment,
     )
 
 

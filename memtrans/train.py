@@ -11,15 +11,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from memtrans.checkpoint import Checkpoint, require
-from memtrans.data import Batch, Document, DocumentOrder, DocumentStream, RandomWindows, Shuffled
-from memtrans.evaluate import NonFiniteLossError, negative_log_likelihood
+from memtrans.data import Document, DocumentOrder, DocumentStream, RandomWindows, Shuffled
+from memtrans.evaluate import NonFiniteLossError
+from memtrans.loader import StepLoader
 from memtrans.presets import Settings, build_model
 from memtrans.reader import DocumentReader
 from memtrans.recall import RecallDocuments, RecallTask
 from memtrans.sources import load_corpus
+from memtrans.step import make_optimizer, make_step
 from memtrans.transformer import MemorizingTransformer
 from memtrans.validation import usable_device
 from memtrans_kernels import checks
@@ -94,17 +96,6 @@ def learning_rate(settings: Settings, step: int) -> float:
     return settings.learning_rate * share
 
 
-def _optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
-    """AdamW, with weight decay on matrices of linear layers alone."""
-    decayed = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if id(p) in decayed], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95))
-
-
 class Trainer:
     """A run between two steps: model, optimiser, what the rows carry, the position in the data.
 
@@ -119,9 +110,12 @@ class Trainer:
         self.settings, self.data, self.device = settings, data, device
         torch.manual_seed(settings.seed)
         self.model: MemorizingTransformer = build_model(settings).to(device)
-        self.optimizer = _optimizer(self.model, settings)
-        self.stream = DocumentStream(data.order, settings.batch, settings.segment)
-        self.reader = DocumentReader(self.model, settings.batch, spare=settings.segments * settings.segment)
+        self.optimizer = make_optimizer(self.model, settings)
+        stream = DocumentStream(data.order, settings.batch, settings.segment)
+        self.loader = StepLoader(stream, settings.accumulate, settings.segments, device)
+        spare, dtype = settings.segments * settings.segment, getattr(torch, settings.dtype)
+        self.reader = DocumentReader(self.model, settings.batch, spare=spare, dtype=dtype)
+        self._step = make_step(self.reader, self.optimizer, settings)
         self.step = self.tokens = 0
         self._pending: list[Tensor] = []  # (2,) each: bits per byte and gradient norm of the steps since `report`
 
@@ -132,63 +126,48 @@ class Trainer:
 
     def advance(self) -> None:
         """One optimiser step."""
-        settings = self.settings
-        rate = learning_rate(settings, self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        rounds = [[self._draw() for _ in range(settings.segments)] for _ in range(settings.accumulate)]
-        scored = max(1, sum(batch.scored for segments in rounds for batch in segments))
-        total = torch.zeros((), device=self.device)
-        for segments in rounds:
-            loss = torch.stack([self._loss(batch) for batch in segments]).sum() / scored
-            loss.backward()
-            total += loss.detach()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._pending.append(torch.stack((total / math.log(2), norm.detach())))
+        inputs, real = self.loader.take()
+        self._pending.append(self._step.run(inputs, learning_rate(self.settings, self.step)))
+        self.loader.prepare()
         self.step += 1
-
-    def _draw(self) -> Batch:
-        batch = self.stream.next()
-        assert batch is not None, "training orders have no end"
-        self.tokens += batch.real
-        return batch
-
-    def _loss(self, batch: Batch) -> Tensor:
-        batch = batch.to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.dtype == "bfloat16"):
-            logits = self.reader.read(batch)
-        return negative_log_likelihood(logits, batch.labels)
+        self.tokens += real
 
     def check(self) -> Tensor:
         """Losses and gradient norms (steps, 2) since the last report, on the host.
 
-        Raises NonFiniteLossError if one is infinite or NaN: then the model is lost since that step.
+        Raises NonFiniteLossError if one is infinite or NaN, and such steps are not skipped: then the model is lost.
         """
         if not self._pending:
             return torch.zeros(0, 2)
         pending = torch.stack(self._pending).cpu()
         wrong = (~pending.isfinite().all(dim=1)).nonzero().flatten().tolist()
-        if wrong:
+        if wrong and not self.settings.skip_nonfinite:
             step = self.step - len(pending) + wrong[0] + 1
             loss, norm = pending[wrong[0]].tolist()
             raise NonFiniteLossError(
                 f"the loss must stay finite, got {loss} bits per byte with a gradient of norm {norm} in step {step}; "
-                "a lower learning rate may help"
+                "a lower learning rate may help, and --skip-nonfinite goes on without such steps"
             )
         return pending
 
     def report(self) -> dict[str, Any]:
-        """The mean over the steps since the last report, which it ends."""
-        losses, norms = self.check().mean(dim=0).tolist()
+        """The mean over the steps since the last report, which it ends; `skipped` of them were not finite."""
+        pending = self.check()
+        finite = pending[pending.isfinite().all(dim=1)]
         self._pending = []
+        if not len(finite) and len(pending):
+            raise NonFiniteLossError(
+                f"some losses must stay finite, got none in the {len(pending)} steps before step {self.step}"
+            )
+        losses, norms = finite.mean(dim=0).tolist()
+        skipped = {"skipped": len(pending) - len(finite)} if self.settings.skip_nonfinite else {}
         return {
             "step": self.step,
             "tokens": self.tokens,
             "bits_per_byte": losses,
             "gradient_norm": norms,
             "learning_rate": learning_rate(self.settings, self.step - 1),
+            **skipped,
         }
 
     # ------------------------------------------------------------------------------------------------ checkpoints
@@ -217,7 +196,7 @@ class Trainer:
             "settings": self.settings.to_json(),
             "step": self.step,
             "tokens": self.tokens,
-            "stream": self.stream.state_dict(),
+            "stream": self.loader.state_dict(),
             "fingerprint": self.data.fingerprint,
         }
         return parts, values
@@ -250,7 +229,7 @@ class Trainer:
             moments.setdefault(int(place), {})[key] = tensor
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         self.reader.load_state_dict(parts)
-        self.stream.load_state_dict(values["stream"])
+        self.loader.load_state_dict(values["stream"])
         self.step, self.tokens = checks.integer("step", values["step"]), checks.integer("tokens", values["tokens"])
         self._pending = list(parts["loop"]["pending"].reshape(-1, 2).to(self.device))
         torch.set_rng_state(parts["loop"]["random.cpu"])

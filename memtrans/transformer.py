@@ -6,7 +6,7 @@ Shapes: B documents, N tokens of the segment, X cached XL tokens, D head width, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from memtrans.attention import Attention, KNNAttention
 from memtrans.memory import UNUSED, KNNMemory, snapshot_for, warn_unused
 from memtrans.memory_list import KNNMemoryList
 from memtrans.position import T5RelativePositionBias
+from memtrans.pretrained import Pretrained, configuration_of
 from memtrans.ring import MemorySnapshot
 from memtrans.validation import (
     check_cache,
@@ -81,7 +82,7 @@ def _token(which: str, token_id: int | None, vocabulary: int) -> int | None:
     return token_id
 
 
-class MemorizingTransformer(nn.Module):
+class MemorizingTransformer(Pretrained):
     """A decoder-only transformer with a memory in some layers and an XL cache in some.
 
     Args:
@@ -99,10 +100,14 @@ class MemorizingTransformer(nn.Module):
         knn_memories_directory, knn_memory_multiprocessing: accepted and ignored, with a DeprecationWarning.
         kv_heads: G. attn_scale_init: start of the temperature of memorizing layers.
         memory_offset: start of a learned offset per head on the retrieved logits; None for none.
+        combine: "softmax" over retrieved and local keys together, or one softmax each and a learned "gate" per head.
         legacy: upstream's positions (the XL cache does not count) and shift (reads and writes rotate together), for
             checkpoints trained with it.
         activation_checkpointing: recompute each layer in the backward pass instead of keeping its activations.
         validate: also check values (token ids) on the GPU, at the price of waiting for it.
+
+    Attributes:
+        config: these arguments, as `save_pretrained` writes and `from_pretrained` reads them.
 
     Raises:
         ValueError, TypeError: a size that is no integer or too small, a layer or token that does not exist, heads that
@@ -142,11 +147,14 @@ class MemorizingTransformer(nn.Module):
         kv_heads: int = 1,
         attn_scale_init: float = 20,
         memory_offset: float | None = None,
+        combine: str = "softmax",
         legacy: bool = False,
         activation_checkpointing: bool = False,
         validate: bool = False,
     ) -> None:
+        arguments = configuration_of(locals(), without=("knn_memories_directory", "knn_memory_multiprocessing"))
         super().__init__()
+        self.config = arguments
         warn_unused(
             knn_memories_directory=knn_memories_directory, knn_memory_multiprocessing=knn_memory_multiprocessing
         )
@@ -193,6 +201,7 @@ class MemorizingTransformer(nn.Module):
                     num_retrieved_memories=num_retrieved_memories,
                     attn_scale_init=attn_scale_init,
                     memory_offset=memory_offset,
+                    combine=combine,
                     **shared,
                 )
                 if layer in self.memorizing_layers
@@ -261,7 +270,7 @@ class MemorizingTransformer(nn.Module):
         check_count("lengths", lengths, hidden, hidden.shape[1])
         check_count("xl_length", xl_length, hidden)
         caches = self._xl(xl_memories, hidden)
-        snapshots = self._snapshots(knn_memories, hidden)
+        snapshots = self.snapshots(knn_memories, hidden)
         if x is not None and add_knn_memory:
             snapshots = self._clear(snapshots, x, self.clear_memories_on_sos_token_id)
 
@@ -269,10 +278,11 @@ class MemorizingTransformer(nn.Module):
         if x is not None and add_knn_memory:
             self._clear(stored, x, self.clear_memories_on_eos_token_id)
 
-        result = self._head(hidden, labels, return_embeddings)
+        result = self.head(hidden, labels, return_embeddings)
         return (result, new_xl_memories) if self.num_xl_memory_layers else result
 
-    def _head(self, hidden: Tensor, labels: Tensor | None, return_embeddings: bool) -> Tensor:
+    def head(self, hidden: Tensor, labels: Tensor | None = None, return_embeddings: bool = False) -> Tensor:
+        """What `forward` returns for the last layer's result (B, N, dim)."""
         norm, to_vocabulary = self.to_logits
         embeddings = norm(hidden)
         if return_embeddings:
@@ -294,20 +304,39 @@ class MemorizingTransformer(nn.Module):
         """Runs all layers: the result, the memories after it, the new XL caches."""
         length = hidden.shape[1]
         free = max((xl.shape[-3] for xl in xl_memories if xl is not None), default=0) if self.legacy else 0
-        bias, knn_bias = self.rel_pos_bias.table(free), self.knn_rel_pos_bias.table(free)
+        contexts: list[dict[str, Any]] = [{} for _ in self.layers]
+        for place, number in enumerate(self.xl_memory_layers):
+            cached = xl_memories[(place + self.shift_xl_memories_down) % self.num_xl_memory_layers]
+            contexts[number - 1]["xl_memory"] = cached
+            if cached is not None and xl_length is not None:
+                contexts[number - 1]["local_length"] = xl_length.clamp(max=cached.shape[-3]) + length
+        bias = self.rel_pos_bias.table(free), self.knn_rel_pos_bias.table(free)
+        return self.run_layers(hidden, snapshots, contexts, bias, add_knn_memory=add_knn_memory, lengths=lengths)
+
+    def run_layers(
+        self,
+        hidden: Tensor,
+        snapshots: Sequence[MemorySnapshot],
+        contexts: Sequence[Mapping[str, Any]],
+        bias: tuple[Tensor, Tensor],
+        **of_memory_layers: Any,
+    ) -> tuple[Tensor, list[MemorySnapshot], list[Tensor]]:
+        """Runs embeddings (B, N, dim) through all layers: for callers that keep the local context themselves.
+
+        snapshots: of the memories. contexts: for each layer what its attention is given of the local context
+        (`xl_memory`, `local_length`). bias: of plain and of memorizing layers. of_memory_layers: given to these alone.
+
+        Returns the result, the memories after it and the new XL caches.
+        """
         stored: list[MemorySnapshot] = []
         new_xl_memories: list[Tensor] = []
-        for number, (attention, feed_forward) in enumerate(self._blocks(), start=1):
-            arguments: dict[str, Any] = {"rel_pos_bias": bias}
-            if number in self.xl_memory_layers:
-                place = self.xl_memory_layers.index(number) + self.shift_xl_memories_down
-                cached = xl_memories[place % self.num_xl_memory_layers]
-                arguments["xl_memory"] = cached
-                if cached is not None and xl_length is not None:
-                    arguments["local_length"] = xl_length.clamp(max=cached.shape[-3]) + length
+        blocks = zip(self._blocks(), contexts, strict=True)
+        for number, ((attention, feed_forward), context) in enumerate(blocks, start=1):
+            arguments: dict[str, Any] = {"rel_pos_bias": bias[0], **context}
             if number in self.memorizing_layers:
-                arguments |= self._memory_arguments(self.memorizing_layers.index(number), snapshots)
-                arguments |= {"rel_pos_bias": knn_bias, "add_knn_memory": add_knn_memory, "lengths": lengths}
+                searched, added_to = self.memories_of(self.memorizing_layers.index(number))
+                arguments |= {"rel_pos_bias": bias[1], "knn_memory": snapshots[searched]}
+                arguments |= {"add_to": snapshots[added_to], "return_memory": True, **of_memory_layers}
             hidden, new_xl, *after = self._run(attention, hidden, **arguments)
             hidden = self._run(feed_forward, hidden)
             stored.extend(after)
@@ -321,14 +350,10 @@ class MemorizingTransformer(nn.Module):
             attention, feed_forward = layer.children()
             yield attention, feed_forward
 
-    def _memory_arguments(self, place: int, snapshots: list[MemorySnapshot]) -> dict[str, Any]:
-        """Which memory the layer searches and which it adds to; upstream's shift moved both."""
-        searched = snapshots[(place + self.shift_knn_memories_down) % len(snapshots)]
-        return {
-            "knn_memory": searched,
-            "add_to": searched if self.legacy else snapshots[place],
-            "return_memory": True,
-        }
+    def memories_of(self, place: int) -> tuple[int, int]:
+        """Which memory the memorizing layer at `place` searches and which it adds to; upstream's shift moved both."""
+        searched = (place + self.shift_knn_memories_down) % self.num_memory_layers
+        return searched, searched if self.legacy else place
 
     def _run(self, block: nn.Module, hidden: Tensor, **arguments: Any) -> Any:
         if self.activation_checkpointing and torch.is_grad_enabled():
@@ -354,8 +379,11 @@ class MemorizingTransformer(nn.Module):
         if labels.shape != hidden.shape[:2]:
             raise ValueError(f"labels must have shape {tuple(hidden.shape[:2])}, got {tuple(labels.shape)}")
 
-    def _snapshots(self, memories: Sequence[KNNMemory | MemorySnapshot], hidden: Tensor) -> list[MemorySnapshot]:
-        """One snapshot per memory, taken before anything is added."""
+    def snapshots(self, memories: Sequence[KNNMemory | MemorySnapshot], hidden: Tensor) -> list[MemorySnapshot]:
+        """One snapshot per memory, taken before anything is added; refuses memories that are not this model's.
+
+        hidden: (B, N, any), on the model's device; the memories make room for segments of N.
+        """
         if not isinstance(memories, Sequence):
             raise TypeError(f"knn_memories must be a sequence of memories, got {type(memories).__name__}")
         if len(memories) != self.num_memory_layers:

@@ -275,3 +275,36 @@ def memory_attention(
         query, key, value, memory_keys, memory_values, rows, scores, slots, scale, bias_table, bias_dense,
         memory_offset, local_length, dropout_p, seed, written, ticket, spare, check_name(backend),
     )  # fmt: skip
+
+
+def local_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: Tensor,
+    bias_table: Tensor | None = None,
+    bias_dense: Tensor | None = None,
+    local_length: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`memory_attention` without a memory: causal attention to the local context, with a bias by distance.
+
+    Args, returns, errors: those of `memory_attention`, with the same names. query (B, H, N, D), key and value
+    (B, G, L, D), scale (H,).
+
+    >>> query = key = torch.zeros(1, 1, 2, 1)
+    >>> value = torch.tensor([[[[1.0], [3.0]]]])
+    >>> out, lse = local_attention(query, key, value, torch.ones(1))
+    >>> out.flatten().tolist()  # the second query sees both
+    [1.0, 2.0]
+    """
+    nothing = query.detach().new_empty(1, 1, query.shape[-1])  # nobody reads it
+    scores = query.detach().new_empty(*query.shape[:3], 0, dtype=torch.float32)
+    rows = torch.zeros(key.shape[0] * key.shape[1], dtype=torch.int64, device=query.device)
+    return memory_attention(
+        query, key, value, nothing, nothing, rows, scores, scores.to(torch.int32), scale,
+        bias_table, bias_dense, None, local_length, dropout_p, seed, backend=backend,
+    )  # fmt: skip

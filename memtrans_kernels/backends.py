@@ -11,6 +11,7 @@ import functools
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -227,6 +228,18 @@ def resolve(operator: str, backend: str, *arguments: Any) -> Callable[..., Any]:
             reasons.append(f"{candidate.backend}: {reason}")
     detail = "; ".join(reasons) or f"{backend} does not implement it"
     raise RuntimeError(f"backend={backend!r} cannot run {operator} on {device}: {detail}")
+
+
+def run(operator: str, backend: str, *arguments: Any) -> Any:
+    """Runs `operator` on the GPU that its tensors live on, as kernels go to the current one, and in the dtypes given:
+    an autocast around it would round the reference's matrix products."""
+    function = resolve(operator, backend, *arguments)
+    device: torch.device = arguments[0].device
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    if not elsewhere and not torch.is_autocast_enabled(device.type):
+        return function(*arguments)
+    with torch.cuda.device(device) if elsewhere else nullcontext(), torch.autocast(device.type, enabled=False):
+        return function(*arguments)
 
 
 @functools.cache

@@ -30,7 +30,7 @@ def knn_add_(
     backend: str = "auto",
 ) -> None:
     arguments = (keys, values, cursor, rows, new_keys, new_values, count, at)
-    backends.resolve("knn_add_", backend, *arguments)(*arguments)
+    backends.run("knn_add_", backend, *arguments)
 
 
 @knn_add_.register_fake
@@ -53,7 +53,7 @@ def knn_search(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     arguments = (query, keys, rows, start, cursor, capacity, k)
-    return backends.resolve("knn_search", backend, *arguments)(*arguments)
+    return backends.run("knn_search", backend, *arguments)
 
 
 @knn_search.register_fake
@@ -83,7 +83,7 @@ def score_dtype(tensor: Tensor) -> torch.dtype:
 def cosine(
     query: Tensor, key: Tensor, dtype: torch.dtype | None = None, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    return backends.resolve("cosine", backend, query, key, dtype)(query, key, dtype)
+    return backends.run("cosine", backend, query, key, dtype)
 
 
 @cosine.register_fake
@@ -96,7 +96,7 @@ def cosine_backward(
     grad_query: Tensor, grad_key: Tensor, query: Tensor, key: Tensor, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     arguments = (grad_query, grad_key, query, key)
-    return backends.resolve("cosine_backward", backend, *arguments)(*arguments)
+    return backends.run("cosine_backward", backend, *arguments)
 
 
 @cosine_backward.register_fake
@@ -145,7 +145,7 @@ def memory_attention(
         query, key, value, memory_keys, memory_values, rows, scores, slots, scale,
         bias_table, bias_dense, memory_offset, local_length, dropout_p, seed,
     )  # fmt: skip
-    return backends.resolve("memory_attention", backend, *arguments)(*arguments)
+    return backends.run("memory_attention", backend, *arguments)
 
 
 @memory_attention.register_fake
@@ -184,7 +184,7 @@ def memory_attention_backward(
         grad_out, grad_lse, out, lse, query, key, value, memory_keys, memory_values, rows, scores, slots, scale,
         bias_table, bias_dense, memory_offset, local_length, dropout_p, seed,
     )  # fmt: skip
-    return backends.resolve("memory_attention_backward", backend, *arguments)(*arguments)
+    return backends.run("memory_attention_backward", backend, *arguments)
 
 
 @memory_attention_backward.register_fake

@@ -343,10 +343,18 @@ def _gather(memory: Tensor, rows: Tensor, slots: Tensor, dtype: torch.dtype) -> 
 
 
 def _grad_bias_table(grad_local: Tensor, bias_table: Tensor) -> Tensor:
-    """Sums the gradients of all (query, key) pairs at the same distance; future keys have none."""
+    """Sums the gradients of all (query, key) pairs at the same distance; future keys have none.
+
+    Along a diagonal and not by `index_add`, whose order of summation differs from run to run on CUDA.
+    """
     distances = bias_table.shape[-1]
     length, local_keys = grad_local.shape[-2:]
-    distance = _distance(length, local_keys, grad_local.device).clamp(0, distances - 1)
-    per_head = grad_local.sum(dim=0).flatten(1)  # (H, N·L)
-    table = per_head.new_zeros(per_head.shape[0], distances).index_add(1, distance.flatten(), per_head)
+    table = grad_local.new_zeros(bias_table.shape)
+    if length and local_keys:
+        backwards = grad_local.sum(dim=0).flip(-1)  # (H, N, L); row i, shifted by i, has a distance in each column
+        shifted = F.pad(backwards, (0, length)).flatten(1)[:, :-length].unflatten(1, (length, -1))
+        by_distance = shifted.sum(dim=1)[:, length - 1 :]  # (H, L)
+        near = min(distances, local_keys)
+        table[:, :near] = by_distance[:, :near]
+        table[:, -1] += by_distance[:, distances:].sum(dim=-1)
     return table.to(bias_table.dtype)

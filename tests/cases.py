@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from devices import seeded
+from torch import Tensor
 
-from memtrans_kernels import cosine, knn_add_, knn_search
+from memtrans_kernels import cosine, knn_add_, knn_search, memory_attention
 
+DIFFERENTIABLE = ("query", "key", "value", "scale", "bias_table", "bias_dense", "memory_offset")
 BATCH, HEADS, GROUPS, LENGTH, CACHED, WIDTH, NEIGHBOURS = 2, 4, 2, 5, 3, 8, 4
 LOCAL = CACHED + LENGTH
 CAPACITY, SPARE = 11, 6
@@ -64,7 +67,7 @@ def attention_inputs(
         inputs["memory_offset"] = torch.randn(HEADS, dtype=dtype)
     if local_length:
         inputs["local_length"] = torch.tensor([LENGTH + 1, LOCAL])
-    for name in ("query", "key", "value", "scale", "bias_table", "bias_dense", "memory_offset"):
+    for name in DIFFERENTIABLE:
         if name in inputs:
             inputs[name].requires_grad_()
     return inputs
@@ -136,6 +139,22 @@ def random_attention(shape: Shape, dtype: torch.dtype, generator: torch.Generato
         "dropout_p": shape.dropout_p,
         "seed": torch.tensor(2**40 + 5),
     }
+
+
+def gradients_of_results(shape: Shape) -> tuple[Tensor, Tensor]:
+    """Of out, laid out as merging heads leaves it, and of lse."""
+    out = torch.randn(shape.batch, shape.length, shape.heads, shape.width, generator=seeded(1)).transpose(1, 2)
+    return out, torch.randn(shape.batch, shape.heads, shape.length, generator=seeded(2))
+
+
+def attention_gradients(
+    inputs: dict[str, Any], grad_out: Tensor, grad_lse: Tensor, backend: str
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """out, lse, and the gradients of both together for every input that has one."""
+    leaves = {n: inputs[n].detach().requires_grad_() for n in DIFFERENTIABLE if inputs.get(n) is not None}
+    out, lse = memory_attention(**{**inputs, **leaves}, backend=backend)
+    torch.autograd.backward((out, lse), (grad_out.to(out.dtype), grad_lse.to(lse.dtype)))
+    return out.detach(), lse.detach(), {name: leaf.grad for name, leaf in leaves.items()}
 
 
 def in_float64(inputs: dict[str, Any]) -> dict[str, Any]:

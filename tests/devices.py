@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -20,3 +22,13 @@ def live_backends(operator: str) -> list[str]:
 def seeded(seed: int) -> torch.Generator:
     """Random numbers that are the same in every run."""
     return torch.Generator(DEVICE).manual_seed(seed)
+
+
+@contextmanager
+def uninitialised_is_nan() -> Iterator[None]:
+    """`torch.empty` gives NaN, so that a number that no kernel wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)

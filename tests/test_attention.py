@@ -134,6 +134,54 @@ def test_the_offset_and_the_gate_start_as_documented():
     assert set(dict(layer().named_parameters())) == {"scale", "to_q.weight", "to_kv.weight", "to_out.weight"}
 
 
+def test_a_gate_is_a_parameter_for_each_head_and_starts_at_equal_parts():
+    attention = layer(combine="gate")
+    assert attention.memory_gate.sigmoid().tolist() == [0.5] * HEADS
+    assert set(attention.state_dict()) - set(layer().state_dict()) == {"memory_gate"}
+
+
+def test_a_gate_goes_from_the_local_part_alone_to_the_retrieved_part_alone():
+    attention, x = layer(combine="gate"), torch.randn(2, 1, LENGTH, DIM)
+    memory, local_values = KNNMemory(WIDTH, 50), []
+    attention(x[0], knn_memory=memory)
+    changed = x[1].clone()
+    for gate in (-50.0, 50.0):
+        attention.memory_gate.data.fill_(gate)
+        mixed, _ = attention(x[1], knn_memory=memory, add_knn_memory=False)
+        without, _ = attention(x[1], knn_memory=KNNMemory(WIDTH, 50))
+        local_values.append((mixed, without))
+    assert torch.equal(*local_values[0]), "a closed gate shows no memory"
+    assert torch.equal(local_values[0][1], local_values[1][1]), "an open gate shows no memory that is not there"
+    changed[:, 0] += 1.0  # the oldest local key and value; later queries stay as they are
+    open_to_memory, _ = attention(changed, knn_memory=memory, add_knn_memory=False)
+    assert_close(open_to_memory[:, 1:], local_values[1][0][:, 1:], SAME_GRAPH)
+
+
+def test_a_gate_mixes_only_in_documents_that_remember_something():
+    """With no gradient of the gate where there is nothing to open it to."""
+    attention, x = layer(combine="gate"), torch.randn(2, LENGTH, DIM, requires_grad=True)
+    memory = KNNMemory(WIDTH, 50, 2)
+    attention(x, knn_memory=memory)
+    memory.clear_rows(torch.tensor([True, False]))
+    out, _ = attention(x, knn_memory=memory, add_knn_memory=False)
+    without, _ = attention(x, knn_memory=KNNMemory(WIDTH, 50, 2))
+    assert torch.equal(out[0], without[0]) and not torch.equal(out[1], without[1])
+    out[0].sum().backward(retain_graph=True)
+    assert torch.equal(attention.memory_gate.grad, torch.zeros(HEADS)) and x.grad.isfinite().all()
+    out[1].sum().backward()
+    assert (attention.memory_gate.grad != 0.0).all()
+
+
+def test_a_gate_drops_weights_of_either_part():
+    attention, x = layer(combine="gate", dropout=0.5), torch.randn(1, LENGTH, DIM)
+    memory = KNNMemory(WIDTH, 50)
+    attention(x, knn_memory=memory)
+    for gate in (-50.0, 50.0):
+        attention.memory_gate.data.fill_(gate)
+        first, second = (attention(x, knn_memory=memory, add_knn_memory=False)[0] for _ in range(2))
+        assert not torch.equal(first, second)
+
+
 def test_a_low_offset_turns_the_memory_off():
     attention, x = layer(memory_offset=-1e4), torch.randn(2, 1, LENGTH, DIM)
     memory = KNNMemory(WIDTH, 50)
@@ -268,6 +316,10 @@ def test_errors_name_the_argument():
         layer(dropout=1.0)
     with pytest.raises(ValueError, match="attn_scale_init must be a finite number above 0, got 0"):
         layer(attn_scale_init=0)
+    with pytest.raises(ValueError, match="combine must be one of softmax, gate, got 'sum'"):
+        layer(combine="sum")
+    with pytest.raises(ValueError, match=r"memory_offset must be None with combine='gate', got -2.0"):
+        layer(combine="gate", memory_offset=-2.0)
     with pytest.raises(ValueError, match="heads must be a multiple of kv_heads=3, got 4"):
         layer(kv_heads=3)
     with pytest.raises(ValueError, match=r"xl_memory must have shape \(1, 3, 2, 8\), got \(1, 3, 2, 7\)"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -32,6 +34,24 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     backends._warn_slow_path.cache_clear()
     return SimpleNamespace(device=torch.device("cuda"))
+
+
+@pytest.mark.parametrize(("index", "entered"), [(0, []), (1, [1])])
+def test_an_operator_runs_on_the_gpu_of_its_tensors(
+    monkeypatch: pytest.MonkeyPatch, index: int, entered: list[int]
+) -> None:
+    """GPU 0 is the current one, and stays so without being asked for."""
+    devices: list[int] = []
+
+    @contextmanager
+    def enter(device: torch.device) -> Iterator[None]:
+        devices.append(device.index)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", enter)
+    monkeypatch.setattr(backends, "resolve", lambda *_: lambda tensor: list(devices))
+    assert backends.run("cosine", "auto", SimpleNamespace(device=torch.device("cuda", index))) == entered
 
 
 def test_auto_passes_on_to_the_next_one_when_the_first_is_missing(nothing_compiled: None) -> None:

@@ -25,6 +25,12 @@ CONFIGURATIONS = {
         "clear_memories_on_eos_token_id": 8,
     },
     "activation checkpointing": {"memorizing_layers": (2,), "activation_checkpointing": True},
+    "gate, activation checkpointing": {
+        "memorizing_layers": (2, 3),
+        "combine": "gate",
+        "activation_checkpointing": True,
+    },
+    "gate": {"memorizing_layers": (2,), "combine": "gate"},
     "per-head memory with an offset": {"memorizing_layers": (2,), "kv_heads": 2, "memory_offset": -1.0},
 }
 

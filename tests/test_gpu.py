@@ -9,7 +9,7 @@ import pytest
 import torch
 from checks import GPU_MODEL, assert_close
 
-from memtrans import KNNMemory, MemorizingTransformer
+from memtrans import KNNAttention, KNNMemory, MemorizingTransformer
 from memtrans_kernels import knn_add_, knn_search
 
 pytestmark = pytest.mark.gpu
@@ -121,7 +121,10 @@ def test_more_than_two_to_the_31_elements_in_one_memory():
     assert start.numel() == rows
 
 
-@pytest.mark.parametrize("configuration", [{}, {"xl_max_memories": SEGMENT}, {"kv_heads": 2, "memory_offset": -1.0}])
+@pytest.mark.parametrize(
+    "configuration",
+    [{}, {"xl_max_memories": SEGMENT}, {"kv_heads": 2, "memory_offset": -1.0}, {"combine": "gate"}],
+)
 def test_the_model_gives_what_it_gives_on_the_cpu(configuration):
     torch.manual_seed(0)
     options = {"num_tokens": 100, "dim": 64, "depth": 3, "dim_head": 32, "heads": 2, "memorizing_layers": (2, 3)}
@@ -144,3 +147,18 @@ def test_the_model_gives_what_it_gives_on_the_cpu(configuration):
         results.append([torch.stack(losses), *gradients])
     for actual, expected in zip(*results, strict=True):
         assert_close(actual, expected, GPU_MODEL)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_a_second_gpu_gives_what_the_first_gives_while_the_first_is_current():
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        torch.manual_seed(0)
+        layer = KNNAttention(dim=64, heads=2, dim_head=32, num_retrieved_memories=NEIGHBOURS).to(device)
+        memory = KNNMemory(32, CAPACITY, BATCH, device=device)
+        for x in torch.randn(3, BATCH, SEGMENT, 64).to(device):
+            out, _ = layer(x, knn_memory=memory)
+            out.square().sum().backward()
+        assert torch.cuda.current_device() == 0
+        results.append([out.cpu(), *(parameter.grad.cpu() for parameter in layer.parameters())])
+    assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))

@@ -68,8 +68,12 @@ def attend_plainly(
             retrieved = scale * torch.einsum("nd,nkd->nk", query[b, head], keys)
             if layer.memory_offset is not None:
                 retrieved = retrieved + layer.memory_offset[head]
-            weights = torch.cat((retrieved, logits), dim=-1).softmax(dim=-1)
-            to_memory, to_local = weights.split([keys.shape[1], local], dim=-1)
+            if layer.memory_gate is None:
+                weights = torch.cat((retrieved, logits), dim=-1).softmax(dim=-1)
+                to_memory, to_local = weights.split([keys.shape[1], local], dim=-1)
+            else:
+                gate = layer.memory_gate[head].sigmoid() if keys.shape[1] else 0.0
+                to_memory, to_local = gate * retrieved.softmax(dim=-1), (1.0 - gate) * logits.softmax(dim=-1)
             out[b, head] = torch.einsum("nk,nkd->nd", to_memory, values) + to_local @ value[b, group]
     leaving = max(0, local - layer.xl_max_memories)
     memory.add(key[:, :, :leaving].detach(), value[:, :, :leaving].detach())
@@ -87,6 +91,7 @@ class Story:
     kv_heads: int = 1
     xl: int = 0
     offset: float | None = None
+    gate: bool = False
     before_backward: int = 1  # segments
 
 
@@ -99,6 +104,8 @@ STORIES = {
     "key value heads": Story(kv_heads=2, before_backward=2, segments=4),
     "XL cache": Story(xl=3, before_backward=5),
     "offset": Story(offset=-0.5),
+    "gate": Story(gate=True, cleared=((2, (True, False)),)),
+    "gate, XL cache, key value heads": Story(gate=True, xl=3, kv_heads=2, before_backward=5),
 }
 in_every_story = pytest.mark.parametrize("story", STORIES.values(), ids=STORIES.keys())
 
@@ -149,7 +156,10 @@ def make(story: Story) -> tuple[KNNAttention, Tensor, KNNMemory]:
         attn_scale_init=5,
         kv_heads=story.kv_heads,
         memory_offset=story.offset,
+        combine="gate" if story.gate else "softmax",
     )
+    if story.gate:
+        layer.memory_gate.data = torch.tensor([-2.0, -0.5, 0.5, 2.0])
     memory = KNNMemory(
         WIDTH,
         CAPACITY,

@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import (
     BATCH,
+    DIFFERENTIABLE,
     GROUPS,
     HEADS,
     LENGTH,
@@ -30,8 +31,6 @@ pytestmark = pytest.mark.device
 on_every_backend = pytest.mark.parametrize("backend", live_backends("memory_attention"))
 # Triton's interpreter truncates where it should round to bfloat16
 DTYPES = [torch.float32, torch.float16] if DEVICE == "cpu" else list(ATTENTION)
-
-DIFFERENTIABLE = ("query", "key", "value", "scale", "bias_table", "bias_dense", "memory_offset")
 
 
 def attend_in_a_loop(inputs, b: int, h: int, n: int) -> tuple[torch.Tensor, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import CAPACITY, NEIGHBOURS, attention_inputs, ring
+from devices import DEVICE
 
 pytestmark = pytest.mark.device
 
@@ -59,6 +60,20 @@ CASES = {
 def test_opcheck(name):
     torch.manual_seed(0)
     torch.library.opcheck(getattr(ops, name), CASES[name]())
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith(("read", "ledger"))])
+def test_autocast_rounds_nothing_inside_an_operator(name, backend):
+    results = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in CASES[name]()]
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=enabled):
+            out = getattr(ops, name)(*arguments, backend=backend)
+        results.append([*arguments, *(out if isinstance(out, tuple) else ())])
+    for plain, autocast in zip(*results, strict=True):
+        assert plain is autocast or torch.equal(torch.as_tensor(plain), torch.as_tensor(autocast))
 
 
 def test_every_operator_is_checked():

@@ -124,11 +124,11 @@ def test_memories_live_on_across_steps_and_end_with_their_document(text):
     trainer = trainer_of(dataclasses.replace(SMALL, data=text, memory=500))
     held = []
     for _ in range(8):
-        fresh_before = [row.index for row in trainer.stream._rows]
+        fresh_before = [row.index for row in trainer.loader.stream._rows]
         trainer.advance()
         lengths = trainer.reader.memories[0].lengths.tolist()
         for row, length in enumerate(lengths):
-            state = trainer.stream._rows[row]
+            state = trainer.loader.stream._rows[row]
             assert length == state.offset
         held.append((fresh_before, lengths))
     assert any(length > SMALL.segment for _, lengths in held for length in lengths)

@@ -1,0 +1,164 @@
+"""A memorizing layer as a whole: project, search, attend, add, and back, over a memory that is full and has wrapped.
+
+- `memtrans`: `KNNAttention` with one softmax; `memtrans-gate` with two and a gate.
+- `upstream`: the same layer in that package's arithmetic on the device, see `upstream.py`.
+- `upstream-package`: the package itself where it is installed, with its memory on the CPU, read and not added to: an
+  approximate index that begins anew when it is full.
+- `attention`: the plain `Attention` layer of the same shape, without memory; `attention-sdpa` is the same layer with
+  PyTorch's attention and a dense bias in place of the kernel.
+
+Parameters and inputs are in the entry's dtype; gradients are those of the input, the bias and every parameter.
+`peak_bytes` counts them, and what a step allocates, but not the memory's storage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import upstream
+from common import DEVICE, TOY, Case, bytes_of, case, compiled, measure, peak_bytes
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from memtrans import Attention, KNNAttention, KNNMemory
+from memtrans.position import T5RelativePositionBias, expand_table
+
+GPU_CASES = ("d64-64k", "paper-64k")
+CASES = GPU_CASES if DEVICE == "cuda" or TOY else ("cpu-d64-64k",)
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+
+
+class SdpaAttention(Attention):
+    """`Attention` through PyTorch's own, with a dense bias and no kernel of ours."""
+
+    def forward(self, x: Tensor, *, rel_pos_bias: Tensor) -> Tensor:
+        query, key, value = self.project(x)
+        length = query.shape[2]
+        future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
+        mask = expand_table(rel_pos_bias, length, length)[None].to(query.dtype).masked_fill(future, -torch.inf)
+        return self.merge(
+            scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scale, enable_gqa=True)
+        )
+
+
+class Candidate(NamedTuple):
+    """A layer, and what it is called with besides its input."""
+
+    layer: nn.Module
+    arguments: dict[str, Any]
+    bias: Tensor
+
+
+def pairs(sizes: Case, entries: int) -> Tensor:
+    """Random keys of unit length and values (B, G, entries, 2, D)."""
+    made = torch.randn(sizes.batch, sizes.groups, entries, 2, sizes.width, device=DEVICE)
+    made[..., 0, :] /= made[..., 0, :].norm(dim=-1, keepdim=True)
+    return made.to(DTYPE)
+
+
+def full_memory(sizes: Case) -> KNNMemory:
+    """Filled a segment at a time, until the ring has wrapped and no slot is empty."""
+    memory = KNNMemory(
+        sizes.width, sizes.capacity, sizes.batch, kv_heads=sizes.groups, spare=sizes.length, device=DEVICE
+    )
+    for _ in range(sizes.capacity // sizes.length + 3):
+        new = pairs(sizes, sizes.length)
+        memory.add(new if sizes.groups > 1 else new[:, 0])
+    assert int(memory.lengths.min()) == sizes.capacity
+    return memory
+
+
+def table(sizes: Case) -> Tensor:
+    """Bias by distance (H, distances)."""
+    return T5RelativePositionBias(scale=1.0, heads=sizes.heads).to(DEVICE).table().detach()
+
+
+def dense(sizes: Case) -> Tensor:
+    """(1, H, N, N)"""
+    return expand_table(table(sizes), sizes.length, sizes.length)[None].to(DTYPE)
+
+
+def shape(sizes: Case) -> dict[str, int]:
+    return {"dim": sizes.heads * sizes.width, "heads": sizes.heads, "dim_head": sizes.width, "kv_heads": sizes.groups}
+
+
+def ours(sizes: Case, folder: Path, combine: str = "softmax") -> Candidate:
+    layer = KNNAttention(**shape(sizes), num_retrieved_memories=sizes.neighbours, combine=combine)
+    bias = table(sizes)
+    return Candidate(layer, {"knn_memory": full_memory(sizes), "rel_pos_bias": bias}, bias)
+
+
+def ours_with_a_gate(sizes: Case, folder: Path) -> Candidate:
+    return ours(sizes, folder, combine="gate")
+
+
+def upstreams_arithmetic(sizes: Case, folder: Path) -> Candidate:
+    chunks = [pairs(sizes, sizes.length) for _ in range(sizes.capacity // sizes.length)]
+    layer = upstream.Layer(sizes.heads * sizes.width, sizes.heads, torch.cat(chunks, dim=2), sizes.neighbours)
+    bias = dense(sizes)
+    return Candidate(layer, {"bias": bias}, bias)
+
+
+def upstreams_package(sizes: Case, folder: Path) -> Candidate:
+    package = pytest.importorskip("memorizing_transformers_pytorch")
+    memory = package.KNNMemory(
+        sizes.width, sizes.capacity, sizes.batch, memmap_filename=str(folder / "memory"), multiprocessing=False
+    )
+    memory.add(pairs(sizes, sizes.capacity)[:, 0].float())
+    options = {name: size for name, size in shape(sizes).items() if name != "kv_heads"}
+    layer = package.KNNAttention(**options, num_retrieved_memories=sizes.neighbours)
+    bias = dense(sizes).float()
+    return Candidate(layer, {"knn_memory": memory, "add_knn_memory": False, "rel_pos_bias": bias}, bias)
+
+
+def plain_attention(sizes: Case, folder: Path) -> Candidate:
+    bias = table(sizes)
+    return Candidate(Attention(**shape(sizes)), {"rel_pos_bias": bias}, bias)
+
+
+def plain_attention_by_pytorch(sizes: Case, folder: Path) -> Candidate:
+    bias = table(sizes)
+    return Candidate(SdpaAttention(**shape(sizes)), {"rel_pos_bias": bias}, bias)
+
+
+CANDIDATES: dict[str, Callable[[Case, Path], Candidate]] = {
+    "memtrans": ours,
+    "memtrans-gate": ours_with_a_gate,
+    "upstream": upstreams_arithmetic,
+    "upstream-package": upstreams_package,
+    "attention": plain_attention,
+    "attention-sdpa": plain_attention_by_pytorch,
+}
+COMPILED = ("memtrans", "memtrans-gate", "upstream", "attention", "attention-sdpa")
+MEASURED = [
+    (name, impl) for name in CASES for impl in CANDIDATES if impl != "upstream-package" or case(name).groups == 1
+]
+if DEVICE == "cuda" or TOY:
+    MEASURED += [(name, f"{impl}-compiled") for name in CASES for impl in COMPILED]
+
+
+@pytest.mark.parametrize(("name", "impl"), MEASURED)
+def test_model(benchmark: Any, name: str, impl: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = case(name)
+    dtype = torch.float32 if impl == "upstream-package" else DTYPE  # its search returns nothing else
+    layer, arguments, bias = CANDIDATES[impl.removesuffix("-compiled")](sizes, tmp_path)
+    layer = layer.to(DEVICE, dtype)
+    x = torch.randn(sizes.batch, sizes.length, sizes.heads * sizes.width, device=DEVICE, dtype=dtype)
+    grad_out = torch.randn_like(x)
+    leaves = [x.requires_grad_(), bias.requires_grad_(), *layer.parameters()]
+    forward = compiled(layer) if impl.endswith("-compiled") else layer
+
+    def step() -> None:
+        out = forward(x, **arguments)
+        torch.autograd.grad(out[0] if isinstance(out, tuple) else out, leaves, grad_out)
+
+    measure(
+        benchmark, step, op="model", impl=impl, case=name, mode="forward+backward", dtype=dtype,
+        capturable=impl != "upstream-package", tokens=x.shape[0] * x.shape[1],
+        peak_bytes=peak_bytes(step, bytes_of([*leaves, grad_out])),
+    )  # fmt: skip

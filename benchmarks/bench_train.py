@@ -1,0 +1,151 @@
+"""A training step, from the data to the optimiser, over memories that are full and have wrapped.
+
+Cases: `enwik8-*` is upstream's set-up (d512, 8 layers, 5 backward passes of 16 x 512 tokens a step, memory at layer 4,
+XL caches at layers 7 and 8), `paper-*` the paper's shape (d1024, 12 layers, per-head memory at layer 9). `off` has no
+memory layer. The `upstream` entry is memorizing-transformers-pytorch 0.4.1 with its own set-up, a fresh memory for each
+window, which is its best case: its search is then over 2,560 entries at most.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from common import DEVICE, MEMORIES, TOY, busy_share, environment, write_down
+
+from memtrans.data import Document, Shuffled
+from memtrans.presets import PRESETS, Settings
+from memtrans.sources import load_corpus
+from memtrans.train import Trainer, TrainingData
+
+ENWIK8 = dataclasses.replace(PRESETS["enwik8"], windows=False, dtype="bfloat16" if DEVICE == "cuda" else "float32")
+PAPER = dataclasses.replace(
+    ENWIK8,
+    accumulate=1,
+    layers=12,
+    width=1024,
+    heads=8,
+    head_width=128,
+    kv_heads=8,
+    memory_layers=(9,),
+    xl=0,
+    xl_layers=None,
+)
+SIZES = {"off": 0, "7680": 7680, **MEMORIES}
+CASES = ("enwik8-off", "enwik8-7680", "enwik8-64k", "paper-off", "paper-8k", "paper-64k")
+WARM_UP, STEPS, ROUNDS = (4, 1, 1) if TOY else (6, 10, 3)
+
+
+def settings_of(case: str, compiled: bool) -> Settings:
+    shape, memory = case.rsplit("-", 1)
+    made = dataclasses.replace({"enwik8": ENWIK8, "paper": PAPER}[shape], memory=SIZES[memory], compile=compiled)
+    if TOY:
+        small = {"batch": 2, "segment": 16, "width": 16, "head_width": 8, "xl": made.xl and 16, "compile": False}
+        made = dataclasses.replace(made, **small, memory=min(made.memory, 32))
+    return made
+
+
+def text(batch: int) -> TrainingData:
+    """The standard library's sources as one long document a row: no memory is ever cleared."""
+    content = torch.cat([document.content for document in load_corpus("stdlib").train])
+    documents = [Document(str(row), part) for row, part in enumerate(content.chunk(batch))]
+    return TrainingData(Shuffled(documents, seed=0), documents[:1], "benchmark")
+
+
+def full_trainer(settings: Settings) -> Trainer:
+    """A trainer whose memories are full and have wrapped: random unit keys, written as a run writes them."""
+    trainer = Trainer(settings, text(settings.batch), torch.device(DEVICE))
+    heads = () if settings.kv_heads == 1 else (settings.kv_heads,)
+    for memory in trainer.reader.memories:
+        for _ in range(settings.memory // settings.segment + 2):
+            pairs = torch.randn(settings.batch, *heads, settings.segment, 2, settings.head_width, device=DEVICE)
+            memory.add(pairs / pairs.norm(dim=-1, keepdim=True))
+        assert (memory.lengths == settings.memory).all()
+    return trainer
+
+
+def synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(benchmark: Any, function: Callable[[], None], tokens: int, **entry: Any) -> None:
+    """Writes down the median of the rounds; `tokens` are read by one call of `function`."""
+    seconds: list[float] = []
+
+    def once() -> None:
+        synchronize()
+        begin = time.perf_counter()
+        function()
+        synchronize()
+        seconds.append(time.perf_counter() - begin)
+
+    benchmark.pedantic(once, rounds=ROUNDS)
+    median = sorted(seconds)[len(seconds) // 2]
+    benchmark.extra_info.update(op="train", mode="step", **entry, **environment(), tokens_per_second=tokens / median)
+    write_down({**benchmark.extra_info, "ms": median * 1e3})
+
+
+@pytest.mark.parametrize("impl", ["memtrans", "memtrans-eager"])
+@pytest.mark.parametrize("case", CASES)
+def test_train(benchmark: Any, case: str, impl: str) -> None:
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    torch.compiler.reset()
+    settings = settings_of(case, compiled=impl == "memtrans")
+    trainer = full_trainer(settings)
+
+    def steps(count: int = STEPS) -> None:
+        for _ in range(count):
+            trainer.advance()
+
+    steps(WARM_UP)
+    peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else None
+    busy = busy_share(lambda: steps(5))
+    per_step = settings.batch * settings.segment * settings.segments * settings.accumulate
+    timed(
+        benchmark, steps, STEPS * per_step, impl=impl, case=case, dtype=settings.dtype, gpu_busy=busy, peak_bytes=peak
+    )
+    trainer.check()  # every loss was finite
+
+
+@pytest.mark.skipif(DEVICE == "cpu" or not find_spec("memorizing_transformers_pytorch"), reason="upstream is not here")
+def test_upstream(benchmark: Any, tmp_path: Any, monkeypatch: Any) -> None:
+    from memorizing_transformers_pytorch import MemorizingTransformer
+
+    monkeypatch.chdir(tmp_path)  # its memories are files in the working directory
+    batch, segments, segment = 16, 5, 512
+    model = MemorizingTransformer(
+        num_tokens=256,
+        dim=512,
+        depth=8,
+        memorizing_layers=4,
+        max_knn_memories=segment * 15,
+        num_retrieved_memories=32,
+        xl_memory_layers=(7, 8),
+        xl_max_memories=512,
+    ).to(DEVICE)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-4)
+
+    def window() -> None:
+        tokens = torch.randint(0, 256, (batch, segments * segment + 1), device=DEVICE)
+        xl_memories = None
+        with model.knn_memories_context(batch_size=batch) as memories:
+            for part in range(segments):
+                here = tokens[:, part * segment : (part + 1) * segment + 1]
+                loss, xl_memories = model(
+                    here[:, :-1], knn_memories=memories, xl_memories=xl_memories, labels=here[:, 1:].contiguous()
+                )
+                (loss / segments).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    window()
+    timed(benchmark, window, batch * segments * segment, impl="upstream", case="enwik8-7680", dtype="float32")

@@ -1,0 +1,145 @@
+"""A model in a directory, in the form that people expect: `config.json` and `model.safetensors`.
+
+`config.json` holds the arguments of the constructor, `memories.safetensors`, where there is one, what a memory held.
+Nothing in the directory executes when read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import nn
+
+from memtrans.memory import KNNMemory
+from memtrans.memory_list import KNNMemoryList
+from memtrans.storage import write_atomically
+
+CONFIG, WEIGHTS, MEMORIES = "config.json", "model.safetensors", "memories.safetensors"
+MODEL_TYPE = "memorizing-transformer"
+
+ModelType = TypeVar("ModelType", bound="Pretrained")
+
+
+def configuration_of(arguments: Mapping[str, Any], without: Sequence[str] = ()) -> dict[str, Any]:
+    """The `locals()` with which a constructor begins, as JSON holds them; `without` names those that mean nothing."""
+    left_out = {"self", "__class__", *without}
+    given = {name: value for name, value in arguments.items() if name not in left_out}
+    lists = {name: list(v) for name, v in given.items() if isinstance(v, Sequence) and not isinstance(v, str)}
+    return {**given, **lists}
+
+
+class Pretrained(nn.Module):
+    """Saving to a directory and loading from it, for models whose constructor sets `config`.
+
+    Attributes:
+        config: the constructor's arguments, as JSON holds them.
+    """
+
+    config: dict[str, Any]
+    memorizing_layers: tuple[int, ...]
+    kv_heads: int
+    dim_head: int
+
+    def save_pretrained(self, directory: str | Path, memories: KNNMemoryList | None = None) -> None:
+        """Writes config.json, model.safetensors and, if memories are given, memories.safetensors.
+
+        directory: made if missing; each file takes the place of an older one at once and whole.
+
+        Raises OSError when the disk is full, or the like; ValueError when the memories are not this model's.
+        """
+        if memories is not None:
+            self._check_memories(memories, "memories")
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        write_atomically(directory / WEIGHTS, save(weights, metadata={"format": "pt"}))
+        config = {"model_type": MODEL_TYPE, "architectures": [type(self).__name__], **self.config}
+        write_atomically(directory / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+        if memories is not None:
+            memories.save(directory / MEMORIES)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[ModelType], directory: str | Path, *, device: torch.device | str | None = None, **overrides: Any
+    ) -> ModelType:
+        """A model that `save_pretrained` wrote, in `eval()` mode, its weights in the dtype that they were saved in.
+
+        Args:
+            directory: holds config.json and model.safetensors. device: Default: the CPU.
+            overrides: arguments of the constructor that differ from config.json, such as a larger `max_knn_memories`.
+
+        Raises:
+            FileNotFoundError: a file is missing. ValueError: one is damaged, or of another kind, version or shape.
+        """
+        directory = Path(directory)
+        config = {**_read_config(directory / CONFIG), **overrides}
+        try:
+            with torch.device("meta"):
+                model = cls(**config)
+        except TypeError as error:
+            raise ValueError(f"{CONFIG} must hold arguments of {cls.__name__}, got others: {error}") from error
+        weights = _read_weights(directory / WEIGHTS)
+        try:
+            model.load_state_dict(weights, assign=True)
+        except RuntimeError as error:
+            detail = " ".join(str(error).split())
+            raise ValueError(f"{WEIGHTS} must hold weights of the model in {CONFIG}, got others: {detail}") from error
+        return model.to(device or "cpu").eval()
+
+    def load_memories(
+        self, path: str | Path, *, device: torch.device | str | None = None, **overrides: Any
+    ) -> KNNMemoryList:
+        """Memories that `save_pretrained` or `KNNMemoryList.save` wrote.
+
+        Args:
+            path: the file, or the directory that holds memories.safetensors.
+            device: Default: the model's. overrides: arguments of `KNNMemory`, such as a larger `max_memories`.
+
+        Raises:
+            FileNotFoundError: there is none. ValueError: it is damaged, or of another number of layers, width or heads.
+        """
+        path = Path(path) / MEMORIES if Path(path).is_dir() else Path(path)
+        memories = KNNMemoryList.load(path, device=device or next(self.parameters()).device, **overrides)
+        self._check_memories(memories, str(path))
+        return memories
+
+    def _check_memories(self, memories: Sequence[KNNMemory], name: str) -> None:
+        """Refuses memories of another number of layers, width or number of heads."""
+        if len(memories) != len(self.memorizing_layers):
+            raise ValueError(
+                f"{name} must hold one memory for each of the layers {self.memorizing_layers}, got {len(memories)}"
+            )
+        for memory in memories:
+            if (memory.dim, memory.kv_heads) != (self.dim_head, self.kv_heads):
+                raise ValueError(
+                    f"{name} must hold memories of dim={self.dim_head} and kv_heads={self.kv_heads}, "
+                    f"got dim={memory.dim} and kv_heads={memory.kv_heads}"
+                )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise FileNotFoundError(f"directory must hold {CONFIG}, got {str(path.parent)!r}, which does not")
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{CONFIG} must be JSON, got {str(path)!r}: {error}") from error
+    if not isinstance(config, dict) or config.pop("model_type", None) != MODEL_TYPE:
+        raise ValueError(f"{CONFIG} must be of model_type {MODEL_TYPE!r}, got {str(path)!r} of another")
+    config.pop("architectures", None)
+    return config
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    if not path.exists():
+        raise FileNotFoundError(f"directory must hold {WEIGHTS}, got {str(path.parent)!r}, which does not")
+    try:
+        return load(path.read_bytes())
+    except SafetensorError as error:
+        raise ValueError(f"{WEIGHTS} must be a whole safetensors file, got {str(path)!r}: {error}") from error

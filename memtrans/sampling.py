@@ -1,0 +1,65 @@
+"""Which token comes next: the likeliest, or one drawn from the likeliest ones. Everything happens on the device.
+
+Source: nucleus sampling (top-p) is Holtzman et al. 2020 (arXiv 1904.09751).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Args:
+        temperature: the logits' divisor; 0 or less takes the likeliest token always.
+        top_k: draw among so many likeliest tokens. Default: all.
+        top_p: draw among the fewest likeliest tokens that together have this probability, in (0, 1]. Default: all.
+        seed: of the draws. Row b of a batch draws what a single row with seed + b draws, on every device.
+
+    Raises:
+        ValueError: top_k below 1, top_p outside (0, 1], a temperature that is not finite, a seed that is negative.
+
+    >>> logits = torch.tensor([[0.0, 3.0, 1.0]])
+    >>> Sampling(temperature=0).choose(logits, torch.tensor([0.99])).tolist()
+    [1]
+    >>> Sampling(top_k=2).choose(logits, torch.tensor([0.99])).tolist()
+    [2]
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.temperature):
+            raise ValueError(f"temperature must be finite, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be in [0, 2**63), got {self.seed}")
+
+    def draws(self, batch: int, tokens: int, device: torch.device) -> Tensor:
+        """Uniform numbers in [0, 1), (B, tokens) float32; drawn on the host, so that every device gets the same."""
+        rows = (torch.Generator("cpu").manual_seed((self.seed + row) % 2**63) for row in range(batch))
+        return torch.stack([torch.rand(tokens, generator=row, device="cpu") for row in rows]).to(device)
+
+    def choose(self, logits: Tensor, draw: Tensor) -> Tensor:
+        """Token ids (B,) int64 of logits (B, V) and uniform numbers draw (B,)."""
+        if self.temperature <= 0:
+            return logits.argmax(dim=-1)
+        best, ids = logits.float().topk(min(self.top_k or logits.shape[-1], logits.shape[-1]), dim=-1)
+        probability = (best / self.temperature).softmax(dim=-1)
+        before = probability.cumsum(dim=-1) - probability  # of all that are likelier
+        kept = before < (1.0 if self.top_p is None else self.top_p)
+        total = (probability * kept).sum(dim=-1)
+        place = (kept & (before <= (draw * total)[:, None])).sum(dim=-1) - 1  # the first one begins at 0
+        return ids.gather(1, place.clamp(min=0)[:, None])[:, 0]

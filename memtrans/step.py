@@ -1,0 +1,147 @@
+"""One optimiser step: forward, loss and backward of its segments, clipping, AdamW; eager, compiled, or replayed.
+
+A step never asks the device for a value. On a GPU it is captured as one CUDA graph after a few eager steps: the model
+is launched by one call, whatever its depth.
+
+Shapes: A backward passes a step, S segments a backward pass, B rows, N tokens of a segment.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from memtrans.evaluate import negative_log_likelihood
+from memtrans.loader import StepInputs
+from memtrans.presets import Settings
+from memtrans.reader import Carried, DocumentReader
+
+WARM_UP = 3  # eager steps before the capture: kernels get compiled, the optimiser its state
+
+
+def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
+    """AdamW in one fused kernel, with weight decay on matrices of linear layers alone."""
+    decayed = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if id(p) in decayed], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
+    ]
+    on_gpu = parameters[0].is_cuda
+    rate = torch.tensor(settings.learning_rate, device=parameters[0].device) if on_gpu else settings.learning_rate
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True, capturable=on_gpu)
+
+
+class Step:
+    """A step as a function of its inputs; what rows carry from step to step is the reader's.
+
+    Args:
+        reader: of the model. optimizer: from `make_optimizer`.
+        settings: `compile` makes one graph of a segment's forward pass and loss, another of its backward;
+            `skip_nonfinite` leaves the model as it is where the loss or the gradient is not finite.
+    """
+
+    def __init__(self, reader: DocumentReader, optimizer: torch.optim.AdamW, settings: Settings) -> None:
+        self.reader, self.optimizer, self.settings = reader, optimizer, settings
+        self._segment_loss = torch.compile(self._loss, fullgraph=True) if compiles(settings, reader) else self._loss
+
+    def run(self, inputs: StepInputs, rate: float) -> Tensor:
+        """Does the step at that learning rate. Returns bits per byte and the gradient's norm (2,), on the device."""
+        self.set_rate(rate)
+        return self.compute(inputs)
+
+    def set_rate(self, rate: float) -> None:
+        """Sets the learning rate, in place where it lives on the device."""
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+    def compute(self, inputs: StepInputs) -> Tensor:
+        """All of the step that runs on the device."""
+        carried = self.reader.carried
+        total = torch.zeros((), device=inputs.tokens.device)
+        for segments in inputs.rounds():
+            losses = []
+            for segment in segments:
+                loss, carried = self._segment_loss(*segment, carried)
+                losses.append(loss)
+            mean = torch.stack(losses).sum() / inputs.scored
+            mean.backward()
+            total += mean.detach()
+        norm = nn.utils.clip_grad_norm_(self.reader.model.parameters(), self.settings.clip).detach()
+        finite = norm.isfinite() & total.isfinite()
+        if self.settings.skip_nonfinite:
+            # as a gradient scaler tells a fused optimiser not to move
+            self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            carried = _emptied_unless(finite, carried)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.reader.carry(carried)
+        return torch.stack((total / math.log(2), norm))
+
+    def _loss(
+        self, tokens: Tensor, labels: Tensor, lengths: Tensor, fresh: Tensor, carried: Carried
+    ) -> tuple[Tensor, Carried]:
+        """Of one segment (B, N), summed over its scored labels, in nats; and what the rows carry on."""
+        logits, carried = self.reader.forward(tokens, lengths, fresh, carried)
+        return negative_log_likelihood(logits, labels), carried
+
+
+def _emptied_unless(finite: Tensor, carried: Carried) -> Carried:
+    """Nothing where the step was not finite: NaN in an XL cache would spread to every segment after it."""
+    xl_memories = [torch.where(finite, cache, torch.zeros_like(cache)) for cache in carried.xl_memories]
+    return Carried(xl_memories, carried.xl_length * finite)
+
+
+class ReplayedStep:
+    """A step that is captured as a CUDA graph and replayed from then on; its first ones run as they are."""
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+        self._calls = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def run(self, inputs: StepInputs, rate: float) -> Tensor:
+        """See `Step.run`."""
+        self.step.set_rate(rate)
+        if self._calls < WARM_UP:
+            self._calls += 1
+            return self._beside(inputs)
+        if self._graph is None:
+            self._capture(inputs)
+        assert self._graph is not None
+        for static, tensor in zip(self._inputs.tensors(), inputs.tensors(), strict=True):
+            static.copy_(tensor)
+        self._graph.replay()
+        return self._result.clone()
+
+    def _beside(self, inputs: StepInputs) -> Tensor:
+        """On a stream that is not the default one, as captures are: gradients remember the stream they were made on."""
+        stream, here = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(here)
+        with torch.cuda.stream(stream):
+            result = self.step.compute(inputs)
+        here.wait_stream(stream)
+        return result
+
+    def _capture(self, inputs: StepInputs) -> None:
+        self._inputs = StepInputs(*(tensor.clone() for tensor in inputs.tensors()))
+        torch.cuda.empty_cache()  # what the eager steps held; the graph has a pool of its own
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._result = self.step.compute(self._inputs)
+
+
+def compiles(settings: Settings, reader: DocumentReader) -> bool:
+    """Whether a run compiles its model: as the settings say, on a GPU by default."""
+    return reader.on_gpu if settings.compile is None else settings.compile
+
+
+def make_step(reader: DocumentReader, optimizer: torch.optim.AdamW, settings: Settings) -> Step | ReplayedStep:
+    """The step of a run: replayed on a GPU if it is compiled."""
+    step = Step(reader, optimizer, settings)
+    return ReplayedStep(step) if reader.on_gpu and compiles(settings, reader) else step
