@@ -15,10 +15,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from memtrans.local_cache import LocalView
-from memtrans.memory import KNNMemory
+from memtrans.memory import KNNMemory, snapshot_for
 from memtrans.ring import MemorySnapshot
-from memtrans.validation import at_least, check_cache, check_counts
-from memtrans_kernels import cosine, local_attention, memory_attention
+from memtrans.validation import check_bias, check_cache, check_count, check_hidden, check_number, sizes, whole
+from memtrans_kernels import checks, cosine, local_attention, memory_attention
 
 
 class LocalContext(nn.Module):
@@ -38,12 +38,11 @@ class LocalContext(nn.Module):
         bias_out: bool,
     ) -> None:
         super().__init__()
-        if kv_heads < 1 or heads % kv_heads:
-            raise ValueError(f"heads must be a multiple of kv_heads={kv_heads}, got {heads}")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        dim, heads, dim_head, kv_heads = sizes(1, dim=dim, heads=heads, dim_head=dim_head, kv_heads=kv_heads)
+        checks.divides(kv_heads, "kv_heads", heads, "heads")
+        checks.probability("dropout", dropout)
         self.heads, self.kv_heads, self.dim_head = heads, kv_heads, dim_head
-        self.xl_max_memories = int(xl_max_memories)
+        self.xl_max_memories = whole("xl_max_memories", xl_max_memories, low=0)
         self.dropout = nn.Dropout(dropout)
         self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
         self.to_kv = nn.Linear(dim, kv_heads * dim_head * 2, bias=False)
@@ -51,8 +50,7 @@ class LocalContext(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query (B, H, N, D), key and value (B, G, N, D) of x (B, N, dim)."""
-        if x.dim() != 3 or x.shape[2] != self.to_q.in_features:
-            raise ValueError(f"x must have shape (B, N, {self.to_q.in_features}), got {tuple(x.shape)}")
+        check_hidden("x", x, self.to_q.weight)
         query = rearrange(self.to_q(x), "b n (h d) -> b h n d", h=self.heads)
         key, value = rearrange(self.to_kv(x), "b n (kv g d) -> kv b g n d", kv=2, g=self.kv_heads)
         return query, key, value
@@ -131,10 +129,14 @@ class Attention(LocalContext):
 
         Returns:
             out (B, N, dim), and the new XL cache, None without one.
+
+        Raises:
+            ValueError, TypeError: a shape, dtype or device that does not fit; on the CPU also a count out of range.
         """
-        check_counts(x, local_length=local_length)
         query, key, value = self.project(x)
         key, value = self.extend(key, value, xl_memory)
+        check_count("local_length", local_length, x, key.shape[2])
+        check_bias(rel_pos_bias, query, key.shape[2])
         bias = _bias_arguments(rel_pos_bias, self.heads, query.shape[2], key.shape[2])
         if x.shape[1] == 1 and local_length is None and "bias_dense" in bias and not self.training:
             return self.merge(self._attend_once(query, key, value, **bias)), self.cache(key, value, xl_memory)
@@ -169,7 +171,7 @@ class KNNAttention(LocalContext):
     g · retrieved + (1 - g) · local. A query that finds nothing takes the local part whole.
 
     Args:
-        dim: model width. heads: H. dim_head: D. dropout: of the joint attention weights. num_retrieved_memories: K.
+        dim: model width. heads: H. dim_head: D. dropout: of the attention weights. num_retrieved_memories: K.
         xl_max_memories: X; only what leaves the XL cache is added to the memory.
         attn_scale_init: the temperature's start. gate_output: multiply the result by tanh of a gate that starts at 0.
         kv_heads: G. memory_offset: start of a learned offset per head on the retrieved logits; None for none.
@@ -203,19 +205,19 @@ class KNNAttention(LocalContext):
         combine: str = "softmax",
     ) -> None:
         super().__init__(dim, heads, dim_head, dropout, xl_max_memories, kv_heads, bias_out=False)
-        at_least(1, num_retrieved_memories=num_retrieved_memories)
+        self.num_retrieved_memories = checks.integer("num_retrieved_memories", num_retrieved_memories, low=1)
+        check_number("attn_scale_init", attn_scale_init, above=0)
         if combine not in COMBINATIONS:
             raise ValueError(f"combine must be one of {', '.join(COMBINATIONS)}, got {combine!r}")
         if combine == "gate" and memory_offset is not None:
             raise ValueError(f"memory_offset must be None with combine='gate', got {memory_offset}")
-        if attn_scale_init <= 0:
-            raise ValueError(f"attn_scale_init must be above 0, got {attn_scale_init}")
-        self.num_retrieved_memories = num_retrieved_memories
-        self.scale = nn.Parameter(torch.full((heads, 1, 1), math.log(attn_scale_init)))
+        self.scale = nn.Parameter(torch.full((self.heads, 1, 1), math.log(attn_scale_init)))
         self.output_gate = nn.Parameter(torch.zeros(1)) if gate_output else None
-        offset = None if memory_offset is None else torch.full((heads,), float(memory_offset))
-        self.memory_offset = None if offset is None else nn.Parameter(offset)
-        self.memory_gate = nn.Parameter(torch.zeros(heads)) if combine == "gate" else None
+        self.memory_offset = None
+        if memory_offset is not None:
+            check_number("memory_offset", memory_offset)
+            self.memory_offset = nn.Parameter(torch.full((self.heads,), float(memory_offset)))
+        self.memory_gate = nn.Parameter(torch.zeros(self.heads)) if combine == "gate" else None
 
     def forward(
         self,
@@ -246,16 +248,22 @@ class KNNAttention(LocalContext):
 
         Returns:
             out (B, N, dim), and the new XL cache, None without one.
+
+        Raises:
+            ValueError, TypeError: a shape, dtype, device or memory that does not fit; on the CPU also a count out of
+            range. Nothing was added then.
         """
-        check_counts(x, local_length=local_length, lengths=lengths)
         query, key, value = self.project(x)
         query, key = cosine(query, key)
         key, value = self.extend(key, value, xl_memory)
+        check_count("local_length", local_length, x, key.shape[2])
+        check_count("lengths", lengths, x, x.shape[1])
+        check_bias(rel_pos_bias, query, key.shape[2])
         longest = max(x.shape[1], key.shape[2] - self.xl_max_memories)  # more than N only for a foreign, longer cache
-        snapshot = _snapshot_of(knn_memory, key, longest)
-        if snapshot.documents != x.shape[0]:
-            raise ValueError(f"knn_memory must have x's {x.shape[0]} documents in scope, got {snapshot.documents}")
-        target = snapshot if add_to is None else _snapshot_of(add_to, key, longest)
+        snapshot = snapshot_for("knn_memory", knn_memory, key, longest, self.kv_heads, self.dim_head)
+        target = snapshot
+        if add_to is not None:
+            target = snapshot_for("add_to", add_to, key, longest, self.kv_heads, self.dim_head)
         local = {"key": key, "value": value, "local_length": local_length}
         local |= _bias_arguments(rel_pos_bias, self.heads, query.shape[2], key.shape[2])
         out = self._attend(query, snapshot, local)
@@ -328,10 +336,6 @@ def leaving_range(
     first = torch.zeros_like(given) if local_length is None else (local_keys - local_length).clamp(0, leaving)
     end = torch.full_like(given, local_keys) if lengths is None else local_keys - length + lengths
     return first, end.clamp(max=leaving)
-
-
-def _snapshot_of(memory: KNNMemory | MemorySnapshot, key: Tensor, longest: int) -> MemorySnapshot:
-    return memory if isinstance(memory, MemorySnapshot) else memory.snapshot(like=key, longest=longest)
 
 
 def _bias_arguments(rel_pos_bias: Tensor | None, heads: int, length: int, local_keys: int) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Checkpoint:
 
 def exists(directory: str | Path) -> bool:
     """Whether the directory holds a checkpoint."""
-    return (Path(directory) / INDEX).exists()
+    return (Path(directory) / INDEX).is_file()
 
 
 def save_checkpoint(directory: str | Path, parts: Parts, values: Mapping[str, Any]) -> None:
@@ -51,6 +51,13 @@ def save_checkpoint(directory: str | Path, parts: Parts, values: Mapping[str, An
 
     Raises:
         OSError: the disk is full, or the like; the previous checkpoint is whole.
+
+    >>> import tempfile, torch
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     save_checkpoint(directory, {"model": {"weight": torch.ones(2)}}, {"step": 7})
+    ...     checkpoint = load_checkpoint(directory)
+    >>> checkpoint.values, checkpoint.parts["model"]["weight"].tolist()
+    ({'step': 7}, [1.0, 1.0])
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -82,6 +89,11 @@ def load_checkpoint(directory: str | Path) -> Checkpoint:
 
     Raises:
         FileNotFoundError: there is none. ValueError: it is damaged, or something else.
+
+    >>> load_checkpoint("no/such/run")
+    Traceback (most recent call last):
+        ...
+    FileNotFoundError: checkpoint must be a directory with checkpoint.json, got 'no/such/run'
     """
     directory = Path(directory)
     if not exists(directory):

@@ -1,8 +1,8 @@
 """`python -m memtrans train | eval | generate | info`.
 
 Bad input ends with one line on standard error and exit status 2; Ctrl-C with 130, after a checkpoint; a loss that
-is not finite or a disk that is full with 1, and the last good checkpoint is kept. The last line of `train` and
-`eval` on standard output is one JSON object.
+is not finite, a disk that is full or too little memory with 1, and the last good checkpoint is kept. The last line of
+`train` and `eval` on standard output is one JSON object.
 """
 
 from __future__ import annotations
@@ -45,11 +45,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         return _fail(options, str(error), 2)
     except NonFiniteLossError as error:
-        return _fail(options, f"{error}; the last good checkpoint is kept", 1)
+        return _fail(options, str(error), 1)
     except OSError as error:
         return _fail(options, f"writing to {options.out} failed: {error}; the last checkpoint is kept", 1)
     except KeyboardInterrupt:
         return _fail(options, "stopped by Ctrl-C", 130)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _fail(options, f"the device has too little memory for these sizes: {_first_line(error)}", 1)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """PyTorch has a class for it on GPUs alone."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _fail(options: argparse.Namespace, message: str, status: int) -> int:
@@ -138,6 +151,8 @@ def _train(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         saved = f"step {trainer.step} is saved, --resume --out {options.out} goes on from there"
         return _fail(options, f"stopped by Ctrl-C; {saved}", 130)
+    except NonFiniteLossError as error:
+        return _fail(options, f"{error}; the last good checkpoint is kept", 1)
     print(_json_line(summary), flush=True)
     return 0
 
@@ -164,7 +179,13 @@ def _free_directory(preset: str, resume: bool) -> Path:
 def _evaluate(options: argparse.Namespace) -> int:
     try:
         checkpoint = require(load_checkpoint(checkpoint_of(options.out)), "settings", "step")
-        settings = Settings.from_json({**checkpoint.values["settings"], **_given(options)})
+        trained = Settings.from_json(checkpoint.values["settings"])
+        settings = dataclasses.replace(trained, **_given(options))
+        if bool(settings.memory) != bool(trained.memory):
+            expected = "at least 1 (both evaluations are reported)" if trained.memory else "0"
+            raise ValueError(
+                f"memory must be {expected}, as the run was trained with {trained.memory}, got {settings.memory}"
+            )
         data = open_data(settings, options.split)
         model = build_model(settings).to(pick_device(settings.device))
         load_weights(model, checkpoint)

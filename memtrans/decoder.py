@@ -24,7 +24,7 @@ from memtrans.memory_list import KNNMemoryList
 from memtrans.position import T5RelativePositionBias
 from memtrans.ring import MemorySnapshot
 from memtrans.transformer import MemorizingTransformer
-from memtrans.validation import at_least, check_ids
+from memtrans.validation import check_ids, sizes
 
 
 class Decoder:
@@ -54,7 +54,7 @@ class Decoder:
     def __init__(
         self, model: MemorizingTransformer, batch: int, *, segment: int = 512, memories: KNNMemoryList | None = None
     ) -> None:
-        at_least(1, batch=batch, segment=segment)
+        batch, segment = sizes(1, batch=batch, segment=segment)
         self.model, self.batch, self.segment = model, batch, segment
         self.device = model.token_emb.weight.device
         if memories is None:

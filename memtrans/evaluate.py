@@ -17,6 +17,10 @@ from memtrans.recall import CHANCE, FAR
 from memtrans.transformer import MemorizingTransformer
 
 
+class NonFiniteLossError(RuntimeError):
+    """A loss or a gradient is infinite or NaN: the model is lost, and no checkpoint of it was written."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What a model does on held-out documents.
@@ -58,6 +62,9 @@ def evaluate(
         retrieval: False keeps the memory empty: the same bytes without it.
         dtype: what matrix products compute in, float32 or bfloat16.
         on_segment: called after each segment; may raise to stop.
+
+    Raises:
+        NonFiniteLossError: the loss is infinite or NaN.
     """
     device = model.token_emb.weight.device
     was_training = model.training
@@ -76,6 +83,8 @@ def evaluate(
             on_segment()
     finally:
         model.train(was_training)
+    if not math.isfinite(total):
+        raise NonFiniteLossError(f"the loss on held-out text must be finite, got {float(total)} over {scored} bytes")
     asked, answered = far.tolist()
     bits = float(total) / math.log(2) / scored if scored else math.nan
     return Evaluation(bits, answered / asked if asked else None, scored, asked)

@@ -16,7 +16,7 @@ from memtrans.progress import reading_bar
 from memtrans.replay import Replay
 from memtrans.sampling import Sampling
 from memtrans.transformer import MemorizingTransformer
-from memtrans.validation import at_least, check_ids
+from memtrans.validation import check_ids, sizes
 
 Text = str | bytes | Tensor | Sequence[int]
 
@@ -67,7 +67,7 @@ def generate(
     torch.Size([2, 5])
     """
     sampling = Sampling(temperature, top_k, top_p, seed)
-    at_least(1, tokens=tokens)
+    sizes(1, tokens=tokens)
     texts = as_texts(prompt, model, start)
     was_training = model.training
     model.eval()

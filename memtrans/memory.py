@@ -6,7 +6,6 @@ of `memtrans_kernels`. Source: Wu et al. 2022, sections 3.1 and 3.2.
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from memtrans.ring import MemorySnapshot, Ring, check_mask
 from memtrans.storage import load_tensors, save_tensors
-from memtrans.validation import check_numbers
+from memtrans.validation import check_numbers, sizes, usable_device
 from memtrans_kernels import checks
 from memtrans_kernels.backends import check_name
 
@@ -46,7 +45,8 @@ class KNNMemory:
         num_indices: documents in the batch, B.
         memmap_filename, multiprocessing: accepted and ignored, with a DeprecationWarning.
         device: where the memory lives. Default: that of the first tensor it sees.
-        dtype: of keys (and values). Default: float32 on the CPU, float16 on CUDA.
+        dtype: of keys (and values): float32, float16, bfloat16 or float64. Default: float32 on the CPU, float16 on
+            CUDA.
         value_dtype: of values. Default: `dtype`.
         kv_heads: G, key/value heads with a memory of their own each.
         spare: S, entries that may be added between a forward pass and its backward. It grows to the longest segment
@@ -58,7 +58,8 @@ class KNNMemory:
         kv_heads after num_indices if there are several.
 
     Raises:
-        ValueError: a size below 1 or an unknown backend.
+        ValueError, TypeError: a size that is no integer or below 1, another dtype, a device that this torch cannot use
+            or that keeps no values (meta), an unknown backend.
 
     >>> memory = KNNMemory(dim=2, max_memories=3, num_indices=1)
     >>> memory.add(torch.tensor([[[[1.0, 0.0], [5.0, 5.0]], [[0.0, 1.0], [7.0, 7.0]]]]))   # (B, N, 2, D)
@@ -83,25 +84,19 @@ class KNNMemory:
         backend: str = "auto",
     ) -> None:
         warn_unused(memmap_filename=memmap_filename, multiprocessing=multiprocessing)
-        sizes = {"dim": dim, "max_memories": max_memories, "num_indices": num_indices, "kv_heads": kv_heads}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
-        if spare < 0:
-            raise ValueError(f"spare must be at least 0, got {spare}")
-        for name, given in (("dtype", dtype), ("value_dtype", value_dtype)):
-            if given is not None and not given.is_floating_point:
-                raise TypeError(f"{name} must be floating point, got {given}")
-        self.dim, self.max_memories, self.num_indices, self.kv_heads = dim, max_memories, num_indices, kv_heads
-        heads = () if kv_heads == 1 else (kv_heads,)
-        self.shape = (num_indices, *heads, max_memories, 2, dim)
+        checks.stored(dtype=dtype, value_dtype=value_dtype)
+        self.dim, self.max_memories, self.num_indices, self.kv_heads = sizes(
+            1, dim=dim, max_memories=max_memories, num_indices=num_indices, kv_heads=kv_heads
+        )
+        heads = () if self.kv_heads == 1 else (self.kv_heads,)
+        self.shape = (self.num_indices, *heads, self.max_memories, 2, self.dim)
         self.dtype, self.value_dtype = dtype, value_dtype
-        self.spare, self.backend = spare, check_name(backend)
-        self.scoped_indices = list(range(num_indices))
+        self.spare, self.backend = checks.integer("spare", spare, low=0), check_name(backend)
+        self.scoped_indices = list(range(self.num_indices))
         self._ring: Ring | None = None
         self._rows: Tensor | None = None
         if device is not None:
-            self._prepare(torch.device(device), 0)
+            self._prepare(usable_device(device), 0)
 
     # ------------------------------------------------------------------------------------------------- storage
 
@@ -109,6 +104,8 @@ class KNNMemory:
     def _prepare(self, device: torch.device, longest: int) -> None:
         """Lays the ring out on `device`, with spare slots for a segment of `longest` entries."""
         if self._ring is None:
+            if device.type == "meta":
+                raise ValueError(f"device must be one that keeps values, got {str(device)!r}")
             default = torch.float16 if device.type == "cuda" else torch.float32
             dtype = self.dtype or default
             self._ring = Ring(
@@ -165,7 +162,9 @@ class KNNMemory:
         return rows.to(self._ring.keys.device, non_blocking=True)
 
     def _check_indices(self, name: str, indices: Iterable[int]) -> list[int]:
-        indices = [operator.index(index) for index in indices]
+        if not isinstance(indices, Iterable):
+            raise TypeError(f"{name} must be a sequence of numbers of documents, got {indices!r}")
+        indices = [checks.integer(name, index) for index in indices]
         if len(set(indices)) != len(indices) or not all(0 <= index < self.num_indices for index in indices):
             raise ValueError(f"{name} must be different numbers in [0, {self.num_indices}), got {indices}")
         return indices
@@ -204,6 +203,9 @@ class KNNMemory:
         Raises:
             ValueError, TypeError: another shape, dtype or device; on the CPU also values that are NaN.
         """
+        checks.tensors(memories=memories)
+        checks.floating(memories=memories)
+        checks.typed(torch.int64, count=count)
         heads = () if self.kv_heads == 1 else (self.kv_heads,)
         batch = len(self.scoped_indices)
         expected = (batch, *heads, memories.shape[-3] if memories.dim() >= 3 else 0, 2, self.dim)
@@ -212,7 +214,6 @@ class KNNMemory:
                 f"memories must have shape {self._described('N, 2')} for {batch} documents in scope, "
                 f"got {tuple(memories.shape)}"
             )
-        checks.floating(memories=memories)
         pairs = memories.detach().reshape(batch, self.kv_heads, memories.shape[-3], 2, self.dim)
         # infinite values saturate, and such keys are never retrieved
         check_numbers("the values in memories", pairs[..., 1, :])
@@ -236,8 +237,14 @@ class KNNMemory:
 
         Returns:
             key_values (B, ..., K, 2, D) in the queries' dtype and mask (B, ..., K).
+
+        Raises:
+            ValueError, TypeError: another shape, dtype or device, or a topk that is no integer of at least 1.
         """
         warn_unused(nprobe=nprobe, increment_hits=increment_hits, increment_age=increment_age)
+        checks.tensors(queries=queries)
+        checks.floating(queries=queries)
+        topk = checks.integer("topk", topk, low=1)
         batch = len(self.scoped_indices)
         if queries.dim() < 2 or queries.shape[0] != batch or queries.shape[-1] != self.dim:
             raise ValueError(
@@ -250,9 +257,6 @@ class KNNMemory:
                 f"queries must have shape (B, H, ..., D), H a multiple of kv_heads={self.kv_heads}, "
                 f"got {tuple(queries.shape)}"
             )
-        checks.floating(queries=queries)
-        if topk < 1:
-            raise ValueError(f"topk must be at least 1, got {topk}")
         flat = queries.detach().reshape(batch, heads, -1, self.dim)
         snapshot = self.snapshot(like=queries)
         _, slots = snapshot.nearest(flat, topk)
@@ -265,14 +269,15 @@ class KNNMemory:
         return key_values.reshape(*shape, 2, self.dim), mask.reshape(shape)
 
     def clear(self, batch_indices: int | Iterable[int] | None = None) -> None:
-        """Forgets documents, counted absolutely even inside a scope; all of them by default."""
+        """Forgets documents, counted absolutely even inside a scope; all of them by default.
+
+        Raises ValueError or TypeError when one is repeated, out of range or no integer (a mask is for `clear_rows`).
+        """
         if batch_indices is None:
             indices = list(range(self.num_indices))
         else:
-            try:
-                given: Iterable[int] = [operator.index(batch_indices)]  # type: ignore[arg-type]
-            except TypeError:
-                given = batch_indices  # type: ignore[assignment]
+            several = isinstance(batch_indices, Iterable) and getattr(batch_indices, "ndim", 1) > 0
+            given: Any = batch_indices if several else [batch_indices]
             indices = self._check_indices("batch_indices", given)
         if self._ring is not None:
             with self.at_batch_indices(range(self.num_indices)):
@@ -329,11 +334,11 @@ class KNNMemory:
         snapshot.ring.start.copy_(kept - lengths.clamp(max=kept))
 
     def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Refuses what `load_state_dict` cannot take up; see there."""
         rows = self.num_indices * self.kv_heads
-        missing = {"keys", "values", "lengths"} - set(state)
-        if missing:
-            raise ValueError(f"state must hold keys, values and lengths, got none of {sorted(missing)}")
-        keys, values, lengths = state["keys"], state["values"], state["lengths"]
+        keys, values, lengths = _parts(state)
+        checks.floating(keys=keys, values=values)
+        checks.typed(torch.int64, lengths=lengths)
         width = keys.shape[1] if keys.dim() == 3 else 0
         expected = (rows, width, self.dim)
         if tuple(keys.shape) != expected or values.shape != keys.shape or tuple(lengths.shape) != (rows,):
@@ -341,8 +346,6 @@ class KNNMemory:
                 f"state must hold keys and values of shape ({rows}, entries, {self.dim}) and lengths of shape "
                 f"({rows},), got {tuple(keys.shape)}, {tuple(values.shape)} and {tuple(lengths.shape)}"
             )
-        checks.floating(keys=keys, values=values)
-        checks.typed(torch.int64, lengths=lengths)
         if not bool(((lengths >= 0) & (lengths <= width)).all()):
             raise ValueError(f"lengths must be in [0, {width}], got {lengths.tolist()}")
 
@@ -362,7 +365,8 @@ class KNNMemory:
         Raises ValueError when the file is damaged or not a saved memory, FileNotFoundError when there is none.
         """
         state, configuration = load_tensors(path, "memtrans.KNNMemory")
-        dtypes = {"dtype": state["keys"].dtype, "value_dtype": state["values"].dtype}
+        keys, values, _ = _parts(state)
+        dtypes = {"dtype": keys.dtype, "value_dtype": values.dtype}
         memory = cls(**{**configuration, **dtypes, **overrides}, device=device)
         memory.load_state_dict(state)
         return memory
@@ -377,3 +381,25 @@ class KNNMemory:
         if pickled["state"] is not None:
             self._prepare(pickled["device"], 0)
             self.load_state_dict(pickled["state"])
+
+
+def _parts(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, values and lengths of a state."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state must be a mapping of names to tensors, got {type(state).__name__}")
+    missing = {"keys", "values", "lengths"} - set(state)
+    if missing:
+        raise ValueError(f"state must hold keys, values and lengths, got none of {sorted(missing)}")
+    return state["keys"], state["values"], state["lengths"]
+
+
+def snapshot_for(
+    name: str, memory: KNNMemory | MemorySnapshot, like: Tensor, longest: int, kv_heads: int, width: int
+) -> MemorySnapshot:
+    """The snapshot given, or one of the memory given; it must fit the documents of like (B, ...) and such heads."""
+    if isinstance(memory, KNNMemory):
+        memory = memory.snapshot(like=like, longest=longest)
+    elif not isinstance(memory, MemorySnapshot):
+        raise TypeError(f"{name} must be a KNNMemory or a snapshot of one, got {type(memory).__name__}")
+    memory.check_fits(name, like.shape[0], kv_heads, width)
+    return memory

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from memtrans.memory import UNUSED, KNNMemory, warn_unused
 from memtrans.storage import load_tensors, save_tensors
+from memtrans_kernels import checks
 
 KIND = "memtrans.KNNMemoryList"
 MemoryType = TypeVar("MemoryType", bound="KNNMemoryList")
@@ -34,6 +35,7 @@ class KNNMemoryList(list[KNNMemory]):
         memories_directory: accepted and ignored, with a DeprecationWarning.
         """
         warn_unused(memories_directory=memories_directory)
+        num_memory_layers = checks.integer("num_memory_layers", num_memory_layers, low=0)
 
         def create(
             *args: Any, memmap_filename: Any = UNUSED, multiprocessing: Any = UNUSED, **kwargs: Any
@@ -55,8 +57,17 @@ class KNNMemoryList(list[KNNMemory]):
     def clear_memory(
         self, batch_indices: int | Sequence[int] | None = None, memory_indices: Iterable[int] | None = None
     ) -> None:
-        """Forgets documents (all by default), counted absolutely, in the memories named (all by default)."""
-        for index in range(len(self)) if memory_indices is None else memory_indices:
+        """Forgets documents (all by default), counted absolutely, in the memories named (all by default).
+
+        Raises IndexError or TypeError when there is no such memory; see `KNNMemory.clear` for documents.
+        """
+        named: Any = range(len(self)) if memory_indices is None else memory_indices
+        if not isinstance(named, Iterable):
+            raise TypeError(f"memory_indices must be a sequence of numbers of memories, got {named!r}")
+        chosen = [checks.integer("memory_indices", index) for index in named]
+        if not all(-len(self) <= index < len(self) for index in chosen):
+            raise IndexError(f"memory_indices must be in [0, {len(self)}), got {chosen}")
+        for index in chosen:
             self[index].clear(batch_indices)
 
     def clear_rows(self, mask: Tensor) -> None:
@@ -79,12 +90,12 @@ class KNNMemoryList(list[KNNMemory]):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Replaces what the memories hold. Raises ValueError when the state is of another number of layers or shape."""
-        layers = {name.split(".", 1)[0] for name in state}
+        layers = {name.partition(".")[0] for name in state}
         if layers != {str(index) for index in range(len(self))}:
             raise ValueError(f"state must hold memories 0 to {len(self) - 1}, got {sorted(layers)}")
         parts: list[dict[str, Tensor]] = [{} for _ in self]
         for name, tensor in state.items():
-            index, field = name.split(".", 1)
+            index, _, field = name.partition(".")
             parts[int(index)][field] = tensor
         for memory, part in zip(self, parts, strict=True):
             memory.check_state(part)  # all of them before the first is replaced

@@ -24,14 +24,23 @@ class Metrics:
             file.write(json.dumps(dict(line)) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
-        """Every whole line; a kill may have left a part of one at the end."""
-        lines = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else []:
-            try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return lines
+        """Every whole line; a kill may have left a part of one at the end.
+
+        Raises ValueError when another line is no report of a step: then the file is not a run's.
+        """
+        if not self.path.exists():
+            return []
+        *whole, _ = self.path.read_bytes().split(b"\n")
+        return [self._report(number, line) for number, line in enumerate(whole, start=1)]
+
+    def _report(self, number: int, line: bytes) -> dict[str, Any]:
+        try:
+            report = json.loads(line)
+        except ValueError:
+            report = None
+        if not isinstance(report, dict) or not isinstance(report.get("step"), int):
+            raise ValueError(f"{self.path} must hold a JSON object with a step in each line, got {line!r} in {number}")
+        return report
 
     def truncate(self, step: int) -> None:
         """Keeps what was known when the checkpoint of `step` was written; evaluations at that step come after it."""

@@ -10,6 +10,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from memtrans.validation import check_number, sizes
+from memtrans_kernels import checks
+
 
 class T5RelativePositionBias(nn.Module):
     """A learned bias for each head and bucket of distances; exact up to num_buckets / 2, logarithmic beyond.
@@ -17,13 +20,25 @@ class T5RelativePositionBias(nn.Module):
     Args:
         scale: factor of the learned values. num_buckets, max_distance: T5's; beyond max_distance all is one bucket.
         heads: H.
+
+    Raises:
+        ValueError, TypeError: a size that is no integer, fewer than 2 buckets or 1 head, or a max_distance of at most
+            num_buckets / 2, which leaves nothing to the logarithm.
+
+    >>> bias = T5RelativePositionBias(scale=1.0, heads=4)
+    >>> bias(3, 5).shape                                      # the 3 newest of 5 positions look at all of them
+    torch.Size([1, 4, 3, 5])
+    >>> bias.bucket(torch.tensor([0, 15, 16, 127, 128, 9999])).tolist()
+    [0, 15, 16, 31, 31, 31]
     """
 
     def __init__(self, scale: float, num_buckets: int = 32, max_distance: int = 128, heads: int = 8) -> None:
         super().__init__()
+        check_number("scale", scale)
         self.scale = scale
-        self.num_buckets = num_buckets
-        self.max_distance = max_distance
+        self.num_buckets = checks.integer("num_buckets", num_buckets, low=2)
+        self.max_distance = checks.integer("max_distance", max_distance, low=num_buckets // 2 + 1)
+        heads = checks.integer("heads", heads, low=1)
         self.relative_attention_bias = nn.Embedding(num_buckets, heads)
 
     def bucket(self, distance: Tensor) -> Tensor:
@@ -48,6 +63,7 @@ class T5RelativePositionBias(nn.Module):
 
     def forward(self, i: int, j: int, *, device: torch.device | str | None = None) -> Tensor:
         """Dense bias (1, H, i, j) of the i newest of j positions; 0 distance for keys in the future."""
+        i, j = sizes(0, i=i, j=j)
         del device  # upstream's argument; the table lives where the weights live
         return expand_table(self.table(), i, j)[None]
 

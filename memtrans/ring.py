@@ -91,6 +91,7 @@ class Ring:
 
 def check_mask(mask: Tensor, documents: int) -> None:
     """Refuses what is no bool tensor (B,)."""
+    checks.tensors(mask=mask)
     if mask.dtype != torch.bool or mask.shape != (documents,):
         raise ValueError(f"mask must be a bool tensor of shape ({documents},), got {mask.dtype} {tuple(mask.shape)}")
 
@@ -130,6 +131,16 @@ class MemorySnapshot:
         segment makes it lay itself out again.
         """
         return replace(self, start=self.ring.start, cursor=self.ring.cursor)
+
+    def check_fits(self, name: str, documents: int, kv_heads: int, width: int) -> None:
+        """Refuses to be the memory of so many documents, key/value heads and components."""
+        expected = (documents, kv_heads, width)
+        found = (self.documents, self.rows.numel() // self.documents, self.keys.shape[2])
+        if found != expected:
+            raise ValueError(
+                f"{name} must have the batch's {documents} documents in scope, kv_heads={kv_heads} and dim={width}, "
+                f"got {found[0]} documents, kv_heads={found[1]} and dim={found[2]}"
+            )
 
     @property
     def ledger(self) -> Ledger:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from memtrans.checkpoint import exists, load_checkpoint, require, save_checkpoint
-from memtrans.evaluate import evaluate_both
+from memtrans.evaluate import NonFiniteLossError, evaluate_both
 from memtrans.metrics import Metrics
 from memtrans.plot import plot_metrics
 from memtrans.presets import Settings
@@ -29,6 +29,11 @@ MAY_CHANGE = ("steps", "device", "eval_bytes", "eval_every", "checkpoint_every",
 def checkpoint_of(out: str | Path) -> Path:
     """Where a run keeps its checkpoint."""
     return Path(out) / "checkpoint"
+
+
+def metrics_of(out: str | Path) -> Metrics:
+    """The record of a run."""
+    return Metrics(Path(out) / "metrics.jsonl")
 
 
 def resumed_settings(out: str | Path, given: Mapping[str, Any]) -> Settings:
@@ -46,13 +51,17 @@ def resumed_settings(out: str | Path, given: Mapping[str, Any]) -> Settings:
 def start(settings: Settings, out: str | Path, resume: bool) -> Trainer:
     """A trainer at the beginning of the run, or where the checkpoint in `out` left it.
 
-    Raises ValueError or FileNotFoundError when the data, the device, the directory or the checkpoint will not do.
+    Raises ValueError or OSError when the data, the device, the directory or the checkpoint will not do.
     """
+    blocked = next((path for path in (Path(out), *Path(out).parents) if path.exists() and not path.is_dir()), None)
+    if blocked:
+        raise ValueError(f"out must be a directory or not exist, got {str(out)!r}, where {str(blocked)!r} is a file")
     if not resume and exists(checkpoint_of(out)):
         raise ValueError(f"out must be a directory without a checkpoint, or come with --resume, got {str(out)!r}")
     trainer = Trainer(settings, open_data(settings), pick_device(settings.device))
     if resume:
         trainer.restore(load_checkpoint(checkpoint_of(out)))
+        metrics_of(out).read()
     return trainer
 
 
@@ -66,7 +75,7 @@ class Run:
     def __init__(self, trainer: Trainer, out: str | Path, plain: bool = False) -> None:
         self.trainer, self.out, self.plain = trainer, Path(out), plain
         self.settings = trainer.settings
-        self.metrics = Metrics(self.out / "metrics.jsonl")
+        self.metrics = metrics_of(self.out)
         self._saved_step = -1
         self._seconds = 0.0  # spent on steps by this process
         self._read = 0  # tokens read in them
@@ -90,6 +99,7 @@ class Run:
                 while trainer.step < self.settings.steps:
                     self._step(interruption)
                     evaluation = self._evaluate_if_due(interruption) or evaluation
+                    self._save_if_due()
             finally:
                 self.progress.close()
         for retrieved in sample_retrievals(
@@ -99,7 +109,7 @@ class Run:
         return self._summary(evaluation)
 
     def _step(self, interruption: Interruption) -> None:
-        """One optimiser step, and the report and the checkpoint that are due after it."""
+        """One optimiser step, and the report that is due after it; after Ctrl-C, a checkpoint and the end."""
         trainer, settings = self.trainer, self.settings
         begin, tokens = time.perf_counter(), trainer.tokens
         trainer.advance()
@@ -111,9 +121,15 @@ class Run:
         self.progress.step()
         if line is not None:
             self._log(line)
-        if last or interruption.heard or trainer.step % settings.checkpoint_every == 0:
+        if interruption.heard:
             self._save()
         interruption.check()
+
+    def _save_if_due(self) -> None:
+        """Writes a checkpoint after the last step and every so many, once an evaluation there found the model good."""
+        step, settings = self.trainer.step, self.settings
+        if step == settings.steps or step % settings.checkpoint_every == 0:
+            self._save()
 
     def _log(self, line: dict[str, Any]) -> None:
         seconds, tokens = self._seconds - self._since[0], self._read - self._since[1]
@@ -133,7 +149,13 @@ class Run:
         trainer, settings = self.trainer, self.settings
         if trainer.step < settings.steps and (not settings.eval_every or trainer.step % settings.eval_every):
             return {}
-        evaluation = evaluate_settings(trainer, interruption.check)
+        try:
+            evaluation = evaluate_settings(trainer, interruption.check)
+        except NonFiniteLossError:
+            raise
+        except BaseException:
+            self._save()  # of what else stops an evaluation, the model knows nothing
+            raise
         self.metrics.append({"step": trainer.step, "tokens": trainer.tokens, **evaluation})
         plot_metrics(self.metrics.read(), self.out / "loss.png")
         self.progress.say(describe(trainer.step, evaluation))

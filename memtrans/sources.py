@@ -66,9 +66,9 @@ def load_corpus(data: str) -> Corpus:
     path = Path(data).expanduser()
     if data == STANDARD_LIBRARY:
         documents = standard_library()
-    elif path.is_dir():
+    elif data and path.is_dir():  # an empty path would be the current directory
         documents = [document for entry in sorted(path.iterdir()) for document in _of_entry(path, entry)]
-    elif path.exists():
+    elif data and path.exists():
         documents = list(_unpacked(path.name, path))
     else:
         raise FileNotFoundError(f"data must be {STANDARD_LIBRARY!r} or the path of a file or directory, got {data!r}")

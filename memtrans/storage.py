@@ -59,4 +59,7 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
         raise ValueError(f"path must name a whole safetensors file, got {str(path)!r}: {error}") from error
     if metadata.get("kind") != kind:
         raise ValueError(f"path must name a file written as {kind}, got {str(path)!r} of {metadata.get('kind')}")
-    return tensors, json.loads(metadata["configuration"])
+    try:
+        return tensors, dict(json.loads(metadata["configuration"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"path must name a file with a JSON configuration, got {str(path)!r}: {error}") from error

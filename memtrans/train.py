@@ -15,6 +15,7 @@ from torch import Tensor
 
 from memtrans.checkpoint import Checkpoint, require
 from memtrans.data import Document, DocumentOrder, DocumentStream, RandomWindows, Shuffled
+from memtrans.evaluate import NonFiniteLossError
 from memtrans.loader import StepLoader
 from memtrans.presets import Settings, build_model
 from memtrans.reader import DocumentReader
@@ -22,12 +23,9 @@ from memtrans.recall import RecallDocuments, RecallTask
 from memtrans.sources import load_corpus
 from memtrans.step import make_optimizer, make_step
 from memtrans.transformer import MemorizingTransformer
+from memtrans.validation import usable_device
 
 RECALL = "recall"
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss or the gradient became infinite or NaN; no checkpoint was written since."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +58,8 @@ def open_data(settings: Settings, split: str = "validation") -> TrainingData:
 
 def _recall_data(settings: Settings) -> TrainingData:
     """Facts and questions; the first documents of every row are near ones until `near_steps` are over."""
+    if settings.windows:
+        raise ValueError("windows must be off for recall, whose far questions no window holds, got True")
     segments = settings.near_steps * settings.segments * settings.accumulate
     per_document = math.ceil(RecallTask.near_length * 7 / 8 / settings.segment)
     task = RecallTask(near_documents=settings.batch * segments // per_document)
@@ -75,14 +75,7 @@ def pick_device(name: str) -> torch.device:
     """The device of that name; `auto` takes a GPU where there is one. Raises ValueError when it cannot be used."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"device must be auto, cpu or a GPU that this torch can use, got {name!r}: {reason}"
-        ) from error
+    device = usable_device(name)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
     return device

@@ -6,7 +6,7 @@ Shapes: B documents, N tokens of the segment, X cached XL tokens, D head width, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,12 +16,22 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from memtrans.attention import Attention, KNNAttention
-from memtrans.memory import UNUSED, KNNMemory, warn_unused
+from memtrans.memory import UNUSED, KNNMemory, snapshot_for, warn_unused
 from memtrans.memory_list import KNNMemoryList
 from memtrans.position import T5RelativePositionBias
 from memtrans.pretrained import Pretrained, configuration_of
 from memtrans.ring import MemorySnapshot
-from memtrans.validation import at_least, check_cache, check_counts, check_embeddings, check_ids
+from memtrans.validation import (
+    check_cache,
+    check_count,
+    check_finite,
+    check_hidden,
+    check_ids,
+    check_number,
+    sizes,
+    whole,
+)
+from memtrans_kernels import checks
 
 
 class PreNormResidual(nn.Module):
@@ -54,11 +64,22 @@ class FeedForward(nn.Module):
 
 def _layers(name: str, layers: int | Sequence[int] | None, default: Sequence[int], depth: int) -> tuple[int, ...]:
     """Layer numbers counted from 1, in ascending order, each once."""
-    chosen = default if layers is None else (layers,) if isinstance(layers, int) else tuple(layers)
+    given = default if layers is None else layers if isinstance(layers, Iterable) else (layers,)
+    chosen = [checks.integer(name, layer) for layer in given]
     unknown = [layer for layer in chosen if not 1 <= layer <= depth]
     if unknown:
         raise ValueError(f"{name} must name layers from 1 to depth={depth}, got {unknown}")
     return tuple(sorted(set(chosen)))
+
+
+def _token(which: str, token_id: int | None, vocabulary: int) -> int | None:
+    """The token that clears memories, None for none."""
+    if token_id is None:
+        return None
+    name = f"clear_memories_on_{which}_token_id"
+    if not 0 <= checks.integer(name, token_id) < vocabulary:
+        raise ValueError(f"{name} must be a token id in [0, {vocabulary}), got {token_id}")
+    return token_id
 
 
 class MemorizingTransformer(Pretrained):
@@ -89,7 +110,8 @@ class MemorizingTransformer(Pretrained):
         config: these arguments, as `save_pretrained` writes and `from_pretrained` reads them.
 
     Raises:
-        ValueError: a layer that does not exist, heads that do not divide.
+        ValueError, TypeError: a size that is no integer or too small, a layer or token that does not exist, heads that
+            do not divide.
 
     >>> model = MemorizingTransformer(num_tokens=256, dim=32, depth=2, dim_head=8, heads=4, memorizing_layers=2)
     >>> memories = model.create_knn_memories(batch_size=1)
@@ -136,17 +158,21 @@ class MemorizingTransformer(Pretrained):
         warn_unused(
             knn_memories_directory=knn_memories_directory, knn_memory_multiprocessing=knn_memory_multiprocessing
         )
-        at_least(1, num_tokens=num_tokens, dim=dim, depth=depth, dim_head=dim_head, heads=heads, kv_heads=kv_heads)
-        at_least(1, max_knn_memories=max_knn_memories)
-        at_least(0, xl_max_memories=int(xl_max_memories))
-        self.num_tokens, self.dim, self.dim_head, self.kv_heads = num_tokens, dim, dim_head, kv_heads
-        self.max_knn_memories, self.pad_id = max_knn_memories, pad_id
-        self.clear_memories_on_sos_token_id = clear_memories_on_sos_token_id
-        self.clear_memories_on_eos_token_id = clear_memories_on_eos_token_id
-        self.shift_knn_memories_down = int(shift_knn_memories_down)
-        self.shift_xl_memories_down = int(shift_xl_memories_down)
-        self.legacy, self.activation_checkpointing, self.validate = legacy, activation_checkpointing, validate
         knn_attn_heads = heads if knn_attn_heads is None else knn_attn_heads
+        num_tokens, dim, depth = sizes(1, num_tokens=num_tokens, dim=dim, depth=depth)
+        dim_head, heads, knn_attn_heads = sizes(1, dim_head=dim_head, heads=heads, knn_attn_heads=knn_attn_heads)
+        (max_knn_memories,) = sizes(1, max_knn_memories=max_knn_memories)
+        xl_max_memories = whole("xl_max_memories", xl_max_memories, low=0)
+        checks.probability("attn_dropout", attn_dropout)
+        checks.probability("ff_dropout", ff_dropout)
+        check_number("ff_mult", ff_mult, above=0)
+        self.num_tokens, self.dim, self.dim_head, self.kv_heads = num_tokens, dim, dim_head, kv_heads
+        self.max_knn_memories, self.pad_id = max_knn_memories, checks.integer("pad_id", pad_id)
+        self.clear_memories_on_sos_token_id = _token("sos", clear_memories_on_sos_token_id, num_tokens)
+        self.clear_memories_on_eos_token_id = _token("eos", clear_memories_on_eos_token_id, num_tokens)
+        self.shift_knn_memories_down = whole("shift_knn_memories_down", shift_knn_memories_down)
+        self.shift_xl_memories_down = whole("shift_xl_memories_down", shift_xl_memories_down)
+        self.legacy, self.activation_checkpointing, self.validate = legacy, activation_checkpointing, validate
 
         self.memorizing_layers = _layers(
             "memorizing_layers", memorizing_layers, (depth // 2,) if depth > 1 else (), depth
@@ -154,6 +180,7 @@ class MemorizingTransformer(Pretrained):
         self.num_memory_layers = len(self.memorizing_layers)
         every_layer = tuple(range(1, depth + 1))
         xl_layers = _layers("xl_memory_layers", xl_memory_layers, every_layer, depth)
+        self.config |= {"memorizing_layers": list(self.memorizing_layers), "xl_memory_layers": list(xl_layers)}
         self.xl_memory_layers = xl_layers if xl_max_memories > 0 else ()
         self.num_xl_memory_layers = len(self.xl_memory_layers)
 
@@ -166,7 +193,7 @@ class MemorizingTransformer(Pretrained):
                 "dim": dim,
                 "dim_head": dim_head,
                 "dropout": attn_dropout,
-                "xl_max_memories": int(xl_max_memories) if layer in self.xl_memory_layers else 0,
+                "xl_max_memories": xl_max_memories if layer in self.xl_memory_layers else 0,
                 "kv_heads": kv_heads,
             }
             attention = (
@@ -241,7 +268,8 @@ class MemorizingTransformer(Pretrained):
             raise ValueError("exactly one of x and inputs_embeds must be given")
         hidden = self._embed(x, inputs_embeds)
         self._check_labels(labels, hidden)  # whatever is refused is refused before the memory changes
-        check_counts(hidden, lengths=lengths, xl_length=xl_length)
+        check_count("lengths", lengths, hidden, hidden.shape[1])
+        check_count("xl_length", xl_length, hidden)
         caches = self._xl(xl_memories, hidden)
         snapshots = self.snapshots(knn_memories, hidden)
         if x is not None and add_knn_memory:
@@ -336,12 +364,13 @@ class MemorizingTransformer(Pretrained):
     # -------------------------------------------------------------------------------------------------- checks
 
     def _embed(self, x: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        device = self.token_emb.weight.device
+        weight = self.token_emb.weight
         if x is not None:
-            check_ids("x", x, self.num_tokens, None, device, self.validate)
+            check_ids("x", x, self.num_tokens, None, weight.device, self.validate)
             return self.token_emb(x)
         assert inputs_embeds is not None
-        check_embeddings(inputs_embeds, self.dim, device, self.validate)
+        check_hidden("inputs_embeds", inputs_embeds, weight)
+        check_finite("inputs_embeds", inputs_embeds, self.validate)
         return inputs_embeds
 
     def _check_labels(self, labels: Tensor | None, hidden: Tensor) -> None:
@@ -356,25 +385,17 @@ class MemorizingTransformer(Pretrained):
 
         hidden: (B, N, any), on the model's device; the memories make room for segments of N.
         """
+        if not isinstance(memories, Sequence):
+            raise TypeError(f"knn_memories must be a sequence of memories, got {type(memories).__name__}")
         if len(memories) != self.num_memory_layers:
             raise ValueError(
                 f"knn_memories must hold one memory for each of the layers {self.memorizing_layers}, "
                 f"got {len(memories)}"
             )
-        snapshots = [
-            memory if isinstance(memory, MemorySnapshot) else memory.snapshot(like=hidden, longest=hidden.shape[1])
-            for memory in memories
+        return [
+            snapshot_for(f"knn_memories[{place}]", memory, hidden, hidden.shape[1], self.kv_heads, self.dim_head)
+            for place, memory in enumerate(memories)
         ]
-        expected = (hidden.shape[0], self.kv_heads, self.dim_head)
-        for place, snapshot in enumerate(snapshots):
-            found = (snapshot.documents, snapshot.rows.numel() // snapshot.documents, snapshot.keys.shape[2])
-            if found != expected:
-                raise ValueError(
-                    f"knn_memories[{place}] must have the batch's {expected[0]} documents in scope, "
-                    f"kv_heads={expected[1]} and dim={expected[2]}, "
-                    f"got {found[0]} documents, kv_heads={found[1]} and dim={found[2]}"
-                )
-        return snapshots
 
     def _xl(self, xl_memories: Sequence[Tensor | None] | None, hidden: Tensor) -> list[Tensor | None]:
         """The XL caches given, or none for each caching layer."""

@@ -6,21 +6,22 @@ looked at on CPU tensors alone: on a GPU a look is a host round trip, which the 
 
 from __future__ import annotations
 
+import math
+from numbers import Real
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from memtrans_kernels import checks
-
-
-def may_look(tensor: Tensor, validate: bool = False) -> bool:
-    """Whether values may be looked at: not while tracing, and off the CPU only on request."""
-    return not torch.compiler.is_compiling() and tensor.numel() > 0 and (tensor.device.type == "cpu" or validate)
+from memtrans_kernels.checks import may_look
 
 
 def check_ids(
     name: str, ids: Tensor, vocabulary: int, pad_id: int | None, device: torch.device, validate: bool
 ) -> None:
     """Refuses what is no (B, N) of ids in [0, vocabulary), or `pad_id`."""
+    checks.tensors(**{name: ids})
     if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{name} must be integers of shape (B, N), got {ids.dtype} {tuple(ids.shape)}")
     checks.same_device(device, **{name: ids})
@@ -32,13 +33,19 @@ def check_ids(
             raise IndexError(f"{name} must be token ids in [0, {vocabulary}), got {int(ids[wrong][0])}")
 
 
-def check_embeddings(embeds: Tensor, width: int, device: torch.device, validate: bool) -> None:
-    """Refuses what is no finite (B, N, width)."""
-    checks.floating(inputs_embeds=embeds)
-    checks.same_device(device, inputs_embeds=embeds)
-    if embeds.dim() != 3 or embeds.shape[2] != width:
-        raise ValueError(f"inputs_embeds must have shape (B, N, {width}), got {tuple(embeds.shape)}")
-    check_finite("inputs_embeds", embeds, validate)
+def check_hidden(name: str, hidden: Tensor, weight: Tensor) -> None:
+    """Refuses what is no (B, N, width) of the dtype and on the device of weight (anything, width).
+
+    Autocast makes floating-point dtypes fit; a weight of another kind (quantised) has a layer of its own to judge.
+    """
+    checks.tensors(**{name: hidden})
+    checks.floating(**{name: hidden})
+    checks.same_device(weight.device, **{name: hidden})
+    if hidden.dim() != 3 or hidden.shape[2] != weight.shape[-1]:
+        raise ValueError(f"{name} must have shape (B, N, {weight.shape[-1]}), got {tuple(hidden.shape)}")
+    fits = hidden.dtype == weight.dtype or torch.is_autocast_enabled(hidden.device.type)
+    if weight.dtype.is_floating_point and not fits:
+        raise TypeError(f"{name} must be {weight.dtype} like the weights (or autocast be on), got {hidden.dtype}")
 
 
 def check_finite(name: str, tensor: Tensor, validate: bool = False) -> None:
@@ -53,29 +60,74 @@ def check_numbers(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must be numbers, got NaN components")
 
 
-def check_counts(hidden: Tensor, **counts: Tensor | None) -> None:
-    """Refuses what is no (B,) int64 on the device of hidden (B, N, dim), or holds a negative number."""
-    for name, count in counts.items():
-        if count is not None:
-            checks.Letters(B=hidden.shape[0]).bind(name, count, "B")
-            checks.typed(torch.int64, **{name: count})
-            checks.same_device(hidden.device, **{name: count})
-            if may_look(count) and int(count.min()) < 0:
-                raise ValueError(f"{name} must not be negative, got {count.tolist()}")
+def check_count(name: str, count: Tensor | None, hidden: Tensor, most: int | None = None) -> None:
+    """Refuses what is no (B,) int64 of numbers from 0 to `most` on the device of hidden (B, N, dim)."""
+    if count is not None:
+        checks.Letters(B=hidden.shape[0]).bind(name, count, "B")
+        checks.typed(torch.int64, **{name: count})
+        checks.same_device(hidden.device, **{name: count})
+        checks.within(name, count, 0, most)
 
 
 def check_cache(name: str, cache: Tensor, batch: int, kv_heads: int, width: int, device: torch.device) -> None:
-    """Refuses what is no XL cache (B, X, 2, D), or (B, G, X, 2, D) if G > 1."""
+    """Refuses what is no XL cache (B, X, 2, D), or (B, G, X, 2, D) if G > 1, of any floating-point dtype."""
+    checks.floating(**{name: cache})
     heads = () if kv_heads == 1 else (kv_heads,)
     expected = (batch, *heads, cache.shape[-3] if cache.dim() >= 3 else "X", 2, width)
     if tuple(cache.shape) != expected:
         raise ValueError(f"{name} must have shape {expected}, got {tuple(cache.shape)}")
-    checks.floating(**{name: cache})
     checks.same_device(device, **{name: cache})
 
 
-def at_least(low: int, **sizes: int) -> None:
-    """Refuses a size below `low`."""
-    for name, size in sizes.items():
-        if size < low:
-            raise ValueError(f"{name} must be at least {low}, got {size}")
+def check_bias(bias: Tensor | None, query: Tensor, local_keys: int) -> None:
+    """Refuses what is no bias for query (B, H, N, D) over L local keys, of any floating-point dtype.
+
+    By distance (H, distances), or dense: (at least N, at least L) behind axes that broadcast against (B, H).
+    """
+    if bias is None:
+        return
+    checks.floating(rel_pos_bias=bias)
+    checks.same_device(query.device, rel_pos_bias=bias)
+    batch, heads, length, _ = query.shape
+    if bias.dim() == 2:
+        fits = bias.shape[0] == heads and bias.shape[1] > 0
+    else:
+        shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
+        fits = 3 <= bias.dim() <= 4 and shape[0] in (1, batch) and shape[1] in (1, heads)
+        fits = fits and shape[2] >= length and shape[3] >= local_keys
+    if not fits:
+        raise ValueError(
+            f"rel_pos_bias must have shape ({heads}, distances), or (1, {heads}, at least {length}, at least "
+            f"{local_keys}) to be dense, got {tuple(bias.shape)}"
+        )
+
+
+def sizes(low: int, **given: Any) -> tuple[int, ...]:
+    """The integers given; refuses what is none, or below `low`."""
+    return tuple(checks.integer(name, size, low) for name, size in given.items())
+
+
+def whole(name: str, number: Any, low: int | None = None) -> int:
+    """The integer that `number` is, 0.0 too, which is upstream's default of some counts."""
+    is_whole = isinstance(number, float) and number.is_integer()
+    return checks.integer(name, int(number) if is_whole else number, low)
+
+
+def check_number(name: str, number: Any, above: float = -math.inf) -> None:
+    """Refuses what is no finite number above `above`."""
+    if not isinstance(number, Real) or not above < float(number) < math.inf:
+        expected = "a finite number" + ("" if above == -math.inf else f" above {above}")
+        raise ValueError(f"{name} must be {expected}, got {number!r}")
+
+
+def usable_device(device: torch.device | str | int) -> torch.device:
+    """The device of that name. Raises ValueError when this torch cannot use it, or when it keeps no values (meta)."""
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device must be one that this torch can use, got {device!r}: {reason}") from error
+    if found.type == "meta":
+        raise ValueError(f"device must be one that keeps values, got {device!r}")
+    return found

@@ -24,6 +24,8 @@ def _bind_ring(letters: checks.Letters, keys: Tensor, rows: Tensor, **positions:
     checks.typed(torch.int64, rows=rows, **positions)
     checks.same_device(keys.device, rows=rows, **positions)
     checks.within("rows", rows, 0, letters["R"] - 1)
+    for name, position in positions.items():
+        checks.within(name, position, 0)
 
 
 def knn_add_(
@@ -78,6 +80,7 @@ def knn_add_(
     checks.typed(torch.int64, count=count)
     checks.same_device(keys.device, values=values, new_keys=new_keys, new_values=new_values, count=count)
     checks.within("count", count, 0, letters["N"])
+    checks.distinct("rows", rows)
     ops.knn_add_(keys, values, cursor, rows, new_keys.detach(), new_values.detach(), count, at, check_name(backend))
 
 
@@ -126,8 +129,7 @@ def knn_search(
     _check_groups(letters)
     checks.floating(query=query)
     checks.same_device(keys.device, query=query)
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+    k, capacity = checks.integer("k", k, low=1), checks.integer("capacity", capacity)
     if not 1 <= capacity <= letters["slots"]:
         raise ValueError(f"capacity must be between 1 and the ring's {letters['slots']} slots, got {capacity}")
     return ops.knn_search(query.detach(), keys.detach(), rows, start, cursor, capacity, k, check_name(backend))
@@ -149,7 +151,7 @@ def cosine(
         backend: one of `auto`, `reference`, `triton`, `native`, `faiss`.
 
     Raises:
-        TypeError: not floating point. ValueError: widths or devices differ.
+        TypeError: not floating point, `dtype` neither. ValueError: widths or devices differ.
 
     Source: Henry et al. 2020 (arXiv 2010.04245); Wu et al. 2022, section 3.3 normalise keys and queries.
 
@@ -159,8 +161,12 @@ def cosine(
     """
     checks.floating(query=query, key=key)
     checks.same_device(query.device, key=key)
-    if query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"key must be as wide as query, D={query.shape[-1]}, got {key.shape[-1]}")
+    if query.dim() == 0 or query.shape[-1:] != key.shape[-1:]:
+        raise ValueError(
+            f"query and key must have shape (..., D), of one D, got {tuple(query.shape)} and {tuple(key.shape)}"
+        )
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be floating point, got {dtype!r}")
     return ops.cosine(query, key, dtype, check_name(backend))
 
 
@@ -220,6 +226,10 @@ def memory_attention(
     >>> out.tolist()  # both logits are 2
     [[[[2.0, 2.0]]]]
     """
+    checks.floating(
+        query=query, key=key, value=value, memory_keys=memory_keys, memory_values=memory_values, scores=scores,
+        scale=scale, bias_table=bias_table, bias_dense=bias_dense, memory_offset=memory_offset,
+    )  # fmt: skip
     letters = checks.Letters()
     letters.bind("query", query, "B H N D")
     letters.bind("key", key, "B G L D")
@@ -230,25 +240,26 @@ def memory_attention(
     letters.bind("scores", scores, "B H N K")
     letters.bind("slots", slots, "B H N K")
     letters.bind("scale", scale, "H")
-    optional = ((bias_table, "bias_table", "H distances"), (memory_offset, "memory_offset", "H"))
-    for tensor, name, axes in (*optional, (local_length, "local_length", "B")):
+    optional = (
+        ("bias_table", bias_table, "H distances"),
+        ("bias_dense", bias_dense, "1 H N L" if bias_dense is None or bias_dense.shape[:1] == (1,) else "B H N L"),
+        ("memory_offset", memory_offset, "H"),
+        ("local_length", local_length, "B"),
+        ("seed", seed, ""),
+    )
+    for name, tensor, axes in optional:
         if tensor is not None:
             letters.bind(name, tensor, axes)
-    if bias_dense is not None:
-        letters.bind("bias_dense", bias_dense, "B H N L" if bias_dense.shape[0] > 1 else "1 H N L")
+    if bias_table is not None and bias_table.shape[1] == 0:
+        raise ValueError(f"bias_table must have at least one distance, got shape {tuple(bias_table.shape)}")
     _check_groups(letters)
     if letters["G"] * letters["B"] != letters["B·G"]:
         raise ValueError(f"rows must have B·G={letters['B'] * letters['G']} entries, got {letters['B·G']}")
     if 0 < letters["L"] < letters["N"]:
         raise ValueError(f"key must hold the segment itself: L at least N={letters['N']}, or 0, got {letters['L']}")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    checks.probability("dropout_p", dropout_p)
     if dropout_p > 0.0 and seed is None:
         raise ValueError("seed must be an int64 tensor when dropout_p > 0, got None")
-    checks.floating(
-        query=query, key=key, value=value, memory_keys=memory_keys, memory_values=memory_values, scores=scores,
-        scale=scale, bias_table=bias_table, bias_dense=bias_dense, memory_offset=memory_offset,
-    )  # fmt: skip
     checks.typed(torch.int32, slots=slots)
     checks.typed(torch.int64, rows=rows, local_length=local_length, seed=seed)
     checks.same_device(
@@ -256,6 +267,9 @@ def memory_attention(
         scores=scores, slots=slots, scale=scale, bias_table=bias_table, bias_dense=bias_dense,
         memory_offset=memory_offset, local_length=local_length, seed=seed,
     )  # fmt: skip
+    checks.within("rows", rows, 0, letters["R"] - 1)
+    checks.within("slots", slots, -1, letters["slots"] - 1)
+    checks.within("local_length", local_length, 0, letters["L"])
     written, ticket, spare = ledger if ledger is not None else (None, None, 0)
     return ops.memory_attention(
         query, key, value, memory_keys, memory_values, rows, scores, slots, scale, bias_table, bias_dense,
@@ -287,7 +301,7 @@ def local_attention(
     >>> out.flatten().tolist()  # the second query sees both
     [1.0, 2.0]
     """
-    nothing = query.detach().new_empty(0, 1, query.shape[-1])
+    nothing = query.detach().new_empty(1, 1, query.shape[-1])  # a ring of one row: every row of `rows` exists
     scores = query.detach().new_empty(*query.shape[:3], 0, dtype=torch.float32)
     rows = torch.zeros(key.shape[0] * key.shape[1], dtype=torch.int64, device=query.device)
     return memory_attention(

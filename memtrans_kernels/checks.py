@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterator, Mapping
+from numbers import Real
+from typing import Any
+
 import torch
 from torch import Tensor
+
+# What a memory's keys and values may be stored as.
+STORED = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class Letters:
@@ -28,6 +36,7 @@ class Letters:
 
     def bind(self, name: str, tensor: Tensor, axes: str) -> None:
         """Binds the axes of `tensor`, named by different letters such as "B H N D", or raises ValueError."""
+        tensors(**{name: tensor})
         letters = axes.split()
         sizes = dict(zip(letters, tensor.shape, strict=False))
         if tensor.dim() != len(letters) or any(self.sizes.get(letter, size) != size for letter, size in sizes.items()):
@@ -37,33 +46,97 @@ class Letters:
         self.sizes.update(sizes)
 
 
-def floating(**tensors: Tensor | None) -> None:
-    """Refuses tensors that do not hold floating-point numbers."""
-    for name, tensor in tensors.items():
-        if tensor is not None and not tensor.dtype.is_floating_point:
+def tensors(**arguments: Any) -> None:
+    """Refuses what is no tensor: a list, an array of numpy."""
+    for name, argument in arguments.items():
+        if not isinstance(argument, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(argument).__name__}")
+
+
+def _given(arguments: Mapping[str, Tensor | None]) -> Iterator[tuple[str, Tensor]]:
+    """The arguments that are not None, which all must be tensors."""
+    for name, argument in arguments.items():
+        if argument is not None:
+            tensors(**{name: argument})
+            yield name, argument
+
+
+def floating(**arguments: Tensor | None) -> None:
+    """Refuses tensors that do not hold floating-point numbers; None is an argument that was not given."""
+    for name, tensor in _given(arguments):
+        if not tensor.dtype.is_floating_point:
             raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
 
 
-def typed(dtype: torch.dtype, **tensors: Tensor | None) -> None:
+def typed(dtype: torch.dtype, **arguments: Tensor | None) -> None:
     """Refuses tensors of another dtype than `dtype`."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype != dtype:
+    for name, tensor in _given(arguments):
+        if tensor.dtype != dtype:
             raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
 
 
-def same_device(device: torch.device, **tensors: Tensor | None) -> None:
+def same_device(device: torch.device, **arguments: Tensor | None) -> None:
     """Refuses tensors that live on another device than `device`."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != device:
+    for name, tensor in _given(arguments):
+        if tensor.device != device:
             raise ValueError(f"{name} must be on {device} like the other tensors, got {tensor.device}")
 
 
-def within(name: str, tensor: Tensor | None, low: int, high: int) -> None:
-    """Refuses numbers outside [low, high], on the CPU alone: on a GPU looking at a value is a host round trip."""
-    if tensor is None or tensor.device.type != "cpu" or torch.compiler.is_compiling():
+def may_look(tensor: Tensor, validate: bool = False) -> bool:
+    """Whether values may be looked at: not while tracing, and off the CPU (a host round trip) only on request."""
+    return not torch.compiler.is_compiling() and tensor.numel() > 0 and (tensor.device.type == "cpu" or validate)
+
+
+def within(name: str, tensor: Tensor | None, low: int, high: int | None = None) -> None:
+    """Refuses numbers outside [low, high], where values may be looked at; no `high`, no upper limit."""
+    if tensor is None or not may_look(tensor):
         return
-    if bool(((tensor < low) | (tensor > high)).any()):
-        raise ValueError(f"{name} must be in [{low}, {high}], got {tensor.tolist()}")
+    least, most = (int(number) for number in tensor.aminmax())
+    if least < low or (high is not None and most > high):
+        expected = f"at least {low}" if high is None else f"in [{low}, {high}]"
+        got = tensor.tolist() if tensor.numel() <= 100 else f"{least} to {most}"
+        raise ValueError(f"{name} must be {expected}, got {got}")
+
+
+def distinct(name: str, tensor: Tensor) -> None:
+    """Refuses a number that comes twice, where values may be looked at."""
+    if may_look(tensor) and tensor.unique().numel() < tensor.numel():
+        raise ValueError(f"{name} must be different numbers, got {tensor.tolist()}")
+
+
+def integer(name: str, value: Any, low: int | None = None) -> int:
+    """The integer that `value` is, of whatever kind; refuses everything else, and what is below `low`.
+
+    >>> integer("k", 3, low=1)
+    3
+    >>> integer("k", 2.0)
+    Traceback (most recent call last):
+        ...
+    TypeError: k must be an integer, got 2.0
+    """
+    is_truth = isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool
+    try:
+        number = None if is_truth else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if low is not None and number < low:
+        raise ValueError(f"{name} must be at least {low}, got {number}")
+    return number
+
+
+def probability(name: str, value: Any) -> None:
+    """Refuses what is no number in [0, 1)."""
+    if not isinstance(value, Real) or not 0.0 <= float(value) < 1.0:
+        raise ValueError(f"{name} must be in [0, 1), got {value!r}")
+
+
+def stored(**dtypes: torch.dtype | None) -> None:
+    """Refuses what a memory cannot store its entries as."""
+    for name, dtype in dtypes.items():
+        if dtype is not None and dtype not in STORED:
+            raise TypeError(f"{name} must be one of {', '.join(map(str, STORED))}, got {dtype!r}")
 
 
 def divides(divisor: int, divisor_name: str, number: int, number_name: str) -> None:

@@ -200,6 +200,19 @@ def test_dropout_is_drawn_anew_in_training_and_never_in_evaluation():
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"heads": 0}, ValueError, "heads must be at least 1, got 0"),
+        ({"num_buckets": 32.0}, TypeError, r"num_buckets must be an integer, got 32\.0"),
+        ({"max_distance": 16}, ValueError, "max_distance must be at least 17, got 16"),
+    ],
+)
+def test_a_position_bias_that_cannot_be_is_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        T5RelativePositionBias(1.0, **options)
+
+
 @pytest.mark.parametrize(("i", "j"), [(5, 5), (3, 200)])
 def test_positions_count_from_the_querys_true_position(i, j):
     bias = T5RelativePositionBias(scale=2.0, heads=HEADS)
@@ -222,16 +235,86 @@ def test_a_dense_bias_may_leave_out_the_batch_or_share_the_heads():
     assert torch.equal(outs[0], outs[2])
 
 
+@pytest.mark.parametrize("kind", [Attention, KNNAttention])
+@pytest.mark.parametrize(
+    ("bias", "error", "message"),
+    [
+        (torch.zeros(1, 4, 1, 3), ValueError, r"\(1, 4, at least 2, at least 3\) to be dense, got \(1, 4, 1, 3\)"),
+        (torch.zeros(1, 4, 2, 2), ValueError, r"\(1, 4, at least 2, at least 3\) to be dense, got \(1, 4, 2, 2\)"),
+        (
+            torch.zeros(1, 3, 2, 3),
+            ValueError,
+            r"rel_pos_bias must have shape \(4, distances\), .* got \(1, 3, 2, 3\)",
+        ),
+        (torch.zeros(5, 4, 2, 3), ValueError, r"rel_pos_bias must have shape .* got \(5, 4, 2, 3\)"),
+        (torch.zeros(3, 9), ValueError, r"rel_pos_bias must have shape \(4, distances\), or .* got \(3, 9\)"),
+        (torch.zeros(4, 0), ValueError, r"rel_pos_bias must have shape \(4, distances\), or .* got \(4, 0\)"),
+        (torch.zeros(9), ValueError, r"rel_pos_bias must have shape .* got \(9,\)"),
+        (torch.zeros(4, 9).long(), TypeError, "rel_pos_bias must be floating point, got torch.int64"),
+        (torch.zeros(4, 9).to("meta"), ValueError, "rel_pos_bias must be on cpu like the other tensors, got meta"),
+        ([0.0], TypeError, "rel_pos_bias must be a torch.Tensor, got list"),
+    ],
+)
+def test_a_bias_that_does_not_fit_is_refused_and_nothing_is_added(kind, bias, error, message):
+    attention = kind(dim=DIM, heads=HEADS, dim_head=WIDTH, xl_max_memories=1)
+    memory = KNNMemory(WIDTH, 9)
+    extra = {"knn_memory": memory} if kind is KNNAttention else {}
+    with pytest.raises(error, match=message):
+        attention(torch.randn(1, 2, DIM), xl_memory=torch.randn(1, 1, 2, WIDTH), rel_pos_bias=bias, **extra)
+    assert memory.lengths.tolist() == [0]
+
+
+@pytest.mark.parametrize("kind", [Attention, KNNAttention])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_bias_and_a_cache_of_another_floating_dtype_are_cast(kind, dtype):
+    attention = kind(dim=DIM, heads=HEADS, dim_head=WIDTH, xl_max_memories=1)
+    x, bias, cache = torch.randn(1, 2, DIM), torch.randn(HEADS, 4).to(dtype), torch.randn(1, 1, 2, WIDTH).to(dtype)
+    outs = []
+    for cast in (lambda tensor: tensor, lambda tensor: tensor.float()):
+        extra = {"knn_memory": KNNMemory(WIDTH, 9)} if kind is KNNAttention else {}
+        outs.append(attention(x, xl_memory=cast(cache), rel_pos_bias=cast(bias), **extra)[0])
+    assert outs[0].dtype == torch.float32
+    assert_close(outs[0], outs[1], SAME_GRAPH)
+
+
+@pytest.mark.parametrize("kind", [Attention, KNNAttention])
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (
+            torch.randn(1, 2, DIM).double(),
+            TypeError,
+            r"x must be torch\.float32 like the weights .* torch\.float64",
+        ),
+        (torch.ones(1, 2, DIM).long(), TypeError, r"x must be floating point, got torch\.int64"),
+        (torch.randn(1, 2, DIM).to("meta"), ValueError, "x must be on cpu like the other tensors, got meta"),
+        (torch.randn(1, 2, DIM).numpy(), TypeError, "x must be a torch.Tensor, got ndarray"),
+    ],
+)
+def test_an_input_that_the_weights_cannot_read_is_refused(kind, x, error, message):
+    attention = kind(dim=DIM, heads=HEADS, dim_head=WIDTH)
+    extra = {"knn_memory": KNNMemory(WIDTH, 9)} if kind is KNNAttention else {}
+    with pytest.raises(error, match=message):
+        attention(x, **extra)
+
+
+def test_autocast_makes_another_dtype_fit():
+    attention, memory = layer(), KNNMemory(WIDTH, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = attention(torch.randn(1, 2, DIM, dtype=torch.bfloat16), knn_memory=memory)
+    assert out.isfinite().all()
+
+
 def test_errors_name_the_argument():
     with pytest.raises(ValueError, match=r"x must have shape \(B, N, 16\), got \(1, 2, 5\)"):
         layer()(torch.randn(1, 2, 5), knn_memory=KNNMemory(WIDTH))
-    with pytest.raises(ValueError, match="documents in scope, got 1"):
+    with pytest.raises(ValueError, match=r"knn_memory must have the batch's 3 documents in scope, .* got 1 documents"):
         layer()(torch.randn(3, 2, DIM), knn_memory=KNNMemory(WIDTH))
     with pytest.raises(TypeError, match=r"lengths must be torch\.int64, got torch\.float32"):
         layer()(torch.randn(1, 2, DIM), knn_memory=KNNMemory(WIDTH), lengths=torch.ones(1))
     with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\), got 1.0"):
         layer(dropout=1.0)
-    with pytest.raises(ValueError, match="attn_scale_init must be above 0, got 0"):
+    with pytest.raises(ValueError, match="attn_scale_init must be a finite number above 0, got 0"):
         layer(attn_scale_init=0)
     with pytest.raises(ValueError, match="combine must be one of softmax, gate, got 'sum'"):
         layer(combine="sum")
@@ -241,5 +324,13 @@ def test_errors_name_the_argument():
         layer(kv_heads=3)
     with pytest.raises(ValueError, match=r"xl_memory must have shape \(1, 3, 2, 8\), got \(1, 3, 2, 7\)"):
         layer()(torch.randn(1, 2, DIM), knn_memory=KNNMemory(WIDTH), xl_memory=torch.randn(1, 3, 2, 7))
-    with pytest.raises(ValueError, match=r"query must have shape \(B, H, N, D\) with D=5, got \(1, 4, 2, 8\)"):
+    with pytest.raises(ValueError, match=r"knn_memory must have .* dim=8, got 1 documents, kv_heads=1 and dim=5"):
         layer()(torch.randn(1, 2, DIM), knn_memory=KNNMemory(5))
+    with pytest.raises(ValueError, match=r"add_to must have .* kv_heads=1 and dim=8, got 1 documents, kv_heads=2"):
+        layer()(torch.randn(1, 2, DIM), knn_memory=KNNMemory(WIDTH), add_to=KNNMemory(WIDTH, kv_heads=2))
+    with pytest.raises(TypeError, match="knn_memory must be a KNNMemory or a snapshot of one, got list"):
+        layer()(torch.randn(1, 2, DIM), knn_memory=[KNNMemory(WIDTH)])
+    with pytest.raises(ValueError, match=r"local_length must be in \[0, 2\], got \[9\]"):
+        layer()(torch.randn(1, 2, DIM), knn_memory=KNNMemory(WIDTH), local_length=torch.tensor([9]))
+    with pytest.raises(TypeError, match=r"num_retrieved_memories must be an integer, got 2\.0"):
+        KNNAttention(dim=DIM, num_retrieved_memories=2.0)

@@ -178,7 +178,7 @@ def test_ctrl_c_writes_a_checkpoint_exits_with_130_and_the_resumed_run_equals_an
     assert len(losses[0]) == len(losses[1])
 
 
-@pytest.mark.parametrize("after", [0.0, 0.11])
+@pytest.mark.parametrize("after", [0.0, 0.11, 0.29])
 def test_a_killed_run_resumes(tmp_path, text, after):
     kill_and_resume(tmp_path / "run", text, after)
 
@@ -209,9 +209,11 @@ def kill_and_resume(out: Path, text: str, after: float) -> None:
         (["--data", "/no/such/file"], "data must be 'stdlib' or the path of a file or directory, got '/no/such/file'"),
         (["--batch", "0"], "batch must be at least 1, got 0"),
         (["--memory-layers", "7"], "memory_layers must name layers from 1 to 2, got 7"),
-        (["--device", "abacus"], "device must be auto, cpu or"),
+        (["--device", "abacus"], "device must be one that this torch can use, got 'abacus': "),
         (["--dtype", "int3"], "dtype must be one of float32, bfloat16, got 'int3'"),
         (["--resume"], "checkpoint must be a directory with checkpoint.json, got"),
+        (["--data", ""], "data must be 'stdlib' or the path of a file or directory, got ''"),
+        (["--data", "recall", "--windows"], "windows must be off for recall, whose far questions no window holds"),
     ],
 )
 def test_bad_input_ends_with_one_line_and_status_2(tmp_path, text, capsys, options, message):
@@ -236,6 +238,23 @@ def test_options_that_cannot_be_read_end_with_status_2(tmp_path, capsys, options
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("below", ["", "/run"])
+def test_out_must_not_be_a_file_nor_lie_in_one(tmp_path, text, capsys, below):
+    before = Path(text).read_bytes()
+    assert train(Path(text + below), "--data", text) == 2
+    error = capsys.readouterr().err
+    assert f"out must be a directory or not exist, got '{text + below}', where '{text}' is a file" in error
+    assert len(error.splitlines()) == 1
+    assert Path(text).read_bytes() == before
+
+
+def test_sizes_that_no_machine_can_hold_end_with_one_line_and_status_1(tmp_path, text, capsys):
+    assert train(tmp_path / "run", "--data", text, "--memory", str(10**15)) == 1
+    error = capsys.readouterr().err
+    assert "the device has too little memory for these sizes: " in error
+    assert len(error.splitlines()) == 1
+
+
 def test_a_directory_with_a_checkpoint_is_not_overwritten(tmp_path, text, capsys):
     assert train(tmp_path / "run", "--data", text, "--steps", "1") == 0
     before = checkpoint_files(tmp_path / "run")
@@ -252,6 +271,18 @@ def test_a_resumed_run_refuses_other_settings_and_other_data(tmp_path, text, cap
     Path(text).write_bytes(b"another text altogether " * 90)
     assert main(["train", "--resume", "--out", str(out)]) == 2
     assert "data must be what the checkpoint was trained on" in capsys.readouterr().err
+
+
+def test_a_foreign_record_is_refused_before_anything_is_written(tmp_path, text, capsys):
+    out = tmp_path / "run"
+    assert train(out, "--data", text, "--steps", "1") == 0
+    (out / "metrics.jsonl").write_text("step,loss\n1,8.0\n")
+    before = checkpoint_files(out)
+    assert main(["train", "--resume", "--out", str(out), "--plain", "--steps", "2"]) == 2
+    error = capsys.readouterr().err
+    assert "metrics.jsonl must hold a JSON object with a step in each line, got b'step,loss' in 1" in error
+    assert checkpoint_files(out) == before
+    assert (out / "metrics.jsonl").read_text() == "step,loss\n1,8.0\n"
 
 
 def test_a_corrupt_checkpoint_is_refused_and_left_as_it_is(tmp_path, text, capsys):
@@ -297,7 +328,57 @@ def test_a_loss_that_is_not_finite_ends_with_status_1_and_keeps_the_last_good_ch
     assert kept.values["step"] < 40
 
 
+def test_an_evaluation_that_is_not_finite_ends_with_status_1_and_keeps_the_last_good_checkpoint(tmp_path, text, capsys):
+    """The only step's loss is that of the weights before it; what the step left shows in the evaluation alone."""
+    out = tmp_path / "run"
+    options = ["--steps", "1", "--warmup", "0", "--learning-rate", "1e30"]
+    assert train(out, "--data", text, *options) == 1
+    error = capsys.readouterr().err
+    assert re.search("the loss on held-out text must be finite, got (nan|inf) over 320 bytes; the last good", error)
+    assert len(error.splitlines()) == 1
+    assert load_checkpoint(out / "checkpoint").values["step"] == 0
+    assert main(["eval", "--out", str(out)]) == 0
+
+
+def test_ctrl_c_during_an_evaluation_keeps_the_steps_before_it(tmp_path, text, monkeypatch):
+    from memtrans import run
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "evaluate_settings", stop)
+    assert train(tmp_path / "run", "--data", text, "--steps", "3") == 130
+    assert load_checkpoint(tmp_path / "run" / "checkpoint").values["step"] == 3
+
+
 # ------------------------------------------------------------------------------------------------------ eval and info
+
+
+def test_eval_of_a_lost_model_ends_with_one_line_and_status_1(tmp_path, text, capsys):
+    out = tmp_path / "run"
+    assert train(out, "--data", text, "--steps", "1") == 0
+    checkpoint = load_checkpoint(out / "checkpoint")
+    checkpoint.parts["model"]["to_logits.1.bias"].fill_(float("nan"))
+    save_checkpoint(out / "checkpoint", checkpoint.parts, checkpoint.values)
+    capsys.readouterr()
+    assert main(["eval", "--out", str(out)]) == 1
+    printed = capsys.readouterr()
+    assert printed.err == "memtrans eval: the loss on held-out text must be finite, got nan over 320 bytes\n"
+    assert printed.out == ""
+
+
+@pytest.mark.parametrize(
+    ("trained", "asked", "message"),
+    [
+        ("64", "0", "memory must be at least 1 (both evaluations are reported), as the run was trained with 64, got 0"),
+        ("0", "8", "memory must be 0, as the run was trained with 0, got 8"),
+    ],
+)
+def test_eval_cannot_give_or_take_the_layers_that_have_a_memory(tmp_path, text, capsys, trained, asked, message):
+    out = tmp_path / "run"
+    assert train(out, "--data", text, "--steps", "1", "--memory", trained) == 0
+    assert main(["eval", "--out", str(out), "--memory", asked]) == 2
+    assert capsys.readouterr().err == f"memtrans eval: {message}\n"
 
 
 def test_eval_repeats_the_runs_own_evaluation_and_takes_other_sizes(tmp_path, text, capsys):

@@ -70,7 +70,11 @@ def test_large_and_tiny_vectors_keep_their_direction(backend, dtype, size):
 
 
 def test_errors_name_the_argument():
-    with pytest.raises(ValueError, match=r"key must be as wide as query, D=4, got 5"):
+    with pytest.raises(ValueError, match=r"query and key must have shape \(..., D\), of one D, got .*4\) and .*5\)"):
         cosine(torch.ones(1, 4), torch.ones(1, 5))
+    with pytest.raises(ValueError, match=r"query and key must have shape \(..., D\), of one D, got \(\) and \(\)"):
+        cosine(torch.tensor(1.0), torch.tensor(1.0))
+    with pytest.raises(TypeError, match=r"dtype must be floating point, got torch.int32"):
+        cosine(torch.ones(1, 4), torch.ones(1, 4), torch.int32)
     with pytest.raises(TypeError, match=r"query must be floating point, got torch.int64"):
         cosine(torch.ones(1, 4, dtype=torch.int64), torch.ones(1, 4))

@@ -292,6 +292,10 @@ INT = torch.zeros(3, dtype=torch.int64)
         ({"at": INT.int()}, TypeError, r"at must be torch.int64, got torch.int32"),
         ({"rows": torch.tensor([0, 1, 3])}, ValueError, r"rows must be in \[0, 2\], got \[0, 1, 3\]"),
         ({"rows": torch.tensor([0, 1, -1])}, ValueError, r"rows must be in \[0, 2\], got \[0, 1, -1\]"),
+        ({"rows": torch.tensor([0, 1, 0])}, ValueError, r"rows must be different numbers, got \[0, 1, 0\]"),
+        ({"cursor": INT - 1}, ValueError, r"cursor must be at least 0, got \[-1, -1, -1\]"),
+        ({"at": INT - 1}, ValueError, r"at must be at least 0, got \[-1, -1, -1\]"),
+        ({"keys": torch.zeros(3, 4, 2).tolist()}, TypeError, "keys must be a torch.Tensor, got list"),
         ({"backend": "cuda"}, ValueError, r"backend must be one of auto, .*got 'cuda'"),
         (
             {"backend": "faiss"},

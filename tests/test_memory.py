@@ -321,8 +321,16 @@ def test_cleanup_frees_and_the_memory_can_be_used_again() -> None:
         ({"kv_heads": 0}, ValueError, "kv_heads must be at least 1, got 0"),
         ({"spare": -1}, ValueError, "spare must be at least 0, got -1"),
         ({"backend": "gpu"}, ValueError, "backend must be one of auto, .*got 'gpu'"),
-        ({"dtype": torch.int32}, TypeError, "dtype must be floating point, got torch.int32"),
-        ({"value_dtype": torch.int8}, TypeError, "value_dtype must be floating point, got torch.int8"),
+        ({"dtype": torch.int32}, TypeError, "^dtype must be one of torch.float32, .*, got torch.int32"),
+        ({"dtype": "float16"}, TypeError, "^dtype must be one of torch.float32, .*, got 'float16'"),
+        ({"value_dtype": torch.float8_e5m2}, TypeError, "value_dtype must be one of .*, got torch.float8_e5m2"),
+        ({"dim": 4.0}, TypeError, "dim must be an integer, got 4.0"),
+        ({"max_memories": "8"}, TypeError, "max_memories must be an integer, got '8'"),
+        ({"num_indices": True}, TypeError, "num_indices must be an integer, got True"),
+        ({"kv_heads": 2.0}, TypeError, "kv_heads must be an integer, got 2.0"),
+        ({"spare": None}, TypeError, "spare must be an integer, got None"),
+        ({"device": "meta"}, ValueError, "device must be one that keeps values, got 'meta'"),
+        ({"device": "abacus"}, ValueError, "device must be one that this torch can use, got 'abacus': "),
     ],
 )
 def test_a_memory_that_cannot_be_is_refused(kwargs: dict, error: type[Exception], message: str) -> None:
@@ -348,6 +356,20 @@ def test_a_memory_that_cannot_be_is_refused(kwargs: dict, error: type[Exception]
         (lambda m: m.search(torch.ones(3, 2), 1), ValueError, r"queries must .* 2 documents in scope, got \(3, 2\)"),
         (lambda m: m.search(torch.ones(2, 2).int(), 1), TypeError, "queries must be floating point, got torch.int32"),
         (lambda m: m.search(torch.ones(2, 2), 0), ValueError, "topk must be at least 1, got 0"),
+        (lambda m: m.search(torch.ones(2, 2), 2.0), TypeError, "topk must be an integer, got 2.0"),
+        (lambda m: m.search(numpy.ones((2, 2)), 1), TypeError, "queries must be a torch.Tensor, got ndarray"),
+        (lambda m: m.add(numpy.ones((2, 1, 2, 2))), TypeError, "memories must be a torch.Tensor, got ndarray"),
+        (lambda m: m.add(None), TypeError, "memories must be a torch.Tensor, got NoneType"),
+        (lambda m: m.add(torch.ones(2, 1, 2, 2), [1, 1]), TypeError, "count must be a torch.Tensor, got list"),
+        (lambda m: m.clear_rows([True, False]), TypeError, "mask must be a torch.Tensor, got list"),
+        (lambda m: m.clear(1.0), TypeError, "batch_indices must be an integer, got 1.0"),
+        (
+            lambda m: m.clear(torch.tensor([True, False])),
+            TypeError,
+            r"batch_indices must be an integer, got tensor\(True",
+        ),
+        (lambda m: m.set_scoped_indices(1), TypeError, "indices must be a sequence of numbers of documents, got 1"),
+        (lambda m: m.set_scoped_indices([0.0]), TypeError, "indices must be an integer, got 0.0"),
         (lambda m: m.clear_rows(torch.ones(3).bool()), ValueError, r"mask must be a bool tensor of shape \(2,\), got"),
         (lambda m: m.clear_rows(torch.ones(2)), ValueError, "mask must be a bool tensor .* got torch.float32"),
     ],
@@ -365,6 +387,30 @@ def test_bad_tensors_are_refused_and_nothing_is_lost(
 def test_query_heads_must_be_a_multiple_of_the_key_value_heads(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"queries must have shape .* H a multiple of kv_heads=2, got"):
         KNNMemory(2, 4, 2, kv_heads=2).search(torch.ones(shape), 1)
+
+
+def test_sizes_and_counts_may_be_any_kind_of_integer() -> None:
+    memory = KNNMemory(numpy.int64(2), numpy.int32(4), torch.tensor(1))
+    memory.add(pairs(1, 2))
+    assert memory.shape == (1, 4, 2, 2)
+    for topk in (numpy.int64(3), torch.tensor(3)):
+        assert memory.search(torch.ones(1, 2), topk)[1].tolist() == [[True, True, False]]
+
+
+def test_a_memory_takes_no_place_on_a_device_that_keeps_nothing() -> None:
+    with pytest.raises(ValueError, match="device must be one that keeps values, got 'meta'"):
+        KNNMemory(2, 4).add(pairs(1).to("meta"))
+
+
+def test_a_list_names_the_memories_that_it_does_not_hold() -> None:
+    memories = KNNMemoryList([filled()])
+    with pytest.raises(IndexError, match=r"memory_indices must be in \[0, 1\), got \[0, 3\]"):
+        memories.clear_memory(memory_indices=[0, 3])
+    with pytest.raises(TypeError, match="memory_indices must be a sequence of numbers of memories, got 0"):
+        memories.clear_memory([0], 0)
+    assert memories[0].lengths.tolist() == [3, 3]
+    with pytest.raises(TypeError, match=r"num_memory_layers must be an integer, got 2\.0"):
+        KNNMemoryList.create_memories(batch_size=2, num_memory_layers=2.0)
 
 
 def test_a_list_of_memories_warns_once_for_what_it_ignores() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Shape, attention_gradients, gradients_of_results, in_float64, random_attention
-from checks import ATTENTION, LSE, assert_close
+from checks import ATTENTION, LSE, assert_as_close_as, assert_close
 from devices import DEVICE, live_backends, seeded, uninitialised_is_nan
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,8 +25,8 @@ pytestmark = pytest.mark.device
 on_every_backend = pytest.mark.parametrize("backend", live_backends("memory_attention_backward"))
 # Triton's interpreter truncates where it should round to bfloat16
 DTYPES = [torch.float32, torch.float16] if DEVICE == "cpu" else list(ATTENTION)
-# Interpreted, an example takes a second; on a GPU most of its seconds go into compiling for its shape
-EXAMPLES = 8 if os.environ.get("TRITON_INTERPRET") == "1" else 40
+# Interpreted, an example takes a second; on a GPU kernels are compiled for most of them
+EXAMPLES = 6 if os.environ.get("TRITON_INTERPRET") == "1" else 40 if DEVICE == "cpu" else 20
 drawn = settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
 
 
@@ -66,6 +66,8 @@ def shapes(draw: st.DrawFn) -> Shape:
 @drawn
 @given(shape=shapes(), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**20))
 def test_any_shape_equals_the_formula_in_float64(backend: str, shape: Shape, dtype: torch.dtype, seed: int) -> None:
+    if backend == "reference":  # in half precision it is what the others are allowed to lose
+        dtype = torch.float32
     inputs, (grad_out, grad_lse) = random_attention(shape, dtype, seeded(seed)), gradients_of_results(shape)
     grad_out = grad_out.to(dtype)
     out, lse, grads = attention_gradients(inputs, grad_out, grad_lse, backend)
@@ -74,10 +76,11 @@ def test_any_shape_equals_the_formula_in_float64(backend: str, shape: Shape, dty
     assert_close(out, expected_out, ATTENTION[dtype], "out")
     assert torch.equal(lse == -torch.inf, nothing)
     assert_close(lse[~nothing], expected_lse[~nothing], LSE, "lse")
+    plain = expected if backend == "reference" else attention_gradients(inputs, grad_out, grad_lse, "reference")[2]
     assert grads.keys() == expected.keys()
     for name, grad in grads.items():
         assert grad.dtype == inputs[name].dtype
-        assert_close(grad, expected[name], ATTENTION[dtype], name)
+        assert_as_close_as(plain[name], grad, expected[name], dtype, name)
 
 
 def results(inputs: dict[str, Any], shape: Shape, backend: str) -> dict[str, Tensor]:

@@ -89,6 +89,8 @@ def changed(**fields: Any) -> dict[str, Tensor]:
         (changed(lengths=torch.tensor([1.0, 0.5])), TypeError, "lengths must be torch.int64, got torch.float32"),
         (changed(keys=torch.zeros(2, 3, 2).long()), TypeError, "keys must be floating point, got torch.int64"),
         ({"keys": torch.zeros(2, 3, 2)}, ValueError, r"got none of \['lengths', 'values'\]"),
+        (changed(values=[1.0]), TypeError, "values must be a torch.Tensor, got list"),
+        ([1], TypeError, "state must be a mapping of names to tensors, got list"),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused_and_nothing_is_lost(
@@ -125,6 +127,12 @@ def test_a_missing_a_damaged_and_a_foreign_file_are_named(tmp_path: Path) -> Non
         KNNMemory.load(path)
     with pytest.raises(ValueError, match="path must name a whole safetensors file"):
         KNNMemory.load(tmp_path)
+    save_file({"weight": torch.ones(2)}, path, {"kind": "memtrans.KNNMemory"})
+    with pytest.raises(ValueError, match=r"path must name a file with a JSON configuration, got .*memory'"):
+        KNNMemory.load(path)
+    save_file({"weight": torch.ones(2)}, path, {"kind": "memtrans.KNNMemory", "configuration": "{}"})
+    with pytest.raises(ValueError, match="state must hold keys, values and lengths, got none of"):
+        KNNMemory.load(path)
 
 
 @pytest.mark.parametrize("failing", ["write", "fsync", "replace"])

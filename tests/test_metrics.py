@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from memtrans.metrics import Metrics
 from memtrans.plot import plot_metrics
 
@@ -38,6 +40,14 @@ def test_a_line_that_a_kill_cut_off_is_no_line(tmp_path):
     assert metrics.read() == lines_of(1)
     metrics.truncate(2)
     assert path.read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize("line", ["5", "{}", "step,loss", '{"step": "2"}'])
+def test_a_whole_line_that_is_no_report_is_an_error_that_names_it(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{line}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl must hold a JSON object with a step in .* in 2"):
+        Metrics(path).read()
 
 
 def test_the_curves_become_a_picture_with_and_without_evaluations_and_answers(tmp_path):

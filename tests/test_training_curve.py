@@ -14,7 +14,7 @@ from torch import Tensor
 
 from memtrans import MemorizingTransformer
 
-pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
 STEPS, BATCH, SEGMENT, CAPACITY, SEEDS = 300, 8, 128, 1024, (0, 1, 2)
 MODEL = {"dim": 128, "depth": 3, "heads": 4, "dim_head": 32, "memorizing_layers": (2,), "num_retrieved_memories": 16}

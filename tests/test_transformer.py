@@ -203,7 +203,25 @@ def test_a_default_layer_and_layers_given_in_any_form():
         (
             lambda m, k: m(torch.ones(2, 4).long(), k, lengths=torch.tensor([-3, 4])),
             ValueError,
-            r"lengths must not be negative, got \[-3, 4\]",
+            r"lengths must be in \[0, 4\], got \[-3, 4\]",
+        ),
+        (
+            lambda m, k: m(torch.ones(2, 4).long(), k, lengths=torch.tensor([5, 4])),
+            ValueError,
+            r"lengths must be in \[0, 4\], got \[5, 4\]",
+        ),
+        (lambda m, k: m([[1, 2]], k), TypeError, "x must be a torch.Tensor, got list"),
+        (lambda m, k: m(torch.ones(2, 4).long(), k[0]), TypeError, "knn_memories must be a sequence .* got KNNMemory"),
+        (
+            lambda m, k: m(torch.ones(2, 4).long(), ["k"]),
+            TypeError,
+            r"knn_memories\[0\] must be a KNN.* got str",
+        ),
+        (lambda m, k: m(torch.ones(2, 4).long(), k, xl_length=[1, 1]), TypeError, "xl_length must be a torch.Tensor"),
+        (
+            lambda m, k: m(inputs_embeds=torch.ones(2, 4, 16).double(), knn_memories=k),
+            TypeError,
+            "inputs_embeds must be torch.float32 like the weights .*, got torch.float64",
         ),
         (
             lambda m, k: m(torch.ones(2, 4).long(), k, lengths=torch.ones(2)),
@@ -250,10 +268,40 @@ def test_a_refused_call_leaves_every_memory_and_every_row_as_it_was():
     assert [memory.lengths.tolist() for memory in memories] == before
 
 
-@pytest.mark.parametrize("name", ["num_tokens", "dim", "depth", "dim_head", "heads", "max_knn_memories"])
-def test_a_size_of_zero_is_refused(name):
+SIZES = ("num_tokens", "dim", "depth", "dim_head", "heads", "knn_attn_heads", "kv_heads", "max_knn_memories")
+
+
+@pytest.mark.parametrize("name", [*SIZES, "num_retrieved_memories"])
+def test_a_size_of_zero_or_one_that_is_no_integer_is_refused(name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         build(**{name: 0})
+    with pytest.raises(TypeError, match=f"{name} must be an integer, got 2.0"):
+        build(**{name: 2.0})
+
+
+def test_counts_that_upstream_writes_as_0_point_are_whole_numbers():
+    model = build(xl_max_memories=3.0, shift_knn_memories_down=0.0, shift_xl_memories_down=1.0)
+    assert (model.layers[0][0].fn.xl_max_memories, model.shift_xl_memories_down) == (3, 1)
+    with pytest.raises(TypeError, match=r"xl_max_memories must be an integer, got 2\.5"):
+        build(xl_max_memories=2.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"memorizing_layers": 2.0}, TypeError, r"memorizing_layers must be an integer, got 2\.0"),
+        ({"clear_memories_on_eos_token_id": 30}, ValueError, r"eos_token_id must be a token id in \[0, 30\), got 30"),
+        ({"pad_id": None}, TypeError, "pad_id must be an integer, got None"),
+        ({"ff_mult": -1}, ValueError, "ff_mult must be a finite number above 0, got -1"),
+        ({"ff_dropout": 1.0}, ValueError, r"ff_dropout must be in \[0, 1\), got 1\.0"),
+        ({"attn_scale_init": float("nan")}, ValueError, "attn_scale_init must be a finite number above 0, got nan"),
+        ({"memory_offset": "low"}, ValueError, "memory_offset must be a finite number, got 'low'"),
+        ({"xl_max_memories": -1}, ValueError, "xl_max_memories must be at least 0, got -1"),
+    ],
+)
+def test_an_option_out_of_range_is_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        build(**options)
 
 
 def test_a_layer_that_does_not_exist_is_an_error_that_says_what_does():

@@ -1,0 +1,45 @@
+"""What the two packages export is documented, and each example runs (pytest collects doctests)."""
+
+from __future__ import annotations
+
+import doctest
+import importlib.util
+import inspect
+from types import ModuleType
+
+import pytest
+
+import memtrans
+import memtrans_kernels
+from memtrans import checkpoint
+
+PUBLIC = [
+    *((memtrans, name) for name in memtrans.__all__),
+    *((memtrans_kernels, name) for name in memtrans_kernels.__all__),
+    (checkpoint, "save_checkpoint"),
+    (checkpoint, "load_checkpoint"),
+]
+
+
+@pytest.mark.parametrize(("module", "name"), PUBLIC, ids=[f"{module.__name__}.{name}" for module, name in PUBLIC])
+def test_a_public_name_has_an_example_that_doctest_finds(module: ModuleType, name: str) -> None:
+    public = getattr(module, name)
+    home = inspect.getmodule(public)
+    found = {test.name: test for test in doctest.DocTestFinder().find(public, name, module=home)}
+    assert name in found, "no docstring that a doctest runner would look into"
+    assert found[name].examples
+
+
+NAMESAKES = [name for name in memtrans_kernels.__all__ if importlib.util.find_spec(f"memtrans_kernels.{name}")]
+
+
+@pytest.mark.parametrize("name", NAMESAKES)
+def test_loading_a_kernel_does_not_hide_the_function_of_its_name(name: str) -> None:
+    pytest.importorskip("triton")
+    importlib.import_module(f"memtrans_kernels.{name}")
+    assert inspect.isfunction(getattr(memtrans_kernels, name))
+
+
+@pytest.mark.parametrize("package", [memtrans, memtrans_kernels])
+def test_every_public_name_is_listed_once_and_in_order(package: ModuleType) -> None:
+    assert package.__all__ == sorted(set(package.__all__))
