@@ -22,7 +22,7 @@ from memtrans.run import checkpoint_of
 from memtrans.sampling import Sampling
 from memtrans.train import load_weights, pick_device
 from memtrans.transformer import MemorizingTransformer
-from memtrans.validation import sizes
+from memtrans_kernels import checks
 
 SEGMENT = 512  # where the checkpoint does not say what the model was trained with
 START = ord("\n")
@@ -62,17 +62,17 @@ class Generation:
     def open(cls, options: argparse.Namespace) -> Generation:
         """What the options ask for. Raises ValueError, IndexError or OSError where they will not do."""
         sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
-        sizes(1, tokens=options.tokens)
+        checks.integer("tokens", options.tokens, low=1)
         device = pick_device(options.device)
         model, segment = open_model(options.checkpoint)
         if model.num_tokens > 256:
             raise ValueError(f"checkpoint must be of a model over bytes, got one of {model.num_tokens} tokens")
         model = model.to(device, getattr(torch, options.dtype) if options.dtype else None).eval()
-        capacity = {"max_memories": options.memory} if options.memory is not None else {}
+        sizes = {"max_memories": options.memory} if options.memory is not None else {}
         if options.memories is None:
-            memories = model.create_knn_memories(batch_size=1, device=device, **capacity)
+            memories = model.create_knn_memories(batch_size=1, device=device, **sizes)
         else:
-            memories = model.load_memories(options.memories, **capacity)
+            memories = model.load_memories(options.memories, **sizes)
         text = options.prompt if options.prompt_file is None else options.prompt_file.read_bytes()
         start = START if model.clear_memories_on_sos_token_id is None else None
         prompt = as_texts(text, model, start)

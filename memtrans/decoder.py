@@ -54,7 +54,7 @@ class Decoder:
     def __init__(
         self, model: MemorizingTransformer, batch: int, *, segment: int = 512, memories: KNNMemoryList | None = None
     ) -> None:
-        batch, segment = sizes(1, batch=batch, segment=segment)
+        sizes(1, batch=batch, segment=segment)
         self.model, self.batch, self.segment = model, batch, segment
         self.device = model.token_emb.weight.device
         if memories is None:

@@ -124,14 +124,6 @@ class MemorySnapshot:
         start, cursor = read_cursors(ring.start, ring.cursor)
         return MemorySnapshot(ring, rows, documents, start, cursor, ring.keys_read, ring.values_read, ticket)
 
-    def live(self) -> MemorySnapshot:
-        """The same rows as they stand whenever they are read, instead of now.
-
-        For a step that adds nothing and is replayed: it finds the memory where it lies, for as long as no longer
-        segment makes it lay itself out again.
-        """
-        return replace(self, start=self.ring.start, cursor=self.ring.cursor)
-
     def check_fits(self, name: str, documents: int, kv_heads: int, width: int) -> None:
         """Refuses to be the memory of so many documents, key/value heads and components."""
         expected = (documents, kv_heads, width)
@@ -141,6 +133,14 @@ class MemorySnapshot:
                 f"{name} must have the batch's {documents} documents in scope, kv_heads={kv_heads} and dim={width}, "
                 f"got {found[0]} documents, kv_heads={found[1]} and dim={found[2]}"
             )
+
+    def live(self) -> MemorySnapshot:
+        """The same rows as they stand whenever they are read, instead of now.
+
+        For a step that adds nothing and is replayed: it finds the memory where it lies, for as long as no longer
+        segment makes it lay itself out again.
+        """
+        return replace(self, start=self.ring.start, cursor=self.ring.cursor)
 
     @property
     def ledger(self) -> Ledger:

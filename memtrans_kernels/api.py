@@ -301,7 +301,7 @@ def local_attention(
     >>> out.flatten().tolist()  # the second query sees both
     [1.0, 2.0]
     """
-    nothing = query.detach().new_empty(1, 1, query.shape[-1])  # a ring of one row: every row of `rows` exists
+    nothing = query.detach().new_empty(1, 1, query.shape[-1])  # nobody reads it
     scores = query.detach().new_empty(*query.shape[:3], 0, dtype=torch.float32)
     rows = torch.zeros(key.shape[0] * key.shape[1], dtype=torch.int64, device=query.device)
     return memory_attention(

@@ -135,7 +135,7 @@ def test_it_runs_as_a_program_whose_reader_may_leave(saved):
         (["--memory", "0"], "max_memories must be at least 1, got 0"),
         (["--prompt-file", "/no/such/file"], "No such file or directory: '/no/such/file'"),
         (["--memories", "/no/such/file"], "got '/no/such/file', which does not exist"),
-        (["--device", "abacus"], "device must be"),
+        (["--device", "abacus"], "device must be one that this torch can use"),
     ],
 )
 def test_bad_input_ends_with_one_line_and_status_2(saved, capsys, options, message):
