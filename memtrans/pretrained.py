@@ -27,11 +27,9 @@ ModelType = TypeVar("ModelType", bound="Pretrained")
 
 
 def configuration_of(arguments: Mapping[str, Any], without: Sequence[str] = ()) -> dict[str, Any]:
-    """The `locals()` with which a constructor begins, as JSON holds them; `without` names those that mean nothing."""
+    """The `locals()` with which a constructor begins; `without` names the arguments that mean nothing."""
     left_out = {"self", "__class__", *without}
-    given = {name: value for name, value in arguments.items() if name not in left_out}
-    lists = {name: list(v) for name, v in given.items() if isinstance(v, Sequence) and not isinstance(v, str)}
-    return {**given, **lists}
+    return {name: value for name, value in arguments.items() if name not in left_out}
 
 
 class Pretrained(nn.Module):

@@ -180,6 +180,7 @@ class MemorizingTransformer(Pretrained):
         self.num_memory_layers = len(self.memorizing_layers)
         every_layer = tuple(range(1, depth + 1))
         xl_layers = _layers("xl_memory_layers", xl_memory_layers, every_layer, depth)
+        self.config |= {"memorizing_layers": list(self.memorizing_layers), "xl_memory_layers": list(xl_layers)}
         self.xl_memory_layers = xl_layers if xl_max_memories > 0 else ()
         self.num_xl_memory_layers = len(self.xl_memory_layers)
 

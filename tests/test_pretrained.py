@@ -54,6 +54,12 @@ def test_the_config_is_readable_and_names_the_constructors_arguments(tmp_path):
     assert "knn_memories_directory" not in config
 
 
+def test_layers_may_have_been_given_in_any_form(tmp_path):
+    build(memorizing_layers=iter((3, 2)), xl_memory_layers=range(1, 3)).save_pretrained(tmp_path)
+    loaded = MemorizingTransformer.from_pretrained(tmp_path)
+    assert (loaded.memorizing_layers, loaded.xl_memory_layers) == ((2, 3), (1, 2))
+
+
 def test_weights_keep_their_dtype_and_their_gradients(tmp_path):
     build().bfloat16().save_pretrained(tmp_path)
     loaded = MemorizingTransformer.from_pretrained(tmp_path)
