@@ -12,8 +12,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from memtrans.checkpoint import exists, load_checkpoint, require, save_checkpoint
 from memtrans.evaluate import NonFiniteLossError, evaluate_both
 from memtrans.metrics import Metrics
@@ -186,7 +184,7 @@ def evaluate_settings(trainer: Trainer, on_segment: Callable[[], None]) -> dict[
         settings.batch,
         settings.segment,
         settings.eval_bytes,
-        getattr(torch, settings.dtype),
+        settings.compute_dtype(trainer.device),
         on_segment,
     )
 
