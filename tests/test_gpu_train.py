@@ -12,7 +12,7 @@ from checks import SAME_CURVE, assert_same_curve
 from devices import DEVICE
 
 from memtrans.checkpoint import Checkpoint
-from memtrans.presets import Settings
+from memtrans.settings import Settings
 from memtrans.step import WARM_UP, ReplayedStep
 from memtrans.train import Trainer, open_data
 
