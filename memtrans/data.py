@@ -61,6 +61,7 @@ class Batch:
         labels: (B, N) int64, the byte after each token; NOT_SCORED in the padding and where nothing is asked.
         lengths: (B,) int64, real tokens of each row; the padding sits at the tail.
         fresh: (B,) bool, rows that begin a document with this segment.
+        offsets: (B,) int64, where in its document each row's segment begins.
         distances: (B, N) int64 or None: how long ago each label was given away, 0 where it was not (`recall`).
         scored: labels that are scored, counted on the host.
         real: real tokens, counted on the host.
@@ -70,6 +71,7 @@ class Batch:
     labels: Tensor
     lengths: Tensor
     fresh: Tensor
+    offsets: Tensor
     distances: Tensor | None
     scored: int
     real: int
@@ -86,6 +88,7 @@ class Batch:
             moved(self.labels),
             moved(self.lengths),
             moved(self.fresh),
+            moved(self.offsets),
             distances,
             self.scored,
             self.real,
@@ -229,6 +232,7 @@ class DocumentStream:
         labels = torch.full(size, NOT_SCORED, dtype=torch.int64, device="cpu")
         distances = torch.zeros(size, dtype=torch.int64, device="cpu")
         fresh = [self._advance(row) for row in self._rows]
+        offsets = [row.offset for row in self._rows]
         lengths = [self._fill(row, tokens[b], labels[b], distances[b]) for b, row in enumerate(self._rows)]
         if not any(lengths):
             return None
@@ -238,6 +242,7 @@ class DocumentStream:
             labels,
             torch.tensor(lengths, device="cpu"),
             torch.tensor(fresh, device="cpu"),
+            torch.tensor(offsets, device="cpu"),
             distances if asks else None,
             scored=int((labels != NOT_SCORED).sum()),
             real=sum(lengths),

@@ -36,11 +36,17 @@ class Replay:
             elif self._calls < EAGER_CALLS:
                 self._run_aside()
             else:
+                torch.cuda.empty_cache()  # what the eager calls held: the graph has a pool of its own
                 self._graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(self._graph):
                     self.function()
                 self._graph.replay()
         self._calls += 1
+
+    @property
+    def captured(self) -> bool:
+        """Whether calls replay a graph by now."""
+        return self._graph is not None
 
     def _run_aside(self) -> None:
         """On a stream of its own, as a capture will run it."""

@@ -178,7 +178,7 @@ class Run:
             "steps": trainer.step,
             "tokens": trainer.tokens,
             "tokens_per_second": round(self._read / self._seconds, 1) if self._seconds else None,
-            **evaluation,
+            **{name: value for name, value in evaluation.items() if not isinstance(value, dict)},
             "parameters": trainer.parameters,
             "device": str(trainer.device),
             "data": self.settings.data,

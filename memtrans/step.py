@@ -17,9 +17,8 @@ from memtrans.adafactor import Adafactor, initial_state
 from memtrans.evaluate import negative_log_likelihood
 from memtrans.loader import StepInputs
 from memtrans.reader import Carried, DocumentReader
+from memtrans.replay import Replay
 from memtrans.settings import Settings
-
-WARM_UP = 3  # eager steps before the capture: kernels get compiled, the optimiser its state
 
 
 def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
@@ -113,42 +112,27 @@ def _emptied_unless(finite: Tensor, carried: Carried) -> Carried:
 
 
 class ReplayedStep:
-    """A step that is captured as a CUDA graph and replayed from then on; its first ones run as they are."""
+    """A step whose inputs and result stay where they are, so that a captured graph of it can be replayed."""
 
     def __init__(self, step: Step) -> None:
         self.step = step
-        self._calls = 0
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self.replay = Replay(self._compute, step.reader.device)
+        self._inputs: StepInputs | None = None
 
     def run(self, inputs: StepInputs, rate: float) -> Tensor:
         """See `Step.run`."""
         self.step.set_rate(rate)
-        if self._calls < WARM_UP:
-            self._calls += 1
-            return self._beside(inputs)
-        if self._graph is None:
-            self._capture(inputs)
-        assert self._graph is not None
-        for static, tensor in zip(self._inputs.tensors(), inputs.tensors(), strict=True):
-            static.copy_(tensor)
-        self._graph.replay()
+        if self._inputs is None:
+            self._inputs = StepInputs(*(tensor.clone() for tensor in inputs.tensors()))
+        else:
+            for place, tensor in zip(self._inputs.tensors(), inputs.tensors(), strict=True):
+                place.copy_(tensor)
+        self.replay()
         return self._result.clone()
 
-    def _beside(self, inputs: StepInputs) -> Tensor:
-        """On a stream that is not the default one, as captures are: gradients remember the stream they were made on."""
-        stream, here = torch.cuda.Stream(), torch.cuda.current_stream()
-        stream.wait_stream(here)
-        with torch.cuda.stream(stream):
-            result = self.step.compute(inputs)
-        here.wait_stream(stream)
-        return result
-
-    def _capture(self, inputs: StepInputs) -> None:
-        self._inputs = StepInputs(*(tensor.clone() for tensor in inputs.tensors()))
-        torch.cuda.empty_cache()  # what the eager steps held; the graph has a pool of its own
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._result = self.step.compute(self._inputs)
+    def _compute(self) -> None:
+        assert self._inputs is not None
+        self._result = self.step.compute(self._inputs)
 
 
 def compiles(settings: Settings, reader: DocumentReader) -> bool:

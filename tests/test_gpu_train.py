@@ -12,8 +12,9 @@ from checks import SAME_CURVE, assert_same_curve
 from devices import DEVICE
 
 from memtrans.checkpoint import Checkpoint
+from memtrans.replay import EAGER_CALLS
 from memtrans.settings import Settings
-from memtrans.step import WARM_UP, ReplayedStep
+from memtrans.step import ReplayedStep
 from memtrans.train import Trainer, open_data
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
@@ -59,7 +60,7 @@ def test_a_replayed_run_has_the_curve_of_an_eager_one(text: str, dtype: str) -> 
     plain = torch.stack([losses(trainer_of(text, compile=False, dtype=dtype, seed=seed)) for seed in range(3)])
     trainer = trainer_of(text, dtype=dtype)
     replayed = losses(trainer)
-    assert isinstance(trainer._step, ReplayedStep) and trainer._step._graph is not None
+    assert isinstance(trainer._step, ReplayedStep) and trainer._step.replay.captured
     assert_same_curve(replayed, plain)
     assert replayed[-1] < replayed[0] - 1
 
@@ -77,7 +78,7 @@ def test_a_replayed_run_goes_on_from_a_checkpoint(text: str) -> None:
 @pytest.mark.parametrize("compiled", [True, False])
 def test_a_hundred_steps_never_wait_for_the_device(text: str, compiled: bool) -> None:
     trainer = trainer_of(text, compile=compiled)
-    losses(trainer, WARM_UP + 1)
+    losses(trainer, EAGER_CALLS + 1)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(100):
@@ -89,7 +90,7 @@ def test_a_hundred_steps_never_wait_for_the_device(text: str, compiled: bool) ->
 
 def test_a_step_that_is_not_finite_is_left_out_of_a_replayed_run_too(text: str) -> None:
     trainer = trainer_of(text, skip_nonfinite=True)
-    losses(trainer, WARM_UP + 2)
+    losses(trainer, EAGER_CALLS + 2)
     weights = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     poisoned = trainer.model.token_emb.weight
     with torch.no_grad():
