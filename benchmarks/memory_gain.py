@@ -35,7 +35,7 @@ MODEL = Settings(
 def evaluated(trainer: Trainer, size: int, retrieval: bool = True) -> Evaluation:
     settings = trainer.settings
     stream = held_out_stream(trainer.data.held_out, settings.batch, settings.segment)
-    return evaluate(trainer.model, stream, size, retrieval=retrieval, dtype=getattr(torch, settings.dtype))
+    return evaluate(trainer.model, stream, size, retrieval=retrieval, dtype=settings.compute_dtype(trainer.device))
 
 
 def curve(trainer: Trainer, size: int) -> list[dict[str, float]]:

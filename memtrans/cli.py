@@ -198,14 +198,13 @@ def _evaluate(options: argparse.Namespace) -> int:
         load_weights(model, checkpoint)
     except BAD_INPUT as error:
         raise InputError(str(error)) from error
-    dtype = getattr(torch, settings.dtype)
     report = evaluate_both(
         model,
         data.held_out,
         settings.batch,
         settings.segment,
         settings.eval_bytes,
-        dtype=dtype,
+        dtype=settings.compute_dtype(model.token_emb.weight.device),
         keep_memory=settings.keep_memory,
     )
     rest = {"steps": checkpoint.values["step"], "data": settings.data, "split": options.split, "out": str(options.out)}

@@ -85,7 +85,6 @@ def paper(
         warmup=1000,
         weight_decay=0.0,
         clip=None,
-        dtype="bfloat16",
         eval_bytes=1_000_000,
         eval_every=5000,
         checkpoint_every=1000,

@@ -12,8 +12,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from memtrans.checkpoint import exists, load_checkpoint, require, save_checkpoint
 from memtrans.evaluate import NonFiniteLossError, evaluate_both
 from memtrans.metrics import Metrics
@@ -197,7 +195,7 @@ def evaluate_settings(trainer: Trainer, on_segment: Callable[[], None]) -> dict[
         settings.batch,
         settings.segment,
         settings.eval_bytes,
-        dtype=getattr(torch, settings.dtype),
+        dtype=settings.compute_dtype(trainer.device),
         keep_memory=settings.keep_memory,
         on_segment=on_segment,
     )

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from memtrans.attention import COMBINATIONS
 from memtrans.transformer import MemorizingTransformer
 
@@ -91,7 +93,9 @@ class Settings:
     weight_decay: float = _option(0.01, "weight decay of matrices", at_least=0)
     clip: float | None = _option(1.0, "largest norm of the gradient (presets may have none)", above=0)
     device: str = _option("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU where there is one")
-    dtype: str = _option("float32", "what matrix products compute in", choices=DTYPES)
+    dtype: str | None = _option(
+        None, "what matrix products compute in (default: bfloat16 on a GPU, float32 elsewhere)", choices=DTYPES
+    )
     compile: bool | None = _option(
         None, "compile the model, and replay each step as a CUDA graph on a GPU (default: on a GPU)"
     )
@@ -119,6 +123,15 @@ class Settings:
         for name in ("heads", "memory_heads"):
             if (getattr(self, name) or self.heads) % self.kv_heads:
                 raise ValueError(f"{name} must be a multiple of kv_heads={self.kv_heads}, got {getattr(self, name)}")
+
+    def compute_dtype(self, device: torch.device) -> torch.dtype:
+        """What matrix products compute in on a device; weights stay float32.
+
+        >>> Settings().compute_dtype(torch.device("cpu")), Settings().compute_dtype(torch.device("cuda"))
+        (torch.float32, torch.bfloat16)
+        """
+        default = "bfloat16" if device.type == "cuda" else "float32"
+        return getattr(torch, self.dtype or default)
 
     def to_json(self) -> dict[str, Any]:
         """The values as JSON holds them."""

@@ -124,7 +124,7 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, settings)
         stream = DocumentStream(data.order, settings.batch, settings.segment)
         self.loader = StepLoader(stream, settings.accumulate, settings.segments, device)
-        spare, dtype = settings.segments * settings.segment, getattr(torch, settings.dtype)
+        spare, dtype = settings.segments * settings.segment, settings.compute_dtype(device)
         self.reader = DocumentReader(
             self.model, settings.batch, spare=spare, dtype=dtype, keep_memory=settings.keep_memory
         )

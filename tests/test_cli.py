@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -501,3 +502,20 @@ def test_a_checkpoint_that_no_training_run_wrote_is_one_line_and_status_2(comman
     printed = capsys.readouterr().err.strip()
     assert "checkpoint must be a training run's, got one without settings" in printed
     assert len(printed.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_the_enwik8_preset_trains_on_an_archive_of_its_size_and_shape(tmp_path, capsys):
+    """A zip archive of one file of 100,000,000 bytes of XML: 90 million to train on, 5 held out, 5 to test on."""
+    page = "<page>\n  <title>Number {0}</title>\n  <text>[[{0}]] follows [[{1}]].</text>\n</page>\n"
+    text = "".join(page.format(number, number - 1) for number in range(1_300_000)).encode()[:100_000_000]
+    assert len(text) == 100_000_000
+    with zipfile.ZipFile(tmp_path / "enwik8.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        archive.writestr("enwik8", text)
+    data, out = ["--data", str(tmp_path / "enwik8.zip")], tmp_path / "run"
+    small = ["--steps", "2", "--memory-layers", "1", "--xl-layers", "2", "--xl", "32"]
+    assert train(out, "--preset", "enwik8", *data, *small) == 0
+    report = last_line(capsys)
+    assert report["data"].endswith("enwik8.zip") and report["tokens"] == 2 * 5 * 2 * 32
+    assert main(["eval", "--out", str(out), "--split", "test", "--eval-bytes", "300"]) == 0
+    assert last_line(capsys)["eval_scored_bytes"] >= 300

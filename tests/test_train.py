@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
+from checks import SAME_CURVE
 
 from memtrans.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from memtrans.data import DocumentStream
@@ -314,3 +319,37 @@ def test_the_learning_rate_warms_up_and_decays():
     assert rates[10] == max(rates) == 2.0
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[100] == pytest.approx(0.2)
+
+
+def resident_bytes() -> int:
+    """What the process holds in memory, as Linux tells."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="only Linux tells what a process holds")
+def test_ten_thousand_steps_stay_finite_and_take_no_more_memory_than_a_thousand(text):
+    """Documents end and memories wrap all the time; the process holds what it held."""
+    trainer = trainer_of(dataclasses.replace(VARIANTS["xl"], data=text, steps=10_000))
+    held = []
+    for _ in range(10):
+        for _ in range(1000):
+            trainer.advance()
+        assert math.isfinite(trainer.report()["bits_per_byte"])
+        gc.collect()
+        held.append(resident_bytes())
+    assert held[-1] - held[0] < 16e6, held
+
+
+@pytest.mark.slow
+def test_a_compiled_run_has_the_curve_of_an_eager_one(text):
+    """Over document ends, wrapping memories, XL caches and several backward passes a step."""
+    settings = dataclasses.replace(VARIANTS["several backward passes before one step"], data=text, memory=40)
+    curves = []
+    for compiled in (False, True):
+        trainer = trainer_of(dataclasses.replace(settings, compile=compiled))
+        advance(trainer, 12)
+        curves.append(trainer.check()[:, 0])
+    assert (curves[0] - curves[1]).abs().max() < SAME_CURVE
+    assert curves[1][-1] < curves[1][0]
