@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
 from memtrans import KNNAttention
-from memtrans.presets import Settings
+from memtrans.settings import Settings
 from memtrans.train import Trainer
 from memtrans_kernels import backends_info, knn_search
 

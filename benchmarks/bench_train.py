@@ -19,7 +19,8 @@ import torch
 from common import DEVICE, MEMORIES, TOY, busy_share, environment, write_down
 
 from memtrans.data import Document, Shuffled
-from memtrans.presets import PRESETS, Settings
+from memtrans.presets import PRESETS
+from memtrans.settings import Settings
 from memtrans.sources import load_corpus
 from memtrans.train import Trainer, TrainingData
 

@@ -22,7 +22,7 @@ import torch
 from common import DEVICE, RESULTS, environment, machine, write_down
 
 from memtrans.evaluate import Evaluation, evaluate, held_out_stream
-from memtrans.presets import Settings
+from memtrans.settings import Settings
 from memtrans.train import Trainer, open_data
 
 POINTS = 12  # evaluations along the way

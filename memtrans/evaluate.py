@@ -59,6 +59,7 @@ def evaluate(
     *,
     retrieval: bool = True,
     dtype: torch.dtype = torch.float32,
+    keep_memory: bool = False,
     on_segment: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Reads a stream to its end, or until `most_bytes` tokens were read; the memory starts empty.
@@ -66,6 +67,7 @@ def evaluate(
     Args:
         retrieval: False keeps the memory empty: the same bytes without it.
         dtype: what matrix products compute in, float32 or bfloat16.
+        keep_memory: documents read on in the memory of the one before.
         on_segment: called after each segment; may raise to stop.
 
     Raises:
@@ -74,7 +76,7 @@ def evaluate(
     device = model.token_emb.weight.device
     was_training = model.training
     model.eval()
-    reader = DocumentReader(model, stream.batch, retrieval=retrieval, dtype=dtype)
+    reader = DocumentReader(model, stream.batch, retrieval=retrieval, dtype=dtype, keep_memory=keep_memory)
     placed = torch.zeros(2, len(POSITIONS), dtype=torch.float64, device=device)  # nats and bytes by position
     far = torch.zeros(2, dtype=torch.int64, device=device)  # asked, answered
     read = scored = 0
@@ -125,19 +127,14 @@ def evaluate_both(
     batch: int,
     segment: int,
     most_bytes: int,
-    dtype: torch.dtype = torch.float32,
-    on_segment: Callable[[], None] = lambda: None,
+    **options: Any,
 ) -> dict[str, Any]:
-    """The same held-out bytes with the memory and with retrieval off, as they stand in reports."""
+    """The same held-out bytes with the memory and with retrieval off, as they stand in reports.
+
+    options: `dtype`, `keep_memory` and `on_segment` of `evaluate`.
+    """
     on, off = (
-        evaluate(
-            model,
-            held_out_stream(documents, batch, segment),
-            most_bytes,
-            retrieval=retrieval,
-            dtype=dtype,
-            on_segment=on_segment,
-        )
+        evaluate(model, held_out_stream(documents, batch, segment), most_bytes, retrieval=retrieval, **options)
         for retrieval in (True, False)
     )
     report: dict[str, Any] = {

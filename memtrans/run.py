@@ -16,13 +16,13 @@ from memtrans.checkpoint import exists, load_checkpoint, require, save_checkpoin
 from memtrans.evaluate import NonFiniteLossError, evaluate_both
 from memtrans.metrics import Metrics
 from memtrans.plot import plot_metrics
-from memtrans.presets import Settings
 from memtrans.progress import Interruption, Progress
 from memtrans.sample import sample_retrievals
+from memtrans.settings import Settings
 from memtrans.train import Trainer, open_data, pick_device
 
 MAY_CHANGE = (
-    *("steps", "device", "compile", "skip_nonfinite"),
+    *("steps", "memory", "device", "compile", "skip_nonfinite"),
     *("eval_bytes", "eval_every", "checkpoint_every", "log_every", "sample"),
 )
 
@@ -40,13 +40,24 @@ def metrics_of(out: str | Path) -> Metrics:
 def resumed_settings(out: str | Path, given: Mapping[str, Any]) -> Settings:
     """The settings of the checkpoint in `out`, with those that were given and may change.
 
+    A memory of another size keeps its newest entries, a larger one all of them: the paper trains with a small memory
+    and continues with a large one (its table 5).
+
     Raises FileNotFoundError without a checkpoint, ValueError when it is damaged or was made with other settings.
     """
     saved = Settings.from_json(require(load_checkpoint(checkpoint_of(out)), "settings").values["settings"]).to_json()
     for name, value in given.items():
         if name not in MAY_CHANGE and value != saved[name]:
             raise ValueError(f"{name} must be {saved[name]!r}, as in the checkpoint to resume, got {value!r}")
+    check_memory(given.get("memory", saved["memory"]), saved["memory"])
     return Settings.from_json({**saved, **given})
+
+
+def check_memory(asked: int, trained: int) -> None:
+    """Refuses a memory that gives or takes the layers that have one: their weights are others."""
+    if bool(asked) != bool(trained):
+        expected = "at least 1" if trained else "0"
+        raise ValueError(f"memory must be {expected}, as the run was trained with {trained}, got {asked}")
 
 
 def start(settings: Settings, out: str | Path, resume: bool) -> Trainer:
@@ -187,8 +198,9 @@ def evaluate_settings(trainer: Trainer, on_segment: Callable[[], None]) -> dict[
         settings.batch,
         settings.segment,
         settings.eval_bytes,
-        settings.compute_dtype(trainer.device),
-        on_segment,
+        dtype=settings.compute_dtype(trainer.device),
+        keep_memory=settings.keep_memory,
+        on_segment=on_segment,
     )
 
 

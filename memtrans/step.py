@@ -1,4 +1,4 @@
-"""One optimiser step: forward, loss and backward of its segments, clipping, AdamW; eager, compiled, or replayed.
+"""One optimiser step: forward, loss and backward of its segments, clipping, update; eager, compiled, or replayed.
 
 A step never asks the device for a value. On a GPU it is captured as one CUDA graph after a few eager steps: the model
 is launched by one call, whatever its depth.
@@ -13,15 +13,20 @@ import math
 import torch
 from torch import Tensor, nn
 
+from memtrans.adafactor import Adafactor, initial_state
 from memtrans.evaluate import negative_log_likelihood
 from memtrans.loader import StepInputs
-from memtrans.presets import Settings
 from memtrans.reader import Carried, DocumentReader
 from memtrans.replay import Replay
+from memtrans.settings import Settings
 
 
-def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
-    """AdamW in one fused kernel, with weight decay on matrices of linear layers alone."""
+def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """The optimiser of a run, with weight decay on matrices of linear layers alone.
+
+    Both kinds can be captured, read the learning rate from the device on a GPU, and leave a step out where their
+    attribute `found_inf` is 1.
+    """
     decayed = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     parameters = list(model.parameters())
     groups = [
@@ -30,7 +35,16 @@ def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
     ]
     on_gpu = parameters[0].is_cuda
     rate = torch.tensor(settings.learning_rate, device=parameters[0].device) if on_gpu else settings.learning_rate
+    if settings.optimizer == "adafactor":
+        return Adafactor(groups, lr=rate)
     return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True, capturable=on_gpu)
+
+
+def state_shapes(optimizer: torch.optim.Optimizer, weight: Tensor) -> dict[str, tuple[int, ...]]:
+    """What an optimiser of `make_optimizer` keeps for a weight, by name."""
+    if isinstance(optimizer, Adafactor):
+        return {name: tuple(tensor.shape) for name, tensor in initial_state(weight).items()}
+    return {"step": (), "exp_avg": tuple(weight.shape), "exp_avg_sq": tuple(weight.shape)}
 
 
 class Step:
@@ -42,7 +56,7 @@ class Step:
             `skip_nonfinite` leaves the model as it is where the loss or the gradient is not finite.
     """
 
-    def __init__(self, reader: DocumentReader, optimizer: torch.optim.AdamW, settings: Settings) -> None:
+    def __init__(self, reader: DocumentReader, optimizer: torch.optim.Optimizer, settings: Settings) -> None:
         self.reader, self.optimizer, self.settings = reader, optimizer, settings
         self._segment_loss = torch.compile(self._loss, fullgraph=True) if compiles(settings, reader) else self._loss
 
@@ -71,7 +85,8 @@ class Step:
             mean = torch.stack(losses).sum() / inputs.scored
             mean.backward()
             total += mean.detach()
-        norm = nn.utils.clip_grad_norm_(self.reader.model.parameters(), self.settings.clip).detach()
+        most = math.inf if self.settings.clip is None else self.settings.clip
+        norm = nn.utils.clip_grad_norm_(self.reader.model.parameters(), most).detach()
         finite = norm.isfinite() & total.isfinite()
         if self.settings.skip_nonfinite:
             # as a gradient scaler tells a fused optimiser not to move
@@ -125,7 +140,7 @@ def compiles(settings: Settings, reader: DocumentReader) -> bool:
     return reader.on_gpu if settings.compile is None else settings.compile
 
 
-def make_step(reader: DocumentReader, optimizer: torch.optim.AdamW, settings: Settings) -> Step | ReplayedStep:
+def make_step(reader: DocumentReader, optimizer: torch.optim.Optimizer, settings: Settings) -> Step | ReplayedStep:
     """The step of a run: replayed on a GPU if it is compiled."""
     step = Step(reader, optimizer, settings)
     return ReplayedStep(step) if reader.on_gpu and compiles(settings, reader) else step

@@ -17,11 +17,11 @@ from memtrans.checkpoint import Checkpoint, require
 from memtrans.data import Document, DocumentOrder, DocumentStream, RandomWindows, Shuffled
 from memtrans.evaluate import NonFiniteLossError
 from memtrans.loader import StepLoader
-from memtrans.presets import Settings, build_model
 from memtrans.reader import DocumentReader
 from memtrans.recall import RecallDocuments, RecallTask
+from memtrans.settings import Settings, build_model
 from memtrans.sources import load_corpus
-from memtrans.step import make_optimizer, make_step
+from memtrans.step import make_optimizer, make_step, state_shapes
 from memtrans.transformer import MemorizingTransformer
 from memtrans.validation import usable_device
 from memtrans_kernels import checks
@@ -84,17 +84,28 @@ def pick_device(name: str) -> torch.device:
 
 
 def learning_rate(settings: Settings, step: int) -> float:
-    """Of the optimiser step after `step` others: a linear warm-up, then a cosine decay to `final_rate`.
+    """Of the optimiser step after `step` others: a linear warm-up, then a decay.
+
+    A cosine ends at `final_rate` of the highest rate. The inverse square root of the number of the step, constant
+    during the warm-up but for its ramp, is the paper's: highest at the warm-up's end, `learning_rate` / sqrt(`warmup`).
 
     >>> settings = Settings(steps=100, warmup=10, learning_rate=1.0, final_rate=0.0)
     >>> [round(learning_rate(settings, step), 2) for step in (0, 9, 10, 55, 99)]
     [0.1, 1.0, 1.0, 0.5, 0.0]
+    >>> settings = Settings(schedule="inverse-sqrt", warmup=100, learning_rate=1.0)
+    >>> [round(learning_rate(settings, step), 3) for step in (0, 49, 99, 399)]
+    [0.001, 0.05, 0.1, 0.05]
     """
+    highest = settings.learning_rate
+    if settings.schedule == "inverse-sqrt":
+        highest /= math.sqrt(max(step + 1, settings.warmup))
     if step < settings.warmup:
-        return settings.learning_rate * (step + 1) / settings.warmup
+        return highest * (step + 1) / settings.warmup
+    if settings.schedule == "inverse-sqrt":
+        return highest
     progress = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
     share = settings.final_rate + (1 - settings.final_rate) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
-    return settings.learning_rate * share
+    return highest * share
 
 
 class Trainer:
@@ -115,7 +126,9 @@ class Trainer:
         stream = DocumentStream(data.order, settings.batch, settings.segment)
         self.loader = StepLoader(stream, settings.accumulate, settings.segments, device)
         spare, dtype = settings.segments * settings.segment, settings.compute_dtype(device)
-        self.reader = DocumentReader(self.model, settings.batch, spare=spare, dtype=dtype)
+        self.reader = DocumentReader(
+            self.model, settings.batch, spare=spare, dtype=dtype, keep_memory=settings.keep_memory
+        )
         self._step = make_step(self.reader, self.optimizer, settings)
         self.step = self.tokens = 0
         self._pending: list[Tensor] = []  # (2,) each: bits per byte and gradient norm of the steps since `report`
@@ -247,9 +260,9 @@ class Trainer:
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         places = {name.partition(".")[0] for name in saved}
         expected = {
-            f"{place}.{name}": tuple(shape)
+            f"{place}.{name}": shape
             for place, parameter in enumerate(parameters)
-            for name, shape in {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}.items()
+            for name, shape in state_shapes(self.optimizer, parameter).items()
             if str(place) in places
         }
         found = {name: tuple(tensor.shape) for name, tensor in saved.items()}

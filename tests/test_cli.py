@@ -19,8 +19,9 @@ import torch
 from memtrans.checkpoint import load_checkpoint, save_checkpoint
 from memtrans.cli import main
 from memtrans.metrics import Metrics
-from memtrans.presets import PRESETS, Settings
+from memtrans.presets import PRESETS
 from memtrans.run import checkpoint_of
+from memtrans.settings import Settings
 
 TINY = [
     *("--batch", "2", "--segment", "32", "--layers", "2", "--width", "16", "--heads", "2", "--head-width", "8"),
@@ -273,6 +274,48 @@ def test_a_resumed_run_refuses_other_settings_and_other_data(tmp_path, text, cap
     assert "data must be what the checkpoint was trained on" in capsys.readouterr().err
 
 
+def test_a_resumed_run_may_have_a_larger_memory_but_not_lose_it(tmp_path, text, capsys):
+    out = tmp_path / "run"
+    assert train(out, "--data", text, "--steps", "4") == 0
+    assert load_checkpoint(out / "checkpoint").parts["memories"]["0.lengths"].tolist() == [64, 64]
+    resume = ["train", "--resume", "--out", str(out), "--plain", "--steps", "6"]
+    assert main([*resume, "--memory", "256"]) == 0
+    assert load_checkpoint(out / "checkpoint").parts["memories"]["0.lengths"].tolist() == [128, 128]
+    capsys.readouterr()
+    assert main([*resume, "--memory", "0"]) == 2
+    assert "memory must be at least 1, as the run was trained with 256, got 0" in capsys.readouterr().err
+
+
+def test_presets_are_listed_one_a_line_and_train_by_name(tmp_path, text, capsys):
+    assert main(["presets"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(PRESETS)
+    assert all("parameters" in line and "memory" in line and "predicted" in line for line in lines)
+    small = [
+        "--vocabulary",
+        "256",
+        "--layers",
+        "3",
+        "--memory-layers",
+        "2",
+        "--heads",
+        "8",
+        "--xl",
+        "16",
+        "--steps",
+        "1",
+    ]
+    assert train(tmp_path / "run", "--preset", "paper-512-8192-512", "--data", text, *small) == 0
+    assert train(tmp_path / "other", "--preset", "paper-512-8192-512", "--data", text, "--layers", "4") == 2
+    assert "memory_layers must name layers from 1 to 4, got 9" in capsys.readouterr().err
+
+
+def test_a_list_whose_reader_has_gone_ends_quietly():
+    command = f"{sys.executable} -m memtrans presets | head -c 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("d", "")
+
+
 def test_a_foreign_record_is_refused_before_anything_is_written(tmp_path, text, capsys):
     out = tmp_path / "run"
     assert train(out, "--data", text, "--steps", "1") == 0
@@ -407,7 +450,7 @@ def test_eval_of_a_lost_model_ends_with_one_line_and_status_1(tmp_path, text, ca
 @pytest.mark.parametrize(
     ("trained", "asked", "message"),
     [
-        ("64", "0", "memory must be at least 1 (both evaluations are reported), as the run was trained with 64, got 0"),
+        ("64", "0", "memory must be at least 1, as the run was trained with 64, got 0"),
         ("0", "8", "memory must be 0, as the run was trained with 0, got 8"),
     ],
 )
@@ -426,7 +469,7 @@ def test_eval_repeats_the_runs_own_evaluation_and_takes_other_sizes(tmp_path, te
     report = last_line(capsys)
     assert report["eval_bits_per_byte"] == trained["eval_bits_per_byte"]
     assert report["eval_bits_per_byte_without_memory"] == trained["eval_bits_per_byte_without_memory"]
-    assert main(["eval", "--out", str(out), "--memory", "8", "--neighbours", "2"]) == 0
+    assert main(["eval", "--out", str(out), "--memory", "8", "--neighbours", "2", "--keep-memory"]) == 0
     assert last_line(capsys)["eval_bits_per_byte"] != trained["eval_bits_per_byte"]
 
 

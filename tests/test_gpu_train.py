@@ -12,8 +12,8 @@ from checks import SAME_CURVE, assert_same_curve
 from devices import DEVICE
 
 from memtrans.checkpoint import Checkpoint
-from memtrans.presets import Settings
 from memtrans.replay import EAGER_CALLS
+from memtrans.settings import Settings
 from memtrans.step import ReplayedStep
 from memtrans.train import Trainer, open_data
 
@@ -65,8 +65,17 @@ def test_a_replayed_run_has_the_curve_of_an_eager_one(text: str, dtype: str) -> 
     assert replayed[-1] < replayed[0] - 1
 
 
-def test_a_replayed_run_goes_on_from_a_checkpoint(text: str) -> None:
-    through, stopped, resumed = (trainer_of(text) for _ in range(3))
+def test_a_replayed_run_of_adafactor_has_the_curve_of_an_eager_one(text: str) -> None:
+    options: dict = {"optimizer": "adafactor", "learning_rate": 2e-2, "dtype": "float32"}
+    plain = torch.stack([losses(trainer_of(text, compile=False, seed=seed, **options)) for seed in range(3)])
+    replayed = losses(trainer_of(text, **options))
+    assert_same_curve(replayed, plain)
+    assert replayed[-1] < replayed[0] - 1
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_a_replayed_run_goes_on_from_a_checkpoint(text: str, optimizer: str) -> None:
+    through, stopped, resumed = (trainer_of(text, optimizer=optimizer) for _ in range(3))
     expected = losses(through, 30)
     losses(stopped, 15)
     resumed.restore(Checkpoint(*stopped.state()))
@@ -75,9 +84,10 @@ def test_a_replayed_run_goes_on_from_a_checkpoint(text: str) -> None:
     assert through.state()[1] == resumed.state()[1]
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 @pytest.mark.parametrize("compiled", [True, False])
-def test_a_hundred_steps_never_wait_for_the_device(text: str, compiled: bool) -> None:
-    trainer = trainer_of(text, compile=compiled)
+def test_a_hundred_steps_never_wait_for_the_device(text: str, compiled: bool, optimizer: str) -> None:
+    trainer = trainer_of(text, compile=compiled, optimizer=optimizer)
     losses(trainer, EAGER_CALLS + 1)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -88,8 +98,9 @@ def test_a_hundred_steps_never_wait_for_the_device(text: str, compiled: bool) ->
     assert trainer.check().isfinite().all()
 
 
-def test_a_step_that_is_not_finite_is_left_out_of_a_replayed_run_too(text: str) -> None:
-    trainer = trainer_of(text, skip_nonfinite=True)
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_a_step_that_is_not_finite_is_left_out_of_a_replayed_run_too(text: str, optimizer: str) -> None:
+    trainer = trainer_of(text, skip_nonfinite=True, optimizer=optimizer)
     losses(trainer, EAGER_CALLS + 2)
     weights = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     poisoned = trainer.model.token_emb.weight

@@ -13,7 +13,8 @@ import torch
 from checks import SAME_CURVE
 
 from memtrans.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from memtrans.presets import Settings
+from memtrans.data import DocumentStream
+from memtrans.settings import Settings
 from memtrans.train import HOPELESS, NonFiniteLossError, Trainer, TrainingData, learning_rate, open_data, pick_device
 
 SMALL = Settings(
@@ -38,6 +39,8 @@ VARIANTS = {
     "several backward passes before one step": dataclasses.replace(SMALL, accumulate=2, xl=8),
     "without memory": dataclasses.replace(SMALL, memory=0),
     "grouped heads": dataclasses.replace(SMALL, kv_heads=2),
+    "adafactor": dataclasses.replace(SMALL, optimizer="adafactor", schedule="inverse-sqrt", clip=None),
+    "memories kept": dataclasses.replace(SMALL, keep_memory=True, xl=16),
 }
 
 
@@ -164,6 +167,39 @@ def test_windows_clear_every_memory_after_their_segments(text):
     assert lengths == [[32] * 3, [64] * 3, [32] * 3, [64] * 3]
 
 
+def test_kept_memories_outlive_their_documents(text):
+    trainer = trainer_of(dataclasses.replace(SMALL, data=text, memory=2000, keep_memory=True))
+    for _ in range(20):
+        trainer.advance()
+    assert [int(length) for length in trainer.reader.memories[0].lengths] == [
+        row_tokens(trainer, row) for row in (0, 1, 2)
+    ]
+    assert trainer.loader.stream._taken > 3, "no document has ended"
+
+
+def row_tokens(trainer: Trainer, row: int) -> int:
+    """Real tokens that a row has read since the run began."""
+    settings = trainer.settings
+    stream = DocumentStream(open_data(settings).order, settings.batch, settings.segment)
+    return sum(int(stream.next().lengths[row]) for _ in range(trainer.step))
+
+
+@pytest.mark.parametrize("memory", [256, 40])
+def test_a_run_goes_on_with_a_larger_memory_and_keeps_its_entries_or_a_smaller_one_and_keeps_the_newest(text, memory):
+    settings = dataclasses.replace(SMALL, data=text)
+    small, other = trainer_of(settings), trainer_of(dataclasses.replace(settings, memory=memory))
+    advance(small, 4)
+    other.restore(checkpoint_of(small))
+    before, after = (trainer.reader.memories[0].state_dict() for trainer in (small, other))
+    assert after["lengths"].tolist() == [min(length, memory) for length in before["lengths"].tolist()]
+    for row, length in enumerate(after["lengths"].tolist()):
+        for name in ("keys", "values"):
+            assert torch.equal(after[name][row, -length:], before[name][row, -length:])
+    advance(other, 3)
+    assert int(other.reader.memories[0].lengths.max()) > min(64, memory) - 1
+    assert other.reader.memories[0].max_memories == memory
+
+
 def test_several_segments_before_one_backward_learn_from_all_of_them(text):
     """Two segments at once weigh what two backward passes weigh: the memory is never differentiated."""
     together = trainer_of(dataclasses.replace(SMALL, data=text, segments=2))
@@ -269,6 +305,29 @@ def test_a_report_waits_for_a_finite_step_and_after_too_many_others_the_run_is_l
         trainer.report()
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_a_step_that_is_not_finite_may_be_left_out(text, optimizer):
+    trainer = trainer_of(dataclasses.replace(SMALL, data=text, skip_nonfinite=True, optimizer=optimizer))
+    trainer.advance()
+    before = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
+    handle = trainer.model.token_emb.weight.register_hook(lambda gradient: gradient * float("inf"))
+    trainer.advance()
+    handle.remove()
+    assert all(torch.equal(weight, before[name]) for name, weight in trainer.model.state_dict().items())
+    trainer.advance()
+    assert any(not torch.equal(weight, before[name]) for name, weight in trainer.model.state_dict().items())
+    assert trainer.report()["skipped"] == 1
+
+
+def test_the_state_of_another_optimiser_is_refused(text):
+    settings = dataclasses.replace(SMALL, data=text)
+    trainer = trainer_of(settings)
+    trainer.advance()
+    other = trainer_of(dataclasses.replace(settings, optimizer="adafactor"))
+    with pytest.raises(ValueError, match=r"this model's moments, 0.col_var of shape .* got None"):
+        other.restore(checkpoint_of(trainer))
+
+
 def test_other_data_than_the_checkpoints_is_refused(text):
     settings = dataclasses.replace(SMALL, data=text)
     checkpoint = checkpoint_of(trainer_of(settings))
@@ -328,6 +387,14 @@ def test_a_device_that_cannot_be_used_is_refused_by_name(name):
 def test_data_without_a_test_split_says_so(text):
     with pytest.raises(ValueError, match=r"split must be validation, .*got 'test'"):
         open_data(dataclasses.replace(SMALL, data=text), "test")
+
+
+def test_the_papers_learning_rate_is_the_inverse_root_of_the_step():
+    settings = dataclasses.replace(SMALL, schedule="inverse-sqrt", warmup=1000, learning_rate=3.0)
+    rates = [learning_rate(settings, step) for step in range(5000)]
+    assert rates.index(max(rates)) == 999
+    assert rates[:1000] == [pytest.approx(3 / 1000**0.5 * (step + 1) / 1000) for step in range(1000)]
+    assert rates[1000:] == [pytest.approx(3 / (step + 1) ** 0.5) for step in range(1000, 5000)]
 
 
 def test_the_learning_rate_warms_up_and_decays():
