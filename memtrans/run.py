@@ -21,7 +21,10 @@ from memtrans.sample import sample_retrievals
 from memtrans.settings import Settings
 from memtrans.train import Trainer, open_data, pick_device
 
-MAY_CHANGE = ("steps", "memory", "device", "eval_bytes", "eval_every", "checkpoint_every", "log_every", "sample")
+MAY_CHANGE = (
+    *("steps", "memory", "device", "compile", "skip_nonfinite"),
+    *("eval_bytes", "eval_every", "checkpoint_every", "log_every", "sample"),
+)
 
 
 def checkpoint_of(out: str | Path) -> Path:

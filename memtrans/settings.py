@@ -100,7 +100,7 @@ class Settings:
         None, "compile the model, and replay each step as a CUDA graph on a GPU (default: on a GPU)"
     )
     skip_nonfinite: bool = _option(
-        False, "go on after a step whose loss or gradient is not finite, which then changes nothing"
+        False, "go on after a step whose loss or gradient is not finite, which then leaves the model as it is"
     )
     seed: int = _option(0, "seed of weights, dropout and the order of the data", at_least=0, below=2**63)
     near_steps: int = _option(

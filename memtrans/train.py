@@ -27,6 +27,7 @@ from memtrans.validation import usable_device
 from memtrans_kernels import checks
 
 RECALL = "recall"
+HOPELESS = 20  # steps that are not finite, one after the other: no batch is to blame then
 
 
 @dataclass(frozen=True)
@@ -163,15 +164,20 @@ class Trainer:
             )
         return pending
 
-    def report(self) -> dict[str, Any]:
-        """The mean over the steps since the last report, which it ends; `skipped` of them were not finite."""
+    def report(self) -> dict[str, Any] | None:
+        """The mean over the steps since the last report, which it ends; `skipped` of them were not finite.
+
+        None while all of them were not: they wait for the next report. Raises NonFiniteLossError after HOPELESS such.
+        """
         pending = self.check()
         finite = pending[pending.isfinite().all(dim=1)]
+        if len(pending) and not len(finite):
+            if len(pending) >= HOPELESS:
+                raise NonFiniteLossError(
+                    f"some losses must stay finite, got none in the {len(pending)} steps up to step {self.step}"
+                )
+            return None
         self._pending = []
-        if not len(finite) and len(pending):
-            raise NonFiniteLossError(
-                f"some losses must stay finite, got none in the {len(pending)} steps before step {self.step}"
-            )
         losses, norms = finite.mean(dim=0).tolist()
         skipped = {"skipped": len(pending) - len(finite)} if self.settings.skip_nonfinite else {}
         return {

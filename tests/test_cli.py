@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -159,7 +160,8 @@ def start(out: Path, *options: str) -> subprocess.Popen:
 
 
 def test_ctrl_c_writes_a_checkpoint_exits_with_130_and_the_resumed_run_equals_an_uninterrupted_one(tmp_path, text):
-    options = ["--data", text, "--steps", "400", "--log-every", "1"]
+    constant = ["--warmup", "0", "--final-rate", "1"]  # a learning rate that knows nothing of the end
+    options = ["--data", text, "--steps", "400", "--log-every", "1", *constant]
     out = tmp_path / "run"
     process = start(out, *options)
     process.send_signal(signal.SIGINT)
@@ -170,14 +172,11 @@ def test_ctrl_c_writes_a_checkpoint_exits_with_130_and_the_resumed_run_equals_an
     assert re.search(f"stopped by Ctrl-C; step {step} is saved, --resume", errors)
     assert "Traceback" not in errors
 
-    end = str(step + 3)
-    settings = [*options[:2], "--steps", "400", "--log-every", "1"]
-    resumed = main(["train", "--resume", "--out", str(out), "--plain", "--steps", end])
-    through = train(tmp_path / "through", *settings[:2], "--steps", end, "--log-every", "1")
-    assert resumed == through == 0
-    losses = [[line.get("bits_per_byte") for line in without_times(run)] for run in (out, tmp_path / "through")]
-    assert losses[0][:step] == losses[1][:step]
-    assert len(losses[0]) == len(losses[1])
+    end = ["--steps", str(step + 3)]
+    assert main(["train", "--resume", "--out", str(out), "--plain", *end]) == 0
+    assert train(tmp_path / "through", *options, *end) == 0
+    assert without_times(out) == without_times(tmp_path / "through")
+    assert checkpoint_files(out) == checkpoint_files(tmp_path / "through")
 
 
 @pytest.mark.parametrize("after", [0.0, 0.11, 0.29])
@@ -370,6 +369,43 @@ def test_a_loss_that_is_not_finite_ends_with_status_1_and_keeps_the_last_good_ch
     assert "the last good checkpoint is kept" in error
     kept = load_checkpoint(out / "checkpoint")
     assert kept.values["step"] < 40
+
+
+def poison_step_four(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the model makes of that step's tokens is NaN; its weights are not."""
+    from memtrans import train as train_module
+
+    advance = train_module.Trainer.advance
+
+    def advance_with_nan(trainer):
+        hook = trainer.model.token_emb.register_forward_hook(lambda module, arguments, out: out * torch.nan)
+        if trainer.step != 3:
+            hook.remove()
+        advance(trainer)
+        hook.remove()
+
+    monkeypatch.setattr(train_module.Trainer, "advance", advance_with_nan)
+
+
+@pytest.mark.parametrize("log_every", ["1", "3"])
+def test_one_batch_of_nan_stops_a_run_which_goes_on_without_that_step_if_asked_to(
+    tmp_path, text, capsys, monkeypatch, log_every
+):
+    poison_step_four(monkeypatch)
+    out = tmp_path / "run"
+    options = ["--data", text, "--steps", "6", "--checkpoint-every", "2", "--log-every", log_every, "--xl", "8"]
+    assert train(out, *options) == 1
+    error = capsys.readouterr().err
+    assert "got nan bits per byte with a gradient of norm nan in step 4" in error
+    assert "--skip-nonfinite goes on without such steps; the last good checkpoint is kept" in error
+    assert load_checkpoint(out / "checkpoint").values["step"] == 2
+
+    assert main(["train", "--resume", "--out", str(out), "--plain", "--skip-nonfinite"]) == 0
+    assert math.isfinite(last_line(capsys)["eval_bits_per_byte"])
+    reports = [line for line in without_times(out) if "bits_per_byte" in line]
+    assert sum(line.get("skipped", 0) for line in reports) == 1
+    assert all(math.isfinite(line["bits_per_byte"]) for line in reports)
+    assert load_checkpoint(out / "checkpoint").values["step"] == 6
 
 
 def test_an_evaluation_that_is_not_finite_ends_with_status_1_and_keeps_the_last_good_checkpoint(tmp_path, text, capsys):
