@@ -236,7 +236,7 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    """MEMTRANS_COMMIT, for copies of a checkout that do not know it; else the checkout's, `-dirty` where files differ."""
+    """MEMTRANS_COMMIT, where a copy does not know it; else the checkout's, `-dirty` where files differ."""
     if given := os.environ.get("MEMTRANS_COMMIT"):
         return given
     command = ["git", "-C", str(FOLDER), "describe", "--always", "--dirty", "--abbrev=12"]
