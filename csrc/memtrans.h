@@ -72,6 +72,13 @@ inline void check_floating(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(supported, name, " must be float32, float16, bfloat16 or float64");
 }
 
+inline void check_narrow(const Tensor& tensor, const char* name) {
+  const ScalarType type = tensor.scalar_type();
+  STD_TORCH_CHECK(
+      type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, name,
+      " must be float32, float16 or bfloat16");
+}
+
 // What every device checks of knn_add_'s inputs; the numbers in rows, count and at are each device's own affair.
 inline void check_knn_add(
     const Tensor& keys, const Tensor& values, const Tensor& cursor, const Tensor& rows, const Tensor& new_keys,
@@ -130,10 +137,7 @@ inline void check_search_shapes(
   STD_TORCH_CHECK(
       capacity >= 1 && capacity <= keys.size(1), "capacity must lie in 1..", keys.size(1), ", got ", capacity);
   STD_TORCH_CHECK(k >= 1, "k must be at least 1, got ", k);
-  const ScalarType type = keys.scalar_type();
-  STD_TORCH_CHECK(
-      type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
-      "keys must be float32, float16 or bfloat16");
+  check_narrow(keys, "keys");
   check_floating(query, "query");
 }
 

@@ -4,6 +4,7 @@
 // uses what it computed of a tile and forgets it: no (N, L) numbers are ever held.
 #pragma once
 
+#include "attention_inputs.h"
 #include "cpu/tensors.h"
 
 #include <algorithm>
@@ -16,12 +17,10 @@ constexpr int64_t kKeys = 64;      // of a tile
 constexpr int64_t kMostLanes = 16;  // of a vector of any instruction set
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-struct AttentionInputs {
-  Tensor query, key, value, memory_keys, memory_values, rows, scores, slots, scale;
-  std::optional<Tensor> bias_table, bias_dense, memory_offset, local_length;
-  double dropout_p;
-  std::optional<Tensor> seed;
-};
+// A number of floats, filled up to whole vectors.
+inline int64_t padded(int64_t size) {
+  return (size + kMostLanes - 1) / kMostLanes * kMostLanes;
+}
 
 // Weights are dropped where Philox gives less than `threshold`; the others are multiplied by `kept`.
 struct Dropout {
@@ -35,6 +34,7 @@ struct Dropout {
 struct Block {
   int64_t document, head, pair;  // pair: document · G + the head's group
   int64_t query, queries;        // the first one in its segment, and how many there are
+  int64_t lanes;                 // that number, filled up to whole vectors; up to kQueries
   int64_t first;                 // the first one among all B · H · N
   int64_t position;              // of the first one among the local keys
   int64_t begin, end;            // the local keys that any of them sees
@@ -42,7 +42,7 @@ struct Block {
 
 struct Attention {
   int64_t batch, heads, groups, length, local, width, neighbours;
-  int64_t row_width;               // D, filled up with zeros to a multiple of kMostLanes
+  int64_t row_width;               // D, filled up with zeros
   Tensor query, key, value;        // (B, H or G, N or L, row_width) float32
   Tensor scores, slots;            // (B, H, N, K) float32, int32
   std::vector<float> scale, offset;  // (H,)
@@ -76,6 +76,7 @@ struct Attention {
     block.pair = document * groups + head * groups / heads;
     block.query = number * kQueries;
     block.queries = std::min(kQueries, length - block.query);
+    block.lanes = padded(block.queries);
     block.first = (document * heads + head) * length + block.query;
     block.position = local - length + block.query;
     block.begin = local - local_length[document];
@@ -89,7 +90,7 @@ inline Tensor in_float32(const Tensor& tensor) {
 }
 
 inline Tensor padded_rows(const Tensor& tensor) {
-  const int64_t missing = (kMostLanes - tensor.size(3) % kMostLanes) % kMostLanes;
+  const int64_t missing = padded(tensor.size(3)) - tensor.size(3);
   return missing ? torch::stable::pad(in_float32(tensor), {0, missing}) : in_float32(tensor);
 }
 
@@ -140,6 +141,7 @@ inline void check_indices(const Attention& attention, const Tensor& memory) {
 }
 
 inline Attention prepare(const AttentionInputs& inputs) {
+  check_memory_attention(inputs);
   Attention attention;
   attention.batch = inputs.query.size(0), attention.heads = inputs.query.size(1);
   attention.groups = inputs.key.size(1), attention.length = inputs.query.size(2);
@@ -165,19 +167,16 @@ inline Attention prepare(const AttentionInputs& inputs) {
   return attention;
 }
 
-// A ring as it is stored, (R, M + S, D).
-template <typename Element>
+// A ring as it is stored, (R, M + S, D) of float32, float16 or bfloat16.
 struct Ring {
-  const Element* first;
+  Tensor dense;
+  const void* first;
+  ScalarType type;
   int64_t row_stride, slot_stride, width;
 
-  explicit Ring(const Tensor& dense)
-      : first(dense.const_data_ptr<Element>()), row_stride(dense.stride(0)), slot_stride(dense.stride(1)),
-        width(dense.size(2)) {}
+  explicit Ring(const Tensor& ring)
+      : dense(ring.stride(2) == 1 ? ring : torch::stable::contiguous(ring)), first(dense.const_data_ptr()),
+        type(ring.scalar_type()), row_stride(dense.stride(0)), slot_stride(dense.stride(1)), width(dense.size(2)) {}
 };
-
-inline Tensor dense_rows(const Tensor& ring) {
-  return ring.stride(2) == 1 ? ring : torch::stable::contiguous(ring);
-}
 
 }  // namespace memtrans

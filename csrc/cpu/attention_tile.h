@@ -1,4 +1,4 @@
-// The vector code of both passes of memory_attention: a tile of kKeys local keys by kQueries queries, and what was retrieved.
+// The vector code of both passes of memory_attention: tiles of kKeys local keys by kQueries queries, and neighbours.
 //
 // A tile is stored key by key, so that vectors run along the queries: what is taken over all keys of a query (maximum,
 // sum) needs no step across a vector's lanes. Everything here is inlined into the functions of an instruction set.
@@ -8,17 +8,15 @@
 #include "cpu/philox.h"
 #include "cpu/product.h"
 
-#include <type_traits>
-
 namespace memtrans {
 
 using Tile = float[kKeys][kQueries];
 
 // The rows of a block as columns, (D, kQueries); zeros for queries that do not exist.
-MEMTRANS_INLINE void transpose(const float* rows, int64_t stride, int64_t queries, int64_t width, float* columns) {
-  for (int64_t column = 0; column < width; ++column) {
-    for (int64_t query = 0; query < kQueries; ++query) {
-      columns[column * kQueries + query] = query < queries ? rows[query * stride + column] : 0.0f;
+MEMTRANS_INLINE void transpose(const Attention& attention, const Block& block, const float* rows, float* columns) {
+  for (int64_t column = 0; column < attention.width; ++column) {
+    for (int64_t query = 0; query < block.lanes; ++query) {
+      columns[column * kQueries + query] = query < block.queries ? rows[query * attention.row_width + column] : 0.0f;
     }
   }
 }
@@ -26,10 +24,10 @@ MEMTRANS_INLINE void transpose(const float* rows, int64_t stride, int64_t querie
 // <row, query> for some rows of keys or values and the queries of a block.
 template <int kLanes, int kRows>
 MEMTRANS_INLINE void score(
-    const float* rows, int64_t row_width, int64_t keys, const float* columns, int64_t width, Tile tile) {
+    const Attention& attention, const Block& block, const float* rows, int64_t keys, const float* columns, Tile tile) {
   std::fill_n(tile[0], keys * kQueries, 0.0f);
   add_product<kLanes, kRows, false>(
-      {rows, row_width}, {columns, kQueries}, keys, width, kQueries, {tile[0], kQueries});
+      {rows, attention.row_width}, {columns, kQueries}, keys, attention.width, block.lanes, {tile[0], kQueries});
 }
 
 // The dense bias of a tile; nothing without one.
@@ -37,7 +35,7 @@ MEMTRANS_INLINE void read_dense(const Attention& attention, const Block& block, 
   if (attention.dense) {
     const float* dense = attention.dense->const_data_ptr<float>() + attention.dense_place(block, key);
     for (int64_t row = 0; row < keys; ++row) {
-      for (int64_t query = 0; query < kQueries; ++query) {
+      for (int64_t query = 0; query < block.lanes; ++query) {
         tile[row][query] = query < block.queries ? dense[query * attention.local + row] : 0.0f;
       }
     }
@@ -59,24 +57,32 @@ MEMTRANS_INLINE void draw_factors(
   if (attention.dropout.any) {
     for (int64_t row = 0; row < keys; ++row) {
 #pragma omp simd
-      for (int64_t query = 0; query < kQueries; ++query) {
+      for (int64_t query = 0; query < block.lanes; ++query) {
         tile[row][query] = dropout_factor(attention, block, attention.neighbours + key + row, query);
       }
     }
   }
 }
 
-// One entry of a ring in float32: where it lies, or in `storage` if it is stored in another type.
 template <typename Element>
-MEMTRANS_INLINE const float* entry(const Ring<Element>& ring, int64_t row, int64_t slot, float* storage) {
-  const Element* stored = ring.first + row * ring.row_stride + slot * ring.slot_stride;
-  if constexpr (std::is_same_v<Element, float>) {
-    return stored;
-  } else {
-    for (int64_t column = 0; column < ring.width; ++column) {
-      storage[column] = static_cast<float>(stored[column]);
-    }
-    return storage;
+MEMTRANS_INLINE const float* widened(const void* ring, int64_t place, int64_t width, float* storage) {
+  const Element* stored = static_cast<const Element*>(ring) + place;
+  for (int64_t column = 0; column < width; ++column) {
+    storage[column] = static_cast<float>(stored[column]);
+  }
+  return storage;
+}
+
+// One entry of a ring in float32: where it lies, or in `storage` if it is stored in another type.
+MEMTRANS_INLINE const float* entry(const Ring& ring, int64_t row, int64_t slot, float* storage) {
+  const int64_t place = row * ring.row_stride + slot * ring.slot_stride;
+  switch (ring.type) {
+    case ScalarType::Half:
+      return widened<c10::Half>(ring.first, place, ring.width, storage);
+    case ScalarType::BFloat16:
+      return widened<c10::BFloat16>(ring.first, place, ring.width, storage);
+    default:
+      return static_cast<const float*>(ring.first) + place;
   }
 }
 
@@ -87,7 +93,7 @@ MEMTRANS_INLINE void add_scaled(float factor, const float* row, int64_t width, f
   }
 }
 
-// exp(logit - reference) of the retrieved logits of a query, which stand in `weights`, a multiple of kMostLanes of them.
+// exp(logit - reference) of the retrieved logits of a query, which stand in `weights`, padded.
 template <int kLanes>
 MEMTRANS_INLINE void exponentials(float reference, std::vector<float>& weights) {
   for (size_t place = 0; place < weights.size(); place += kLanes) {

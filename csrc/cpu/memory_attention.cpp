@@ -28,12 +28,12 @@ struct Running {
   }
 };
 
-template <typename Element, int kLanes>
+template <int kLanes>
 MEMTRANS_INLINE void attend_to_retrieved(
-    const Attention& attention, const Block& block, const Ring<Element>& values, Running& running) {
+    const Attention& attention, const Block& block, const Ring& values, Running& running) {
   const int64_t neighbours = attention.neighbours, row = attention.rows[block.pair];
   const int32_t* slots = attention.slots.const_data_ptr<int32_t>() + block.first * neighbours;
-  std::vector<float> weights((neighbours + kMostLanes - 1) / kMostLanes * kMostLanes), storage(attention.width);
+  std::vector<float> weights(padded(neighbours)), storage(attention.width);
   for (int64_t query = 0; query < block.queries && neighbours; ++query) {
     const float highest = retrieved_logits(attention, block, query, weights);
     if (highest == -kInfinity) {
@@ -63,7 +63,7 @@ MEMTRANS_INLINE void take_weights(
   Tile extra;
   read_dense(attention, block, key, keys, extra);
   float shrink[kQueries];
-  for (int64_t lane = 0; lane < kQueries; lane += kLanes) {
+  for (int64_t lane = 0; lane < block.lanes; lane += kLanes) {
     const Vector<kLanes> before = load<kLanes>(&running.highest[lane]);
     Vector<kLanes> highest = before;
     for (int64_t row = 0; row < keys; ++row) {
@@ -97,13 +97,14 @@ MEMTRANS_INLINE void take_weights(
   }
 }
 
-MEMTRANS_INLINE void drop_weights(const Attention& attention, const Block& block, int64_t key, int64_t keys, Tile tile) {
+MEMTRANS_INLINE void drop_weights(
+    const Attention& attention, const Block& block, int64_t key, int64_t keys, Tile tile) {
   if (attention.dropout.any) {
     Tile factors;
     draw_factors(attention, block, key, keys, factors);
     for (int64_t row = 0; row < keys; ++row) {
 #pragma omp simd
-      for (int64_t query = 0; query < kQueries; ++query) {
+      for (int64_t query = 0; query < block.lanes; ++query) {
         tile[row][query] *= factors[row][query];
       }
     }
@@ -116,11 +117,11 @@ MEMTRANS_INLINE void attend_to_local(const Attention& attention, const Block& bl
   const float* query = attention.query.const_data_ptr<float>() + block.first * row_width;
   const float *keys = attention.key.const_data_ptr<float>(), *values = attention.value.const_data_ptr<float>();
   std::vector<float> columns(attention.width * kQueries);
-  transpose(query, row_width, block.queries, attention.width, columns.data());
+  transpose(attention, block, query, columns.data());
   Tile tile;
   for (int64_t key = block.begin; key < block.end; key += kKeys) {
     const int64_t count = std::min(kKeys, block.end - key), place = (first_row + key) * row_width;
-    score<kLanes, kRows>(keys + place, row_width, count, columns.data(), attention.width, tile);
+    score<kLanes, kRows>(attention, block, keys + place, count, columns.data(), tile);
     take_weights<kLanes>(attention, block, key, count, tile, running);
     drop_weights(attention, block, key, count, tile);
     add_product<kLanes, kRows, true>(
@@ -129,11 +130,11 @@ MEMTRANS_INLINE void attend_to_local(const Attention& attention, const Block& bl
   }
 }
 
-template <typename Element, int kLanes, int kRows>
+template <int kLanes, int kRows>
 MEMTRANS_INLINE void attend(
-    const Attention& attention, const Block& block, const Ring<Element>& values, float* out, float* lse) {
+    const Attention& attention, const Block& block, const Ring& values, float* out, float* lse) {
   Running running(attention.row_width);
-  attend_to_retrieved<Element, kLanes>(attention, block, values, running);
+  attend_to_retrieved<kLanes>(attention, block, values, running);
   attend_to_local<kLanes, kRows>(attention, block, running);
   for (int64_t query = 0; query < block.queries; ++query) {
     const float total = running.total[query], factor = total == 0.0f ? 0.0f : 1.0f / total;
@@ -145,42 +146,37 @@ MEMTRANS_INLINE void attend(
   }
 }
 
-template <typename Element>
-using Attend = void (*)(const Attention&, const Block&, const Ring<Element>&, float* out, float* lse);
+using Attend = void (*)(const Attention&, const Block&, const Ring&, float* out, float* lse);
 
 #if defined(__x86_64__)
-template <typename Element>
 MEMTRANS_AVX512 void attend_avx512(
-    const Attention& attention, const Block& block, const Ring<Element>& values, float* out, float* lse) {
-  attend<Element, 16, 8>(attention, block, values, out, lse);
+    const Attention& attention, const Block& block, const Ring& values, float* out, float* lse) {
+  attend<16, 8>(attention, block, values, out, lse);
 }
 
-template <typename Element>
 MEMTRANS_AVX2 void attend_avx2(
-    const Attention& attention, const Block& block, const Ring<Element>& values, float* out, float* lse) {
-  attend<Element, 8, 4>(attention, block, values, out, lse);
+    const Attention& attention, const Block& block, const Ring& values, float* out, float* lse) {
+  attend<8, 4>(attention, block, values, out, lse);
 }
 #endif
 
-template <typename Element>
 void attend_anywhere(
-    const Attention& attention, const Block& block, const Ring<Element>& values, float* out, float* lse) {
-  attend<Element, 4, 4>(attention, block, values, out, lse);
+    const Attention& attention, const Block& block, const Ring& values, float* out, float* lse) {
+  attend<4, 4>(attention, block, values, out, lse);
 }
 
-template <typename Element>
-Attend<Element> fastest_attend() {
+Attend fastest_attend() {
 #if defined(__x86_64__)
   switch (fastest_instructions()) {
     case Instructions::kAvx512:
-      return attend_avx512<Element>;
+      return attend_avx512;
     case Instructions::kAvx2:
-      return attend_avx2<Element>;
+      return attend_avx2;
     default:
       break;
   }
 #endif
-  return attend_anywhere<Element>;
+  return attend_anywhere;
 }
 
 std::tuple<Tensor, Tensor> memory_attention(
@@ -192,20 +188,16 @@ std::tuple<Tensor, Tensor> memory_attention(
                                rows,       scores,     slots,         scale,        bias_table,
                                bias_dense, memory_offset, local_length, dropout_p, seed};
   const Attention attention = prepare(inputs);
-  const Tensor ring = dense_rows(memory_values);
+  const Ring values(memory_values);
   const int64_t batch = attention.batch, heads = attention.heads, length = attention.length;
   Tensor out = torch::stable::new_empty(query, {batch, heads, length, attention.width}, ScalarType::Float);
   Tensor lse = torch::stable::new_empty(query, {batch, heads, length}, ScalarType::Float);
   float *out_data = out.mutable_data_ptr<float>(), *lse_data = lse.mutable_data_ptr<float>();
-  with_element_type(ring.scalar_type(), [&](auto element) {
-    using Element = decltype(element);
-    const Ring<Element> values(ring);
-    const Attend<Element> attend = fastest_attend<Element>();
-    const int64_t blocks = attention.blocks_of_head();
-    for_each_part(batch * heads * blocks, [&](int64_t part) {
-      const int64_t head = part / blocks % heads, document = part / blocks / heads;
-      attend(attention, attention.block(document, head, part % blocks), values, out_data, lse_data);
-    });
+  const Attend attend = fastest_attend();
+  const int64_t blocks = attention.blocks_of_head();
+  for_each_part(batch * heads * blocks, [&](int64_t part) {
+    const int64_t head = part / blocks % heads, document = part / blocks / heads;
+    attend(attention, attention.block(document, head, part % blocks), values, out_data, lse_data);
   });
   return {torch::stable::to(out, query.scalar_type()), lse};
 }

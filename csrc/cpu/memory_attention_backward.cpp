@@ -59,11 +59,11 @@ struct Work {
 };
 
 MEMTRANS_INLINE void begin(const Attention& attention, const Block& block, const Upstream& upstream, Work& work) {
-  const int64_t row_width = attention.row_width, place = block.first * row_width;
+  const int64_t place = block.first * attention.row_width;
   const float* query = attention.query.const_data_ptr<float>() + place;
   const float* grad_out = upstream.grad_out.const_data_ptr<float>() + place;
-  transpose(query, row_width, block.queries, attention.width, work.query_columns.data());
-  transpose(grad_out, row_width, block.queries, attention.width, work.grad_columns.data());
+  transpose(attention, block, query, work.query_columns.data());
+  transpose(attention, block, grad_out, work.grad_columns.data());
   std::fill(work.grad_query.begin(), work.grad_query.end(), 0.0f);
   for (int64_t lane = 0; lane < kQueries; ++lane) {
     work.delta[lane] = lane < block.queries ? upstream.delta[block.first + lane] : 0.0f;
@@ -80,14 +80,14 @@ MEMTRANS_INLINE float dot(const float* left, const float* right, int64_t width) 
   return sum;
 }
 
-template <typename Element, int kLanes>
+template <int kLanes>
 MEMTRANS_INLINE void through_retrieved(
-    const Attention& attention, const Block& block, const Ring<Element>& keys, const Ring<Element>& values,
+    const Attention& attention, const Block& block, const Ring& keys, const Ring& values,
     const Upstream& upstream, Work& work, Gradients& gradients) {
   const int64_t neighbours = attention.neighbours, row = attention.rows[block.pair], width = attention.width;
   const int32_t* slots = attention.slots.const_data_ptr<int32_t>() + block.first * neighbours;
   const float* scores = attention.scores.const_data_ptr<float>() + block.first * neighbours;
-  std::vector<float> weights((neighbours + kMostLanes - 1) / kMostLanes * kMostLanes), storage(width);
+  std::vector<float> weights(padded(neighbours)), storage(width);
   double scale = 0.0, offset = 0.0;
   for (int64_t query = 0; query < block.queries && neighbours; ++query) {
     const float* grad_out = upstream.grad_out.const_data_ptr<float>() + (block.first + query) * attention.row_width;
@@ -114,8 +114,8 @@ MEMTRANS_INLINE void through_retrieved(
 // Turns the scores of a tile into weights after dropout, and the gradients of these into those of the logits.
 template <int kLanes>
 MEMTRANS_INLINE void through_softmax(
-    const Attention& attention, const Block& block, int64_t key, int64_t keys, const Work& work, Tile scores, Tile grads,
-    Gradients& gradients) {
+    const Attention& attention, const Block& block, int64_t key, int64_t keys, const Work& work, Tile scores,
+    Tile grads, Gradients& gradients) {
   const int64_t of_head = block.document * attention.heads + block.head, place = block.position - key;
   const float* bias = attention.bias_of(block.head) + place;  // of the first query and the first key
   float* grad_bias = &gradients.bias[of_head * attention.distances() + kQueries] + place;
@@ -125,7 +125,7 @@ MEMTRANS_INLINE void through_softmax(
   draw_factors(attention, block, key, keys, factors);
   Vector<kLanes> grad_scale = {};
   for (int64_t row = 0; row < keys; ++row) {
-    for (int64_t lane = 0; lane < kQueries; lane += kLanes) {
+    for (int64_t lane = 0; lane < block.lanes; lane += kLanes) {
       Vector<kLanes>&score = at<kLanes>(&scores[row][lane]), &grad = at<kLanes>(&grads[row][lane]);
       Vector<kLanes> logit = scale * score + load<kLanes>(bias + lane - row);
       if (attention.dense) {
@@ -166,7 +166,7 @@ MEMTRANS_INLINE void add_dense(
 template <int kLanes, int kRows>
 MEMTRANS_INLINE void through_local(
     const Attention& attention, const Block& block, const Upstream& upstream, Work& work, Gradients& gradients) {
-  const int64_t row_width = attention.row_width, width = attention.width, of_block = block.first * row_width;
+  const int64_t row_width = attention.row_width, of_block = block.first * row_width;
   const Matrix<const float> query{attention.query.const_data_ptr<float>() + of_block, row_width};
   const Matrix<const float> grad_out{upstream.grad_out.const_data_ptr<float>() + of_block, row_width};
   Tile scores, grads;
@@ -176,8 +176,8 @@ MEMTRANS_INLINE void through_local(
     const int64_t of_head = ((block.document * attention.heads + block.head) * attention.local + key) * row_width;
     const float* keys = attention.key.const_data_ptr<float>() + place;
     const float* values = attention.value.const_data_ptr<float>() + place;
-    score<kLanes, kRows>(keys, row_width, count, work.query_columns.data(), width, scores);
-    score<kLanes, kRows>(values, row_width, count, work.grad_columns.data(), width, grads);
+    score<kLanes, kRows>(attention, block, keys, count, work.query_columns.data(), scores);
+    score<kLanes, kRows>(attention, block, values, count, work.grad_columns.data(), grads);
     through_softmax<kLanes>(attention, block, key, count, work, scores, grads, gradients);
     add_dense(attention, block, key, count, grads, gradients);
     add_product<kLanes, kRows, false>(
@@ -193,16 +193,16 @@ MEMTRANS_INLINE void through_local(
 }
 
 // All queries of one head of one document.
-template <typename Element, int kLanes, int kRows>
+template <int kLanes, int kRows>
 MEMTRANS_INLINE void go_back(
-    const Attention& attention, int64_t document, int64_t head, const Ring<Element>& keys, const Ring<Element>& values,
+    const Attention& attention, int64_t document, int64_t head, const Ring& keys, const Ring& values,
     const Upstream& upstream, Gradients& gradients) {
   Work work(attention);
   float* grad_query = gradients.query.mutable_data_ptr<float>();
   for (int64_t number = 0; number < attention.blocks_of_head(); ++number) {
     const Block block = attention.block(document, head, number);
     begin(attention, block, upstream, work);
-    through_retrieved<Element, kLanes>(attention, block, keys, values, upstream, work, gradients);
+    through_retrieved<kLanes>(attention, block, keys, values, upstream, work, gradients);
     through_local<kLanes, kRows>(attention, block, upstream, work, gradients);
     for (int64_t query = 0; query < block.queries; ++query) {
       for (int64_t column = 0; column < attention.width; ++column) {
@@ -213,47 +213,42 @@ MEMTRANS_INLINE void go_back(
   }
 }
 
-template <typename Element>
 using GoBack = void (*)(
-    const Attention&, int64_t document, int64_t head, const Ring<Element>& keys, const Ring<Element>& values,
+    const Attention&, int64_t document, int64_t head, const Ring& keys, const Ring& values,
     const Upstream&, Gradients&);
 
 #if defined(__x86_64__)
-template <typename Element>
 MEMTRANS_AVX512 void go_back_avx512(
-    const Attention& attention, int64_t document, int64_t head, const Ring<Element>& keys, const Ring<Element>& values,
+    const Attention& attention, int64_t document, int64_t head, const Ring& keys, const Ring& values,
     const Upstream& upstream, Gradients& gradients) {
-  go_back<Element, 16, 8>(attention, document, head, keys, values, upstream, gradients);
+  go_back<16, 8>(attention, document, head, keys, values, upstream, gradients);
 }
 
-template <typename Element>
 MEMTRANS_AVX2 void go_back_avx2(
-    const Attention& attention, int64_t document, int64_t head, const Ring<Element>& keys, const Ring<Element>& values,
+    const Attention& attention, int64_t document, int64_t head, const Ring& keys, const Ring& values,
     const Upstream& upstream, Gradients& gradients) {
-  go_back<Element, 8, 4>(attention, document, head, keys, values, upstream, gradients);
+  go_back<8, 4>(attention, document, head, keys, values, upstream, gradients);
 }
 #endif
 
-template <typename Element>
 void go_back_anywhere(
-    const Attention& attention, int64_t document, int64_t head, const Ring<Element>& keys, const Ring<Element>& values,
+    const Attention& attention, int64_t document, int64_t head, const Ring& keys, const Ring& values,
     const Upstream& upstream, Gradients& gradients) {
-  go_back<Element, 4, 4>(attention, document, head, keys, values, upstream, gradients);
+  go_back<4, 4>(attention, document, head, keys, values, upstream, gradients);
 }
 
-template <typename Element>
-GoBack<Element> fastest_go_back() {
+GoBack fastest_go_back() {
 #if defined(__x86_64__)
   switch (fastest_instructions()) {
     case Instructions::kAvx512:
-      return go_back_avx512<Element>;
+      return go_back_avx512;
     case Instructions::kAvx2:
-      return go_back_avx2<Element>;
+      return go_back_avx2;
     default:
       break;
   }
 #endif
-  return go_back_anywhere<Element>;
+  return go_back_anywhere;
 }
 
 Upstream take_upstream(const Tensor& grad_out, const Tensor& grad_lse, const Tensor& out, const Tensor& lse) {
@@ -315,21 +310,15 @@ Tensor sum_over_documents(const std::vector<double>& parts, const Tensor& like) 
 }
 
 void compute(
-    const Attention& attention, const Tensor& memory_keys, const Tensor& memory_values, const Upstream& upstream,
-    Gradients& gradients) {
+    const Attention& attention, const Ring& keys, const Ring& values, const Upstream& upstream, Gradients& gradients) {
   const int64_t heads = attention.heads;
   const bool documents_share = attention.dense && attention.dense->size(0) == 1;
-  const int64_t together = documents_share ? attention.batch : 1;
-  with_element_type(memory_values.scalar_type(), [&](auto element) {
-    using Element = decltype(element);
-    const Ring<Element> keys(memory_keys), values(memory_values);
-    const GoBack<Element> go_back = fastest_go_back<Element>();
-    for_each_part(attention.batch / std::max<int64_t>(1, together) * heads, [&](int64_t part) {
-      for (int64_t document = 0; document < together; ++document) {
-        go_back(
-            attention, part / heads * together + document, part % heads, keys, values, upstream, gradients);
-      }
-    });
+  const int64_t together = documents_share ? std::max<int64_t>(1, attention.batch) : 1;
+  const GoBack go_back = fastest_go_back();
+  for_each_part(attention.batch / together * heads, [&](int64_t part) {
+    for (int64_t document = 0; document < together; ++document) {
+      go_back(attention, part / heads * together + document, part % heads, keys, values, upstream, gradients);
+    }
   });
 }
 
@@ -342,10 +331,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> memory_attent
                                rows,       scores,     slots,         scale,        bias_table,
                                bias_dense, memory_offset, local_length, dropout_p, seed};
   const Attention attention = prepare(inputs);
+  const std::initializer_list<int64_t> of_out{attention.batch, attention.heads, attention.length, attention.width};
+  check_shape(grad_out, "grad_out", of_out, "(B, H, N, D)");
+  check_shape(out, "out", of_out, "(B, H, N, D)");
+  check_shape(grad_lse, "grad_lse", {attention.batch, attention.heads, attention.length}, "(B, H, N)");
+  check_shape(lse, "lse", {attention.batch, attention.heads, attention.length}, "(B, H, N)");
   Gradients gradients(attention, query);
   compute(
-      attention, dense_rows(memory_keys), dense_rows(memory_values), take_upstream(grad_out, grad_lse, out, lse),
-      gradients);
+      attention, Ring(memory_keys), Ring(memory_values), take_upstream(grad_out, grad_lse, out, lse), gradients);
   const auto nothing = [&] { return torch::stable::new_empty(query, {0}); };  // no two results may share memory
   const std::vector<float> ones(attention.heads, 1.0f);
   return {
