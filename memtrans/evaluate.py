@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memtrans.data import NOT_SCORED, Batch, Document, DocumentStream, InOrder
+from memtrans.ranks import ALONE, Ranks
 from memtrans.reader import DocumentReader
 from memtrans.recall import CHANCE, FAR
 from memtrans.transformer import MemorizingTransformer
@@ -41,9 +42,13 @@ def negative_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=NOT_SCORED, reduction="sum")
 
 
-def held_out_stream(documents: Sequence[Document], batch: int, segment: int) -> DocumentStream:
-    """Every document once, each from its beginning; no more rows than documents."""
-    return DocumentStream(InOrder(documents), min(batch, len(documents)), segment)
+def held_out_stream(documents: Sequence[Document], batch: int, segment: int, ranks: Ranks = ALONE) -> DocumentStream:
+    """Every document once, each from its beginning; no more rows than documents.
+
+    Each rank reads its share of the rows, or all of them where there are fewer rows than ranks.
+    """
+    batch = min(batch, len(documents))
+    return DocumentStream(InOrder(documents), batch, segment, ranks.rows(batch) if batch >= ranks.size else None)
 
 
 @torch.no_grad()
@@ -55,6 +60,7 @@ def evaluate(
     retrieval: bool = True,
     dtype: torch.dtype = torch.float32,
     on_segment: Callable[[], None] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Reads a stream to its end, or until `most_bytes` tokens were read; the memory starts empty.
 
@@ -62,6 +68,7 @@ def evaluate(
         retrieval: False keeps the memory empty: the same bytes without it.
         dtype: what matrix products compute in, float32 or bfloat16.
         on_segment: called after each segment; may raise to stop.
+        ranks: that read a share of the stream each; all of them get the same result.
 
     Raises:
         NonFiniteLossError: the loss is infinite or NaN.
@@ -69,7 +76,7 @@ def evaluate(
     device = model.token_emb.weight.device
     was_training = model.training
     model.eval()
-    reader = DocumentReader(model, stream.batch, retrieval=retrieval, dtype=dtype)
+    reader = DocumentReader(model, len(stream.rows), retrieval=retrieval, dtype=dtype)
     total = torch.zeros((), dtype=torch.float64, device=device)
     far = torch.zeros(2, dtype=torch.int64, device=device)  # asked, answered
     read = scored = 0
@@ -83,10 +90,13 @@ def evaluate(
             on_segment()
     finally:
         model.train(was_training)
-    if not math.isfinite(total):
-        raise NonFiniteLossError(f"the loss on held-out text must be finite, got {float(total)} over {scored} bytes")
-    asked, answered = far.tolist()
-    bits = float(total) / math.log(2) / scored if scored else math.nan
+    shares = [(float(total), *far.tolist())]
+    if len(stream.rows) < stream.batch:
+        shares = ranks.gather(shares[0])
+    nats, asked, answered = (sum(numbers) for numbers in zip(*shares, strict=True))
+    if not math.isfinite(nats):
+        raise NonFiniteLossError(f"the loss on held-out text must be finite, got {nats} over {scored} bytes")
+    bits = nats / math.log(2) / scored if scored else math.nan
     return Evaluation(bits, answered / asked if asked else None, scored, asked)
 
 
@@ -106,16 +116,18 @@ def evaluate_both(
     most_bytes: int,
     dtype: torch.dtype = torch.float32,
     on_segment: Callable[[], None] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """The same held-out bytes with the memory and with retrieval off, as they stand in reports."""
     on, off = (
         evaluate(
             model,
-            held_out_stream(documents, batch, segment),
+            held_out_stream(documents, batch, segment, ranks),
             most_bytes,
             retrieval=retrieval,
             dtype=dtype,
             on_segment=on_segment,
+            ranks=ranks,
         )
         for retrieval in (True, False)
     )

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from memtrans.evaluate import negative_log_likelihood
 from memtrans.loader import StepInputs
 from memtrans.presets import Settings
+from memtrans.ranks import ALONE, Ranks
 from memtrans.reader import Carried, DocumentReader
+from memtrans.spread import is_spread, whole
 
 WARM_UP = 3  # eager steps before the capture: kernels get compiled, the optimiser its state
 
@@ -29,7 +31,7 @@ def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
         {"params": [p for p in parameters if id(p) in decayed], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
     ]
-    on_gpu = parameters[0].is_cuda
+    on_gpu = parameters[0].is_cuda and not is_spread(parameters[0])  # spread parameters are never captured
     rate = torch.tensor(settings.learning_rate, device=parameters[0].device) if on_gpu else settings.learning_rate
     return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True, capturable=on_gpu)
 
@@ -41,10 +43,13 @@ class Step:
         reader: of the model. optimizer: from `make_optimizer`.
         settings: `compile` makes one graph of a segment's forward pass and loss, another of its backward;
             `skip_nonfinite` leaves the model as it is where the loss or the gradient is not finite.
+        ranks: each reads its own rows; loss and gradients are sums over all of them.
     """
 
-    def __init__(self, reader: DocumentReader, optimizer: torch.optim.AdamW, settings: Settings) -> None:
-        self.reader, self.optimizer, self.settings = reader, optimizer, settings
+    def __init__(
+        self, reader: DocumentReader, optimizer: torch.optim.AdamW, settings: Settings, ranks: Ranks = ALONE
+    ) -> None:
+        self.reader, self.optimizer, self.settings, self.ranks = reader, optimizer, settings, ranks
         self._segment_loss = torch.compile(self._loss, fullgraph=True) if compiles(settings, reader) else self._loss
 
     def run(self, inputs: StepInputs, rate: float) -> Tensor:
@@ -72,7 +77,8 @@ class Step:
             mean = torch.stack(losses).sum() / inputs.scored
             mean.backward()
             total += mean.detach()
-        norm = nn.utils.clip_grad_norm_(self.reader.model.parameters(), self.settings.clip).detach()
+        total = self._sum(total)
+        norm = whole(nn.utils.clip_grad_norm_(self.reader.model.parameters(), self.settings.clip)).detach()
         finite = norm.isfinite() & total.isfinite()
         if self.settings.skip_nonfinite:
             # as a gradient scaler tells a fused optimiser not to move
@@ -82,6 +88,14 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         self.reader.carry(carried)
         return torch.stack((total / math.log(2), norm))
+
+    def _sum(self, total: Tensor) -> Tensor:
+        """The loss of all ranks; what parameters have as gradients becomes that of all ranks too, in one exchange."""
+        parameters = [p for p in self.reader.model.parameters() if p.grad is not None and not is_spread(p)]
+        *gradients, total = self.ranks.sum([*(p.grad for p in parameters if p.grad is not None), total])
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        return total
 
     def _loss(
         self, tokens: Tensor, labels: Tensor, lengths: Tensor, fresh: Tensor, carried: Carried
@@ -132,16 +146,20 @@ class ReplayedStep:
         self._inputs = StepInputs(*(tensor.clone() for tensor in inputs.tensors()))
         torch.cuda.empty_cache()  # what the eager steps held; the graph has a pool of its own
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # NCCL has a thread of its own, which asks for events meanwhile
+        mode = "thread_local" if self.step.ranks.size > 1 else "global"
+        with torch.cuda.graph(self._graph, capture_error_mode=mode):
             self._result = self.step.compute(self._inputs)
 
 
 def compiles(settings: Settings, reader: DocumentReader) -> bool:
     """Whether a run compiles its model: as the settings say, on a GPU by default."""
-    return reader.on_gpu if settings.compile is None else settings.compile
+    return reader.on_gpu and not settings.fsdp if settings.compile is None else settings.compile
 
 
-def make_step(reader: DocumentReader, optimizer: torch.optim.AdamW, settings: Settings) -> Step | ReplayedStep:
+def make_step(
+    reader: DocumentReader, optimizer: torch.optim.AdamW, settings: Settings, ranks: Ranks = ALONE
+) -> Step | ReplayedStep:
     """The step of a run: replayed on a GPU if it is compiled."""
-    step = Step(reader, optimizer, settings)
+    step = Step(reader, optimizer, settings, ranks)
     return ReplayedStep(step) if reader.on_gpu and compiles(settings, reader) else step
