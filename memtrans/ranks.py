@@ -176,7 +176,7 @@ def _kind(error: Exception) -> type[Exception]:
 
 def _is_of_communication(error: RuntimeError) -> bool:
     """gloo's own errors have no class."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "pair closure"))
 
 
 @contextmanager
