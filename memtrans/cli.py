@@ -1,8 +1,8 @@
 """`python -m memtrans train | eval | generate | presets | info`.
 
 Bad input ends with one line on standard error and exit status 2; Ctrl-C with 130, after a checkpoint; a loss that
-is not finite, a disk that is full or too little memory with 1, and the last good checkpoint is kept. The last line of
-`train` and `eval` on standard output is one JSON object.
+is not finite, a disk that is full, too little memory or a rank that is lost with 1, and the last good checkpoint is
+kept. The last line of `train` and `eval` on standard output is one JSON object. Of several ranks the first one speaks.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from memtrans import cli_generate
 from memtrans.checkpoint import load_checkpoint, require
 from memtrans.evaluate import evaluate_both
 from memtrans.presets import PRESETS, figures
+from memtrans.ranks import LostRankError, Ranks, joined
 from memtrans.run import Run, check_memory, checkpoint_of, resumed_settings, start
 from memtrans.settings import Settings, build_model
 from memtrans.train import NonFiniteLossError, load_weights, open_data, pick_device
@@ -70,7 +71,8 @@ def _first_line(error: Exception) -> str:
 
 
 def _fail(options: argparse.Namespace, message: str, status: int) -> int:
-    print(f"memtrans {options.name}: {message}", file=sys.stderr, flush=True)
+    if getattr(options, "speaks", True):
+        print(f"memtrans {options.name}: {message}", file=sys.stderr, flush=True)
     return status
 
 
@@ -145,15 +147,22 @@ def _given(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _train(options: argparse.Namespace) -> int:
-    given = _given(options)
     try:
-        options.out = options.out or _free_directory(options.preset, options.resume)
-        if options.resume:
-            settings = resumed_settings(options.out, given)
-        else:
-            settings = dataclasses.replace(PRESETS[options.preset], **given)
-        trainer = start(settings, options.out, options.resume)
-        options.out.mkdir(parents=True, exist_ok=True)
+        with joined() as ranks:
+            options.speaks = ranks.first
+            return _train_on(ranks, options)
+    except LostRankError as error:
+        options.speaks = True
+        _fail(options, f"{error}; the last checkpoint is kept, --resume goes on from there", 1)
+        os._exit(1)  # the GPU may wait for the lost rank, and the interpreter's end for the GPU
+
+
+def _train_on(ranks: Ranks, options: argparse.Namespace) -> int:
+    try:
+        options.out = ranks.gather(options.out or _free_directory(options.preset, options.resume))[0]
+        settings = ranks.together(lambda: _settings(options))
+        trainer = start(settings, options.out, options.resume, ranks)
+        ranks.together(lambda: options.out.mkdir(parents=True, exist_ok=True))
     except BAD_INPUT as error:
         raise InputError(str(error)) from error
     run = Run(trainer, options.out, options.plain)
@@ -164,8 +173,15 @@ def _train(options: argparse.Namespace) -> int:
         return _fail(options, f"stopped by Ctrl-C; {saved}", 130)
     except NonFiniteLossError as error:
         return _fail(options, f"{error}; the last good checkpoint is kept", 1)
-    print(_json_line(summary), flush=True)
+    if ranks.first:
+        print(_json_line(summary), flush=True)
     return 0
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    if options.resume:
+        return resumed_settings(options.out, _given(options))
+    return dataclasses.replace(PRESETS[options.preset], **_given(options))
 
 
 def _json_line(values: dict[str, Any]) -> str:

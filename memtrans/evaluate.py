@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memtrans.data import NOT_SCORED, Batch, Document, DocumentStream, InOrder
+from memtrans.ranks import ALONE, Ranks
 from memtrans.reader import DocumentReader
 from memtrans.recall import CHANCE, FAR
 from memtrans.transformer import MemorizingTransformer
@@ -46,9 +47,13 @@ def negative_log_likelihood(logits: Tensor, labels: Tensor, reduction: str = "su
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=NOT_SCORED, reduction=reduction)
 
 
-def held_out_stream(documents: Sequence[Document], batch: int, segment: int) -> DocumentStream:
-    """Every document once, each from its beginning; no more rows than documents."""
-    return DocumentStream(InOrder(documents), min(batch, len(documents)), segment)
+def held_out_stream(documents: Sequence[Document], batch: int, segment: int, ranks: Ranks = ALONE) -> DocumentStream:
+    """Every document once, each from its beginning; no more rows than documents.
+
+    Each rank reads its share of the rows, or all of them where there are fewer rows than ranks.
+    """
+    batch = min(batch, len(documents))
+    return DocumentStream(InOrder(documents), batch, segment, ranks.rows(batch) if batch >= ranks.size else None)
 
 
 @torch.no_grad()
@@ -61,6 +66,7 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     keep_memory: bool = False,
     on_segment: Callable[[], None] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Reads a stream to its end, or until `most_bytes` tokens were read; the memory starts empty.
 
@@ -69,6 +75,7 @@ def evaluate(
         dtype: what matrix products compute in, float32 or bfloat16.
         keep_memory: documents read on in the memory of the one before.
         on_segment: called after each segment; may raise to stop.
+        ranks: that read a share of the stream each; all of them get the same result.
 
     Raises:
         NonFiniteLossError: the loss is infinite or NaN.
@@ -76,7 +83,7 @@ def evaluate(
     device = model.token_emb.weight.device
     was_training = model.training
     model.eval()
-    reader = DocumentReader(model, stream.batch, retrieval=retrieval, dtype=dtype, keep_memory=keep_memory)
+    reader = DocumentReader(model, len(stream.rows), retrieval=retrieval, dtype=dtype, keep_memory=keep_memory)
     placed = torch.zeros(2, len(POSITIONS), dtype=torch.float64, device=device)  # nats and bytes by position
     far = torch.zeros(2, dtype=torch.int64, device=device)  # asked, answered
     read = scored = 0
@@ -90,11 +97,14 @@ def evaluate(
             on_segment()
     finally:
         model.train(was_training)
-    nats, counts = placed.tolist()
+    shares = [(placed.cpu(), *far.tolist())]
+    if len(stream.rows) < stream.batch:
+        shares = ranks.gather(shares[0])
+    sums, asked, answered = (sum(numbers) for numbers in zip(*shares, strict=True))
+    nats, counts = sums.tolist()
     total = sum(nats)
     if not math.isfinite(total):
         raise NonFiniteLossError(f"the loss on held-out text must be finite, got {total} over {scored} bytes")
-    asked, answered = far.tolist()
     bits = total / math.log(2) / scored if scored else math.nan
     by_position = {
         position: loss / math.log(2) / count
@@ -127,6 +137,7 @@ def evaluate_both(
     batch: int,
     segment: int,
     most_bytes: int,
+    ranks: Ranks = ALONE,
     **options: Any,
 ) -> dict[str, Any]:
     """The same held-out bytes with the memory and with retrieval off, as they stand in reports.
@@ -134,7 +145,14 @@ def evaluate_both(
     options: `dtype`, `keep_memory` and `on_segment` of `evaluate`.
     """
     on, off = (
-        evaluate(model, held_out_stream(documents, batch, segment), most_bytes, retrieval=retrieval, **options)
+        evaluate(
+            model,
+            held_out_stream(documents, batch, segment, ranks),
+            most_bytes,
+            retrieval=retrieval,
+            ranks=ranks,
+            **options,
+        )
         for retrieval in (True, False)
     )
     report: dict[str, Any] = {

@@ -38,7 +38,8 @@ class Replay:
             else:
                 torch.cuda.empty_cache()  # what the eager calls held: the graph has a pool of its own
                 self._graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self._graph):
+                # NCCL has a thread of its own, which asks for events meanwhile
+                with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                     self.function()
                 self._graph.replay()
         self._calls += 1

@@ -99,6 +99,7 @@ class Settings:
     compile: bool | None = _option(
         None, "compile the model, and replay each step as a CUDA graph on a GPU (default: on a GPU)"
     )
+    fsdp: bool = _option(False, "with several processes: spread weights and optimiser state over them (FSDP2)")
     skip_nonfinite: bool = _option(
         False, "go on after a step whose loss or gradient is not finite, which then leaves the model as it is"
     )
@@ -116,6 +117,10 @@ class Settings:
         for field in dataclasses.fields(self):
             _check_kind(field.name, getattr(self, field.name), str(field.type))
             _check(field.name, getattr(self, field.name), field.metadata)
+        if self.fsdp and self.compile:
+            raise ValueError("compile must be off with fsdp, whose parameters come and go, got True")
+        if self.fsdp and self.optimizer != "adamw":
+            raise ValueError(f"optimizer must be adamw with fsdp, got {self.optimizer!r}")
         for name in ("memory_layers", "xl_layers"):
             wrong = [layer for layer in getattr(self, name) or () if not 1 <= layer <= self.layers]
             if wrong:

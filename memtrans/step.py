@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from memtrans.adafactor import Adafactor, initial_state
 from memtrans.evaluate import negative_log_likelihood
 from memtrans.loader import StepInputs
+from memtrans.ranks import ALONE, Ranks
 from memtrans.reader import Carried, DocumentReader
 from memtrans.replay import Replay
 from memtrans.settings import Settings
+from memtrans.spread import is_spread, whole
 
 
 def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
@@ -33,7 +35,7 @@ def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimize
         {"params": [p for p in parameters if id(p) in decayed], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
     ]
-    on_gpu = parameters[0].is_cuda
+    on_gpu = parameters[0].is_cuda and not is_spread(parameters[0])  # spread parameters are never captured
     rate = torch.tensor(settings.learning_rate, device=parameters[0].device) if on_gpu else settings.learning_rate
     if settings.optimizer == "adafactor":
         return Adafactor(groups, lr=rate)
@@ -54,10 +56,13 @@ class Step:
         reader: of the model. optimizer: from `make_optimizer`.
         settings: `compile` makes one graph of a segment's forward pass and loss, another of its backward;
             `skip_nonfinite` leaves the model as it is where the loss or the gradient is not finite.
+        ranks: each reads its own rows; loss and gradients are sums over all of them.
     """
 
-    def __init__(self, reader: DocumentReader, optimizer: torch.optim.Optimizer, settings: Settings) -> None:
-        self.reader, self.optimizer, self.settings = reader, optimizer, settings
+    def __init__(
+        self, reader: DocumentReader, optimizer: torch.optim.Optimizer, settings: Settings, ranks: Ranks = ALONE
+    ) -> None:
+        self.reader, self.optimizer, self.settings, self.ranks = reader, optimizer, settings, ranks
         self._segment_loss = torch.compile(self._loss, fullgraph=True) if compiles(settings, reader) else self._loss
 
     def run(self, inputs: StepInputs, rate: float) -> Tensor:
@@ -85,8 +90,9 @@ class Step:
             mean = torch.stack(losses).sum() / inputs.scored
             mean.backward()
             total += mean.detach()
+        total = self._sum(total)
         most = math.inf if self.settings.clip is None else self.settings.clip
-        norm = nn.utils.clip_grad_norm_(self.reader.model.parameters(), most).detach()
+        norm = whole(nn.utils.clip_grad_norm_(self.reader.model.parameters(), most)).detach()
         finite = norm.isfinite() & total.isfinite()
         if self.settings.skip_nonfinite:
             # as a gradient scaler tells a fused optimiser not to move
@@ -96,6 +102,14 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         self.reader.carry(carried)
         return torch.stack((total / math.log(2), norm))
+
+    def _sum(self, total: Tensor) -> Tensor:
+        """The loss of all ranks; what parameters have as gradients becomes that of all ranks too, in one exchange."""
+        parameters = [p for p in self.reader.model.parameters() if p.grad is not None and not is_spread(p)]
+        *gradients, total = self.ranks.sum([*(p.grad for p in parameters if p.grad is not None), total])
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        return total
 
     def _loss(
         self, tokens: Tensor, labels: Tensor, lengths: Tensor, fresh: Tensor, carried: Carried
@@ -137,10 +151,12 @@ class ReplayedStep:
 
 def compiles(settings: Settings, reader: DocumentReader) -> bool:
     """Whether a run compiles its model: as the settings say, on a GPU by default."""
-    return reader.on_gpu if settings.compile is None else settings.compile
+    return reader.on_gpu and not settings.fsdp if settings.compile is None else settings.compile
 
 
-def make_step(reader: DocumentReader, optimizer: torch.optim.Optimizer, settings: Settings) -> Step | ReplayedStep:
+def make_step(
+    reader: DocumentReader, optimizer: torch.optim.Optimizer, settings: Settings, ranks: Ranks = ALONE
+) -> Step | ReplayedStep:
     """The step of a run: replayed on a GPU if it is compiled."""
-    step = Step(reader, optimizer, settings)
+    step = Step(reader, optimizer, settings, ranks)
     return ReplayedStep(step) if reader.on_gpu and compiles(settings, reader) else step
