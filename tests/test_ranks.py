@@ -22,9 +22,9 @@ from memtrans.checkpoint import load_checkpoint, save_checkpoint
 from memtrans.data import Document, DocumentStream, InOrder
 from memtrans.evaluate import evaluate_both
 from memtrans.metrics import Metrics
-from memtrans.settings import Settings
 from memtrans.ranks import ALONE, Ranks
 from memtrans.run import checkpoint_of
+from memtrans.settings import Settings
 from memtrans.train import Trainer, check_shares, open_data
 
 pytestmark = pytest.mark.cpu
