@@ -206,7 +206,7 @@ def memory_attention(
     local = scale.to(dtype)[:, None, None] * _dot(query, key, dtype)
     logits = _joint_logits(local, scores, slots, scale, bias_table, bias_dense, memory_offset, local_length)
     lse = logits.logsumexp(dim=-1)  # (B, H, N)
-    weights = (logits - _finite(lse)[..., None]).exp()  # (B, H, N, K + L)
+    weights = logits.sub_(_finite(lse)[..., None]).exp_()  # (B, H, N, K + L)
     if dropout_p > 0.0:
         assert seed is not None
         weights = weights * keep_mask(seed, dropout_p, weights.shape) / (1.0 - dropout_p)
@@ -246,23 +246,24 @@ def memory_attention_backward(
     grad_out, scale_wide = grad_out.to(dtype), scale.to(dtype)[:, None, None]
     dot = _dot(query, key, dtype)
     logits = _joint_logits(scale_wide * dot, scores, slots, scale, bias_table, bias_dense, memory_offset, local_length)
-    weights = (logits - _finite(lse.to(dtype))[..., None]).exp()  # P
-    factor = torch.ones_like(weights)
-    if dropout_p > 0.0:
-        assert seed is not None
-        factor = keep_mask(seed, dropout_p, weights.shape).to(dtype) / (1.0 - dropout_p)
+    weights = logits.sub_(_finite(lse.to(dtype))[..., None]).exp_()  # P
 
     sizes = [slots.shape[-1], key.shape[-2]]
     gathered = _gather(memory_values, rows, slots, dtype)
     grad_weights = torch.cat((torch.einsum("bhnd,bhnkd->bhnk", grad_out, gathered), _dot(grad_out, value, dtype)), -1)
+    dropped = weights  # P'
+    if dropout_p > 0.0:
+        assert seed is not None
+        factor = keep_mask(seed, dropout_p, weights.shape).to(dtype) / (1.0 - dropout_p)
+        dropped, grad_weights = weights * factor, grad_weights * factor
     delta = (grad_out * out.to(dtype)).sum(dim=-1, keepdim=True) - grad_lse.to(dtype)[..., None]
-    grad_logits = weights * (grad_weights * factor - delta)
+    grad_logits = grad_weights.sub_(delta).mul_(weights)
     grad_memory, grad_local = grad_logits.split(sizes, dim=-1)
 
     retrieved_keys = _gather(memory_keys, rows, slots, dtype)
     grad_query = _weighted_sum(grad_local, key, dtype) + torch.einsum("bhnk,bhnkd->bhnd", grad_memory, retrieved_keys)
     grad_key = _sum_over_queries(grad_local * scale_wide, query, key, dtype)
-    grad_value = _sum_over_queries((weights * factor).split(sizes, dim=-1)[1], grad_out, value, dtype)
+    grad_value = _sum_over_queries(dropped.split(sizes, dim=-1)[1], grad_out, value, dtype)
     found_scores = scores.to(dtype).masked_fill(slots < 0, 0.0)
     grad_scale = (grad_local * dot).sum(dim=(0, 2, 3)) + (grad_memory * found_scores).sum(dim=(0, 2, 3))
     nothing = query.new_empty
@@ -278,7 +279,7 @@ def memory_attention_backward(
 
 
 def _joint_logits(
-    local: Tensor,  # (B, H, N, L), scaled
+    local: Tensor,  # (B, H, N, L), scaled; becomes logits in place
     scores: Tensor,
     slots: Tensor,
     scale: Tensor,
@@ -291,17 +292,20 @@ def _joint_logits(
     length, local_keys = local.shape[-2:]
     distance = _distance(length, local_keys, local.device)
     if bias_table is not None:
-        local = local + bias_table.to(local.dtype)[:, distance.clamp(0, bias_table.shape[-1] - 1)]
+        local += bias_table.to(local.dtype)[:, distance.clamp(0, bias_table.shape[-1] - 1)]
     if bias_dense is not None:
-        local = local + bias_dense.to(local.dtype)
+        local += bias_dense.to(local.dtype)
     hidden = distance < 0
     if local_length is not None:
         oldest = local_keys - local_length[:, None, None, None]  # keys before it are not this document's
         hidden = hidden | (torch.arange(local_keys, device=local.device) < oldest)
+    local.masked_fill_(hidden, -torch.inf)
+    if slots.shape[-1] == 0:
+        return local
     retrieved = scale.to(local.dtype)[:, None, None] * scores.to(local.dtype).masked_fill(slots < 0, 0.0)
     if memory_offset is not None:
         retrieved = retrieved + memory_offset.to(local.dtype)[:, None, None]
-    return torch.cat((retrieved.masked_fill(slots < 0, -torch.inf), local.masked_fill(hidden, -torch.inf)), dim=-1)
+    return torch.cat((retrieved.masked_fill_(slots < 0, -torch.inf), local), dim=-1)
 
 
 def _distance(length: int, local_keys: int, device: torch.device) -> Tensor:

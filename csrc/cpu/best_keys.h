@@ -1,6 +1,8 @@
 // The best K of the keys that each of some queries was offered, in any number, by score and then by age.
 #pragma once
 
+#include "cpu/vectors.h"
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -49,13 +51,12 @@ class BestKeys {
   }
 
   // Keys have to be offered from old to new.
-  void offer(int64_t query, float score, int64_t position) {
+  MEMTRANS_INLINE void offer(int64_t query, float score, int64_t position) {
     Found* aside = &aside_[query * 2 * k_];
     int64_t& size = sizes_[query];
     aside[size++] = found(score, position);
     if (size == 2 * k_) {
-      std::nth_element(aside, aside + k_ - 1, aside + size, std::greater<Found>());
-      thresholds_[query] = score_of(aside[k_ - 1]);
+      thresholds_[query] = score_of(keep_best(aside));
       size = k_;
     }
   }
@@ -70,6 +71,31 @@ class BestKeys {
   }
 
  private:
+  static constexpr int64_t kFew = 32;
+
+  // Moves the best K of 2 K to the front and returns the least of them. Few are counted out: each stays if fewer than K
+  // are better, which takes vectors and no branch (16 of 32 in a fifth of the time of nth_element).
+  MEMTRANS_INLINE Found keep_best(Found* aside) const {
+    if (k_ > kFew) {
+      std::nth_element(aside, aside + k_ - 1, aside + 2 * k_, std::greater<Found>());
+      return aside[k_ - 1];
+    }
+    Found better[2 * kFew] = {}, least = 0;
+    for (int64_t rival = 0; rival < 2 * k_; ++rival) {
+      const Found of_rival = aside[rival];
+#pragma omp simd
+      for (int64_t place = 0; place < 2 * k_; ++place) {
+        better[place] += of_rival > aside[place];
+      }
+    }
+    for (int64_t place = 0, kept = 0; place < 2 * k_; ++place) {
+      least = better[place] == static_cast<Found>(k_ - 1) ? aside[place] : least;
+      aside[kept] = aside[place];
+      kept += better[place] < static_cast<Found>(k_);
+    }
+    return least;
+  }
+
   int64_t k_;
   std::vector<Found> aside_;
   std::vector<int64_t> sizes_;

@@ -119,9 +119,15 @@ MEMTRANS_INLINE void scan_tile(
     if (!any_above<kPanel, kPanel>(scores[index], thresholds)) {
       continue;
     }
+    int64_t above[kPanel], any = 0;  // collected without a branch: which lanes pass cannot be predicted
     for (int64_t lane = 0; lane < kPanel; ++lane) {
+      above[any] = lane;
+      any += scores[index][lane] > thresholds[lane];
+    }
+    for (int64_t place = 0; place < any; ++place) {
+      const int64_t lane = above[place];
       const float score = scores[index][lane];
-      if (score > thresholds[lane] && retrievable(score, panel + lane, kPanel, key[index], width)) {
+      if (retrievable(score, panel + lane, kPanel, key[index], width)) {
         best.offer(first_query + lane, score, keys.position + first_key + index);
       }
     }
