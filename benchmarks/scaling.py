@@ -4,8 +4,8 @@ Data parallel, n GPUs on hosts of 8: a step takes what it takes on one GPU, and 
 host that moves 2 (n - 1) / n of their bytes at the bandwidth that two GPUs showed; between h hosts each GPU moves
 2 (h - 1) / h of an eighth of them at NETWORK. None of it is hidden behind the backward pass, as none is today.
 
-Sharded search, n GPUs of one host, 65,536 queries in all over 64K entries a GPU: the time of one GPU, and of an exchange
-that grows with the (n - 1) / n of the answers that come from others.
+Sharded search, n GPUs of one host, 65,536 queries in all over 64K entries a GPU: the time of one GPU, and of an
+exchange that grows with the (n - 1) / n of the answers that come from others.
 """
 
 from __future__ import annotations
