@@ -37,7 +37,9 @@ VARIANTS = {
     "plain": SMALL,
     "fsdp": dataclasses.replace(SMALL, fsdp=True),
     "several backward passes of several segments": dataclasses.replace(SMALL, accumulate=2, segments=2, kv_heads=2),
-    "several backward passes, fsdp": dataclasses.replace(SMALL, accumulate=2, segments=2, fsdp=True),
+    "several backward passes, fsdp": dataclasses.replace(
+        SMALL, accumulate=2, segments=2, fsdp=True, skip_nonfinite=True
+    ),
     "recall": dataclasses.replace(SMALL, data="recall"),
     "compiled": dataclasses.replace(SMALL, compile=True, steps=6),
 }
@@ -295,6 +297,23 @@ def test_a_rank_that_stops_answering_is_lost_after_a_time(text: str, tmp_path: P
     assert processes[0].returncode == 1
     assert 50 < time.monotonic() - stopped < 70
     assert "rank 0 of 2 lost another one, which ended, or was silent for 60 s" in error
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_one_rank_stops_all_of_them_after_a_checkpoint(text: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    processes = started(2, "train", "--data", text, "--out", str(out), *TINY, "--steps", "100000")
+    while not (out / "metrics.jsonl").exists():
+        time.sleep(0.2)
+    processes[1].send_signal(signal.SIGINT)
+    first, second = ended(processes)
+    assert (first[0], second[0]) == (130, 130), (first, second)
+    step = load_checkpoint(checkpoint_of(out)).values["step"]
+    assert (
+        first[2]
+        == f"memtrans train: stopped by Ctrl-C; step {step} is saved, --resume --out {out} goes on from there\n"
+    )
+    assert step > 0
 
 
 @pytest.mark.slow
