@@ -19,8 +19,9 @@ import torch
 from common import DEVICE, MEMORIES, TOY, busy_share, environment, write_down
 
 from memtrans.data import Document, Shuffled
-from memtrans.presets import PRESETS, Settings
+from memtrans.presets import PRESETS
 from memtrans.ranks import ALONE, Ranks
+from memtrans.settings import Settings
 from memtrans.sources import load_corpus
 from memtrans.train import Trainer, TrainingData, pick_device
 

@@ -4,8 +4,8 @@ Data parallel, n GPUs on hosts of 8: a step takes what it takes on one GPU, and 
 host that moves 2 (n - 1) / n of their bytes at the bandwidth that two GPUs showed; between h hosts each GPU moves
 2 (h - 1) / h of an eighth of them at NETWORK. None of it is hidden behind the backward pass, as none is today.
 
-Sharded search, n GPUs of one host, 65,536 queries in all over 64K entries a GPU: the time of one GPU, and of an exchange
-that grows with the (n - 1) / n of the answers that come from others.
+Sharded search, n GPUs of one host, 65,536 queries in all over 64K entries a GPU: the time of one GPU, and of an
+exchange that grows with the (n - 1) / n of the answers that come from others.
 """
 
 from __future__ import annotations
@@ -43,10 +43,8 @@ def throughput_table(entries: dict[str, dict[str, Any]]) -> str:
     """Tokens a second of `ddp-paper-64k`, and milliseconds of the sharded searches."""
     alone, two = entries["ddp-paper-64k-1"], entries["ddp-paper-64k-2"]
     names = [name for name in ("sharded-d64-64k", "sharded-paper-64k") if f"{name}-2" in entries]
-    lines = [
-        f"| GPUs | tokens/s | of n × one GPU | {' | '.join(names)} |",
-        f"| --- | --- | --- |{' --- |' * len(names)}",
-    ]
+    head = ["GPUs", "tokens/s", "of n × one GPU", *names]
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     for gpus in GPUS:
         step = step_milliseconds(gpus, alone, two)
         tokens = gpus * alone["tokens_per_second"] * alone["ms"] / step

@@ -26,7 +26,7 @@ using torch::stable::Tensor;
 
 // Raised by one whenever an operator's schema or meaning changes, together with INTERFACE in
 // memtrans_kernels/native.py: a library left over from another version is then refused instead of misused.
-constexpr int64_t kInterface = 3;
+constexpr int64_t kInterface = 4;
 
 inline std::string shape_of(const Tensor& tensor) {
   std::ostringstream text;
@@ -70,6 +70,13 @@ inline void check_floating(const Tensor& tensor, const char* name) {
   const bool supported = type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16 ||
       type == ScalarType::Double;
   STD_TORCH_CHECK(supported, name, " must be float32, float16, bfloat16 or float64");
+}
+
+inline void check_narrow(const Tensor& tensor, const char* name) {
+  const ScalarType type = tensor.scalar_type();
+  STD_TORCH_CHECK(
+      type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, name,
+      " must be float32, float16 or bfloat16");
 }
 
 // What every device checks of knn_add_'s inputs; the numbers in rows, count and at are each device's own affair.
@@ -130,10 +137,7 @@ inline void check_search_shapes(
   STD_TORCH_CHECK(
       capacity >= 1 && capacity <= keys.size(1), "capacity must lie in 1..", keys.size(1), ", got ", capacity);
   STD_TORCH_CHECK(k >= 1, "k must be at least 1, got ", k);
-  const ScalarType type = keys.scalar_type();
-  STD_TORCH_CHECK(
-      type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
-      "keys must be float32, float16 or bfloat16");
+  check_narrow(keys, "keys");
   check_floating(query, "query");
 }
 

@@ -1,4 +1,4 @@
-"""`python -m memtrans train | eval | generate | info`.
+"""`python -m memtrans train | eval | generate | presets | info`.
 
 Bad input ends with one line on standard error and exit status 2; Ctrl-C with 130, after a checkpoint; a loss that
 is not finite, a disk that is full, too little memory or a rank that is lost with 1, and the last good checkpoint is
@@ -24,14 +24,15 @@ import torch
 from memtrans import cli_generate
 from memtrans.checkpoint import load_checkpoint, require
 from memtrans.evaluate import evaluate_both
-from memtrans.presets import PRESETS, Settings, build_model
+from memtrans.presets import PRESETS, figures
 from memtrans.ranks import LostRankError, Ranks, joined
-from memtrans.run import Run, checkpoint_of, resumed_settings, start
+from memtrans.run import Run, check_memory, checkpoint_of, resumed_settings, start
+from memtrans.settings import Settings, build_model
 from memtrans.train import NonFiniteLossError, load_weights, open_data, pick_device
 from memtrans_kernels import backends_info
 
 BAD_INPUT = (ValueError, OSError)  # from reading what the user named
-OVERRIDDEN_BY_EVAL = ("data", "batch", "segment", "memory", "neighbours", "device", "eval_bytes")
+OVERRIDDEN_BY_EVAL = ("data", "batch", "segment", "memory", "keep_memory", "neighbours", "device", "eval_bytes")
 
 
 class InputError(Exception):
@@ -47,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(options, str(error), 2)
     except NonFiniteLossError as error:
         return _fail(options, str(error), 1)
+    except BrokenPipeError:  # whoever read the text has gone
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  Python flushes it once more when it ends
+        return 1
     except OSError as error:
         return _fail(options, f"writing to {options.out} failed: {error}; the last checkpoint is kept", 1)
     except KeyboardInterrupt:
@@ -77,7 +81,7 @@ def _fail(options: argparse.Namespace, message: str, status: int) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m memtrans", description="Memorizing Transformers on real text.")
-    commands = parser.add_subparsers(required=True, metavar="{train,eval,generate,info}")
+    commands = parser.add_subparsers(required=True, metavar="{train,eval,generate,presets,info}")
 
     train = commands.add_parser("train", help="train a model", formatter_class=argparse.RawDescriptionHelpFormatter)
     train.set_defaults(command=_train, name="train")
@@ -100,6 +104,13 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="continue a prompt of any length with a trained model")
     generate.set_defaults(command=_generate, name="generate", out=None)
     cli_generate.add_options(generate)
+
+    presets = commands.add_parser("presets", help="what `train --preset` takes, and what each would cost")
+    presets.description = (
+        "A line for each preset: parameters, bytes of a batch's memories, and the time of a step on one H200 as a "
+        "simple model of its arithmetic predicts it (too low for small models, which wait for launches)."
+    )
+    presets.set_defaults(command=_presets, name="presets", out=None)
 
     info = commands.add_parser("info", help="versions, devices, and which backend of each operator is live")
     info.set_defaults(command=_info, name="info", out=None)
@@ -197,18 +208,21 @@ def _evaluate(options: argparse.Namespace) -> int:
         checkpoint = require(load_checkpoint(checkpoint_of(options.out)), "settings", "step")
         trained = Settings.from_json(checkpoint.values["settings"])
         settings = dataclasses.replace(trained, **_given(options))
-        if bool(settings.memory) != bool(trained.memory):
-            expected = "at least 1 (both evaluations are reported)" if trained.memory else "0"
-            raise ValueError(
-                f"memory must be {expected}, as the run was trained with {trained.memory}, got {settings.memory}"
-            )
+        check_memory(settings.memory, trained.memory)
         data = open_data(settings, options.split)
         model = build_model(settings).to(pick_device(settings.device))
         load_weights(model, checkpoint)
     except BAD_INPUT as error:
         raise InputError(str(error)) from error
-    dtype = getattr(torch, settings.dtype)
-    report = evaluate_both(model, data.held_out, settings.batch, settings.segment, settings.eval_bytes, dtype)
+    report = evaluate_both(
+        model,
+        data.held_out,
+        settings.batch,
+        settings.segment,
+        settings.eval_bytes,
+        dtype=settings.compute_dtype(model.token_emb.weight.device),
+        keep_memory=settings.keep_memory,
+    )
     rest = {"steps": checkpoint.values["step"], "data": settings.data, "split": options.split, "out": str(options.out)}
     device = str(model.token_emb.weight.device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -223,11 +237,17 @@ def _generate(options: argparse.Namespace) -> int:
         raise InputError(str(error)) from error
     try:
         generation.run()
-    except BrokenPipeError:  # whoever read the text has gone
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  Python flushes it once more when it ends
-        return 1
+    except BrokenPipeError:
+        raise
     except OSError as error:
         return _fail(options, f"writing failed: {error}", 1)
+    return 0
+
+
+def _presets(options: argparse.Namespace) -> int:
+    del options
+    for name, settings in PRESETS.items():
+        print(f"{name:22} {figures(settings)}")
     return 0
 
 

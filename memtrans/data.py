@@ -61,6 +61,7 @@ class Batch:
         labels: (B, N) int64, the byte after each token; NOT_SCORED in the padding and where nothing is asked.
         lengths: (B,) int64, real tokens of each row; the padding sits at the tail.
         fresh: (B,) bool, rows that begin a document with this segment.
+        offsets: (B,) int64, where in its document each row's segment begins.
         distances: (B, N) int64 or None: how long ago each label was given away, 0 where it was not (`recall`).
         scored: labels that are scored in all rows of the stream, counted on the host.
         real: real tokens in all of them, counted on the host.
@@ -70,6 +71,7 @@ class Batch:
     labels: Tensor
     lengths: Tensor
     fresh: Tensor
+    offsets: Tensor
     distances: Tensor | None
     scored: int
     real: int
@@ -86,6 +88,7 @@ class Batch:
             moved(self.labels),
             moved(self.lengths),
             moved(self.fresh),
+            moved(self.offsets),
             distances,
             self.scored,
             self.real,
@@ -232,18 +235,19 @@ class DocumentStream:
         labels = torch.full(size, NOT_SCORED, dtype=torch.int64, device="cpu")
         distances = torch.zeros(size, dtype=torch.int64, device="cpu")
         fresh = [self._advance(row) for row in self._rows]
-        starts = [row.offset for row in self._rows]
+        offsets = [row.offset for row in self._rows]
         spans = [self._span(row) for row in self._rows]  # (length, scored) of each
         if not any(length for length, _ in spans):
             return None
         for place, b in enumerate(self.rows):
-            _fill(self._rows[b].document, starts[b], spans[b][0], tokens[place], labels[place], distances[place])
+            _fill(self._rows[b].document, offsets[b], spans[b][0], tokens[place], labels[place], distances[place])
         asks = any(row.document is not None and row.document.distances is not None for row in self._rows)
         return Batch(
             tokens,
             labels,
             torch.tensor([spans[b][0] for b in self.rows], dtype=torch.int64, device="cpu"),
             torch.tensor([fresh[b] for b in self.rows], dtype=torch.bool, device="cpu"),
+            torch.tensor([offsets[b] for b in self.rows], dtype=torch.int64, device="cpu"),
             distances if asks else None,
             scored=sum(scored for _, scored in spans),
             real=sum(length for length, _ in spans),

@@ -18,13 +18,16 @@ from memtrans.checkpoint import exists, load_checkpoint, require, save_checkpoin
 from memtrans.evaluate import NonFiniteLossError, evaluate_both
 from memtrans.metrics import Metrics
 from memtrans.plot import plot_metrics
-from memtrans.presets import Settings
 from memtrans.progress import Interruption, Progress
 from memtrans.ranks import ALONE, LostRankError, Ranks
 from memtrans.sample import sample_retrievals
+from memtrans.settings import Settings
 from memtrans.train import Trainer, check_shares, open_data, pick_device
 
-MAY_CHANGE = ("steps", "device", "fsdp", "eval_bytes", "eval_every", "checkpoint_every", "log_every", "sample")
+MAY_CHANGE = (
+    *("steps", "memory", "device", "compile", "fsdp", "skip_nonfinite"),
+    *("eval_bytes", "eval_every", "checkpoint_every", "log_every", "sample"),
+)
 
 
 def checkpoint_of(out: str | Path) -> Path:
@@ -40,6 +43,9 @@ def metrics_of(out: str | Path) -> Metrics:
 def resumed_settings(out: str | Path, given: Mapping[str, Any]) -> Settings:
     """The settings of the checkpoint in `out`, with those that were given and may change.
 
+    A memory of another size keeps its newest entries, a larger one all of them: the paper trains with a small memory
+    and continues with a large one (its table 5).
+
     Raises FileNotFoundError without a checkpoint, ValueError when it is damaged or was made with other settings.
     """
     checkpoint = require(load_checkpoint(checkpoint_of(out), wanted=lambda part, values: False), "settings")
@@ -47,7 +53,15 @@ def resumed_settings(out: str | Path, given: Mapping[str, Any]) -> Settings:
     for name, value in given.items():
         if name not in MAY_CHANGE and value != saved[name]:
             raise ValueError(f"{name} must be {saved[name]!r}, as in the checkpoint to resume, got {value!r}")
+    check_memory(given.get("memory", saved["memory"]), saved["memory"])
     return Settings.from_json({**saved, **given})
+
+
+def check_memory(asked: int, trained: int) -> None:
+    """Refuses a memory that gives or takes the layers that have one: their weights are others."""
+    if bool(asked) != bool(trained):
+        expected = "at least 1" if trained else "0"
+        raise ValueError(f"memory must be {expected}, as the run was trained with {trained}, got {asked}")
 
 
 def start(settings: Settings, out: str | Path, resume: bool, ranks: Ranks = ALONE) -> Trainer:
@@ -187,7 +201,7 @@ class Run:
             "steps": trainer.step,
             "tokens": trainer.tokens,
             "tokens_per_second": round(self._read / self._seconds, 1) if self._seconds else None,
-            **evaluation,
+            **{name: value for name, value in evaluation.items() if not isinstance(value, dict)},
             "parameters": trainer.parameters,
             "device": str(trainer.device),
             **({"ranks": self.ranks.size} if self.ranks.size > 1 else {}),
@@ -207,9 +221,10 @@ def evaluate_settings(trainer: Trainer, on_segment: Callable[[], None]) -> dict[
         settings.batch,
         settings.segment,
         settings.eval_bytes,
-        getattr(torch, settings.dtype),
-        on_segment,
-        trainer.ranks,
+        dtype=settings.compute_dtype(trainer.device),
+        keep_memory=settings.keep_memory,
+        on_segment=on_segment,
+        ranks=trainer.ranks,
     )
 
 

@@ -17,19 +17,20 @@ from memtrans.checkpoint import Checkpoint, part_name, require
 from memtrans.data import Document, DocumentOrder, DocumentStream, RandomWindows, Shuffled
 from memtrans.evaluate import NonFiniteLossError
 from memtrans.loader import StepLoader
-from memtrans.presets import Settings, build_model
 from memtrans.ranks import ALONE, Ranks
 from memtrans.reader import DocumentReader
 from memtrans.recall import RecallDocuments, RecallTask
+from memtrans.settings import Settings, build_model
 from memtrans.shares import SHARED, overlapping, parts_of_rows
 from memtrans.sources import load_corpus
 from memtrans.spread import part_of, spread, whole
-from memtrans.step import make_optimizer, make_step
+from memtrans.step import make_optimizer, make_step, state_shapes
 from memtrans.transformer import MemorizingTransformer
 from memtrans.validation import usable_device
 from memtrans_kernels import checks
 
 RECALL = "recall"
+HOPELESS = 20  # steps that are not finite, one after the other: no batch is to blame then
 
 
 @dataclass(frozen=True)
@@ -96,17 +97,28 @@ def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
 
 
 def learning_rate(settings: Settings, step: int) -> float:
-    """Of the optimiser step after `step` others: a linear warm-up, then a cosine decay to `final_rate`.
+    """Of the optimiser step after `step` others: a linear warm-up, then a decay.
+
+    A cosine ends at `final_rate` of the highest rate. The inverse square root of the number of the step, constant
+    during the warm-up but for its ramp, is the paper's: highest at the warm-up's end, `learning_rate` / sqrt(`warmup`).
 
     >>> settings = Settings(steps=100, warmup=10, learning_rate=1.0, final_rate=0.0)
     >>> [round(learning_rate(settings, step), 2) for step in (0, 9, 10, 55, 99)]
     [0.1, 1.0, 1.0, 0.5, 0.0]
+    >>> settings = Settings(schedule="inverse-sqrt", warmup=100, learning_rate=1.0)
+    >>> [round(learning_rate(settings, step), 3) for step in (0, 49, 99, 399)]
+    [0.001, 0.05, 0.1, 0.05]
     """
+    highest = settings.learning_rate
+    if settings.schedule == "inverse-sqrt":
+        highest /= math.sqrt(max(step + 1, settings.warmup))
     if step < settings.warmup:
-        return settings.learning_rate * (step + 1) / settings.warmup
+        return highest * (step + 1) / settings.warmup
+    if settings.schedule == "inverse-sqrt":
+        return highest
     progress = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
     share = settings.final_rate + (1 - settings.final_rate) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
-    return settings.learning_rate * share
+    return highest * share
 
 
 class Trainer:
@@ -136,8 +148,10 @@ class Trainer:
         self.rows = ranks.rows(settings.batch)
         stream = DocumentStream(data.order, settings.batch, settings.segment, self.rows)
         self.loader = StepLoader(stream, settings.accumulate, settings.segments, device)
-        spare, dtype = settings.segments * settings.segment, getattr(torch, settings.dtype)
-        self.reader = DocumentReader(self.model, len(self.rows), spare=spare, dtype=dtype)
+        spare, dtype = settings.segments * settings.segment, settings.compute_dtype(device)
+        self.reader = DocumentReader(
+            self.model, len(self.rows), spare=spare, dtype=dtype, keep_memory=settings.keep_memory
+        )
         self._step = make_step(self.reader, self.optimizer, settings, ranks)
         self.step = self.tokens = 0
         self._pending: list[Tensor] = []  # (2,) each: bits per byte and gradient norm of the steps since `report`
@@ -179,15 +193,20 @@ class Trainer:
             )
         return pending
 
-    def report(self) -> dict[str, Any]:
-        """The mean over the steps since the last report, which it ends; `skipped` of them were not finite."""
+    def report(self) -> dict[str, Any] | None:
+        """The mean over the steps since the last report, which it ends; `skipped` of them were not finite.
+
+        None while all of them were not: they wait for the next report. Raises NonFiniteLossError after HOPELESS such.
+        """
         pending = self.check()
         finite = pending[pending.isfinite().all(dim=1)]
+        if len(pending) and not len(finite):
+            if len(pending) >= HOPELESS:
+                raise NonFiniteLossError(
+                    f"some losses must stay finite, got none in the {len(pending)} steps up to step {self.step}"
+                )
+            return None
         self._pending = []
-        if not len(finite) and len(pending):
-            raise NonFiniteLossError(
-                f"some losses must stay finite, got none in the {len(pending)} steps before step {self.step}"
-            )
         losses, norms = finite.mean(dim=0).tolist()
         skipped = {"skipped": len(pending) - len(finite)} if self.settings.skip_nonfinite else {}
         return {
@@ -271,7 +290,7 @@ class Trainer:
         moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in parts["optimizer"].items():
             place, key = name.split(".", 1)
-            moment = tensor if key == "step" else part_of(tensor, parameters[int(place)])
+            moment = part_of(tensor, parameters[int(place)]) if tensor.dim() else tensor
             moments.setdefault(int(place), {})[key] = moment
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         self.reader.load_state_dict(parts_of_rows(parts, self.rows, self.settings.batch, saved_by))
@@ -297,9 +316,9 @@ class Trainer:
         parameters = self._parameters()
         places = {name.partition(".")[0] for name in saved}
         expected = {
-            f"{place}.{name}": tuple(shape)
+            f"{place}.{name}": shape
             for place, parameter in enumerate(parameters)
-            for name, shape in {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}.items()
+            for name, shape in state_shapes(self.optimizer, parameter).items()
             if str(place) in places
         }
         found = {name: tuple(tensor.shape) for name, tensor in saved.items()}

@@ -160,6 +160,10 @@ def _triton_attention(function: str, slots: int) -> tuple[Implementation, ...]:
     return _triton(function, function, functools.partial(_beyond_attention_tiles, slots=slots), ATTENTION_LIMITS)
 
 
+def _native_attention(function: str) -> tuple[Implementation, ...]:
+    return (Implementation("native", "cpu", "native", function, _native_missing, _no_float64, NARROW),)
+
+
 def _ordered(*candidates: tuple[Implementation, ...]) -> tuple[Implementation, ...]:
     """Fastest first; on the CPU Triton's interpreter comes last, behind the reference."""
     flat = [candidate for group in candidates for candidate in group]
@@ -189,9 +193,15 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
     ),
     "cosine": _ordered(_triton("cosine", "cosine"), _reference("cosine")),
     "cosine_backward": _ordered(_triton("cosine", "cosine_backward"), _reference("cosine_backward")),
-    "memory_attention": _ordered(_triton_attention("memory_attention", slots=7), _reference("memory_attention")),
+    "memory_attention": _ordered(
+        _triton_attention("memory_attention", slots=7),
+        _native_attention("memory_attention"),
+        _reference("memory_attention"),
+    ),
     "memory_attention_backward": _ordered(
-        _triton_attention("memory_attention_backward", slots=11), _reference("memory_attention_backward")
+        _triton_attention("memory_attention_backward", slots=11),
+        _native_attention("memory_attention_backward"),
+        _reference("memory_attention_backward"),
     ),
 }
 

@@ -19,6 +19,8 @@ ATTENTION = {torch.float32: 2e-6, torch.float16: 2.5e-3, torch.bfloat16: 2e-2}
 DRAWN_ATTENTION = {**ATTENTION, torch.float32: 1.7e-5}
 LSE = 1e-6  # in float32 whatever the inputs
 
+PREDICTION = 0.25  # a step's predicted time against a measured one, which moves with each faster kernel
+
 # Two runs are the same curve when their losses agree so closely over the first steps, and their final losses, means of
 # the last steps, within the spread of seeds: which neighbours are nearest is not continuous.
 SAME_CURVE, FIRST_STEPS, LAST_STEPS = 1e-3, 20, 20

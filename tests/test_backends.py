@@ -74,7 +74,7 @@ def test_the_environment_stands_in_for_auto(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("MEMTRANS_BACKEND", "reference")
     assert resolve("knn_add_", "auto", SEARCH[1]) is reference.knn_add_
     monkeypatch.setenv("MEMTRANS_BACKEND", "native")
-    assert resolve("memory_attention", "auto", SEARCH[0]) is reference.memory_attention, "native has no attention"
+    assert resolve("cosine", "auto", SEARCH[0]) is reference.cosine, "native has no cosine"
     monkeypatch.setenv("MEMTRANS_BACKEND", "fastest")
     with pytest.raises(
         ValueError, match="backend must be one of auto, reference, triton, native, faiss, got 'fastest'"
@@ -118,9 +118,7 @@ def test_info_has_a_line_for_each_and_names_the_limits() -> None:
     lines = backends_info()
     assert len(lines) == sum(len(candidates) for candidates in backends.IMPLEMENTATIONS.values())
     assert all(line.live or line.reason for line in lines)
-    assert {"reference"} == {line.backend for line in lines if line.operator == "memory_attention" and line.live} - {
-        "triton"
-    }
+    assert {"reference"} == {line.backend for line in lines if line.operator == "cosine" and line.live} - {"triton"}
 
 
 @pytest.mark.parametrize(("operator", "before"), [("memory_attention", 0), ("memory_attention_backward", 4)])

@@ -9,16 +9,11 @@
 #pragma once
 
 #include "cpu/best_keys.h"
+#include "cpu/vectors.h"
 
-#include <cmath>
-#include <cstdlib>
-#include <string>
 #include <type_traits>
 
 namespace memtrans {
-
-// What runs in a function of one instruction set has to be inlined into it to be compiled for that set.
-#define MEMTRANS_INLINE inline __attribute__((always_inline))
 
 constexpr int64_t kFewQueries = 2;     // up to here vectors run along D
 constexpr int64_t kBlockBytes = 1 << 17;  // of keys that meet all queries in turn, from the L2 cache
@@ -55,19 +50,6 @@ struct Queries {
     return (size + panel - 1) / panel * panel;
   }
 };
-
-template <int kLanes>
-struct VectorOf {
-  typedef float type __attribute__((vector_size(kLanes * sizeof(float)), aligned(sizeof(float)), may_alias));
-};
-
-template <int kLanes>
-using Vector = typename VectorOf<kLanes>::type;
-
-template <int kLanes>
-MEMTRANS_INLINE const Vector<kLanes>& load(const float* numbers) {
-  return *reinterpret_cast<const Vector<kLanes>*>(numbers);
-}
 
 // A score above a threshold, if only because it overflowed: is the key finite, and does no product overflow to the other
 // side? (Such a sum is NaN where products are rounded one by one, as they are not here.)
@@ -219,13 +201,12 @@ struct Scan {
 // Tiles are as large as the registers allow: 32 of 16 floats, 16 of 8, and 16 (x86) or 32 (ARM) of 4.
 #if defined(__x86_64__)
 template <typename Key>
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void scan_avx512(
-    const Keys<Key>& keys, const Queries& queries, BestKeys& best) {
+MEMTRANS_AVX512 void scan_avx512(const Keys<Key>& keys, const Queries& queries, BestKeys& best) {
   scan<Key, 16, 12>(keys, queries, best);
 }
 
 template <typename Key>
-__attribute__((target("avx2,fma"))) void scan_avx2(const Keys<Key>& keys, const Queries& queries, BestKeys& best) {
+MEMTRANS_AVX2 void scan_avx2(const Keys<Key>& keys, const Queries& queries, BestKeys& best) {
   scan<Key, 8, 6>(keys, queries, best);
 }
 #endif
@@ -239,18 +220,16 @@ void scan_anywhere(const Keys<Key>& keys, const Queries& queries, BestKeys& best
 #endif
 }
 
-// The fastest that this processor has, or what ATEN_CPU_CAPABILITY (avx512, avx2, default) limits all of PyTorch to.
 template <typename Key>
 Scan<Key> fastest_scan() {
 #if defined(__x86_64__)
-  const char* const variable = std::getenv("ATEN_CPU_CAPABILITY");
-  const std::string limit = variable ? variable : "avx512";
-  if (limit == "avx512" && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl")) {
-    return {scan_avx512<Key>, 16};
-  }
-  if (limit != "default" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return {scan_avx2<Key>, 8};
+  switch (fastest_instructions()) {
+    case Instructions::kAvx512:
+      return {scan_avx512<Key>, 16};
+    case Instructions::kAvx2:
+      return {scan_avx2<Key>, 8};
+    default:
+      break;
   }
 #endif
   return {scan_anywhere<Key>, 4};

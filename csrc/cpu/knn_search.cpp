@@ -5,9 +5,8 @@
 // row and, where there are fewer of those than threads could take, a range of its keys. Parts end in Found numbers, whose
 // order does not depend on how the work was cut; merging them gives the result.
 #include "cpu/knn_scan.h"
+#include "cpu/parallel.h"
 #include "cpu/tensors.h"
-
-#include <atomic>
 
 namespace memtrans {
 namespace {
@@ -117,13 +116,7 @@ template <typename Key>
 void search(const Plan& plan, const Tensor& query, const Tensor& keys, Tensor& scores, Tensor& slots) {
   const int64_t queries = static_cast<int64_t>(plan.windows.size()) * plan.queries, parts = plan.parts();
   std::vector<Found> found(queries * plan.key_parts * plan.k, 0);
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), parts);
-  std::atomic<int64_t> next{0};  // parts differ in length, so threads take the next one when they are done
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t part = next++; part < parts; part = next++) {
-      run_part<Key>(plan, part, query, keys, found.data());
-    }
-  });
+  for_each_part(parts, [&](int64_t part) { run_part<Key>(plan, part, query, keys, found.data()); });
   float* score = scores.mutable_data_ptr<float>();
   int32_t* slot = slots.mutable_data_ptr<int32_t>();
   torch::stable::parallel_for(0, queries, 1024, [&](int64_t begin, int64_t end) {

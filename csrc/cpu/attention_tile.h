@@ -1,0 +1,123 @@
+// The vector code of both passes of memory_attention: tiles of kKeys local keys by kQueries queries, and neighbours.
+//
+// A tile is stored key by key, so that vectors run along the queries: what is taken over all keys of a query (maximum,
+// sum) needs no step across a vector's lanes. Everything here is inlined into the functions of an instruction set.
+#pragma once
+
+#include "cpu/attention.h"
+#include "cpu/philox.h"
+#include "cpu/product.h"
+
+namespace memtrans {
+
+using Tile = float[kKeys][kQueries];
+
+// The rows of a block as columns, (D, kQueries); zeros for queries that do not exist.
+MEMTRANS_INLINE void transpose(const Attention& attention, const Block& block, const float* rows, float* columns) {
+  for (int64_t column = 0; column < attention.width; ++column) {
+    for (int64_t query = 0; query < block.lanes; ++query) {
+      columns[column * kQueries + query] = query < block.queries ? rows[query * attention.row_width + column] : 0.0f;
+    }
+  }
+}
+
+// <row, query> for some rows of keys or values and the queries of a block.
+template <int kLanes, int kRows>
+MEMTRANS_INLINE void score(
+    const Attention& attention, const Block& block, const float* rows, int64_t keys, const float* columns, Tile tile) {
+  std::fill_n(tile[0], keys * kQueries, 0.0f);
+  add_product<kLanes, kRows, false>(
+      {rows, attention.row_width}, {columns, kQueries}, keys, attention.width, block.lanes, {tile[0], kQueries});
+}
+
+// The dense bias of a tile; nothing without one.
+MEMTRANS_INLINE void read_dense(const Attention& attention, const Block& block, int64_t key, int64_t keys, Tile tile) {
+  if (attention.dense) {
+    const float* dense = attention.dense->const_data_ptr<float>() + attention.dense_place(block, key);
+    for (int64_t row = 0; row < keys; ++row) {
+      for (int64_t query = 0; query < block.lanes; ++query) {
+        tile[row][query] = query < block.queries ? dense[query * attention.local + row] : 0.0f;
+      }
+    }
+  }
+}
+
+// What dropout multiplies the weights of one column by: the K neighbours are columns, then the L local keys.
+MEMTRANS_INLINE float dropout_factor(const Attention& attention, const Block& block, int64_t column, int64_t query) {
+  const Dropout& dropout = attention.dropout;
+  const uint32_t drawn = philox(
+      dropout.seed, static_cast<uint32_t>(column), static_cast<uint32_t>(block.query + query),
+      static_cast<uint32_t>(block.head), static_cast<uint32_t>(block.document));
+  return drawn < dropout.threshold ? 0.0f : dropout.kept;
+}
+
+// The same of a tile; nothing without dropout.
+MEMTRANS_INLINE void draw_factors(
+    const Attention& attention, const Block& block, int64_t key, int64_t keys, Tile tile) {
+  if (attention.dropout.any) {
+    for (int64_t row = 0; row < keys; ++row) {
+#pragma omp simd
+      for (int64_t query = 0; query < block.lanes; ++query) {
+        tile[row][query] = dropout_factor(attention, block, attention.neighbours + key + row, query);
+      }
+    }
+  }
+}
+
+template <typename Element>
+MEMTRANS_INLINE const float* widened(const void* ring, int64_t place, int64_t width, float* storage) {
+  const Element* stored = static_cast<const Element*>(ring) + place;
+  for (int64_t column = 0; column < width; ++column) {
+    storage[column] = static_cast<float>(stored[column]);
+  }
+  return storage;
+}
+
+// One entry of a ring in float32: where it lies, or in `storage` if it is stored in another type.
+MEMTRANS_INLINE const float* entry(const Ring& ring, int64_t row, int64_t slot, float* storage) {
+  const int64_t place = row * ring.row_stride + slot * ring.slot_stride;
+  switch (ring.type) {
+    case ScalarType::Half:
+      return widened<c10::Half>(ring.first, place, ring.width, storage);
+    case ScalarType::BFloat16:
+      return widened<c10::BFloat16>(ring.first, place, ring.width, storage);
+    default:
+      return static_cast<const float*>(ring.first) + place;
+  }
+}
+
+MEMTRANS_INLINE void add_scaled(float factor, const float* row, int64_t width, float* sum) {
+#pragma omp simd
+  for (int64_t column = 0; column < width; ++column) {
+    sum[column] += factor * row[column];
+  }
+}
+
+// exp(logit - reference) of the retrieved logits of a query, which stand in `weights`, padded.
+template <int kLanes>
+MEMTRANS_INLINE void exponentials(float reference, std::vector<float>& weights) {
+  for (size_t place = 0; place < weights.size(); place += kLanes) {
+    at<kLanes>(&weights[place]) -= reference;
+    exponentiate<kLanes>(at<kLanes>(&weights[place]));
+  }
+}
+
+// The retrieved logits of a query, -inf where nothing was found. Returns the largest one.
+MEMTRANS_INLINE float retrieved_logits(
+    const Attention& attention, const Block& block, int64_t query, std::vector<float>& logits) {
+  const int64_t first = (block.first + query) * attention.neighbours;
+  const float* scores = attention.scores.const_data_ptr<float>() + first;
+  const int32_t* slots = attention.slots.const_data_ptr<int32_t>() + first;
+  const float scale = attention.scale[block.head], offset = attention.offset[block.head];
+  float highest = -kInfinity;
+  std::fill(logits.begin(), logits.end(), -kInfinity);
+  for (int64_t rank = 0; rank < attention.neighbours; ++rank) {
+    if (slots[rank] >= 0) {
+      logits[rank] = scale * scores[rank] + offset;
+      highest = std::max(highest, logits[rank]);
+    }
+  }
+  return highest;
+}
+
+}  // namespace memtrans

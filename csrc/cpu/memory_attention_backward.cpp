@@ -1,0 +1,359 @@
+// Gradients of memory_attention on the CPU, from the saved out and lse; the weights are computed again, tile by tile.
+//
+// With P the softmax, P' = P after dropout, dP' = <grad_out, values> and delta = <grad_out, out>:
+//     d logits = P · (keep / (1 - p) · dP' - delta + grad_lse)
+// and from it, with q, k and v of the local keys, m of the retrieved ones:
+//     d q = scale · (d logits · [m, k])    d k = scale · d logitsᵀ · q    d v = P'ᵀ · grad_out
+//     d scale = sum d logits · <q, [m, k]>    d bias, d offset: sums of d logits
+//
+// One thread computes all queries of a head of a document, block after block (of all documents, where they share a
+// dense bias); what heads or documents share is added up afterwards, in their order: the bits do not depend on threads.
+//
+// Limits: no float64. Precision: all arithmetic is float32, sums over a whole head or batch are float64.
+#include "cpu/attention_tile.h"
+#include "cpu/parallel.h"
+
+namespace memtrans {
+namespace {
+
+// Each of what one thread writes; where heads or documents share a gradient, their parts of it.
+struct Gradients {
+  const Attention& attention;
+  Tensor query;                       // (B, H, N, D)
+  Tensor keys, values;                // (B, H, L, row_width), of one head
+  std::vector<float> bias;            // (B, H, distances())
+  std::optional<Tensor> dense;        // as it is given
+  std::vector<double> scale, offset;  // (B, H)
+
+  Gradients(const Attention& attention, const Tensor& like) : attention(attention) {
+    const int64_t batch = attention.batch, heads = attention.heads;
+    const std::initializer_list<int64_t> of_head{batch, heads, attention.local, attention.row_width};
+    query = torch::stable::new_empty(like, {batch, heads, attention.length, attention.width}, ScalarType::Float);
+    keys = torch::stable::new_zeros(like, of_head, ScalarType::Float);
+    values = torch::stable::new_zeros(like, of_head, ScalarType::Float);
+    bias.assign(batch * heads * attention.distances(), 0.0f);
+    scale.assign(batch * heads, 0.0);
+    offset.assign(batch * heads, 0.0);
+    if (attention.dense) {
+      dense = torch::stable::new_zeros(
+          like, {attention.dense->size(0), heads, attention.length, attention.local}, ScalarType::Float);
+    }
+  }
+};
+
+// What a block is given from the forward pass and from above.
+struct Upstream {
+  Tensor grad_out;                     // (B, H, N, row_width)
+  std::vector<float> delta;            // (B, H, N): <grad_out, out> - grad_lse
+  std::vector<float> lse;              // (B, H, N), +inf where there was nothing to attend to: weights are then 0
+};
+
+struct Work {
+  float delta[kQueries], lse[kQueries];
+  std::vector<float> query_columns, grad_columns;  // (D, kQueries)
+  std::vector<float> grad_query;                   // (kQueries, row_width), to be multiplied by scale
+
+  explicit Work(const Attention& attention)
+      : query_columns(attention.width * kQueries), grad_columns(attention.width * kQueries),
+        grad_query(kQueries * attention.row_width) {}
+};
+
+MEMTRANS_INLINE void begin(const Attention& attention, const Block& block, const Upstream& upstream, Work& work) {
+  const int64_t place = block.first * attention.row_width;
+  const float* query = attention.query.const_data_ptr<float>() + place;
+  const float* grad_out = upstream.grad_out.const_data_ptr<float>() + place;
+  transpose(attention, block, query, work.query_columns.data());
+  transpose(attention, block, grad_out, work.grad_columns.data());
+  std::fill(work.grad_query.begin(), work.grad_query.end(), 0.0f);
+  for (int64_t lane = 0; lane < kQueries; ++lane) {
+    work.delta[lane] = lane < block.queries ? upstream.delta[block.first + lane] : 0.0f;
+    work.lse[lane] = lane < block.queries ? upstream.lse[block.first + lane] : kInfinity;
+  }
+}
+
+MEMTRANS_INLINE float dot(const float* left, const float* right, int64_t width) {
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t column = 0; column < width; ++column) {
+    sum += left[column] * right[column];
+  }
+  return sum;
+}
+
+template <int kLanes>
+MEMTRANS_INLINE void through_retrieved(
+    const Attention& attention, const Block& block, const Ring& keys, const Ring& values,
+    const Upstream& upstream, Work& work, Gradients& gradients) {
+  const int64_t neighbours = attention.neighbours, row = attention.rows[block.pair], width = attention.width;
+  const int32_t* slots = attention.slots.const_data_ptr<int32_t>() + block.first * neighbours;
+  const float* scores = attention.scores.const_data_ptr<float>() + block.first * neighbours;
+  std::vector<float> weights(padded(neighbours)), storage(width);
+  double scale = 0.0, offset = 0.0;
+  for (int64_t query = 0; query < block.queries && neighbours; ++query) {
+    const float* grad_out = upstream.grad_out.const_data_ptr<float>() + (block.first + query) * attention.row_width;
+    retrieved_logits(attention, block, query, weights);
+    exponentials<kLanes>(work.lse[query], weights);
+    for (int64_t rank = 0; rank < neighbours; ++rank) {
+      const int64_t place = query * neighbours + rank;
+      if (slots[place] >= 0) {
+        const float factor = attention.dropout.any ? dropout_factor(attention, block, rank, query) : 1.0f;
+        const float grad_weight = dot(grad_out, entry(values, row, slots[place], storage.data()), width);
+        const float grad_logit = weights[rank] * (factor * grad_weight - work.delta[query]);
+        add_scaled(
+            grad_logit, entry(keys, row, slots[place], storage.data()), width,
+            &work.grad_query[query * attention.row_width]);
+        scale += grad_logit * scores[place];
+        offset += grad_logit;
+      }
+    }
+  }
+  gradients.scale[block.document * attention.heads + block.head] += scale;
+  gradients.offset[block.document * attention.heads + block.head] += offset;
+}
+
+// Turns the scores of a tile into weights after dropout, and the gradients of these into those of the logits.
+template <int kLanes>
+MEMTRANS_INLINE void through_softmax(
+    const Attention& attention, const Block& block, int64_t key, int64_t keys, const Work& work, Tile scores,
+    Tile grads, Gradients& gradients) {
+  const int64_t of_head = block.document * attention.heads + block.head, place = block.position - key;
+  const float* bias = attention.bias_of(block.head) + place;  // of the first query and the first key
+  float* grad_bias = &gradients.bias[of_head * attention.distances() + kQueries] + place;
+  const float scale = attention.scale[block.head];
+  Tile extra, factors;
+  read_dense(attention, block, key, keys, extra);
+  draw_factors(attention, block, key, keys, factors);
+  Vector<kLanes> grad_scale = {};
+  for (int64_t row = 0; row < keys; ++row) {
+    for (int64_t lane = 0; lane < block.lanes; lane += kLanes) {
+      Vector<kLanes>&score = at<kLanes>(&scores[row][lane]), &grad = at<kLanes>(&grads[row][lane]);
+      Vector<kLanes> logit = scale * score + load<kLanes>(bias + lane - row);
+      if (attention.dense) {
+        logit += load<kLanes>(&extra[row][lane]);
+      }
+      Vector<kLanes> weight = logit - load<kLanes>(&work.lse[lane]), dropped;
+      exponentiate<kLanes>(weight);
+      dropped = weight;
+      if (attention.dropout.any) {
+        dropped *= load<kLanes>(&factors[row][lane]);
+        grad *= load<kLanes>(&factors[row][lane]);
+      }
+      grad = weight * (grad - load<kLanes>(&work.delta[lane]));
+      grad_scale += grad * score;
+      score = dropped;
+      at<kLanes>(grad_bias + lane - row) += grad;
+    }
+  }
+  double sum = 0.0;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    sum += grad_scale[lane];
+  }
+  gradients.scale[of_head] += sum;
+}
+
+MEMTRANS_INLINE void add_dense(
+    const Attention& attention, const Block& block, int64_t key, int64_t keys, const Tile grads, Gradients& gradients) {
+  if (gradients.dense) {
+    float* dense = gradients.dense->mutable_data_ptr<float>() + attention.dense_place(block, key);
+    for (int64_t query = 0; query < block.queries; ++query) {
+      for (int64_t row = 0; row < keys; ++row) {
+        dense[query * attention.local + row] += grads[row][query];
+      }
+    }
+  }
+}
+
+template <int kLanes, int kRows>
+MEMTRANS_INLINE void through_local(
+    const Attention& attention, const Block& block, const Upstream& upstream, Work& work, Gradients& gradients) {
+  const int64_t row_width = attention.row_width, of_block = block.first * row_width;
+  const Matrix<const float> query{attention.query.const_data_ptr<float>() + of_block, row_width};
+  const Matrix<const float> grad_out{upstream.grad_out.const_data_ptr<float>() + of_block, row_width};
+  Tile scores, grads;
+  for (int64_t key = block.begin; key < block.end; key += kKeys) {
+    const int64_t count = std::min(kKeys, block.end - key);
+    const int64_t place = (block.pair * attention.local + key) * row_width;
+    const int64_t of_head = ((block.document * attention.heads + block.head) * attention.local + key) * row_width;
+    const float* keys = attention.key.const_data_ptr<float>() + place;
+    const float* values = attention.value.const_data_ptr<float>() + place;
+    score<kLanes, kRows>(attention, block, keys, count, work.query_columns.data(), scores);
+    score<kLanes, kRows>(attention, block, values, count, work.grad_columns.data(), grads);
+    through_softmax<kLanes>(attention, block, key, count, work, scores, grads, gradients);
+    add_dense(attention, block, key, count, grads, gradients);
+    add_product<kLanes, kRows, false>(
+        {scores[0], kQueries}, grad_out, count, block.queries, row_width,
+        {gradients.values.mutable_data_ptr<float>() + of_head, row_width});
+    add_product<kLanes, kRows, false>(
+        {grads[0], kQueries}, query, count, block.queries, row_width,
+        {gradients.keys.mutable_data_ptr<float>() + of_head, row_width});
+    add_product<kLanes, kRows, true>(
+        {grads[0], kQueries}, {keys, row_width}, block.queries, count, row_width,
+        {work.grad_query.data(), row_width});
+  }
+}
+
+// All queries of one head of one document.
+template <int kLanes, int kRows>
+MEMTRANS_INLINE void go_back(
+    const Attention& attention, int64_t document, int64_t head, const Ring& keys, const Ring& values,
+    const Upstream& upstream, Gradients& gradients) {
+  Work work(attention);
+  float* grad_query = gradients.query.mutable_data_ptr<float>();
+  for (int64_t number = 0; number < attention.blocks_of_head(); ++number) {
+    const Block block = attention.block(document, head, number);
+    begin(attention, block, upstream, work);
+    through_retrieved<kLanes>(attention, block, keys, values, upstream, work, gradients);
+    through_local<kLanes, kRows>(attention, block, upstream, work, gradients);
+    for (int64_t query = 0; query < block.queries; ++query) {
+      for (int64_t column = 0; column < attention.width; ++column) {
+        grad_query[(block.first + query) * attention.width + column] =
+            attention.scale[head] * work.grad_query[query * attention.row_width + column];
+      }
+    }
+  }
+}
+
+using GoBack = void (*)(
+    const Attention&, int64_t document, int64_t head, const Ring& keys, const Ring& values,
+    const Upstream&, Gradients&);
+
+#if defined(__x86_64__)
+MEMTRANS_AVX512 void go_back_avx512(
+    const Attention& attention, int64_t document, int64_t head, const Ring& keys, const Ring& values,
+    const Upstream& upstream, Gradients& gradients) {
+  go_back<16, 8>(attention, document, head, keys, values, upstream, gradients);
+}
+
+MEMTRANS_AVX2 void go_back_avx2(
+    const Attention& attention, int64_t document, int64_t head, const Ring& keys, const Ring& values,
+    const Upstream& upstream, Gradients& gradients) {
+  go_back<8, 4>(attention, document, head, keys, values, upstream, gradients);
+}
+#endif
+
+void go_back_anywhere(
+    const Attention& attention, int64_t document, int64_t head, const Ring& keys, const Ring& values,
+    const Upstream& upstream, Gradients& gradients) {
+  go_back<4, 4>(attention, document, head, keys, values, upstream, gradients);
+}
+
+GoBack fastest_go_back() {
+#if defined(__x86_64__)
+  switch (fastest_instructions()) {
+    case Instructions::kAvx512:
+      return go_back_avx512;
+    case Instructions::kAvx2:
+      return go_back_avx2;
+    default:
+      break;
+  }
+#endif
+  return go_back_anywhere;
+}
+
+Upstream take_upstream(const Tensor& grad_out, const Tensor& grad_lse, const Tensor& out, const Tensor& lse) {
+  Upstream upstream{padded_rows(grad_out), floats(grad_lse), floats(lse)};
+  const Tensor wide_out = padded_rows(out);
+  const float *grads = upstream.grad_out.const_data_ptr<float>(), *outs = wide_out.const_data_ptr<float>();
+  const int64_t row_width = wide_out.size(3);
+  for (size_t query = 0; query < upstream.lse.size(); ++query) {
+    upstream.delta[query] = dot(grads + query * row_width, outs + query * row_width, row_width) - upstream.delta[query];
+    upstream.lse[query] = upstream.lse[query] == -kInfinity ? kInfinity : upstream.lse[query];
+  }
+  return upstream;
+}
+
+// The sum over the heads that share keys, (B, G, L, D), each head's part multiplied by its factor.
+Tensor sum_over_heads(const Attention& attention, const Tensor& parts, const std::vector<float>& factors) {
+  const int64_t heads = attention.heads, shared = heads / attention.groups, width = attention.width;
+  const int64_t local = attention.local, row_width = attention.row_width;
+  Tensor sum = torch::stable::new_zeros(parts, {attention.batch, attention.groups, local, width});
+  const float* part = parts.const_data_ptr<float>();
+  float* sums = sum.mutable_data_ptr<float>();
+  torch::stable::parallel_for(0, attention.batch * attention.groups, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin * shared * local; row < end * shared * local; ++row) {
+      const int64_t head = row / local, to = head / shared * local + row % local;
+      for (int64_t column = 0; column < width; ++column) {
+        sums[to * width + column] += factors[head % heads] * part[row * row_width + column];
+      }
+    }
+  });
+  return sum;
+}
+
+// Of the bias by distance, (H, distances) like the given one: distances beyond the table take its last column.
+Tensor sum_over_documents(const Gradients& gradients, const Tensor& table) {
+  const Attention& attention = gradients.attention;
+  const int64_t columns = table.size(1);
+  std::vector<double> sums(attention.heads * columns, 0.0);
+  for (int64_t part = 0; part < attention.batch * attention.heads; ++part) {
+    const float* of_part = &gradients.bias[part * attention.distances() + kQueries];
+    for (int64_t distance = 0; distance < attention.local; ++distance) {
+      sums[part % attention.heads * columns + std::min(distance, columns - 1)] += of_part[distance];
+    }
+  }
+  Tensor sum = torch::stable::new_empty(table, {attention.heads, columns}, ScalarType::Float);
+  std::copy(sums.begin(), sums.end(), sum.mutable_data_ptr<float>());
+  return torch::stable::to(sum, table.scalar_type());
+}
+
+// (B, H) to (H,) like the given one.
+Tensor sum_over_documents(const std::vector<double>& parts, const Tensor& like) {
+  const size_t heads = like.size(0);
+  std::vector<double> sums(heads, 0.0);
+  for (size_t part = 0; part < parts.size(); ++part) {
+    sums[part % heads] += parts[part];
+  }
+  Tensor sum = torch::stable::new_empty(like, {like.size(0)}, ScalarType::Float);
+  std::copy(sums.begin(), sums.end(), sum.mutable_data_ptr<float>());
+  return torch::stable::to(sum, like.scalar_type());
+}
+
+void compute(
+    const Attention& attention, const Ring& keys, const Ring& values, const Upstream& upstream, Gradients& gradients) {
+  const int64_t heads = attention.heads;
+  const bool documents_share = attention.dense && attention.dense->size(0) == 1;
+  const int64_t together = documents_share ? std::max<int64_t>(1, attention.batch) : 1;
+  const GoBack go_back = fastest_go_back();
+  for_each_part(attention.batch / together * heads, [&](int64_t part) {
+    for (int64_t document = 0; document < together; ++document) {
+      go_back(attention, part / heads * together + document, part % heads, keys, values, upstream, gradients);
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> memory_attention_backward(
+    Tensor grad_out, Tensor grad_lse, Tensor out, Tensor lse, Tensor query, Tensor key, Tensor value,
+    Tensor memory_keys, Tensor memory_values, Tensor rows, Tensor scores, Tensor slots, Tensor scale,
+    std::optional<Tensor> bias_table, std::optional<Tensor> bias_dense, std::optional<Tensor> memory_offset,
+    std::optional<Tensor> local_length, double dropout_p, std::optional<Tensor> seed) {
+  const AttentionInputs inputs{query,      key,        value,         memory_keys,  memory_values,
+                               rows,       scores,     slots,         scale,        bias_table,
+                               bias_dense, memory_offset, local_length, dropout_p, seed};
+  const Attention attention = prepare(inputs);
+  const std::initializer_list<int64_t> of_out{attention.batch, attention.heads, attention.length, attention.width};
+  check_shape(grad_out, "grad_out", of_out, "(B, H, N, D)");
+  check_shape(out, "out", of_out, "(B, H, N, D)");
+  check_shape(grad_lse, "grad_lse", {attention.batch, attention.heads, attention.length}, "(B, H, N)");
+  check_shape(lse, "lse", {attention.batch, attention.heads, attention.length}, "(B, H, N)");
+  Gradients gradients(attention, query);
+  compute(
+      attention, Ring(memory_keys), Ring(memory_values), take_upstream(grad_out, grad_lse, out, lse), gradients);
+  const auto nothing = [&] { return torch::stable::new_empty(query, {0}); };  // no two results may share memory
+  const std::vector<float> ones(attention.heads, 1.0f);
+  return {
+      torch::stable::to(gradients.query, query.scalar_type()),
+      torch::stable::to(sum_over_heads(attention, gradients.keys, attention.scale), key.scalar_type()),
+      torch::stable::to(sum_over_heads(attention, gradients.values, ones), value.scalar_type()),
+      sum_over_documents(gradients.scale, scale),
+      bias_table ? sum_over_documents(gradients, *bias_table) : nothing(),
+      bias_dense ? torch::stable::to(*gradients.dense, bias_dense->scalar_type()) : nothing(),
+      memory_offset ? sum_over_documents(gradients.offset, *memory_offset) : nothing()};
+}
+
+}  // namespace
+}  // namespace memtrans
+
+STABLE_TORCH_LIBRARY_IMPL(memtrans, CPU, library) {
+  library.impl("native_memory_attention_backward", TORCH_BOX(&memtrans::memory_attention_backward));
+}
