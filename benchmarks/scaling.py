@@ -43,10 +43,8 @@ def throughput_table(entries: dict[str, dict[str, Any]]) -> str:
     """Tokens a second of `ddp-paper-64k`, and milliseconds of the sharded searches."""
     alone, two = entries["ddp-paper-64k-1"], entries["ddp-paper-64k-2"]
     names = [name for name in ("sharded-d64-64k", "sharded-paper-64k") if f"{name}-2" in entries]
-    lines = [
-        f"| GPUs | tokens/s | of n × one GPU | {' | '.join(names)} |",
-        f"| --- | --- | --- |{' --- |' * len(names)}",
-    ]
+    head = ["GPUs", "tokens/s", "of n × one GPU", *names]
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     for gpus in GPUS:
         step = step_milliseconds(gpus, alone, two)
         tokens = gpus * alone["tokens_per_second"] * alone["ms"] / step

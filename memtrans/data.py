@@ -235,19 +235,19 @@ class DocumentStream:
         labels = torch.full(size, NOT_SCORED, dtype=torch.int64, device="cpu")
         distances = torch.zeros(size, dtype=torch.int64, device="cpu")
         fresh = [self._advance(row) for row in self._rows]
-        starts = [row.offset for row in self._rows]
+        offsets = [row.offset for row in self._rows]
         spans = [self._span(row) for row in self._rows]  # (length, scored) of each
         if not any(length for length, _ in spans):
             return None
         for place, b in enumerate(self.rows):
-            _fill(self._rows[b].document, starts[b], spans[b][0], tokens[place], labels[place], distances[place])
+            _fill(self._rows[b].document, offsets[b], spans[b][0], tokens[place], labels[place], distances[place])
         asks = any(row.document is not None and row.document.distances is not None for row in self._rows)
         return Batch(
             tokens,
             labels,
             torch.tensor([spans[b][0] for b in self.rows], dtype=torch.int64, device="cpu"),
             torch.tensor([fresh[b] for b in self.rows], dtype=torch.bool, device="cpu"),
-            torch.tensor([starts[b] for b in self.rows], dtype=torch.int64, device="cpu"),
+            torch.tensor([offsets[b] for b in self.rows], dtype=torch.int64, device="cpu"),
             distances if asks else None,
             scored=sum(scored for _, scored in spans),
             real=sum(length for length, _ in spans),

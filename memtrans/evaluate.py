@@ -97,11 +97,11 @@ def evaluate(
             on_segment()
     finally:
         model.train(was_training)
-    shares = [(placed.cpu(), *far.tolist())]
+    shares = [(placed.tolist(), far.tolist())]
     if len(stream.rows) < stream.batch:
         shares = ranks.gather(shares[0])
-    sums, asked, answered = (sum(numbers) for numbers in zip(*shares, strict=True))
-    nats, counts = sums.tolist()
+    nats, counts = torch.tensor([of_rank for of_rank, _ in shares], dtype=torch.float64).sum(dim=0).tolist()
+    asked, answered = (sum(numbers) for numbers in zip(*(of_rank for _, of_rank in shares), strict=True))
     total = sum(nats)
     if not math.isfinite(total):
         raise NonFiniteLossError(f"the loss on held-out text must be finite, got {total} over {scored} bytes")
@@ -142,18 +142,12 @@ def evaluate_both(
 ) -> dict[str, Any]:
     """The same held-out bytes with the memory and with retrieval off, as they stand in reports.
 
-    options: `dtype`, `keep_memory` and `on_segment` of `evaluate`.
+    ranks: that read a share of the documents each. options: `dtype`, `keep_memory`, `on_segment` of `evaluate`.
     """
+    streams = (held_out_stream(documents, batch, segment, ranks) for _ in range(2))
     on, off = (
-        evaluate(
-            model,
-            held_out_stream(documents, batch, segment, ranks),
-            most_bytes,
-            retrieval=retrieval,
-            ranks=ranks,
-            **options,
-        )
-        for retrieval in (True, False)
+        evaluate(model, stream, most_bytes, retrieval=retrieval, ranks=ranks, **options)
+        for retrieval, stream in zip((True, False), streams, strict=True)
     )
     report: dict[str, Any] = {
         "eval_bits_per_byte": on.bits_per_byte,

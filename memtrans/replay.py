@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 
 EAGER_CALLS = 3  # they load and tune kernels, which a capture must not
 
@@ -38,8 +39,9 @@ class Replay:
             else:
                 torch.cuda.empty_cache()  # what the eager calls held: the graph has a pool of its own
                 self._graph = torch.cuda.CUDAGraph()
-                # NCCL has a thread of its own, which asks for events meanwhile
-                with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                # NCCL, where there are several processes, has a thread of its own that asks for events meanwhile
+                mode = "thread_local" if dist.is_available() and dist.is_initialized() else "global"
+                with torch.cuda.graph(self._graph, capture_error_mode=mode):
                     self.function()
                 self._graph.replay()
         self._calls += 1

@@ -290,7 +290,7 @@ class Trainer:
         moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in parts["optimizer"].items():
             place, key = name.split(".", 1)
-            moment = tensor if key == "step" else part_of(tensor, parameters[int(place)])
+            moment = part_of(tensor, parameters[int(place)]) if tensor.dim() else tensor
             moments.setdefault(int(place), {})[key] = moment
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         self.reader.load_state_dict(parts_of_rows(parts, self.rows, self.settings.batch, saved_by))

@@ -41,6 +41,7 @@ VARIANTS = {
         SMALL, accumulate=2, segments=2, fsdp=True, skip_nonfinite=True
     ),
     "recall": dataclasses.replace(SMALL, data="recall"),
+    "adafactor": dataclasses.replace(SMALL, optimizer="adafactor", clip=None),
     "compiled": dataclasses.replace(SMALL, compile=True, steps=6),
 }
 FAST = ("plain", "fsdp")
@@ -106,14 +107,18 @@ def trained_alone(settings: Settings, directory: str | None = None, stop: int | 
     return trained(settings, ALONE, directory, stop)
 
 
+def assert_same_evaluation(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, abs=10 * SAME_SUMS), name
+
+
 def assert_same_run(results: list[dict[str, Any]], alone: dict[str, Any], steps: int = FIRST_STEPS) -> None:
     for result in results:
         assert torch.equal(result["losses"], results[0]["losses"])  # bit for bit: no rank drifts away
         assert_close(result["losses"][:steps], alone["losses"][:steps], SAME_SUMS, "losses and norms")
         assert result["tokens"] == alone["tokens"]
-        assert result["evaluation"].keys() == alone["evaluation"].keys()
-        for name, expected in alone["evaluation"].items():
-            assert result["evaluation"][name] == pytest.approx(expected, abs=SAME_SUMS * 10), name
+        assert_same_evaluation(result["evaluation"], alone["evaluation"])
     for layer, lengths in enumerate(alone["lengths"]):
         assert [length for result in results for length in result["lengths"][layer]] == lengths
 
