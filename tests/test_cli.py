@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,16 @@ def start(out: Path, *options: str) -> subprocess.Popen:
     raise AssertionError(process.communicate()[1])
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As processes of `start` have: PyTorch's sums depend on the number of threads in their last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_ctrl_c_writes_a_checkpoint_exits_with_130_and_the_resumed_run_equals_an_uninterrupted_one(tmp_path, text):
     constant = ["--warmup", "0", "--final-rate", "1"]  # a learning rate that knows nothing of the end
     options = ["--data", text, "--steps", "400", "--log-every", "1", *constant]
