@@ -5,6 +5,7 @@
 #   make test-slow   the slow ones
 #   make test-gpu    those that need a GPU
 #   make test-gpu-slow  the slow ones of these
+#   make test-gpu-sanitizer  memory errors and races in the kernels, on small shapes
 #   make check       lint, format, types, import directions
 #   make bench       benchmarks
 #   make clean       remove .venv and everything built
@@ -26,7 +27,7 @@ endif
 
 CSRC := $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test test-slow test-gpu test-gpu-slow check bench clean
+.PHONY: demo test test-slow test-gpu test-gpu-slow test-gpu-sanitizer check bench clean
 .DEFAULT_GOAL := test
 
 demo: $(PACKAGE_READY)
@@ -44,6 +45,13 @@ test-gpu: $(TESTS_READY)
 
 test-gpu-slow: $(TESTS_READY)
 	MEMTRANS_TEST_DEVICE=cuda $(PYTHON_BIN) -m pytest -m "gpu and slow" tests
+
+# Without a filter by kernel: PyTorch's own kernels are checked too, which takes longer and hides nothing.
+SANITIZED = tests/test_gpu_search.py tests/test_knn_add.py tests/test_cosine.py tests/test_memory_attention_backward.py
+test-gpu-sanitizer: $(TESTS_READY)
+	for tool in memcheck racecheck; do MEMTRANS_TEST_DEVICE=cuda \
+	  compute-sanitizer --tool $$tool --target-processes all --error-exitcode 1 $(PYTHON_BIN) -m pytest -m "gpu or device" \
+	  -k "(every or writes or unit or picked) and not large and not reference" $(SANITIZED) || exit 1; done
 
 check: $(TESTS_READY)
 	$(PYTHON_BIN) -m ruff check .

@@ -1,23 +1,33 @@
 """Exact top-K search against its rivals, all in one run, over memories that are full and have wrapped.
 
+Keys and queries are random; those of `trained-*` are what a small model made of text, whose neighbours cluster in time.
 `sdpa-dense` is the rival that matters: plain attention to the whole memory, which finds no neighbours but needs none.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from bench_train import text
 from common import DEVICE, TOY, Case, Ring, case, full_ring, measure
 from torch import Tensor
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
+from memtrans import KNNAttention
+from memtrans.settings import Settings
+from memtrans.train import Trainer
 from memtrans_kernels import backends_info, knn_search
 
 DTYPE = torch.float16 if DEVICE == "cuda" else torch.float32
-GPU_CASES = ("d64-8k", "d64-64k", "d64-262k", "d128-8k", "d128-64k", "paper-64k", "decode-d64-64k", "decode-paper-64k")
+GPU_CASES = (
+    "d64-8k", "d64-64k", "d64-262k", "d128-8k", "d128-64k", "paper-64k", "decode-d64-64k", "decode-paper-64k",
+    "trained-d64-64k",
+)  # fmt: skip
+TRAINING_STEPS = 500
 CASES = GPU_CASES if DEVICE == "cuda" else ("cpu-d64-64k",)
 MOST_SCORE_BYTES = 2**31  # of one row in float16: beyond it a matrix of all scores is no rival
 
@@ -63,6 +73,37 @@ def faiss_on_the_cpu(sizes: Case, ring: Ring, query: Tensor) -> Callable[[], Any
     return lambda: [i.search(q.numpy(), sizes.neighbours) for i, q in zip(indices, queries, strict=True)]
 
 
+@functools.cache
+def trained() -> tuple[Ring, Tensor]:
+    """The memory of a model after TRAINING_STEPS segments of the standard library's sources, and its next queries."""
+    sizes = case("d64-64k")
+    settings = Settings(
+        steps=TRAINING_STEPS, batch=sizes.batch, segment=sizes.length, layers=4, width=512, heads=sizes.heads,
+        head_width=sizes.width, memory=sizes.capacity, memory_offset=-4.0, dtype="bfloat16",
+    )  # fmt: skip
+    trainer = Trainer(settings, text(sizes.batch), torch.device(DEVICE))
+    for _ in range(TRAINING_STEPS):
+        trainer.advance()
+    snapshot = trainer.reader.memories[0].snapshot()
+    layer = next(module for module in trainer.model.modules() if isinstance(module, KNNAttention))
+    found: list[Tensor] = []
+    layer.register_forward_pre_hook(lambda module, given: found.append(normalize(module.project(given[0])[0], dim=-1)))
+    tokens = trainer.loader.take()[0].tokens[0, 0]
+    with torch.no_grad():
+        trainer.model(tokens, trainer.reader.memories, add_knn_memory=False)
+    keys, values = snapshot.keys.clone(), snapshot.values.clone()
+    return Ring(keys, values, snapshot.cursor, snapshot.start, snapshot.rows), found[0].to(DTYPE)
+
+
+def problem(name: str) -> tuple[Case, Ring, Tensor]:
+    """Sizes, a full ring, and queries of unit length (B, H, N, D)."""
+    if name.startswith("trained-"):
+        return case(name.removeprefix("trained-")), *trained()
+    sizes = case(name)
+    query = torch.randn(sizes.batch, sizes.heads, sizes.length, sizes.width, device=DEVICE)
+    return sizes, full_ring(sizes, DTYPE, DEVICE), normalize(query, dim=-1).to(DTYPE)
+
+
 def by_row(sizes: Case, ring: Ring, query: Tensor) -> tuple[Tensor, Tensor]:
     """Queries (R, H/G · N, D) and as many keys (R, M, D) as are visible."""
     return query.reshape(sizes.rows, -1, sizes.width), ring.keys[:, : sizes.capacity]
@@ -89,12 +130,11 @@ def runs_here(impl: str, sizes: Case) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("name", "impl"), [(name, impl) for name in CASES for impl in RIVALS if runs_here(impl, case(name))]
+    ("name", "impl"),
+    [(name, impl) for name in CASES for impl in RIVALS if runs_here(impl, case(name.removeprefix("trained-")))],
 )
 def test_knn_search(benchmark: Any, name: str, impl: str) -> None:
-    sizes = case(name)
-    ring = full_ring(sizes, DTYPE, DEVICE)
-    query = normalize(torch.randn(sizes.batch, sizes.heads, sizes.length, sizes.width, device=DEVICE), dim=-1).to(DTYPE)
+    sizes, ring, query = problem(name)
     flop = 2 * query.numel() * sizes.capacity
     key_bytes = sizes.rows * sizes.capacity * sizes.width * DTYPE.itemsize
     measure(
@@ -108,3 +148,17 @@ def test_knn_search(benchmark: Any, name: str, impl: str) -> None:
         flop=flop,
         bytes=key_bytes,
     )
+
+
+@pytest.mark.parametrize("ceiling", ["matrix-product", "copy"])
+def test_ceilings(benchmark: Any, ceiling: str) -> None:
+    """What the machine does at best: square matrices multiplied (8192 rows on a GPU, 1024 on a CPU), and copied."""
+    size = 64 if TOY else 8192 if DEVICE == "cuda" else 1024
+    left, right = torch.randn(2, size, size, device=DEVICE).to(DTYPE)
+    source = torch.randn(4 * size * size, device=DEVICE).to(DTYPE)
+    target = torch.empty_like(source)
+    run, rate = {
+        "matrix-product": (lambda: left @ right, {"flop": 2 * size**3}),
+        "copy": (lambda: target.copy_(source), {"bytes": 2 * source.nbytes}),
+    }[ceiling]
+    measure(benchmark, run, op="ceilings", impl="torch", case=ceiling, dtype=DTYPE, **rate)

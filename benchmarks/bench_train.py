@@ -19,9 +19,11 @@ import torch
 from common import DEVICE, MEMORIES, TOY, busy_share, environment, write_down
 
 from memtrans.data import Document, Shuffled
-from memtrans.presets import PRESETS, Settings
+from memtrans.presets import PRESETS
+from memtrans.ranks import ALONE, Ranks
+from memtrans.settings import Settings
 from memtrans.sources import load_corpus
-from memtrans.train import Trainer, TrainingData
+from memtrans.train import Trainer, TrainingData, pick_device
 
 ENWIK8 = dataclasses.replace(PRESETS["enwik8"], windows=False, dtype="bfloat16" if DEVICE == "cuda" else "float32")
 PAPER = dataclasses.replace(
@@ -57,13 +59,13 @@ def text(batch: int) -> TrainingData:
     return TrainingData(Shuffled(documents, seed=0), documents[:1], "benchmark")
 
 
-def full_trainer(settings: Settings) -> Trainer:
+def full_trainer(settings: Settings, ranks: Ranks = ALONE) -> Trainer:
     """A trainer whose memories are full and have wrapped: random unit keys, written as a run writes them."""
-    trainer = Trainer(settings, text(settings.batch), torch.device(DEVICE))
+    trainer = Trainer(settings, text(settings.batch), pick_device(DEVICE, ranks), ranks)
     heads = () if settings.kv_heads == 1 else (settings.kv_heads,)
     for memory in trainer.reader.memories:
         for _ in range(settings.memory // settings.segment + 2):
-            pairs = torch.randn(settings.batch, *heads, settings.segment, 2, settings.head_width, device=DEVICE)
+            pairs = torch.randn(memory.num_indices, *heads, settings.segment, 2, settings.head_width, device=DEVICE)
             memory.add(pairs / pairs.norm(dim=-1, keepdim=True))
         assert (memory.lengths == settings.memory).all()
     return trainer

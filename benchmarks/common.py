@@ -236,9 +236,11 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    """Of the checkout, `-dirty` where files differ from it; MEMTRANS_COMMIT where the sources are no checkout."""
+    """MEMTRANS_COMMIT, where a copy does not know it; else the checkout's, `-dirty` where files differ."""
+    if given := os.environ.get("MEMTRANS_COMMIT"):
+        return given
     command = ["git", "-C", str(FOLDER), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("MEMTRANS_COMMIT", "unknown")
+        return "unknown"

@@ -1,9 +1,11 @@
 """Writes the README's tables from the result files: `python benchmarks/tables.py` after new results.
 
 A table stands between `<!-- table: MACHINE OP -->` and `<!-- end of table -->`. Each cell is the median in
-milliseconds; behind it, in brackets, how many times as long as `memtrans` takes in the same case and mode. With
+milliseconds; behind it, in brackets, how many times as long as `memtrans` takes in the same case and mode. Where the
+machine's ceilings were measured (bench_knn_search.py), `of the ceiling` is how near `memtrans` comes to the rate of a
+large matrix product or of a copy, whichever it is nearer to. With
 `<!-- table: MACHINE OP peak -->` it is the most memory that was allocated, that of the ring aside, in megabytes; in
-brackets, how many times what inputs and outputs take.
+brackets, how many times what inputs and outputs take. `<!-- table: MACHINE train tokens -->` has tokens a second.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
-PLACE = re.compile(r"(<!-- table: (\S+) (\S+)( peak)? -->\n).*?(<!-- end of table -->)", re.DOTALL)
+PLACE = re.compile(r"(<!-- table: (\S+) (\S+)( peak| tokens)? -->\n).*?(<!-- end of table -->)", re.DOTALL)
 OURS = "memtrans"
 
 
@@ -45,15 +47,54 @@ def peak_cell(entry: dict[str, Any] | None) -> str:
     return f"{peak / 1e6:.0f} ({peak / (least - entry['ring_bytes']):.2f}×)"
 
 
-def table(entries: list[dict[str, Any]], peak: bool = False) -> str:
+def share_cell(entry: dict[str, Any] | None, ceilings: dict[str, float]) -> str:
+    """How near an entry comes to the nearer one of the machine's ceilings."""
+    shares = [entry[rate] / most for rate, most in ceilings.items() if rate in entry] if entry else []
+    return f"{max(shares):.0%}" if shares else "–"
+
+
+def ceilings_of(machine: str) -> dict[str, float]:
+    """The best rates measured on a machine: `flop_per_second` and `bytes_per_second`."""
+    path = RESULTS / machine / "ceilings.json"
+    entries = json.loads(path.read_text()) if path.exists() else []
+    return {rate: entry[rate] for entry in entries for rate in entry if rate.endswith("_per_second")}
+
+
+def tokens_table(entries: list[dict[str, Any]]) -> str:
+    """Tokens a second of each case; ours also relative to the same shape without a memory."""
+    found = {(entry["case"], entry["impl"]): entry for entry in entries}
+    lines = [
+        "| case | memtrans | of memory off | GPU busy | peak, GB | memtrans-eager | upstream |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for case in dict.fromkeys(entry["case"] for entry in entries):
+        ours, off = found[case, OURS], found[f"{case.rsplit('-', 1)[0]}-off", OURS]
+        others = [found.get((case, impl)) for impl in ("memtrans-eager", "upstream")]
+        cells = [f"{other['tokens_per_second']:,.0f}" if other else "–" for other in others]
+        share = ours["tokens_per_second"] / off["tokens_per_second"]
+        lines.append(
+            f"| {case} | {ours['tokens_per_second']:,.0f} | {share:.1%} | {ours['gpu_busy']:.1%} "
+            f"| {ours['peak_bytes'] / 1e9:.2f} | {' | '.join(cells)} |"
+        )
+    first = entries[0]
+    return (
+        "\n".join([*lines, "", f"Tokens a second on {first['gpu']}, torch {first['torch']}, triton {first['triton']}."])
+        + "\n"
+    )
+
+
+def table(entries: list[dict[str, Any]], ceilings: dict[str, float], peak: bool = False) -> str:
     """One row for each case, mode and dtype; one column for each implementation, ours first."""
     impls = sorted({entry["impl"] for entry in entries}, key=lambda impl: (impl != OURS, impl))
     rows: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for entry in entries:
         rows.setdefault((entry["case"], entry["mode"]), {})[entry["impl"]] = entry
-    lines = [f"| case | mode | {' | '.join(impls)} |", f"| --- | --- |{' --- |' * len(impls)}"]
+    ceilings = {} if peak else {rate: most for rate, most in ceilings.items() if any(rate in e for e in entries)}
+    columns = ["case", "mode", *impls, *(["of the ceiling"] if ceilings else [])]
+    lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     for (case, mode), found in rows.items():
         cells = [peak_cell(found.get(impl)) if peak else cell(found.get(impl), found.get(OURS)) for impl in impls]
+        cells += [share_cell(found.get(OURS), ceilings)] if ceilings else []
         lines.append(f"| {case} | {mode} | {' | '.join(cells)} |")
     first = entries[0]
     lines.append("")
@@ -69,7 +110,9 @@ def filled(text: str) -> str:
 
     def fill(place: re.Match[str]) -> str:
         entries = json.loads((RESULTS / place[2] / f"{place[3]}.json").read_text())
-        return f"{place[1]}{table(entries, peak=bool(place[4]))}{place[5]}"
+        wanted = (place[4] or "").strip()
+        made = tokens_table(entries) if wanted == "tokens" else table(entries, ceilings_of(place[2]), wanted == "peak")
+        return f"{place[1]}{made}{place[5]}"
 
     return PLACE.sub(fill, text)
 

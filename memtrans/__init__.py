@@ -5,6 +5,7 @@ from memtrans.generate import generate
 from memtrans.memory import KNNMemory
 from memtrans.memory_list import KNNMemoryList
 from memtrans.position import T5RelativePositionBias
+from memtrans.sharded import join_shards
 from memtrans.transformer import MemorizingTransformer
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "MemorizingTransformer",
     "T5RelativePositionBias",
     "generate",
+    "join_shards",
 ]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from memtrans.local_cache import LocalView
 from memtrans.memory import KNNMemory, snapshot_for
 from memtrans.ring import MemorySnapshot
+from memtrans.sharded import ShardedSnapshot, merged
 from memtrans.validation import check_bias, check_cache, check_count, check_hidden, check_number, sizes, whole
 from memtrans_kernels import checks, cosine, local_attention, memory_attention
 
@@ -277,6 +278,8 @@ class KNNAttention(LocalContext):
 
     def _attend(self, query: Tensor, snapshot: MemorySnapshot, local: dict[str, Any]) -> Tensor:
         """Looks at the neighbours of each query and at the local keys; (B, H, N, D)."""
+        if isinstance(snapshot, ShardedSnapshot):
+            return self._attend_over_ranks(query, snapshot, local)
         scores, slots = snapshot.nearest(query, self.num_retrieved_memories)
         shared: dict[str, Any] = {
             "query": query,
@@ -299,9 +302,27 @@ class KNNAttention(LocalContext):
         to_memory, to_local = (
             memory_attention(**shared, **part, **self.dropout_arguments(query))[0] for part in (retrieved, local)
         )
-        gate = self.memory_gate.sigmoid()[:, None, None]
-        gate = torch.where(slots[..., :1] >= 0, gate, 0.0)  # (B, H, N, 1); the best come first
-        return (gate * to_memory + (1.0 - gate) * to_local).to(query.dtype)
+        return self._mixed(to_memory, to_local, slots[..., 0] >= 0)  # the best come first
+
+    def _mixed(self, to_memory: Tensor, to_local: Tensor, found: Tensor) -> Tensor:
+        """Both by the gate; a query that found (B, H, N) nothing takes the local part whole."""
+        assert self.memory_gate is not None
+        gate = torch.where(found[..., None], self.memory_gate.sigmoid()[:, None, None], 0.0)
+        return (gate * to_memory + (1.0 - gate) * to_local).to(to_local.dtype)
+
+    def _attend_over_ranks(self, query: Tensor, snapshot: ShardedSnapshot, local: dict[str, Any]) -> Tensor:
+        """The same where the neighbours are on several ranks: a softmax in two parts, merged."""
+        scale = self.scale.exp().flatten()
+        to_memory, memory_lse, found = snapshot.attend(
+            query, self.num_retrieved_memories, scale, **self.dropout_arguments(query)
+        )
+        to_local, local_lse = local_attention(query=query, scale=scale, **local, **self.dropout_arguments(query))
+        if self.memory_gate is not None:
+            return self._mixed(to_memory, to_local, found)
+        if self.memory_offset is not None:
+            memory_lse = memory_lse + self.memory_offset[:, None]
+        memory_lse = memory_lse.masked_fill(~found, -torch.inf)
+        return merged(torch.stack((to_memory, to_local)), torch.stack((memory_lse, local_lse)))[0]
 
     def add_leaving(
         self,

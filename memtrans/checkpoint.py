@@ -5,6 +5,9 @@ their SHA-256. A new checkpoint first writes tensor files of its own under new n
 renaming the new `checkpoint.json` over the old one is the one moment at which the new checkpoint takes the place of
 the old; files that no `checkpoint.json` names are then removed. So a kill or a full disk at any moment leaves a
 whole checkpoint.
+
+Of several ranks each writes the tensors that it holds, in parts of its own (`part_name`), and the first one writes
+`checkpoint.json` when all have; they share the directory.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from memtrans.ranks import ALONE, Ranks
 from memtrans.storage import write_atomically
 
 INDEX = "checkpoint.json"
@@ -43,14 +47,24 @@ def exists(directory: str | Path) -> bool:
     return (Path(directory) / INDEX).is_file()
 
 
-def save_checkpoint(directory: str | Path, parts: Parts, values: Mapping[str, Any]) -> None:
+def part_name(part: str, rank: int) -> str:
+    """Of the part that a rank writes of what each rank holds its own share of.
+
+    >>> part_name("memories", 0), part_name("memories", 3)
+    ('memories', 'memories.3')
+    """
+    return part if rank == 0 else f"{part}.{rank}"
+
+
+def save_checkpoint(directory: str | Path, parts: Parts, values: Mapping[str, Any], ranks: Ranks = ALONE) -> None:
     """Writes a checkpoint in the place of the one that is there, if any.
 
     Args:
-        directory: made if missing. parts: tensors by part and name, each part a file. values: anything that JSON holds.
+        directory: made if missing. parts: tensors by part and name, each part a file; of several ranks each gives parts
+            of other names. values: anything that JSON holds; the first rank's count. ranks: that write together.
 
     Raises:
-        OSError: the disk is full, or the like; the previous checkpoint is whole.
+        OSError: the disk is full, or the like, on whatever rank; the previous checkpoint is whole.
 
     >>> import tempfile, torch
     >>> with tempfile.TemporaryDirectory() as directory:
@@ -60,20 +74,34 @@ def save_checkpoint(directory: str | Path, parts: Parts, values: Mapping[str, An
     ({'step': 7}, [1.0, 1.0])
     """
     directory = Path(directory)
+    try:
+        own = ranks.together(lambda: _write_parts(directory, parts))
+        files = {part: file for of_rank in ranks.gather(own) for part, file in of_rank.items()}
+        ranks.together(lambda: _write_index(directory, files, values) if ranks.first else None)
+    finally:
+        if ranks.first:
+            _remove_unnamed(directory)
+
+
+def _write_parts(directory: Path, parts: Parts) -> dict[str, dict[str, str]]:
+    """Writes files under names of their own; returns the name and the SHA-256 of each part's."""
     directory.mkdir(parents=True, exist_ok=True)
     files = {}
-    try:
-        for part, tensors in parts.items():
-            content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-            digest = hashlib.sha256(content).hexdigest()
-            files[part] = {"name": f"{part}-{digest[:16]}.safetensors", "sha256": digest}
-            write_atomically(directory / files[part]["name"], content)
-        index = {"kind": KIND, "version": VERSION, "files": files, "values": dict(values)}
-        index["sha256"] = _digest(index)
-        write_atomically(directory / INDEX, (json.dumps(index, indent=1) + "\n").encode())
-        _force_to_disk(directory)
-    finally:
-        _remove_unnamed(directory)
+    for part, tensors in parts.items():
+        content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        digest = hashlib.sha256(content).hexdigest()
+        files[part] = {"name": f"{part}-{digest[:16]}.safetensors", "sha256": digest}
+        write_atomically(directory / files[part]["name"], content)
+    _force_to_disk(directory)
+    return files
+
+
+def _write_index(directory: Path, files: Mapping[str, Mapping[str, str]], values: Mapping[str, Any]) -> None:
+    """The moment at which the new checkpoint takes the place of the old one."""
+    index = {"kind": KIND, "version": VERSION, "files": files, "values": dict(values)}
+    index["sha256"] = _digest(index)
+    write_atomically(directory / INDEX, (json.dumps(index, indent=1) + "\n").encode())
+    _force_to_disk(directory)
 
 
 def require(checkpoint: Checkpoint, *values: str) -> Checkpoint:
@@ -84,8 +112,12 @@ def require(checkpoint: Checkpoint, *values: str) -> Checkpoint:
     return checkpoint
 
 
-def load_checkpoint(directory: str | Path) -> Checkpoint:
+def load_checkpoint(
+    directory: str | Path, wanted: Callable[[str, Mapping[str, Any]], bool] = lambda part, values: True
+) -> Checkpoint:
     """Reads and verifies a checkpoint.
+
+    wanted: whether to read a part, told its name and the checkpoint's values. Default: all.
 
     Raises:
         FileNotFoundError: there is none. ValueError: it is damaged, or something else.
@@ -101,6 +133,8 @@ def load_checkpoint(directory: str | Path) -> Checkpoint:
     index = _read_index(directory / INDEX)
     parts = {}
     for part, file in index["files"].items():
+        if not wanted(part, index["values"]):
+            continue
         path = directory / file["name"]
         content = path.read_bytes() if path.exists() else b""
         if hashlib.sha256(content).hexdigest() != file["sha256"]:

@@ -1,8 +1,8 @@
-"""`python -m memtrans train | eval | generate | info`.
+"""`python -m memtrans train | eval | generate | presets | info`.
 
 Bad input ends with one line on standard error and exit status 2; Ctrl-C with 130, after a checkpoint; a loss that
-is not finite, a disk that is full or too little memory with 1, and the last good checkpoint is kept. The last line of
-`train` and `eval` on standard output is one JSON object.
+is not finite, a disk that is full, too little memory or a rank that is lost with 1, and the last good checkpoint is
+kept. The last line of `train` and `eval` on standard output is one JSON object. Of several ranks the first one speaks.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ import torch
 from memtrans import cli_generate
 from memtrans.checkpoint import load_checkpoint, require
 from memtrans.evaluate import evaluate_both
-from memtrans.presets import PRESETS, Settings, build_model
-from memtrans.run import Run, checkpoint_of, resumed_settings, start
+from memtrans.presets import PRESETS, figures
+from memtrans.ranks import LostRankError, Ranks, joined
+from memtrans.run import Run, check_memory, checkpoint_of, resumed_settings, start
+from memtrans.settings import Settings, build_model
 from memtrans.train import NonFiniteLossError, load_weights, open_data, pick_device
 from memtrans_kernels import backends_info
 
 BAD_INPUT = (ValueError, OSError)  # from reading what the user named
-OVERRIDDEN_BY_EVAL = ("data", "batch", "segment", "memory", "neighbours", "device", "eval_bytes")
+OVERRIDDEN_BY_EVAL = ("data", "batch", "segment", "memory", "keep_memory", "neighbours", "device", "eval_bytes")
 
 
 class InputError(Exception):
@@ -46,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(options, str(error), 2)
     except NonFiniteLossError as error:
         return _fail(options, str(error), 1)
+    except BrokenPipeError:  # whoever read the text has gone
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  Python flushes it once more when it ends
+        return 1
     except OSError as error:
         return _fail(options, f"writing to {options.out} failed: {error}; the last checkpoint is kept", 1)
     except KeyboardInterrupt:
@@ -66,7 +71,8 @@ def _first_line(error: Exception) -> str:
 
 
 def _fail(options: argparse.Namespace, message: str, status: int) -> int:
-    print(f"memtrans {options.name}: {message}", file=sys.stderr, flush=True)
+    if getattr(options, "speaks", True):
+        print(f"memtrans {options.name}: {message}", file=sys.stderr, flush=True)
     return status
 
 
@@ -75,7 +81,7 @@ def _fail(options: argparse.Namespace, message: str, status: int) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m memtrans", description="Memorizing Transformers on real text.")
-    commands = parser.add_subparsers(required=True, metavar="{train,eval,generate,info}")
+    commands = parser.add_subparsers(required=True, metavar="{train,eval,generate,presets,info}")
 
     train = commands.add_parser("train", help="train a model", formatter_class=argparse.RawDescriptionHelpFormatter)
     train.set_defaults(command=_train, name="train")
@@ -98,6 +104,13 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="continue a prompt of any length with a trained model")
     generate.set_defaults(command=_generate, name="generate", out=None)
     cli_generate.add_options(generate)
+
+    presets = commands.add_parser("presets", help="what `train --preset` takes, and what each would cost")
+    presets.description = (
+        "A line for each preset: parameters, bytes of a batch's memories, and the time of a step on one H200 as a "
+        "simple model of its arithmetic predicts it (too low for small models, which wait for launches)."
+    )
+    presets.set_defaults(command=_presets, name="presets", out=None)
 
     info = commands.add_parser("info", help="versions, devices, and which backend of each operator is live")
     info.set_defaults(command=_info, name="info", out=None)
@@ -134,15 +147,22 @@ def _given(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _train(options: argparse.Namespace) -> int:
-    given = _given(options)
     try:
-        options.out = options.out or _free_directory(options.preset, options.resume)
-        if options.resume:
-            settings = resumed_settings(options.out, given)
-        else:
-            settings = dataclasses.replace(PRESETS[options.preset], **given)
-        trainer = start(settings, options.out, options.resume)
-        options.out.mkdir(parents=True, exist_ok=True)
+        with joined() as ranks:
+            options.speaks = ranks.first
+            return _train_on(ranks, options)
+    except LostRankError as error:
+        options.speaks = True
+        _fail(options, f"{error}; the last checkpoint is kept, --resume goes on from there", 1)
+        os._exit(1)  # the GPU may wait for the lost rank, and the interpreter's end for the GPU
+
+
+def _train_on(ranks: Ranks, options: argparse.Namespace) -> int:
+    try:
+        options.out = ranks.gather(options.out or _free_directory(options.preset, options.resume))[0]
+        settings = ranks.together(lambda: _settings(options))
+        trainer = start(settings, options.out, options.resume, ranks)
+        ranks.together(lambda: options.out.mkdir(parents=True, exist_ok=True))
     except BAD_INPUT as error:
         raise InputError(str(error)) from error
     run = Run(trainer, options.out, options.plain)
@@ -153,8 +173,15 @@ def _train(options: argparse.Namespace) -> int:
         return _fail(options, f"stopped by Ctrl-C; {saved}", 130)
     except NonFiniteLossError as error:
         return _fail(options, f"{error}; the last good checkpoint is kept", 1)
-    print(_json_line(summary), flush=True)
+    if ranks.first:
+        print(_json_line(summary), flush=True)
     return 0
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    if options.resume:
+        return resumed_settings(options.out, _given(options))
+    return dataclasses.replace(PRESETS[options.preset], **_given(options))
 
 
 def _json_line(values: dict[str, Any]) -> str:
@@ -181,18 +208,21 @@ def _evaluate(options: argparse.Namespace) -> int:
         checkpoint = require(load_checkpoint(checkpoint_of(options.out)), "settings", "step")
         trained = Settings.from_json(checkpoint.values["settings"])
         settings = dataclasses.replace(trained, **_given(options))
-        if bool(settings.memory) != bool(trained.memory):
-            expected = "at least 1 (both evaluations are reported)" if trained.memory else "0"
-            raise ValueError(
-                f"memory must be {expected}, as the run was trained with {trained.memory}, got {settings.memory}"
-            )
+        check_memory(settings.memory, trained.memory)
         data = open_data(settings, options.split)
         model = build_model(settings).to(pick_device(settings.device))
         load_weights(model, checkpoint)
     except BAD_INPUT as error:
         raise InputError(str(error)) from error
-    dtype = getattr(torch, settings.dtype)
-    report = evaluate_both(model, data.held_out, settings.batch, settings.segment, settings.eval_bytes, dtype)
+    report = evaluate_both(
+        model,
+        data.held_out,
+        settings.batch,
+        settings.segment,
+        settings.eval_bytes,
+        dtype=settings.compute_dtype(model.token_emb.weight.device),
+        keep_memory=settings.keep_memory,
+    )
     rest = {"steps": checkpoint.values["step"], "data": settings.data, "split": options.split, "out": str(options.out)}
     device = str(model.token_emb.weight.device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -207,11 +237,17 @@ def _generate(options: argparse.Namespace) -> int:
         raise InputError(str(error)) from error
     try:
         generation.run()
-    except BrokenPipeError:  # whoever read the text has gone
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  Python flushes it once more when it ends
-        return 1
+    except BrokenPipeError:
+        raise
     except OSError as error:
         return _fail(options, f"writing failed: {error}", 1)
+    return 0
+
+
+def _presets(options: argparse.Namespace) -> int:
+    del options
+    for name, settings in PRESETS.items():
+        print(f"{name:22} {figures(settings)}")
     return 0
 
 

@@ -6,20 +6,21 @@ import argparse
 import codecs
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from memtrans import checkpoint
+from memtrans.checkpoint import Checkpoint
 from memtrans.decoder import Decoder
 from memtrans.generate import as_texts, stream
-from memtrans.presets import DTYPES, Settings, build_model
 from memtrans.pretrained import CONFIG
 from memtrans.progress import reading_bar
 from memtrans.run import checkpoint_of
 from memtrans.sampling import Sampling
+from memtrans.settings import BYTES, DTYPES, Settings, build_model
 from memtrans.train import load_weights, pick_device
 from memtrans.transformer import MemorizingTransformer
 from memtrans_kernels import checks
@@ -65,7 +66,7 @@ class Generation:
         checks.integer("tokens", options.tokens, low=1)
         device = pick_device(options.device)
         model, segment = open_model(options.checkpoint)
-        if model.num_tokens > 256:
+        if model.num_tokens > BYTES:
             raise ValueError(f"checkpoint must be of a model over bytes, got one of {model.num_tokens} tokens")
         model = model.to(device, getattr(torch, options.dtype) if options.dtype else None).eval()
         sizes = {"max_memories": options.memory} if options.memory is not None else {}
@@ -102,8 +103,18 @@ class Generation:
             self.decoder.memories.save(self.save_memories)
 
 
+def over_bytes(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A run's weights without the tokens of its vocabulary that its text, read as bytes, never had."""
+    return {
+        name: tensor[:BYTES] if name.startswith(("token_emb.", "to_logits.1.")) else tensor
+        for name, tensor in weights.items()
+    }
+
+
 def open_model(path: Path) -> tuple[MemorizingTransformer, int]:
     """The model of a training run (its directory, or the checkpoint in it) or of `save_pretrained`; and its N.
+
+    Of a run with a vocabulary beyond bytes it is the model over bytes.
 
     Raises FileNotFoundError where there is neither, ValueError when it is damaged or does not fit.
     """
@@ -111,8 +122,8 @@ def open_model(path: Path) -> tuple[MemorizingTransformer, int]:
         if checkpoint.exists(directory):
             saved = checkpoint.require(checkpoint.load_checkpoint(directory), "settings")
             settings = Settings.from_json(saved.values["settings"])
-            model = build_model(settings)
-            load_weights(model, saved)
+            model = build_model(replace(settings, vocabulary=BYTES))
+            load_weights(model, Checkpoint({"model": over_bytes(saved.parts["model"])}, saved.values))
             return model, settings.segment
     if (path / CONFIG).exists():
         return MemorizingTransformer.from_pretrained(path), SEGMENT

@@ -54,22 +54,24 @@ class Document:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One segment of every row.
+    """One segment of every row, or of those that a rank owns.
 
     Attributes:
         tokens: (B, N) int64; zeros in the padding.
         labels: (B, N) int64, the byte after each token; NOT_SCORED in the padding and where nothing is asked.
         lengths: (B,) int64, real tokens of each row; the padding sits at the tail.
         fresh: (B,) bool, rows that begin a document with this segment.
+        offsets: (B,) int64, where in its document each row's segment begins.
         distances: (B, N) int64 or None: how long ago each label was given away, 0 where it was not (`recall`).
-        scored: labels that are scored, counted on the host.
-        real: real tokens, counted on the host.
+        scored: labels that are scored in all rows of the stream, counted on the host.
+        real: real tokens in all of them, counted on the host.
     """
 
     tokens: Tensor
     labels: Tensor
     lengths: Tensor
     fresh: Tensor
+    offsets: Tensor
     distances: Tensor | None
     scored: int
     real: int
@@ -86,6 +88,7 @@ class Batch:
             moved(self.labels),
             moved(self.lengths),
             moved(self.fresh),
+            moved(self.offsets),
             distances,
             self.scored,
             self.real,
@@ -204,6 +207,8 @@ class DocumentStream:
 
     Args:
         order: what the rows take. batch: B. segment: N.
+        rows: those whose tokens are filled in. Default: all. The stream walks all of them, so that each rank of a run
+            takes the documents that it would get in a run of one process.
 
     Raises:
         ValueError: a size below 1.
@@ -214,33 +219,38 @@ class DocumentStream:
     (b'bc', [[100, -1]], [1])
     """
 
-    def __init__(self, order: DocumentOrder, batch: int, segment: int) -> None:
+    def __init__(self, order: DocumentOrder, batch: int, segment: int, rows: range | None = None) -> None:
         for name, size in {"batch": batch, "segment": segment}.items():
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
         self.order, self.batch, self.segment = order, batch, segment
+        self.rows = range(batch) if rows is None else rows
         self._taken = 0
         self._rows = [_Row(-1, 0, None) for _ in range(batch)]
 
     def next(self) -> Batch | None:
-        """The next segment of every row, on the CPU; None when every document was read."""
-        size = (self.batch, self.segment)
+        """The next segment of `rows`, on the CPU; None when every document was read, by whatever row."""
+        size = (len(self.rows), self.segment)
         tokens = torch.zeros(size, dtype=torch.int64, device="cpu")
         labels = torch.full(size, NOT_SCORED, dtype=torch.int64, device="cpu")
         distances = torch.zeros(size, dtype=torch.int64, device="cpu")
         fresh = [self._advance(row) for row in self._rows]
-        lengths = [self._fill(row, tokens[b], labels[b], distances[b]) for b, row in enumerate(self._rows)]
-        if not any(lengths):
+        offsets = [row.offset for row in self._rows]
+        spans = [self._span(row) for row in self._rows]  # (length, scored) of each
+        if not any(length for length, _ in spans):
             return None
+        for place, b in enumerate(self.rows):
+            _fill(self._rows[b].document, offsets[b], spans[b][0], tokens[place], labels[place], distances[place])
         asks = any(row.document is not None and row.document.distances is not None for row in self._rows)
         return Batch(
             tokens,
             labels,
-            torch.tensor(lengths, device="cpu"),
-            torch.tensor(fresh, device="cpu"),
+            torch.tensor([spans[b][0] for b in self.rows], dtype=torch.int64, device="cpu"),
+            torch.tensor([fresh[b] for b in self.rows], dtype=torch.bool, device="cpu"),
+            torch.tensor([offsets[b] for b in self.rows], dtype=torch.int64, device="cpu"),
             distances if asks else None,
-            scored=int((labels != NOT_SCORED).sum()),
-            real=sum(lengths),
+            scored=sum(scored for _, scored in spans),
+            real=sum(length for length, _ in spans),
         )
 
     def __iter__(self) -> Iterator[Batch]:
@@ -260,20 +270,15 @@ class DocumentStream:
         self._taken += 1
         return True
 
-    def _fill(self, row: _Row, tokens: Tensor, labels: Tensor, distances: Tensor) -> int:
-        """Writes a row's segment (N,) and moves on; returns how many tokens are real."""
+    def _span(self, row: _Row) -> tuple[int, int]:
+        """Moves a row on by a segment; returns how many of its tokens are real, and how many of their labels scored."""
         if row.document is None:
-            return 0
-        content, start = row.document.content, row.offset
-        end = min(start + self.segment, len(row.document) - 1)
-        length = end - start
-        tokens[:length] = content[start:end]
-        labels[:length] = content[start + 1 : end + 1]
-        if row.document.distances is not None:
-            distances[:length] = row.document.distances[start:end]
-            labels[distances == 0] = NOT_SCORED
-        row.offset = end
-        return length
+            return 0, 0
+        start, row.offset = row.offset, min(row.offset + self.segment, len(row.document) - 1)
+        length = row.offset - start
+        if row.document.distances is None:
+            return length, length
+        return length, int(row.document.distances[start : row.offset].count_nonzero())
 
     def state_dict(self) -> dict[str, Any]:
         """The position, as JSON can hold it."""
@@ -290,3 +295,17 @@ class DocumentStream:
             if row.document is not None and not 0 <= row.offset < len(row.document):
                 raise ValueError(f"state must hold places in documents of {len(row.document)} bytes, got {row.offset}")
         self._taken, self._rows = state["taken"], rows
+
+
+def _fill(
+    document: Document | None, start: int, length: int, tokens: Tensor, labels: Tensor, distances: Tensor
+) -> None:
+    """Writes a row's segment (N,), of which so many tokens are real."""
+    if document is None:
+        return
+    end = start + length
+    tokens[:length] = document.content[start:end]
+    labels[:length] = document.content[start + 1 : end + 1]
+    if document.distances is not None:
+        distances[:length] = document.distances[start:end]
+        labels[distances == 0] = NOT_SCORED

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from memtrans.ring import MemorySnapshot, Ring, check_mask
+from memtrans.sharded import SHARD, ShardedRing, ranks_of
 from memtrans.storage import load_tensors, save_tensors
 from memtrans.validation import check_finite, check_numbers, sizes, usable_device
 from memtrans_kernels import checks
@@ -52,6 +54,13 @@ class KNNMemory:
         spare: S, entries that may be added between a forward pass and its backward. It grows to the longest segment
             added; give N times the number of segments when several come before one backward.
         backend: of search: one of `auto`, `reference`, `triton`, `native`, `faiss`.
+        process_group: ranks that hold this memory together, each a share of every document's entries; M is of all of
+            them, so it grows with their number. Each rank reads a segment of its own of the same documents; what one
+            does with the memory all do, with the same sizes; see `memtrans.sharded`. Default: this process alone.
+
+    A search of a sharded memory costs what it costs to search M / W entries for the queries of all W ranks. From each
+    of the others a rank receives, for one query, D·e + 8·K + K bytes to search, and D·e + 4 to attend or 2·D·e·K / W
+    to fetch the winners, with e bytes a number.
 
     Attributes:
         scoped_indices: the documents that `add` and `search` speak of. shape: (num_indices, max_memories, 2, dim), with
@@ -59,7 +68,8 @@ class KNNMemory:
 
     Raises:
         ValueError, TypeError: a size that is no integer or below 1, another dtype, a device that this torch cannot use
-            or that keeps no values (meta), an unknown backend.
+            or that keeps no values (meta), an unknown backend; of a process group, ranks that differ in their arguments
+            or kind of device, when they first use the memory.
 
     >>> memory = KNNMemory(dim=2, max_memories=3, num_indices=1)
     >>> memory.add(torch.tensor([[[[1.0, 0.0], [5.0, 5.0]], [[0.0, 1.0], [7.0, 7.0]]]]))   # (B, N, 2, D)
@@ -82,6 +92,7 @@ class KNNMemory:
         kv_heads: int = 1,
         spare: int = 0,
         backend: str = "auto",
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         warn_unused(memmap_filename=memmap_filename, multiprocessing=multiprocessing)
         checks.stored(dtype=dtype, value_dtype=value_dtype)
@@ -93,6 +104,7 @@ class KNNMemory:
         self.dtype, self.value_dtype = dtype, value_dtype
         self.spare, self.backend = checks.integer("spare", spare, low=0), check_name(backend)
         self.scoped_indices = list(range(self.num_indices))
+        self._ranks = None if process_group is None else ranks_of(process_group)
         self._ring: Ring | None = None
         self._rows: Tensor | None = None
         if device is not None:
@@ -108,16 +120,20 @@ class KNNMemory:
                 raise ValueError(f"device must be one that keeps values, got {str(device)!r}")
             default = torch.float16 if device.type == "cuda" else torch.float32
             dtype = self.dtype or default
-            self._ring = Ring(
-                self.num_indices * self.kv_heads,
-                self.max_memories,
-                max(self.spare, longest),
-                self.dim,
-                key_dtype=dtype,
-                value_dtype=self.value_dtype or dtype,
-                device=device,
-                backend=self.backend,
-            )
+            size = (self.num_indices * self.kv_heads, self.max_memories, max(self.spare, longest), self.dim)
+            storage: dict[str, Any] = {
+                "key_dtype": dtype,
+                "value_dtype": self.value_dtype or dtype,
+                "device": device,
+                "backend": self.backend,
+            }
+            if self._ranks is None:
+                self._ring = Ring(*size, **storage)
+            else:
+                self._ranks.agree(
+                    **self.configuration(), dtype=dtype, value_dtype=storage["value_dtype"], device=device.type
+                )
+                self._ring = ShardedRing(*size, ranks=self._ranks, **storage)
             self._rows = self._scoped_rows()
         elif longest > self._ring.spare:
             self._ring.widen(longest)
@@ -147,7 +163,7 @@ class KNNMemory:
             raise ValueError("device must be given to a memory that has seen no tensor yet, got None")
         if like is not None and like.device != rows.device:
             raise ValueError(f"the memory lives on {rows.device}, got a tensor on {like.device}")
-        return MemorySnapshot.take(ring, rows, self._host_rows(), len(self.scoped_indices))
+        return ring.snapshot(rows, self._host_rows(), len(self.scoped_indices))
 
     # --------------------------------------------------------------------------------------------------- scope
 
@@ -260,12 +276,8 @@ class KNNMemory:
             )
         check_finite("queries", queries)
         flat = queries.detach().reshape(batch, heads, -1, self.dim)
-        snapshot = self.snapshot(like=queries)
-        _, slots = snapshot.nearest(flat, topk)
-        mask = slots >= 0
-        row = snapshot.rows.reshape(batch, -1).repeat_interleave(heads // self.kv_heads, dim=1)[:, :, None, None]
-        slot = slots.clamp(min=0).long()
-        pairs = [ring[row, slot].to(queries.dtype) for ring in (snapshot.keys, snapshot.values)]
+        *pairs, mask = self.snapshot(like=queries).pairs(flat, topk)
+        pairs = [tensor.to(queries.dtype) for tensor in pairs]
         key_values = torch.stack(pairs, dim=-2).masked_fill(~mask[..., None, None], 0.0)
         shape = (*queries.shape[:-1], topk)
         return key_values.reshape(*shape, 2, self.dim), mask.reshape(shape)
@@ -306,12 +318,14 @@ class KNNMemory:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of what the memory holds: keys and values (R, longest row, D), old to new and ending with the newest
-        entry, and lengths (R,)."""
+        entry, and lengths (R,). Of a sharded memory this rank's share, which `join_shards` puts together."""
         rows = self.num_indices * self.kv_heads
         if self._ring is None:
             keys = torch.zeros(rows, 0, self.dim, dtype=self.dtype)
             values = torch.zeros(rows, 0, self.dim, dtype=self.value_dtype or self.dtype)
             return {"keys": keys, "values": values, "lengths": torch.zeros(rows, dtype=torch.int64)}
+        if isinstance(self._ring, ShardedRing):
+            return self._ring.state()
         lengths = self._ring.lengths()
         _, slot = self._ring.window(int(lengths.max()))
         row = torch.arange(rows, device=slot.device)[:, None]
@@ -320,14 +334,19 @@ class KNNMemory:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Replaces what the memory holds; of a larger memory's entries it keeps the newest.
 
+        A sharded memory takes up its own share, or that of a whole memory's state.
+
         Raises ValueError or TypeError, and keeps what it held, when the state belongs to another width, batch or number
-        of heads.
+        of heads, or is a share of another sharding.
         """
         self.check_state(state)
         keys, values, lengths = state["keys"], state["values"], state["lengths"]
         device = self.device or keys.device
         self.cleanup()
         self._prepare(device, 0)
+        if isinstance(self._ring, ShardedRing):
+            self._ring.load(state)
+            return
         kept = min(keys.shape[1], self.max_memories)
         heads = (self.num_indices, self.kv_heads)
         newest = [tensor[:, tensor.shape[1] - kept :].unflatten(0, heads).to(device) for tensor in (keys, values)]
@@ -348,6 +367,15 @@ class KNNMemory:
                 f"state must hold keys and values of shape ({rows}, entries, {self.dim}) and lengths of shape "
                 f"({rows},), got {tuple(keys.shape)}, {tuple(values.shape)} and {tuple(lengths.shape)}"
             )
+        if SHARD in state:
+            here = None if self._ranks is None else [self._ranks.rank, self._ranks.size]
+            if state[SHARD].tolist() != here:
+                fitting = "a whole memory's" if here is None else f"a whole memory's or shard {here[0]} of {here[1]}"
+                rank, size = state[SHARD].tolist()
+                raise ValueError(
+                    f"state must be {fitting}, got shard {rank} of {size}; join_shards makes all shards a whole"
+                )
+            width = (width + 1) * (self._ranks.size if self._ranks else 1)  # some ranks hold one more than this
         if not bool(((lengths >= 0) & (lengths <= width)).all()):
             raise ValueError(f"lengths must be in [0, {width}], got {lengths.tolist()}")
 
@@ -374,6 +402,8 @@ class KNNMemory:
         return memory
 
     def __getstate__(self) -> dict[str, Any]:
+        if self._ranks is not None:
+            raise TypeError("a sharded memory must be copied by its state_dict, got a copy that has no process group")
         fields = {name: value for name, value in self.__dict__.items() if name not in ("_ring", "_rows")}
         return {"fields": fields, "device": self.device, "state": None if self._ring is None else self.state_dict()}
 

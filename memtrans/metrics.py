@@ -13,13 +13,18 @@ EVALUATED = "eval_bits_per_byte"  # the field that tells the line of an evaluati
 
 
 class Metrics:
-    """Appends to a file; each line is in the file when `append` returns."""
+    """Appends to a file; each line is in the file when `append` returns.
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    path: of the file. kept: False reads only, as ranks do whose run another one records.
+    """
+
+    def __init__(self, path: str | Path, kept: bool = True) -> None:
+        self.path, self.kept = Path(path), kept
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Writes one line."""
+        if not self.kept:
+            return
         with self.path.open("a") as file:
             file.write(json.dumps(dict(line)) + "\n")
 
@@ -44,5 +49,7 @@ class Metrics:
 
     def truncate(self, step: int) -> None:
         """Keeps what was known when the checkpoint of `step` was written; evaluations at that step come after it."""
+        if not self.kept:
+            return
         kept = [line for line in self.read() if line["step"] < step or (line["step"] == step and EVALUATED not in line)]
         write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())

@@ -1,149 +1,104 @@
-"""What a training run is made of, and the sets of values that have a name.
+"""Sets of values that have a name, and the figures of each.
 
-`Settings` is the one owner of every option: the command line makes its options from these fields and their help, a
-checkpoint keeps them as JSON, and the model, the data and the loop are built from them.
+`paper()` is the model of Wu et al., "Memorizing Transformers" (ICLR 2022, arXiv 2203.08913), for any context, memory
+and XL cache; its table 4 compares ten of them. What is known from where:
+
+- Section 4.2, as others quote it: 12 layers, width 1024, 8 heads of 128, a feed-forward layer of 4096, K = 32, the
+  memory at layer 9, Adafactor; a vocabulary of 32,000 (github.com/lucidrains/memorizing-transformers-pytorch/issues/4).
+- The authors' code (github.com/google-research/meliad, `lr_rsqrt_decay_std`, "as used in the memorizing and
+  block-recurrent transformer papers"): a linear warm-up of 1,000 steps, then 1 / sqrt(step), times 1.
+- The same issue shows the table's rows (512, 8192, 512), the fourth from its end, and (512, none, none), its first.
+  The other rows, 2^17 tokens a step, 500,000 steps and K = 128 in the first version are from memory, not looked up.
+
+What differs from it: documents are read as bytes, which use 256 of the 32,000 tokens (`vocabulary=256` leaves the rest
+out); the search is exact; plain layers do not normalise keys; a key enters the memory when it leaves the XL cache.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from memtrans.attention import COMBINATIONS
-from memtrans.transformer import MemorizingTransformer
+import torch
 
-DTYPES = ("float32", "bfloat16")
-KINDS: dict[str, tuple[type, ...]] = {
-    "bool": (bool,),
-    "int": (int,),
-    "float": (float, int),
-    "str": (str,),
-    "tuple[int, ...]": (tuple,),
-    "None": (type(None),),
-}
+from memtrans.settings import Settings, build_model
+
+TABLE_4 = (  # context, memory, XL cache
+    (512, 0, 0),
+    (2048, 0, 0),
+    (512, 0, 512),
+    (2048, 0, 2048),
+    (512, 1536, 0),
+    (512, 8192, 0),
+    (512, 8192, 512),
+    (512, 65536, 512),
+    (2048, 8192, 2048),
+    (2048, 65536, 2048),
+)
+TOKENS_AT_ONCE = 2**14  # of a backward pass of the paper's presets; eight of them make a step of 2^17
 
 
-def _option(default: Any, text: str, **limits: Any) -> Any:
-    """A field with its help text; limits: `at_least`, `above`, `below`, `choices`."""
-    return dataclasses.field(default=default, metadata={"help": text, **limits})
+def paper(
+    context: int = 512,
+    memory: int = 8192,
+    xl_cache: int = 512,
+    *,
+    memory_layers: tuple[int, ...] = (9,),
+    neighbours: int = 32,
+    combine: str = "gate",
+    kv_heads: int = 8,
+) -> Settings:
+    """The paper's model and optimiser, for a row of its table 4 or any other; see the module.
 
+    Args:
+        context: N, tokens of a segment. memory: M, 0 for none. xl_cache: X, of every layer, 0 for none.
+        memory_layers: from 1. neighbours: K. combine: "gate", or "softmax" as in the first version.
+        kv_heads: G; 8 is a memory of its own for each head, 1 a shared one, as upstream's.
 
-@dataclass(frozen=True)
-class Settings:
-    """Every option of a run; the help texts say what each is. Letters as in the kernels: B, N, M, K, X, H, G, D.
+    Raises ValueError when a size is out of range or a layer does not exist.
 
-    Raises:
-        ValueError: a value out of range or of another type; names the field, the value and what was expected.
-
-    >>> Settings(steps=10).steps
-    10
-    >>> Settings(batch=0)
+    >>> settings = paper(context=512, memory=8192, xl_cache=512)
+    >>> settings.batch, settings.accumulate, settings.memory_layers
+    (32, 8, (9,))
+    >>> paper(memory_layers=(13,))
     Traceback (most recent call last):
-    ValueError: batch must be at least 1, got 0
+    ValueError: memory_layers must name layers from 1 to 12, got 13
     """
-
-    data: str = _option("stdlib", "stdlib (the sources of Python's standard library), recall, or a file or directory")
-    windows: bool = _option(False, "read random windows, each with a fresh memory, instead of whole documents")
-    window_segments: int = _option(5, "segments of a window, with --windows", at_least=1)
-    steps: int = _option(1000, "optimiser steps", at_least=1)
-    batch: int = _option(8, "B: documents read side by side", at_least=1)
-    segment: int = _option(256, "N: tokens of a segment", at_least=1)
-    segments: int = _option(1, "segments before one backward pass", at_least=1)
-    accumulate: int = _option(1, "backward passes before one optimiser step", at_least=1)
-    layers: int = _option(4, "layers of the model", at_least=1)
-    width: int = _option(128, "width of the model", at_least=1)
-    heads: int = _option(4, "H: query heads", at_least=1)
-    head_width: int = _option(32, "D: width of a head", at_least=1)
-    kv_heads: int = _option(1, "G: key and value heads", at_least=1)
-    memory: int = _option(4096, "M: entries of a document's memory; 0 for no memory layer", at_least=0)
-    memory_layers: tuple[int, ...] | None = _option(None, "layers with a memory, from 1 (default: the middle one)")
-    memory_heads: int | None = _option(None, "query heads of memory layers (default: --heads)", at_least=1)
-    neighbours: int = _option(32, "K: entries that a query retrieves", at_least=1)
-    memory_offset: float | None = _option(None, "start of a learned offset on retrieved logits (default: none)")
-    combine: str = _option(
-        "softmax", "one softmax over retrieved and local keys, or one each and a learned gate", choices=COMBINATIONS
+    return Settings(
+        steps=500_000,
+        batch=max(1, TOKENS_AT_ONCE // max(1, context)),
+        segment=context,
+        accumulate=8,
+        vocabulary=32_000,
+        layers=12,
+        width=1024,
+        heads=8,
+        head_width=128,
+        kv_heads=kv_heads,
+        memory=memory,
+        memory_layers=memory_layers,
+        neighbours=neighbours,
+        combine=combine,
+        xl=xl_cache,
+        optimizer="adafactor",
+        learning_rate=1.0,
+        schedule="inverse-sqrt",
+        warmup=1000,
+        weight_decay=0.0,
+        clip=None,
+        eval_bytes=1_000_000,
+        eval_every=5000,
+        checkpoint_every=1000,
+        log_every=20,
     )
-    temperature: float = _option(20.0, "start of the learned factor on the cosine of memory layers", above=0)
-    position_start: float | None = _option(
-        None, "start the local heads at looking 1, 2, 3, ... tokens back, this strongly (default: random, strong)"
-    )
-    xl: int = _option(0, "X: tokens of an XL cache; 0 for none", at_least=0)
-    xl_layers: tuple[int, ...] | None = _option(None, "layers with an XL cache, from 1 (default: all)")
-    dropout: float = _option(0.0, "dropout of attention weights and feed-forward layers", at_least=0, below=1)
-    learning_rate: float = _option(1e-3, "highest learning rate of AdamW", above=0)
-    warmup: int = _option(100, "steps of the linear warm-up; a cosine decay follows", at_least=0)
-    final_rate: float = _option(0.1, "the learning rate's end, as a part of its highest", at_least=0)
-    weight_decay: float = _option(0.01, "weight decay of matrices", at_least=0)
-    clip: float = _option(1.0, "largest norm of the gradient", above=0)
-    device: str = _option("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU where there is one")
-    dtype: str = _option("float32", "what matrix products compute in", choices=DTYPES)
-    compile: bool | None = _option(
-        None, "compile the model, and replay each step as a CUDA graph on a GPU (default: on a GPU)"
-    )
-    skip_nonfinite: bool = _option(
-        False, "go on after a step whose loss or gradient is not finite, which then changes nothing"
-    )
-    seed: int = _option(0, "seed of weights, dropout and the order of the data", at_least=0, below=2**63)
-    near_steps: int = _option(
-        0, "recall: steps for which documents ask near questions only, before far ones", at_least=0
-    )
-    eval_bytes: int = _option(65536, "held-out bytes to evaluate on, with and without the memory", at_least=1)
-    eval_every: int = _option(0, "steps between evaluations; 0 for one at the end", at_least=0)
-    checkpoint_every: int = _option(250, "steps between checkpoints", at_least=1)
-    log_every: int = _option(10, "steps between reports (the losses stay on the device until then)", at_least=1)
-    sample: int = _option(0, "tokens for which to show, at the end, what the memory retrieved", at_least=0)
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            _check_kind(field.name, getattr(self, field.name), str(field.type))
-            _check(field.name, getattr(self, field.name), field.metadata)
-        for name in ("memory_layers", "xl_layers"):
-            wrong = [layer for layer in getattr(self, name) or () if not 1 <= layer <= self.layers]
-            if wrong:
-                raise ValueError(f"{name} must name layers from 1 to {self.layers}, got {wrong[0]}")
-        for name in ("heads", "memory_heads"):
-            if (getattr(self, name) or self.heads) % self.kv_heads:
-                raise ValueError(f"{name} must be a multiple of kv_heads={self.kv_heads}, got {getattr(self, name)}")
-
-    def to_json(self) -> dict[str, Any]:
-        """The values as JSON holds them."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Settings:
-        """Settings of what `to_json` returned. Raises ValueError for names that do not exist."""
-        if not isinstance(values, Mapping):
-            raise ValueError(f"settings must be names with values, got {values!r}")
-        unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
-        if unknown:
-            raise ValueError(f"settings must be those of this version, got {sorted(unknown)}")
-        fields: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in values.items()}
-        return cls(**fields)
 
 
-def _check_kind(name: str, value: Any, annotation: str) -> None:
-    names = annotation.split(" | ")
-    kind = "bool" if isinstance(value, bool) else next((kind for kind in names if isinstance(value, KINDS[kind])), None)
-    if kind not in names:
-        raise ValueError(f"{name} must be of type {annotation}, got {value!r}")
+def paper_name(context: int, memory: int, xl_cache: int) -> str:
+    """Of a row of table 4, with 0 for none.
 
-
-def _check(name: str, value: Any, limits: Mapping[str, Any]) -> None:
-    if value is None:
-        return
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
-    if "below" in limits and not value < limits["below"]:
-        raise ValueError(f"{name} must be below {limits['below']}, got {value}")
-    if "at_least" in limits and not value >= limits["at_least"]:
-        raise ValueError(f"{name} must be at least {limits['at_least']}, got {value}")
-    if "above" in limits and not value > limits["above"]:
-        raise ValueError(f"{name} must be above {limits['above']}, got {value}")
-    if "choices" in limits and value not in limits["choices"]:
-        raise ValueError(f"{name} must be one of {', '.join(limits['choices'])}, got {value!r}")
+    >>> paper_name(512, 8192, 512)
+    'paper-512-8192-512'
+    """
+    return f"paper-{context}-{memory}-{xl_cache}"
 
 
 PRESETS: dict[str, Settings] = {
@@ -214,51 +169,63 @@ PRESETS: dict[str, Settings] = {
         checkpoint_every=1000,
         log_every=20,
     ),
+    **{paper_name(*row): paper(*row) for row in TABLE_4},
+    # One softmax over retrieved and local keys, and more neighbours, as in the paper's first version.
+    "paper-v1": paper(combine="softmax", neighbours=128),
 }
 
 
-def build_model(settings: Settings) -> MemorizingTransformer:
-    """The model of a run, over bytes; draws its weights from torch's generator.
+# ------------------------------------------------------------------------------------------------------------ figures
 
-    >>> model = build_model(Settings(layers=2, width=16, heads=2, head_width=8))
-    >>> model.memorizing_layers
-    (1,)
+MATRIX_RATE = 330e12  # FLOP/s of training at a width of 1024, in proportion below: a third of an H200's in bfloat16
+SEARCH_RATE = 600e12  # FLOP/s of scoring keys of D = 128
+SEARCH_START = 6e-9  # seconds a query takes beside that
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a run of some settings is, without running it.
+
+    Attributes:
+        parameters: numbers that the model learns. memory_bytes: of all KNN memories of a batch, in float16.
+        step_seconds: of an optimiser step on one H200 in bfloat16: a prediction, see `figures`.
+        step_tokens: that such a step reads.
     """
-    layers: tuple[int, ...] | None = settings.memory_layers
-    model = MemorizingTransformer(
-        num_tokens=256,
-        dim=settings.width,
-        depth=settings.layers,
-        dim_head=settings.head_width,
-        heads=settings.heads,
-        knn_attn_heads=settings.memory_heads,
-        attn_dropout=settings.dropout,
-        ff_dropout=settings.dropout,
-        memorizing_layers=(layers or max(1, settings.layers // 2)) if settings.memory else (),
-        max_knn_memories=max(1, settings.memory),
-        num_retrieved_memories=settings.neighbours,
-        pad_id=-1,
-        xl_max_memories=settings.xl,
-        xl_memory_layers=settings.xl_layers,
-        kv_heads=settings.kv_heads,
-        attn_scale_init=settings.temperature,
-        memory_offset=settings.memory_offset,
-        combine=settings.combine,
+
+    parameters: int
+    memory_bytes: int
+    step_seconds: float
+    step_tokens: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.parameters / 1e6:6.1f} M parameters  {self.memory_bytes / 1e9:6.2f} GB memory  "
+            f"{self.step_seconds * 1e3:6.1f} ms predicted for a step of {self.step_tokens} tokens"
+        )
+
+
+def figures(settings: Settings) -> Figures:
+    """Counts parameters and bytes, and predicts a step's time as that of its matrix products and searches.
+
+    A step does 6 FLOP for each weight of a matrix and token, and 12 for each local key, head width, head and token, at
+    MATRIX_RATE; a search 2 D M for each query, at SEARCH_RATE, and SEARCH_START. Tests hold it against measured steps.
+
+    >>> print(figures(PRESETS["paper-512-8192-512"]).parameters)
+    216687376
+    """
+    with torch.device("meta"):
+        model = build_model(settings)
+    matrices = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
+    local_keys = settings.segment / 2 + settings.xl * (model.num_xl_memory_layers / settings.layers)
+    attention = 12 * settings.layers * settings.heads * settings.head_width * local_keys
+    tokens = settings.batch * settings.segment * settings.segments * settings.accumulate
+    matrix_seconds = tokens * (6 * matrices + attention) / (MATRIX_RATE * min(1.0, settings.width / 1024))
+    queries = tokens * (settings.memory_heads or settings.heads) * model.num_memory_layers
+    search_seconds = queries * (SEARCH_START + 2 * settings.head_width * settings.memory / SEARCH_RATE)
+    slots = settings.batch * settings.kv_heads * (settings.memory + settings.segment * settings.segments)
+    return Figures(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        memory_bytes=model.num_memory_layers * slots * settings.head_width * 2 * torch.float16.itemsize,
+        step_seconds=matrix_seconds + search_seconds,
+        step_tokens=tokens,
     )
-    if settings.position_start is not None:
-        _look_back(model, settings.position_start)
-    return model
-
-
-def _look_back(model: MemorizingTransformer, strength: float) -> None:
-    """Starts local head h at distance h + 1, and memory layers at no preference.
-
-    The default start, N(0, 1) times the root of the head's width, points heads at random distances; none may point at
-    the one that a task needs, and so strong a preference is slow to move.
-    """
-    local, with_memory = model.rel_pos_bias, model.knn_rel_pos_bias
-    for bias in (local, with_memory):
-        bias.relative_attention_bias.weight.data.mul_(0.1 / bias.scale)
-    table = local.relative_attention_bias.weight.data  # (buckets, H); a bucket for each small distance
-    for head in range(table.shape[1]):
-        table[(head + 1) % table.shape[0], head] += strength / local.scale

@@ -13,13 +13,13 @@ class Progress:
     """A bar on standard error where that is a terminal, lines on standard output otherwise.
 
     Args:
-        steps: of the run. done: steps behind it. plain: lines in any case.
+        steps: of the run. done: steps behind it. plain: lines in any case. shown: False says nothing at all.
     """
 
-    def __init__(self, steps: int, done: int, plain: bool) -> None:
+    def __init__(self, steps: int, done: int, plain: bool, shown: bool = True) -> None:
         self._bar = None
-        self._steps = steps
-        if not plain and sys.stderr.isatty():
+        self._steps, self._shown = steps, shown
+        if shown and not plain and sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True)
@@ -41,7 +41,7 @@ class Progress:
         """Shows a line without breaking the bar."""
         if self._bar is not None:
             self._bar.write(text, file=sys.stdout)
-        else:
+        elif self._shown:
             print(text, flush=True)
 
     def close(self) -> None:
@@ -59,14 +59,16 @@ def reading_bar(tokens: int, shown: bool) -> Any:
 
 
 class Interruption:
-    """Inside a `with`, the first Ctrl-C only sets `heard`, so that nothing is left half done; the second one stops
-    at once.
+    """Inside a `with`, the first Ctrl-C is only noted, so that nothing is left half done; the second one stops at once.
 
     Does nothing outside of the main thread, where signals cannot be heard.
+
+    Args:
+        agreed: asked for what to believe whenever this process is; several processes then stop at the same place.
     """
 
-    def __init__(self) -> None:
-        self.heard = False
+    def __init__(self, agreed: Callable[[bool], bool] = bool) -> None:
+        self._agreed, self._noted = agreed, False
         self._restore: Callable[[], object] = lambda: None
 
     def __enter__(self) -> Interruption:
@@ -81,11 +83,15 @@ class Interruption:
         self._restore()
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        if self.heard:
+        if self._noted:
             raise KeyboardInterrupt
-        self.heard = True
+        self._noted = True
+
+    def heard(self) -> bool:
+        """Whether there was a Ctrl-C."""
+        return self._agreed(self._noted)
 
     def check(self) -> None:
         """Raises KeyboardInterrupt if Ctrl-C was heard."""
-        if self.heard:
+        if self.heard():
             raise KeyboardInterrupt

@@ -37,6 +37,8 @@ class DocumentReader:
     Args:
         model: on its device. batch: B. spare: S, entries added between a forward pass and its backward.
         retrieval: False keeps every memory empty. dtype: what matrix products compute in, float32 or bfloat16.
+        keep_memory: a row's memory survives the end of its document, and the next one reads on in it; the XL cache
+            does not.
     """
 
     def __init__(
@@ -46,8 +48,9 @@ class DocumentReader:
         spare: int = 0,
         retrieval: bool = True,
         dtype: torch.dtype = torch.float32,
+        keep_memory: bool = False,
     ) -> None:
-        self.model, self.retrieval, self.dtype = model, retrieval, dtype
+        self.model, self.retrieval, self.dtype, self.keep_memory = model, retrieval, dtype, keep_memory
         self.device = model.token_emb.weight.device
         self.on_gpu = self.device.type == "cuda"
         smallest = {} if retrieval else {"max_memories": 1}  # a memory that stays empty need not be searched at length
@@ -74,7 +77,8 @@ class DocumentReader:
         Returns:
             logits (B, N, V), and what the rows carry after the segment.
         """
-        self.memories.clear_rows(fresh)
+        if not self.keep_memory:
+            self.memories.clear_rows(fresh)
         xl_length = carried.xl_length.masked_fill(fresh, 0)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             result = self.model(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 
 EAGER_CALLS = 3  # they load and tune kernels, which a capture must not
 
@@ -36,11 +37,19 @@ class Replay:
             elif self._calls < EAGER_CALLS:
                 self._run_aside()
             else:
+                torch.cuda.empty_cache()  # what the eager calls held: the graph has a pool of its own
                 self._graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self._graph):
+                # NCCL, where there are several processes, has a thread of its own that asks for events meanwhile
+                mode = "thread_local" if dist.is_available() and dist.is_initialized() else "global"
+                with torch.cuda.graph(self._graph, capture_error_mode=mode):
                     self.function()
                 self._graph.replay()
         self._calls += 1
+
+    @property
+    def captured(self) -> bool:
+        """Whether calls replay a graph by now."""
+        return self._graph is not None
 
     def _run_aside(self) -> None:
         """On a stream of its own, as a capture will run it."""

@@ -84,6 +84,12 @@ class Ring:
 
         self._hold(moved(self.keys), moved(self.values))
 
+    def snapshot(self, rows: Tensor, host_rows: Sequence[int], documents: int) -> MemorySnapshot:
+        """The memory as it stands. rows, host_rows: (B·G,) in scope, of so many documents."""
+        ticket = ledger_ticket(self.written, host_rows)
+        start, cursor = read_cursors(self.start, self.cursor)
+        return MemorySnapshot(self, rows, documents, start, cursor, self.keys_read, self.values_read, ticket)
+
     def lengths(self) -> Tensor:
         """How many entries each row holds (R,)."""
         return (self.cursor - self.start).clamp(max=self.capacity)
@@ -118,12 +124,6 @@ class MemorySnapshot:
     values: Tensor
     ticket: Tensor
 
-    @staticmethod
-    def take(ring: Ring, rows: Tensor, host_rows: Sequence[int], documents: int) -> MemorySnapshot:
-        ticket = ledger_ticket(ring.written, host_rows)
-        start, cursor = read_cursors(ring.start, ring.cursor)
-        return MemorySnapshot(ring, rows, documents, start, cursor, ring.keys_read, ring.values_read, ticket)
-
     def check_fits(self, name: str, documents: int, kv_heads: int, width: int) -> None:
         """Refuses to be the memory of so many documents, key/value heads and components."""
         expected = (documents, kv_heads, width)
@@ -151,6 +151,14 @@ class MemorySnapshot:
         """Scores and slots (B, H, N, K) of the nearest keys of query (B, H, N, D)."""
         ring = self.ring
         return knn_search(query, self.keys, self.rows, self.start, self.cursor, ring.capacity, k, backend=ring.backend)
+
+    def pairs(self, query: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values (B, H, N, K, D) of the nearest entries, and which are there (B, H, N, K)."""
+        _, slots = self.nearest(query, k)
+        of_rows = self.rows.reshape(self.documents, -1)
+        row = of_rows.repeat_interleave(query.shape[1] // of_rows.shape[1], dim=1)[:, :, None, None]
+        slot = slots.clamp(min=0).long()
+        return self.keys[row, slot], self.values[row, slot], slots >= 0
 
     def append(self, keys: Tensor, values: Tensor, count: Tensor | None = None) -> MemorySnapshot:
         """Stores keys and values (B, G, N, D) after the snapshot's entries; returns the state after them.

@@ -18,12 +18,16 @@ from memtrans.checkpoint import exists, load_checkpoint, require, save_checkpoin
 from memtrans.evaluate import NonFiniteLossError, evaluate_both
 from memtrans.metrics import Metrics
 from memtrans.plot import plot_metrics
-from memtrans.presets import Settings
 from memtrans.progress import Interruption, Progress
+from memtrans.ranks import ALONE, LostRankError, Ranks
 from memtrans.sample import sample_retrievals
-from memtrans.train import Trainer, open_data, pick_device
+from memtrans.settings import Settings
+from memtrans.train import Trainer, check_shares, open_data, pick_device
 
-MAY_CHANGE = ("steps", "device", "eval_bytes", "eval_every", "checkpoint_every", "log_every", "sample")
+MAY_CHANGE = (
+    *("steps", "memory", "device", "compile", "fsdp", "skip_nonfinite"),
+    *("eval_bytes", "eval_every", "checkpoint_every", "log_every", "sample"),
+)
 
 
 def checkpoint_of(out: str | Path) -> Path:
@@ -39,30 +43,55 @@ def metrics_of(out: str | Path) -> Metrics:
 def resumed_settings(out: str | Path, given: Mapping[str, Any]) -> Settings:
     """The settings of the checkpoint in `out`, with those that were given and may change.
 
+    A memory of another size keeps its newest entries, a larger one all of them: the paper trains with a small memory
+    and continues with a large one (its table 5).
+
     Raises FileNotFoundError without a checkpoint, ValueError when it is damaged or was made with other settings.
     """
-    saved = Settings.from_json(require(load_checkpoint(checkpoint_of(out)), "settings").values["settings"]).to_json()
+    checkpoint = require(load_checkpoint(checkpoint_of(out), wanted=lambda part, values: False), "settings")
+    saved = Settings.from_json(checkpoint.values["settings"]).to_json()
     for name, value in given.items():
         if name not in MAY_CHANGE and value != saved[name]:
             raise ValueError(f"{name} must be {saved[name]!r}, as in the checkpoint to resume, got {value!r}")
+    check_memory(given.get("memory", saved["memory"]), saved["memory"])
     return Settings.from_json({**saved, **given})
 
 
-def start(settings: Settings, out: str | Path, resume: bool) -> Trainer:
+def check_memory(asked: int, trained: int) -> None:
+    """Refuses a memory that gives or takes the layers that have one: their weights are others."""
+    if bool(asked) != bool(trained):
+        expected = "at least 1" if trained else "0"
+        raise ValueError(f"memory must be {expected}, as the run was trained with {trained}, got {asked}")
+
+
+def start(settings: Settings, out: str | Path, resume: bool, ranks: Ranks = ALONE) -> Trainer:
     """A trainer at the beginning of the run, or where the checkpoint in `out` left it.
 
-    Raises ValueError or OSError when the data, the device, the directory or the checkpoint will not do.
+    Raises ValueError or OSError, on every rank, when the data, the device, the directory or the checkpoint of one of
+    them will not do, or they were not given the same.
     """
+    ranks.agree(**settings.to_json(), out=str(out), resume=resume)
+    ranks.together(lambda: _check_directory(out, resume))
+    ranks.together(lambda: check_shares(settings, ranks))
+    data = ranks.together(lambda: open_data(settings))
+    device = ranks.together(lambda: pick_device(settings.device, ranks))
+    ranks.agree(data=data.fingerprint, device=device.type)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    trainer = Trainer(settings, data, device, ranks)
+    if resume:
+        checkpoint = ranks.together(lambda: load_checkpoint(checkpoint_of(out), trainer.wants))
+        ranks.together(lambda: trainer.restore(checkpoint))
+        ranks.together(lambda: metrics_of(out).read())
+    return trainer
+
+
+def _check_directory(out: str | Path, resume: bool) -> None:
     blocked = next((path for path in (Path(out), *Path(out).parents) if path.exists() and not path.is_dir()), None)
     if blocked:
         raise ValueError(f"out must be a directory or not exist, got {str(out)!r}, where {str(blocked)!r} is a file")
     if not resume and exists(checkpoint_of(out)):
         raise ValueError(f"out must be a directory without a checkpoint, or come with --resume, got {str(out)!r}")
-    trainer = Trainer(settings, open_data(settings), pick_device(settings.device))
-    if resume:
-        trainer.restore(load_checkpoint(checkpoint_of(out)))
-        metrics_of(out).read()
-    return trainer
 
 
 class Run:
@@ -74,8 +103,8 @@ class Run:
 
     def __init__(self, trainer: Trainer, out: str | Path, plain: bool = False) -> None:
         self.trainer, self.out, self.plain = trainer, Path(out), plain
-        self.settings = trainer.settings
-        self.metrics = metrics_of(self.out)
+        self.settings, self.ranks = trainer.settings, trainer.ranks
+        self.metrics = Metrics(metrics_of(self.out).path, kept=self.ranks.first)
         self._saved_step = -1
         self._seconds = 0.0  # spent on steps by this process
         self._read = 0  # tokens read in them
@@ -86,13 +115,13 @@ class Run:
 
         Raises:
             KeyboardInterrupt: Ctrl-C; a checkpoint was written. NonFiniteLossError: the last good checkpoint is kept.
-            OSError: a checkpoint could not be written; the previous one is kept.
+            OSError: a checkpoint could not be written; the previous one is kept. LostRankError: another rank is gone.
         """
         trainer = self.trainer
         self.out.mkdir(parents=True, exist_ok=True)
         self.metrics.truncate(trainer.step)
-        self.progress = Progress(self.settings.steps, trainer.step, self.plain)
-        with Interruption() as interruption:
+        self.progress = Progress(self.settings.steps, trainer.step, self.plain, shown=self.ranks.first)
+        with Interruption(self.ranks.any) as interruption:
             try:
                 self._save()
                 evaluation = self._evaluate_if_due(interruption) if trainer.step else {}
@@ -105,7 +134,7 @@ class Run:
         for retrieved in sample_retrievals(
             trainer.model, trainer.data.held_out, self.settings.segment, self.settings.sample
         ):
-            print(retrieved)
+            self.progress.say(str(retrieved))
         return self._summary(evaluation)
 
     def _step(self, interruption: Interruption) -> None:
@@ -113,6 +142,7 @@ class Run:
         trainer, settings = self.trainer, self.settings
         begin, tokens = time.perf_counter(), trainer.tokens
         trainer.advance()
+        heard = interruption.heard()  # before anything waits for the GPU, which may wait for a rank that is gone
         last = trainer.step == settings.steps
         due = last or trainer.step % settings.log_every == 0
         line = trainer.report() if due else None
@@ -121,9 +151,9 @@ class Run:
         self.progress.step()
         if line is not None:
             self._log(line)
-        if interruption.heard:
+        if heard:
             self._save()
-        interruption.check()
+            raise KeyboardInterrupt
 
     def _save_if_due(self) -> None:
         """Writes a checkpoint after the last step and every so many, once an evaluation there found the model good."""
@@ -141,8 +171,12 @@ class Run:
     def _save(self) -> None:
         """Writes a checkpoint unless the one of this step is there."""
         if self._saved_step != self.trainer.step:
-            save_checkpoint(checkpoint_of(self.out), *self.trainer.state())
+            save_checkpoint(checkpoint_of(self.out), *self.trainer.state(), self.ranks)
             self._saved_step = self.trainer.step
+            self._plot()
+
+    def _plot(self) -> None:
+        if self.ranks.first:
             plot_metrics(self.metrics.read(), self.out / "loss.png")
 
     def _evaluate_if_due(self, interruption: Interruption) -> dict[str, Any]:
@@ -151,13 +185,13 @@ class Run:
             return {}
         try:
             evaluation = evaluate_settings(trainer, interruption.check)
-        except NonFiniteLossError:
+        except (NonFiniteLossError, LostRankError):
             raise
         except BaseException:
             self._save()  # of what else stops an evaluation, the model knows nothing
             raise
         self.metrics.append({"step": trainer.step, "tokens": trainer.tokens, **evaluation})
-        plot_metrics(self.metrics.read(), self.out / "loss.png")
+        self._plot()
         self.progress.say(describe(trainer.step, evaluation))
         return evaluation
 
@@ -167,9 +201,10 @@ class Run:
             "steps": trainer.step,
             "tokens": trainer.tokens,
             "tokens_per_second": round(self._read / self._seconds, 1) if self._seconds else None,
-            **evaluation,
+            **{name: value for name, value in evaluation.items() if not isinstance(value, dict)},
             "parameters": trainer.parameters,
             "device": str(trainer.device),
+            **({"ranks": self.ranks.size} if self.ranks.size > 1 else {}),
             "data": self.settings.data,
             "seed": self.settings.seed,
             "seconds": round(self._seconds, 1),
@@ -186,8 +221,10 @@ def evaluate_settings(trainer: Trainer, on_segment: Callable[[], None]) -> dict[
         settings.batch,
         settings.segment,
         settings.eval_bytes,
-        getattr(torch, settings.dtype),
-        on_segment,
+        dtype=settings.compute_dtype(trainer.device),
+        keep_memory=settings.keep_memory,
+        on_segment=on_segment,
+        ranks=trainer.ranks,
     )
 
 

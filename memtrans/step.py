@@ -1,4 +1,4 @@
-"""One optimiser step: forward, loss and backward of its segments, clipping, AdamW; eager, compiled, or replayed.
+"""One optimiser step: forward, loss and backward of its segments, clipping, update; eager, compiled, or replayed.
 
 A step never asks the device for a value. On a GPU it is captured as one CUDA graph after a few eager steps: the model
 is launched by one call, whatever its depth.
@@ -13,25 +13,40 @@ import math
 import torch
 from torch import Tensor, nn
 
+from memtrans.adafactor import Adafactor, initial_state
 from memtrans.evaluate import negative_log_likelihood
 from memtrans.loader import StepInputs
-from memtrans.presets import Settings
+from memtrans.ranks import ALONE, Ranks
 from memtrans.reader import Carried, DocumentReader
+from memtrans.replay import Replay
+from memtrans.settings import Settings
+from memtrans.spread import is_spread, whole
 
-WARM_UP = 3  # eager steps before the capture: kernels get compiled, the optimiser its state
 
+def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """The optimiser of a run, with weight decay on matrices of linear layers alone.
 
-def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
-    """AdamW in one fused kernel, with weight decay on matrices of linear layers alone."""
+    Both kinds can be captured, read the learning rate from the device on a GPU, and leave a step out where their
+    attribute `found_inf` is 1.
+    """
     decayed = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if id(p) in decayed], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
     ]
-    on_gpu = parameters[0].is_cuda
+    on_gpu = parameters[0].is_cuda and not is_spread(parameters[0])  # spread parameters are never captured
     rate = torch.tensor(settings.learning_rate, device=parameters[0].device) if on_gpu else settings.learning_rate
+    if settings.optimizer == "adafactor":
+        return Adafactor(groups, lr=rate)
     return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True, capturable=on_gpu)
+
+
+def state_shapes(optimizer: torch.optim.Optimizer, weight: Tensor) -> dict[str, tuple[int, ...]]:
+    """What an optimiser of `make_optimizer` keeps for a weight, by name."""
+    if isinstance(optimizer, Adafactor):
+        return {name: tuple(tensor.shape) for name, tensor in initial_state(weight).items()}
+    return {"step": (), "exp_avg": tuple(weight.shape), "exp_avg_sq": tuple(weight.shape)}
 
 
 class Step:
@@ -41,10 +56,13 @@ class Step:
         reader: of the model. optimizer: from `make_optimizer`.
         settings: `compile` makes one graph of a segment's forward pass and loss, another of its backward;
             `skip_nonfinite` leaves the model as it is where the loss or the gradient is not finite.
+        ranks: each reads its own rows; loss and gradients are sums over all of them.
     """
 
-    def __init__(self, reader: DocumentReader, optimizer: torch.optim.AdamW, settings: Settings) -> None:
-        self.reader, self.optimizer, self.settings = reader, optimizer, settings
+    def __init__(
+        self, reader: DocumentReader, optimizer: torch.optim.Optimizer, settings: Settings, ranks: Ranks = ALONE
+    ) -> None:
+        self.reader, self.optimizer, self.settings, self.ranks = reader, optimizer, settings, ranks
         self._segment_loss = torch.compile(self._loss, fullgraph=True) if compiles(settings, reader) else self._loss
 
     def run(self, inputs: StepInputs, rate: float) -> Tensor:
@@ -72,7 +90,9 @@ class Step:
             mean = torch.stack(losses).sum() / inputs.scored
             mean.backward()
             total += mean.detach()
-        norm = nn.utils.clip_grad_norm_(self.reader.model.parameters(), self.settings.clip).detach()
+        total = self._sum(total)
+        most = math.inf if self.settings.clip is None else self.settings.clip
+        norm = whole(nn.utils.clip_grad_norm_(self.reader.model.parameters(), most)).detach()
         finite = norm.isfinite() & total.isfinite()
         if self.settings.skip_nonfinite:
             # as a gradient scaler tells a fused optimiser not to move
@@ -82,6 +102,14 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         self.reader.carry(carried)
         return torch.stack((total / math.log(2), norm))
+
+    def _sum(self, total: Tensor) -> Tensor:
+        """The loss of all ranks; what parameters have as gradients becomes that of all ranks too, in one exchange."""
+        parameters = [p for p in self.reader.model.parameters() if p.grad is not None and not is_spread(p)]
+        *gradients, total = self.ranks.sum([*(p.grad for p in parameters if p.grad is not None), total])
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        return total
 
     def _loss(
         self, tokens: Tensor, labels: Tensor, lengths: Tensor, fresh: Tensor, carried: Carried
@@ -98,50 +126,37 @@ def _emptied_unless(finite: Tensor, carried: Carried) -> Carried:
 
 
 class ReplayedStep:
-    """A step that is captured as a CUDA graph and replayed from then on; its first ones run as they are."""
+    """A step whose inputs and result stay where they are, so that a captured graph of it can be replayed."""
 
     def __init__(self, step: Step) -> None:
         self.step = step
-        self._calls = 0
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self.replay = Replay(self._compute, step.reader.device)
+        self._inputs: StepInputs | None = None
 
     def run(self, inputs: StepInputs, rate: float) -> Tensor:
         """See `Step.run`."""
         self.step.set_rate(rate)
-        if self._calls < WARM_UP:
-            self._calls += 1
-            return self._beside(inputs)
-        if self._graph is None:
-            self._capture(inputs)
-        assert self._graph is not None
-        for static, tensor in zip(self._inputs.tensors(), inputs.tensors(), strict=True):
-            static.copy_(tensor)
-        self._graph.replay()
+        if self._inputs is None:
+            self._inputs = StepInputs(*(tensor.clone() for tensor in inputs.tensors()))
+        else:
+            for place, tensor in zip(self._inputs.tensors(), inputs.tensors(), strict=True):
+                place.copy_(tensor)
+        self.replay()
         return self._result.clone()
 
-    def _beside(self, inputs: StepInputs) -> Tensor:
-        """On a stream that is not the default one, as captures are: gradients remember the stream they were made on."""
-        stream, here = torch.cuda.Stream(), torch.cuda.current_stream()
-        stream.wait_stream(here)
-        with torch.cuda.stream(stream):
-            result = self.step.compute(inputs)
-        here.wait_stream(stream)
-        return result
-
-    def _capture(self, inputs: StepInputs) -> None:
-        self._inputs = StepInputs(*(tensor.clone() for tensor in inputs.tensors()))
-        torch.cuda.empty_cache()  # what the eager steps held; the graph has a pool of its own
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._result = self.step.compute(self._inputs)
+    def _compute(self) -> None:
+        assert self._inputs is not None
+        self._result = self.step.compute(self._inputs)
 
 
 def compiles(settings: Settings, reader: DocumentReader) -> bool:
     """Whether a run compiles its model: as the settings say, on a GPU by default."""
-    return reader.on_gpu if settings.compile is None else settings.compile
+    return reader.on_gpu and not settings.fsdp if settings.compile is None else settings.compile
 
 
-def make_step(reader: DocumentReader, optimizer: torch.optim.AdamW, settings: Settings) -> Step | ReplayedStep:
+def make_step(
+    reader: DocumentReader, optimizer: torch.optim.Optimizer, settings: Settings, ranks: Ranks = ALONE
+) -> Step | ReplayedStep:
     """The step of a run: replayed on a GPU if it is compiled."""
-    step = Step(reader, optimizer, settings)
+    step = Step(reader, optimizer, settings, ranks)
     return ReplayedStep(step) if reader.on_gpu and compiles(settings, reader) else step

@@ -13,20 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memtrans.checkpoint import Checkpoint, require
+from memtrans.checkpoint import Checkpoint, part_name, require
 from memtrans.data import Document, DocumentOrder, DocumentStream, RandomWindows, Shuffled
 from memtrans.evaluate import NonFiniteLossError
 from memtrans.loader import StepLoader
-from memtrans.presets import Settings, build_model
+from memtrans.ranks import ALONE, Ranks
 from memtrans.reader import DocumentReader
 from memtrans.recall import RecallDocuments, RecallTask
+from memtrans.settings import Settings, build_model
+from memtrans.shares import SHARED, overlapping, parts_of_rows
 from memtrans.sources import load_corpus
-from memtrans.step import make_optimizer, make_step
+from memtrans.spread import part_of, spread, whole
+from memtrans.step import make_optimizer, make_step, state_shapes
 from memtrans.transformer import MemorizingTransformer
 from memtrans.validation import usable_device
 from memtrans_kernels import checks
 
 RECALL = "recall"
+HOPELESS = 20  # steps that are not finite, one after the other: no batch is to blame then
 
 
 @dataclass(frozen=True)
@@ -72,28 +76,49 @@ def _recall_data(settings: Settings) -> TrainingData:
     )
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of that name; `auto` takes a GPU where there is one. Raises ValueError when it cannot be used."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = usable_device(name)
+def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
+    """The device of that name; `auto` takes a GPU where there is one. Raises ValueError when it cannot be used.
+
+    Of several ranks on a host each takes a GPU of its own, in their order.
+    """
+    device = usable_device(name) if name != "auto" else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
-    return device
+    if ranks.size == 1 or device.type == "cpu":
+        return device
+    if ":" in name:
+        raise ValueError(f"device must be auto, cpu or cuda with {ranks.size} ranks, each on its own, got {name!r}")
+    if ranks.local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"device must have a GPU for each rank, got {torch.cuda.device_count()} for rank {ranks.local_rank} "
+            "of this host"
+        )
+    return torch.device("cuda", ranks.local_rank)
 
 
 def learning_rate(settings: Settings, step: int) -> float:
-    """Of the optimiser step after `step` others: a linear warm-up, then a cosine decay to `final_rate`.
+    """Of the optimiser step after `step` others: a linear warm-up, then a decay.
+
+    A cosine ends at `final_rate` of the highest rate. The inverse square root of the number of the step, constant
+    during the warm-up but for its ramp, is the paper's: highest at the warm-up's end, `learning_rate` / sqrt(`warmup`).
 
     >>> settings = Settings(steps=100, warmup=10, learning_rate=1.0, final_rate=0.0)
     >>> [round(learning_rate(settings, step), 2) for step in (0, 9, 10, 55, 99)]
     [0.1, 1.0, 1.0, 0.5, 0.0]
+    >>> settings = Settings(schedule="inverse-sqrt", warmup=100, learning_rate=1.0)
+    >>> [round(learning_rate(settings, step), 3) for step in (0, 49, 99, 399)]
+    [0.001, 0.05, 0.1, 0.05]
     """
+    highest = settings.learning_rate
+    if settings.schedule == "inverse-sqrt":
+        highest /= math.sqrt(max(step + 1, settings.warmup))
     if step < settings.warmup:
-        return settings.learning_rate * (step + 1) / settings.warmup
+        return highest * (step + 1) / settings.warmup
+    if settings.schedule == "inverse-sqrt":
+        return highest
     progress = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
     share = settings.final_rate + (1 - settings.final_rate) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
-    return settings.learning_rate * share
+    return highest * share
 
 
 class Trainer:
@@ -101,23 +126,36 @@ class Trainer:
 
     Args:
         settings: of the run. data: from `open_data`. device: from `pick_device`.
+        ranks: the processes that share the run; each has a trainer, and what one method says all of them do together.
 
     Attributes:
-        step: optimiser steps done. tokens: real tokens read.
+        step: optimiser steps done. tokens: real tokens read, by all ranks.
+
+    Raises ValueError when the batch cannot be shared out evenly.
     """
 
-    def __init__(self, settings: Settings, data: TrainingData, device: torch.device) -> None:
-        self.settings, self.data, self.device = settings, data, device
+    def __init__(self, settings: Settings, data: TrainingData, device: torch.device, ranks: Ranks = ALONE) -> None:
+        self.settings, self.data, self.device, self.ranks = settings, data, device, ranks
+        check_shares(settings, ranks)
         torch.manual_seed(settings.seed)
         self.model: MemorizingTransformer = build_model(settings).to(device)
+        ranks.broadcast(parameter.detach() for parameter in self.model.parameters())
+        if ranks.rank > 0:
+            torch.manual_seed(settings.seed + ranks.rank)  # each rank has a dropout of its own
+        if settings.fsdp:
+            spread(self.model, ranks, device)
         self.optimizer = make_optimizer(self.model, settings)
-        stream = DocumentStream(data.order, settings.batch, settings.segment)
+        self.rows = ranks.rows(settings.batch)
+        stream = DocumentStream(data.order, settings.batch, settings.segment, self.rows)
         self.loader = StepLoader(stream, settings.accumulate, settings.segments, device)
-        spare, dtype = settings.segments * settings.segment, getattr(torch, settings.dtype)
-        self.reader = DocumentReader(self.model, settings.batch, spare=spare, dtype=dtype)
-        self._step = make_step(self.reader, self.optimizer, settings)
+        spare, dtype = settings.segments * settings.segment, settings.compute_dtype(device)
+        self.reader = DocumentReader(
+            self.model, len(self.rows), spare=spare, dtype=dtype, keep_memory=settings.keep_memory
+        )
+        self._step = make_step(self.reader, self.optimizer, settings, ranks)
         self.step = self.tokens = 0
         self._pending: list[Tensor] = []  # (2,) each: bits per byte and gradient norm of the steps since `report`
+        self._reached: list[torch.cuda.Event] = []  # of the same steps, where a rank may wait for another in vain
 
     @property
     def parameters(self) -> int:
@@ -127,7 +165,10 @@ class Trainer:
     def advance(self) -> None:
         """One optimiser step."""
         inputs, real = self.loader.take()
-        self._pending.append(self._step.run(inputs, learning_rate(self.settings, self.step)))
+        with self.ranks.listening():
+            self._pending.append(self._step.run(inputs, learning_rate(self.settings, self.step)))
+        if self.ranks.size > 1 and self.device.type == "cuda":
+            self._reached.append(torch.cuda.current_stream(self.device).record_event())
         self.loader.prepare()
         self.step += 1
         self.tokens += real
@@ -139,6 +180,8 @@ class Trainer:
         """
         if not self._pending:
             return torch.zeros(0, 2)
+        self.ranks.wait(self._reached)
+        self._reached = []
         pending = torch.stack(self._pending).cpu()
         wrong = (~pending.isfinite().all(dim=1)).nonzero().flatten().tolist()
         if wrong and not self.settings.skip_nonfinite:
@@ -150,15 +193,20 @@ class Trainer:
             )
         return pending
 
-    def report(self) -> dict[str, Any]:
-        """The mean over the steps since the last report, which it ends; `skipped` of them were not finite."""
+    def report(self) -> dict[str, Any] | None:
+        """The mean over the steps since the last report, which it ends; `skipped` of them were not finite.
+
+        None while all of them were not: they wait for the next report. Raises NonFiniteLossError after HOPELESS such.
+        """
         pending = self.check()
         finite = pending[pending.isfinite().all(dim=1)]
+        if len(pending) and not len(finite):
+            if len(pending) >= HOPELESS:
+                raise NonFiniteLossError(
+                    f"some losses must stay finite, got none in the {len(pending)} steps up to step {self.step}"
+                )
+            return None
         self._pending = []
-        if not len(finite) and len(pending):
-            raise NonFiniteLossError(
-                f"some losses must stay finite, got none in the {len(pending)} steps before step {self.step}"
-            )
         losses, norms = finite.mean(dim=0).tolist()
         skipped = {"skipped": len(pending) - len(finite)} if self.settings.skip_nonfinite else {}
         return {
@@ -175,34 +223,48 @@ class Trainer:
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Tensors by part and JSON values: all that the run needs to go on as if it had never stopped.
 
+        Of several ranks each returns its own rows and random numbers, the first one also what all have in common.
+
         Raises NonFiniteLossError rather than hand out a model that is lost.
         """
         pending = self.check()
         random_state = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random_state["cuda"] = torch.cuda.get_rng_state(self.device)
-        moments = {
-            f"{place}.{name}": tensor
-            for place, tensors in self.optimizer.state_dict()["state"].items()
-            for name, tensor in tensors.items()
-        }
-        parts = {
-            "model": self.model.state_dict(),
-            "optimizer": moments,
+        with self.ranks.listening():
+            weights = {name: whole(tensor) for name, tensor in self.model.state_dict().items()}
+            moments = {
+                f"{place}.{name}": whole(tensor)
+                for place, tensors in self.optimizer.state_dict()["state"].items()
+                for name, tensor in tensors.items()
+            }
+        own = {
             **self.reader.state_dict(),
             "loop": {"pending": pending, **{f"random.{name}": state for name, state in random_state.items()}},
         }
+        parts = {part_name(part, self.ranks.rank): tensors for part, tensors in own.items()}
+        if self.ranks.first:
+            parts = {"model": weights, "optimizer": moments, **parts}
         values = {
             "settings": self.settings.to_json(),
             "step": self.step,
             "tokens": self.tokens,
             "stream": self.loader.state_dict(),
             "fingerprint": self.data.fingerprint,
+            "ranks": self.ranks.size,
         }
         return parts, values
 
+    def wants(self, part: str, values: Mapping[str, Any]) -> bool:
+        """Whether this rank restores from a part of a checkpoint with these values."""
+        name, _, rank = part.partition(".")
+        owners = overlapping(self.rows, self.settings.batch, values.get("ranks", 1)) if name in SHARED else [0]
+        return int(rank or 0) in (owners if name in SHARED else [0, self.ranks.rank])
+
     def restore(self, checkpoint: Checkpoint) -> None:
         """Goes to where the checkpoint was written.
+
+        Whatever number of ranks wrote it; with another number, dropout goes on with other random numbers.
 
         Raises ValueError when it is of another model or other data, or when no run with these settings wrote it.
         """
@@ -215,35 +277,48 @@ class Trainer:
             raise ValueError(f"checkpoint must be one that a run with its settings wrote, got {what}") from error
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        require(checkpoint, "settings", "step", "tokens", "stream", "fingerprint")
+        require(checkpoint, "settings", "step", "tokens", "stream", "fingerprint", "ranks")
         parts, values = checkpoint.parts, checkpoint.values
+        saved_by = checks.integer("ranks", values["ranks"], low=1)
         if values["fingerprint"] != self.data.fingerprint:
             raise ValueError(
                 f"data must be what the checkpoint was trained on, got {self.settings.data!r} changed since"
             )
         load_weights(self.model, checkpoint)
         self._check_moments(parts["optimizer"])
+        parameters = self._parameters()
         moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in parts["optimizer"].items():
             place, key = name.split(".", 1)
-            moments.setdefault(int(place), {})[key] = tensor
+            moment = part_of(tensor, parameters[int(place)]) if tensor.dim() else tensor
+            moments.setdefault(int(place), {})[key] = moment
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-        self.reader.load_state_dict(parts)
+        self.reader.load_state_dict(parts_of_rows(parts, self.rows, self.settings.batch, saved_by))
         self.loader.load_state_dict(values["stream"])
         self.step, self.tokens = checks.integer("step", values["step"]), checks.integer("tokens", values["tokens"])
         self._pending = list(parts["loop"]["pending"].reshape(-1, 2).to(self.device))
-        torch.set_rng_state(parts["loop"]["random.cpu"])
-        if self.device.type == "cuda" and "random.cuda" in parts["loop"]:
-            torch.cuda.set_rng_state(parts["loop"]["random.cuda"], self.device)
+        if saved_by == self.ranks.size:
+            self._restore_random(parts[part_name("loop", self.ranks.rank)])
+        else:
+            torch.manual_seed(self.settings.seed + self.ranks.rank + self.ranks.size * self.step)
+
+    def _restore_random(self, saved: Mapping[str, Tensor]) -> None:
+        torch.set_rng_state(saved["random.cpu"])
+        if self.device.type == "cuda" and "random.cuda" in saved:
+            torch.cuda.set_rng_state(saved["random.cuda"], self.device)
+
+    def _parameters(self) -> list[Tensor]:
+        """In the optimiser's order."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def _check_moments(self, saved: Mapping[str, Tensor]) -> None:
         """Refuses what are no moments of this optimiser: it takes any. A parameter without a gradient has none."""
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        parameters = self._parameters()
         places = {name.partition(".")[0] for name in saved}
         expected = {
-            f"{place}.{name}": tuple(shape)
+            f"{place}.{name}": shape
             for place, parameter in enumerate(parameters)
-            for name, shape in {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}.items()
+            for name, shape in state_shapes(self.optimizer, parameter).items()
             if str(place) in places
         }
         found = {name: tuple(tensor.shape) for name, tensor in saved.items()}
@@ -255,10 +330,19 @@ class Trainer:
             )
 
 
+def check_shares(settings: Settings, ranks: Ranks) -> None:
+    """Refuses settings that so many ranks cannot share."""
+    if settings.batch % ranks.size:
+        raise ValueError(f"batch must be a multiple of the {ranks.size} ranks that share it, got {settings.batch}")
+    if settings.fsdp and ranks.size == 1:
+        raise ValueError("fsdp must be off with one process, which has nothing to spread, got True (--no-fsdp)")
+
+
 def load_weights(model: MemorizingTransformer, checkpoint: Checkpoint) -> None:
     """Copies a checkpoint's weights into a model. Raises ValueError when they are another model's."""
     try:
-        model.load_state_dict(dict(checkpoint.parts["model"]))
+        here, saved = model.state_dict(), dict(checkpoint.parts["model"])
+        model.load_state_dict({n: part_of(tensor, here[n]) if n in here else tensor for n, tensor in saved.items()})
     except (KeyError, RuntimeError) as error:
         detail = " ".join(str(error).split())
         raise ValueError(f"checkpoint must hold weights of this model, got others: {detail}") from error

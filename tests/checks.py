@@ -8,6 +8,7 @@ from torch import Tensor
 PARITY = 1e-5  # against upstream in float32: logits, loss and gradients, relative to the largest of each tensor
 SAME_GRAPH = 2e-5  # compiled against eager, float32
 SAME_FORMULA = 1e-11  # one formula computed in two ways, float64
+SAME_SUMS = 1e-5  # losses of several processes against one, float32: the same numbers added in another order
 GPU_MODEL = 1e-3  # losses and gradients on a GPU against the CPU, float32: sums in another order, near-ties swap
 
 # Attention and its gradients against float64. PyTorch's own arithmetic, rounded to the dtype at its end alone, loses
@@ -17,6 +18,8 @@ ATTENTION = {torch.float32: 2e-6, torch.float16: 2.5e-3, torch.bfloat16: 2e-2}
 # 7.4e-3 and 5.9e-2; where it rounds `out` both lose alike, in float32 each its own.
 DRAWN_ATTENTION = {**ATTENTION, torch.float32: 1.7e-5}
 LSE = 1e-6  # in float32 whatever the inputs
+
+PREDICTION = 0.25  # a step's predicted time against a measured one, which moves with each faster kernel
 
 # Two runs are the same curve when their losses agree so closely over the first steps, and their final losses, means of
 # the last steps, within the spread of seeds: which neighbours are nearest is not continuous.

@@ -28,3 +28,19 @@ def test_a_benchmark_runs_and_writes_its_entries(module: str, tmp_path: Path) ->
         assert set(entry) >= LABELS
         assert entry["ms"] > 0
     assert {entry["impl"] for entry in entries} >= {"memtrans"}
+
+
+def test_memory_gain_trains_each_size_and_draws_them(tmp_path: Path) -> None:
+    environment = {**os.environ, "MEMTRANS_BENCH_RESULTS": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    script = [sys.executable, str(BENCHMARKS / "memory_gain.py")]
+    small = ["batch=2", "segment=32", "layers=2", "width=16", "heads=2", "head_width=8", "memory_layers=[1]", "xl=0"]
+    sizes = ["--bytes", "800", "--memory", "0", "64", "--eval-bytes", "500", "--final-eval-bytes", "2000"]
+    picture = tmp_path / "gain.png"
+    for arguments in ([*sizes, "--set", *small, 'dtype="float32"'], ["--plot", str(picture)]):
+        subprocess.run([*script, *arguments], env=environment, cwd=BENCHMARKS.parent, check=True)
+    off, on = json.loads((tmp_path / "cpu" / "memory_gain.json").read_text())
+    assert (off["settings"]["memory"], on["settings"]["memory"]) == (0, 64)
+    assert off["bits_per_byte"] == off["bits_per_byte_without_memory"]
+    assert on["bits_per_byte"] != on["bits_per_byte_without_memory"]
+    assert [point["bytes"] for point in on["curve"]] == sorted({point["bytes"] for point in on["curve"]})
+    assert picture.stat().st_size > 0

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,9 @@ import torch
 from memtrans.checkpoint import load_checkpoint, save_checkpoint
 from memtrans.cli import main
 from memtrans.metrics import Metrics
-from memtrans.presets import PRESETS, Settings
+from memtrans.presets import PRESETS
 from memtrans.run import checkpoint_of
+from memtrans.settings import Settings
 
 TINY = [
     *("--batch", "2", "--segment", "32", "--layers", "2", "--width", "16", "--heads", "2", "--head-width", "8"),
@@ -157,7 +160,8 @@ def start(out: Path, *options: str) -> subprocess.Popen:
 
 
 def test_ctrl_c_writes_a_checkpoint_exits_with_130_and_the_resumed_run_equals_an_uninterrupted_one(tmp_path, text):
-    options = ["--data", text, "--steps", "400", "--log-every", "1"]
+    constant = ["--warmup", "0", "--final-rate", "1"]  # a learning rate that knows nothing of the end
+    options = ["--data", text, "--steps", "400", "--log-every", "1", *constant]
     out = tmp_path / "run"
     process = start(out, *options)
     process.send_signal(signal.SIGINT)
@@ -168,14 +172,11 @@ def test_ctrl_c_writes_a_checkpoint_exits_with_130_and_the_resumed_run_equals_an
     assert re.search(f"stopped by Ctrl-C; step {step} is saved, --resume", errors)
     assert "Traceback" not in errors
 
-    end = str(step + 3)
-    settings = [*options[:2], "--steps", "400", "--log-every", "1"]
-    resumed = main(["train", "--resume", "--out", str(out), "--plain", "--steps", end])
-    through = train(tmp_path / "through", *settings[:2], "--steps", end, "--log-every", "1")
-    assert resumed == through == 0
-    losses = [[line.get("bits_per_byte") for line in without_times(run)] for run in (out, tmp_path / "through")]
-    assert losses[0][:step] == losses[1][:step]
-    assert len(losses[0]) == len(losses[1])
+    end = ["--steps", str(step + 3)]
+    assert main(["train", "--resume", "--out", str(out), "--plain", *end]) == 0
+    assert train(tmp_path / "through", *options, *end) == 0
+    assert without_times(out) == without_times(tmp_path / "through")
+    assert checkpoint_files(out) == checkpoint_files(tmp_path / "through")
 
 
 @pytest.mark.parametrize("after", [0.0, 0.11, 0.29])
@@ -273,6 +274,48 @@ def test_a_resumed_run_refuses_other_settings_and_other_data(tmp_path, text, cap
     assert "data must be what the checkpoint was trained on" in capsys.readouterr().err
 
 
+def test_a_resumed_run_may_have_a_larger_memory_but_not_lose_it(tmp_path, text, capsys):
+    out = tmp_path / "run"
+    assert train(out, "--data", text, "--steps", "4") == 0
+    assert load_checkpoint(out / "checkpoint").parts["memories"]["0.lengths"].tolist() == [64, 64]
+    resume = ["train", "--resume", "--out", str(out), "--plain", "--steps", "6"]
+    assert main([*resume, "--memory", "256"]) == 0
+    assert load_checkpoint(out / "checkpoint").parts["memories"]["0.lengths"].tolist() == [128, 128]
+    capsys.readouterr()
+    assert main([*resume, "--memory", "0"]) == 2
+    assert "memory must be at least 1, as the run was trained with 256, got 0" in capsys.readouterr().err
+
+
+def test_presets_are_listed_one_a_line_and_train_by_name(tmp_path, text, capsys):
+    assert main(["presets"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(PRESETS)
+    assert all("parameters" in line and "memory" in line and "predicted" in line for line in lines)
+    small = [
+        "--vocabulary",
+        "256",
+        "--layers",
+        "3",
+        "--memory-layers",
+        "2",
+        "--heads",
+        "8",
+        "--xl",
+        "16",
+        "--steps",
+        "1",
+    ]
+    assert train(tmp_path / "run", "--preset", "paper-512-8192-512", "--data", text, *small) == 0
+    assert train(tmp_path / "other", "--preset", "paper-512-8192-512", "--data", text, "--layers", "4") == 2
+    assert "memory_layers must name layers from 1 to 4, got 9" in capsys.readouterr().err
+
+
+def test_a_list_whose_reader_has_gone_ends_quietly():
+    command = f"{sys.executable} -m memtrans presets | head -c 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("d", "")
+
+
 def test_a_foreign_record_is_refused_before_anything_is_written(tmp_path, text, capsys):
     out = tmp_path / "run"
     assert train(out, "--data", text, "--steps", "1") == 0
@@ -328,6 +371,43 @@ def test_a_loss_that_is_not_finite_ends_with_status_1_and_keeps_the_last_good_ch
     assert kept.values["step"] < 40
 
 
+def poison_step_four(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the model makes of that step's tokens is NaN; its weights are not."""
+    from memtrans import train as train_module
+
+    advance = train_module.Trainer.advance
+
+    def advance_with_nan(trainer):
+        hook = trainer.model.token_emb.register_forward_hook(lambda module, arguments, out: out * torch.nan)
+        if trainer.step != 3:
+            hook.remove()
+        advance(trainer)
+        hook.remove()
+
+    monkeypatch.setattr(train_module.Trainer, "advance", advance_with_nan)
+
+
+@pytest.mark.parametrize("log_every", ["1", "3"])
+def test_one_batch_of_nan_stops_a_run_which_goes_on_without_that_step_if_asked_to(
+    tmp_path, text, capsys, monkeypatch, log_every
+):
+    poison_step_four(monkeypatch)
+    out = tmp_path / "run"
+    options = ["--data", text, "--steps", "6", "--checkpoint-every", "2", "--log-every", log_every, "--xl", "8"]
+    assert train(out, *options) == 1
+    error = capsys.readouterr().err
+    assert "got nan bits per byte with a gradient of norm nan in step 4" in error
+    assert "--skip-nonfinite goes on without such steps; the last good checkpoint is kept" in error
+    assert load_checkpoint(out / "checkpoint").values["step"] == 2
+
+    assert main(["train", "--resume", "--out", str(out), "--plain", "--skip-nonfinite"]) == 0
+    assert math.isfinite(last_line(capsys)["eval_bits_per_byte"])
+    reports = [line for line in without_times(out) if "bits_per_byte" in line]
+    assert sum(line.get("skipped", 0) for line in reports) == 1
+    assert all(math.isfinite(line["bits_per_byte"]) for line in reports)
+    assert load_checkpoint(out / "checkpoint").values["step"] == 6
+
+
 def test_an_evaluation_that_is_not_finite_ends_with_status_1_and_keeps_the_last_good_checkpoint(tmp_path, text, capsys):
     """The only step's loss is that of the weights before it; what the step left shows in the evaluation alone."""
     out = tmp_path / "run"
@@ -370,7 +450,7 @@ def test_eval_of_a_lost_model_ends_with_one_line_and_status_1(tmp_path, text, ca
 @pytest.mark.parametrize(
     ("trained", "asked", "message"),
     [
-        ("64", "0", "memory must be at least 1 (both evaluations are reported), as the run was trained with 64, got 0"),
+        ("64", "0", "memory must be at least 1, as the run was trained with 64, got 0"),
         ("0", "8", "memory must be 0, as the run was trained with 0, got 8"),
     ],
 )
@@ -389,7 +469,7 @@ def test_eval_repeats_the_runs_own_evaluation_and_takes_other_sizes(tmp_path, te
     report = last_line(capsys)
     assert report["eval_bits_per_byte"] == trained["eval_bits_per_byte"]
     assert report["eval_bits_per_byte_without_memory"] == trained["eval_bits_per_byte_without_memory"]
-    assert main(["eval", "--out", str(out), "--memory", "8", "--neighbours", "2"]) == 0
+    assert main(["eval", "--out", str(out), "--memory", "8", "--neighbours", "2", "--keep-memory"]) == 0
     assert last_line(capsys)["eval_bits_per_byte"] != trained["eval_bits_per_byte"]
 
 
@@ -458,3 +538,20 @@ def test_a_checkpoint_that_no_training_run_wrote_is_one_line_and_status_2(comman
     printed = capsys.readouterr().err.strip()
     assert "checkpoint must be a training run's, got one without settings" in printed
     assert len(printed.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_the_enwik8_preset_trains_on_an_archive_of_its_size_and_shape(tmp_path, capsys):
+    """A zip archive of one file of 100,000,000 bytes of XML: 90 million to train on, 5 held out, 5 to test on."""
+    page = "<page>\n  <title>Number {0}</title>\n  <text>[[{0}]] follows [[{1}]].</text>\n</page>\n"
+    text = "".join(page.format(number, number - 1) for number in range(1_300_000)).encode()[:100_000_000]
+    assert len(text) == 100_000_000
+    with zipfile.ZipFile(tmp_path / "enwik8.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        archive.writestr("enwik8", text)
+    data, out = ["--data", str(tmp_path / "enwik8.zip")], tmp_path / "run"
+    small = ["--steps", "2", "--memory-layers", "1", "--xl-layers", "2", "--xl", "32"]
+    assert train(out, "--preset", "enwik8", *data, *small) == 0
+    report = last_line(capsys)
+    assert report["data"].endswith("enwik8.zip") and report["tokens"] == 2 * 5 * 2 * 32
+    assert main(["eval", "--out", str(out), "--split", "test", "--eval-bytes", "300"]) == 0
+    assert last_line(capsys)["eval_scored_bytes"] >= 300

@@ -81,6 +81,16 @@ def test_a_runs_directory_and_its_checkpoint_bring_their_own_segment(run, capsys
         assert written(capsys, path, "--prompt", prompt, "--temperature", "0") == expected
 
 
+def test_a_run_with_a_vocabulary_beyond_bytes_writes_bytes(run, tmp_path, capsys):
+    held = load_checkpoint(run / "checkpoint")
+    model = dict(held.parts["model"])
+    for name in ("token_emb.weight", "to_logits.1.weight", "to_logits.1.bias"):
+        model[name] = torch.cat((model[name], 9 * torch.ones(44, *model[name].shape[1:])))
+    settings = {**held.values["settings"], "vocabulary": 300}
+    save_checkpoint(tmp_path / "large", {**held.parts, "model": model}, {**held.values, "settings": settings})
+    assert written(capsys, tmp_path / "large", "--prompt", "some") == written(capsys, run, "--prompt", "some")
+
+
 def test_memories_are_saved_and_taken_up_again(run, tmp_path, capsys):
     file = tmp_path / "memories"
     written(capsys, run, "--prompt", "xyz" * 40, "--save-memories", str(file), "--memory", "100")

@@ -7,7 +7,7 @@ import torch
 from checks import SAME_GRAPH, assert_close
 from devices import DEVICE, seeded
 
-from memtrans import MemorizingTransformer
+from memtrans import KNNMemoryList, MemorizingTransformer
 from memtrans.decoder import Decoder
 
 pytestmark = pytest.mark.device
@@ -40,6 +40,15 @@ def build(**options) -> MemorizingTransformer:
     return MemorizingTransformer(**{**SMALL, "max_knn_memories": 100, "pad_id": -1, **options}).eval()
 
 
+def memories_of(model, batch: int) -> KNNMemoryList:
+    """Empty memories in the precision of the model: then it is the decoder that differs, not how keys are rounded."""
+    return model.create_knn_memories(batch_size=batch, device=DEVICE, dtype=torch.float32, spare=SEGMENT)
+
+
+def decoder_of(model, batch: int) -> Decoder:
+    return Decoder(model, batch, segment=SEGMENT, memories=memories_of(model, batch))
+
+
 def texts(low: int = 2) -> list[torch.Tensor]:
     lengths = [prompt + STEPS for prompt in PROMPTS]
     return [torch.randint(low, VOCABULARY, (length,), generator=seeded(length)) for length in lengths]
@@ -48,7 +57,7 @@ def texts(low: int = 2) -> list[torch.Tensor]:
 @torch.no_grad()
 def by_segments(model, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (P, V) of a text that is read alone, segment by segment, and how many entries each memory then holds."""
-    memories, caches, pieces = model.create_knn_memories(batch_size=1), None, []
+    memories, caches, pieces = memories_of(model, 1), None, []
     for segment in text[None].split(SEGMENT, dim=1):
         whole = segment.shape[1] == SEGMENT  # what is not complete has not reached the memory yet
         result = model(segment, memories, caches, add_knn_memory=whole)
@@ -59,7 +68,7 @@ def by_segments(model, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def by_tokens(model, rows: list[torch.Tensor]) -> tuple[torch.Tensor, Decoder]:
     """Logits (B, STEPS + 1, V) after each row's prompt and after every token that follows."""
-    decoder = Decoder(model, len(rows), segment=SEGMENT)
+    decoder = decoder_of(model, len(rows))
     found = [decoder.read([row[:-STEPS] for row in rows]).clone()]
     for number in range(STEPS):
         found.append(decoder.step(torch.stack([row[len(row) - STEPS + number] for row in rows])).clone())
@@ -81,7 +90,7 @@ def test_rows_at_different_places_read_token_by_token_what_each_alone_reads_in_s
 def test_a_text_read_in_pieces_is_the_text(variant):
     model, text = build(**VARIANTS[variant]), texts()[0]
     expected, _ = by_segments(model, text)
-    decoder = Decoder(model, 2, segment=SEGMENT)
+    decoder = decoder_of(model, 2)
     for piece in text.split([3, 20, 1, len(text) - 24]):
         other = piece[:2]  # the second row is somewhere else all the time
         logits = decoder.read([piece, other])
@@ -102,7 +111,7 @@ def test_an_end_token_clears_when_its_segment_is_complete_and_a_start_token_at_t
 
 def test_a_start_token_inside_a_segment_clears_at_once_but_cannot_undo_what_was_read():
     model, rows = build(clear_memories_on_sos_token_id=0), [text[:19] for text in texts()[:2]]
-    decoder = Decoder(model, 2, segment=SEGMENT)
+    decoder = decoder_of(model, 2)
     decoder.read(rows)
     assert decoder.memories[0].lengths.tolist() == [16, 16]
     decoder.step(torch.tensor([0, 7]))
@@ -114,9 +123,9 @@ def test_a_start_token_inside_a_segment_clears_at_once_but_cannot_undo_what_was_
 
 def test_memories_that_were_filled_before_are_searched_and_grow():
     model, rows = build(), texts()[:2]
-    fresh = Decoder(model, 2, segment=SEGMENT)
+    fresh = decoder_of(model, 2)
     without = fresh.read([row[-10:] for row in rows]).clone()
-    filled = model.create_knn_memories(batch_size=2)
+    filled = memories_of(model, 2)
     for segment in torch.stack([row[:16] for row in rows]).split(SEGMENT, dim=1):
         model(segment, filled)
     decoder = Decoder(model, 2, segment=SEGMENT, memories=filled)
@@ -127,14 +136,14 @@ def test_memories_that_were_filled_before_are_searched_and_grow():
 
 def test_a_row_that_has_stopped_stays_where_it_is():
     model, rows = build(xl_max_memories=6), [text[:11] for text in texts()[:2]]
-    decoder = Decoder(model, 2, segment=SEGMENT)
+    decoder = decoder_of(model, 2)
     decoder.read(rows)
     for _ in range(2 * SEGMENT):
         decoder.advance(torch.tensor([3, 3]), torch.tensor([True, False]))
         decoder.move_on()
     assert decoder.position.tolist() == [3, 3]
     assert decoder.memories[0].lengths.tolist() == [18, 2]
-    other = Decoder(model, 1, segment=SEGMENT)
+    other = decoder_of(model, 1)
     other.read(rows[1:])
     assert_close(decoder.step(torch.tensor([5, 5]))[1:], other.step(torch.tensor([5])), SAME_GRAPH)
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 
 from memtrans.data import Document
 from memtrans.evaluate import evaluate, evaluate_both, held_out_stream
-from memtrans.presets import Settings, build_model
 from memtrans.recall import CHANCE, FAR, RecallDocuments, RecallTask
 from memtrans.sample import sample_retrievals
+from memtrans.settings import Settings, build_model
 
 SMALL = Settings(layers=2, width=16, heads=2, head_width=8, memory=64, neighbours=4, dropout=0.5)
 
@@ -40,10 +40,31 @@ def test_bits_per_byte_are_those_of_every_byte_but_the_first_of_each_document(mo
     assert found.bits_per_byte == pytest.approx(bits / found.scored)
 
 
+def test_bits_are_told_apart_by_where_in_its_document_a_segment_begins(model):
+    documents = [Document.of("long", bytes(range(97, 123)) * 100), Document.of("short", b"to be or not to be" * 20)]
+    found = evaluate(model, held_out_stream(documents, batch=2, segment=256), most_bytes=10**6)
+    assert set(found.by_position) == {0, 512, 1024, 2048}
+    alone = evaluate(model, held_out_stream(documents[:1], batch=1, segment=256), most_bytes=10**6)
+    for position in (512, 1024, 2048):
+        assert found.by_position[position] == pytest.approx(alone.by_position[position])
+    length = len(documents[0]) - 1
+    bounds = [0, 512, 1024, 2048, length]
+    parts = zip(bounds, bounds[1:], alone.by_position.values(), strict=False)
+    assert sum((end - begin) * bits for begin, end, bits in parts) / length == pytest.approx(alone.bits_per_byte)
+
+
 def test_both_evaluations_score_the_same_bytes_and_differ_by_the_memory(model):
     report = evaluate_both(model, texts(), batch=2, segment=8, most_bytes=10**6)
     assert report["eval_scored_bytes"] == sum(len(document) - 1 for document in texts())
     assert report["eval_bits_per_byte"] != report["eval_bits_per_byte_without_memory"]
+
+
+def test_documents_may_read_on_in_the_memory_of_the_one_before(model):
+    reset, kept = (
+        evaluate(model, held_out_stream(texts(), batch=1, segment=8), 10**6, keep_memory=keep) for keep in (False, True)
+    )
+    assert reset.scored == kept.scored
+    assert reset.bits_per_byte != kept.bits_per_byte
 
 
 def test_an_evaluation_stops_after_the_bytes_asked_for_and_is_the_same_again(model):

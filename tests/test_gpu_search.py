@@ -121,6 +121,14 @@ def test_a_large_memory_and_many_queries() -> None:
     )
 
 
+def test_more_queries_than_one_launch_takes() -> None:
+    held = memory([(0, keys_of(40, 32, torch.float16))], 40)
+    query = torch.randn(1, 1, 2**25 + 300, 32, dtype=torch.float16)
+    scores, slots = search(query, held, 2, "native")
+    for part in (slice(0, 50), slice(2**25 - 50, 2**25 + 50), slice(-50, None)):
+        assert_exact(query[:, :, part], held, [0], scores[:, :, part], slots[:, :, part], 2)
+
+
 @pytest.mark.parametrize(("width", "k", "message"), [(48, 4, "D must be one of"), (64, 129, "k must be at most 128")])
 def test_what_it_does_not_take_is_an_error_by_name_and_plain_pytorch_by_auto(width: int, k: int, message: str) -> None:
     held = memory([(0, keys_of(300, width, torch.float16))], 300)

@@ -12,8 +12,9 @@ from checks import SAME_CURVE, assert_same_curve
 from devices import DEVICE
 
 from memtrans.checkpoint import Checkpoint
-from memtrans.presets import Settings
-from memtrans.step import WARM_UP, ReplayedStep
+from memtrans.replay import EAGER_CALLS
+from memtrans.settings import Settings
+from memtrans.step import ReplayedStep
 from memtrans.train import Trainer, open_data
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
@@ -59,13 +60,22 @@ def test_a_replayed_run_has_the_curve_of_an_eager_one(text: str, dtype: str) -> 
     plain = torch.stack([losses(trainer_of(text, compile=False, dtype=dtype, seed=seed)) for seed in range(3)])
     trainer = trainer_of(text, dtype=dtype)
     replayed = losses(trainer)
-    assert isinstance(trainer._step, ReplayedStep) and trainer._step._graph is not None
+    assert isinstance(trainer._step, ReplayedStep) and trainer._step.replay.captured
     assert_same_curve(replayed, plain)
     assert replayed[-1] < replayed[0] - 1
 
 
-def test_a_replayed_run_goes_on_from_a_checkpoint(text: str) -> None:
-    through, stopped, resumed = (trainer_of(text) for _ in range(3))
+def test_a_replayed_run_of_adafactor_has_the_curve_of_an_eager_one(text: str) -> None:
+    options: dict = {"optimizer": "adafactor", "learning_rate": 2e-2, "dtype": "float32"}
+    plain = torch.stack([losses(trainer_of(text, compile=False, seed=seed, **options)) for seed in range(3)])
+    replayed = losses(trainer_of(text, **options))
+    assert_same_curve(replayed, plain)
+    assert replayed[-1] < replayed[0] - 1
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_a_replayed_run_goes_on_from_a_checkpoint(text: str, optimizer: str) -> None:
+    through, stopped, resumed = (trainer_of(text, optimizer=optimizer) for _ in range(3))
     expected = losses(through, 30)
     losses(stopped, 15)
     resumed.restore(Checkpoint(*stopped.state()))
@@ -74,10 +84,11 @@ def test_a_replayed_run_goes_on_from_a_checkpoint(text: str) -> None:
     assert through.state()[1] == resumed.state()[1]
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 @pytest.mark.parametrize("compiled", [True, False])
-def test_a_hundred_steps_never_wait_for_the_device(text: str, compiled: bool) -> None:
-    trainer = trainer_of(text, compile=compiled)
-    losses(trainer, WARM_UP + 1)
+def test_a_hundred_steps_never_wait_for_the_device(text: str, compiled: bool, optimizer: str) -> None:
+    trainer = trainer_of(text, compile=compiled, optimizer=optimizer)
+    losses(trainer, EAGER_CALLS + 1)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(100):
@@ -87,9 +98,10 @@ def test_a_hundred_steps_never_wait_for_the_device(text: str, compiled: bool) ->
     assert trainer.check().isfinite().all()
 
 
-def test_a_step_that_is_not_finite_is_left_out_of_a_replayed_run_too(text: str) -> None:
-    trainer = trainer_of(text, skip_nonfinite=True)
-    losses(trainer, WARM_UP + 2)
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_a_step_that_is_not_finite_is_left_out_of_a_replayed_run_too(text: str, optimizer: str) -> None:
+    trainer = trainer_of(text, skip_nonfinite=True, optimizer=optimizer)
+    losses(trainer, EAGER_CALLS + 2)
     weights = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     poisoned = trainer.model.token_emb.weight
     with torch.no_grad():

@@ -44,7 +44,7 @@ def test_the_first_ctrl_c_waits_for_a_check_and_the_second_stops_at_once():
     with Interruption() as interruption:
         interruption.check()
         os.kill(os.getpid(), signal.SIGINT)
-        assert interruption.heard
+        assert interruption.heard()
         with pytest.raises(KeyboardInterrupt):
             interruption.check()
         with pytest.raises(KeyboardInterrupt):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from memtrans.data import Document, DocumentStream, InOrder
-from memtrans.presets import Settings, build_model
 from memtrans.reader import DocumentReader
+from memtrans.settings import Settings, build_model
 
 SMALL = Settings(layers=3, width=16, heads=2, head_width=8, memory=32, memory_layers=(2,), neighbours=4)
 VARIANTS = {
@@ -73,6 +73,17 @@ def test_padding_is_not_stored():
     assert reader.memories[0].lengths.tolist() == [4, 8]
     reader.read(stream.next())
     assert reader.memories[0].lengths.tolist() == [4, 16]
+
+
+def test_a_memory_that_is_kept_holds_what_the_rows_earlier_documents_said():
+    torch.manual_seed(0)
+    model = build_model(VARIANTS["xl"])
+    stream = DocumentStream(InOrder([Document.of("a", b"x" * 25), Document.of("b", b"y" * 25)]), batch=1, segment=8)
+    reader = DocumentReader(model, 1, keep_memory=True)
+    for batch in stream:
+        reader.read(batch)
+    assert reader.memories[0].lengths.tolist() == [32]  # of 48 tokens: the XL cache and the memory's own room
+    assert int(reader.carried.xl_length[0]) == 6, "the local context begins anew"
 
 
 def test_without_retrieval_nothing_is_stored():

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
+from checks import SAME_CURVE
 
 from memtrans.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from memtrans.presets import Settings
-from memtrans.train import NonFiniteLossError, Trainer, TrainingData, learning_rate, open_data, pick_device
+from memtrans.data import DocumentStream
+from memtrans.settings import Settings
+from memtrans.train import HOPELESS, NonFiniteLossError, Trainer, TrainingData, learning_rate, open_data, pick_device
 
 SMALL = Settings(
     data="recall",
@@ -33,6 +39,8 @@ VARIANTS = {
     "several backward passes before one step": dataclasses.replace(SMALL, accumulate=2, xl=8),
     "without memory": dataclasses.replace(SMALL, memory=0),
     "grouped heads": dataclasses.replace(SMALL, kv_heads=2),
+    "adafactor": dataclasses.replace(SMALL, optimizer="adafactor", schedule="inverse-sqrt", clip=None),
+    "memories kept": dataclasses.replace(SMALL, keep_memory=True, xl=16),
 }
 
 
@@ -52,6 +60,21 @@ def trainer_of(settings: Settings) -> Trainer:
 def advance(trainer: Trainer, steps: int) -> None:
     for _ in range(steps):
         trainer.advance()
+
+
+def advance_poisoned(trainer: Trainer, which: int = 1) -> None:
+    """A step whose `which`-th segment, of all that it reads, gives a row of NaN."""
+    read = 0
+
+    def poison(module: torch.nn.Module, arguments: tuple, out: torch.Tensor) -> torch.Tensor:
+        nonlocal read
+        read += 1
+        return torch.cat((out[:1] * torch.nan, out[1:])) if read == which else out
+
+    hook = trainer.model.token_emb.register_forward_hook(poison)
+    trainer.advance()
+    hook.remove()
+    assert read >= which
 
 
 def assert_same_state(left: Trainer, right: Trainer) -> None:
@@ -144,6 +167,39 @@ def test_windows_clear_every_memory_after_their_segments(text):
     assert lengths == [[32] * 3, [64] * 3, [32] * 3, [64] * 3]
 
 
+def test_kept_memories_outlive_their_documents(text):
+    trainer = trainer_of(dataclasses.replace(SMALL, data=text, memory=2000, keep_memory=True))
+    for _ in range(20):
+        trainer.advance()
+    assert [int(length) for length in trainer.reader.memories[0].lengths] == [
+        row_tokens(trainer, row) for row in (0, 1, 2)
+    ]
+    assert trainer.loader.stream._taken > 3, "no document has ended"
+
+
+def row_tokens(trainer: Trainer, row: int) -> int:
+    """Real tokens that a row has read since the run began."""
+    settings = trainer.settings
+    stream = DocumentStream(open_data(settings).order, settings.batch, settings.segment)
+    return sum(int(stream.next().lengths[row]) for _ in range(trainer.step))
+
+
+@pytest.mark.parametrize("memory", [256, 40])
+def test_a_run_goes_on_with_a_larger_memory_and_keeps_its_entries_or_a_smaller_one_and_keeps_the_newest(text, memory):
+    settings = dataclasses.replace(SMALL, data=text)
+    small, other = trainer_of(settings), trainer_of(dataclasses.replace(settings, memory=memory))
+    advance(small, 4)
+    other.restore(checkpoint_of(small))
+    before, after = (trainer.reader.memories[0].state_dict() for trainer in (small, other))
+    assert after["lengths"].tolist() == [min(length, memory) for length in before["lengths"].tolist()]
+    for row, length in enumerate(after["lengths"].tolist()):
+        for name in ("keys", "values"):
+            assert torch.equal(after[name][row, -length:], before[name][row, -length:])
+    advance(other, 3)
+    assert int(other.reader.memories[0].lengths.max()) > min(64, memory) - 1
+    assert other.reader.memories[0].max_memories == memory
+
+
 def test_several_segments_before_one_backward_learn_from_all_of_them(text):
     """Two segments at once weigh what two backward passes weigh: the memory is never differentiated."""
     together = trainer_of(dataclasses.replace(SMALL, data=text, segments=2))
@@ -177,6 +233,99 @@ def test_a_gradient_that_is_not_finite_is_noticed_although_the_loss_is(text):
     trainer.advance()
     with pytest.raises(NonFiniteLossError, match=r"got \d.* bits per byte with a gradient of norm (nan|inf) in step 1"):
         trainer.state()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_step_that_is_not_finite_is_skipped_if_asked_for(text, variant):
+    """NaN in the first segment of the step; the rest of it attends to that segment's cache and memory."""
+    trainer = trainer_of(dataclasses.replace(VARIANTS[variant], data=text, skip_nonfinite=True))
+    advance(trainer, 4)
+    before, _ = trainer.state()
+    kept = {part: {name: tensor.clone() for name, tensor in before[part].items()} for part in ("model", "optimizer")}
+    advance_poisoned(trainer)
+    after, _ = trainer.state()
+    for part, tensors in kept.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(after[part][name], tensor), (part, name)
+    assert all(cache.isfinite().all() for cache in trainer.reader.carried.xl_memories)
+    advance(trainer, 5)
+    assert trainer.check().isfinite().all(dim=1).tolist() == [True] * 4 + [False] + [True] * 5
+    assert trainer.report()["skipped"] == 1
+    assert not torch.equal(trainer.state()[0]["model"]["token_emb.weight"], kept["model"]["token_emb.weight"])
+
+
+def test_after_a_skipped_step_the_rows_read_on_without_what_they_carried(text):
+    """The other rows' caches go with the poisoned one's; the poisoned keys stay in the memory and are never found."""
+    settings = dataclasses.replace(SMALL, data=text, xl=16, segments=2, memory=500, skip_nonfinite=True)
+    trainer = trainer_of(settings)
+    advance_poisoned(trainer, which=2)
+    assert trainer.reader.carried.xl_length.tolist() == [0, 0, 0]
+    memory = trainer.reader.memories[0]
+    poisoned = memory.state_dict()["keys"].isnan().any(dim=2)
+    assert poisoned[0].any() and not poisoned[1:].any()
+    found, mask = memory.search(torch.randn(3, 50, SMALL.head_width), topk=4)
+    assert mask.any() and found.isfinite().all()
+
+
+@pytest.mark.parametrize("skip_nonfinite", [False, True])
+def test_a_skipped_step_is_resumed_over_bit_for_bit_and_one_that_is_not_is_never_saved(
+    text, tmp_path_factory, skip_nonfinite
+):
+    settings = dataclasses.replace(SMALL, data=text, xl=8, accumulate=2, skip_nonfinite=skip_nonfinite)
+    through = trainer_of(settings)
+    advance(through, 3)
+    advance_poisoned(through, which=2)
+    if not skip_nonfinite:
+        with pytest.raises(NonFiniteLossError, match="in step 4"):
+            through.state()
+        return
+    directory = tmp_path_factory.mktemp("checkpoint")
+    save_checkpoint(directory, *through.state())
+    resumed = trainer_of(settings)
+    resumed.restore(load_checkpoint(directory))
+    for trainer in (resumed, through):
+        advance(trainer, 3)
+    assert resumed.check().isfinite().all(dim=1).tolist() == [True] * 3 + [False] + [True] * 3
+    for part, tensors in through.state()[0].items():
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor.nan_to_num(7.0), resumed.state()[0][part][name].nan_to_num(7.0)), (part, name)
+
+
+def test_a_report_waits_for_a_finite_step_and_after_too_many_others_the_run_is_lost(text):
+    trainer = trainer_of(dataclasses.replace(SMALL, data=text, skip_nonfinite=True))
+    advance_poisoned(trainer)
+    assert trainer.report() is None
+    advance(trainer, 1)
+    assert trainer.report()["skipped"] == 1
+    for _ in range(HOPELESS - 1):
+        advance_poisoned(trainer)
+    assert trainer.report() is None
+    advance_poisoned(trainer)
+    with pytest.raises(NonFiniteLossError, match=f"got none in the {HOPELESS} steps up to step {HOPELESS + 2}"):
+        trainer.report()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_a_step_that_is_not_finite_may_be_left_out(text, optimizer):
+    trainer = trainer_of(dataclasses.replace(SMALL, data=text, skip_nonfinite=True, optimizer=optimizer))
+    trainer.advance()
+    before = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
+    handle = trainer.model.token_emb.weight.register_hook(lambda gradient: gradient * float("inf"))
+    trainer.advance()
+    handle.remove()
+    assert all(torch.equal(weight, before[name]) for name, weight in trainer.model.state_dict().items())
+    trainer.advance()
+    assert any(not torch.equal(weight, before[name]) for name, weight in trainer.model.state_dict().items())
+    assert trainer.report()["skipped"] == 1
+
+
+def test_the_state_of_another_optimiser_is_refused(text):
+    settings = dataclasses.replace(SMALL, data=text)
+    trainer = trainer_of(settings)
+    trainer.advance()
+    other = trainer_of(dataclasses.replace(settings, optimizer="adafactor"))
+    with pytest.raises(ValueError, match=r"this model's moments, 0.col_var of shape .* got None"):
+        other.restore(checkpoint_of(trainer))
 
 
 def test_other_data_than_the_checkpoints_is_refused(text):
@@ -240,6 +389,14 @@ def test_data_without_a_test_split_says_so(text):
         open_data(dataclasses.replace(SMALL, data=text), "test")
 
 
+def test_the_papers_learning_rate_is_the_inverse_root_of_the_step():
+    settings = dataclasses.replace(SMALL, schedule="inverse-sqrt", warmup=1000, learning_rate=3.0)
+    rates = [learning_rate(settings, step) for step in range(5000)]
+    assert rates.index(max(rates)) == 999
+    assert rates[:1000] == [pytest.approx(3 / 1000**0.5 * (step + 1) / 1000) for step in range(1000)]
+    assert rates[1000:] == [pytest.approx(3 / (step + 1) ** 0.5) for step in range(1000, 5000)]
+
+
 def test_the_learning_rate_warms_up_and_decays():
     settings = dataclasses.replace(SMALL, steps=100, warmup=10, learning_rate=2.0, final_rate=0.1)
     rates = [learning_rate(settings, step) for step in range(101)]
@@ -247,3 +404,37 @@ def test_the_learning_rate_warms_up_and_decays():
     assert rates[10] == max(rates) == 2.0
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[100] == pytest.approx(0.2)
+
+
+def resident_bytes() -> int:
+    """What the process holds in memory, as Linux tells."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="only Linux tells what a process holds")
+def test_ten_thousand_steps_stay_finite_and_take_no_more_memory_than_a_thousand(text):
+    """Documents end and memories wrap all the time; the process holds what it held."""
+    trainer = trainer_of(dataclasses.replace(VARIANTS["xl"], data=text, steps=10_000))
+    held = []
+    for _ in range(10):
+        for _ in range(1000):
+            trainer.advance()
+        assert math.isfinite(trainer.report()["bits_per_byte"])
+        gc.collect()
+        held.append(resident_bytes())
+    assert held[-1] - held[0] < 16e6, held
+
+
+@pytest.mark.slow
+def test_a_compiled_run_has_the_curve_of_an_eager_one(text):
+    """Over document ends, wrapping memories, XL caches and several backward passes a step."""
+    settings = dataclasses.replace(VARIANTS["several backward passes before one step"], data=text, memory=40)
+    curves = []
+    for compiled in (False, True):
+        trainer = trainer_of(dataclasses.replace(settings, compile=compiled))
+        advance(trainer, 12)
+        curves.append(trainer.check()[:, 0])
+    assert (curves[0] - curves[1]).abs().max() < SAME_CURVE
+    assert curves[1][-1] < curves[1][0]

@@ -1,17 +1,27 @@
 // The CUDA implementation of native_knn_search: checks, outputs and workspace around the launchers of knn_search.cu.
 #include <torch/csrc/stable/accelerator.h>
 
+#include <algorithm>
+
 #include "../memtrans.h"
 #include "knn_search.h"
 
 namespace memtrans {
 namespace {
 
+constexpr int64_t kMostQueries = int64_t{1} << 25;  // of one launch, which needs 4 bytes of workspace for each
+
 // The stream that PyTorch would launch on now.
 void* current_stream(int32_t device) {
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return stream;
+}
+
+void check_status(int status, int64_t width, int64_t k) {
+  STD_TORCH_CHECK(status != -1, "D must be 32, 64, 96, 128 or 256 on CUDA, got ", width);
+  STD_TORCH_CHECK(status != -2, "k must be from 1 to 128 on CUDA, got ", k);
+  STD_TORCH_CHECK(status == 0, "the search could not be launched: CUDA error ", status);
 }
 
 std::tuple<Tensor, Tensor> knn_search(
@@ -29,18 +39,25 @@ std::tuple<Tensor, Tensor> knn_search(
   if (queries == 0) {
     return {scores, slots};
   }
-  const KnnSearchShape shape{
-      rows.size(0), queries / rows.size(0), keys.size(0), keys.size(1), capacity, keys.size(2), k, bfloat16, 0.0};
+  const int64_t per_row = queries / rows.size(0), width = keys.size(2);
+  const int64_t most_rows = std::max<int64_t>(1, kMostQueries / per_row), most = std::min(per_row, kMostQueries);
+  KnnSearchShape shape{
+      std::min(rows.size(0), most_rows), most, keys.size(0), keys.size(1), capacity, width, k, bfloat16, 0.0};
   Tensor workspace =
       torch::stable::new_empty(query, {memtrans_cuda_knn_search_workspace(&shape)}, ScalarType::Byte);
-  const KnnSearchTensors tensors{
-      query.const_data_ptr(), keys.const_data_ptr(), rows.const_data_ptr<int64_t>(), start.const_data_ptr<int64_t>(),
-      cursor.const_data_ptr<int64_t>(), scores.mutable_data_ptr<float>(), slots.mutable_data_ptr<int32_t>(),
-      workspace.mutable_data_ptr()};
-  const int status = memtrans_cuda_knn_search(&shape, &tensors, current_stream(query.get_device_index()));
-  STD_TORCH_CHECK(status != -1, "D must be 32, 64, 96, 128 or 256 on CUDA, got ", shape.dim);
-  STD_TORCH_CHECK(status != -2, "k must be from 1 to 128 on CUDA, got ", k);
-  STD_TORCH_CHECK(status == 0, "the search could not be launched: CUDA error ", status);
+  for (int64_t row = 0; row < rows.size(0); row += most_rows) {
+    for (int64_t of_row = 0; of_row < per_row; of_row += most) {
+      shape.row_count = std::min(rows.size(0) - row, most_rows);
+      shape.queries_per_row = std::min(per_row - of_row, most);
+      const int64_t first = row * per_row + of_row;
+      const KnnSearchTensors tensors{
+          static_cast<const char*>(query.const_data_ptr()) + first * width * query.element_size(),
+          keys.const_data_ptr(), rows.const_data_ptr<int64_t>() + row, start.const_data_ptr<int64_t>(),
+          cursor.const_data_ptr<int64_t>(), scores.mutable_data_ptr<float>() + first * k,
+          slots.mutable_data_ptr<int32_t>() + first * k, workspace.mutable_data_ptr()};
+      check_status(memtrans_cuda_knn_search(&shape, &tensors, current_stream(query.get_device_index())), width, k);
+    }
+  }
   return {scores, slots};
 }
 

@@ -1,0 +1,143 @@
+"""What the memory buys: the same model and the same text, with memories of several sizes.
+
+    python benchmarks/c_sources.py linux-source-6.1.tar.xz c-sources.zip
+    python benchmarks/memory_gain.py --data c-sources.zip --bytes 300000000 --memory 0 8192 65536 --seeds 0 1
+    python benchmarks/memory_gain.py --plot docs/images/memory_gain.png
+
+Each run writes an entry into results/<machine>/memory_gain.json when it ends: held-out bits per byte along the way,
+against bytes and against seconds of training (evaluations and compilation not counted), and at the end by the position
+in the document, with the memory and with retrieval off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import DEVICE, RESULTS, environment, machine, write_down
+
+from memtrans.evaluate import Evaluation, evaluate, held_out_stream
+from memtrans.settings import Settings
+from memtrans.train import Trainer, open_data
+
+POINTS = 12  # evaluations along the way
+MODEL = Settings(
+    batch=16, segment=512, layers=8, width=512, heads=8, head_width=64, memory=65536, memory_layers=(5,), neighbours=32,
+    xl=512, memory_offset=-4.0, learning_rate=6e-4, warmup=500, final_rate=0.1, dtype="bfloat16",
+)  # fmt: skip
+
+
+def evaluated(trainer: Trainer, size: int, retrieval: bool = True) -> Evaluation:
+    settings = trainer.settings
+    stream = held_out_stream(trainer.data.held_out, settings.batch, settings.segment)
+    return evaluate(trainer.model, stream, size, retrieval=retrieval, dtype=settings.compute_dtype(trainer.device))
+
+
+def curve(trainer: Trainer, size: int) -> list[dict[str, float]]:
+    """Trains to the end; held-out bits per byte at POINTS places along the way."""
+    steps, seconds, begin, points = trainer.settings.steps, 0.0, time.perf_counter(), []
+    marks = {max(1, steps * (point + 1) // POINTS) for point in range(POINTS)}
+    while trainer.step < steps:
+        trainer.advance()
+        if trainer.step == 10:  # compiled by now
+            trainer.check()
+            begin = time.perf_counter()
+        if trainer.step in marks:
+            training = trainer.report()["bits_per_byte"]
+            seconds += time.perf_counter() - begin
+            bits = evaluated(trainer, size).bits_per_byte
+            points.append({"bytes": trainer.tokens, "seconds": seconds, "bits_per_byte": bits, "training": training})
+            print(points[-1], flush=True)
+            begin = time.perf_counter()
+    return points
+
+
+def run(settings: Settings, options: argparse.Namespace) -> None:
+    """One training run, written down."""
+    trainer = Trainer(settings, open_data(settings), torch.device(DEVICE))
+    points = curve(trainer, options.eval_bytes)
+    on, off = (evaluated(trainer, options.final_eval_bytes, retrieval) for retrieval in (True, False))
+    label = f"-{options.label}" if options.label else ""
+    entry = {
+        "op": "memory_gain",
+        "impl": "memtrans",
+        "case": f"memory-{settings.memory}-xl-{settings.xl}-seed-{settings.seed}{label}",
+        "mode": "train",
+        "dtype": settings.dtype,
+        **environment(),
+        "settings": settings.to_json() | {"data": Path(settings.data).name},
+        "curve": points,
+        "bits_per_byte": on.bits_per_byte,
+        "bits_per_byte_without_memory": off.bits_per_byte,
+        "by_position": on.by_position,
+        "by_position_without_memory": off.by_position,
+        "scored_bytes": on.scored,
+        "ms": points[-1]["seconds"] * 1e3,
+    }
+    write_down(entry)
+    print(entry["case"], on.bits_per_byte, off.bits_per_byte, flush=True)
+
+
+def overridden(settings: Settings, assignments: list[str]) -> Settings:
+    """The settings with NAME=VALUE applied; values are JSON."""
+    values = {name: json.loads(value) for name, value in (text.split("=", 1) for text in assignments)}
+    return Settings.from_json(settings.to_json() | values)
+
+
+def plot(path: str) -> None:
+    """Held-out bits per byte of every run, against bytes, seconds, and the position in the document."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    entries = json.loads((RESULTS / machine() / "memory_gain.json").read_text())
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 3)
+    for entry in entries:
+        for axes, name in ((panels[0], "bytes"), (panels[1], "seconds")):
+            points = [(point[name], point["bits_per_byte"]) for point in entry["curve"]]
+            axes.plot(*zip(*points, strict=True), "o-", markersize=3, label=entry["case"])
+        places = [(int(position) + 256, bits) for position, bits in entry["by_position"].items()]
+        panels[2].plot(*zip(*places, strict=True), "o-", markersize=3, label=entry["case"])
+    panels[2].set_xscale("log")
+    for axes, title in zip(panels, ("bytes read", "seconds of training", "position in the document"), strict=True):
+        axes.set_xlabel(title)
+        axes.set_ylabel("held-out bits per byte")
+        axes.grid(alpha=0.3)
+    panels[2].legend(fontsize=7)
+    figure.savefig(path, format="png", dpi=120)
+
+
+def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="stdlib", help="as of `python -m memtrans train`")
+    parser.add_argument("--bytes", type=float, default=300e6, help="training bytes of each run (300e6)")
+    parser.add_argument("--memory", type=int, nargs="+", default=[0, 8192, 65536], help="sizes; 0 for no memory layer")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--eval-bytes", type=int, default=1_000_000, help="held-out bytes along the way")
+    parser.add_argument("--final-eval-bytes", type=int, default=4_000_000, help="held-out bytes at the end, both ways")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other settings of the runs")
+    parser.add_argument("--label", default="", help="added to the name of the runs")
+    parser.add_argument("--plot", metavar="PNG", help="draw what has been measured, and train nothing")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options: Any = parsed(arguments)
+    if options.plot:
+        return plot(options.plot)
+    base = overridden(dataclasses.replace(MODEL, data=options.data), options.set)
+    per_step = base.batch * base.segment * base.segments * base.accumulate
+    steps = max(POINTS, int(options.bytes) // per_step)
+    for seed in options.seeds:
+        for memory in options.memory:
+            run(dataclasses.replace(base, memory=memory, seed=seed, steps=steps), options)
+
+
+if __name__ == "__main__":
+    main()

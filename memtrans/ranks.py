@@ -1,0 +1,209 @@
+"""The processes of one run, as `torchrun` starts them: which rows each owns, what they tell each other, who is lost.
+
+A rank is one process with one device. All of them run the same program on their share of the batch; what they exchange
+goes through `torch.distributed`: gloo for what lies in host memory, NCCL for what lies on a GPU. There are two groups:
+
+    quick     gradients, and a word after each step; a rank that is silent for RANK_SECONDS is lost
+    patient   whatever may take one rank longer than another: starting, compiling, evaluating, writing checkpoints
+
+A process that ended closes its connections, which the others hear at once, in either group.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+RANK_SECONDS, PATIENT_SECONDS = 60, 1800
+FIRST_SUMS = 5  # before these everyone waits patiently: the first steps compile, and not equally long
+Result = TypeVar("Result")
+
+
+class LostRankError(RuntimeError):
+    """Another rank ended, or did not answer in time: the run cannot go on."""
+
+
+@dataclass
+class Ranks:
+    """This process among those of its run; one that was started alone is the only one, and exchanges nothing.
+
+    Attributes:
+        rank: its number, from 0. size: how many there are. local_rank: its number on its host.
+        quick, patient: process groups of all ranks; None for one that is alone. sums: of gradients, done so far.
+
+    >>> Ranks().rows(4)
+    range(0, 4)
+    >>> Ranks(rank=1, size=2).rows(4)
+    range(2, 4)
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    quick: dist.ProcessGroup | None = None
+    patient: dist.ProcessGroup | None = None
+    sums: int = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that prints and draws."""
+        return self.rank == 0
+
+    def rows(self, batch: int) -> range:
+        """The rows of a batch that this rank owns; shares differ by one row where they cannot be equal."""
+        return range(self.rank * batch // self.size, (self.rank + 1) * batch // self.size)
+
+    # ------------------------------------------------------------------------------------------------- exchange
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Turns what `torch.distributed` raises when a rank is gone into a LostRankError."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1 or not _is_of_communication(error):
+                raise
+            raise self._lost(" ".join(str(error).split())) from error
+
+    def _lost(self, reason: str) -> LostRankError:
+        return LostRankError(
+            f"rank {self.rank} of {self.size} lost another one, which ended, or was silent for "
+            f"{RANK_SECONDS} s: {reason}"
+        )
+
+    def gather(self, value: Result) -> list[Result]:
+        """What each rank gives, small and of Python; the same list on all of them."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with self.listening():
+            dist.all_gather_object(values, value, group=self.patient)
+        return values
+
+    def together(self, function: Callable[[], Result]) -> Result:
+        """Calls a function that exchanges nothing, on every rank; where one fails, all raise the same error."""
+        if self.size == 1:
+            return function()
+        failure: Exception | None = None
+        try:
+            result = function()
+        except Exception as error:
+            failure = error
+        told = None if failure is None else (_kind(failure), str(failure) or type(failure).__name__)
+        for rank, failed in enumerate(self.gather(told)):
+            if failed is not None:
+                kind, message = failed
+                raise kind(f"{message} (on rank {rank})") from failure
+        return result
+
+    def agree(self, **values: Any) -> None:
+        """Raises ValueError on every rank when one has other values than the first one."""
+        given = self.gather(values)
+        for rank, others in enumerate(given):
+            for name, value in others.items():
+                if value != given[0][name]:
+                    raise ValueError(
+                        f"{name} must be the same on every rank, got {given[0][name]!r} on rank 0 and "
+                        f"{value!r} on rank {rank}"
+                    )
+
+    def any(self, flag: bool) -> bool:
+        """Whether one of the ranks says so."""
+        if self.size == 1:
+            return flag
+        return bool(self._word(int(flag), self.quick))
+
+    def _word(self, number: int, group: dist.ProcessGroup | None) -> int:
+        """The largest of the numbers that the ranks give; through the host's memory, whatever the GPUs do."""
+        word = torch.tensor([number], device="cpu")
+        with self.listening():
+            dist.all_reduce(word, dist.ReduceOp.MAX, group=group)
+        return int(word)
+
+    def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The sums over all ranks of float32 tensors on one device, bit for bit the same on each.
+
+        They travel as one piece. On a GPU the host does not wait, and a CUDA graph may capture it.
+        """
+        if self.size == 1:
+            return list(tensors)
+        if self.sums < FIRST_SUMS:
+            self.sums += 1
+            self._word(0, self.patient)
+        piece = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        with self.listening():
+            dist.all_reduce(piece, group=self.quick)
+        parts = piece.split([tensor.numel() for tensor in tensors])
+        return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Gives every rank what the first one holds, in place."""
+        if self.size > 1:
+            with self.listening():
+                for tensor in tensors:
+                    dist.broadcast(tensor, src=0, group=self.patient)
+
+    def wait(self, events: Iterable[torch.cuda.Event]) -> None:
+        """Waits for the GPU to reach each event; a rank that it waits for in vain is lost.
+
+        Without this the host would sit in a copy from the GPU for good: no time limit applies to a replayed graph.
+        """
+        for event in events:
+            deadline = time.monotonic() + RANK_SECONDS
+            while not event.query():
+                if time.monotonic() > deadline:
+                    raise self._lost("the GPU waits for what the other was to send")
+                time.sleep(0.001)
+
+
+ALONE = Ranks()
+
+
+def _kind(error: Exception) -> type[Exception]:
+    """A class that takes a message, as the classes of some errors do not."""
+    kinds: tuple[type[Exception], ...] = (FileNotFoundError, OSError, ValueError, torch.OutOfMemoryError, MemoryError)
+    return next((kind for kind in kinds if isinstance(error, kind)), RuntimeError)
+
+
+def _is_of_communication(error: RuntimeError) -> bool:
+    """gloo's own errors have no class."""
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "pair closure"))
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """The ranks that `torchrun` started this process with, for as long as the `with` lasts; ALONE without it.
+
+    Raises ValueError when the variables that torchrun sets (RANK, WORLD_SIZE, ...) are not whole, LostRankError when
+    not all ranks come.
+    """
+    size = _number("WORLD_SIZE", "1")
+    if size == 1:
+        yield ALONE
+        return
+    rank = _number("RANK")
+    ranks = Ranks(rank, size, _number("LOCAL_RANK", str(rank)))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    with ranks.listening():
+        dist.init_process_group(backend, timeout=timedelta(seconds=PATIENT_SECONDS))
+        ranks.patient = dist.group.WORLD
+        ranks.quick = dist.new_group(backend=backend, timeout=timedelta(seconds=RANK_SECONDS))
+    yield ranks
+    dist.destroy_process_group()  # after an error the others may be gone, and this would wait for them
+
+
+def _number(name: str, default: str = "") -> int:
+    """A variable that torchrun sets."""
+    value = os.environ.get(name, default)
+    if not value.isdecimal():
+        raise ValueError(f"{name} must be a number beside WORLD_SIZE, as torchrun sets it, got {value!r}")
+    return int(value)

@@ -1,0 +1,106 @@
+"""Several processes that call the same functions side by side, as ranks of one group over gloo."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+SECONDS = 30
+
+
+class Processes:
+    """So many ranks; they wait for functions until `close`.
+
+    A function must be importable, and so must what it is given and returns.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._start()
+
+    def _start(self) -> None:
+        size, context = self.size, multiprocessing.get_context("spawn")
+        self._directory = tempfile.TemporaryDirectory()
+        store = Path(self._directory.name) / "store"
+        pairs = [context.Pipe() for _ in range(size)]
+        self._pipes = [ours for ours, _ in pairs]
+        arguments = [(rank, size, str(store), theirs) for rank, (_, theirs) in enumerate(pairs)]
+        self._processes = [context.Process(target=_serve, args=given, daemon=True) for given in arguments]
+        for process in self._processes:
+            process.start()
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What the function returns on each rank; its first argument is the rank's number."""
+        for pipe in self._pipes:
+            pipe.send((function, arguments))
+        answers = [pipe.recv() if pipe.poll(2 * SECONDS) else (True, "no answer") for pipe in self._pipes]
+        failures = [answer for failed, answer in answers if failed]
+        if failures:  # what the ranks have still to tell each other nobody knows
+            self.close()
+            self._start()
+        assert not failures, "\n".join(failures)
+        return [answer for _, answer in answers]
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.terminate()
+            process.join()
+        self._directory.cleanup()
+
+
+def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=SECONDS)
+    )
+    while True:
+        function, arguments = pipe.recv()
+        try:
+            pipe.send((False, function(rank, *arguments)))
+        except BaseException:
+            pipe.send((True, f"rank {rank}: {traceback.format_exc()}"))
+
+
+def free_port() -> int:
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return int(place.getsockname()[1])
+
+
+def started(size: int, *arguments: str, **changes: tuple[str, ...]) -> list[subprocess.Popen[str]]:
+    """`python -m memtrans` on each rank with the variables that torchrun sets; changes: of one rank's arguments."""
+    port = free_port()
+    processes = []
+    for rank in range(size):
+        environment = {
+            **os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        }  # fmt: skip
+        command = [sys.executable, "-m", "memtrans", *arguments, *changes.get(f"rank{rank}", ())]
+        processes.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+    return processes
+
+
+def ended(processes: list[subprocess.Popen[str]], seconds: float = SECONDS) -> list[tuple[int, str, str]]:
+    """Status, standard output and standard error of each, once all have ended."""
+    try:
+        texts = [process.communicate(timeout=seconds) for process in processes]
+        return [(process.returncode, *text) for process, text in zip(processes, texts, strict=True)]
+    finally:
+        for process in processes:
+            process.kill()

@@ -1,0 +1,334 @@
+"""A run of several ranks is the run of one process: the same curve, the same checkpoint, and it ends with a message."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from checks import FIRST_STEPS, SAME_SUMS, assert_close
+from processes import Processes, ended, started
+
+from memtrans.checkpoint import load_checkpoint, save_checkpoint
+from memtrans.data import Document, DocumentStream, InOrder
+from memtrans.evaluate import evaluate_both
+from memtrans.metrics import Metrics
+from memtrans.ranks import ALONE, Ranks
+from memtrans.run import checkpoint_of
+from memtrans.settings import Settings
+from memtrans.train import Trainer, check_shares, open_data
+
+pytestmark = pytest.mark.cpu
+
+SMALL = Settings(
+    steps=30, batch=4, segment=32, layers=2, width=16, heads=2, head_width=8, memory=64, neighbours=4, warmup=2,
+    xl=8, xl_layers=(2,), eval_bytes=2000, learning_rate=3e-3,
+)  # fmt: skip
+VARIANTS = {
+    "plain": SMALL,
+    "fsdp": dataclasses.replace(SMALL, fsdp=True),
+    "several backward passes of several segments": dataclasses.replace(SMALL, accumulate=2, segments=2, kv_heads=2),
+    "several backward passes, fsdp": dataclasses.replace(
+        SMALL, accumulate=2, segments=2, fsdp=True, skip_nonfinite=True
+    ),
+    "recall": dataclasses.replace(SMALL, data="recall"),
+    "adafactor": dataclasses.replace(SMALL, optimizer="adafactor", clip=None),
+    "compiled": dataclasses.replace(SMALL, compile=True, steps=6),
+}
+FAST = ("plain", "fsdp")
+TINY = [
+    *("--batch", "4", "--segment", "32", "--layers", "2", "--width", "16", "--heads", "2", "--head-width", "8"),
+    *("--memory", "64", "--neighbours", "4", "--eval-bytes", "300", "--sample", "0", "--plain"),
+]
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Processes]:
+    processes = Processes(2)
+    yield processes
+    processes.close()
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Processes]:
+    processes = Processes(4)
+    yield processes
+    processes.close()
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    """Documents of different lengths: rows end theirs at different steps, and not every token is scored."""
+    generator, directory = torch.Generator().manual_seed(0), tmp_path / "text"
+    directory.mkdir()
+    for number in range(9):
+        content = torch.randint(97, 103, (90 + 57 * number,), generator=generator, dtype=torch.uint8)
+        (directory / f"{number}.txt").write_bytes(bytes(content.tolist()))
+    return str(directory)
+
+
+def ranks_of(rank: int) -> Ranks:
+    world = dist.group.WORLD
+    return Ranks(rank, dist.get_world_size(), rank, world, world)
+
+
+def trained(settings: Settings, ranks: Ranks, directory: str | None, stop: int | None) -> dict[str, Any]:
+    """A run from its beginning, or from the checkpoint in the directory; writes one there where it stops early."""
+    trainer = Trainer(settings, open_data(settings), torch.device("cpu"), ranks)
+    if directory is not None and stop is None:
+        trainer.restore(load_checkpoint(directory, trainer.wants))
+    while trainer.step < (stop or settings.steps):
+        trainer.advance()
+    losses = trainer.check()
+    if directory is not None and stop is not None:
+        save_checkpoint(directory, *trainer.state(), ranks)
+    lengths = [memory.lengths.tolist() for memory in trainer.reader.memories]
+    evaluation = evaluate_both(
+        trainer.model, trainer.data.held_out, settings.batch, settings.segment, settings.eval_bytes, ranks=ranks
+    )
+    return {"losses": losses, "lengths": lengths, "tokens": trainer.tokens, "evaluation": evaluation}
+
+
+def trained_by_rank(rank: int, settings: Settings, directory: str | None = None, stop: int | None = None) -> Any:
+    return trained(settings, ranks_of(rank), directory, stop)
+
+
+def trained_alone(settings: Settings, directory: str | None = None, stop: int | None = None) -> Any:
+    settings = dataclasses.replace(settings, fsdp=False)
+    return trained(settings, ALONE, directory, stop)
+
+
+def assert_same_evaluation(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, abs=10 * SAME_SUMS), name
+
+
+def assert_same_run(results: list[dict[str, Any]], alone: dict[str, Any], steps: int = FIRST_STEPS) -> None:
+    for result in results:
+        assert torch.equal(result["losses"], results[0]["losses"])  # bit for bit: no rank drifts away
+        assert_close(result["losses"][:steps], alone["losses"][:steps], SAME_SUMS, "losses and norms")
+        assert result["tokens"] == alone["tokens"]
+        assert_same_evaluation(result["evaluation"], alone["evaluation"])
+    for layer, lengths in enumerate(alone["lengths"]):
+        assert [length for result in results for length in result["lengths"][layer]] == lengths
+
+
+# ---------------------------------------------------------------------------------------------------- the same curve
+
+
+@pytest.mark.parametrize("variant", FAST)
+def test_two_ranks_follow_the_curve_of_one_process(two: Processes, text: str, variant: str) -> None:
+    settings = dataclasses.replace(VARIANTS[variant], data=text)
+    assert_same_run(two.run(trained_by_rank, settings), trained_alone(settings))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in FAST])
+def test_two_ranks_follow_it_with_every_setting(two: Processes, text: str, variant: str) -> None:
+    settings = VARIANTS[variant]
+    settings = settings if settings.data == "recall" else dataclasses.replace(settings, data=text)
+    assert_same_run(two.run(trained_by_rank, settings), trained_alone(settings))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["plain", "fsdp"])
+def test_four_ranks_follow_it_too(four: Processes, text: str, variant: str) -> None:
+    settings = dataclasses.replace(VARIANTS[variant], data=text)
+    assert_same_run(four.run(trained_by_rank, settings), trained_alone(settings))
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("variant", FAST)
+def test_a_run_goes_on_with_another_number_of_ranks(two: Processes, text: str, tmp_path: Path, variant: str) -> None:
+    settings = dataclasses.replace(VARIANTS[variant], data=text, steps=20)
+    through, directory = trained_alone(settings), str(tmp_path / "checkpoint")
+    two.run(trained_by_rank, settings, directory, 9)
+    assert_same_run([trained_alone(settings, directory)], through)  # the losses before the stop were saved with it
+    trained_alone(settings, directory, 9)
+    assert_same_run(two.run(trained_by_rank, settings, directory), through)
+
+
+@pytest.mark.slow
+def test_four_ranks_go_on_where_two_stopped_and_two_where_four_did(
+    two: Processes, four: Processes, text: str, tmp_path: Path
+) -> None:
+    settings = dataclasses.replace(SMALL, data=text, steps=20)
+    through, directory = trained_alone(settings), str(tmp_path / "checkpoint")
+    two.run(trained_by_rank, settings, directory, 9)
+    assert_same_run(four.run(trained_by_rank, settings, directory), through)
+    four.run(trained_by_rank, settings, directory, 9)
+    assert_same_run(two.run(trained_by_rank, settings, directory), through)
+
+
+def test_the_same_number_of_ranks_goes_on_bit_for_bit_dropout_included(
+    two: Processes, text: str, tmp_path: Path
+) -> None:
+    settings = dataclasses.replace(SMALL, data=text, steps=14, dropout=0.2)
+    through = two.run(trained_by_rank, settings)
+    two.run(trained_by_rank, settings, str(tmp_path / "checkpoint"), 9)
+    resumed = two.run(trained_by_rank, settings, str(tmp_path / "checkpoint"))
+    assert torch.equal(resumed[0]["losses"], through[0]["losses"])
+
+
+# --------------------------------------------------------------------------------------------------- rows and errors
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_the_rows_of_all_ranks_are_those_of_a_whole_stream(size: int) -> None:
+    documents = [Document.of(str(number), bytes(range(2, 4 + 7 * number))) for number in range(1, 9)]
+    whole = DocumentStream(InOrder(documents), batch=5, segment=4)
+    streams = [DocumentStream(InOrder(documents), 5, 4, Ranks(rank, size).rows(5)) for rank in range(size)]
+    for batch in whole:
+        parts = [stream.next() for stream in streams]
+        assert all((part.scored, part.real) == (batch.scored, batch.real) for part in parts)
+        for name in ("tokens", "labels", "lengths", "fresh"):
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name)), name
+        assert all(stream.state_dict() == whole.state_dict() for stream in streams)
+    assert all(stream.next() is None for stream in streams)
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused() -> None:
+    with pytest.raises(ValueError, match="batch must be a multiple of the 3 ranks that share it, got 4"):
+        check_shares(SMALL, Ranks(0, 3))
+
+
+def test_fsdp_needs_several_processes_and_no_compiler() -> None:
+    with pytest.raises(ValueError, match="fsdp must be off with one process"):
+        check_shares(VARIANTS["fsdp"], ALONE)
+    with pytest.raises(ValueError, match="compile must be off with fsdp"):
+        dataclasses.replace(SMALL, fsdp=True, compile=True)
+    with pytest.raises(ValueError, match="optimizer must be adamw with fsdp, got 'adafactor'"):
+        dataclasses.replace(SMALL, fsdp=True, optimizer="adafactor")
+
+
+def disagreeing(rank: int) -> list[str]:
+    """What each rank raises when they differ, when one fails, and when they are on different devices."""
+    ranks, raised = ranks_of(rank), []
+
+    def failing() -> None:
+        if rank == 1:
+            raise FileNotFoundError("data must exist")
+
+    for call in (lambda: ranks.agree(batch=4, device="cpu" if rank else "cuda"), lambda: ranks.together(failing)):
+        try:
+            call()
+        except (ValueError, OSError) as error:
+            raised.append(f"{type(error).__name__}: {error}")
+    assert ranks.any(rank == 1) and not ranks.any(False)
+    return raised
+
+
+def test_what_one_rank_cannot_do_or_is_told_otherwise_all_of_them_say(two: Processes) -> None:
+    expected = [
+        "ValueError: device must be the same on every rank, got 'cuda' on rank 0 and 'cpu' on rank 1",
+        "FileNotFoundError: data must exist (on rank 1)",
+    ]
+    assert two.run(disagreeing) == [expected, expected]
+
+
+# -------------------------------------------------------------------------------------------------- the command line
+
+
+def test_the_first_rank_alone_prints_and_writes_and_all_end_well(text: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    first, second = ended(started(2, "train", "--data", text, "--out", str(out), "--steps", "4", *TINY))
+    assert (first[0], second[0]) == (0, 0), (first, second)
+    report = json.loads(first[1].splitlines()[-1])
+    assert (report["steps"], report["ranks"], report["tokens"]) == (4, 2, 512)
+    assert second[1] == ""
+    lines = Metrics(out / "metrics.jsonl").read()
+    assert [line["step"] for line in lines] == [4, 4]
+    assert (out / "loss.png").exists()
+    assert load_checkpoint(checkpoint_of(out)).values["step"] == 4
+
+
+@pytest.mark.slow
+def test_ranks_that_were_given_different_options_end_with_one_line(text: str, tmp_path: Path) -> None:
+    arguments = ("train", "--data", text, "--out", str(tmp_path / "run"), "--steps", "4", *TINY)
+    first, second = ended(started(2, *arguments, rank1=("--width", "32")))
+    assert (first[0], second[0]) == (2, 2)
+    assert first[2] == ("memtrans train: width must be the same on every rank, got 16 on rank 0 and 32 on rank 1\n"), (
+        first[2]
+    )
+    assert second[2] == ""
+
+
+@pytest.mark.slow
+def test_when_a_rank_is_killed_the_others_end_with_a_message_and_the_run_goes_on_from_its_checkpoint(
+    text: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    arguments = ("train", "--data", text, "--out", str(out), *TINY, "--steps", "100000", "--checkpoint-every", "20")
+    processes = started(2, *arguments)
+    deadline = time.monotonic() + 120
+    while not (checkpoint_of(out).exists() and load_checkpoint(checkpoint_of(out)).values["step"] >= 20):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    processes[1].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    first, _ = ended(processes)
+    assert time.monotonic() - killed < 60
+    assert first[0] == 1
+    assert "memtrans train: rank 0 of 2 lost another one, which ended" in first[2]
+    assert "--resume goes on from there" in first[2]
+    step = load_checkpoint(checkpoint_of(out)).values["step"]
+    resumed = ended(started(2, "train", "--out", str(out), "--resume", "--steps", str(step + 3), "--plain"))
+    assert [status for status, _, _ in resumed] == [0, 0]
+    assert load_checkpoint(checkpoint_of(out)).values["step"] == step + 3
+
+
+@pytest.mark.slow
+def test_a_rank_that_stops_answering_is_lost_after_a_time(text: str, tmp_path: Path) -> None:
+    arguments = ("train", "--data", text, "--out", str(tmp_path / "run"), *TINY, "--steps", "100000")
+    processes = started(2, *arguments)
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        time.sleep(0.2)
+    time.sleep(2)
+    processes[1].send_signal(signal.SIGSTOP)
+    stopped = time.monotonic()
+    try:
+        _, error = processes[0].communicate(timeout=120)
+    finally:
+        for process in processes:
+            process.kill()
+    assert processes[0].returncode == 1
+    assert 50 < time.monotonic() - stopped < 70
+    assert "rank 0 of 2 lost another one, which ended, or was silent for 60 s" in error
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_one_rank_stops_all_of_them_after_a_checkpoint(text: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    processes = started(2, "train", "--data", text, "--out", str(out), *TINY, "--steps", "100000")
+    while not (out / "metrics.jsonl").exists():
+        time.sleep(0.2)
+    processes[1].send_signal(signal.SIGINT)
+    first, second = ended(processes)
+    assert (first[0], second[0]) == (130, 130), (first, second)
+    step = load_checkpoint(checkpoint_of(out)).values["step"]
+    assert (
+        first[2]
+        == f"memtrans train: stopped by Ctrl-C; step {step} is saved, --resume --out {out} goes on from there\n"
+    )
+    assert step > 0
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_run(text: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "memtrans"]
+    arguments = ("train", "--data", text, "--out", str(tmp_path / "run"), "--steps", "3", *TINY)
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["ranks"] == 2
