@@ -104,7 +104,7 @@ inline std::vector<float> floats(const Tensor& tensor) {
 inline std::vector<float> spread_bias(const std::optional<Tensor>& table, int64_t heads, int64_t distances) {
   std::vector<float> spread(heads * distances, 0.0f);
   const std::vector<float> given = table ? floats(*table) : std::vector<float>(heads, 0.0f);
-  const int64_t columns = static_cast<int64_t>(given.size()) / heads;
+  const int64_t columns = table ? table->size(1) : 1;
   for (int64_t head = 0; head < heads; ++head) {
     float* of_head = &spread[head * distances];
     std::fill_n(of_head, kQueries, -kInfinity);

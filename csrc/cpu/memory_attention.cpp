@@ -36,10 +36,7 @@ MEMTRANS_INLINE void attend_to_retrieved(
   std::vector<float> weights(padded(neighbours)), storage(attention.width);
   for (int64_t query = 0; query < block.queries && neighbours; ++query) {
     const float highest = retrieved_logits(attention, block, query, weights);
-    if (highest == -kInfinity) {
-      continue;
-    }
-    exponentials<kLanes>(highest, weights);
+    exponentials<kLanes>(highest == -kInfinity ? 0.0f : highest, weights);
     running.highest[query] = highest;
     for (int64_t rank = 0; rank < neighbours; ++rank) {
       const int32_t slot = slots[query * neighbours + rank];
