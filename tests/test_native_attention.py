@@ -95,6 +95,19 @@ def test_nan_shows() -> None:
         out, _ = native.memory_attention(*(inputs[argument] for argument in ARGUMENTS))
         assert out[0, 0, 0].isnan().any(), name
         assert out[1].isfinite().all(), name
+    inputs = random_attention(SHAPES["no local keys"], torch.float32, seeded(0))
+    inputs["scale"][0] = torch.nan
+    out, lse = native.memory_attention(*(inputs[argument] for argument in ARGUMENTS))
+    found = (inputs["slots"][:, 0] >= 0).any(dim=-1)
+    assert torch.equal(out[:, 0].isnan().any(dim=-1), found) and torch.equal(lse[:, 0].isnan(), found)
+
+
+def test_no_heads_are_no_error() -> None:
+    inputs = random_attention(Shape(), torch.float32, seeded(0))
+    of_heads = {"query": (2, 0, 5, 32), "scores": (2, 0, 5, 5), "scale": (0,)}
+    inputs |= {name: torch.zeros(shape) for name, shape in of_heads.items()} | {"slots": inputs["slots"][:, :0]}
+    out, lse = native.memory_attention(*(inputs[argument] for argument in ARGUMENTS))
+    assert out.shape == (2, 0, 5, 32) and lse.shape == (2, 0, 5)
 
 
 def test_auto_leaves_float64_to_the_reference() -> None:
