@@ -67,6 +67,7 @@ def follow(rank: int, plan: Plan) -> None:
     arguments: dict[str, Any] = {"kv_heads": plan.kv_heads, "dtype": plan.dtype}
     sharded = KNNMemory(WIDTH, plan.capacity, plan.batch, process_group=dist.group.WORLD, **arguments)
     whole = KNNMemory(WIDTH, plan.capacity, plan.batch, **arguments)
+    failures: list[str] = []
     for number, (what, length, seed) in enumerate(plan.operations):
         generator = torch.Generator().manual_seed(seed)
         scope = torch.randperm(plan.batch, generator=generator)[: 1 + seed % plan.batch].tolist()
@@ -79,7 +80,11 @@ def follow(rank: int, plan: Plan) -> None:
                     sharded.clear_rows(masks[rank])
                     whole.clear_rows(masks.any(dim=0))
             else:
-                _search(rank, size, plan, sharded, whole, length, generator)
+                try:
+                    _search(rank, size, plan, sharded, whole, length, generator)
+                except AssertionError as error:  # told at the end: the other ranks wait for this one
+                    failures.append(f"operation {number}: {error}")
+    assert not failures, "\n".join(failures)
     assert sharded.lengths.tolist() == whole.lengths.tolist()
 
 
@@ -113,14 +118,14 @@ def _search(
     queries = plan.keys(size, batch, *heads, length, generator=generator)[rank]
     found, mask = sharded.search(queries, k)
     expected, expected_mask = whole.search(queries, k)
+    flat = queries.reshape(batch, *heads or (1,), length, WIDTH)
+    scores, _ = sharded.snapshot().nearest(flat, k)
+    expected_scores, _ = whole.snapshot().nearest(flat, k)
     assert torch.equal(mask, expected_mask)
     if plan.random_keys:
         assert_close(found, expected, 0.0)
     else:
         assert torch.equal(found, expected)
-    flat = queries.reshape(batch, *heads or (1,), length, WIDTH)
-    scores, _ = sharded.snapshot().nearest(flat, k)
-    expected_scores, _ = whole.snapshot().nearest(flat, k)
     assert torch.equal(scores.isinf(), expected_scores.isinf())
     assert_close(scores.nan_to_num(neginf=0.0), expected_scores.nan_to_num(neginf=0.0), SAME_SUMS)
 
