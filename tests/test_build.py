@@ -79,6 +79,7 @@ def assert_installed_without_extension(source: Path, done: subprocess.CompletedP
     assert reason in why
 
 
+@pytest.mark.slow  # a minute or two of compiling; continuous integration itself installs with a compiler
 def test_a_compiler_is_all_that_the_extension_needs(source: Path) -> None:
     done = install(source, MEMTRANS_FORCE_BUILD="1")
     assert done.returncode == 0, done.stdout + done.stderr
