@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -76,9 +77,12 @@ def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        return int(place.getsockname()[1])
+    """Below those that connections are given, one of which might take it before the ranks do."""
+    for port in random.sample(range(20_000, 30_000), 100):
+        with socket.socket() as place:
+            if place.connect_ex(("127.0.0.1", port)) != 0:
+                return port
+    raise RuntimeError("no port is free")
 
 
 def started(size: int, *arguments: str, **changes: tuple[str, ...]) -> list[subprocess.Popen[str]]:
