@@ -27,8 +27,8 @@ from memtrans.train import Trainer, open_data
 
 POINTS = 12  # evaluations along the way
 MODEL = Settings(
-    batch=16, segment=512, layers=8, width=512, heads=8, head_width=64, memory=65536, memory_layers=(5,), neighbours=32,
-    xl=512, memory_offset=-4.0, learning_rate=6e-4, warmup=500, final_rate=0.1, dtype="bfloat16",
+    batch=32, segment=512, layers=6, width=384, heads=6, head_width=64, memory=65536, memory_layers=(4,), neighbours=32,
+    xl=512, memory_offset=-4.0, learning_rate=1e-3, warmup=1000, final_rate=0.1, dtype="bfloat16",
 )  # fmt: skip
 
 
@@ -119,7 +119,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--bytes", type=float, default=300e6, help="training bytes of each run (300e6)")
     parser.add_argument("--memory", type=int, nargs="+", default=[0, 8192, 65536], help="sizes; 0 for no memory layer")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--eval-bytes", type=int, default=1_000_000, help="held-out bytes along the way")
+    parser.add_argument("--eval-bytes", type=int, default=1_000_000, help="held-out bytes at each place along the way")
     parser.add_argument("--final-eval-bytes", type=int, default=4_000_000, help="held-out bytes at the end, both ways")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other settings of the runs")
     parser.add_argument("--label", default="", help="added to the name of the runs")

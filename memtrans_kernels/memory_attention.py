@@ -184,7 +184,7 @@ def memory_attention(
     query, key, value, memory_values = (rows_of(tensor) for tensor in (query, key, value, memory_values))
     out = query.new_empty(batch, heads, length, width)
     lse = query.new_empty(batch, heads, length, dtype=torch.float32)
-    launch = configs.attention_forward(query.dtype.itemsize, width, length, local_keys)
+    launch = configs.attention_forward(query.dtype.itemsize, width, length, local_keys, neighbours)
     programs = batch * heads * triton.cdiv(length, launch.queries)
     if programs:
         memory_attention_kernel[(programs,)](

@@ -311,7 +311,7 @@ def memory_attention_backward(
         **dropout_constants(dropout_p),
     }  # fmt: skip
 
-    launch = configs.attention_query_gradient(query.dtype.itemsize, width, length)
+    launch = configs.attention_query_gradient(query.dtype.itemsize, width, length, slots.shape[3])
     blocks = triton.cdiv(length, launch.queries)
     grad_query = query.new_empty(query.shape)
     sums = query.new_empty(3, heads, batch * blocks, dtype=torch.float32)  # parts of scale, offset and far biases

@@ -1,4 +1,4 @@
-"""Several processes that call the same functions side by side, as ranks of one group over gloo."""
+"""Several processes that call the same functions side by side, as ranks of one group: over gloo, or NCCL on GPUs."""
 
 from __future__ import annotations
 
@@ -26,10 +26,12 @@ class Processes:
     """So many ranks; they wait for functions until `close`.
 
     A function must be importable, and so must what it is given and returns.
+
+    device: cpu, or cuda for a GPU each, on which tensors are then made.
     """
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, device: str = "cpu") -> None:
+        self.size, self.device = size, device
         self._start()
 
     def _start(self) -> None:
@@ -38,7 +40,7 @@ class Processes:
         store = Path(self._directory.name) / "store"
         pairs = [context.Pipe() for _ in range(size)]
         self._pipes = [ours for ours, _ in pairs]
-        arguments = [(rank, size, str(store), theirs) for rank, (_, theirs) in enumerate(pairs)]
+        arguments = [(rank, size, self.device, str(store), theirs) for rank, (_, theirs) in enumerate(pairs)]
         self._processes = [context.Process(target=_serve, args=given, daemon=True) for given in arguments]
         for process in self._processes:
             process.start()
@@ -63,10 +65,14 @@ class Processes:
         self._directory.cleanup()
 
 
-def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
+def _serve(rank: int, size: int, device: str, store: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+        torch.set_default_device("cuda")
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=SECONDS)
+        backend, init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=SECONDS)
     )
     while True:
         function, arguments = pipe.recv()

@@ -1,9 +1,10 @@
 // Exact top-K for few queries a row (decoding): reads every visible key once, whatever the number of rows.
 //
-//   few_scores   query x key products on the tensor cores (mma m16n8k16, keys are the 16 rows), operands straight from
+//   few_maxima   query x key products on the tensor cores (mma m16n8k16, keys are the 16 rows), operands straight from
 //                global memory: the order of the columns within a product is free, so each lane takes 16 contiguous bytes.
-//                Scores go to a workspace, (B * G, queries, slots) fp32.
-//   few_select   a block keeps the K best of one query, or of a part of its slots where there are few queries.
+//                Of each group of 16 slots only the largest product goes to a workspace, (B * G, queries, groups) fp32.
+//   few_select   a block keeps the K best of one query, or of a part of its groups where there are few queries. One of the
+//                K best keys lies in one of the K best groups; the products of these few are made again, bit for bit.
 //   few_merge    a warp keeps the K best over the parts of one query.
 // Shapes as in knn_scan.cuh; products are exact and accumulate in fp32. No query is ever redone here.
 #pragma once
@@ -18,10 +19,14 @@
 namespace memtrans {
 
 constexpr int kFewThreads = 256;
-constexpr int kFewTile = 128;   // keys of a block's step: 16 per warp
-constexpr int kFewBlocks = 2;   // of few_scores on a multiprocessor
+constexpr int kFewTile = 128;   // keys of a block's step: a group per warp
+constexpr int kFewGroup = 16;   // keys of a tensor-core product
+constexpr int kFewBlocks = 2;   // of few_maxima on a multiprocessor
 constexpr int kSelectThreads = 1024;  // of few_select
+constexpr int kSelectWarps = kSelectThreads / 32;
 constexpr int kSmallestSelection = 8192;  // slots that are worth a block of few_select
+constexpr int kBoundGroups = 256;  // maxima that few_select takes its bound from
+constexpr int kListedGroups = 1024;  // groups that it looks into at a time
 
 struct FewArguments {
   const int64_t* rows;  // the first row of this launch
@@ -29,15 +34,15 @@ struct FewArguments {
   const int64_t* cursor;
   const void* query;    // the first query of this launch
   const void* keys;
-  float* products;      // (rows, queries_per_row, stride)
+  float* maxima;        // (rows, queries_per_row, groups)
   uint64_t* entries;    // (rows * queries_per_row, parts, k)
   float* scores;
   int32_t* slots;
   int queries_per_row;
   int slot_count;
-  int stride;           // slot_count rounded up to 4
-  int parts;            // of few_select, part_slots entries each
-  int part_slots;
+  int groups;           // of kFewGroup slots, the last one maybe of fewer
+  int parts;            // of few_select, part_groups groups each
+  int part_groups;
   int capacity;
   int k;
 };
@@ -57,59 +62,94 @@ __device__ inline void mma_m16n8k16(float (&d)[4], uint32_t a0, uint32_t a1, uin
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// Grid (splits, rows, groups of 8 queries). Each warp takes 16 keys of every tile of its split.
+// 16 keys, or 8 queries twice, as a lane holds them for a product: rows quad and quad + 8, every fourth 16 bytes of each.
+template <int dim>
+struct Operand {
+  static constexpr int kParts = dim / 32;  // 16 bytes a lane, 4 lanes a row
+  uint4 near[kParts], far[kParts];
+
+  // Slots of a group that a window does not show become zeros. Keys are read once, so they need not stay in a cache.
+  template <typename T>
+  __device__ void load_keys(const T* keys, int group, const Window& window) {
+    const int lane = threadIdx.x % 32, slot = group * kFewGroup + lane / 4;
+    const T* place = keys + static_cast<int64_t>(slot) * dim + lane % 4 * 8;
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      near[i] = window.shows(slot) ? __ldcs(reinterpret_cast<const uint4*>(place + i * 32)) : uint4{0, 0, 0, 0};
+      far[i] = window.shows(slot + 8) ? __ldcs(reinterpret_cast<const uint4*>(place + 8 * dim + i * 32)) : uint4{0, 0, 0, 0};
+    }
+  }
+};
+
+// Up to 8 queries of a row, zeros for those that there are not.
+template <int dim>
+struct QueryOperand {
+  uint4 part[dim / 32];
+
+  template <typename T>
+  __device__ void load(const T* queries, int present) {
+    const int lane = threadIdx.x % 32, quad = lane / 4;
+#pragma unroll
+    for (int i = 0; i < dim / 32; ++i)
+      part[i] = quad < present ? *reinterpret_cast<const uint4*>(queries + static_cast<int64_t>(quad) * dim + i * 32 + lane % 4 * 8)
+                               : uint4{0, 0, 0, 0};
+  }
+};
+
+// Scores of a group, -inf where the window does not show a slot. A lane has those of slots quad (0, 1) and quad + 8 (2, 3),
+// with queries 2 * (lane % 4) (0, 2) and the one after it (1, 3).
 template <typename T, int dim>
-__global__ void __launch_bounds__(kFewThreads, dim > 128 ? 1 : kFewBlocks) few_scores(const FewArguments arguments) {
-  constexpr int kParts = dim / 32;  // 16 bytes a lane, 4 lanes a row
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane / 4, part = lane % 4;
+__device__ inline void group_scores(float (&d)[4], const Operand<dim>& keys, const QueryOperand<dim>& query, int group,
+                                    const Window& window) {
+  d[0] = d[1] = d[2] = d[3] = 0.0f;
+#pragma unroll
+  for (int i = 0; i < dim / 32; ++i) {
+    mma_m16n8k16<T>(d, keys.near[i].x, keys.far[i].x, keys.near[i].y, keys.far[i].y, query.part[i].x, query.part[i].y);
+    mma_m16n8k16<T>(d, keys.near[i].z, keys.far[i].z, keys.near[i].w, keys.far[i].w, query.part[i].z, query.part[i].w);
+  }
+  const int slot = group * kFewGroup + threadIdx.x % 32 / 4;
+  if (!window.shows(slot)) d[0] = d[1] = -INFINITY;
+  if (!window.shows(slot + 8)) d[2] = d[3] = -INFINITY;
+}
+
+// Grid (splits, rows, groups of 8 queries). Each warp takes a group of every tile of its split.
+template <typename T, int dim>
+__global__ void __launch_bounds__(kFewThreads, dim > 128 ? 1 : kFewBlocks) few_maxima(const FewArguments arguments) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t row = arguments.rows[blockIdx.y];
   const Window window = visible_window(arguments.start, arguments.cursor, row, arguments.capacity, arguments.slot_count);
-  const T* keys = static_cast<const T*>(arguments.keys) + row * arguments.slot_count * dim + part * 8;
+  const T* keys = static_cast<const T*>(arguments.keys) + row * arguments.slot_count * dim;
 
-  const int first_query = blockIdx.z * 8;
+  const int first_query = blockIdx.z * 8, present = min(8, arguments.queries_per_row - first_query);
   const int64_t query = static_cast<int64_t>(blockIdx.y) * arguments.queries_per_row + first_query;
-  uint4 b[kParts];
-#pragma unroll
-  for (int i = 0; i < kParts; ++i)
-    b[i] = first_query + quad < arguments.queries_per_row
-               ? *reinterpret_cast<const uint4*>(static_cast<const T*>(arguments.query) + (query + quad) * dim + i * 32 + part * 8)
-               : uint4{0, 0, 0, 0};
+  QueryOperand<dim> queries;
+  queries.load(static_cast<const T*>(arguments.query) + query * dim, present);
+  float* const maxima = arguments.maxima + query * arguments.groups;
 
-  const int tiles = (arguments.slot_count + kFewTile - 1) / kFewTile;
-  float* products = arguments.products + query * arguments.stride;
-  uint4 near[2][kParts], far[2][kParts];  // the keys at hand and those on their way
-  const auto load = [&](uint4(&a)[kParts], uint4(&b)[kParts], int tile) {
-    const int slot = tile * kFewTile + warp * 16 + quad;
-#pragma unroll
-    for (int i = 0; i < kParts; ++i) {
-      const T* place = keys + static_cast<int64_t>(slot) * dim + i * 32;
-      a[i] = window.shows(slot) ? __ldcs(reinterpret_cast<const uint4*>(place)) : uint4{0, 0, 0, 0};
-      b[i] = window.shows(slot + 8) ? __ldcs(reinterpret_cast<const uint4*>(place + 8 * dim)) : uint4{0, 0, 0, 0};
-    }
-  };
-  const auto multiply = [&](const uint4(&a)[kParts], const uint4(&c)[kParts], int tile) {
-    float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-    for (int i = 0; i < kParts; ++i) {
-      mma_m16n8k16<T>(d, a[i].x, c[i].x, a[i].y, c[i].y, b[i].x, b[i].y);
-      mma_m16n8k16<T>(d, a[i].z, c[i].z, a[i].w, c[i].w, b[i].z, b[i].w);
-    }
-    const int slot = tile * kFewTile + warp * 16 + quad;
+  const auto keep_largest = [&](const Operand<dim>& loaded, int group) {
+    float d[4];
+    group_scores<T>(d, loaded, queries, group, window);
+    float largest[2] = {fmaxf(fmaxf(-INFINITY, d[0]), d[2]), fmaxf(fmaxf(-INFINITY, d[1]), d[3])};  // none is NaN
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      if (first_query + part * 2 + e >= arguments.queries_per_row) continue;
-      float* const target = products + static_cast<int64_t>(part * 2 + e) * arguments.stride + slot;
-      if (slot < arguments.slot_count) target[0] = d[e];
-      if (slot + 8 < arguments.slot_count) target[8] = d[2 + e];
+#pragma unroll
+      for (int other = 4; other < 32; other *= 2)
+        largest[e] = fmaxf(largest[e], __shfl_xor_sync(kAllLanes, largest[e], other));
+      const int column = lane * 2 + e;
+      if (column < present && group < arguments.groups)
+        maxima[static_cast<int64_t>(column) * arguments.groups + group] = largest[e];
     }
   };
-  const int step = gridDim.x;
-  load(near[0], far[0], blockIdx.x);
-  for (int tile = blockIdx.x; tile < tiles; tile += 2 * step) {
-    load(near[1], far[1], tile + step);
-    multiply(near[0], far[0], tile);
-    load(near[0], far[0], tile + 2 * step);
-    if (tile + step < tiles) multiply(near[1], far[1], tile + step);
+  constexpr int kWarps = kFewThreads / 32;
+  static_assert(kWarps * kFewGroup == kFewTile, "a group per warp");
+  const int step = gridDim.x * kWarps;
+  Operand<dim> here, next;  // the keys at hand and those on their way
+  here.load_keys(keys, blockIdx.x * kWarps + warp, window);
+  for (int group = blockIdx.x * kWarps + warp; group < arguments.groups; group += 2 * step) {
+    next.load_keys(keys, group + step, window);
+    keep_largest(here, group);
+    here.load_keys(keys, group + 2 * step, window);
+    if (group + step < arguments.groups) keep_largest(next, group + step);
   }
 }
 
@@ -127,79 +167,112 @@ __device__ inline void write_neighbours(WarpTopK& best, const FewArguments& argu
   }
 }
 
-// Grid (parts, queries). Every group of four threads has a best score; the K-th largest of these 256 bounds the K-th best
-// from below, and the few slots that reach it meet in a shared list, in no particular order. Where ties make them many, each
-// warp selects first. A query of one part is finished here.
-template <typename T>
-__global__ void __launch_bounds__(kSelectThreads, 1) few_select(const FewArguments arguments, int dim) {
-  constexpr int kUnroll = 16;
-  __shared__ uint64_t shared_list[WarpTopK::kCapacity];
-  __shared__ uint32_t best_of_group[kSelectThreads / 4];
-  __shared__ int survivors;
-  static_assert(kSelectThreads / 4 == 256, "as many groups as the bound is taken from");
+// Grid (parts, queries). The K-th largest of 256 maxima of groups bounds the K-th best from below. Every warp scores one of
+// the few groups that reach the bound, and the first warp keeps the K best of 32 groups at a time. A query of one part is
+// finished here.
+template <typename T, int dim>
+__global__ void __launch_bounds__(kSelectThreads, 1) few_select(const FewArguments arguments) {
+  constexpr int kUnroll = 8;
+  __shared__ uint64_t buffer[WarpTopK::kCapacity], scored[kSelectWarps * kFewGroup];
+  __shared__ uint32_t bests[kBoundGroups];
+  __shared__ int listed[kListedGroups], found;
+  __shared__ float bound;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t query = blockIdx.y;
-  const int64_t row = arguments.rows[query / arguments.queries_per_row];
+  const int64_t query = blockIdx.y, in_launch = query / arguments.queries_per_row;
+  const int in_row = static_cast<int>(query % arguments.queries_per_row), column = in_row % 8;
+  const int64_t row = arguments.rows[in_launch];
   const Window window = visible_window(arguments.start, arguments.cursor, row, arguments.capacity, arguments.slot_count);
-  const float* products = arguments.products + query * arguments.stride;
   const T* keys = static_cast<const T*>(arguments.keys) + row * arguments.slot_count * dim;
-  const int begin = blockIdx.x * arguments.part_slots, end = min(begin + arguments.part_slots, window.length);  // ages
+  const float* maxima = arguments.maxima + query * arguments.groups;
+  const int begin = blockIdx.x * arguments.part_groups, end = min(begin + arguments.part_groups, arguments.groups);
+  // The eight queries that were multiplied together, so that products come out the same.
+  QueryOperand<dim> queries;
+  queries.load(static_cast<const T*>(arguments.query) + (query - column) * dim, min(8, arguments.queries_per_row - in_row + column));
 
-  // visit(score, age) for the thread's ages, kUnroll in flight
-  const auto for_each = [&](auto visit) {
-    for (int base = begin + threadIdx.x; base < end; base += kSelectThreads * kUnroll) {
-      float scores[kUnroll];
+  // visit(largest score, group) for the thread's groups in [from, to), kUnroll in flight
+  const auto for_each = [&](int from, int to, auto visit) {
+    for (int base = from + threadIdx.x; base < to; base += kSelectThreads * kUnroll) {
+      float largest[kUnroll];
 #pragma unroll
       for (int i = 0; i < kUnroll; ++i) {
-        const int age = base + kSelectThreads * i;
-        scores[i] = age < end ? products[window.slot(age)] : -INFINITY;
+        const int group = base + kSelectThreads * i;
+        largest[i] = group < to ? maxima[group] : -INFINITY;
       }
 #pragma unroll
-      for (int i = 0; i < kUnroll; ++i) visit(scores[i], base + kSelectThreads * i);
+      for (int i = 0; i < kUnroll; ++i) visit(largest[i], base + kSelectThreads * i);
     }
   };
+  if (threadIdx.x < kBoundGroups) bests[threadIdx.x] = 0;
+  __syncthreads();
   float largest = -INFINITY;
-  for_each([&](float score, int) {
+  for_each(begin, end, [&](float score, int) {
     if (score < INFINITY) largest = fmaxf(largest, score);  // an infinite one may belong to a key that does not count
   });
-  largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
-  largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
-  if (lane % 4 == 0) best_of_group[threadIdx.x / 4] = largest > -INFINITY ? sortable(largest) : 0;
-  if (threadIdx.x == 0) survivors = 0;
+  if (largest > -INFINITY) atomicMax(&bests[threadIdx.x % kBoundGroups], sortable(largest));
   __syncthreads();
 
-  uint32_t values[8];
-  int present = 0;
+  if (warp == 0) {  // by one warp: with all of them at it the multiprocessor was busy for three times as long
+    uint32_t values[kBoundGroups / 32];
+    int present = 0;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    values[i] = best_of_group[lane + 32 * i];
-    present += values[i] != 0;
-  }
-  present = __reduce_add_sync(kAllLanes, present);
-  const float lowest = present < arguments.k ? -3.402823466e+38f : unsortable(kth_largest(values, arguments.k));
-  const auto counts = [&](float score, int age) {
-    if (score == INFINITY) return key_is_finite(keys + static_cast<int64_t>(window.slot(age)) * dim, dim);
-    return score >= lowest;
-  };
-  for_each([&](float score, int age) {
-    if (!(score >= lowest) || !counts(score, age)) return;
-    const int place = atomicAdd(&survivors, 1);
-    if (place < WarpTopK::kCapacity) shared_list[place] = make_entry(score, age);
-  });
-  __syncthreads();
-  if (warp > 0 && survivors <= WarpTopK::kCapacity) return;
-
-  WarpTopK best(shared_list, arguments.k);
-  best.count = survivors;
-  if (survivors > WarpTopK::kCapacity) {  // ties: one warp takes them all
-    if (warp > 0) return;
-    best.count = 0;
-    for (int base = begin; base < end; base += 32) {
-      const int age = base + lane;
-      const float score = age < end ? products[window.slot(age)] : -INFINITY;
-      best.push(counts(score, age), make_entry(score, age));
+    for (int i = 0; i < kBoundGroups / 32; ++i) {
+      values[i] = bests[lane + 32 * i];
+      present += values[i] != 0;
     }
+    present = __reduce_add_sync(kAllLanes, present);
+    bound = present < arguments.k ? -3.402823466e+38f : unsortable(kth_largest(values, arguments.k));
   }
+  __syncthreads();
+  const float lowest = bound;
+
+  // Lists the groups of [from, to) that reach the bound, in no particular order, and returns how many there are.
+  const auto list = [&](int from, int to) {
+    __syncthreads();
+    if (threadIdx.x == 0) found = 0;
+    __syncthreads();
+    for_each(from, to, [&](float score, int group) {
+      if (!(score >= lowest)) return;
+      const int place = atomicAdd(&found, 1);
+      if (place < kListedGroups) listed[place] = group;
+    });
+    __syncthreads();
+    return found;
+  };
+  // A warp's group, an entry a slot; 0 for what is no neighbour.
+  const auto score_group = [&](int group) {
+    Operand<dim> loaded;
+    float d[4];
+    loaded.load_keys(keys, group, window);
+    group_scores<T>(d, loaded, queries, group, window);
+    if (lane % 4 != column / 2) return;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int in_group = lane / 4 + 8 * half, slot = group * kFewGroup + in_group;
+      const float score = column % 2 ? d[2 * half + 1] : d[2 * half];
+      const bool counts = score == INFINITY ? key_is_finite(keys + static_cast<int64_t>(slot) * dim, dim) : score >= lowest;
+      scored[warp * kFewGroup + in_group] = counts ? make_entry(score, window.age(slot)) : 0;
+    }
+  };
+  WarpTopK best(buffer, arguments.k);
+  const auto take_listed = [&](int count) {
+    for (int first = 0; first < count; first += kSelectWarps) {
+      if (first + warp < count) score_group(listed[first + warp]);
+      __syncthreads();
+      const int entries = min(kSelectWarps, count - first) * kFewGroup;
+      for (int i = 0; warp == 0 && i < entries; i += 32) {
+        const uint64_t entry = i + lane < entries ? scored[i + lane] : 0;
+        best.push(entry != 0, entry);
+      }
+      __syncthreads();
+    }
+  };
+  const int reached = list(begin, end);
+  if (reached <= kListedGroups) {
+    take_listed(reached);
+  } else {  // ties
+    for (int from = begin; from < end; from += kListedGroups) take_listed(list(from, min(from + kListedGroups, end)));
+  }
+  if (warp > 0) return;
   if (arguments.parts == 1) return write_neighbours(best, arguments, query, window);
   best.prune();
   uint64_t* const entries = arguments.entries + (query * arguments.parts + blockIdx.x) * arguments.k;

@@ -14,8 +14,9 @@ namespace memtrans {
 namespace {
 
 constexpr int kFewQueries = 8, kMostFewQueries = 32;  // of a row, for the path that reads the keys once ...
-constexpr int64_t kFewProducts = 22'000'000;     // ... while writing this many scores is cheaper than a scan's fixed costs
-constexpr int64_t kProductBytes = 256ll << 20;   // scores that a few-query launch may hold
+constexpr int64_t kFewProducts = 22'000'000;     // ... while this many products are cheaper than a scan's fixed costs
+constexpr int64_t kMaximaBytes = 64ll << 20;     // maxima that a few-query launch may hold
+constexpr int64_t kGridHeight = 65535;           // of CUDA
 constexpr int64_t kSmallestPart = 4096;          // keys that are worth a block of their own
 constexpr float kHitCost = 120.0f;
 
@@ -28,10 +29,13 @@ int multiprocessors() {
   return count;
 }
 
-// Rows that one few-query launch takes, so that its scores fit the workspace.
+int64_t few_groups(const KnnSearchShape& shape) { return (shape.slots + kFewGroup - 1) / kFewGroup; }
+
+// Rows that one few-query launch takes, so that its maxima fit the workspace and its queries the grid.
 int64_t few_rows(const KnnSearchShape& shape) {
-  const int64_t row_bytes = shape.queries_per_row * round_up(shape.slots, 4) * 4;
-  const int64_t fitting = kProductBytes / row_bytes;
+  const int64_t row_bytes = shape.queries_per_row * few_groups(shape) * 4;
+  const int64_t of_workspace = kMaximaBytes / row_bytes, of_grid = kGridHeight / shape.queries_per_row;
+  const int64_t fitting = of_workspace < of_grid ? of_workspace : of_grid;
   return fitting < 1 ? 1 : fitting < shape.row_count ? fitting : shape.row_count;
 }
 
@@ -75,7 +79,7 @@ struct ScanWorkspace {
 
 int64_t few_workspace(const KnnSearchShape& shape) {
   const int64_t queries = few_rows(shape) * shape.queries_per_row;
-  return queries * (round_up(shape.slots, 4) * 4 + few_parts(shape) * shape.k * 8) + 512;
+  return queries * (few_groups(shape) * 4 + few_parts(shape) * shape.k * 8) + 512;
 }
 
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
@@ -145,23 +149,24 @@ int launch_scan(const KnnSearchShape& shape, const KnnSearchTensors& tensors, fl
 
 template <typename T, int dim>
 int launch_few(const KnnSearchShape& shape, const KnnSearchTensors& tensors, cudaStream_t stream) {
-  const int64_t rows = few_rows(shape), per_row = shape.queries_per_row, stride = round_up(shape.slots, 4);
-  const int parts = static_cast<int>(few_parts(shape));
-  float* const products = reinterpret_cast<float*>(round_up(reinterpret_cast<int64_t>(tensors.workspace), 256));
-  uint64_t* const entries = reinterpret_cast<uint64_t*>(products + rows * per_row * stride);
+  const int64_t rows = few_rows(shape), per_row = shape.queries_per_row, groups = few_groups(shape);
+  const int64_t parts = few_parts(shape), tiles = (shape.slots + kFewTile - 1) / kFewTile;
+  uint64_t* const entries = reinterpret_cast<uint64_t*>(round_up(reinterpret_cast<int64_t>(tensors.workspace), 256));
+  float* const maxima = reinterpret_cast<float*>(entries + (parts > 1 ? rows * per_row * parts * shape.k : 0));
   for (int64_t first = 0; first < shape.row_count; first += rows) {
     const int64_t count = shape.row_count - first < rows ? shape.row_count - first : rows, query = first * per_row;
     const FewArguments arguments{tensors.rows + first, tensors.start, tensors.cursor,
-                                 static_cast<const T*>(tensors.query) + query * dim, tensors.keys, products, entries,
+                                 static_cast<const T*>(tensors.query) + query * dim, tensors.keys, maxima, entries,
                                  tensors.scores + query * shape.k, tensors.slots + query * shape.k, static_cast<int>(per_row),
-                                 static_cast<int>(shape.slots), static_cast<int>(stride), parts,
-                                 static_cast<int>((shape.capacity + parts - 1) / parts),
-                                 static_cast<int>(shape.capacity), static_cast<int>(shape.k)};
-    const int64_t tiles = (shape.slots + kFewTile - 1) / kFewTile, wanted = (dim > 128 ? 1 : kFewBlocks) * multiprocessors() / count;
+                                 static_cast<int>(shape.slots), static_cast<int>(groups), static_cast<int>(parts),
+                                 static_cast<int>((groups + parts - 1) / parts), static_cast<int>(shape.capacity),
+                                 static_cast<int>(shape.k)};
+    const int64_t wanted = (dim > 128 ? 1 : kFewBlocks) * multiprocessors() / count;
     const dim3 grid(static_cast<unsigned>(wanted < 1 ? 1 : tiles < wanted ? tiles : wanted), static_cast<unsigned>(count),
                     static_cast<unsigned>((per_row + 7) / 8));
-    few_scores<T, dim><<<grid, kFewThreads, 0, stream>>>(arguments);
-    few_select<T><<<dim3(parts, static_cast<unsigned>(count * per_row)), kSelectThreads, 0, stream>>>(arguments, dim);
+    few_maxima<T, dim><<<grid, kFewThreads, 0, stream>>>(arguments);
+    few_select<T, dim><<<dim3(static_cast<unsigned>(parts), static_cast<unsigned>(count * per_row)), kSelectThreads, 0, stream>>>(
+        arguments);
     if (parts > 1)
       few_merge<<<static_cast<unsigned>((count * per_row + 3) / 4), 128, 0, stream>>>(arguments, count * per_row);
   }

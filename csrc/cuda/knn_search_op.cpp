@@ -14,7 +14,7 @@ constexpr int64_t kMostQueries = int64_t{1} << 25;  // of one launch, which need
 // The stream that PyTorch would launch on now.
 void* current_stream(int32_t device) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return stream;
 }
 

@@ -86,7 +86,7 @@ void search_rows(
   const int64_t count = rows.size(0), of_piece = query.size(0) * query.size(1) * query.size(2);
   const int64_t queries = of_piece / count;
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(keys.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(keys.get_device_index(), &stream));
   auto& provider = resources(keys.get_device_index(), static_cast<cudaStream_t>(stream));
   faiss::gpu::GpuDistanceParams parameters = common_parameters(keys, queries, k);
   for (int64_t index = 0; index < count; ++index) {
