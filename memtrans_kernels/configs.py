@@ -43,8 +43,8 @@ class AttentionLaunch(NamedTuple):
 def attention_forward(itemsize: int, width: int, length: int, local_keys: int, neighbours: int) -> AttentionLaunch:
     """Measured on an H200, bf16, B=16 H=8 K=32, memory 64k; milliseconds. D 64, N 512: 0.133 against 0.165 with 64 keys
     and 0.143 with 32 queries of 64 keys. D 128: 0.248 against 0.352 with 64 queries of 32 keys. N 1, L 512: 0.017
-    against 0.021 with 64 keys and two warps; N 1, L 1: 0.011 against 0.013. Without neighbours, on an H100, D 128: 0.077
-    against 0.111 with 32 queries."""
+    against 0.021 with 64 keys and two warps; N 1, L 1: 0.011 against 0.013. Without neighbours, on an H100, D 128:
+    0.077 against 0.111 with 32 queries."""
     if itemsize > 2:
         return AttentionLaunch(queries=16 if length <= 16 else 32, keys=32, warps=4, stages=1)
     if length <= 16 and local_keys <= 64:
@@ -86,8 +86,8 @@ def head_parts(programs: int, heads: int) -> int:
     return max(1, min(heads, KEY_GRADIENT_PROGRAMS // programs))
 
 
-# Programs that share the documents and blocks of queries of one tile of the bias gradient. H100, D 128: 0.326 ms for the
-# whole backward pass against 0.332 with 16, 0.330 with 32 and 0.351 with 64.
+# Programs that share the documents and blocks of queries of one tile of the bias gradient. H100, D 128: 0.326 ms for
+# the whole backward pass against 0.332 with 16, 0.330 with 32 and 0.351 with 64.
 BIAS_PARTS = 8
 
 

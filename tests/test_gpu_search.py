@@ -129,6 +129,15 @@ def test_more_queries_than_one_launch_takes() -> None:
         assert_exact(query[:, :, part], held, [0], scores[:, :, part], slots[:, :, part], 2)
 
 
+def test_more_single_queries_than_a_grid_is_high() -> None:
+    held = memory([(0, keys_of(40, 32, torch.float16))], 40)
+    rows = [0] * 9000
+    query = torch.randn(len(rows), 8, 1, 32, generator=seeded(1)).half()
+    scores, slots = search(query, held, 2, "native", rows)
+    for part in (slice(0, 2), slice(8190, 8194), slice(-2, None)):  # 65,535 queries end among these
+        assert_exact(query[part], held, rows[part], scores[part], slots[part], 2)
+
+
 @pytest.mark.parametrize(("width", "k", "message"), [(48, 4, "D must be one of"), (64, 129, "k must be at most 128")])
 def test_what_it_does_not_take_is_an_error_by_name_and_plain_pytorch_by_auto(width: int, k: int, message: str) -> None:
     held = memory([(0, keys_of(300, width, torch.float16))], 300)
