@@ -29,6 +29,7 @@ TOY = os.environ.get("MEMTRANS_BENCH_TOY") == "1"  # sizes for a test that only 
 FOLDER = Path(__file__).resolve().parent
 RESULTS = Path(os.environ.get("MEMTRANS_BENCH_RESULTS", FOLDER / "results"))
 GRAPH_BELOW = 8.0  # ms; a call that takes longer keeps the GPU busy without a graph
+SLOW = 50.0  # ms; of calls that take longer a few are enough
 GRAPH_CALLS, ROUNDS, WARM_UP = 20, 50, 5
 RATED = ("bytes", "flop", "tokens")
 KEY = ("op", "impl", "case", "mode", "dtype")
@@ -157,9 +158,12 @@ def measure(
 
 
 def _uncaptured(function: Callable[[], Any]) -> float:
-    for _ in range(WARM_UP):
+    """Of calls launched one by one; fewer of those that take long."""
+    function()
+    slow = _event_milliseconds(function, 1) >= SLOW
+    for _ in range(1 if slow else WARM_UP):
         function()
-    return _event_milliseconds(function, ROUNDS)
+    return _event_milliseconds(function, ROUNDS // 5 if slow else ROUNDS)
 
 
 def bytes_of(tensors: Iterable[Tensor | None]) -> int:

@@ -5,7 +5,8 @@ milliseconds; behind it, in brackets, how many times as long as `memtrans` takes
 machine's ceilings were measured (bench_knn_search.py), `of the ceiling` is how near `memtrans` comes to the rate of a
 large matrix product or of a copy, whichever it is nearer to. With
 `<!-- table: MACHINE OP peak -->` it is the most memory that was allocated, that of the ring aside, in megabytes; in
-brackets, how many times what inputs and outputs take. `<!-- table: MACHINE train tokens -->` has tokens a second.
+brackets, how many times what inputs and outputs take. `<!-- table: MACHINE train tokens -->` has tokens a second,
+`<!-- table: MACHINE memory_gain gain -->` held-out bits per byte.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
-PLACE = re.compile(r"(<!-- table: (\S+) (\S+)( peak| tokens)? -->\n).*?(<!-- end of table -->)", re.DOTALL)
+PLACE = re.compile(r"(<!-- table: (\S+) (\S+)( peak| tokens| gain)? -->\n).*?(<!-- end of table -->)", re.DOTALL)
 OURS = "memtrans"
 
 
@@ -83,6 +84,24 @@ def tokens_table(entries: list[dict[str, Any]]) -> str:
     )
 
 
+def gain_table(entries: list[dict[str, Any]]) -> str:
+    """Held-out bits per byte of each run: all, with retrieval off, and far into long documents."""
+    far = max((int(place) for place in set.intersection(*(set(entry["by_position"]) for entry in entries))), default=0)
+    names = ("XL cache", "memory", "seed", "bits per byte", "with retrieval off", f"from byte {far:,} on")
+    columns = (*names, "training bytes", "seconds")
+    lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
+    for entry in sorted(entries, key=lambda entry: [entry["settings"][name] for name in ("xl", "memory", "seed")]):
+        settings, last = entry["settings"], entry["curve"][-1]
+        memory, cache = (f"{settings[name]:,}" if settings[name] else "–" for name in ("memory", "xl"))
+        off = f"{entry['bits_per_byte_without_memory']:.4f}" if settings["memory"] else "–"
+        lines.append(
+            f"| {cache} | {memory} | {settings['seed']} | {entry['bits_per_byte']:.4f} | {off} "
+            f"| {entry['by_position'][str(far)]:.4f} | {last['bytes'] / 1e6:.0f} M | {last['seconds']:.0f} |"
+        )
+    first = entries[0]
+    return "\n".join([*lines, "", f"On {first['gpu']}, torch {first['torch']}, triton {first['triton']}."]) + "\n"
+
+
 def table(entries: list[dict[str, Any]], ceilings: dict[str, float], peak: bool = False) -> str:
     """One row for each case, mode and dtype; one column for each implementation, ours first."""
     impls = sorted({entry["impl"] for entry in entries}, key=lambda impl: (impl != OURS, impl))
@@ -111,8 +130,9 @@ def filled(text: str) -> str:
     def fill(place: re.Match[str]) -> str:
         entries = json.loads((RESULTS / place[2] / f"{place[3]}.json").read_text())
         wanted = (place[4] or "").strip()
-        made = tokens_table(entries) if wanted == "tokens" else table(entries, ceilings_of(place[2]), wanted == "peak")
-        return f"{place[1]}{made}{place[5]}"
+        special = {"tokens": tokens_table, "gain": gain_table}
+        make = special.get(wanted, lambda entries: table(entries, ceilings_of(place[2]), wanted == "peak"))
+        return f"{place[1]}{make(entries)}{place[5]}"
 
     return PLACE.sub(fill, text)
 
