@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from memtrans.local_cache import LocalView
 from memtrans.memory import KNNMemory, snapshot_for
+from memtrans.merge import merged
 from memtrans.ring import MemorySnapshot
-from memtrans.sharded import ShardedSnapshot, merged
+from memtrans.sharded import ShardedSnapshot
 from memtrans.validation import check_bias, check_cache, check_count, check_hidden, check_number, sizes, whole
 from memtrans_kernels import checks, cosine, local_attention, memory_attention
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from memtrans.attention import Attention, KNNAttention
-from memtrans.memory import UNUSED, KNNMemory, snapshot_for, warn_unused
+from memtrans.compatibility import UNUSED, warn_unused
+from memtrans.memory import KNNMemory, snapshot_for
 from memtrans.memory_list import KNNMemoryList
 from memtrans.position import T5RelativePositionBias
 from memtrans.pretrained import Pretrained, configuration_of
