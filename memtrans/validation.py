@@ -34,6 +34,14 @@ def check_ids(
             raise IndexError(f"{name} must be token ids in [0, {vocabulary}), got {int(ids[wrong][0])}")
 
 
+def check_labels(labels: Tensor | None, hidden: Tensor, vocabulary: int, pad_id: int, validate: bool) -> None:
+    """Refuses what are no labels (B, N) for hidden (B, N, dim): ids in [0, vocabulary), or `pad_id`."""
+    if labels is not None:
+        check_ids("labels", labels, vocabulary, pad_id, hidden.device, validate)
+        if labels.shape != hidden.shape[:2]:
+            raise ValueError(f"labels must have shape {tuple(hidden.shape[:2])}, got {tuple(labels.shape)}")
+
+
 def check_hidden(name: str, hidden: Tensor, weight: Tensor) -> None:
     """Refuses what is no (B, N, width) of the dtype and on the device of weight (anything, width).
 
@@ -148,8 +156,9 @@ def layer_numbers(name: str, layers: int | Sequence[int] | None, default: Sequen
     return tuple(sorted(set(chosen)))
 
 
-def token_or_none(name: str, token_id: int | None, vocabulary: int) -> int | None:
-    """A token id, None for none; refuses one outside the vocabulary."""
+def clearing_token(which: str, token_id: int | None, vocabulary: int) -> int | None:
+    """The token that clears memories, None for none; refuses one outside the vocabulary. which: `sos` or `eos`."""
+    name = f"clear_memories_on_{which}_token_id"
     if token_id is not None and not 0 <= checks.integer(name, token_id) < vocabulary:
         raise ValueError(f"{name} must be a token id in [0, {vocabulary}), got {token_id}")
     return token_id
