@@ -4,8 +4,8 @@ from memtrans.attention import Attention, KNNAttention
 from memtrans.generate import generate
 from memtrans.memory import KNNMemory
 from memtrans.memory_list import KNNMemoryList
+from memtrans.memory_state import join_shards
 from memtrans.position import T5RelativePositionBias
-from memtrans.sharded import join_shards
 from memtrans.transformer import MemorizingTransformer
 
 __all__ = [

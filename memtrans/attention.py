@@ -1,7 +1,7 @@
 """Local attention with an XL cache, and attention that also reads a memory.
 
-Shapes: B documents, H query heads, G key/value heads, N tokens of the segment, X cached XL tokens, L = X + N, D head
-width. Source: Wu et al. 2022, section 3; the XL cache is Dai et al. 2019 (Transformer-XL).
+Shapes: B documents, H query heads, G key/value heads, N tokens of the segment, X cached XL tokens, L = X + N local
+keys, D head width, K retrieved neighbours. Source: Wu et al. 2022, section 3.
 """
 
 from __future__ import annotations
@@ -11,78 +11,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from memtrans.local_cache import LocalView
+from memtrans.local_context import LocalContext, bias_arguments
 from memtrans.memory import KNNMemory, snapshot_for
+from memtrans.merge import merged
 from memtrans.ring import MemorySnapshot
-from memtrans.sharded import ShardedSnapshot, merged
-from memtrans.validation import check_bias, check_cache, check_count, check_hidden, check_number, sizes, whole
+from memtrans.sharded import ShardedSnapshot
+from memtrans.validation import check_bias, check_count, check_number
 from memtrans_kernels import checks, cosine, local_attention, memory_attention
-
-
-class LocalContext(nn.Module):
-    """What both kinds of attention share: projections to heads, the XL cache, the way out.
-
-    Subclasses say what to do with query (B, H, N, D) and the local keys and values (B, G, L, D).
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        dim_head: int,
-        dropout: float,
-        xl_max_memories: int,
-        kv_heads: int,
-        bias_out: bool,
-    ) -> None:
-        super().__init__()
-        dim, heads, dim_head, kv_heads = sizes(1, dim=dim, heads=heads, dim_head=dim_head, kv_heads=kv_heads)
-        checks.divides(kv_heads, "kv_heads", heads, "heads")
-        checks.probability("dropout", dropout)
-        self.heads, self.kv_heads, self.dim_head = heads, kv_heads, dim_head
-        self.xl_max_memories = whole("xl_max_memories", xl_max_memories, low=0)
-        self.dropout = nn.Dropout(dropout)
-        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
-        self.to_kv = nn.Linear(dim, kv_heads * dim_head * 2, bias=False)
-        self.to_out = nn.Linear(heads * dim_head, dim, bias=bias_out)
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query (B, H, N, D), key and value (B, G, N, D) of x (B, N, dim)."""
-        check_hidden("x", x, self.to_q.weight)
-        query = rearrange(self.to_q(x), "b n (h d) -> b h n d", h=self.heads)
-        key, value = rearrange(self.to_kv(x), "b n (kv g d) -> kv b g n d", kv=2, g=self.kv_heads)
-        return query, key, value
-
-    def extend(self, key: Tensor, value: Tensor, xl_memory: Tensor | LocalView | None) -> tuple[Tensor, Tensor]:
-        """Puts the cached keys and values before the segment's own: (B, G, L, D)."""
-        if xl_memory is None:
-            return key, value
-        if isinstance(xl_memory, LocalView):
-            return xl_memory.extend(key, value)
-        check_cache("xl_memory", xl_memory, key.shape[0], self.kv_heads, self.dim_head, key.device)
-        cached = xl_memory if self.kv_heads > 1 else xl_memory[:, None]
-        cached_key, cached_value = cached.to(key.dtype).unbind(dim=-2)
-        return torch.cat((cached_key, key), dim=-2), torch.cat((cached_value, value), dim=-2)
-
-    def cache(self, key: Tensor, value: Tensor, xl_memory: Tensor | LocalView | None) -> Tensor | None:
-        """The newest of the local keys and values, for the next segment: (B, X, 2, D), or (B, G, X, 2, D) if G > 1."""
-        if self.xl_max_memories == 0 or isinstance(xl_memory, LocalView):
-            return None
-        newest = torch.stack((key, value), dim=-2)[:, :, -self.xl_max_memories :].detach()
-        return newest if self.kv_heads > 1 else newest[:, 0]
-
-    def dropout_arguments(self, query: Tensor) -> dict[str, Any]:
-        """Of the kernel: nothing unless weights are dropped; the seed is drawn on the device."""
-        if not self.training or self.dropout.p == 0.0:
-            return {}
-        return {"dropout_p": self.dropout.p, "seed": torch.randint(2**62, (), device=query.device)}
-
-    def merge(self, out: Tensor) -> Tensor:
-        """Heads (B, H, N, D) back to (B, N, dim)."""
-        return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
 
 
 class Attention(LocalContext):
@@ -138,7 +76,7 @@ class Attention(LocalContext):
         key, value = self.extend(key, value, xl_memory)
         check_count("local_length", local_length, x, key.shape[2])
         check_bias(rel_pos_bias, query, key.shape[2])
-        bias = _bias_arguments(rel_pos_bias, self.heads, query.shape[2], key.shape[2])
+        bias = bias_arguments(rel_pos_bias, self.heads, query.shape[2], key.shape[2])
         if x.shape[1] == 1 and local_length is None and "bias_dense" in bias and not self.training:
             return self.merge(self._attend_once(query, key, value, **bias)), self.cache(key, value, xl_memory)
         out, _ = local_attention(
@@ -266,7 +204,7 @@ class KNNAttention(LocalContext):
         if add_to is not None:
             target = snapshot_for("add_to", add_to, key, longest, self.kv_heads, self.dim_head)
         local = {"key": key, "value": value, "local_length": local_length}
-        local |= _bias_arguments(rel_pos_bias, self.heads, query.shape[2], key.shape[2])
+        local |= bias_arguments(rel_pos_bias, self.heads, query.shape[2], key.shape[2])
         out = self._attend(query, snapshot, local)
         if add_knn_memory:
             target = self.add_leaving(target, key, value, x.shape[1], local_length, lengths)
@@ -357,13 +295,3 @@ def leaving_range(
     first = torch.zeros_like(given) if local_length is None else (local_keys - local_length).clamp(0, leaving)
     end = torch.full_like(given, local_keys) if lengths is None else local_keys - length + lengths
     return first, end.clamp(max=leaving)
-
-
-def _bias_arguments(rel_pos_bias: Tensor | None, heads: int, length: int, local_keys: int) -> dict[str, Any]:
-    """By distance (H, distances), or dense: (..., N, L) with up to two leading axes that broadcast against (1, H)."""
-    if rel_pos_bias is None:
-        return {}
-    if rel_pos_bias.dim() == 2:
-        return {"bias_table": rel_pos_bias}
-    dense = rel_pos_bias if rel_pos_bias.dim() == 4 else rel_pos_bias[None]
-    return {"bias_dense": dense[..., -length:, -local_keys:].expand(-1, heads, -1, -1)}

@@ -28,7 +28,8 @@ from memtrans.presets import PRESETS, figures
 from memtrans.ranks import LostRankError, Ranks, joined
 from memtrans.run import Run, check_memory, checkpoint_of, resumed_settings, start
 from memtrans.settings import Settings, build_model
-from memtrans.train import NonFiniteLossError, load_weights, open_data, pick_device
+from memtrans.train import NonFiniteLossError, open_data, pick_device
+from memtrans.weights import load_weights
 from memtrans_kernels import backends_info
 
 BAD_INPUT = (ValueError, OSError)  # from reading what the user named

@@ -21,8 +21,9 @@ from memtrans.progress import reading_bar
 from memtrans.run import checkpoint_of
 from memtrans.sampling import Sampling
 from memtrans.settings import BYTES, DTYPES, Settings, build_model
-from memtrans.train import load_weights, pick_device
+from memtrans.train import pick_device
 from memtrans.transformer import MemorizingTransformer
+from memtrans.weights import load_weights
 from memtrans_kernels import checks
 
 SEGMENT = 512  # where the checkpoint does not say what the model was trained with

@@ -18,8 +18,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from memtrans.attention import KNNAttention, LocalContext
+from memtrans.attention import KNNAttention
 from memtrans.local_cache import LocalCache, LocalView, ReadingView, WritingView, rows_of
+from memtrans.local_context import LocalContext
 from memtrans.memory_list import KNNMemoryList
 from memtrans.position import T5RelativePositionBias
 from memtrans.ring import MemorySnapshot

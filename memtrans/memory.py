@@ -1,12 +1,11 @@
 """The memory of a Memorizing Transformer: what a document said so far, behind upstream's interface.
 
-`KNNMemory` owns one layer's ring (`ring.py`) and knows its scope, formats and files. The search itself is an operator
-of `memtrans_kernels`. Source: Wu et al. 2022, sections 3.1 and 3.2.
+`KNNMemory` owns one layer's ring (`ring.py`, or `sharded.py`) and knows its scope, formats and files. The search itself
+is an operator of `memtrans_kernels`. Source: Wu et al. 2022, sections 3.1 and 3.2.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,26 +15,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from memtrans.compatibility import UNUSED, warn_unused
+from memtrans.memory_state import check_state, state_parts
+from memtrans.ranks import ranks_of
 from memtrans.ring import MemorySnapshot, Ring, check_mask
-from memtrans.sharded import SHARD, ShardedRing, ranks_of
+from memtrans.sharded import ShardedRing
 from memtrans.storage import load_tensors, save_tensors
-from memtrans.validation import check_finite, check_numbers, sizes, usable_device
+from memtrans.validation import (
+    check_documents,
+    check_finite,
+    check_memories,
+    check_numbers,
+    check_queries,
+    sizes,
+    usable_device,
+)
 from memtrans_kernels import checks
 from memtrans_kernels.backends import check_name
-
-UNUSED: Any = object()  # the default of arguments that upstream has and that mean nothing here
-
-
-def warn_unused(**arguments: Any) -> None:
-    """One DeprecationWarning for the arguments that were given although they have no meaning any more."""
-    given = [name for name, value in arguments.items() if value is not UNUSED]
-    if given:
-        warnings.warn(
-            f"{', '.join(given)}: accepted for compatibility and ignored; the memory lives on the device in one tensor "
-            "and is searched exactly, so there are no files, no processes and no probes to choose",
-            DeprecationWarning,
-            stacklevel=3,
-        )
 
 
 class KNNMemory:
@@ -116,28 +112,24 @@ class KNNMemory:
     def _prepare(self, device: torch.device, longest: int) -> None:
         """Lays the ring out on `device`, with spare slots for a segment of `longest` entries."""
         if self._ring is None:
-            if device.type == "meta":
-                raise ValueError(f"device must be one that keeps values, got {str(device)!r}")
-            default = torch.float16 if device.type == "cuda" else torch.float32
-            dtype = self.dtype or default
-            size = (self.num_indices * self.kv_heads, self.max_memories, max(self.spare, longest), self.dim)
-            storage: dict[str, Any] = {
-                "key_dtype": dtype,
-                "value_dtype": self.value_dtype or dtype,
-                "device": device,
-                "backend": self.backend,
-            }
-            if self._ranks is None:
-                self._ring = Ring(*size, **storage)
-            else:
-                self._ranks.agree(
-                    **self.configuration(), dtype=dtype, value_dtype=storage["value_dtype"], device=device.type
-                )
-                self._ring = ShardedRing(*size, ranks=self._ranks, **storage)
+            self._ring = self._new_ring(device, max(self.spare, longest))
             self._rows = self._scoped_rows()
         elif longest > self._ring.spare:
             self._ring.widen(longest)
         self.spare = max(self.spare, longest)
+
+    def _new_ring(self, device: torch.device, spare: int) -> Ring:
+        if device.type == "meta":
+            raise ValueError(f"device must be one that keeps values, got {str(device)!r}")
+        dtype = self.dtype or (torch.float16 if device.type == "cuda" else torch.float32)
+        value_dtype = self.value_dtype or dtype
+        size = (self.num_indices * self.kv_heads, self.max_memories, spare, self.dim)
+        storage: dict[str, Any] = {"key_dtype": dtype, "value_dtype": value_dtype}
+        storage |= {"device": device, "backend": self.backend}
+        if self._ranks is None:
+            return Ring(*size, **storage)
+        self._ranks.agree(**self.configuration(), dtype=dtype, value_dtype=value_dtype, device=device.type)
+        return ShardedRing(*size, ranks=self._ranks, **storage)
 
     @property
     def device(self) -> torch.device | None:
@@ -177,20 +169,12 @@ class KNNMemory:
             rows = rows.pin_memory()
         return rows.to(self._ring.keys.device, non_blocking=True)
 
-    def _check_indices(self, name: str, indices: Iterable[int]) -> list[int]:
-        if not isinstance(indices, Iterable):
-            raise TypeError(f"{name} must be a sequence of numbers of documents, got {indices!r}")
-        indices = [checks.integer(name, index) for index in indices]
-        if len(set(indices)) != len(indices) or not all(0 <= index < self.num_indices for index in indices):
-            raise ValueError(f"{name} must be different numbers in [0, {self.num_indices}), got {indices}")
-        return indices
-
     def set_scoped_indices(self, indices: Iterable[int]) -> None:
         """Makes `add` and `search` speak of these documents, in this order.
 
         Raises ValueError when there is none, or one is repeated or out of range.
         """
-        chosen = self._check_indices("indices", indices)
+        chosen = check_documents("indices", indices, self.num_indices)
         if not chosen:
             raise ValueError("indices must name at least one document, got []")
         self.scoped_indices = chosen
@@ -222,14 +206,8 @@ class KNNMemory:
         checks.tensors(memories=memories)
         checks.floating(memories=memories)
         checks.typed(torch.int64, count=count)
-        heads = () if self.kv_heads == 1 else (self.kv_heads,)
         batch = len(self.scoped_indices)
-        expected = (batch, *heads, memories.shape[-3] if memories.dim() >= 3 else 0, 2, self.dim)
-        if tuple(memories.shape) != expected:
-            raise ValueError(
-                f"memories must have shape {self._described('N, 2')} for {batch} documents in scope, "
-                f"got {tuple(memories.shape)}"
-            )
+        check_memories(memories, batch, self.kv_heads, self.dim)
         pairs = memories.detach().reshape(batch, self.kv_heads, memories.shape[-3], 2, self.dim)
         # infinite values saturate, and such keys are never retrieved
         check_numbers("the values in memories", pairs[..., 1, :])
@@ -263,18 +241,9 @@ class KNNMemory:
         checks.floating(queries=queries)
         topk = checks.integer("topk", topk, low=1)
         batch = len(self.scoped_indices)
-        if queries.dim() < 2 or queries.shape[0] != batch or queries.shape[-1] != self.dim:
-            raise ValueError(
-                f"queries must have shape ({batch}, ..., {self.dim}) for {batch} documents in scope, "
-                f"got {tuple(queries.shape)}"
-            )
-        heads = 1 if self.kv_heads == 1 else queries.shape[1]
-        if self.kv_heads > 1 and (queries.dim() < 3 or heads % self.kv_heads):
-            raise ValueError(
-                f"queries must have shape (B, H, ..., D), H a multiple of kv_heads={self.kv_heads}, "
-                f"got {tuple(queries.shape)}"
-            )
+        check_queries(queries, batch, self.kv_heads, self.dim)
         check_finite("queries", queries)
+        heads = 1 if self.kv_heads == 1 else queries.shape[1]
         flat = queries.detach().reshape(batch, heads, -1, self.dim)
         *pairs, mask = self.snapshot(like=queries).pairs(flat, topk)
         pairs = [tensor.to(queries.dtype) for tensor in pairs]
@@ -292,7 +261,7 @@ class KNNMemory:
         else:
             several = isinstance(batch_indices, Iterable) and getattr(batch_indices, "ndim", 1) > 0
             given: Any = batch_indices if several else [batch_indices]
-            indices = self._check_indices("batch_indices", given)
+            indices = check_documents("batch_indices", given, self.num_indices)
         if self._ring is not None:
             with self.at_batch_indices(range(self.num_indices)):
                 mask = torch.zeros(self.num_indices, dtype=torch.bool, device="cpu")
@@ -312,10 +281,6 @@ class KNNMemory:
 
     # ---------------------------------------------------------------------------------------- state and files
 
-    def _described(self, entries: str) -> str:
-        heads = "" if self.kv_heads == 1 else f"{self.kv_heads}, "
-        return f"({len(self.scoped_indices)}, {heads}{entries}, {self.dim})"
-
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of what the memory holds: keys and values (R, longest row, D), old to new and ending with the newest
         entry, and lengths (R,). Of a sharded memory this rank's share, which `join_shards` puts together."""
@@ -324,12 +289,7 @@ class KNNMemory:
             keys = torch.zeros(rows, 0, self.dim, dtype=self.dtype)
             values = torch.zeros(rows, 0, self.dim, dtype=self.value_dtype or self.dtype)
             return {"keys": keys, "values": values, "lengths": torch.zeros(rows, dtype=torch.int64)}
-        if isinstance(self._ring, ShardedRing):
-            return self._ring.state()
-        lengths = self._ring.lengths()
-        _, slot = self._ring.window(int(lengths.max()))
-        row = torch.arange(rows, device=slot.device)[:, None]
-        return {"keys": self._ring.keys[row, slot], "values": self._ring.values[row, slot], "lengths": lengths}
+        return self._ring.state()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Replaces what the memory holds; of a larger memory's entries it keeps the newest.
@@ -340,44 +300,16 @@ class KNNMemory:
         of heads, or is a share of another sharding.
         """
         self.check_state(state)
-        keys, values, lengths = state["keys"], state["values"], state["lengths"]
-        device = self.device or keys.device
+        device = self.device or state["keys"].device
         self.cleanup()
         self._prepare(device, 0)
-        if isinstance(self._ring, ShardedRing):
-            self._ring.load(state)
-            return
-        kept = min(keys.shape[1], self.max_memories)
-        heads = (self.num_indices, self.kv_heads)
-        newest = [tensor[:, tensor.shape[1] - kept :].unflatten(0, heads).to(device) for tensor in (keys, values)]
-        with self.at_batch_indices(range(self.num_indices)):
-            snapshot = self.snapshot().append(*newest)
-        snapshot.ring.start.copy_(kept - lengths.clamp(max=kept))
+        assert self._ring is not None
+        self._ring.load(state)
 
     def check_state(self, state: Mapping[str, Tensor]) -> None:
         """Refuses what `load_state_dict` cannot take up; see there."""
-        rows = self.num_indices * self.kv_heads
-        keys, values, lengths = _parts(state)
-        checks.floating(keys=keys, values=values)
-        checks.typed(torch.int64, lengths=lengths)
-        width = keys.shape[1] if keys.dim() == 3 else 0
-        expected = (rows, width, self.dim)
-        if tuple(keys.shape) != expected or values.shape != keys.shape or tuple(lengths.shape) != (rows,):
-            raise ValueError(
-                f"state must hold keys and values of shape ({rows}, entries, {self.dim}) and lengths of shape "
-                f"({rows},), got {tuple(keys.shape)}, {tuple(values.shape)} and {tuple(lengths.shape)}"
-            )
-        if SHARD in state:
-            here = None if self._ranks is None else [self._ranks.rank, self._ranks.size]
-            if state[SHARD].tolist() != here:
-                fitting = "a whole memory's" if here is None else f"a whole memory's or shard {here[0]} of {here[1]}"
-                rank, size = state[SHARD].tolist()
-                raise ValueError(
-                    f"state must be {fitting}, got shard {rank} of {size}; join_shards makes all shards a whole"
-                )
-            width = (width + 1) * (self._ranks.size if self._ranks else 1)  # some ranks hold one more than this
-        if not bool(((lengths >= 0) & (lengths <= width)).all()):
-            raise ValueError(f"lengths must be in [0, {width}], got {lengths.tolist()}")
+        shard = None if self._ranks is None else (self._ranks.rank, self._ranks.size)
+        check_state(state, self.num_indices * self.kv_heads, self.dim, shard)
 
     def configuration(self) -> dict[str, int]:
         """The arguments that make a memory of this size."""
@@ -395,7 +327,7 @@ class KNNMemory:
         Raises ValueError when the file is damaged or not a saved memory, FileNotFoundError when there is none.
         """
         state, configuration = load_tensors(path, "memtrans.KNNMemory")
-        keys, values, _ = _parts(state)
+        keys, values, _ = state_parts(state)
         dtypes = {"dtype": keys.dtype, "value_dtype": values.dtype}
         memory = cls(**{**configuration, **dtypes, **overrides}, device=device)
         memory.load_state_dict(state)
@@ -413,16 +345,6 @@ class KNNMemory:
         if pickled["state"] is not None:
             self._prepare(pickled["device"], 0)
             self.load_state_dict(pickled["state"])
-
-
-def _parts(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys, values and lengths of a state."""
-    if not isinstance(state, Mapping):
-        raise TypeError(f"state must be a mapping of names to tensors, got {type(state).__name__}")
-    missing = {"keys", "values", "lengths"} - set(state)
-    if missing:
-        raise ValueError(f"state must hold keys, values and lengths, got none of {sorted(missing)}")
-    return state["keys"], state["values"], state["lengths"]
 
 
 def snapshot_for(

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from memtrans.memory import UNUSED, KNNMemory, warn_unused
+from memtrans.compatibility import UNUSED, warn_unused
+from memtrans.memory import KNNMemory
 from memtrans.storage import load_tensors, save_tensors
 from memtrans_kernels import checks
 

@@ -168,6 +168,15 @@ class Ranks:
 ALONE = Ranks()
 
 
+def ranks_of(group: dist.ProcessGroup) -> Ranks:
+    """The members of a process group. Raises TypeError or ValueError when it is none, or not this process's."""
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"process_group must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
+    if dist.get_rank(group) < 0:
+        raise ValueError("process_group must be a group that this process is a member of, got another one")
+    return Ranks(dist.get_rank(group), dist.get_world_size(group), 0, group, group)
+
+
 def _kind(error: Exception) -> type[Exception]:
     """A class that takes a message, as the classes of some errors do not."""
     kinds: tuple[type[Exception], ...] = (FileNotFoundError, OSError, ValueError, torch.OutOfMemoryError, MemoryError)

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memtrans.attention import LocalContext
 from memtrans.data import Batch
+from memtrans.local_context import LocalContext
 from memtrans.transformer import MemorizingTransformer
 
 

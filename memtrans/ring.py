@@ -16,7 +16,7 @@ makes reading them safe.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -93,6 +93,26 @@ class Ring:
     def lengths(self) -> Tensor:
         """How many entries each row holds (R,)."""
         return (self.cursor - self.start).clamp(max=self.capacity)
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of what it holds; see `memory_state.py`."""
+        lengths = self.lengths()
+        return {**self.newest(int(lengths.max())), "lengths": lengths}
+
+    def newest(self, count: int) -> dict[str, Tensor]:
+        """Copies of the newest so many keys and values of each row (R, count, D), old to new."""
+        _, slot = self.window(count)
+        row = torch.arange(slot.shape[0], device=slot.device)[:, None]
+        return {"keys": self.keys[row, slot], "values": self.values[row, slot]}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Takes up the newest entries of a state that it has room for; nothing was added before."""
+        device, count = self.cursor.device, len(self.cursor)
+        kept = min(state["keys"].shape[1], self.capacity)
+        keys, values = (state[name][:, state[name].shape[1] - kept :].to(device) for name in ("keys", "values"))
+        snapshot = self.snapshot(torch.arange(count, device=device), range(count), documents=count)
+        snapshot.append(keys[:, None], values[:, None])
+        self.start.copy_(kept - state["lengths"].clamp(max=kept))
 
 
 def check_mask(mask: Tensor, documents: int) -> None:

@@ -33,6 +33,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from memtrans.exchange import by_rank, exchange, from_all, side_by_side
+from memtrans.memory_state import SHARD, held
+from memtrans.merge import merged, of_all_ranks, ranked
 from memtrans.ranks import Ranks
 from memtrans.ring import MemorySnapshot, Ring, check_mask
 from memtrans_kernels import (
@@ -45,57 +48,6 @@ from memtrans_kernels import (
     read_cursors,
 )
 from memtrans_kernels.backends import implements
-
-SHARD = "shard"  # what the state of one rank's share has beside the state of a whole memory
-
-
-def ranks_of(group: dist.ProcessGroup) -> Ranks:
-    """The members of a process group. Raises TypeError or ValueError when it is none, or not this process's."""
-    if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"process_group must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
-    if dist.get_rank(group) < 0:
-        raise ValueError("process_group must be a group that this process is a member of, got another one")
-    return Ranks(dist.get_rank(group), dist.get_world_size(group), 0, group, group)
-
-
-# ------------------------------------------------------------------------------------------------------------ exchange
-
-
-class _Exchange(torch.autograd.Function):
-    """Sends slice w of a tensor (W, ...) to rank w; slice w of the result came from rank w. Its own transpose."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, ranks: Ranks) -> Tensor:
-        ctx.ranks = ranks
-        tensor = tensor.contiguous()
-        received = torch.empty_like(tensor)
-        with ranks.listening():
-            dist.all_to_all_single(received, tensor, group=ranks.quick)
-        return received
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _Exchange.apply(grad, ctx.ranks), None
-
-
-def _exchange(tensor: Tensor, ranks: Ranks) -> Tensor:
-    return _Exchange.apply(tensor, ranks)
-
-
-def _from_all(tensor: Tensor, ranks: Ranks) -> Tensor:
-    """What every rank gives (...), on all of them (W, ...)."""
-    return _exchange(tensor.expand(ranks.size, *tensor.shape), ranks)
-
-
-def _side_by_side(tensor: Tensor) -> Tensor:
-    """The queries of all ranks (W, B, H, N, ...) as those of one segment (B, H, W·N, ...)."""
-    return tensor.movedim(0, 2).flatten(2, 3)
-
-
-def _by_rank(tensor: Tensor, size: int) -> Tensor:
-    """The reverse."""
-    return tensor.unflatten(2, (size, -1)).movedim(2, 0)
-
 
 # ---------------------------------------------------------------------------------------------------------------- ring
 
@@ -116,7 +68,7 @@ class ShardedRing(Ring):
 
     def own(self, entries: Tensor) -> Tensor:
         """How many of the first so many entries are on this rank."""
-        return _held(entries, self.ranks.rank, self.ranks.size)
+        return held(entries, self.ranks.rank, self.ranks.size)
 
     def lengths(self) -> Tensor:
         """How many entries each row holds on all ranks (R,)."""
@@ -135,11 +87,8 @@ class ShardedRing(Ring):
         """
         first = self.own(self.total - self.lengths())
         most = int((self.cursor - first).max())
-        _, slot = self.window(most)
-        row = torch.arange(slot.shape[0], device=slot.device)[:, None]
         shard = torch.tensor([self.ranks.rank, self.ranks.size], device="cpu")
-        held = {"keys": self.keys[row, slot], "values": self.values[row, slot]}
-        return {**held, "lengths": self.lengths(), "entries": self.total.clone(), SHARD: shard}
+        return {**self.newest(most), "lengths": self.lengths(), "entries": self.total.clone(), SHARD: shard}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Takes up a share of the same rank among as many, or this rank's share of a whole memory's state."""
@@ -163,11 +112,6 @@ class ShardedRing(Ring):
         """Stores `count` (B·G,) of keys and values (B, G, N, D) here, after this rank's first `at` (R,) entries."""
         backend = self.backend if implements("knn_add_", self.backend) else "auto"
         knn_add_(self.keys, self.values, self.cursor, rows, keys, values, count, at=at, backend=backend)
-
-
-def _held(entries: Tensor, rank: int | Tensor, size: int) -> Tensor:
-    """How many of the first so many entries are on a rank."""
-    return ((entries - rank + (size - 1)) // size).clamp(min=0)
 
 
 # -------------------------------------------------------------------------------------------------------------- search
@@ -194,16 +138,6 @@ class Neighbours:
     won: Tensor
 
 
-def _best_first(scores: Tensor, ages: Tensor) -> Tensor:
-    """The order of candidates (..., C) by score, older first among equals; ages in [0, 2^31)."""
-    if scores.dtype != torch.float32:
-        older = ages.argsort(dim=-1, descending=True)
-        return older.gather(-1, scores.gather(-1, older).argsort(dim=-1, descending=True, stable=True))
-    bits = (scores + 0.0).view(torch.int32)
-    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()  # integers in the order of the floats
-    return ((ordered << 32) | ages).argsort(dim=-1, descending=True)
-
-
 @dataclass(frozen=True)
 class ShardedSnapshot(MemorySnapshot):
     """A sharded memory as one forward pass sees it; `start` and `cursor` count entries on all ranks."""
@@ -217,29 +151,26 @@ class ShardedSnapshot(MemorySnapshot):
     def find(self, query: Tensor, k: int) -> Neighbours:
         """The K nearest entries of query (B, H, N, D) on all ranks, and what those found here that asked for theirs."""
         ring, ranks = self.ring, self.ring.ranks
-        queries = _side_by_side(_from_all(query, ranks))
+        queries = side_by_side(from_all(query, ranks))
         first = ring.own(torch.maximum(self.start, self.cursor - ring.visible))
         own_scores, slots = knn_search(
             queries, self.keys, self.rows, first, ring.own(self.cursor), ring.capacity, k, backend=ring.backend
         )
-        scores, theirs = (_exchange(_by_rank(tensor, ranks.size), ranks) for tensor in (own_scores, slots))
+        scores, theirs = (exchange(by_rank(tensor, ranks.size), ranks) for tensor in (own_scores, slots))
         entries = self._entries(theirs)
         newest = self._of_heads(self.cursor, query.shape[1])
         ages = torch.where(theirs >= 0, newest - 1 - entries, 0)
-        order = _best_first(_candidates(scores), _candidates(ages))
-        ranking = torch.arange(order.shape[-1], device=order.device).expand_as(order)
-        places = torch.empty_like(order).scatter_(-1, order, ranking)
-        places = places.unflatten(-1, (ranks.size, k)).movedim(-2, 0)
+        order, places = ranked(scores, ages)
         won = (places < k) & (theirs >= 0)
         best = order[..., :k]
         return Neighbours(
-            scores=_candidates(scores).gather(-1, best),
-            entries=_candidates(entries).gather(-1, best),
+            scores=of_all_ranks(scores).gather(-1, best),
+            entries=of_all_ranks(entries).gather(-1, best),
             places=places,
             queries=queries,
             candidate_scores=own_scores,
             candidates=slots,
-            won=_side_by_side(_exchange(won.to(torch.uint8), ranks)).bool(),
+            won=side_by_side(exchange(won.to(torch.uint8), ranks)).bool(),
         )
 
     def _of_heads(self, counts: Tensor, heads: int) -> Tensor:
@@ -251,7 +182,7 @@ class ShardedSnapshot(MemorySnapshot):
         """The numbers of the entries in these slots of each rank (W, B, H, N, K); -1 for none."""
         size = self.ring.ranks.size
         rank = torch.arange(size, device=slots.device).reshape(-1, 1, 1, 1, 1)
-        newest = _held(self._of_heads(self.cursor, slots.shape[2]), rank, size) - 1
+        newest = held(self._of_heads(self.cursor, slots.shape[2]), rank, size) - 1
         own = newest - (newest - slots.long()) % self.keys.shape[1]
         return torch.where(slots >= 0, own * size + rank, -1)
 
@@ -271,7 +202,7 @@ class ShardedSnapshot(MemorySnapshot):
     def fetch(self, found: Neighbours) -> tuple[Tensor, Tensor]:
         """The neighbours' keys and values (B, H, N, K, D), from the ranks that hold them; zeros where there is none."""
         ranks, (_, width) = self.ring.ranks, self.keys.shape[1:]
-        won, slots = (_by_rank(tensor, ranks.size) for tensor in (found.won, found.candidates))
+        won, slots = (by_rank(tensor, ranks.size) for tensor in (found.won, found.candidates))
         row = self._of_heads(torch.arange(self.start.shape[0], device=slots.device), slots.shape[2])
         row, slot = row.expand_as(slots)[won], slots[won].long()
         k = found.scores.shape[-1]
@@ -316,7 +247,7 @@ class ShardedSnapshot(MemorySnapshot):
         """
         ranks = self.ring.ranks
         length = found.queries.shape[2] // ranks.size
-        scales = _from_all(scale, ranks).T.repeat_interleave(length, dim=1)[None, :, :, None]  # (1, H, W·N, 1)
+        scales = from_all(scale, ranks).T.repeat_interleave(length, dim=1)[None, :, :, None]  # (1, H, W·N, 1)
         queries = (found.queries * scales).to(found.queries.dtype)
         nothing = queries.detach().new_empty(self.documents, self.rows.numel() // self.documents, 0, queries.shape[-1])
         out, lse = memory_attention(
@@ -324,7 +255,7 @@ class ShardedSnapshot(MemorySnapshot):
             found.candidate_scores * scales.detach(), torch.where(found.won, found.candidates, -1),
             torch.ones_like(scale), **dropout, ledger=self.ledger,
         )  # fmt: skip
-        outs, lses = (_exchange(_by_rank(part, ranks.size), ranks) for part in (out, lse))
+        outs, lses = (exchange(by_rank(part, ranks.size), ranks) for part in (out, lse))
         return merged(outs, lses)
 
     def _attend_to_fetched(
@@ -352,7 +283,7 @@ class ShardedSnapshot(MemorySnapshot):
             return self
         if count is None:
             count = torch.full((batch,), length, dtype=torch.int64, device=keys.device)
-        ends = _from_all(count, ranks).cumsum(dim=0).repeat_interleave(groups, dim=1).T.contiguous()  # (B·G, W)
+        ends = from_all(count, ranks).cumsum(dim=0).repeat_interleave(groups, dim=1).T.contiguous()  # (B·G, W)
         added, cursor = ends[:, -1], self.cursor[self.rows]
         first = (ranks.rank - cursor) % ranks.size  # of the new entries of a row, the first on this rank
         offset = first[:, None] + ranks.size * torch.arange(length, device=keys.device)  # (B·G, N)
@@ -360,7 +291,7 @@ class ShardedSnapshot(MemorySnapshot):
         before = torch.cat((torch.zeros_like(added[:, None]), ends), dim=1).gather(1, source)
         place = (source * length + (offset - before)).clamp(max=ranks.size * length - 1)
         index = place.reshape(batch, groups, length, 1).expand_as(keys)
-        keys, values = (_side_by_side(_from_all(new.detach(), ranks)).gather(2, index) for new in (keys, values))
+        keys, values = (side_by_side(from_all(new.detach(), ranks)).gather(2, index) for new in (keys, values))
         here = (added - first + ranks.size - 1).div(ranks.size, rounding_mode="floor").clamp(min=0)
         ring.add(self.rows, keys, values, count=here, at=ring.own(self.cursor))
         after = self.cursor.index_add(0, self.rows, added)
@@ -372,55 +303,4 @@ class ShardedSnapshot(MemorySnapshot):
         """Forgets all entries of the documents where mask (B,) is True on one of the ranks; the state after that."""
         check_mask(mask, self.documents)
         checks.same_device(self.start.device, mask=mask)
-        return super().clear_rows(_from_all(mask.to(torch.uint8), self.ring.ranks).bool().any(dim=0))
-
-
-def _candidates(tensor: Tensor) -> Tensor:
-    """Those of all ranks (W, B, H, N, K) for each query (B, H, N, W·K)."""
-    return tensor.movedim(0, -2).flatten(-2)
-
-
-def merged(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
-    """One softmax of P parts: outs (P, B, H, N, D) with lses (P, B, H, N), -inf for a part with nothing in it.
-
-    >>> out, lse = merged(torch.tensor([[1.0], [5.0]]), torch.tensor([3.0, 1.0]).log())  # weights 3 and 1
-    >>> out.tolist(), round(float(lse.exp()), 3)
-    ([2.0], 4.0)
-    """
-    lses = lses.clamp(min=-1e30)  # a difference of infinities would be NaN, in the gradient too
-    lse = lses.logsumexp(dim=0)
-    out = ((lses - lse).exp()[..., None] * outs).sum(dim=0)
-    return out.to(outs.dtype), lse
-
-
-def join_shards(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The state of a whole memory, of the states of all its shards: it loads on one process, or on other ranks.
-
-    states: what `KNNMemory.state_dict` returned on each rank, in whatever order.
-
-    Raises ValueError when they are not all shards of one memory.
-
-    >>> def shard(rank, *numbers):
-    ...     keys, three = torch.tensor(numbers).reshape(1, -1, 1), torch.tensor([3])
-    ...     return {"keys": keys, "values": keys, "lengths": three, "entries": three, "shard": torch.tensor([rank, 2])}
-    >>> join_shards([shard(0, 0.0, 2.0), shard(1, 1.0)])["keys"].flatten().tolist()
-    [0.0, 1.0, 2.0]
-    """
-    shards = [tuple(state[SHARD].tolist()) if SHARD in state else None for state in states]
-    if not states or sorted(shards, key=str) != sorted(((rank, len(states)) for rank in range(len(states))), key=str):
-        raise ValueError(f"states must be those of all shards of one memory, got shards {shards}")
-    states = sorted(states, key=lambda state: int(state[SHARD][0]))
-    total, lengths = states[0]["entries"], states[0]["lengths"]
-    if any(not torch.equal(state[name], states[0][name]) for state in states for name in ("entries", "lengths")):
-        raise ValueError("states must be those of one memory at one time, got shards that differ in what they hold")
-    entry = total[:, None] - int(lengths.max()) + torch.arange(int(lengths.max()), device=total.device)
-    row = torch.arange(len(total), device=total.device)[:, None].expand_as(entry)
-    whole = {"lengths": lengths}
-    for name in ("keys", "values"):
-        tensors = [state[name] for state in states]
-        whole[name] = tensors[0].new_zeros(*entry.shape, tensors[0].shape[2])
-        for rank, tensor in enumerate(tensors):
-            here = (entry % len(states) == rank) & (entry >= total[:, None] - lengths[:, None])
-            place = tensor.shape[1] - _held(total, rank, len(states))[:, None] + entry // len(states)
-            whole[name][here] = tensor[row[here], place[here]]
-    return whole
+        return super().clear_rows(from_all(mask.to(torch.uint8), self.ring.ranks).bool().any(dim=0))

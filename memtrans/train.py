@@ -20,13 +20,15 @@ from memtrans.loader import StepLoader
 from memtrans.ranks import ALONE, Ranks
 from memtrans.reader import DocumentReader
 from memtrans.recall import RecallDocuments, RecallTask
+from memtrans.schedule import learning_rate
 from memtrans.settings import Settings, build_model
 from memtrans.shares import SHARED, overlapping, parts_of_rows
 from memtrans.sources import load_corpus
-from memtrans.spread import part_of, spread, whole
-from memtrans.step import make_optimizer, make_step, state_shapes
+from memtrans.spread import spread
+from memtrans.step import make_optimizer, make_step
 from memtrans.transformer import MemorizingTransformer
 from memtrans.validation import usable_device
+from memtrans.weights import load_moments, load_weights, moments_of, weights_of
 from memtrans_kernels import checks
 
 RECALL = "recall"
@@ -94,31 +96,6 @@ def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
             "of this host"
         )
     return torch.device("cuda", ranks.local_rank)
-
-
-def learning_rate(settings: Settings, step: int) -> float:
-    """Of the optimiser step after `step` others: a linear warm-up, then a decay.
-
-    A cosine ends at `final_rate` of the highest rate. The inverse square root of the number of the step, constant
-    during the warm-up but for its ramp, is the paper's: highest at the warm-up's end, `learning_rate` / sqrt(`warmup`).
-
-    >>> settings = Settings(steps=100, warmup=10, learning_rate=1.0, final_rate=0.0)
-    >>> [round(learning_rate(settings, step), 2) for step in (0, 9, 10, 55, 99)]
-    [0.1, 1.0, 1.0, 0.5, 0.0]
-    >>> settings = Settings(schedule="inverse-sqrt", warmup=100, learning_rate=1.0)
-    >>> [round(learning_rate(settings, step), 3) for step in (0, 49, 99, 399)]
-    [0.001, 0.05, 0.1, 0.05]
-    """
-    highest = settings.learning_rate
-    if settings.schedule == "inverse-sqrt":
-        highest /= math.sqrt(max(step + 1, settings.warmup))
-    if step < settings.warmup:
-        return highest * (step + 1) / settings.warmup
-    if settings.schedule == "inverse-sqrt":
-        return highest
-    progress = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
-    share = settings.final_rate + (1 - settings.final_rate) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
-    return highest * share
 
 
 class Trainer:
@@ -232,12 +209,7 @@ class Trainer:
         if self.device.type == "cuda":
             random_state["cuda"] = torch.cuda.get_rng_state(self.device)
         with self.ranks.listening():
-            weights = {name: whole(tensor) for name, tensor in self.model.state_dict().items()}
-            moments = {
-                f"{place}.{name}": whole(tensor)
-                for place, tensors in self.optimizer.state_dict()["state"].items()
-                for name, tensor in tensors.items()
-            }
+            weights, moments = weights_of(self.model), moments_of(self.optimizer)
         own = {
             **self.reader.state_dict(),
             "loop": {"pending": pending, **{f"random.{name}": state for name, state in random_state.items()}},
@@ -285,14 +257,7 @@ class Trainer:
                 f"data must be what the checkpoint was trained on, got {self.settings.data!r} changed since"
             )
         load_weights(self.model, checkpoint)
-        self._check_moments(parts["optimizer"])
-        parameters = self._parameters()
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in parts["optimizer"].items():
-            place, key = name.split(".", 1)
-            moment = part_of(tensor, parameters[int(place)]) if tensor.dim() else tensor
-            moments.setdefault(int(place), {})[key] = moment
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        load_moments(self.optimizer, parts["optimizer"])
         self.reader.load_state_dict(parts_of_rows(parts, self.rows, self.settings.batch, saved_by))
         self.loader.load_state_dict(values["stream"])
         self.step, self.tokens = checks.integer("step", values["step"]), checks.integer("tokens", values["tokens"])
@@ -307,28 +272,6 @@ class Trainer:
         if self.device.type == "cuda" and "random.cuda" in saved:
             torch.cuda.set_rng_state(saved["random.cuda"], self.device)
 
-    def _parameters(self) -> list[Tensor]:
-        """In the optimiser's order."""
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-
-    def _check_moments(self, saved: Mapping[str, Tensor]) -> None:
-        """Refuses what are no moments of this optimiser: it takes any. A parameter without a gradient has none."""
-        parameters = self._parameters()
-        places = {name.partition(".")[0] for name in saved}
-        expected = {
-            f"{place}.{name}": shape
-            for place, parameter in enumerate(parameters)
-            for name, shape in state_shapes(self.optimizer, parameter).items()
-            if str(place) in places
-        }
-        found = {name: tuple(tensor.shape) for name, tensor in saved.items()}
-        if found != expected:
-            wrong = sorted(set(found.items()) ^ set(expected.items()))[0][0]
-            raise ValueError(
-                f"checkpoint must hold this model's moments, {wrong} of shape {expected.get(wrong)}, "
-                f"got {found.get(wrong)}"
-            )
-
 
 def check_shares(settings: Settings, ranks: Ranks) -> None:
     """Refuses settings that so many ranks cannot share."""
@@ -336,13 +279,3 @@ def check_shares(settings: Settings, ranks: Ranks) -> None:
         raise ValueError(f"batch must be a multiple of the {ranks.size} ranks that share it, got {settings.batch}")
     if settings.fsdp and ranks.size == 1:
         raise ValueError("fsdp must be off with one process, which has nothing to spread, got True (--no-fsdp)")
-
-
-def load_weights(model: MemorizingTransformer, checkpoint: Checkpoint) -> None:
-    """Copies a checkpoint's weights into a model. Raises ValueError when they are another model's."""
-    try:
-        here, saved = model.state_dict(), dict(checkpoint.parts["model"])
-        model.load_state_dict({n: part_of(tensor, here[n]) if n in here else tensor for n, tensor in saved.items()})
-    except (KeyError, RuntimeError) as error:
-        detail = " ".join(str(error).split())
-        raise ValueError(f"checkpoint must hold weights of this model, got others: {detail}") from error

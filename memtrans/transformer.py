@@ -6,7 +6,7 @@ Shapes: B documents, N tokens of the segment, X cached XL tokens, D head width, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from memtrans.attention import Attention, KNNAttention
-from memtrans.memory import UNUSED, KNNMemory, snapshot_for, warn_unused
+from memtrans.blocks import FeedForward, PreNormResidual
+from memtrans.compatibility import UNUSED, warn_unused
+from memtrans.local_context import LocalContext
+from memtrans.memory import KNNMemory, snapshot_for
 from memtrans.memory_list import KNNMemoryList
 from memtrans.position import T5RelativePositionBias
 from memtrans.pretrained import Pretrained, configuration_of
@@ -27,59 +30,14 @@ from memtrans.validation import (
     check_finite,
     check_hidden,
     check_ids,
+    check_labels,
     check_number,
+    clearing_token,
+    layer_numbers,
     sizes,
     whole,
 )
 from memtrans_kernels import checks
-
-
-class PreNormResidual(nn.Module):
-    """x + fn(norm(x)); what fn returns beside its output is passed through."""
-
-    def __init__(self, dim: int, fn: nn.Module) -> None:
-        super().__init__()
-        self.fn = fn
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(self, x: Tensor, **kwargs: Any) -> Any:
-        out = self.fn(self.norm(x), **kwargs)
-        if not isinstance(out, tuple):
-            return out + x
-        head, *tail = out
-        return (head + x, *tail)
-
-
-class FeedForward(nn.Module):
-    """Two linear layers with a GELU between them."""
-
-    def __init__(self, dim: int, mult: float = 4, dropout: float = 0.0) -> None:
-        super().__init__()
-        inner = int(dim * mult)
-        self.net = nn.Sequential(nn.Linear(dim, inner), nn.GELU(), nn.Dropout(dropout), nn.Linear(inner, dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
-def _layers(name: str, layers: int | Sequence[int] | None, default: Sequence[int], depth: int) -> tuple[int, ...]:
-    """Layer numbers counted from 1, in ascending order, each once."""
-    given = default if layers is None else layers if isinstance(layers, Iterable) else (layers,)
-    chosen = [checks.integer(name, layer) for layer in given]
-    unknown = [layer for layer in chosen if not 1 <= layer <= depth]
-    if unknown:
-        raise ValueError(f"{name} must name layers from 1 to depth={depth}, got {unknown}")
-    return tuple(sorted(set(chosen)))
-
-
-def _token(which: str, token_id: int | None, vocabulary: int) -> int | None:
-    """The token that clears memories, None for none."""
-    if token_id is None:
-        return None
-    name = f"clear_memories_on_{which}_token_id"
-    if not 0 <= checks.integer(name, token_id) < vocabulary:
-        raise ValueError(f"{name} must be a token id in [0, {vocabulary}), got {token_id}")
-    return token_id
 
 
 class MemorizingTransformer(Pretrained):
@@ -168,49 +126,56 @@ class MemorizingTransformer(Pretrained):
         check_number("ff_mult", ff_mult, above=0)
         self.num_tokens, self.dim, self.dim_head, self.kv_heads = num_tokens, dim, dim_head, kv_heads
         self.max_knn_memories, self.pad_id = max_knn_memories, checks.integer("pad_id", pad_id)
-        self.clear_memories_on_sos_token_id = _token("sos", clear_memories_on_sos_token_id, num_tokens)
-        self.clear_memories_on_eos_token_id = _token("eos", clear_memories_on_eos_token_id, num_tokens)
+        self.clear_memories_on_sos_token_id = clearing_token("sos", clear_memories_on_sos_token_id, num_tokens)
+        self.clear_memories_on_eos_token_id = clearing_token("eos", clear_memories_on_eos_token_id, num_tokens)
         self.shift_knn_memories_down = whole("shift_knn_memories_down", shift_knn_memories_down)
         self.shift_xl_memories_down = whole("shift_xl_memories_down", shift_xl_memories_down)
         self.legacy, self.activation_checkpointing, self.validate = legacy, activation_checkpointing, validate
-
-        self.memorizing_layers = _layers(
-            "memorizing_layers", memorizing_layers, (depth // 2,) if depth > 1 else (), depth
-        )
-        self.num_memory_layers = len(self.memorizing_layers)
-        every_layer = tuple(range(1, depth + 1))
-        xl_layers = _layers("xl_memory_layers", xl_memory_layers, every_layer, depth)
-        self.config |= {"memorizing_layers": list(self.memorizing_layers), "xl_memory_layers": list(xl_layers)}
-        self.xl_memory_layers = xl_layers if xl_max_memories > 0 else ()
-        self.num_xl_memory_layers = len(self.xl_memory_layers)
+        self._choose_layers(depth, memorizing_layers, xl_memory_layers, xl_max_memories)
 
         self.token_emb = nn.Embedding(num_tokens, dim)
         self.rel_pos_bias = T5RelativePositionBias(scale=dim_head**0.5, heads=heads)
         self.knn_rel_pos_bias = T5RelativePositionBias(scale=dim_head**0.5, heads=knn_attn_heads)
-        self.layers = nn.ModuleList()
-        for layer in every_layer:
-            shared: dict[str, Any] = {
-                "dim": dim,
-                "dim_head": dim_head,
-                "dropout": attn_dropout,
-                "xl_max_memories": xl_max_memories if layer in self.xl_memory_layers else 0,
-                "kv_heads": kv_heads,
-            }
-            attention = (
-                KNNAttention(
-                    heads=knn_attn_heads,
-                    num_retrieved_memories=num_retrieved_memories,
-                    attn_scale_init=attn_scale_init,
-                    memory_offset=memory_offset,
-                    combine=combine,
-                    **shared,
-                )
-                if layer in self.memorizing_layers
-                else Attention(heads=heads, **shared)
-            )
-            feed_forward = FeedForward(dim, ff_mult, ff_dropout)
-            self.layers.append(nn.ModuleList([PreNormResidual(dim, attention), PreNormResidual(dim, feed_forward)]))
+        self.layers = nn.ModuleList(self._layer(number) for number in range(1, depth + 1))
         self.to_logits = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, num_tokens))
+
+    def _choose_layers(
+        self,
+        depth: int,
+        memorizing: int | Sequence[int] | None,
+        caching: int | Sequence[int] | None,
+        xl_max_memories: int,
+    ) -> None:
+        """Which layers have a memory, and which an XL cache."""
+        middle = (depth // 2,) if depth > 1 else ()
+        self.memorizing_layers = layer_numbers("memorizing_layers", memorizing, middle, depth)
+        self.num_memory_layers = len(self.memorizing_layers)
+        xl_layers = layer_numbers("xl_memory_layers", caching, range(1, depth + 1), depth)
+        self.config |= {"memorizing_layers": list(self.memorizing_layers), "xl_memory_layers": list(xl_layers)}
+        self.xl_memory_layers = xl_layers if xl_max_memories > 0 else ()
+        self.num_xl_memory_layers = len(self.xl_memory_layers)
+
+    def _layer(self, number: int) -> nn.ModuleList:
+        """Attention, then feed-forward, each behind a norm and beside a residual connection."""
+        attention = PreNormResidual(self.dim, self._attention(number))
+        feed_forward = FeedForward(self.dim, self.config["ff_mult"], self.config["ff_dropout"])
+        return nn.ModuleList([attention, PreNormResidual(self.dim, feed_forward)])
+
+    def _attention(self, number: int) -> LocalContext:
+        """To the local context; in a memorizing layer to the memory too."""
+        config = self.config
+        shared: dict[str, Any] = {
+            "dim": self.dim,
+            "dim_head": self.dim_head,
+            "kv_heads": self.kv_heads,
+            "dropout": config["attn_dropout"],
+            "xl_max_memories": config["xl_max_memories"] if number in self.xl_memory_layers else 0,
+        }
+        if number not in self.memorizing_layers:
+            return Attention(heads=config["heads"], **shared)
+        heads = config["heads"] if config["knn_attn_heads"] is None else config["knn_attn_heads"]
+        of_memory = ("num_retrieved_memories", "attn_scale_init", "memory_offset", "combine")
+        return KNNAttention(heads=heads, **{name: config[name] for name in of_memory}, **shared)
 
     # ------------------------------------------------------------------------------------------------ memories
 
@@ -267,7 +232,8 @@ class MemorizingTransformer(Pretrained):
         if (x is None) == (inputs_embeds is None):
             raise ValueError("exactly one of x and inputs_embeds must be given")
         hidden = self._embed(x, inputs_embeds)
-        self._check_labels(labels, hidden)  # whatever is refused is refused before the memory changes
+        # whatever is refused is refused before the memory changes
+        check_labels(labels, hidden, self.num_tokens, self.pad_id, self.validate)
         check_count("lengths", lengths, hidden, hidden.shape[1])
         check_count("xl_length", xl_length, hidden)
         caches = self._xl(xl_memories, hidden)
@@ -372,13 +338,6 @@ class MemorizingTransformer(Pretrained):
         check_hidden("inputs_embeds", inputs_embeds, weight)
         check_finite("inputs_embeds", inputs_embeds, self.validate)
         return inputs_embeds
-
-    def _check_labels(self, labels: Tensor | None, hidden: Tensor) -> None:
-        if labels is None:
-            return
-        check_ids("labels", labels, self.num_tokens, self.pad_id, hidden.device, self.validate)
-        if labels.shape != hidden.shape[:2]:
-            raise ValueError(f"labels must have shape {tuple(hidden.shape[:2])}, got {tuple(labels.shape)}")
 
     def snapshots(self, memories: Sequence[KNNMemory | MemorySnapshot], hidden: Tensor) -> list[MemorySnapshot]:
         """One snapshot per memory, taken before anything is added; refuses memories that are not this model's.

@@ -1,4 +1,4 @@
-"""What the model refuses before anything changes: each error names the argument, its value and what was expected.
+"""What model and memory refuse before anything changes: errors name the argument, its value and what was expected.
 
 Shapes: B documents, N tokens, X cached XL tokens, G key/value heads, D head width. Values (ids, counts, finiteness) are
 looked at on CPU tensors alone: on a GPU a look is a host round trip, which the model's `validate` asks for.
@@ -7,6 +7,7 @@ looked at on CPU tensors alone: on a GPU a look is a host round trip, which the 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -31,6 +32,14 @@ def check_ids(
             wrong = wrong & (ids != pad_id)
         if bool(wrong.any()):
             raise IndexError(f"{name} must be token ids in [0, {vocabulary}), got {int(ids[wrong][0])}")
+
+
+def check_labels(labels: Tensor | None, hidden: Tensor, vocabulary: int, pad_id: int, validate: bool) -> None:
+    """Refuses what are no labels (B, N) for hidden (B, N, dim): ids in [0, vocabulary), or `pad_id`."""
+    if labels is not None:
+        check_ids("labels", labels, vocabulary, pad_id, hidden.device, validate)
+        if labels.shape != hidden.shape[:2]:
+            raise ValueError(f"labels must have shape {tuple(hidden.shape[:2])}, got {tuple(labels.shape)}")
 
 
 def check_hidden(name: str, hidden: Tensor, weight: Tensor) -> None:
@@ -100,6 +109,59 @@ def check_bias(bias: Tensor | None, query: Tensor, local_keys: int) -> None:
             f"rel_pos_bias must have shape ({heads}, distances), or (1, {heads}, at least {length}, at least "
             f"{local_keys}) to be dense, got {tuple(bias.shape)}"
         )
+
+
+def check_documents(name: str, documents: Iterable[int], batch: int) -> list[int]:
+    """The numbers of documents given; refuses what are no different integers in [0, B)."""
+    if not isinstance(documents, Iterable):
+        raise TypeError(f"{name} must be a sequence of numbers of documents, got {documents!r}")
+    numbers = [checks.integer(name, document) for document in documents]
+    if len(set(numbers)) != len(numbers) or not all(0 <= number < batch for number in numbers):
+        raise ValueError(f"{name} must be different numbers in [0, {batch}), got {numbers}")
+    return numbers
+
+
+def check_memories(memories: Tensor, batch: int, kv_heads: int, width: int) -> None:
+    """Refuses what are no pairs to remember (B, N, 2, D), or (B, G, N, 2, D) if G > 1."""
+    heads = () if kv_heads == 1 else (kv_heads,)
+    expected = (batch, *heads, memories.shape[-3] if memories.dim() >= 3 else 0, 2, width)
+    if tuple(memories.shape) != expected:
+        groups = "" if kv_heads == 1 else f"{kv_heads}, "
+        raise ValueError(
+            f"memories must have shape ({batch}, {groups}N, 2, {width}) for {batch} documents in scope, "
+            f"got {tuple(memories.shape)}"
+        )
+
+
+def check_queries(queries: Tensor, batch: int, kv_heads: int, width: int) -> None:
+    """Refuses what are no queries of a memory (B, ..., D), or (B, H, ..., D) if G > 1."""
+    if queries.dim() < 2 or queries.shape[0] != batch or queries.shape[-1] != width:
+        raise ValueError(
+            f"queries must have shape ({batch}, ..., {width}) for {batch} documents in scope, "
+            f"got {tuple(queries.shape)}"
+        )
+    if kv_heads > 1 and (queries.dim() < 3 or queries.shape[1] % kv_heads):
+        raise ValueError(
+            f"queries must have shape (B, H, ..., D), H a multiple of kv_heads={kv_heads}, got {tuple(queries.shape)}"
+        )
+
+
+def layer_numbers(name: str, layers: int | Sequence[int] | None, default: Sequence[int], depth: int) -> tuple[int, ...]:
+    """Layer numbers counted from 1, in ascending order, each once; refuses those of no layer."""
+    given = default if layers is None else layers if isinstance(layers, Iterable) else (layers,)
+    chosen = [checks.integer(name, layer) for layer in given]
+    unknown = [layer for layer in chosen if not 1 <= layer <= depth]
+    if unknown:
+        raise ValueError(f"{name} must name layers from 1 to depth={depth}, got {unknown}")
+    return tuple(sorted(set(chosen)))
+
+
+def clearing_token(which: str, token_id: int | None, vocabulary: int) -> int | None:
+    """The token that clears memories, None for none; refuses one outside the vocabulary. which: `sos` or `eos`."""
+    name = f"clear_memories_on_{which}_token_id"
+    if token_id is not None and not 0 <= checks.integer(name, token_id) < vocabulary:
+        raise ValueError(f"{name} must be a token id in [0, {vocabulary}), got {token_id}")
+    return token_id
 
 
 def sizes(low: int, **given: Any) -> tuple[int, ...]:

@@ -140,10 +140,10 @@ class Implementation(NamedTuple):
         return self.missing()
 
 
-def _reference(function: str, on_host: str | None = None) -> tuple[Implementation, ...]:
+def _reference(function: str, on_host: str | None = None, module: str = "reference") -> tuple[Implementation, ...]:
     return (
-        Implementation("reference", "cpu", "reference", on_host or function),
-        Implementation("reference", "cuda", "reference", function),
+        Implementation("reference", "cpu", module, on_host or function),
+        Implementation("reference", "cuda", module, function),
     )
 
 
@@ -196,12 +196,12 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
     "memory_attention": _ordered(
         _triton_attention("memory_attention", slots=7),
         _native_attention("memory_attention"),
-        _reference("memory_attention"),
+        _reference("memory_attention", module="reference_attention"),
     ),
     "memory_attention_backward": _ordered(
         _triton_attention("memory_attention_backward", slots=11),
         _native_attention("memory_attention_backward"),
-        _reference("memory_attention_backward"),
+        _reference("memory_attention_backward", module="reference_attention"),
     ),
 }
 

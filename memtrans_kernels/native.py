@@ -82,32 +82,16 @@ def knn_search_cuda(
     return torch.ops.memtrans.native_knn_search(query, keys, rows, start, cursor, capacity, k)
 
 
-def memory_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    memory_keys: Tensor,
-    memory_values: Tensor,
-    rows: Tensor,
-    scores: Tensor,
-    slots: Tensor,
-    scale: Tensor,
-    bias_table: Tensor | None = None,
-    bias_dense: Tensor | None = None,
-    memory_offset: Tensor | None = None,
-    local_length: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`memtrans_kernels.memory_attention` in C++; `status` must have said that it is live. No float64."""
-    return torch.ops.memtrans.native_memory_attention(
-        query, key, value, memory_keys, memory_values, rows, scores, slots, scale,
-        bias_table, bias_dense, memory_offset, local_length, dropout_p, seed,
-    )  # fmt: skip
+def memory_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """`memtrans_kernels.memory_attention` in C++, with the reference's arguments, in its order. No float64.
+
+    `status` must have said that it is live.
+    """
+    return torch.ops.memtrans.native_memory_attention(*arguments)
 
 
 def memory_attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    """Its gradients in C++, with the arguments and results of the reference of the same name. No float64."""
+    """Its gradients in C++, with the arguments and results of the reference's. No float64."""
     return torch.ops.memtrans.native_memory_attention_backward(*arguments)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from memtrans_kernels import backends
 from memtrans_kernels.ledger import check_not_stale
+from memtrans_kernels.precision import arithmetic_dtype
 
 # ------------------------------------------------------------------------------------------------------ ring write
 
@@ -68,12 +69,7 @@ def _(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     shape = (*query.shape[:3], k)
-    return query.new_empty(shape, dtype=score_dtype(keys)), query.new_empty(shape, dtype=torch.int32)
-
-
-def score_dtype(tensor: Tensor) -> torch.dtype:
-    """float32, but float64 beside float64 tensors, as gradient checks use them."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return query.new_empty(shape, dtype=arithmetic_dtype(keys)), query.new_empty(shape, dtype=torch.int32)
 
 
 # ---------------------------------------------------------------------------------------------------------- cosine
@@ -150,7 +146,7 @@ def memory_attention(
 
 @memory_attention.register_fake
 def _(query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=score_dtype(query))
+    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=arithmetic_dtype(query))
 
 
 @torch.library.custom_op("memtrans::memory_attention_backward", mutates_args=())

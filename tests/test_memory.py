@@ -51,33 +51,6 @@ def test_the_attributes_of_upstream_stay() -> None:
     assert KNNMemory(64, 1000, 3, kv_heads=2).shape == (3, 2, 1000, 2, 64)
 
 
-@pytest.mark.parametrize(
-    ("call", "names"),
-    [
-        (lambda: KNNMemory(2, 4, 1, "./knn.memory.memmap"), ["memmap_filename"]),
-        (lambda: KNNMemory(2, 4, 1, multiprocessing=False), ["multiprocessing"]),
-        (lambda: KNNMemory(2, 4, 1, "./file", True), ["memmap_filename", "multiprocessing"]),
-        (lambda: filled(1).search(torch.ones(1, 2), 1, 8), ["nprobe"]),
-        (lambda: filled(1).search(torch.ones(1, 2), 1, increment_hits=True), ["increment_hits"]),
-        (lambda: filled(1).search(torch.ones(1, 2), 1, increment_age=False), ["increment_age"]),
-        (
-            lambda: KNNMemoryList.create_memories(batch_size=1, num_memory_layers=1, memories_directory="./.tmp"),
-            ["memories_directory"],
-        ),
-    ],
-)
-def test_arguments_without_meaning_cause_one_warning_that_says_why(call: Callable[[], Any], names: list[str]) -> None:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        call()
-    (warning,) = caught
-    assert warning.category is DeprecationWarning
-    assert warning.filename == __file__
-    assert str(warning.message).startswith(", ".join(names) + ":")
-    assert "ignored" in str(warning.message)
-    assert "no files, no processes and no probes" in str(warning.message)
-
-
 def test_ordinary_use_warns_of_nothing_and_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings():
@@ -412,13 +385,6 @@ def test_a_list_names_the_memories_that_it_does_not_hold() -> None:
     assert memories[0].lengths.tolist() == [3, 3]
     with pytest.raises(TypeError, match=r"num_memory_layers must be an integer, got 2\.0"):
         KNNMemoryList.create_memories(batch_size=2, num_memory_layers=2.0)
-
-
-def test_a_list_of_memories_warns_once_for_what_it_ignores() -> None:
-    create = KNNMemoryList.create_memories(batch_size=2, num_memory_layers=3)
-    with pytest.warns(DeprecationWarning, match="multiprocessing: accepted for compatibility") as record:
-        create(dim=4, multiprocessing=False)
-    assert len(record) == 1
 
 
 @pytest.mark.parametrize("index", [1, torch.tensor(1), numpy.int64(1)])

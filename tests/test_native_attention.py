@@ -17,7 +17,7 @@ from checks import ATTENTION, LSE, assert_as_close_as, assert_close
 from devices import seeded
 from torch import Tensor
 
-from memtrans_kernels import native, reference
+from memtrans_kernels import native, reference_attention
 from memtrans_kernels.backends import resolve
 
 WIDE = Shape(
@@ -114,7 +114,7 @@ def test_auto_leaves_float64_to_the_reference() -> None:
     inputs = random_attention(Shape(), torch.float32, seeded(0))
     given, wide = ([tensors[name] for name in ARGUMENTS] for tensors in (inputs, in_float64(inputs)))
     assert resolve("memory_attention", "auto", *given) is native.memory_attention
-    assert resolve("memory_attention", "auto", *wide) is reference.memory_attention
+    assert resolve("memory_attention", "auto", *wide) is reference_attention.memory_attention
     with pytest.raises(RuntimeError, match="native: it computes in float32, not in float64"):
         resolve("memory_attention", "native", *wide)
 

@@ -307,9 +307,3 @@ def test_an_option_out_of_range_is_refused(options, error, message):
 def test_a_layer_that_does_not_exist_is_an_error_that_says_what_does():
     with pytest.raises(ValueError, match=r"memorizing_layers must name layers from 1 to depth=4, got \[9\]"):
         build(memorizing_layers=(2, 9))
-
-
-def test_arguments_without_meaning_warn_once_and_say_why():
-    with pytest.warns(DeprecationWarning, match="knn_memories_directory.*no files, no processes") as record:
-        build(knn_memories_directory="./memories", knn_memory_multiprocessing=True)
-    assert len(record) == 1

@@ -1,0 +1,99 @@
+"""What a memory says of itself in tensors: the state that it saves and takes up again, whole or in shards.
+
+    keys, values  (R, entries, D)  of the longest row, old to new; each row ends with its newest entry
+    lengths       (R,) int64       how many of them each row holds
+    entries       (R,) int64       of a shard: how many the whole memory has ever stored
+    shard         (2,) int64       of a shard: which one, of how many; entry i of a row is in shard i mod W
+
+Shapes: R memory rows, D width, W shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from memtrans_kernels import checks
+
+SHARD = "shard"  # what the state of one rank's share has beside the state of a whole memory
+
+
+def state_parts(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, values and lengths of a state."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state must be a mapping of names to tensors, got {type(state).__name__}")
+    missing = {"keys", "values", "lengths"} - set(state)
+    if missing:
+        raise ValueError(f"state must hold keys, values and lengths, got none of {sorted(missing)}")
+    return state["keys"], state["values"], state["lengths"]
+
+
+def check_state(state: Mapping[str, Tensor], rows: int, dim: int, shard: tuple[int, int] | None) -> None:
+    """Refuses what a memory of R rows of width `dim` cannot take up.
+
+    shard: which rank's share of how many the memory is, None for a whole one.
+    """
+    keys, values, lengths = state_parts(state)
+    checks.floating(keys=keys, values=values)
+    checks.typed(torch.int64, lengths=lengths)
+    width = keys.shape[1] if keys.dim() == 3 else 0
+    expected = (rows, width, dim)
+    if tuple(keys.shape) != expected or values.shape != keys.shape or tuple(lengths.shape) != (rows,):
+        raise ValueError(
+            f"state must hold keys and values of shape ({rows}, entries, {dim}) and lengths of shape "
+            f"({rows},), got {tuple(keys.shape)}, {tuple(values.shape)} and {tuple(lengths.shape)}"
+        )
+    if SHARD in state:
+        rank, size = state[SHARD].tolist()
+        if (rank, size) != shard:
+            fitting = "a whole memory's" + ("" if shard is None else f" or shard {shard[0]} of {shard[1]}")
+            raise ValueError(
+                f"state must be {fitting}, got shard {rank} of {size}; join_shards makes all shards a whole"
+            )
+        width = (width + 1) * size  # some ranks hold one more than this
+    if not bool(((lengths >= 0) & (lengths <= width)).all()):
+        raise ValueError(f"lengths must be in [0, {width}], got {lengths.tolist()}")
+
+
+def held(entries: Tensor, rank: int | Tensor, size: int) -> Tensor:
+    """How many of the first so many entries are on a rank."""
+    return ((entries - rank + (size - 1)) // size).clamp(min=0)
+
+
+def join_shards(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The state of a whole memory, of the states of all its shards: it loads on one process, or on other ranks.
+
+    states: what `KNNMemory.state_dict` returned on each rank, in whatever order.
+
+    Raises ValueError when they are not all shards of one memory.
+
+    >>> def shard(rank, *numbers):
+    ...     keys, three = torch.tensor(numbers).reshape(1, -1, 1), torch.tensor([3])
+    ...     return {"keys": keys, "values": keys, "lengths": three, "entries": three, "shard": torch.tensor([rank, 2])}
+    >>> join_shards([shard(0, 0.0, 2.0), shard(1, 1.0)])["keys"].flatten().tolist()
+    [0.0, 1.0, 2.0]
+    """
+    shards = [tuple(state[SHARD].tolist()) if SHARD in state else None for state in states]
+    if not states or sorted(shards, key=str) != sorted(((rank, len(states)) for rank in range(len(states))), key=str):
+        raise ValueError(f"states must be those of all shards of one memory, got shards {shards}")
+    states = sorted(states, key=lambda state: int(state[SHARD][0]))
+    total, lengths = states[0]["entries"], states[0]["lengths"]
+    if any(not torch.equal(state[name], states[0][name]) for state in states for name in ("entries", "lengths")):
+        raise ValueError("states must be those of one memory at one time, got shards that differ in what they hold")
+    keys, values = (_interleaved([state[name] for state in states], total, lengths) for name in ("keys", "values"))
+    return {"lengths": lengths, "keys": keys, "values": values}
+
+
+def _interleaved(shards: Sequence[Tensor], total: Tensor, lengths: Tensor) -> Tensor:
+    """Keys or values (R, entries, D) of the whole, of those of each shard; zeros before a row's oldest entry."""
+    longest, size = int(lengths.max()), len(shards)
+    entry = total[:, None] - longest + torch.arange(longest, device=total.device)  # (R, entries)
+    row = torch.arange(len(total), device=total.device)[:, None].expand_as(entry)
+    whole = shards[0].new_zeros(*entry.shape, shards[0].shape[2])
+    for rank, shard in enumerate(shards):
+        here = (entry % size == rank) & (entry >= total[:, None] - lengths[:, None])
+        place = shard.shape[1] - held(total, rank, size)[:, None] + entry // size
+        whole[here] = shard[row[here], place[here]]
+    return whole

@@ -1,0 +1,41 @@
+"""What ranks send one another arrives, and its gradient goes back to where it came from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import Processes
+
+from memtrans.exchange import by_rank, exchange, from_all, side_by_side
+from memtrans.ranks import ranks_of
+
+pytestmark = pytest.mark.cpu
+
+
+def send(rank: int) -> tuple[list[float], list[float], list[float]]:
+    """Slice w is worth 10 times this rank and w; who receives it weighs it by its own number."""
+    ranks = ranks_of(dist.group.WORLD)
+    given = torch.tensor([10.0 * rank, 10.0 * rank + 1], requires_grad=True)
+    received = exchange(given, ranks)
+    ((rank + 1) * received).sum().backward()
+    assert given.grad is not None
+    return received.tolist(), given.grad.tolist(), from_all(torch.tensor(float(rank)), ranks).tolist()
+
+
+def test_slices_arrive_and_gradients_come_back() -> None:
+    two = Processes(2)
+    try:
+        first, second = two.run(send)
+    finally:
+        two.close()
+    assert first == ([0.0, 10.0], [1.0, 2.0], [0.0, 1.0])
+    assert second == ([1.0, 11.0], [1.0, 2.0], [0.0, 1.0])
+
+
+def test_the_queries_of_all_ranks_lie_side_by_side_and_come_apart_again() -> None:
+    queries = torch.randn(2, 3, 4, 5, 6)  # (W, B, H, N, D)
+    together = side_by_side(queries)
+    assert together.shape == (3, 4, 10, 6)
+    assert torch.equal(together[:, :, :5], queries[0])
+    assert torch.equal(by_rank(together, 2), queries)
