@@ -233,10 +233,10 @@ class Trainer:
             random_state["cuda"] = torch.cuda.get_rng_state(self.device)
         with self.ranks.listening():
             weights = {name: whole(tensor) for name, tensor in self.model.state_dict().items()}
-            moments = {
-                f"{place}.{name}": whole(tensor)
-                for place, tensors in self.optimizer.state_dict()["state"].items()
-                for name, tensor in tensors.items()
+            moments = {  # in one order: of spread ones all ranks gather the same at a time, and a file has no order
+                f"{place}.{name}": whole(tensors[name])
+                for place, tensors in sorted(self.optimizer.state_dict()["state"].items())
+                for name in sorted(tensors)
             }
         own = {
             **self.reader.state_dict(),
