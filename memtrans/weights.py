@@ -32,11 +32,14 @@ def load_weights(model: MemorizingTransformer, checkpoint: Checkpoint) -> None:
 
 
 def moments_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """An optimiser's moments; of a model that is spread every rank has to ask for them."""
+    """An optimiser's moments; of a model that is spread every rank has to ask for them.
+
+    In one order: all ranks must gather the same one at a time, and those of a file come in any.
+    """
     return {
-        f"{place}.{name}": whole(tensor)
-        for place, tensors in optimizer.state_dict()["state"].items()
-        for name, tensor in tensors.items()
+        f"{place}.{name}": whole(tensors[name])
+        for place, tensors in sorted(optimizer.state_dict()["state"].items())
+        for name in sorted(tensors)
     }
 
 

@@ -172,6 +172,27 @@ def test_four_ranks_go_on_where_two_stopped_and_two_where_four_did(
     assert_same_run(two.run(trained_by_rank, settings, directory), through)
 
 
+def saved_again(rank: int, settings: Settings, directory: str, again: str) -> None:
+    """What a resumed run writes before its first step."""
+    ranks = ranks_of(rank)
+    trainer = Trainer(settings, open_data(settings), torch.device("cpu"), ranks)
+    trainer.restore(load_checkpoint(directory, trainer.wants))
+    save_checkpoint(again, *trainer.state(), ranks)
+
+
+@pytest.mark.parametrize("variant", FAST)
+def test_a_resumed_run_saves_what_it_has_just_read(two: Processes, text: str, tmp_path: Path, variant: str) -> None:
+    settings = dataclasses.replace(VARIANTS[variant], data=text, steps=4)
+    directory, again = str(tmp_path / "checkpoint"), str(tmp_path / "again")
+    trained_alone(settings, directory, 3)
+    two.run(saved_again, settings, directory, again)
+    before, after = load_checkpoint(directory).parts, load_checkpoint(again).parts
+    for part in ("model", "optimizer"):
+        assert set(after[part]) == set(before[part])
+        for name, tensor in before[part].items():
+            assert torch.equal(after[part][name], tensor), name
+
+
 def test_the_same_number_of_ranks_goes_on_bit_for_bit_dropout_included(
     two: Processes, text: str, tmp_path: Path
 ) -> None:
