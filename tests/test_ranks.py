@@ -143,8 +143,7 @@ def test_two_ranks_follow_it_with_every_setting(two: Processes, text: str, varia
     assert_same_run(two.run(trained_by_rank, settings), trained_alone(settings))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", ["plain", "fsdp"])
+@pytest.mark.parametrize("variant", ["plain", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_four_ranks_follow_it_too(four: Processes, text: str, variant: str) -> None:
     settings = dataclasses.replace(VARIANTS[variant], data=text)
     assert_same_run(four.run(trained_by_rank, settings), trained_alone(settings))

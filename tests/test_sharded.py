@@ -246,8 +246,10 @@ def test_attention_and_its_gradients_are_those_of_one_memory(two: Processes, lay
     two.run(attend, LAYERS[layer])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layer", LAYERS)
+FIRST, *REST = LAYERS
+
+
+@pytest.mark.parametrize("layer", [FIRST, *(pytest.param(layer, marks=pytest.mark.slow) for layer in REST)])
 def test_so_they_are_with_four_ranks(four: Processes, layer: str) -> None:
     four.run(attend, LAYERS[layer])
 
