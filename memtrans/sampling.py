@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,11 +43,11 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.temperature, Real) or not math.isfinite(self.temperature):
+        if not _is_number(self.temperature) or not math.isfinite(self.temperature):
             raise ValueError(f"temperature must be finite, got {self.temperature!r}")
         if self.top_k is not None:
             checks.integer("top_k", self.top_k, low=1)
-        if self.top_p is not None and not (isinstance(self.top_p, Real) and 0.0 < self.top_p <= 1.0):
+        if self.top_p is not None and not (_is_number(self.top_p) and 0.0 < self.top_p <= 1.0):
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}")
         if not 0 <= checks.integer("seed", self.seed) < 2**63:
             raise ValueError(f"seed must be in [0, 2**63), got {self.seed}")
@@ -67,3 +68,7 @@ class Sampling:
         total = (probability * kept).sum(dim=-1)
         place = (kept & (before <= (draw * total)[:, None])).sum(dim=-1) - 1  # the first one begins at 0
         return ids.gather(1, place.clamp(min=0)[:, None])[:, 0]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real)
