@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -69,13 +70,14 @@ class Generation:
         model, segment = open_model(options.checkpoint)
         if model.num_tokens > BYTES:
             raise ValueError(f"checkpoint must be of a model over bytes, got one of {model.num_tokens} tokens")
+        _check_memory_options(options, model)
         model = model.to(device, getattr(torch, options.dtype) if options.dtype else None).eval()
         sizes = {"max_memories": options.memory} if options.memory is not None else {}
         if options.memories is None:
             memories = model.create_knn_memories(batch_size=1, device=device, **sizes)
         else:
             memories = model.load_memories(options.memories, **sizes)
-        text = options.prompt if options.prompt_file is None else options.prompt_file.read_bytes()
+        text = os.fsencode(options.prompt) if options.prompt_file is None else options.prompt_file.read_bytes()
         start = START if model.clear_memories_on_sos_token_id is None else None
         prompt = as_texts(text, model, start)
         segment = segment if options.segment is None else options.segment
@@ -102,6 +104,17 @@ class Generation:
         print(f"read {length} tokens in {read - begin:.1f} s, wrote {rate:.0f} tokens/s", file=sys.stderr)
         if self.save_memories is not None:
             self.decoder.memories.save(self.save_memories)
+
+
+def _check_memory_options(options: argparse.Namespace, model: MemorizingTransformer) -> None:
+    """Refuses what would be ignored, or fail, only when everything is read and written."""
+    given = {"memory": options.memory, "save_memories": options.save_memories}
+    for name, value in given.items():
+        if value is not None and not model.memorizing_layers:
+            raise ValueError(f"{name} must not be given with a model that has no memory, got {str(value)!r}")
+    path = options.save_memories
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise ValueError(f"save_memories must name a file in a directory that exists, got {str(path)!r}")
 
 
 def over_bytes(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -17,6 +17,7 @@ from memtrans.replay import Replay
 from memtrans.sampling import Sampling
 from memtrans.transformer import MemorizingTransformer
 from memtrans.validation import check_ids, sizes
+from memtrans_kernels import checks
 
 Text = str | bytes | Tensor | Sequence[int]
 
@@ -60,7 +61,8 @@ def generate(
         the memory.
 
     Raises:
-        ValueError, IndexError: ids outside the vocabulary, an option out of range, memories that are not this model's.
+        ValueError, IndexError, TypeError: ids outside the vocabulary, an option out of range or of another kind,
+            memories that are not this model's.
 
     >>> model = MemorizingTransformer(num_tokens=256, dim=16, depth=2, dim_head=8, heads=2, memorizing_layers=2)
     >>> generate(model, ["once upon a time", "hello"], tokens=5, segment=8).shape
@@ -68,6 +70,9 @@ def generate(
     """
     sampling = Sampling(temperature, top_k, top_p, seed)
     sizes(1, tokens=tokens)
+    for name, token in (("stop", stop), ("start", start)):
+        if token is not None and not 0 <= checks.integer(name, token) < model.num_tokens:
+            raise ValueError(f"{name} must be a token id in [0, {model.num_tokens}), got {token}")
     texts = as_texts(prompt, model, start)
     was_training = model.training
     model.eval()

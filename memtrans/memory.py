@@ -55,8 +55,8 @@ class KNNMemory:
             does with the memory all do, with the same sizes; see `memtrans.sharded`. Default: this process alone.
 
     A search of a sharded memory costs what it costs to search M / W entries for the queries of all W ranks. From each
-    of the others a rank receives, for one query, D·e + 8·K + K bytes to search, and D·e + 4 to attend or 2·D·e·K / W
-    to fetch the winners, with e bytes a number.
+    of the others a rank receives, for one query, D·e + 8·K + K bytes to search, and D·e + 4 to attend or D·e·K / W
+    to fetch the winners' values, with e bytes a number; `memtrans.sharded` has what a gradient adds.
 
     Attributes:
         scoped_indices: the documents that `add` and `search` speak of. shape: (num_indices, max_memories, 2, dim), with

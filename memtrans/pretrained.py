@@ -50,6 +50,18 @@ class Pretrained(nn.Module):
         directory: made if missing; each file takes the place of an older one at once and whole.
 
         Raises OSError when the disk is full, or the like; ValueError when the memories are not this model's.
+
+        >>> import tempfile
+        >>> from memtrans import MemorizingTransformer
+        >>> model = MemorizingTransformer(num_tokens=9, dim=16, depth=2, dim_head=8, heads=2, memorizing_layers=2)
+        >>> memories = model.create_knn_memories(batch_size=1)
+        >>> logits = model(torch.arange(9)[None], memories)
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     model.save_pretrained(directory, memories)
+        ...     again = MemorizingTransformer.from_pretrained(directory)
+        ...     filled = again.load_memories(directory)
+        >>> filled[0].lengths.tolist()
+        [9]
         """
         if memories is not None:
             self._check_memories(memories, "memories")

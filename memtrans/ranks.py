@@ -28,6 +28,10 @@ FIRST_SUMS = 5  # before these everyone waits patiently: the first steps compile
 Result = TypeVar("Result")
 
 
+class LaunchError(ValueError):
+    """The variables that tell a process of its ranks are not those that `torchrun` sets."""
+
+
 class LostRankError(RuntimeError):
     """Another rank ended, or did not answer in time: the run cannot go on."""
 
@@ -188,19 +192,32 @@ def _is_of_communication(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "pair closure"))
 
 
+def launched() -> Ranks:
+    """This process as the variables of `torchrun` describe it, without groups yet; ALONE without them.
+
+    Raises LaunchError when they are not whole: WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT belong together.
+    """
+    size = _number("WORLD_SIZE", "1", low=1)
+    if size == 1:
+        return ALONE
+    rank = _number("RANK", below=size)
+    _number("MASTER_PORT", below=2**16)
+    if not os.environ.get("MASTER_ADDR"):
+        raise LaunchError("MASTER_ADDR must name the host of rank 0, as torchrun sets it, got ''")
+    return Ranks(rank, size, _number("LOCAL_RANK", str(rank)))
+
+
 @contextmanager
 def joined() -> Iterator[Ranks]:
     """The ranks that `torchrun` started this process with, for as long as the `with` lasts; ALONE without it.
 
-    Raises ValueError when the variables that torchrun sets (RANK, WORLD_SIZE, ...) are not whole, LostRankError when
+    Raises LaunchError when the variables that torchrun sets (RANK, WORLD_SIZE, ...) are not whole, LostRankError when
     not all ranks come.
     """
-    size = _number("WORLD_SIZE", "1")
-    if size == 1:
-        yield ALONE
+    ranks = launched()
+    if ranks.size == 1:
+        yield ranks
         return
-    rank = _number("RANK")
-    ranks = Ranks(rank, size, _number("LOCAL_RANK", str(rank)))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with ranks.listening():
         dist.init_process_group(backend, timeout=timedelta(seconds=PATIENT_SECONDS))
@@ -210,9 +227,10 @@ def joined() -> Iterator[Ranks]:
     dist.destroy_process_group()  # after an error the others may be gone, and this would wait for them
 
 
-def _number(name: str, default: str = "") -> int:
-    """A variable that torchrun sets."""
+def _number(name: str, default: str = "", low: int = 0, below: int | None = None) -> int:
+    """A variable that torchrun sets, a number from `low` on and below `below`."""
     value = os.environ.get(name, default)
-    if not value.isdecimal():
-        raise ValueError(f"{name} must be a number beside WORLD_SIZE, as torchrun sets it, got {value!r}")
+    if not value.isdecimal() or int(value) < low or (below is not None and int(value) >= below):
+        limits = f"at least {low}" if below is None else f"in [{low}, {below})"
+        raise LaunchError(f"{name} must be a number {limits}, as torchrun sets it, got {value!r}")
     return int(value)

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from memtrans_kernels import checks
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,8 @@ class Sampling:
         seed: of the draws. Row b of a batch draws what a single row with seed + b draws, on every device.
 
     Raises:
-        ValueError: top_k below 1, top_p outside (0, 1], a temperature that is not finite, a seed that is negative.
+        ValueError, TypeError: top_k below 1, top_p outside (0, 1], a temperature that is not finite, a seed that is
+            negative; a top_k or seed that is no integer.
 
     >>> logits = torch.tensor([[0.0, 3.0, 1.0]])
     >>> Sampling(temperature=0).choose(logits, torch.tensor([0.99])).tolist()
@@ -38,13 +43,13 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.temperature):
-            raise ValueError(f"temperature must be finite, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
-        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        if not 0 <= self.seed < 2**63:
+        if not _is_number(self.temperature) or not math.isfinite(self.temperature):
+            raise ValueError(f"temperature must be finite, got {self.temperature!r}")
+        if self.top_k is not None:
+            checks.integer("top_k", self.top_k, low=1)
+        if self.top_p is not None and not (_is_number(self.top_p) and 0.0 < self.top_p <= 1.0):
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}")
+        if not 0 <= checks.integer("seed", self.seed) < 2**63:
             raise ValueError(f"seed must be in [0, 2**63), got {self.seed}")
 
     def draws(self, batch: int, tokens: int, device: torch.device) -> Tensor:
@@ -63,3 +68,7 @@ class Sampling:
         total = (probability * kept).sum(dim=-1)
         place = (kept & (before <= (draw * total)[:, None])).sum(dim=-1) - 1  # the first one begins at 0
         return ids.gather(1, place.clamp(min=0)[:, None])[:, 0]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real)

@@ -14,8 +14,11 @@ either the winners' keys and values travel, or each rank attends to those that i
 softmax: `out` with `lse`, which the owner merges as exactly.
 
 Bytes that a rank receives for one query from each of the W - 1 others, queries and results of e bytes a number:
-D·e its query, 8·K candidates (score, slot), K who won, and D·e + 4 the partial result, or else K / W winners of 2·D
-numbers, as they are stored. The backward pass sends D·e + 4 and D·e. An entry that is added travels once to each rank.
+D·e its query, 8·K candidates (score, slot) and K who won. Then D·e + 4 the partial result, for which a backward pass
+sends D·e + 4 and D·e more; or K / W winners, on average, of D numbers as they are stored, the value alone or, where a
+gradient is wanted, the key too, and nothing in the backward pass. `attend` takes what is fewer bytes in both passes
+together. With K = 32, D = 64 and two bytes a number that is the partial result up to 31 ranks without a gradient, up to
+20 with one. An entry that is added travels once to each rank.
 
 Two equal keys on different ranks come older first where a backend's score of a pair does not depend on where the key
 stands, as those of `native` and `triton` do not; plain matrix products round by place.
@@ -197,10 +200,14 @@ class ShardedSnapshot(MemorySnapshot):
         Waits for the device once: how much each rank sends is not known before.
         """
         found = self.find(query, k)
-        return (*self.fetch(found), found.entries >= 0)
+        keys, values = self.fetch(found, [self.keys, self.values])
+        return keys, values, found.entries >= 0
 
-    def fetch(self, found: Neighbours) -> tuple[Tensor, Tensor]:
-        """The neighbours' keys and values (B, H, N, K, D), from the ranks that hold them; zeros where there is none."""
+    def fetch(self, found: Neighbours, rings: Sequence[Tensor]) -> list[Tensor]:
+        """What the neighbours hold in each of the rings (R, slots, D), their keys or values: (B, H, N, K, D) each.
+
+        It comes from the ranks that hold them; zeros where there is none.
+        """
         ranks, (_, width) = self.ring.ranks, self.keys.shape[1:]
         won, slots = (by_rank(tensor, ranks.size) for tensor in (found.won, found.candidates))
         row = self._of_heads(torch.arange(self.start.shape[0], device=slots.device), slots.shape[2])
@@ -210,14 +217,14 @@ class ShardedSnapshot(MemorySnapshot):
         sent, received = ([int(n) for n in mask.flatten(1).sum(dim=1).tolist()] for mask in (won, mine))
         index = mine.nonzero(as_tuple=True)
         fetched = []
-        for ring in (self.keys, self.values):
+        for ring in rings:
             got = ring.new_empty(sum(received), width)
             with ranks.listening():
                 dist.all_to_all_single(got, ring[row, slot], received, sent, group=ranks.quick)
             whole = ring.new_zeros(*found.scores.shape, width)
             whole[(*index[1:4], found.places[mine])] = got
             fetched.append(whole)
-        return fetched[0], fetched[1]
+        return fetched
 
     # ------------------------------------------------------------------------------------------------------- attention
 
@@ -229,12 +236,15 @@ class ShardedSnapshot(MemorySnapshot):
         scale: (H,). dropout_p, seed: as `memory_attention` takes them.
 
         Returns out (B, H, N, D) and lse (B, H, N), differentiable in query and scale, and which queries found any
-        (B, H, N). What travels is the smaller of winners and partial results.
+        (B, H, N). What travels is the smaller of winners and partial results; see the module.
         """
         found = self.find(query, k)
         dropout = {"dropout_p": dropout_p, "seed": seed}
-        parts = self.ring.ranks.size * (query.shape[-1] * query.element_size() + 4)
-        if parts <= 2 * k * query.shape[-1] * self.keys.element_size():
+        width, learning = query.shape[-1], torch.is_grad_enabled()
+        result = width * query.element_size() + 4
+        part = 2 * result + width * query.element_size() if learning else result
+        winner = width * (self.values.element_size() + (self.keys.element_size() if learning else 0))
+        if self.ring.ranks.size * part <= k * winner:
             out, lse = self._attend_in_parts(found, scale, dropout)
         else:
             out, lse = self._attend_to_fetched(query, found, scale, dropout)
@@ -261,8 +271,13 @@ class ShardedSnapshot(MemorySnapshot):
     def _attend_to_fetched(
         self, query: Tensor, found: Neighbours, scale: Tensor, dropout: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        """As to a memory of N·K entries for each head, which nobody else reads."""
-        keys, values = (pair.flatten(2, 3).flatten(0, 1) for pair in self.fetch(found))  # (B·H, N·K, D)
+        """As to a memory of N·K entries for each head, which nobody else reads.
+
+        The scores are known, so that keys are wanted for the gradient alone; without one the values stand for them.
+        """
+        rings = [self.keys, self.values] if torch.is_grad_enabled() else [self.values]
+        fetched = [ring.flatten(2, 3).flatten(0, 1) for ring in self.fetch(found, rings)]  # (B·H, N·K, D)
+        keys, values = fetched[0], fetched[-1]
         slots = torch.arange(keys.shape[1], dtype=torch.int32, device=keys.device).reshape(found.scores.shape[2:])
         nothing = query.detach()[:, :, :0]
         return memory_attention(

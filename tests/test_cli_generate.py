@@ -66,6 +66,11 @@ def test_a_prompt_from_a_file_may_be_any_bytes_of_any_length(saved, tmp_path, ca
     assert written(capsys, saved, "--prompt-file", str(tmp_path / "prompt"), "--segment", "100") == as_text(expected)
 
 
+def test_a_prompt_on_the_command_line_may_be_any_bytes_too(saved, capsys):
+    content = b"n\xff\xfe"
+    assert written(capsys, saved, "--prompt", os.fsdecode(content)) == as_text(generate(build(), content, 40))
+
+
 def test_no_prompt_stands_for_a_lines_end_or_the_models_start_token(saved, tmp_path, capsys):
     assert written(capsys, saved) == as_text(generate(build(), "\n", 40))
     build(clear_memories_on_sos_token_id=7).save_pretrained(tmp_path / "other")
@@ -145,6 +150,11 @@ def test_it_runs_as_a_program_whose_reader_may_leave(saved):
         (["--memory", "0"], "max_memories must be at least 1, got 0"),
         (["--prompt-file", "/no/such/file"], "No such file or directory: '/no/such/file'"),
         (["--memories", "/no/such/file"], "got '/no/such/file', which does not exist"),
+        (
+            ["--save-memories", "/no/such/file"],
+            "must name a file in a directory that exists, got '/no/such/file'",
+        ),
+        (["--save-memories", "/"], "must name a file in a directory that exists, got '/'"),
         (["--device", "abacus"], "device must be one that this torch can use"),
     ],
 )
@@ -191,6 +201,18 @@ def test_a_checkpoint_that_is_missing_or_of_another_shape_is_refused(run, saved,
 def test_memories_of_another_width_or_number_of_layers_are_refused(saved, tmp_path, capsys, other, message):
     build(**other).create_knn_memories(batch_size=1, device="cpu").save(tmp_path / "memories")
     assert message in refused(capsys, saved, "--memories", str(tmp_path / "memories"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--memory", "9"], "memory must not be given with a model that has no memory, got '9'"),
+        (["--save-memories", "file"], "save_memories must not be given with a model that has no memory, got 'file'"),
+    ],
+)
+def test_options_of_a_memory_are_refused_where_there_is_none(tmp_path, capsys, options, message):
+    build(memorizing_layers=()).save_pretrained(tmp_path / "model")
+    assert message in refused(capsys, tmp_path / "model", *options)
 
 
 def test_memories_of_several_documents_are_refused(saved, tmp_path, capsys):

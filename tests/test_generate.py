@@ -180,7 +180,12 @@ def test_draws_of_a_row_are_those_of_a_single_row_with_its_own_seed():
     [
         ({"prompt": [VOCABULARY]}, IndexError, r"prompt must be token ids in \[0, 40\), got 40"),
         ({"prompt": "text"}, IndexError, r"prompt must be token ids in \[0, 40\), got 116"),
-        ({"prompt": []}, IndexError, r"prompt must be token ids in \[0, 40\), got 99"),
+        ({"start": 99}, ValueError, r"start must be a token id in \[0, 40\), got 99"),
+        ({"stop": 40}, ValueError, r"stop must be a token id in \[0, 40\), got 40"),
+        ({"stop": b"."}, TypeError, r"stop must be an integer, got b'.'"),
+        ({"top_k": 2.5}, TypeError, "top_k must be an integer, got 2.5"),
+        ({"seed": 1.5}, TypeError, "seed must be an integer, got 1.5"),
+        ({"temperature": "hot"}, ValueError, "temperature must be finite, got 'hot'"),
         (
             {"prompt": torch.ones(3)},
             ValueError,
@@ -200,8 +205,6 @@ def test_draws_of_a_row_are_those_of_a_single_row_with_its_own_seed():
 )
 def test_a_wrong_option_names_argument_value_and_expectation(options, error, message):
     model = build()
-    if options.get("prompt") == []:
-        options = {**options, "start": 99}
     with pytest.raises(error, match=message):
         generate(model, **{"prompt": [1, 2], "tokens": 3, **options})
     assert model.training

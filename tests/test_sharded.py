@@ -186,7 +186,7 @@ class Layer:
 
 
 LAYERS = {
-    "partial results travel": Layer(),
+    "partial results travel": Layer(neighbours=8),
     "the winners travel": Layer(neighbours=1),
     "grouped heads and a cache": Layer(kv_heads=2, xl=5),
     "a gate": Layer(combine="gate", memory_offset=None),
@@ -246,10 +246,69 @@ def test_attention_and_its_gradients_are_those_of_one_memory(two: Processes, lay
     two.run(attend, LAYERS[layer])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layer", LAYERS)
+FIRST, *REST = LAYERS
+
+
+@pytest.mark.parametrize("layer", [FIRST, *(pytest.param(layer, marks=pytest.mark.slow) for layer in REST)])
 def test_so_they_are_with_four_ranks(four: Processes, layer: str) -> None:
     four.run(attend, LAYERS[layer])
+
+
+def bytes_of_a_query(rank: int, k: int, learning: bool) -> tuple[float, bool]:
+    """What this rank receives for each query in a search and an attention, with its gradient; whether all is right."""
+    size, width, queries, received = dist.get_world_size(), 8, 64, 0
+    group, exchange = dist.group.WORLD, dist.all_to_all_single
+
+    def counted(got: Tensor, *arguments: Any, **options: Any) -> Any:
+        nonlocal received
+        received += got.nbytes
+        return exchange(got, *arguments, **options)
+
+    whole = KNNMemory(width, 64, device="cpu", value_dtype=torch.float16)
+    sharded = KNNMemory(width, 64, device="cpu", value_dtype=torch.float16, process_group=group)
+    pairs = torch.randn(size, 1, 32, 2, width, generator=torch.Generator().manual_seed(0))
+    sharded.add(pairs[rank])
+    for segment in pairs:
+        whole.add(segment)
+    query = torch.randn(1, 1, queries, width, generator=torch.Generator().manual_seed(rank + 1))
+    found = sharded.snapshot().nearest(query, k)[0]
+    keys, values, _ = whole.snapshot().pairs(query, k)
+    scale = torch.tensor([0.5])
+    expected = ((found * 0.5).softmax(dim=-1)[..., None] * values).sum(dim=-2)
+    gradient = 0.5 * ((found * 0.5).softmax(dim=-1)[..., None] * (values - expected[..., None, :])).sum(dim=-1)
+    query.requires_grad_(learning)
+    dist.all_to_all_single = counted
+    try:
+        with torch.set_grad_enabled(learning):
+            out, _, _ = sharded.snapshot().attend(query, k, scale)
+            if learning:
+                out.sum().backward()
+    finally:
+        dist.all_to_all_single = exchange
+    right = torch.allclose(out, expected, atol=SAME_SUMS)
+    if learning:
+        right = right and torch.allclose(query.grad, (gradient[..., None] * keys).sum(dim=-2), atol=10 * SAME_SUMS)
+    return received / queries, right
+
+
+@pytest.mark.parametrize(
+    ("k", "learning", "travels"),
+    [
+        (4, False, 4 * 16),  # the winners' values of 8 numbers in float16, not 2 · 36 of the two partial results
+        (5, False, 2 * 36),
+        (4, True, 4 * (32 + 16)),  # the winners' keys and values, not 2 · (36 + 36 + 32)
+        (5, True, 2 * (36 + 36 + 32)),
+    ],
+)
+def test_the_smaller_of_winners_and_partial_results_travels(
+    two: Processes, k: int, learning: bool, travels: int
+) -> None:
+    """Counted with what a rank sends to itself, which an exchange holds too; as the module's docstring says."""
+    search = 2 * (32 + 8 * k + k)
+    by_rank = two.run(bytes_of_a_query, k, learning)
+    assert all(right for _, right in by_rank)
+    mean = sum(received for received, _ in by_rank) / 2
+    assert mean == pytest.approx(search + travels, abs=0.3)  # the scale, which each rank tells the others once
 
 
 def read_side_by_side(rank: int, activation_checkpointing: bool) -> list[float]:
