@@ -10,6 +10,7 @@ import pytest
 import torch
 from checks import SAME_CURVE, assert_same_curve
 from devices import DEVICE
+from processes import ended, started
 
 from memtrans.checkpoint import Checkpoint
 from memtrans.replay import EAGER_CALLS
@@ -115,3 +116,17 @@ def test_a_step_that_is_not_finite_is_left_out_of_a_replayed_run_too(text: str, 
     assert not trainer.check()[-1].isfinite().all()
     trainer.advance()
     assert trainer.check()[-1].isfinite().all()
+
+
+def test_the_command_line_trains_goes_on_evaluates_and_generates(text: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    small = ("--batch", "2", "--segment", "32", "--layers", "2", "--width", "64", "--head-width", "32", "--plain")
+    for command in (
+        ("train", "--data", text, "--out", str(out), "--steps", "8", "--memory", "64", "--eval-bytes", "300", *small),
+        ("train", "--resume", "--out", str(out), "--steps", "12", "--plain"),
+        ("eval", "--out", str(out), "--data", text),
+        ("generate", "--checkpoint", str(out), "--prompt", "abc", "--tokens", "5"),
+    ):
+        status, printed, error = ended(started(1, *command), 300)[0]
+        assert status == 0, error
+        assert printed

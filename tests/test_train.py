@@ -368,6 +368,15 @@ def test_a_device_that_cannot_be_used_is_refused_by_name(name):
         pick_device(name)
 
 
+@pytest.mark.parametrize(("name", "expected"), [("auto", "cuda:1"), ("cuda", "cuda:1"), ("cuda:0", "cuda:0")])
+def test_a_gpu_has_a_number(monkeypatch, name, expected):
+    """As `torch.cuda.set_device` asks for one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr("memtrans.train.usable_device", torch.device)
+    assert pick_device(name) == torch.device(expected)
+
+
 def test_data_without_a_test_split_says_so(text):
     with pytest.raises(ValueError, match=r"split must be validation, .*got 'test'"):
         open_data(dataclasses.replace(SMALL, data=text), "test")
