@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from checks import FIRST_STEPS, SAME_CURVE, SAME_SUMS, assert_close
+from checks import ATTENTION, FIRST_STEPS, SAME_CURVE, SAME_SUMS, assert_close
 from processes import Processes, ended, started
 from torch import Tensor
 
@@ -48,9 +48,10 @@ def drawn(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator("cuda").manual_seed(seed))
 
 
-def memories(kv_heads: int) -> tuple[KNNMemory, KNNMemory]:
+def memories(kv_heads: int, dtype: torch.dtype = torch.float16) -> tuple[KNNMemory, KNNMemory]:
     """One spread over the ranks, and one for this process alone."""
     arguments: dict[str, Any] = {"dim": WIDTH, "max_memories": CAPACITY, "num_indices": BATCH, "kv_heads": kv_heads}
+    arguments["dtype"] = dtype
     return KNNMemory(process_group=dist.group.WORLD, **arguments), KNNMemory(**arguments)
 
 
@@ -89,9 +90,13 @@ def attended(attention: KNNAttention, x: Tensor, **arguments: Any) -> tuple[Tens
     return (out.detach(), *torch.autograd.grad(out, leaves, torch.cos(out.detach()), allow_unused=True), *after)
 
 
-def attend(rank: int, neighbours: int, combine: str) -> None:
+# A memory in float16 is searched with queries rounded to it, and scale's gradient takes the scores or the queries.
+WITHIN = {torch.float32: SAME_SUMS, torch.float16: ATTENTION[torch.float16]}
+
+
+def attend(rank: int, neighbours: int, combine: str, dtype: torch.dtype) -> None:
     """Segment after segment, beside one whole memory that reads the segments of all ranks."""
-    size, (sharded, whole) = dist.get_world_size(), memories(1)
+    size, (sharded, whole) = dist.get_world_size(), memories(1, dtype)
     torch.manual_seed(5)
     attention = KNNAttention(
         dim=64, heads=HEADS, dim_head=WIDTH, num_retrieved_memories=neighbours, combine=combine, memory_offset=-1.0
@@ -106,14 +111,17 @@ def attend(rank: int, neighbours: int, combine: str) -> None:
             if other == rank:
                 for place, (mine, theirs) in enumerate(zip(got, expected, strict=True)):
                     if theirs is not None:
-                        assert_close(mine, theirs, SAME_SUMS, f"step {step}, number {place}")
+                        assert_close(mine, theirs, WITHIN[dtype], f"step {step}, number {place}")
     assert sharded.lengths.tolist() == whole.lengths.tolist() == [CAPACITY] * BATCH
 
 
+@pytest.mark.parametrize("dtype", WITHIN)
 @pytest.mark.parametrize("combine", ["softmax", "gate"])
 @pytest.mark.parametrize("neighbours", [1, NEIGHBOURS], ids=["the winners travel", "partial results travel"])
-def test_attention_and_its_gradients_are_those_of_one_memory(two: Processes, neighbours: int, combine: str) -> None:
-    two.run(attend, neighbours, combine)
+def test_attention_and_its_gradients_are_those_of_one_memory(
+    two: Processes, neighbours: int, combine: str, dtype: torch.dtype
+) -> None:
+    two.run(attend, neighbours, combine, dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------ training
