@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
 
     presets = commands.add_parser("presets", help="what `train --preset` takes, and what each would cost")
     presets.description = (
-        "A line for each preset: parameters, bytes of a batch's memories, and the time of a step on one H200 as a "
+        "A line for each preset: parameters, bytes of a batch's memories, and the time of a step on one H100 as a "
         "simple model of its arithmetic predicts it (too low for small models, which wait for launches)."
     )
     presets.set_defaults(command=_presets, name="presets", out=None)

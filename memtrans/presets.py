@@ -177,7 +177,7 @@ PRESETS: dict[str, Settings] = {
 
 # ------------------------------------------------------------------------------------------------------------ figures
 
-MATRIX_RATE = 330e12  # FLOP/s of training at a width of 1024, in proportion below: a third of an H200's in bfloat16
+MATRIX_RATE = 330e12  # FLOP/s of training at a width of 1024, in proportion below: a third of an H100's in bfloat16
 SEARCH_RATE = 600e12  # FLOP/s of scoring keys of D = 128
 SEARCH_START = 6e-9  # seconds a query takes beside that
 
@@ -188,7 +188,7 @@ class Figures:
 
     Attributes:
         parameters: numbers that the model learns. memory_bytes: of all KNN memories of a batch, in float16.
-        step_seconds: of an optimiser step on one H200 in bfloat16: a prediction, see `figures`.
+        step_seconds: of an optimiser step on one H100 in bfloat16: a prediction, see `figures`.
         step_tokens: that such a step reads.
     """
 

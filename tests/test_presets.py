@@ -105,7 +105,7 @@ def test_a_predicted_step_agrees_with_a_measured_one(case):
     memory = {"off": 0, "8k": 8192, "64k": 65536}[case]
     shape = paper(512, memory, 0, combine="softmax")
     predicted = figures(dataclasses.replace(shape, batch=16, accumulate=1, vocabulary=256))
-    entries = json.loads((RESULTS / "h200" / "train.json").read_text())
+    entries = json.loads((RESULTS / "h100" / "train.json").read_text())
     (rate,) = (e["tokens_per_second"] for e in entries if (e["impl"], e["case"]) == ("memtrans", f"paper-{case}"))
     measured = predicted.step_tokens / rate
     assert abs(predicted.step_seconds / measured - 1) < PREDICTION

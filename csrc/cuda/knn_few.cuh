@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(kSelectThreads, 1) few_select(const FewArgumen
   if (largest > -INFINITY) atomicMax(&bests[threadIdx.x % kBoundGroups], sortable(largest));
   __syncthreads();
 
-  if (warp == 0) {  // by one warp: with all of them at it the multiprocessor was busy for three times as long
+  if (warp == 0) {
     uint32_t values[kBoundGroups / 32];
     int present = 0;
 #pragma unroll
