@@ -7,9 +7,9 @@
 - `attention`: the plain `Attention` layer of the same shape, without memory; `attention-sdpa` is the same layer with
   PyTorch's attention and a dense bias in place of the kernel.
 
-Parameters and inputs are in the entry's dtype; gradients are those of the input, the bias and every parameter. Each step
-draws a new input, in the time of every candidate: one input over and over would fill a memory with equal keys, which no
-text does and which the search is slow at (156 ms a step instead of a few, on an H100).
+Parameters and inputs are in the entry's dtype; gradients are those of the input, the bias and every parameter. Each
+step draws a new input, in the time of every candidate: one input over and over would fill a memory with equal keys,
+which no text does and which the search is slow at (156 ms a step instead of a few, on an H100).
 `peak_bytes` counts them, and what a step allocates, but not the memory's storage.
 """
 

@@ -27,7 +27,7 @@ from bench_train import full_trainer, settings_of, synchronize
 from common import DEVICE, TOY, case, dtype_name, environment, write_down
 
 from memtrans import KNNMemory
-from memtrans.ranks import Ranks, joined
+from memtrans.ranks import Ranks, end_process, joined
 from memtrans.train import pick_device
 
 SHAPES = ("ddp-paper-64k", "sharded-d64-64k", "sharded-paper-64k")
@@ -107,7 +107,7 @@ def search(name: str, ranks: Ranks) -> dict[str, Any]:
     snapshot = memory.snapshot()
     found = milliseconds(lambda: snapshot.nearest(query, sizes.neighbours), SEARCHES, ranks)
     queries = query[..., 0].numel() * ranks.size
-    received = (ranks.size - 1) * (sizes.width * query.element_size() + 9 * sizes.neighbours)
+    received = (ranks.size - 1) * (sizes.width * query.element_size() + 8 * sizes.neighbours)
     return {"mode": "forward", "dtype": dtype_name(dtype), "ms": found, "queries": queries, "query_bytes": received}
 
 
@@ -124,3 +124,4 @@ def main(name: str, path: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    end_process(0)

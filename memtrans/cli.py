@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 
@@ -25,7 +25,7 @@ from memtrans import cli_generate
 from memtrans.checkpoint import load_checkpoint, require
 from memtrans.evaluate import evaluate_both
 from memtrans.presets import PRESETS, figures
-from memtrans.ranks import ALONE, LaunchError, LostRankError, Ranks, joined
+from memtrans.ranks import ALONE, LaunchError, LostRankError, Ranks, end_process, joined
 from memtrans.run import Run, check_memory, checkpoint_of, resumed_settings, start
 from memtrans.settings import Settings, build_model
 from memtrans.train import NonFiniteLossError, open_data, pick_device
@@ -162,19 +162,8 @@ def _train(options: argparse.Namespace) -> int:
         options.speaks = True
         status = _fail(options, f"{error}; the last checkpoint is kept, --resume goes on from there", 1)
     if ranks.size > 1:
-        _end(status)
+        end_process(status)
     return status
-
-
-def _end(status: int) -> NoReturn:
-    """Ends one of several ranks at once, with this status, whatever its groups still do.
-
-    The interpreter's own end waits for the GPU, which may wait for a rank that is gone; and gloo's threads, which
-    outlive groups that FSDP holds and groups that nobody left, now and then abort it, so that a good run seems to fail.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 def _train_on(ranks: Ranks, options: argparse.Namespace) -> int:

@@ -38,12 +38,13 @@ from torch import Tensor
 
 from memtrans.exchange import by_rank, exchange, from_all, side_by_side
 from memtrans.memory_state import SHARD, held
-from memtrans.merge import merged, of_all_ranks, ranked
+from memtrans.merge import merged
 from memtrans.ranks import Ranks
 from memtrans.ring import MemorySnapshot, Ring, check_mask
 from memtrans_kernels import (
     checks,
     knn_add_,
+    knn_merge,
     knn_search,
     ledger_advance_,
     ledger_ticket,
@@ -126,10 +127,9 @@ class Neighbours:
 
     Attributes:
         scores: (B, H, N, K), best first, then -inf. entries: (B, H, N, K) int64, the neighbours' numbers, then -1.
-        places: (W, B, H, N, K) int64, which neighbour each candidate of each rank became; K and more for the others.
+        places: (W, B, H, N, K) int32, which neighbour each candidate of each rank became; K for the others.
         queries: (B, H, W·N, D), those of all ranks, differentiable. candidate_scores, candidates: (B, H, W·N, K),
             scores and slots of the best that this rank holds for them.
-        won: (B, H, W·N, K) bool, which of those are neighbours.
     """
 
     scores: Tensor
@@ -138,7 +138,6 @@ class Neighbours:
     queries: Tensor
     candidate_scores: Tensor
     candidates: Tensor
-    won: Tensor
 
 
 @dataclass(frozen=True)
@@ -160,34 +159,20 @@ class ShardedSnapshot(MemorySnapshot):
             queries, self.keys, self.rows, first, ring.own(self.cursor), ring.capacity, k, backend=ring.backend
         )
         scores, theirs = (exchange(by_rank(tensor, ranks.size), ranks) for tensor in (own_scores, slots))
-        entries = self._entries(theirs)
-        newest = self._of_heads(self.cursor, query.shape[1])
-        ages = torch.where(theirs >= 0, newest - 1 - entries, 0)
-        order, places = ranked(scores, ages)
-        won = (places < k) & (theirs >= 0)
-        best = order[..., :k]
-        return Neighbours(
-            scores=of_all_ranks(scores).gather(-1, best),
-            entries=of_all_ranks(entries).gather(-1, best),
-            places=places,
-            queries=queries,
-            candidate_scores=own_scores,
-            candidates=slots,
-            won=side_by_side(exchange(won.to(torch.uint8), ranks)).bool(),
-        )
+        share = torch.arange(ranks.size, device=slots.device).reshape(-1, 1, 1)
+        newest = held(self._of_heads(self.cursor, query.shape[1]), share, ranks.size) - 1  # (W, B, H)
+        scores, entries, places = knn_merge(scores, theirs, newest, self.keys.shape[1])
+        return Neighbours(scores, entries, places, queries, own_scores, slots)
+
+    def won(self, found: Neighbours) -> Tensor:
+        """Which of this rank's candidates became neighbours of the queries of all ranks (B, H, W·N, K) bool."""
+        answers = (found.places < found.scores.shape[-1]).to(torch.uint8)
+        return side_by_side(exchange(answers, self.ring.ranks)).bool()
 
     def _of_heads(self, counts: Tensor, heads: int) -> Tensor:
-        """Of counts by row (R,), those of the documents and query heads in scope (B, H, 1, 1)."""
+        """Of counts by row (R,), those of the documents and query heads in scope (B, H)."""
         of_rows = counts[self.rows].reshape(self.documents, -1)
-        return of_rows.repeat_interleave(heads // of_rows.shape[1], dim=1)[:, :, None, None]
-
-    def _entries(self, slots: Tensor) -> Tensor:
-        """The numbers of the entries in these slots of each rank (W, B, H, N, K); -1 for none."""
-        size = self.ring.ranks.size
-        rank = torch.arange(size, device=slots.device).reshape(-1, 1, 1, 1, 1)
-        newest = held(self._of_heads(self.cursor, slots.shape[2]), rank, size) - 1
-        own = newest - (newest - slots.long()) % self.keys.shape[1]
-        return torch.where(slots >= 0, own * size + rank, -1)
+        return of_rows.repeat_interleave(heads // of_rows.shape[1], dim=1)
 
     def nearest(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Scores and numbers of entries (B, H, N, K); there are no slots to speak of: they are on several ranks."""
@@ -209,11 +194,10 @@ class ShardedSnapshot(MemorySnapshot):
         It comes from the ranks that hold them; zeros where there is none.
         """
         ranks, (_, width) = self.ring.ranks, self.keys.shape[1:]
-        won, slots = (by_rank(tensor, ranks.size) for tensor in (found.won, found.candidates))
+        won, slots = (by_rank(tensor, ranks.size) for tensor in (self.won(found), found.candidates))
         row = self._of_heads(torch.arange(self.start.shape[0], device=slots.device), slots.shape[2])
-        row, slot = row.expand_as(slots)[won], slots[won].long()
-        k = found.scores.shape[-1]
-        mine = (found.places < k) & (found.places < (found.entries >= 0).sum(dim=-1, keepdim=True))
+        row, slot = row[:, :, None, None].expand_as(slots)[won], slots[won].long()
+        mine = found.places < found.scores.shape[-1]
         sent, received = ([int(n) for n in mask.flatten(1).sum(dim=1).tolist()] for mask in (won, mine))
         index = mine.nonzero(as_tuple=True)
         fetched = []
@@ -222,7 +206,7 @@ class ShardedSnapshot(MemorySnapshot):
             with ranks.listening():
                 dist.all_to_all_single(got, ring[row, slot], received, sent, group=ranks.quick)
             whole = ring.new_zeros(*found.scores.shape, width)
-            whole[(*index[1:4], found.places[mine])] = got
+            whole[(*index[1:4], found.places[mine].long())] = got
             fetched.append(whole)
         return fetched
 
@@ -262,7 +246,7 @@ class ShardedSnapshot(MemorySnapshot):
         nothing = queries.detach().new_empty(self.documents, self.rows.numel() // self.documents, 0, queries.shape[-1])
         out, lse = memory_attention(
             queries, nothing, nothing, self.keys, self.values, self.rows,
-            found.candidate_scores * scales.detach(), torch.where(found.won, found.candidates, -1),
+            found.candidate_scores * scales.detach(), torch.where(self.won(found), found.candidates, -1),
             torch.ones_like(scale), **dropout, ledger=self.ledger,
         )  # fmt: skip
         outs, lses = (exchange(by_rank(part, ranks.size), ranks) for part in (out, lse))

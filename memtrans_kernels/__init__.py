@@ -9,7 +9,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from memtrans_kernels.api import cosine, knn_add_, knn_search, local_attention, memory_attention
+from memtrans_kernels.api import cosine, knn_add_, knn_merge, knn_search, local_attention, memory_attention
 from memtrans_kernels.backends import backends_info
 from memtrans_kernels.ledger import Ledger, StaleMemoryError, ledger_advance_, ledger_ticket, read_cursors
 
@@ -19,6 +19,7 @@ __all__ = [
     "backends_info",
     "cosine",
     "knn_add_",
+    "knn_merge",
     "knn_search",
     "ledger_advance_",
     "ledger_ticket",

@@ -135,6 +135,44 @@ def knn_search(
     return ops.knn_search(query.detach(), keys.detach(), rows, start, cursor, capacity, k, check_name(backend))
 
 
+def knn_merge(
+    scores: Tensor, slots: Tensor, newest: Tensor, size: int, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The K nearest among what the W shares of a memory found: by score, older entries first among equals.
+
+    Entry i of a row is in share i mod W, there as entry i // W of a ring. No gradient.
+
+    Args:
+        scores, slots: (W, B, H, N, K), float and int32, what `knn_search` found in each share; slots -1 for none.
+        newest: (W, B, H) int64, the newest entry of each share for the row of each document and query head.
+        size: slots of a share's row, M + S there.
+        backend: one of `auto`, `reference`, `triton`, `native`, `faiss`.
+
+    Returns:
+        scores (B, H, N, K) and entries (B, H, N, K) int64, best first, then -inf and -1; and places (W, B, H, N, K)
+        int32, which neighbour each candidate became, K where none.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or device that does not fit. RuntimeError: the named backend cannot run.
+
+    >>> scores = torch.tensor([[2.0, 1.0], [3.0, 2.0]]).reshape(2, 1, 1, 1, 2)
+    >>> slots = torch.tensor([[4, 0], [1, 2]], dtype=torch.int32).reshape(2, 1, 1, 1, 2)
+    >>> _, entries, places = knn_merge(scores, slots, torch.full((2, 1, 1), 4), size=8)
+    >>> entries.tolist(), places.flatten(1).tolist()
+    ([[[[3, 5]]]], [[2, 2], [0, 1]])
+    """
+    letters = checks.Letters()
+    letters.bind("scores", scores, "W B H N K")
+    letters.bind("slots", slots, "W B H N K")
+    letters.bind("newest", newest, "W B H")
+    checks.floating(scores=scores)
+    checks.typed(torch.int32, slots=slots)
+    checks.typed(torch.int64, newest=newest)
+    checks.same_device(scores.device, slots=slots, newest=newest)
+    size = checks.integer("size", size, low=1)
+    return ops.knn_merge(scores.detach(), slots, newest, size, check_name(backend))
+
+
 def _check_groups(letters: checks.Letters) -> None:
     checks.divides(letters["B"], "B", letters["B·G"], "the number of rows")
     checks.divides(letters["B·G"] // letters["B"], "G", letters["H"], "the number of query heads")

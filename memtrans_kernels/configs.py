@@ -30,6 +30,12 @@ def cosine(width: int) -> Launch:
     return Launch(block=max(1, 2048 // power_of_two(width)), warps=4)
 
 
+def merge(neighbours: int) -> Launch:
+    """All pairs of K candidates are in registers at once: so few that none spill, below K = 128. Not timed."""
+    pairs = power_of_two(neighbours) ** 2
+    return Launch(block=max(1, min(64, 2048 // pairs)), warps=4 if pairs <= 4096 else 16)
+
+
 class AttentionLaunch(NamedTuple):
     """Queries and local keys of a tile, warps, tiles in flight, and neighbours whose rows are in flight together."""
 

@@ -72,6 +72,22 @@ def _(
     return query.new_empty(shape, dtype=arithmetic_dtype(keys)), query.new_empty(shape, dtype=torch.int32)
 
 
+# ----------------------------------------------------------------------------------------------------------- merge
+
+
+@torch.library.custom_op("memtrans::knn_merge", mutates_args=())
+def knn_merge(
+    scores: Tensor, slots: Tensor, newest: Tensor, size: int, backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    return backends.run("knn_merge", backend, scores, slots, newest, size)
+
+
+@knn_merge.register_fake
+def _(scores: Tensor, slots: Tensor, newest: Tensor, size: int, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
+    best = scores.new_empty(scores.shape[1:])
+    return best, best.new_empty(best.shape, dtype=torch.int64), slots.new_empty(slots.shape)
+
+
 # ---------------------------------------------------------------------------------------------------------- cosine
 
 

@@ -1,4 +1,4 @@
-"""What ring write, search and cosine mean, in plain PyTorch: the oracle of all tests, and the last-resort kernel.
+"""What ring write, search, merge and cosine mean, in plain PyTorch: the oracle of all tests, the last-resort kernel.
 
 Arithmetic is float32, or float64 where the inputs are (tests call it so); on CPU and CUDA tensors alike, without a host
 round trip. Shapes in the letters of `memtrans_kernels`. What attention means stands in `reference_attention.py`.
@@ -147,6 +147,31 @@ def _rank(scores: Tensor) -> Tensor:
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()  # integers in the order of the floats
     older = torch.arange(scores.shape[-1] - 1, -1, -1, device=scores.device)
     return (ordered << 32) | older
+
+
+# ----------------------------------------------------------------------------------------------------------- merge
+
+
+def knn_merge(
+    scores: Tensor,  # (W, B, H, N, K)
+    slots: Tensor,  # (W, B, H, N, K)
+    newest: Tensor,  # (W, B, H)
+    size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sorts all candidates of a query by age, then, keeping that order among equals, by score."""
+    shares, k = scores.shape[0], scores.shape[-1]
+    share = torch.arange(shares, device=slots.device).reshape(-1, 1, 1, 1, 1)
+    newest = newest[..., None, None]
+    entries = torch.where(slots >= 0, (newest - (newest - slots) % size) * shares + share, -1)
+
+    all_scores, all_entries = (of_shares.movedim(0, -2).flatten(-2) for of_shares in (scores, entries))
+    older = all_entries.masked_fill(all_entries < 0, torch.iinfo(torch.int64).max).argsort(dim=-1, stable=True)
+    order = older.gather(-1, all_scores.gather(-1, older).argsort(dim=-1, descending=True, stable=True))
+    ranking = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    places = torch.empty_like(order).scatter_(-1, order, ranking).unflatten(-1, (shares, k)).movedim(-2, 0)
+    places = torch.where(entries >= 0, places.clamp(max=k), k).to(torch.int32).contiguous()
+    best = order[..., :k]
+    return all_scores.gather(-1, best), all_entries.gather(-1, best), places
 
 
 # ---------------------------------------------------------------------------------------------------------- cosine

@@ -1,4 +1,4 @@
-"""Parts of an answer give the answer: as one softmax, as one search."""
+"""Parts of a softmax give the whole one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from checks import SAME_FORMULA, assert_close
 from devices import seeded
 
-from memtrans.merge import best_first, merged, of_all_ranks, ranked
+from memtrans.merge import merged
 
 pytestmark = pytest.mark.device
 
@@ -19,7 +19,7 @@ def test_parts_of_a_softmax_give_the_whole_one_and_its_gradient() -> None:
     values = torch.randn(RANKS, *SHAPE, 6, 8, dtype=torch.float64, generator=seeded(1))
     outs = torch.einsum("pbhnk,pbhnkd->pbhnd", logits.softmax(dim=-1), values)
     out, lse = merged(outs, logits.logsumexp(dim=-1))
-    together, all_values = of_all_ranks(logits), values.movedim(0, -3).flatten(-3, -2)
+    together, all_values = logits.movedim(0, -2).flatten(-2), values.movedim(0, -3).flatten(-3, -2)
     expected = torch.einsum("bhnk,bhnkd->bhnd", together.softmax(dim=-1), all_values)
     expected_lse = together.logsumexp(dim=-1)
     assert_close(out, expected, SAME_FORMULA)
@@ -46,20 +46,3 @@ def test_a_softmax_of_nothing_is_zero_and_has_no_gradient_that_is_not_a_number()
     out.sum().backward()
     assert not out.any()
     assert outs.grad.isfinite().all() and lses.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_candidates_are_ordered_by_score_and_equal_ones_by_age(dtype: torch.dtype) -> None:
-    scores = torch.tensor([1.0, -0.0, 1.0, -torch.inf, -2.0, 0.0], dtype=dtype)
-    ages = torch.tensor([3, 1, 2**31 - 1, 0, 7, 5])
-    assert best_first(scores, ages).tolist() == [2, 0, 5, 1, 4, 3]
-
-
-def test_every_candidate_has_the_place_at_which_the_order_names_it() -> None:
-    scores = torch.randint(-2, 3, (RANKS, *SHAPE, 4), generator=seeded(2)).float()
-    ages = torch.rand(RANKS, *SHAPE, 4, generator=seeded(3)).flatten().argsort().reshape(scores.shape)
-    order, places = ranked(scores, ages)
-    sorted_scores = of_all_ranks(scores).gather(-1, order)
-    assert torch.equal(sorted_scores, of_all_ranks(scores).sort(dim=-1, descending=True).values)
-    assert torch.equal(sorted_scores.gather(-1, of_all_ranks(places)), of_all_ranks(scores))
-    assert torch.equal(order.gather(-1, of_all_ranks(places)), torch.arange(RANKS * 4).expand_as(order))

@@ -29,6 +29,11 @@ def _cosine():
     return torch.randn(2, 4, 5, 8, requires_grad=True), torch.randn(2, 2, 7, 8, requires_grad=True)
 
 
+def _merge():
+    slots = torch.randint(-1, 7, (2, 1, 2, 3, 4), dtype=torch.int32)
+    return torch.randn(slots.shape), slots, torch.full((2, 1, 2), 9), 7
+
+
 def _attention():
     inputs = attention_inputs(local_length=True)
     order = ("bias_table", "bias_dense", "memory_offset", "local_length")
@@ -46,6 +51,7 @@ def _attention_backward():
 CASES = {
     "knn_add_": _ring_write,
     "knn_search": _search,
+    "knn_merge": _merge,
     "cosine": _cosine,
     "cosine_backward": lambda: (*(t.detach() for t in _cosine()), *(t.detach() for t in _cosine())),
     "memory_attention": _attention,

@@ -16,6 +16,7 @@ import pytest
 TESTS = Path(__file__).parent
 MODULES = [
     "test_knn_add.py",
+    "test_knn_merge.py",
     "test_cosine.py",
     "test_memory_attention.py",
     "test_memory_attention_backward.py",
