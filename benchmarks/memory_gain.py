@@ -1,7 +1,7 @@
 """What the memory buys: the same model and the same text, with memories of several sizes.
 
     python benchmarks/c_sources.py linux-source-6.1.tar.xz c-sources.zip
-    python benchmarks/memory_gain.py --data c-sources.zip --bytes 300000000 --memory 0 8192 65536 --seeds 0 1
+    python benchmarks/memory_gain.py --data c-sources.zip --bytes 300000000 --memory 0 32 8192 65536 --seeds 0 1
     python benchmarks/memory_gain.py --plot docs/images/memory_gain.png
 
 Each run writes an entry into results/<machine>/memory_gain.json when it ends: held-out bits per byte along the way,
@@ -117,7 +117,13 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="stdlib", help="as of `python -m memtrans train`")
     parser.add_argument("--bytes", type=float, default=300e6, help="training bytes of each run (300e6)")
-    parser.add_argument("--memory", type=int, nargs="+", default=[0, 8192, 65536], help="sizes; 0 for no memory layer")
+    parser.add_argument(
+        "--memory",
+        type=int,
+        nargs="+",
+        default=[0, 8192, 65536],
+        help="sizes; 0 for a plain layer instead, 32 for the layer with next to no memory",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--eval-bytes", type=int, default=1_000_000, help="held-out bytes at each place along the way")
     parser.add_argument("--final-eval-bytes", type=int, default=4_000_000, help="held-out bytes at the end, both ways")
