@@ -17,7 +17,7 @@ from processes import Processes, ended, started
 from torch import Tensor
 
 from memtrans import KNNAttention, KNNMemory
-from memtrans.checkpoint import load_checkpoint
+from memtrans.checkpoint import exists, load_checkpoint
 from memtrans.metrics import Metrics
 from memtrans.run import checkpoint_of
 
@@ -172,7 +172,7 @@ def test_when_a_rank_is_killed_the_other_ends_with_a_message_and_the_run_goes_on
     arguments = (*RUN, "--data", text, "--out", str(out))
     processes = started(2, *arguments, "--steps", "1000000", "--checkpoint-every", "20")
     deadline = time.monotonic() + ENOUGH
-    while not (checkpoint_of(out).exists() and load_checkpoint(checkpoint_of(out)).values["step"] >= 20):
+    while not (exists(checkpoint_of(out)) and load_checkpoint(checkpoint_of(out)).values["step"] >= 20):
         assert time.monotonic() < deadline and processes[0].poll() is None
         time.sleep(0.2)
     processes[1].send_signal(signal.SIGKILL)

@@ -20,7 +20,7 @@ from checks import FIRST_STEPS, SAME_SUMS, assert_close
 from processes import Processes, ended, started
 
 from memtrans import cli
-from memtrans.checkpoint import load_checkpoint, save_checkpoint
+from memtrans.checkpoint import exists, load_checkpoint, save_checkpoint
 from memtrans.cli import main
 from memtrans.data import Document, DocumentStream, InOrder
 from memtrans.evaluate import evaluate_both
@@ -349,7 +349,7 @@ def test_when_a_rank_is_killed_the_others_end_with_a_message_and_the_run_goes_on
     arguments = ("train", "--data", text, "--out", str(out), *TINY, "--steps", "100000", "--checkpoint-every", "20")
     processes = started(2, *arguments)
     deadline = time.monotonic() + 120
-    while not (checkpoint_of(out).exists() and load_checkpoint(checkpoint_of(out)).values["step"] >= 20):
+    while not (exists(checkpoint_of(out)) and load_checkpoint(checkpoint_of(out)).values["step"] >= 20):
         assert time.monotonic() < deadline
         time.sleep(0.2)
     processes[1].send_signal(signal.SIGKILL)
