@@ -80,9 +80,9 @@ class Ranks:
             raise self._lost(" ".join(str(error).split())) from error
 
     def _lost(self, reason: str) -> LostRankError:
+        """How long is too long differs from group to group, and a memory's group is the user's."""
         return LostRankError(
-            f"rank {self.rank} of {self.size} lost another one, which ended, or was silent for "
-            f"{RANK_SECONDS} s: {reason}"
+            f"rank {self.rank} of {self.size} lost another one, which ended, or was silent for too long: {reason}"
         )
 
     def gather(self, value: Result) -> list[Result]:
