@@ -9,7 +9,7 @@
 
 Parameters and inputs are in the entry's dtype; gradients are those of the input, the bias and every parameter. Each
 step draws a new input, in the time of every candidate: one input over and over would fill a memory with equal keys,
-which no text does and which the search is slow at (156 ms a step instead of a few, on an H100).
+which no text does and which the search is slow at.
 `peak_bytes` counts them, and what a step allocates, but not the memory's storage.
 """
 

@@ -1,4 +1,4 @@
-"""The K nearest among what W shares of a memory found, in Triton: one launch in the place of a sort and thirty others.
+"""The K nearest among what W shares of a memory found, in Triton: one launch, and no sort.
 
 Entry i of a row is in share i mod W, which keeps it as its entry i // W in a ring of `size` slots. With `newest` its
 newest entry, a share's slot s holds

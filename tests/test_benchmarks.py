@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from scripts import BENCHMARKS, benchmark_script
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 LABELS = {"op", "impl", "case", "mode", "dtype", "gpu", "torch", "triton", "commit"}
 
 
@@ -44,3 +44,6 @@ def test_memory_gain_trains_each_size_and_draws_them(tmp_path: Path) -> None:
     assert on["bits_per_byte"] != on["bits_per_byte_without_memory"]
     assert [point["bytes"] for point in on["curve"]] == sorted({point["bytes"] for point in on["curve"]})
     assert picture.stat().st_size > 0
+    rows = benchmark_script("tables").gain_table([off, on]).splitlines()[2:4]
+    assert [row.split(" | ")[1:3] for row in rows] == [["–", "0"], ["64", "0"]]
+    assert f"{on['bits_per_byte']:.4f}" in rows[1] and f"{on['bits_per_byte_without_memory']:.4f}" in rows[1]

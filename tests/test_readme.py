@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
+from scripts import benchmark_script
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -26,11 +26,7 @@ def test_its_python_snippets_run_in_order(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_its_tables_are_those_of_the_result_files() -> None:
-    specification = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
-    assert specification and specification.loader
-    tables = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(tables)
-    assert tables.filled(README) == README, "run: python benchmarks/tables.py"
+    assert benchmark_script("tables").filled(README) == README, "run: python benchmarks/tables.py"
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(([\w./-]+)\)", README))))

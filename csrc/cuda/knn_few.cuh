@@ -220,7 +220,8 @@ __global__ void __launch_bounds__(kSelectThreads, 1) few_select(const FewArgumen
       present += values[i] != 0;
     }
     present = __reduce_add_sync(kAllLanes, present);
-    bound = present < arguments.k ? -3.402823466e+38f : unsortable(kth_largest(values, arguments.k));
+    const float lower = present < arguments.k ? -3.402823466e+38f : unsortable(kth_largest(values, arguments.k));
+    if (lane == 0) bound = lower;
   }
   __syncthreads();
   const float lowest = bound;
