@@ -26,7 +26,7 @@ using torch::stable::Tensor;
 
 // Raised by one whenever an operator's schema or meaning changes, together with INTERFACE in
 // memtrans_kernels/native.py: a library left over from another version is then refused instead of misused.
-constexpr int64_t kInterface = 4;
+constexpr int64_t kInterface = 5;
 
 inline std::string shape_of(const Tensor& tensor) {
   std::ostringstream text;

@@ -7,7 +7,8 @@
     -> out (B, H, N, D), lse (B, H, N)
 
 A program owns a block of queries of one head: it gathers their neighbours' values, a row at a time as these are read
-once, and then walks over the local keys. Neither logits nor gathered values are written anywhere.
+once (all at once for a single query, which has nothing else to wait for), and then walks over the local keys. Neither
+logits nor gathered values are written anywhere.
 
 Source: Wu et al. 2022, section 3.1. Limits: D and K at most 128; fp16, bf16 and fp32. Precision: matrix products take
 the query's dtype (local keys and values are cast to it, so are the local weights; fp32 is not rounded to tf32) and
@@ -71,6 +72,25 @@ def attend_to_neighbours(
 
 
 @triton.jit
+def attend_to_neighbours_of_one(
+    acc, values, scores, slots, first, scale, offset, peak, stride, seed, b, h,
+    NEIGHBOURS: tl.constexpr, BLOCK_NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+):  # fmt: skip
+    """The same for a block of one query, whose neighbours start at `first`: all their values are gathered at once."""
+    k = tl.arange(0, BLOCK_NEIGHBOURS)
+    slot = tl.load(slots + first + k, mask=k < NEIGHBOURS, other=-1)
+    score = tl.load(scores + first + k, mask=k < NEIGHBOURS, other=0.0)
+    highest = tl.max(peak, axis=0)
+    highest = tl.where(highest == float("-inf"), 0.0, highest)
+    weight = tl.where(slot >= 0, tl.exp2(score * scale + offset - highest), 0.0)
+    if THRESHOLD > 0:
+        weight = tl.where(kept(seed, b, h, k * 0, k, THRESHOLD), weight, 0.0)
+    gathered = gather_rows(values, slot, stride, WIDTH, BLOCK_WIDTH)
+    return acc + tl.sum(weight[:, None] * gathered, axis=0)[None, :]
+
+
+@triton.jit
 def attend_to_local(
     acc, peak, total, q, key, value, key_stride, value_stride, first, last, n, scale, table, dense, dense_strides,
     oldest, sizes, seed, b, h, NEAR: tl.constexpr, BOUND: tl.constexpr, NEIGHBOURS: tl.constexpr,
@@ -103,8 +123,8 @@ def memory_attention_kernel(
     seed, out, lse, heads, groups, length, local_keys, distances,
     query_strides, key_strides, value_strides, memory_strides, dense_strides,
     NEIGHBOURS: tl.constexpr, BLOCK_NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, UNROLL: tl.constexpr, THRESHOLD: tl.constexpr,
-    REST: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, UNROLL: tl.constexpr, ONE_QUERY: tl.constexpr,
+    THRESHOLD: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     program, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(length, BLOCK_QUERIES)
     block, bh = (blocks - 1 - program % blocks).to(tl.int32), program // blocks  # longest first
@@ -123,10 +143,16 @@ def memory_attention_kernel(
         offset = 0.0 if memory_offset is None else tl.load(memory_offset + h).to(tl.float32) * LOG2E
         ring = memory_values + tl.load(rows + b * groups + g) * memory_strides[0]
         peak, total = retrieved_softmax(scores, slots, at, inside, factor, offset, NEIGHBOURS, BLOCK_NEIGHBOURS)
-        acc = attend_to_neighbours(
-            acc, ring, scores, slots, at, inside, factor, offset, peak, memory_strides[1], draw, b, h, n,
-            NEIGHBOURS, WIDTH, BLOCK_WIDTH, UNROLL, THRESHOLD,
-        )  # fmt: skip
+        if ONE_QUERY:
+            acc = attend_to_neighbours_of_one(
+                acc, ring, scores, slots, bh * NEIGHBOURS, factor, offset, peak, memory_strides[1], draw, b, h,
+                NEIGHBOURS, BLOCK_NEIGHBOURS, WIDTH, BLOCK_WIDTH, THRESHOLD,
+            )  # fmt: skip
+        else:
+            acc = attend_to_neighbours(
+                acc, ring, scores, slots, at, inside, factor, offset, peak, memory_strides[1], draw, b, h, n,
+                NEIGHBOURS, WIDTH, BLOCK_WIDTH, UNROLL, THRESHOLD,
+            )  # fmt: skip
 
     q = load_rows(
         query + b * query_strides[0] + h * query_strides[1], n, length, query_strides[2], WIDTH, BLOCK_WIDTH
@@ -201,6 +227,7 @@ def memory_attention(
             BLOCK_QUERIES=launch.queries,
             BLOCK_KEYS=launch.keys,
             UNROLL=launch.unroll,
+            ONE_QUERY=length == 1,
             num_warps=launch.warps,
             num_stages=launch.stages,
             **dropout_constants(dropout_p),

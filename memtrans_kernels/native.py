@@ -18,7 +18,8 @@ from torch import Tensor
 
 MODULES = ("cpu", "cuda", "faiss")
 # Equals kInterface in csrc/memtrans.h; a library built for another number is refused.
-INTERFACE = 4
+INTERFACE = 5
+FEW_QUERIES = 8  # of a memory row: equals kFewQueries in csrc/cuda/knn_search.h
 
 
 def load(module: str = "cpu") -> bool:
@@ -76,7 +77,9 @@ def knn_search_cuda(
     query: Tensor, keys: Tensor, rows: Tensor, start: Tensor, cursor: Tensor, capacity: int, k: int
 ) -> tuple[Tensor, Tensor]:
     """`memtrans_kernels.knn_search` in CUDA; `status("cuda")` must have said that it is live."""
-    query = query.to(keys.dtype).contiguous()
+    if query.dtype == torch.float64 or query[..., 0].numel() > FEW_QUERIES * rows.numel():
+        query = query.to(keys.dtype)  # fewer are rounded as they are read: a launch less for a generated token
+    query = query.contiguous()
     if query.data_ptr() % 16:  # the copy engine reads 16 bytes at a time
         query = query.clone()
     return torch.ops.memtrans.native_knn_search(query, keys, rows, start, cursor, capacity, k)

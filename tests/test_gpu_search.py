@@ -40,6 +40,18 @@ def test_every_width_and_dtype(width: int, dtype: torch.dtype, length: int) -> N
     check(entries, 1000, 32, spare=64, length=length)
 
 
+@pytest.mark.parametrize("heads", [3, 8, 16])  # with 8 queries of a row the keys are read once, with more not
+@pytest.mark.parametrize("query_dtype", [*DTYPES, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_queries_of_any_dtype_are_rounded(dtype: torch.dtype, query_dtype: torch.dtype, heads: int) -> None:
+    held = memory([(0, keys_of(count, 96, dtype, count)) for count in (700, 90)], 500, 12, hidden=INF)
+    query = torch.randn(2, heads, 1, 96, generator=seeded(1), dtype=torch.float64).to(query_dtype)
+    scores, slots = search(query, held, 32, "native")
+    expected = search(query.to(dtype), held, 32, "native")
+    assert torch.equal(scores, expected[0]) and torch.equal(slots, expected[1])
+    assert_exact(query.to(dtype), held, [0, 1], scores, slots, 32)
+
+
 @pytest.mark.parametrize("length", [1, 40])
 @pytest.mark.parametrize("k", [1, 2, 31, 33, 100, 128])
 def test_every_number_of_neighbours_around_what_a_row_holds(k: int, length: int) -> None:

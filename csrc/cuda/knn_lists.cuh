@@ -45,8 +45,8 @@ struct ListSelection {
     int count;           // records of the lane's list, less those before its first
     float threshold;
 
-    // Record i of the lane; whatever the list's memory holds where there is none.
-    __device__ float4 record(int i) const { return __ldcg(reinterpret_cast<const float4*>(place + 128 * i)); }
+    // Record i of the lane. Where there is none, one that is read anyway: what lies behind a list is no longer in the cache.
+    __device__ float4 record(int i) const { return __ldcg(reinterpret_cast<const float4*>(place + (8 * i < count ? 128 * i : 0))); }
     // Scores that reach nothing, where there is no record i.
     __device__ void hide_missing(float4& record, int i) const {
       record.x = 8 * i < count ? record.x : -INFINITY;

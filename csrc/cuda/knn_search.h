@@ -3,6 +3,9 @@
 
 #include <cstdint>
 
+constexpr int64_t kFewQueries = 8;  // of a row, that are always few
+constexpr int64_t kQueryOfKeys = 0, kQueryOther16Bit = 1, kQueryFloat32 = 2;
+
 extern "C" {
 
 struct KnnSearchShape {
@@ -13,7 +16,8 @@ struct KnnSearchShape {
   int64_t capacity;         // M
   int64_t dim;              // D
   int64_t k;                // K
-  int64_t bfloat16;         // keys and queries are bfloat16, else float16
+  int64_t bfloat16;         // keys are bfloat16, else float16
+  int64_t query_type;       // of up to kFewQueries queries a row; more of them must be of the keys' type
   double hit_cost;          // tuning: 0 takes the default
 };
 

@@ -24,25 +24,39 @@ void check_status(int status, int64_t width, int64_t k) {
   STD_TORCH_CHECK(status == 0, "the search could not be launched: CUDA error ", status);
 }
 
+// How the search reads queries of this dtype; throws for what it does not take.
+int64_t query_type(const Tensor& query, ScalarType keys, int64_t per_row) {
+  if (query.scalar_type() == keys) {
+    return kQueryOfKeys;
+  }
+  STD_TORCH_CHECK(
+      per_row <= kFewQueries, "query must be of the keys' dtype where a row has more than ", kFewQueries,
+      " queries on CUDA, got ", per_row);
+  const bool narrow = query.scalar_type() == ScalarType::Half || query.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK(
+      narrow || query.scalar_type() == ScalarType::Float, "query must be float16, bfloat16 or float32 on CUDA");
+  return narrow ? kQueryOther16Bit : kQueryFloat32;
+}
+
 std::tuple<Tensor, Tensor> knn_search(
     Tensor query, Tensor keys, Tensor rows, Tensor start, Tensor cursor, int64_t capacity, int64_t k) {
   check_knn_search(query, keys, rows, start, cursor, capacity, k);
   const bool bfloat16 = keys.scalar_type() == ScalarType::BFloat16;
   STD_TORCH_CHECK(bfloat16 || keys.scalar_type() == ScalarType::Half, "keys must be float16 or bfloat16 on CUDA");
-  STD_TORCH_CHECK(query.scalar_type() == keys.scalar_type(), "query must be of the keys' dtype on CUDA");
   STD_TORCH_CHECK(query.is_contiguous() && keys.is_contiguous(), "query and keys must be contiguous on CUDA");
 
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
   const int64_t queries = query.size(0) * query.size(1) * query.size(2);
+  const int64_t per_row = rows.size(0) ? queries / rows.size(0) : 0, width = keys.size(2);
+  const int64_t type = query_type(query, keys.scalar_type(), per_row);
   Tensor scores = torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2), k}, ScalarType::Float);
   Tensor slots = torch::stable::new_empty(scores, {query.size(0), query.size(1), query.size(2), k}, ScalarType::Int);
   if (queries == 0) {
     return {scores, slots};
   }
-  const int64_t per_row = queries / rows.size(0), width = keys.size(2);
   const int64_t most_rows = std::max<int64_t>(1, kMostQueries / per_row), most = std::min(per_row, kMostQueries);
   KnnSearchShape shape{
-      std::min(rows.size(0), most_rows), most, keys.size(0), keys.size(1), capacity, width, k, bfloat16, 0.0};
+      std::min(rows.size(0), most_rows), most, keys.size(0), keys.size(1), capacity, width, k, bfloat16, type, 0.0};
   Tensor workspace =
       torch::stable::new_empty(query, {memtrans_cuda_knn_search_workspace(&shape)}, ScalarType::Byte);
   for (int64_t row = 0; row < rows.size(0); row += most_rows) {

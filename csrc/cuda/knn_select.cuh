@@ -98,6 +98,7 @@ __device__ inline uint32_t kth_largest(const uint32_t (&values)[count], int rank
 struct WarpTopK {
   static constexpr int kCapacity = 256;
   static constexpr int kPerLane = kCapacity / 32;
+  static constexpr int kRankedWhole = 64;  // entries that are cheaper to rank than to prune
 
   uint64_t* buffer;  // shared memory of this warp, kCapacity entries
   int k;
@@ -158,17 +159,18 @@ struct WarpTopK {
     __syncwarp();
   }
 
-  // Gives visit(rank, entry) for the k best, each from one lane; ranks count from 0, the best.
+  // Gives visit(rank, entry) for the k best, each from one lane; ranks count from 0, the best. count is theirs from then on.
   template <typename Visit>
   __device__ void finish(Visit visit) {
-    prune();
+    if (count > kRankedWhole) prune();
     for (int i = threadIdx.x & 31; i < count; i += 32) {
       const uint64_t entry = buffer[i];
       int rank = 0;
 #pragma unroll 8
       for (int other = 0; other < count; ++other) rank += buffer[other] > entry;
-      visit(rank, entry);
+      if (rank < k) visit(rank, entry);
     }
+    count = min(count, k);
     __syncwarp();
   }
 };
