@@ -2,7 +2,7 @@
 
     python benchmarks/c_sources.py linux-source-6.1.tar.xz c-sources.zip
     python benchmarks/memory_gain.py --data c-sources.zip --bytes 300000000 --memory 0 32 8192 65536 --seeds 0 1
-    python benchmarks/memory_gain.py --plot docs/images/memory_gain.png
+    python benchmarks/memory_gain.py --plot docs/images/memory_gain.png --machine h100
 
 Each run writes an entry into results/<machine>/memory_gain.json when it ends: held-out bits per byte along the way,
 against bytes and against seconds of training (evaluations and compilation not counted), and at the end by the position
@@ -22,14 +22,11 @@ import torch
 from common import DEVICE, RESULTS, environment, machine, write_down
 
 from memtrans.evaluate import Evaluation, evaluate, held_out_stream
+from memtrans.presets import PRESETS
 from memtrans.settings import Settings
 from memtrans.train import Trainer, open_data
 
 POINTS = 12  # evaluations along the way
-MODEL = Settings(
-    batch=32, segment=512, layers=6, width=384, heads=6, head_width=64, memory=65536, memory_layers=(4,), neighbours=32,
-    xl=512, memory_offset=-4.0, learning_rate=1e-3, warmup=1000, final_rate=0.1, dtype="bfloat16",
-)  # fmt: skip
 
 
 def evaluated(trainer: Trainer, size: int, retrieval: bool = True) -> Evaluation:
@@ -89,28 +86,45 @@ def overridden(settings: Settings, assignments: list[str]) -> Settings:
     return Settings.from_json(settings.to_json() | values)
 
 
-def plot(path: str) -> None:
-    """Held-out bits per byte of every run, against bytes, seconds, and the position in the document."""
+def plot(path: str, folder: str) -> None:
+    """Held-out bits per byte of every run, against bytes, seconds, and the position in the document.
+
+    A colour for each size of the memory, a line style for each seed; dotted: the same model with retrieval off.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    entries = json.loads((RESULTS / machine() / "memory_gain.json").read_text())
+    entries = json.loads((RESULTS / folder / "memory_gain.json").read_text())
+    entries.sort(key=lambda entry: [entry["settings"][name] for name in ("xl", "memory", "seed")])
+    sizes = list(dict.fromkeys((entry["settings"]["xl"], entry["settings"]["memory"]) for entry in entries))
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 3)
     for entry in entries:
+        settings = entry["settings"]
+        color = f"C{sizes.index((settings['xl'], settings['memory']))}"
+        style = {"color": color, "linestyle": ("-", "--", "-.")[settings["seed"] % 3], "marker": "o", "markersize": 3}
+        label = f"memory {settings['memory'] or '–'}, XL {settings['xl'] or '–'}, seed {settings['seed']}"
         for axes, name in ((panels[0], "bytes"), (panels[1], "seconds")):
             points = [(point[name], point["bits_per_byte"]) for point in entry["curve"]]
-            axes.plot(*zip(*points, strict=True), "o-", markersize=3, label=entry["case"])
-        places = [(int(position) + 256, bits) for position, bits in entry["by_position"].items()]
-        panels[2].plot(*zip(*places, strict=True), "o-", markersize=3, label=entry["case"])
+            axes.plot(*zip(*points, strict=True), label=label, **style)
+        panels[2].plot(*_places(entry["by_position"]), label=label, **style)
+        if settings["memory"]:
+            without = _places(entry["by_position_without_memory"])
+            panels[2].plot(*without, color=color, linestyle=":", linewidth=1)
     panels[2].set_xscale("log")
-    for axes, title in zip(panels, ("bytes read", "seconds of training", "position in the document"), strict=True):
+    titles = ("bytes read", "seconds of training", "position in the document (dotted: retrieval off)")
+    for axes, title in zip(panels, titles, strict=True):
         axes.set_xlabel(title)
         axes.set_ylabel("held-out bits per byte")
         axes.grid(alpha=0.3)
-    panels[2].legend(fontsize=7)
+    panels[1].legend(fontsize=7)
     figure.savefig(path, format="png", dpi=120)
+
+
+def _places(by_position: dict[str, float]) -> tuple[list[int], list[float]]:
+    """Where each part of the documents begins, 256 bytes on so that the first one has a logarithm; and its bits."""
+    return [int(position) + 256 for position in by_position], list(by_position.values())
 
 
 def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -130,14 +144,16 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other settings of the runs")
     parser.add_argument("--label", default="", help="added to the name of the runs")
     parser.add_argument("--plot", metavar="PNG", help="draw what has been measured, and train nothing")
+    parser.add_argument("--machine", default=machine(), help="whose results to draw (this machine's)")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
     options: Any = parsed(arguments)
     if options.plot:
-        return plot(options.plot)
-    base = overridden(dataclasses.replace(MODEL, data=options.data), options.set)
+        return plot(options.plot, options.machine)
+    base = dataclasses.replace(PRESETS["code"], data=options.data, dtype="bfloat16")
+    base = overridden(base, options.set)
     per_step = base.batch * base.segment * base.segments * base.accumulate
     steps = max(POINTS, int(options.bytes) // per_step)
     for seed in options.seeds:
