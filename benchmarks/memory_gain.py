@@ -114,9 +114,10 @@ def plot(path: str, folder: str) -> None:
             panels[2].plot(*without, color=color, linestyle=":", linewidth=1)
     panels[2].set_xscale("log")
     titles = ("bytes read", "seconds of training", "position in the document (dotted: retrieval off)")
-    for axes, title in zip(panels, titles, strict=True):
+    texts = ("the first part of the held-out text", "the same", "all of it, at the end")
+    for axes, title, held_out in zip(panels, titles, texts, strict=True):
         axes.set_xlabel(title)
-        axes.set_ylabel("held-out bits per byte")
+        axes.set_ylabel(f"bits per byte of {held_out}")
         axes.grid(alpha=0.3)
     panels[1].legend(fontsize=7)
     figure.savefig(path, format="png", dpi=120)

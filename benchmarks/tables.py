@@ -25,10 +25,10 @@ OURS = "memtrans"
 def milliseconds(value: float) -> str:
     """Three significant digits or all before the point, without an exponent.
 
-    >>> [milliseconds(value) for value in (0.00712, 1.3541, 43.21, 512.3, 1300.13)]
-    ['0.00712', '1.35', '43.2', '512', '1,300']
+    >>> [milliseconds(value) for value in (0.00712, 1.3541, 43.21, 512.3, 999.7)]
+    ['0.00712', '1.35', '43.2', '512', '1,000']
     """
-    if value >= 1000:
+    if value >= 999.5:
         return f"{value:,.0f}"
     return f"{value:#.3g}".rstrip(".") if value >= 0.001 else f"{value:.6f}"
 

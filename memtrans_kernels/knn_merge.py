@@ -37,8 +37,8 @@ def candidates(scores, slots, newest, share, query, inside, queries, length, siz
     score = tl.load(scores + at, mask=mask, other=float("-inf"))
     slot = tl.load(slots + at, mask=mask, other=-1).to(tl.int64)
     latest = tl.load(newest + (share * queries + query) // length, mask=inside, other=0)[:, None]
-    behind = (latest - slot) % size
-    behind = tl.where(behind < 0, behind + size, behind)  # of a ring that has not been round once
+    behind = latest % size - slot  # one division a query, not one for each of its candidates
+    behind = tl.where(behind < 0, behind + size, behind)  # the slot was written the round before
     return score, tl.where(slot >= 0, (latest - behind) * SHARES + share, -1)
 
 

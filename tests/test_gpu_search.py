@@ -40,16 +40,50 @@ def test_every_width_and_dtype(width: int, dtype: torch.dtype, length: int) -> N
     check(entries, 1000, 32, spare=64, length=length)
 
 
-@pytest.mark.parametrize("heads", [3, 8, 16])  # with 8 queries of a row the keys are read once, with more not
-@pytest.mark.parametrize("query_dtype", [*DTYPES, torch.float32, torch.float64])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_queries_of_any_dtype_are_rounded(dtype: torch.dtype, query_dtype: torch.dtype, heads: int) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "query_dtype", "heads"),
+    [
+        (torch.float16, torch.bfloat16, 8),  # up to 8 queries of a row the kernel rounds them
+        (torch.bfloat16, torch.float16, 3),
+        (torch.float16, torch.float32, 3),
+        (torch.bfloat16, torch.float32, 8),
+        (torch.float16, torch.float64, 3),  # else they are rounded before
+        (torch.float16, torch.float32, 16),
+    ],
+)
+def test_queries_of_another_dtype_are_rounded_to_the_keys(dtype, query_dtype, heads) -> None:
     held = memory([(0, keys_of(count, 96, dtype, count)) for count in (700, 90)], 500, 12, hidden=INF)
     query = torch.randn(2, heads, 1, 96, generator=seeded(1), dtype=torch.float64).to(query_dtype)
     scores, slots = search(query, held, 32, "native")
     expected = search(query.to(dtype), held, 32, "native")
     assert torch.equal(scores, expected[0]) and torch.equal(slots, expected[1])
     assert_exact(query.to(dtype), held, [0, 1], scores, slots, 32)
+
+
+def test_queries_of_another_dtype_need_no_alignment() -> None:
+    held = memory([(0, keys_of(700, 64, torch.float16))], 500)
+    numbers = torch.randn(4 * 64 + 1, generator=seeded(1))
+    query = numbers[1:].reshape(1, 4, 1, 64)
+    assert query.data_ptr() % 16
+    scores, slots = search(query, held, 32, "native")
+    assert_exact(query.half(), held, [0], scores, slots, 32)
+
+
+def test_the_operator_refuses_many_queries_of_another_dtype() -> None:
+    held = memory([(0, keys_of(40, 64, torch.float16))], 40)
+    arguments = (held.keys, torch.tensor([0]), held.start, held.cursor, 40, 4)
+    with pytest.raises(RuntimeError, match="query must be of the keys' dtype where a row has more than 8 queries"):
+        torch.ops.memtrans.native_knn_search(torch.randn(1, 9, 1, 64), *arguments)
+
+
+def test_single_queries_of_a_memory_that_several_blocks_share() -> None:
+    check([(0, keys_of(40000, 64, torch.float16))], 36000, 32, spare=5)
+
+
+def test_single_queries_of_more_groups_than_a_block_holds_at_once_and_of_equal_keys() -> None:
+    """Of 70,000 keys a block finds 4,375 maxima; where all keys are equal all of them reach the bound."""
+    distinct = keys_of(70000, 64, torch.float16)
+    check([(0, distinct[:1].expand(70000, 64)), (0, distinct)], 70000, 32, heads=8, rows=[0, 1] * 9)
 
 
 @pytest.mark.parametrize("length", [1, 40])

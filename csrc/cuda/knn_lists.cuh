@@ -45,7 +45,8 @@ struct ListSelection {
     int count;           // records of the lane's list, less those before its first
     float threshold;
 
-    // Record i of the lane. Where there is none, one that is read anyway: what lies behind a list is no longer in the cache.
+    // Record i of the lane, or its first again where there is none: reading on past a list fetched lines from DRAM and drove
+    // out written ones (d64-8k on an H100: 0.480 against 0.422 ms).
     __device__ float4 record(int i) const { return __ldcg(reinterpret_cast<const float4*>(place + (8 * i < count ? 128 * i : 0))); }
     // Scores that reach nothing, where there is no record i.
     __device__ void hide_missing(float4& record, int i) const {

@@ -139,7 +139,7 @@ int launch_scan(const KnnSearchShape& shape, const KnnSearchTensors& tensors, fl
   knn_scan<T, dim><<<blocks_in_grid, Shape::kThreads, Shape::kSharedBytes, stream>>>(query_map, key_map, sample_map, arguments);
   knn_redo<T, dim><<<2 * multiprocessors(), kRedoThreads, 0, stream>>>(arguments, static_cast<const T*>(tensors.query));
   if (parts > 1) {
-    const FewArguments merge{tensors.rows, tensors.start, tensors.cursor, nullptr, 0, nullptr, nullptr, entries, tensors.scores,
+    const FewArguments merge{tensors.rows, tensors.start, tensors.cursor, nullptr, kSameAsKeys, nullptr, nullptr, entries, tensors.scores,
                              tensors.slots, static_cast<int>(shape.queries_per_row), static_cast<int>(shape.slots), 0, parts, 0,
                              static_cast<int>(shape.capacity), static_cast<int>(shape.k)};
     few_merge<<<static_cast<unsigned>((queries + 3) / 4), 128, 0, stream>>>(merge, queries);
@@ -153,7 +153,7 @@ int launch_few(const KnnSearchShape& shape, const KnnSearchTensors& tensors, cud
   const int64_t parts = few_parts(shape), tiles = (shape.slots + kFewTile - 1) / kFewTile;
   uint64_t* const entries = reinterpret_cast<uint64_t*>(round_up(reinterpret_cast<int64_t>(tensors.workspace), 256));
   float* const maxima = reinterpret_cast<float*>(entries + (parts > 1 ? rows * per_row * parts * shape.k : 0));
-  const int64_t query_bytes = shape.query_type == kQueryFloat32 ? 4 : 2;
+  const int64_t query_bytes = shape.query_type == kFloat32 ? 4 : 2;
   for (int64_t first = 0; first < shape.row_count; first += rows) {
     const int64_t count = shape.row_count - first < rows ? shape.row_count - first : rows, query = first * per_row;
     const FewArguments arguments{tensors.rows + first, tensors.start, tensors.cursor,

@@ -3,8 +3,9 @@
 
 #include <cstdint>
 
-constexpr int64_t kFewQueries = 8;  // of a row, that are always few
-constexpr int64_t kQueryOfKeys = 0, kQueryOther16Bit = 1, kQueryFloat32 = 2;
+constexpr int64_t kFewQueries = 8;  // up to so many queries of a row always take the path that reads the keys once
+
+enum QueryType : int64_t { kSameAsKeys, kOtherHalfPrecision, kFloat32 };
 
 extern "C" {
 
@@ -17,7 +18,7 @@ struct KnnSearchShape {
   int64_t dim;              // D
   int64_t k;                // K
   int64_t bfloat16;         // keys are bfloat16, else float16
-  int64_t query_type;       // of up to kFewQueries queries a row; more of them must be of the keys' type
+  QueryType query_type;     // kSameAsKeys where a row has more than kFewQueries
   double hit_cost;          // tuning: 0 takes the default
 };
 

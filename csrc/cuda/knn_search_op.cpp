@@ -25,9 +25,9 @@ void check_status(int status, int64_t width, int64_t k) {
 }
 
 // How the search reads queries of this dtype; throws for what it does not take.
-int64_t query_type(const Tensor& query, ScalarType keys, int64_t per_row) {
+QueryType query_type(const Tensor& query, ScalarType keys, int64_t per_row) {
   if (query.scalar_type() == keys) {
-    return kQueryOfKeys;
+    return kSameAsKeys;
   }
   STD_TORCH_CHECK(
       per_row <= kFewQueries, "query must be of the keys' dtype where a row has more than ", kFewQueries,
@@ -35,7 +35,7 @@ int64_t query_type(const Tensor& query, ScalarType keys, int64_t per_row) {
   const bool narrow = query.scalar_type() == ScalarType::Half || query.scalar_type() == ScalarType::BFloat16;
   STD_TORCH_CHECK(
       narrow || query.scalar_type() == ScalarType::Float, "query must be float16, bfloat16 or float32 on CUDA");
-  return narrow ? kQueryOther16Bit : kQueryFloat32;
+  return narrow ? kOtherHalfPrecision : kFloat32;
 }
 
 std::tuple<Tensor, Tensor> knn_search(
@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor> knn_search(
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
   const int64_t queries = query.size(0) * query.size(1) * query.size(2);
   const int64_t per_row = rows.size(0) ? queries / rows.size(0) : 0, width = keys.size(2);
-  const int64_t type = query_type(query, keys.scalar_type(), per_row);
+  const QueryType type = query_type(query, keys.scalar_type(), per_row);
   Tensor scores = torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2), k}, ScalarType::Float);
   Tensor slots = torch::stable::new_empty(scores, {query.size(0), query.size(1), query.size(2), k}, ScalarType::Int);
   if (queries == 0) {

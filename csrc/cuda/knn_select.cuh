@@ -98,7 +98,7 @@ __device__ inline uint32_t kth_largest(const uint32_t (&values)[count], int rank
 struct WarpTopK {
   static constexpr int kCapacity = 256;
   static constexpr int kPerLane = kCapacity / 32;
-  static constexpr int kRankedWhole = 64;  // entries that are cheaper to rank than to prune
+  static constexpr int kRankedWhole = 64;  // so few entries are ranked without pruning: two of a lane
 
   uint64_t* buffer;  // shared memory of this warp, kCapacity entries
   int k;
@@ -159,7 +159,7 @@ struct WarpTopK {
     __syncwarp();
   }
 
-  // Gives visit(rank, entry) for the k best, each from one lane; ranks count from 0, the best. count is theirs from then on.
+  // Gives visit(rank, entry) for the k best, each from one lane; ranks count from 0, the best. Afterwards count is how many.
   template <typename Visit>
   __device__ void finish(Visit visit) {
     if (count > kRankedWhole) prune();
