@@ -114,16 +114,24 @@ def integer(name: str, value: Any, low: int | None = None) -> int:
         ...
     TypeError: k must be an integer, got 2.0
     """
-    is_truth = isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool
-    try:
-        number = None if is_truth else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None:
-        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if isinstance(value, int) and not isinstance(value, bool):
+        number = value  # the compiler's symbolic integers are of this type, and must not be asked for an attribute
+    else:
+        number = _index(name, value)
     if low is not None and number < low:
         raise ValueError(f"{name} must be at least {low}, got {number}")
     return number
+
+
+def _index(name: str, value: Any) -> int:
+    """The integer that something else than an int is; a truth value is none."""
+    is_truth = isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool
+    try:
+        if not is_truth:
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{name} must be an integer, got {value!r}")
 
 
 def probability(name: str, value: Any) -> None:

@@ -82,6 +82,15 @@ def test_one_graph_equals_eager(configuration):
     assert_same_reading(model, torch.compile(model, fullgraph=True, backend="aot_eager"), 5 * SEGMENT)
 
 
+def test_one_graph_serves_memories_of_every_size():
+    """From the second size on the compiler takes sizes as symbols."""
+    model = MemorizingTransformer(**SMALL, memorizing_layers=(2,), max_knn_memories=CAPACITY)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for capacity in (CAPACITY, CAPACITY + 3, CAPACITY + 14):
+        model.max_knn_memories = capacity
+        assert_same_reading(model, compiled, 5 * SEGMENT)
+
+
 def test_what_inductor_generates_equals_eager_and_never_copies_the_memory():
     """60 entries through a capacity of 29. No buffer of the generated code has the ring's shape: 97 slots."""
     model = MemorizingTransformer(**{**SMALL, "depth": 1}, memorizing_layers=1, max_knn_memories=CAPACITY)
