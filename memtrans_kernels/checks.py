@@ -114,10 +114,8 @@ def integer(name: str, value: Any, low: int | None = None) -> int:
         ...
     TypeError: k must be an integer, got 2.0
     """
-    if isinstance(value, int) and not isinstance(value, bool):
-        number = value  # the compiler's symbolic integers are of this type, and must not be asked for an attribute
-    else:
-        number = _index(name, value)
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    number = value if is_int else _index(name, value)  # the compiler's symbolic ints must not be asked for attributes
     if low is not None and number < low:
         raise ValueError(f"{name} must be at least {low}, got {number}")
     return number
