@@ -5,7 +5,7 @@
 // Both return a negative number for what they do not take: D outside {32, 64, 96, 128, 256}, K outside 1..128.
 #include <cstdio>
 
-#include "knn_few.cuh"
+#include "knn_few_select.cuh"
 #include "knn_redo.cuh"
 #include "knn_scan.cuh"
 #include "knn_search.h"
