@@ -139,9 +139,10 @@ int launch_scan(const KnnSearchShape& shape, const KnnSearchTensors& tensors, fl
   knn_scan<T, dim><<<blocks_in_grid, Shape::kThreads, Shape::kSharedBytes, stream>>>(query_map, key_map, sample_map, arguments);
   knn_redo<T, dim><<<2 * multiprocessors(), kRedoThreads, 0, stream>>>(arguments, static_cast<const T*>(tensors.query));
   if (parts > 1) {
-    const FewArguments merge{tensors.rows, tensors.start, tensors.cursor, nullptr, kSameAsKeys, nullptr, nullptr, entries, tensors.scores,
-                             tensors.slots, static_cast<int>(shape.queries_per_row), static_cast<int>(shape.slots), 0, parts, 0,
-                             static_cast<int>(shape.capacity), static_cast<int>(shape.k)};
+    const FewArguments merge{tensors.rows, tensors.start, tensors.cursor, nullptr, kSameAsKeys, nullptr, nullptr, entries,
+                             tensors.scores, tensors.slots, static_cast<int>(shape.queries_per_row),
+                             static_cast<int>(shape.slots), 0, parts, 0, static_cast<int>(shape.capacity),
+                             static_cast<int>(shape.k)};
     few_merge<<<static_cast<unsigned>((queries + 3) / 4), 128, 0, stream>>>(merge, queries);
   }
   return static_cast<int>(cudaGetLastError());
@@ -158,8 +159,8 @@ int launch_few(const KnnSearchShape& shape, const KnnSearchTensors& tensors, cud
     const int64_t count = shape.row_count - first < rows ? shape.row_count - first : rows, query = first * per_row;
     const FewArguments arguments{tensors.rows + first, tensors.start, tensors.cursor,
                                  static_cast<const char*>(tensors.query) + query * dim * query_bytes, shape.query_type,
-                                 tensors.keys, maxima, entries,
-                                 tensors.scores + query * shape.k, tensors.slots + query * shape.k, static_cast<int>(per_row),
+                                 tensors.keys, maxima, entries, tensors.scores + query * shape.k,
+                                 tensors.slots + query * shape.k, static_cast<int>(per_row),
                                  static_cast<int>(shape.slots), static_cast<int>(groups), static_cast<int>(parts),
                                  static_cast<int>((groups + parts - 1) / parts), static_cast<int>(shape.capacity),
                                  static_cast<int>(shape.k)};
