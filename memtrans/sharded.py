@@ -159,9 +159,8 @@ class ShardedSnapshot(MemorySnapshot):
             queries, self.keys, self.rows, first, ring.own(self.cursor), ring.capacity, k, backend=ring.backend
         )
         scores, theirs = (exchange(by_rank(tensor, ranks.size), ranks) for tensor in (own_scores, slots))
-        share = torch.arange(ranks.size, device=slots.device).reshape(-1, 1, 1)
-        newest = held(self._of_heads(self.cursor, query.shape[1]), share, ranks.size) - 1  # (W, B, H)
-        scores, entries, places = knn_merge(scores, theirs, newest, self.keys.shape[1])
+        backend = ring.backend if implements("knn_merge", ring.backend) else "auto"
+        scores, entries, places = knn_merge(scores, theirs, self.rows, self.cursor, self.keys.shape[1], backend=backend)
         return Neighbours(scores, entries, places, queries, own_scores, slots)
 
     def won(self, found: Neighbours) -> Tensor:

@@ -136,15 +136,18 @@ def knn_search(
 
 
 def knn_merge(
-    scores: Tensor, slots: Tensor, newest: Tensor, size: int, *, backend: str = "auto"
+    scores: Tensor, slots: Tensor, rows: Tensor, total: Tensor, size: int, *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The K nearest among what the W shares of a memory found: by score, older entries first among equals.
 
-    Entry i of a row is in share i mod W, there as entry i // W of a ring. No gradient.
+    Entry i of a row is in share i mod W, there as entry i // W of a ring. No gradient; no score is NaN.
 
     Args:
-        scores, slots: (W, B, H, N, K), float and int32, what `knn_search` found in each share; slots -1 for none.
-        newest: (W, B, H) int64, the newest entry of each share for the row of each document and query head.
+        scores, slots: (W, B, H, N, K), float and int32, what `knn_search` found in each share, in its order: best
+            first, older entries first among equal scores, then -inf and -1. `reference` and `faiss` take equals in any
+            order, as Faiss finds them.
+        rows: (B·G,) int64, the memory row of each (document, group); H a multiple of G.
+        total: (R,) int64, entries ever stored per row, in all shares together.
         size: slots of a share's row, M + S there.
         backend: one of `auto`, `reference`, `triton`, `native`, `faiss`.
 
@@ -156,21 +159,27 @@ def knn_merge(
         ValueError, TypeError: a shape, dtype or device that does not fit. RuntimeError: the named backend cannot run.
 
     >>> scores = torch.tensor([[2.0, 1.0], [3.0, 2.0]]).reshape(2, 1, 1, 1, 2)
-    >>> slots = torch.tensor([[4, 0], [1, 2]], dtype=torch.int32).reshape(2, 1, 1, 1, 2)
-    >>> _, entries, places = knn_merge(scores, slots, torch.full((2, 1, 1), 4), size=8)
+    >>> slots = torch.tensor([[4, 0], [1, 2]], dtype=torch.int32).reshape(2, 1, 1, 1, 2)  # entries 8, 0 and 3, 5
+    >>> _, entries, places = knn_merge(scores, slots, torch.tensor([0]), torch.tensor([10]), size=8)
     >>> entries.tolist(), places.flatten(1).tolist()
     ([[[[3, 5]]]], [[2, 2], [0, 1]])
     """
     letters = checks.Letters()
     letters.bind("scores", scores, "W B H N K")
     letters.bind("slots", slots, "W B H N K")
-    letters.bind("newest", newest, "W B H")
+    letters.bind("rows", rows, "B·G")
+    letters.bind("total", total, "R")
+    _check_groups(letters)
     checks.floating(scores=scores)
     checks.typed(torch.int32, slots=slots)
-    checks.typed(torch.int64, newest=newest)
-    checks.same_device(scores.device, slots=slots, newest=newest)
+    checks.typed(torch.int64, rows=rows, total=total)
+    checks.same_device(scores.device, slots=slots, rows=rows, total=total)
     size = checks.integer("size", size, low=1)
-    return ops.knn_merge(scores.detach(), slots, newest, size, check_name(backend))
+    checks.within("slots", slots, -1, size - 1)
+    checks.within("rows", rows, 0, letters["R"] - 1)
+    checks.within("total", total, 0)
+    checks.best_first("scores", scores)
+    return ops.knn_merge(scores.detach(), slots, rows, total, size, check_name(backend))
 
 
 def _check_groups(letters: checks.Letters) -> None:

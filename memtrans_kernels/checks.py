@@ -104,6 +104,12 @@ def distinct(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must be different numbers, got {tensor.tolist()}")
 
 
+def best_first(name: str, tensor: Tensor) -> None:
+    """Refuses a number larger than the one before it along the last axis, where values may be looked at."""
+    if may_look(tensor) and bool((tensor[..., 1:] > tensor[..., :-1]).any()):
+        raise ValueError(f"{name} must be best first along the last axis, got larger ones behind smaller ones")
+
+
 def integer(name: str, value: Any, low: int | None = None) -> int:
     """The integer that `value` is, of whatever kind; refuses everything else, and what is below `low`.
 

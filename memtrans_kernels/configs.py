@@ -30,10 +30,10 @@ def cosine(width: int) -> Launch:
     return Launch(block=max(1, 2048 // power_of_two(width)), warps=4)
 
 
-def merge(neighbours: int) -> Launch:
-    """All pairs of K candidates are in registers at once: so few that none spill, below K = 128."""
-    pairs = power_of_two(neighbours) ** 2
-    return Launch(block=max(1, min(64, 2048 // pairs)), warps=4 if pairs <= 4096 else 16)
+def merge(candidates: int) -> Launch:
+    """Of the N·K candidates of a share and head: eight a thread, whose searches wait for memory together. So the kernel
+    takes 92 registers a thread for sm_90; with 2048 candidates 231, and with 4096 it spills. Not measured yet."""
+    return Launch(block=min(1024, power_of_two(candidates)), warps=4)
 
 
 class AttentionLaunch(NamedTuple):

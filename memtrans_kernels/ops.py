@@ -77,13 +77,15 @@ def _(
 
 @torch.library.custom_op("memtrans::knn_merge", mutates_args=())
 def knn_merge(
-    scores: Tensor, slots: Tensor, newest: Tensor, size: int, backend: str = "auto"
+    scores: Tensor, slots: Tensor, rows: Tensor, total: Tensor, size: int, backend: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return backends.run("knn_merge", backend, scores, slots, newest, size)
+    return backends.run("knn_merge", backend, scores, slots, rows, total, size)
 
 
 @knn_merge.register_fake
-def _(scores: Tensor, slots: Tensor, newest: Tensor, size: int, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    scores: Tensor, slots: Tensor, rows: Tensor, total: Tensor, size: int, backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
     best = scores.new_empty(scores.shape[1:])
     return best, best.new_empty(best.shape, dtype=torch.int64), slots.new_empty(slots.shape)
 

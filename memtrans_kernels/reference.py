@@ -155,13 +155,15 @@ def _rank(scores: Tensor) -> Tensor:
 def knn_merge(
     scores: Tensor,  # (W, B, H, N, K)
     slots: Tensor,  # (W, B, H, N, K)
-    newest: Tensor,  # (W, B, H)
+    rows: Tensor,  # (B·G,)
+    total: Tensor,  # (R,)
     size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sorts all candidates of a query by age, then, keeping that order among equals, by score."""
-    shares, k = scores.shape[0], scores.shape[-1]
+    """Sorts all candidates of a query by age, then, keeping that order among equals, by score; they come in any."""
+    shares, batch, heads, _, k = scores.shape
     share = torch.arange(shares, device=slots.device).reshape(-1, 1, 1, 1, 1)
-    newest = newest[..., None, None]
+    of_heads = total[rows].repeat_interleave(batch * heads // max(rows.numel(), 1)).reshape(batch, heads, 1, 1)
+    newest = (of_heads - 1 - share) // shares  # (W, B, H, 1, 1), in its share
     entries = torch.where(slots >= 0, (newest - (newest - slots) % size) * shares + share, -1)
 
     all_scores, all_entries = (of_shares.movedim(0, -2).flatten(-2) for of_shares in (scores, entries))

@@ -30,8 +30,10 @@ def _cosine():
 
 
 def _merge():
-    slots = torch.randint(-1, 7, (2, 1, 2, 3, 4), dtype=torch.int32)
-    return torch.randn(slots.shape), slots, torch.full((2, 1, 2), 9), 7
+    scores = torch.randn(2, 1, 2, 3, 4).sort(dim=-1, descending=True).values
+    scores[1, ..., 3:] = -torch.inf
+    slots = torch.where(scores.isfinite(), torch.arange(4), -1).to(torch.int32)
+    return scores, slots, torch.tensor([1]), torch.tensor([3, 9]), 7
 
 
 def _attention():
