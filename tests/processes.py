@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 SECONDS = 30
+COMPILING_SECONDS = 150  # more on GPUs: each rank compiles its kernels first, one maybe long after the other
 
 
 class Processes:
@@ -32,6 +33,7 @@ class Processes:
 
     def __init__(self, size: int, device: str = "cpu") -> None:
         self.size, self.device = size, device
+        self._seconds = SECONDS if device == "cpu" else COMPILING_SECONDS
         self._start()
 
     def _start(self) -> None:
@@ -40,7 +42,9 @@ class Processes:
         store = Path(self._directory.name) / "store"
         pairs = [context.Pipe() for _ in range(size)]
         self._pipes = [ours for ours, _ in pairs]
-        arguments = [(rank, size, self.device, str(store), theirs) for rank, (_, theirs) in enumerate(pairs)]
+        arguments = [
+            (rank, size, self.device, self._seconds, str(store), theirs) for rank, (_, theirs) in enumerate(pairs)
+        ]
         self._processes = [context.Process(target=_serve, args=given, daemon=True) for given in arguments]
         for process in self._processes:
             process.start()
@@ -49,7 +53,7 @@ class Processes:
         """What the function returns on each rank; its first argument is the rank's number."""
         for pipe in self._pipes:
             pipe.send((function, arguments))
-        answers = [pipe.recv() if pipe.poll(2 * SECONDS) else (True, "no answer") for pipe in self._pipes]
+        answers = [pipe.recv() if pipe.poll(2 * self._seconds) else (True, "no answer") for pipe in self._pipes]
         failures = [answer for failed, answer in answers if failed]
         if len(failures) not in (0, self.size) or any("LostRankError" in failure for failure in failures):
             # what the ranks have still to tell each other nobody knows
@@ -65,14 +69,14 @@ class Processes:
         self._directory.cleanup()
 
 
-def _serve(rank: int, size: int, device: str, store: str, pipe: Connection) -> None:
+def _serve(rank: int, size: int, device: str, seconds: int, store: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
     if device == "cuda":
         torch.cuda.set_device(rank)
         torch.set_default_device("cuda")
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(
-        backend, init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=SECONDS)
+        backend, init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=seconds)
     )
     while True:
         function, arguments = pipe.recv()
