@@ -226,13 +226,16 @@ class Decoder:
 
     def _store(self, complete: Tensor) -> None:
         """Adds what leaves to the memories of the rows where `complete` (B,) is True."""
-        model = self.model
+        model, whole = self.model, torch.where(complete, self.segment, 0)
         for place, number in enumerate(model.memorizing_layers):
             attention, cache = self._attentions[number - 1], self._caches[number - 1]
             assert isinstance(attention, KNNAttention)
-            local = torch.where(complete, self.cached.clamp(max=cache.cached) + self.segment, 0)
             _, added_to = model.memories_of(place)
             snapshot = self.memories[added_to].snapshot()
+            if cache.cached == 0:  # the segment leaves as it lies there
+                snapshot.append(cache.keys, cache.values, whole)
+                continue
+            local = torch.where(complete, self.cached.clamp(max=cache.cached) + self.segment, 0)
             attention.add_leaving(snapshot, cache.keys, cache.values, self.segment, local, None)
 
     def _shift_caches(self, complete: Tensor) -> None:

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
@@ -44,6 +44,7 @@ class Ranks:
     Attributes:
         rank: its number, from 0. size: how many there are. local_rank: its number on its host.
         quick, patient: process groups of all ranks; None for one that is alone. sums: of gradients, done so far.
+        farewells: called before the groups are left; see `before_leaving`.
 
     >>> Ranks().rows(4)
     range(0, 4)
@@ -57,6 +58,7 @@ class Ranks:
     quick: dist.ProcessGroup | None = None
     patient: dist.ProcessGroup | None = None
     sums: int = 0
+    farewells: list[Callable[[], None]] = field(default_factory=list)
 
     @property
     def first(self) -> bool:
@@ -66,6 +68,11 @@ class Ranks:
     def rows(self, batch: int) -> range:
         """The rows of a batch that this rank owns; shares differ by one row where they cannot be equal."""
         return range(self.rank * batch // self.size, (self.rank + 1) * batch // self.size)
+
+    def before_leaving(self, act: Callable[[], None]) -> None:
+        """Has `act` called before the groups are left: NCCL waits until no captured graph exchanges through them."""
+        if self.size > 1:
+            self.farewells.append(act)
 
     # ------------------------------------------------------------------------------------------------- exchange
 
@@ -225,6 +232,8 @@ def joined() -> Iterator[Ranks]:
         ranks.patient = dist.group.WORLD
         ranks.quick = dist.new_group(backend=backend, timeout=timedelta(seconds=RANK_SECONDS))
     yield ranks
+    for act in ranks.farewells:
+        act()
     dist.destroy_process_group()  # after an error the others may be gone, and this would wait for them
 
 

@@ -46,6 +46,12 @@ class Replay:
                 self._graph.replay()
         self._calls += 1
 
+    def release(self) -> None:
+        """Lets the graph go, and the process groups that it exchanges through; another call would capture it anew."""
+        if self._graph is not None:
+            self._graph.reset()
+            self._graph = None
+
     @property
     def captured(self) -> bool:
         """Whether calls replay a graph by now."""

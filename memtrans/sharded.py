@@ -20,8 +20,9 @@ gradient is wanted, the key too, and nothing in the backward pass. `attend` take
 together. With K = 32, D = 64 and two bytes a number that is the partial result up to 31 ranks without a gradient, up to
 20 with one. An entry that is added travels once to each rank.
 
-Two equal keys on different ranks come older first where a backend's score of a pair does not depend on where the key
-stands, as those of `native` and `triton` do not; plain matrix products round by place.
+Two equal keys on different ranks come older first where their scores are equal, so where a backend rounds a pair's
+score alike wherever the key stands. Plain matrix products round by place; `native` on a GPU rounds otherwise in the
+rare query that it scores a second time (`knn_redo`). Keys whose scores differ by no more than that may change places.
 
 Shapes: the letters of `memtrans_kernels`, and W ranks.
 """

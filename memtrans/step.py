@@ -131,6 +131,7 @@ class ReplayedStep:
     def __init__(self, step: Step) -> None:
         self.step = step
         self.replay = Replay(self._compute, step.reader.device)
+        step.ranks.before_leaving(self.replay.release)
         self._inputs: StepInputs | None = None
 
     def run(self, inputs: StepInputs, rate: float) -> Tensor:

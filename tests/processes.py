@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 SECONDS = 30
+MOMENT = 5
 COMPILING_SECONDS = 150  # more on GPUs: each rank compiles its kernels first, one maybe long after the other
 
 
@@ -53,7 +55,7 @@ class Processes:
         """What the function returns on each rank; its first argument is the rank's number."""
         for pipe in self._pipes:
             pipe.send((function, arguments))
-        answers = [pipe.recv() if pipe.poll(2 * self._seconds) else (True, "no answer") for pipe in self._pipes]
+        answers = self._answers()
         failures = [answer for failed, answer in answers if failed]
         if len(failures) not in (0, self.size) or any("LostRankError" in failure for failure in failures):
             # what the ranks have still to tell each other nobody knows
@@ -61,6 +63,22 @@ class Processes:
             self._start()
         assert not failures, "\n".join(failures)
         return [answer for _, answer in answers]
+
+    def _answers(self) -> list[tuple[bool, Any]]:
+        """Whether each rank failed, and what it says; once one has failed the others have a moment more."""
+        answers: dict[int, tuple[bool, Any]] = {}
+        deadline = time.monotonic() + 2 * self._seconds
+        while len(answers) < self.size and time.monotonic() < deadline:
+            for rank, pipe in enumerate(self._pipes):
+                if rank in answers or not pipe.poll(0.01):
+                    continue
+                try:
+                    answers[rank] = pipe.recv()
+                except EOFError:
+                    answers[rank] = True, f"rank {rank} ended"
+                if answers[rank][0]:
+                    deadline = min(deadline, time.monotonic() + MOMENT)
+        return [answers.get(rank, (True, f"rank {rank}: no answer")) for rank in range(self.size)]
 
     def close(self) -> None:
         for process in self._processes:

@@ -55,12 +55,17 @@ def memories(kv_heads: int, dtype: torch.dtype = torch.float16) -> tuple[KNNMemo
     return KNNMemory(process_group=dist.group.WORLD, **arguments), KNNMemory(**arguments)
 
 
+def whole_numbers(seed: int, *shape: int) -> Tensor:
+    """Products and sums are exact in any order, and often equal; a query that is scored again rounds otherwise."""
+    return torch.randint(-8, 9, shape, generator=torch.Generator("cuda").manual_seed(seed)).half()
+
+
 def find(rank: int, kv_heads: int) -> None:
     """Adds, forgets and searches until the memory has wrapped twice."""
     size, (sharded, whole) = dist.get_world_size(), memories(kv_heads)
     heads = () if kv_heads == 1 else (kv_heads,)
     for step in range(8):
-        segments = drawn(step, size, BATCH, *heads, SEGMENT, 2, WIDTH).half()
+        segments = whole_numbers(step, size, BATCH, *heads, SEGMENT, 2, WIDTH)
         sharded.add(segments[rank])
         for segment in segments:  # the order of writes is that of the ranks
             whole.add(segment)
@@ -69,11 +74,12 @@ def find(rank: int, kv_heads: int) -> None:
             sharded.clear_rows(mask if rank == 0 else ~mask & mask)  # one rank's word is enough
             whole.clear_rows(mask)
         for length in (1, 40, 300):
-            queries = drawn(100 + rank, BATCH, HEADS, length, WIDTH).half()
+            queries = whole_numbers(100 + rank, BATCH, HEADS, length, WIDTH)
             found, mask = sharded.search(queries, NEIGHBOURS)
             expected, expected_mask = whole.search(queries, NEIGHBOURS)
             assert torch.equal(mask, expected_mask) and mask.any(), step
-            assert torch.equal(found, expected), (step, length)
+            wrong = (found != expected).flatten(4).any(dim=-1)  # (B, H, N, K)
+            assert not wrong.any(), (step, length, wrong.nonzero()[:5].tolist(), int(wrong.sum()))
     assert sharded.lengths.tolist() == whole.lengths.tolist()
 
 

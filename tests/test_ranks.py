@@ -25,7 +25,7 @@ from memtrans.cli import main
 from memtrans.data import Document, DocumentStream, InOrder
 from memtrans.evaluate import evaluate_both
 from memtrans.metrics import Metrics
-from memtrans.ranks import ALONE, Ranks
+from memtrans.ranks import ALONE, Ranks, joined
 from memtrans.run import checkpoint_of
 from memtrans.settings import Settings
 from memtrans.train import Trainer, check_shares, open_data
@@ -299,6 +299,21 @@ def test_variables_that_torchrun_would_not_set_end_with_one_line(
         monkeypatch.setenv(variable, text) if text is not None else monkeypatch.delenv(variable, raising=False)
     assert main(["train"]) == 2
     assert capsys.readouterr().err == f"memtrans train: {message}\n"
+
+
+def test_captured_graphs_are_let_go_before_the_groups_that_they_exchange_through(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for variable, text in LAUNCHED.items():
+        monkeypatch.setenv(variable, text)
+    said: list[str] = []
+    for name in ("init_process_group", "new_group", "destroy_process_group"):
+        monkeypatch.setattr(dist, name, lambda *arguments, name=name, **options: said.append(name))
+    with joined() as ranks:
+        ranks.before_leaving(lambda: said.append("graph"))
+    assert said[-2:] == ["graph", "destroy_process_group"]  # NCCL waits for the graph otherwise, and for ever
+    ALONE.before_leaving(lambda: said.append("kept"))
+    assert not ALONE.farewells
 
 
 def test_a_rank_that_alone_has_too_little_memory_says_so(
