@@ -2,6 +2,7 @@
 
     python benchmarks/c_sources.py linux-source-6.1.tar.xz c-sources.zip
     python benchmarks/memory_gain.py --data c-sources.zip --bytes 300000000 --memory 0 32 8192 65536 --seeds 0 1
+    python benchmarks/memory_gain.py --data c-sources.zip --set position_start=null --label random-start
     python benchmarks/memory_gain.py --plot docs/images/memory_gain.png --machine h100
 
 Each run writes an entry into results/<machine>/memory_gain.json when it ends: held-out bits per byte along the way,
@@ -86,15 +87,16 @@ def overridden(settings: Settings, assignments: list[str]) -> Settings:
     return Settings.from_json(settings.to_json() | values)
 
 
-def plot(path: str, folder: str) -> None:
-    """Held-out bits per byte of every run, against bytes, seconds, and the position in the document.
+def plot(path: str, folder: str, label: str) -> None:
+    """Held-out bits per byte of every run with this label, against bytes, seconds, and the position in the document.
 
     A colour for each size of the memory, a line style for each seed; dotted: the same model with retrieval off.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    entries = json.loads((RESULTS / folder / "memory_gain.json").read_text())
+    found = json.loads((RESULTS / folder / "memory_gain.json").read_text())
+    entries = [entry for entry in found if entry["case"].partition(f"-seed-{entry['settings']['seed']}")[2] == label]
     entries.sort(key=lambda entry: [entry["settings"][name] for name in ("xl", "memory", "seed")])
     sizes = list(dict.fromkeys((entry["settings"]["xl"], entry["settings"]["memory"]) for entry in entries))
     figure = Figure(figsize=(15, 4.5), layout="constrained")
@@ -104,11 +106,11 @@ def plot(path: str, folder: str) -> None:
         settings = entry["settings"]
         color = f"C{sizes.index((settings['xl'], settings['memory']))}"
         style = {"color": color, "linestyle": ("-", "--", "-.")[settings["seed"] % 3], "marker": "o", "markersize": 3}
-        label = f"memory {settings['memory'] or '–'}, XL {settings['xl'] or '–'}, seed {settings['seed']}"
-        for axes, name in ((panels[0], "bytes"), (panels[1], "seconds")):
-            points = [(point[name], point["bits_per_byte"]) for point in entry["curve"]]
-            axes.plot(*zip(*points, strict=True), label=label, **style)
-        panels[2].plot(*_places(entry["by_position"]), label=label, **style)
+        name = f"memory {settings['memory'] or '–'}, XL {settings['xl'] or '–'}, seed {settings['seed']}"
+        for axes, along in ((panels[0], "bytes"), (panels[1], "seconds")):
+            points = [(point[along], point["bits_per_byte"]) for point in entry["curve"]]
+            axes.plot(*zip(*points, strict=True), label=name, **style)
+        panels[2].plot(*_places(entry["by_position"]), label=name, **style)
         if settings["memory"]:
             without = _places(entry["by_position_without_memory"])
             panels[2].plot(*without, color=color, linestyle=":", linewidth=1)
@@ -143,7 +145,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eval-bytes", type=int, default=1_000_000, help="held-out bytes at each place along the way")
     parser.add_argument("--final-eval-bytes", type=int, default=4_000_000, help="held-out bytes at the end, both ways")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other settings of the runs")
-    parser.add_argument("--label", default="", help="added to the name of the runs")
+    parser.add_argument("--label", default="", help="added to the name of the runs, or of those to draw")
     parser.add_argument("--plot", metavar="PNG", help="draw what has been measured, and train nothing")
     parser.add_argument("--machine", default=machine(), help="whose results to draw (this machine's)")
     return parser.parse_args(arguments)
@@ -152,7 +154,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     options: Any = parsed(arguments)
     if options.plot:
-        return plot(options.plot, options.machine)
+        return plot(options.plot, options.machine, f"-{options.label}" if options.label else "")
     base = dataclasses.replace(PRESETS["code"], data=options.data, dtype="bfloat16")
     base = overridden(base, options.set)
     per_step = base.batch * base.segment * base.segments * base.accumulate

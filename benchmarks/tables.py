@@ -89,19 +89,33 @@ def tokens_table(entries: list[dict[str, Any]]) -> str:
 def gain_table(entries: list[dict[str, Any]]) -> str:
     """Held-out bits per byte of each run: all, with retrieval off, and far into long documents."""
     far = max((int(place) for place in set.intersection(*(set(entry["by_position"]) for entry in entries))), default=0)
-    names = ("XL cache", "memory", "seed", "bits per byte", "with retrieval off", f"from byte {far:,} on")
+    names = (
+        "local heads start",
+        "XL cache",
+        "memory",
+        "seed",
+        "bits per byte",
+        "with retrieval off",
+        f"from byte {far:,} on",
+    )
     columns = (*names, "training bytes", "seconds")
     lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
-    for entry in sorted(entries, key=lambda entry: [entry["settings"][name] for name in ("xl", "memory", "seed")]):
+    sort = ("xl", "memory", "seed")
+    for entry in sorted(entries, key=lambda entry: [_start(entry), *(entry["settings"][name] for name in sort)]):
         settings, last = entry["settings"], entry["curve"][-1]
         memory, cache = (f"{settings[name]:,}" if settings[name] else "–" for name in ("memory", "xl"))
         off = f"{entry['bits_per_byte_without_memory']:.4f}" if settings["memory"] else "–"
         lines.append(
-            f"| {cache} | {memory} | {settings['seed']} | {entry['bits_per_byte']:.4f} | {off} "
+            f"| {_start(entry)} | {cache} | {memory} | {settings['seed']} | {entry['bits_per_byte']:.4f} | {off} "
             f"| {entry['by_position'][str(far)]:.4f} | {last['bytes'] / 1e6:.0f} M | {last['seconds']:.0f} |"
         )
     first = entries[0]
     return "\n".join([*lines, "", f"On {first['gpu']}, torch {first['torch']}, triton {first['triton']}."]) + "\n"
+
+
+def _start(entry: dict[str, Any]) -> str:
+    """How local heads started: at looking a few tokens back, or at random."""
+    return "near" if entry["settings"]["position_start"] else "random"
 
 
 def table(entries: list[dict[str, Any]], ceilings: dict[str, float], peak: bool = False) -> str:

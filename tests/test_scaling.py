@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import scaling  # noqa: E402
 
-ALONE = {"ms": 100.0, "tokens_per_second": 1000.0}
+ALONE = {"ms": 100.0, "tokens_per_second": 1000.0, "gradient_bytes": 8 * 5e8}
 TWO = {"exchange_ms": 4.0, "gradient_bytes": 8 * 5e8}
 
 
@@ -28,5 +28,13 @@ def test_the_tables_have_a_line_for_each_number_of_gpus() -> None:
     assert lines[-1].endswith("| – |")
 
 
-def test_the_readme_has_the_table_of_memory_sizes() -> None:
-    assert scaling.memory_table() in (ROOT / "README.md").read_text(encoding="utf-8")
+def test_an_exchange_that_was_not_measured_takes_what_the_link_is_assumed_to_take() -> None:
+    lines = scaling.throughput_table({"ddp-paper-64k-1": ALONE}).splitlines()
+    step = 100.0 + 8 * 5e8 / scaling.LINK * 1e3
+    assert lines[3] == f"| 2 | {2 * 1000 * 100 / step:,.0f} | {100 / step:.0%} |"
+
+
+def test_the_readme_has_both_tables() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert scaling.memory_table() in readme
+    assert scaling.throughput_table(scaling.measured("h100-x2", "h200-x2")) in readme
