@@ -36,9 +36,25 @@ def exchange(tensor: Tensor, ranks: Ranks) -> Tensor:
     return _Exchange.apply(tensor, ranks)
 
 
+class _FromAll(torch.autograd.Function):
+    """`from_all`: a rank's gradient is the sum of those that all ranks have for what it gave."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        received = tensor.new_empty(ranks.size, *tensor.shape)
+        with ranks.listening():
+            dist.all_gather_into_tensor(received.flatten(), tensor.contiguous().flatten(), group=ranks.quick)
+        return received
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return exchange(grad, ctx.ranks).sum(dim=0), None
+
+
 def from_all(tensor: Tensor, ranks: Ranks) -> Tensor:
-    """What every rank gives (...), on all of them (W, ...)."""
-    return exchange(tensor.expand(ranks.size, *tensor.shape), ranks)
+    """What every rank gives (...), on all of them (W, ...). Differentiable."""
+    return _FromAll.apply(tensor, ranks)
 
 
 def side_by_side(tensor: Tensor) -> Tensor:

@@ -254,15 +254,21 @@ def test_so_they_are_with_four_ranks(four: Processes, layer: str) -> None:
     four.run(attend, LAYERS[layer])
 
 
+EXCHANGES = ("all_to_all_single", "all_gather_into_tensor")
+
+
 def bytes_of_a_query(rank: int, k: int, learning: bool) -> tuple[float, bool]:
     """What this rank receives for each query in a search and an attention, with its gradient; whether all is right."""
     size, width, queries, received = dist.get_world_size(), 8, 64, 0
-    group, exchange = dist.group.WORLD, dist.all_to_all_single
+    group, exchanges = dist.group.WORLD, {name: getattr(dist, name) for name in EXCHANGES}
 
-    def counted(got: Tensor, *arguments: Any, **options: Any) -> Any:
-        nonlocal received
-        received += got.nbytes
-        return exchange(got, *arguments, **options)
+    def counted(name: str) -> Callable[..., Any]:
+        def counting(got: Tensor, *arguments: Any, **options: Any) -> Any:
+            nonlocal received
+            received += got.nbytes
+            return exchanges[name](got, *arguments, **options)
+
+        return counting
 
     whole = KNNMemory(width, 64, device="cpu", value_dtype=torch.float16)
     sharded = KNNMemory(width, 64, device="cpu", value_dtype=torch.float16, process_group=group)
@@ -277,14 +283,16 @@ def bytes_of_a_query(rank: int, k: int, learning: bool) -> tuple[float, bool]:
     expected = ((found * 0.5).softmax(dim=-1)[..., None] * values).sum(dim=-2)
     gradient = 0.5 * ((found * 0.5).softmax(dim=-1)[..., None] * (values - expected[..., None, :])).sum(dim=-1)
     query.requires_grad_(learning)
-    dist.all_to_all_single = counted
+    for name in EXCHANGES:
+        setattr(dist, name, counted(name))
     try:
         with torch.set_grad_enabled(learning):
             out, _, _ = sharded.snapshot().attend(query, k, scale)
             if learning:
                 out.sum().backward()
     finally:
-        dist.all_to_all_single = exchange
+        for name in EXCHANGES:
+            setattr(dist, name, exchanges[name])
     right = torch.allclose(out, expected, atol=SAME_SUMS)
     if learning:
         right = right and torch.allclose(query.grad, (gradient[..., None] * keys).sum(dim=-2), atol=10 * SAME_SUMS)
