@@ -212,8 +212,9 @@ class Decoder:
             return
         complete = self.position == self.segment
         self._store(complete)
-        self._forget(complete & self._ended)
-        self._ended.logical_and_(~complete)
+        if self.model.clear_memories_on_eos_token_id is not None:
+            self._forget(complete & self._ended)
+            self._ended.logical_and_(~complete)
         self._shift_caches(complete)
         self.cached.copy_(
             torch.where(complete, (self.cached + self.segment).clamp(max=self._longest_cache), self.cached)
