@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 SECONDS = 30
-MOMENT = 5
+MOMENT = 5  # seconds that the other ranks have to answer once one has failed
 COMPILING_SECONDS = 150  # more on GPUs: each rank compiles its kernels first, one maybe long after the other
 
 
