@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 RANK_SECONDS, PATIENT_SECONDS = 60, 1800
+PIECE_BYTES = 64 << 20  # of a sum
 FIRST_SUMS = 5  # before these everyone waits patiently: the first steps compile, and not equally long
 Result = TypeVar("Result")
 
@@ -144,18 +145,26 @@ class Ranks:
     def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The sums over all ranks of float32 tensors on one device, bit for bit the same on each.
 
-        They travel as one piece. On a GPU the host does not wait, and a CUDA graph may capture it.
+        They travel in pieces; while one is under way the next is put together. On a GPU the host does not wait, and a
+        CUDA graph may capture it.
         """
         if self.size == 1:
             return list(tensors)
         if self.sums < FIRST_SUMS:
             self.sums += 1
             self._word(0, self.patient)
-        piece = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        under_way = []
         with self.listening():
-            dist.all_reduce(piece, group=self.quick)
-        parts = piece.split([tensor.numel() for tensor in tensors])
-        return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+            for part in in_pieces(tensors, PIECE_BYTES):
+                piece = torch.cat([tensor.reshape(-1) for tensor in part])
+                under_way.append((part, piece, dist.all_reduce(piece, group=self.quick, async_op=True)))
+            for _, _, work in under_way:
+                work.wait()
+        return [
+            summed.view(tensor.shape)
+            for part, piece, _ in under_way
+            for tensor, summed in zip(part, piece.split([tensor.numel() for tensor in part]), strict=True)
+        ]
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Gives every rank what the first one holds, in place."""
@@ -178,6 +187,22 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def in_pieces(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
+    """The tensors in their order, as many at a time as `size` bytes hold, at least one.
+
+    >>> [len(piece) for piece in in_pieces([torch.zeros(3), torch.zeros(1), torch.zeros(9), torch.zeros(1)], size=16)]
+    [2, 1, 1]
+    """
+    piece: list[Tensor] = []
+    for tensor in tensors:
+        if piece and sum(other.nbytes for other in piece) + tensor.nbytes > size:
+            yield piece
+            piece = []
+        piece.append(tensor)
+    if piece:
+        yield piece
 
 
 def ranks_of(group: dist.ProcessGroup) -> Ranks:
