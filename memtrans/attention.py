@@ -170,6 +170,7 @@ class KNNAttention(LocalContext):
         lengths: Tensor | None = None,
         add_to: KNNMemory | MemorySnapshot | None = None,
         return_memory: bool = False,
+        temperature: Tensor | None = None,
     ) -> tuple[Any, ...]:
         """Searches, attends, then adds what leaves the XL cache (the whole segment where there is no cache).
 
@@ -184,6 +185,7 @@ class KNNAttention(LocalContext):
             lengths: (B,) int64, how many of the N tokens are real; padding at the tail is not stored. Default: all.
             add_to: the memory to add to. Default: `knn_memory`.
             return_memory: also return the state of the memory after the segment.
+            temperature: what `temperature()` gives, from callers that read token by token. Default: computed here.
 
         Returns:
             out (B, N, dim), and the new XL cache, None without one.
@@ -205,7 +207,10 @@ class KNNAttention(LocalContext):
             target = snapshot_for("add_to", add_to, key, longest, self.kv_heads, self.dim_head)
         local = {"key": key, "value": value, "local_length": local_length}
         local |= bias_arguments(rel_pos_bias, self.heads, query.shape[2], key.shape[2])
-        out = self._attend(query, snapshot, local)
+        if temperature is None:
+            temperature = self.temperature()
+        checks.Letters(H=self.heads).bind("temperature", temperature, "H")
+        out = self._attend(query, snapshot, local, temperature)
         if add_knn_memory:
             target = self.add_leaving(target, key, value, x.shape[1], local_length, lengths)
         out = self.merge(out)
@@ -214,17 +219,21 @@ class KNNAttention(LocalContext):
         result = out, self.cache(key, value, xl_memory)
         return (*result, target) if return_memory else result
 
-    def _attend(self, query: Tensor, snapshot: MemorySnapshot, local: dict[str, Any]) -> Tensor:
+    def temperature(self) -> Tensor:
+        """What logits are multiplied by, per head (H,): the exponential of what is learned."""
+        return self.scale.exp().flatten()
+
+    def _attend(self, query: Tensor, snapshot: MemorySnapshot, local: dict[str, Any], temperature: Tensor) -> Tensor:
         """Looks at the neighbours of each query and at the local keys; (B, H, N, D)."""
         if isinstance(snapshot, ShardedSnapshot):
-            return self._attend_over_ranks(query, snapshot, local)
+            return self._attend_over_ranks(query, snapshot, local, temperature)
         scores, slots = snapshot.nearest(query, self.num_retrieved_memories)
         shared: dict[str, Any] = {
             "query": query,
             "memory_keys": snapshot.keys,
             "memory_values": snapshot.values,
             "rows": snapshot.rows,
-            "scale": self.scale.exp().flatten(),
+            "scale": temperature,
         }
         retrieved: dict[str, Any] = {
             "scores": scores,
@@ -248,13 +257,14 @@ class KNNAttention(LocalContext):
         gate = torch.where(found[..., None], self.memory_gate.sigmoid()[:, None, None], 0.0)
         return (gate * to_memory + (1.0 - gate) * to_local).to(to_local.dtype)
 
-    def _attend_over_ranks(self, query: Tensor, snapshot: ShardedSnapshot, local: dict[str, Any]) -> Tensor:
+    def _attend_over_ranks(
+        self, query: Tensor, snapshot: ShardedSnapshot, local: dict[str, Any], temperature: Tensor
+    ) -> Tensor:
         """The same where the neighbours are on several ranks: a softmax in two parts, merged."""
-        scale = self.scale.exp().flatten()
         to_memory, memory_lse, found = snapshot.attend(
-            query, self.num_retrieved_memories, scale, **self.dropout_arguments(query)
+            query, self.num_retrieved_memories, temperature, **self.dropout_arguments(query)
         )
-        to_local, local_lse = local_attention(query=query, scale=scale, **local, **self.dropout_arguments(query))
+        to_local, local_lse = local_attention(query=query, scale=temperature, **local, **self.dropout_arguments(query))
         if self.memory_gate is not None:
             return self._mixed(to_memory, to_local, found)
         if self.memory_offset is not None:

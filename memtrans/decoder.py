@@ -14,6 +14,7 @@ vocabulary. Source: Wu et al. 2022, section 3.2; key/value caches are Shazeer 20
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,6 +66,12 @@ class Decoder:
         self._now = [snapshot.live() for snapshot in snapshots]
 
         self._attentions = [module for module in model.modules() if isinstance(module, LocalContext)]
+        # computed once: each is a launch a token, 2 us on an H100
+        self._temperatures = {
+            number: attention.temperature().detach()
+            for number, attention in enumerate(self._attentions, start=1)
+            if isinstance(attention, KNNAttention)
+        }
         self._caches = [
             LocalCache(
                 batch, model.kv_heads, model.dim_head, cached=attention.xl_max_memories, segment=segment,
@@ -149,7 +156,9 @@ class Decoder:
         bias: tuple[Tensor, Tensor],
     ) -> Tensor:
         """After the last of tokens (B, N): (B, V) float32."""
-        contexts = [{"xl_memory": view} for view in views]
+        contexts: list[dict[str, Any]] = [{"xl_memory": view} for view in views]
+        for number, temperature in self._temperatures.items():
+            contexts[number - 1]["temperature"] = temperature
         embeddings = self.model.token_emb(tokens)
         hidden, _, _ = self.model.run_layers(embeddings, snapshots, contexts, bias, add_knn_memory=False)
         return self.model.head(hidden[:, -1:])[:, 0].float()

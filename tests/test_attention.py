@@ -144,6 +144,15 @@ def test_a_low_offset_turns_the_memory_off():
     assert_close(with_memory, without, SAME_GRAPH)
 
 
+def test_a_temperature_may_be_computed_beforehand():
+    attention, x, memory = layer(memory_offset=0.0), torch.randn(1, LENGTH, DIM), KNNMemory(WIDTH, 50)
+    attention(x, knn_memory=memory)
+    out, _ = attention(x, knn_memory=memory, add_knn_memory=False)
+    given, _ = attention(x, knn_memory=memory, add_knn_memory=False, temperature=attention.temperature())
+    colder, _ = attention(x, knn_memory=memory, add_knn_memory=False, temperature=2 * attention.temperature())
+    assert torch.equal(given, out) and not torch.equal(colder, out)
+
+
 def test_dropout_is_drawn_anew_in_training_and_never_in_evaluation():
     attention, memory, x = layer(dropout=0.5), KNNMemory(WIDTH, 50), torch.randn(1, LENGTH, DIM)
     first, second = (attention(x, knn_memory=memory, add_knn_memory=False)[0] for _ in range(2))
@@ -224,3 +233,5 @@ def test_errors_name_the_argument():
         layer()(torch.randn(1, 2, DIM), knn_memory=KNNMemory(WIDTH), local_length=torch.tensor([9]))
     with pytest.raises(TypeError, match=r"num_retrieved_memories must be an integer, got 2\.0"):
         KNNAttention(dim=DIM, num_retrieved_memories=2.0)
+    with pytest.raises(ValueError, match=r"temperature must have shape \(H\) with H=4, got \(1,\)"):
+        layer()(torch.randn(1, 2, DIM), knn_memory=KNNMemory(WIDTH), temperature=torch.ones(1))

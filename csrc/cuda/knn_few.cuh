@@ -83,17 +83,27 @@ struct Operand {
   }
 };
 
-// Eight numbers of queries of any type, as T.
+// Eight numbers at an address of 16 bytes' alignment, as T; in loads of 16 bytes.
+template <typename T, typename From>
+__device__ inline uint4 rounded_eight(const From* place) {
+  alignas(16) From numbers[8];
+#pragma unroll
+  for (unsigned i = 0; i < sizeof numbers / sizeof(uint4); ++i)
+    reinterpret_cast<uint4*>(numbers)[i] = reinterpret_cast<const uint4*>(place)[i];
+  alignas(16) T rounded[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) rounded[i] = static_cast<T>(static_cast<float>(numbers[i]));
+  return *reinterpret_cast<const uint4*>(rounded);
+}
+
+// Eight numbers of queries of any type, as T. Number by number instead, H100, decode-d64-64k, bf16 queries of fp16 keys:
+// 0.0593 ms against 0.0582.
 template <typename T>
 __device__ inline uint4 eight_of(const void* queries, int64_t index, QueryType type) {
   using Other = std::conditional_t<std::is_same_v<T, __half>, __nv_bfloat16, __half>;
   if (type == kSameAsKeys) return *reinterpret_cast<const uint4*>(static_cast<const T*>(queries) + index);
-  alignas(16) T values[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i)
-    values[i] = static_cast<T>(type == kFloat32 ? static_cast<const float*>(queries)[index + i]
-                                                : static_cast<float>(static_cast<const Other*>(queries)[index + i]));
-  return *reinterpret_cast<const uint4*>(values);
+  if (type == kFloat32) return rounded_eight<T>(static_cast<const float*>(queries) + index);
+  return rounded_eight<T>(static_cast<const Other*>(queries) + index);
 }
 
 // Up to 8 queries of a row from number `first` on, zeros for those that there are not.
