@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -25,8 +25,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 RANK_SECONDS, PATIENT_SECONDS = 60, 1800
-PIECE_BYTES = 64 << 20  # of a sum
-FIRST_SUMS = 5  # before these everyone waits patiently: the first steps compile, and not equally long
 Result = TypeVar("Result")
 
 
@@ -44,7 +42,7 @@ class Ranks:
 
     Attributes:
         rank: its number, from 0. size: how many there are. local_rank: its number on its host.
-        quick, patient: process groups of all ranks; None for one that is alone. sums: of gradients, done so far.
+        quick, patient: process groups of all ranks; None for one that is alone.
         farewells: called before the groups are left; see `before_leaving`.
 
     >>> Ranks().rows(4)
@@ -58,7 +56,6 @@ class Ranks:
     local_rank: int = 0
     quick: dist.ProcessGroup | None = None
     patient: dist.ProcessGroup | None = None
-    sums: int = 0
     farewells: list[Callable[[], None]] = field(default_factory=list)
 
     @property
@@ -142,29 +139,10 @@ class Ranks:
             dist.all_reduce(word, dist.ReduceOp.MAX, group=group)
         return int(word)
 
-    def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The sums over all ranks of float32 tensors on one device, bit for bit the same on each.
-
-        They travel in pieces; while one is under way the next is put together. On a GPU the host does not wait, and a
-        CUDA graph may capture it.
-        """
-        if self.size == 1:
-            return list(tensors)
-        if self.sums < FIRST_SUMS:
-            self.sums += 1
+    def meet(self) -> None:
+        """Waits, patiently, until all ranks have come here."""
+        if self.size > 1:
             self._word(0, self.patient)
-        under_way = []
-        with self.listening():
-            for part in in_pieces(tensors, PIECE_BYTES):
-                piece = torch.cat([tensor.reshape(-1) for tensor in part])
-                under_way.append((part, piece, dist.all_reduce(piece, group=self.quick, async_op=True)))
-            for _, _, work in under_way:
-                work.wait()
-        return [
-            summed.view(tensor.shape)
-            for part, piece, _ in under_way
-            for tensor, summed in zip(part, piece.split([tensor.numel() for tensor in part]), strict=True)
-        ]
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Gives every rank what the first one holds, in place."""
@@ -187,22 +165,6 @@ class Ranks:
 
 
 ALONE = Ranks()
-
-
-def in_pieces(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
-    """The tensors in their order, as many at a time as `size` bytes hold, at least one.
-
-    >>> [len(piece) for piece in in_pieces([torch.zeros(3), torch.zeros(1), torch.zeros(9), torch.zeros(1)], size=16)]
-    [2, 1, 1]
-    """
-    piece: list[Tensor] = []
-    for tensor in tensors:
-        if piece and sum(other.nbytes for other in piece) + tensor.nbytes > size:
-            yield piece
-            piece = []
-        piece.append(tensor)
-    if piece:
-        yield piece
 
 
 def ranks_of(group: dist.ProcessGroup) -> Ranks:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from memtrans.adafactor import Adafactor, initial_state
 from memtrans.evaluate import negative_log_likelihood
+from memtrans.gradient_sum import GradientSum, compiled_in_parts
 from memtrans.loader import StepInputs
 from memtrans.ranks import ALONE, Ranks
 from memtrans.reader import Carried, DocumentReader
@@ -54,7 +55,8 @@ class Step:
 
     Args:
         reader: of the model. optimizer: from `make_optimizer`.
-        settings: `compile` makes one graph of a segment's forward pass and loss, another of its backward;
+        settings: `compile` makes one graph of a segment's forward pass and loss, another of its backward; several of
+            each where several ranks exchange gradients;
             `skip_nonfinite` leaves the model as it is where the loss or the gradient is not finite.
         ranks: each reads its own rows; loss and gradients are sums over all of them.
     """
@@ -63,7 +65,11 @@ class Step:
         self, reader: DocumentReader, optimizer: torch.optim.Optimizer, settings: Settings, ranks: Ranks = ALONE
     ) -> None:
         self.reader, self.optimizer, self.settings, self.ranks = reader, optimizer, settings, ranks
-        self._segment_loss = torch.compile(self._loss, fullgraph=True) if compiles(settings, reader) else self._loss
+        self._gradients = GradientSum(reader.model.parameters(), ranks)
+        self._segment_loss = self._loss
+        if compiles(settings, reader):
+            alone = ranks.size == 1
+            self._segment_loss = torch.compile(self._loss, fullgraph=True) if alone else compiled_in_parts(self._loss)
 
     def run(self, inputs: StepInputs, rate: float) -> Tensor:
         """Does the step at that learning rate. Returns bits per byte and the gradient's norm (2,), on the device."""
@@ -82,15 +88,18 @@ class Step:
         """All of the step that runs on the device."""
         carried = self.reader.carried
         total = torch.zeros((), device=inputs.tokens.device)
-        for segments in inputs.rounds():
+        rounds = inputs.rounds()
+        for number, segments in enumerate(rounds, start=1):
             losses = []
             for segment in segments:
                 loss, carried = self._segment_loss(*segment, carried)
                 losses.append(loss)
             mean = torch.stack(losses).sum() / inputs.scored
-            mean.backward()
             total += mean.detach()
-        total = self._sum(total)
+            if number == len(rounds):
+                self._gradients.begin(total)
+            mean.backward()
+        total = self._gradients.finish()
         most = math.inf if self.settings.clip is None else self.settings.clip
         norm = whole(nn.utils.clip_grad_norm_(self.reader.model.parameters(), most)).detach()
         finite = norm.isfinite() & total.isfinite()
@@ -102,14 +111,6 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         self.reader.carry(carried)
         return torch.stack((total / math.log(2), norm))
-
-    def _sum(self, total: Tensor) -> Tensor:
-        """The loss of all ranks; what parameters have as gradients becomes that of all ranks too, in one exchange."""
-        parameters = [p for p in self.reader.model.parameters() if p.grad is not None and not is_spread(p)]
-        *gradients, total = self.ranks.sum([*(p.grad for p in parameters if p.grad is not None), total])
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        return total
 
     def _loss(
         self, tokens: Tensor, labels: Tensor, lengths: Tensor, fresh: Tensor, carried: Carried
