@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,10 +17,13 @@ from checks import ATTENTION, FIRST_STEPS, SAME_CURVE, SAME_SUMS, assert_close
 from processes import Processes, ended, started
 from torch import Tensor
 
-from memtrans import KNNAttention, KNNMemory
+from memtrans import KNNAttention, KNNMemory, gradient_sum
 from memtrans.checkpoint import exists, load_checkpoint
 from memtrans.metrics import Metrics
+from memtrans.ranks import ALONE, Ranks
 from memtrans.run import checkpoint_of
+from memtrans.settings import Settings
+from memtrans.train import Trainer, open_data
 
 pytestmark = [
     pytest.mark.gpu,
@@ -174,6 +178,32 @@ def test_two_ranks_follow_the_curve_of_one_process_and_one_goes_on_from_two(
     assert len(losses) == len(expected) == 30
     first = FIRST_STEPS + 1  # that after resuming included
     assert losses[:first] == pytest.approx(expected[:first], abs=SAME_CURVE)
+
+
+def losses_in_pieces(rank: int, text: str, piece_bytes: int, shared: bool) -> list[float]:
+    """Of a run that replays its steps, on both ranks or on each of them alone."""
+    world = dist.group.WORLD
+    ranks = Ranks(rank, 2, rank, world, world) if shared else ALONE
+    settings = Settings(
+        data=text, steps=FIRST_STEPS, batch=4, segment=64, layers=3, width=64, heads=2, head_width=32, memory=256,
+        neighbours=8, xl=32, warmup=5, final_rate=1.0, dtype="float32", compile=True, accumulate=2,
+    )  # fmt: skip
+    with mock.patch.object(gradient_sum, "PIECE_BYTES", piece_bytes):
+        trainer = Trainer(settings, open_data(settings), torch.device("cuda", rank), ranks)
+        for _ in range(FIRST_STEPS):
+            trainer.advance()
+        losses = trainer.check()[:, 0].tolist()
+    for act in ranks.farewells:
+        act()
+    return losses
+
+
+def test_a_replayed_step_may_exchange_its_gradients_in_many_pieces(two: Processes, text: str) -> None:
+    """Some leave while the backward pass runs; layers have 200 KB of parameters."""
+    alone, _ = two.run(losses_in_pieces, text, 0, False)
+    first, second = two.run(losses_in_pieces, text, 60_000, True)
+    assert first == second
+    assert first == pytest.approx(alone, abs=SAME_CURVE)
 
 
 def test_when_a_rank_is_killed_the_other_ends_with_a_message_and_the_run_goes_on(text: str, tmp_path: Path) -> None:
