@@ -1,8 +1,8 @@
 """Gradients summed over all ranks while the backward pass still computes the next ones.
 
 Parameters form pieces in the order in which their gradients come, the last layer's first. A piece leaves as soon as all
-of its gradients are there and the piece before it has left, so that every rank sends them in one order. Source: Li et
-al. 2020, "PyTorch Distributed" (VLDB), section 3.2.
+of its gradients are there and the piece before it has left, so that every rank sends them in one order. Each gradient
+is summed where it lies. Source: Li et al. 2020, "PyTorch Distributed" (VLDB), section 3.2.
 
 A compiled function's backward pass is one graph, which gives all gradients at its end; `compiled_in_parts` makes it
 several.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,16 +21,8 @@ from torch import Tensor, nn
 from memtrans.ranks import Ranks
 from memtrans.spread import is_spread
 
-PIECE_BYTES = 64 << 20
+PIECE_BYTES, PART_BYTES = 64 << 20, 32 << 20
 FIRST_SUMS = 3  # ranks compile meanwhile, not equally long: nothing leaves before all of them have all gradients
-
-
-class Piece(NamedTuple):
-    """What is under way: `numbers` are the gradients of these parameters, one after the other."""
-
-    parameters: list[nn.Parameter]
-    numbers: Tensor
-    work: Any
 
 
 class GradientSum:
@@ -46,7 +38,7 @@ class GradientSum:
         own = [parameter for parameter in parameters if not is_spread(parameter)]
         self._pieces = list(in_pieces(own[::-1], PIECE_BYTES)) or [[]]
         self._missing: list[int] = []  # gradients that each piece still waits for; empty while none may leave early
-        self._under_way: list[Piece] = []
+        self._under_way: list[dist.Work] = []
         self._left = 0  # pieces that need nothing more before `finish`
         if ranks.size > 1:
             for place, piece in enumerate(self._pieces):
@@ -55,28 +47,23 @@ class GradientSum:
 
     def begin(self, total: Tensor) -> None:
         """total: a float32 scalar that is summed too; the loss, say."""
-        self._total, self._under_way, self._left = total, [], 0
+        self._total, self._under_way, self._left = total.clone(), [], 0
         early = self.ranks.size > 1 and self._sums >= FIRST_SUMS
         self._missing = [len(piece) for piece in self._pieces] if early else []
 
     def finish(self) -> Tensor:
         """Gradients are the sums over all ranks now, bit for bit the same on each; returns the sum of the totals."""
-        if self.ranks.size == 1:
-            return self._total
-        self._missing = []
-        with self.ranks.listening():
-            if self._sums < FIRST_SUMS:
-                self._sums += 1
-                self.ranks.meet()
-            while self._left < len(self._pieces):
-                self._send()
-            for piece in self._under_way:
-                piece.work.wait()
-        for parameters, numbers, _ in self._under_way:
-            sizes = [parameter.numel() for parameter in parameters]
-            for parameter, summed in zip(parameters, numbers[: sum(sizes)].split(sizes), strict=True):
-                parameter.grad = summed.view_as(parameter)
-        return self._under_way[-1].numbers[-1]
+        if self.ranks.size > 1:
+            self._missing = []
+            with self.ranks.listening():
+                if self._sums < FIRST_SUMS:
+                    self._sums += 1
+                    self.ranks.meet()
+                while self._left < len(self._pieces):
+                    self._send()
+                for work in self._under_way:
+                    work.wait()
+        return self._total
 
     def _arrived(self, place: int, _: Tensor) -> None:
         """A gradient of that piece is complete."""
@@ -87,18 +74,13 @@ class GradientSum:
 
     def _send(self) -> None:
         """Lets the next piece go. On a GPU the host does not wait, and a CUDA graph may capture it."""
-        piece = [parameter for parameter in self._pieces[self._left] if parameter.grad is not None]
-        numbers = [parameter.grad.reshape(-1) for parameter in piece if parameter.grad is not None]
+        numbers = [parameter.grad for parameter in self._pieces[self._left] if parameter.grad is not None]
         self._left += 1
         if self._left == len(self._pieces):
-            numbers.append(self._total.reshape(1))
+            numbers.append(self._total)
         if numbers:
-            together = torch.cat(numbers)
-            for parameter in piece:
-                parameter.grad = None  # its place is free for gradients to come
-            self._under_way.append(
-                Piece(piece, together, dist.all_reduce(together, group=self.ranks.quick, async_op=True))
-            )
+            assert self.ranks.quick is not None
+            self._under_way.append(self.ranks.quick.allreduce_coalesced(numbers, dist.AllreduceCoalescedOptions()))
 
 
 def in_pieces(parameters: Sequence[nn.Parameter], size: int) -> Iterator[list[nn.Parameter]]:
@@ -119,8 +101,8 @@ def in_pieces(parameters: Sequence[nn.Parameter], size: int) -> Iterator[list[nn
 
 
 def compiled_in_parts(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiles a function without graph breaks, in parts of PIECE_BYTES of parameters, each with a backward graph."""
+    """Compiles a function without graph breaks, in parts of PART_BYTES of parameters, each with a backward graph."""
     from torch._dynamo.backends.distributed import DDPOptimizer  # what PyTorch compiles a DDP module with
 
-    parts = DDPOptimizer(PIECE_BYTES, torch._dynamo.lookup_backend("inductor"), first_bucket_cap=PIECE_BYTES)
+    parts = DDPOptimizer(PART_BYTES, torch._dynamo.lookup_backend("inductor"), first_bucket_cap=PART_BYTES)
     return torch.compile(function, fullgraph=True, backend=parts.compile_fn)

@@ -61,21 +61,24 @@ def backward_passes(model: Model, loss: Callable[[Tensor], Tensor], sums: Gradie
     return sums.finish()
 
 
+def in_parts_of(size: int) -> Any:
+    return mock.patch.multiple(gradient_sum, PIECE_BYTES=size, PART_BYTES=size)
+
+
 def steps_of(ranks: Ranks, piece_bytes: int, passes: int, compiled: bool) -> list[dict[str, Any]]:
     """Each step's sums, and for each piece whether it left before all gradients had arrived."""
-    model, send = Model(), dist.all_reduce
+    model, send = Model(), GradientSum._send
     arrived: list[Tensor] = []
     early: list[bool] = []
     for parameter in model.layers.parameters():
         parameter.register_post_accumulate_grad_hook(arrived.append)
 
-    def recorded(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
-        if tensor.is_floating_point():  # ranks tell each other integers
-            early.append(len(arrived) < passes * len(list(model.layers.parameters())))
-        return send(tensor, *arguments, **options)
+    def recorded(sums: GradientSum) -> None:
+        early.append(len(arrived) < passes * len(list(model.layers.parameters())))
+        send(sums)
 
     results = []
-    with mock.patch.object(gradient_sum, "PIECE_BYTES", piece_bytes), mock.patch.object(dist, "all_reduce", recorded):
+    with in_parts_of(piece_bytes), mock.patch.object(GradientSum, "_send", recorded):
         sums = GradientSum(model.parameters(), ranks)
         loss = compiled_in_parts(model.loss) if compiled else model.loss
         for step in range(STEPS):
@@ -128,7 +131,7 @@ def test_pieces_leave_before_the_backward_pass_ends(two: Processes, compiled: bo
 
 def test_a_function_compiled_in_parts_is_the_function() -> None:
     model, plain = Model(), Model()
-    with mock.patch.object(gradient_sum, "PIECE_BYTES", LAYER_BYTES):
+    with in_parts_of(LAYER_BYTES):
         loss = compiled_in_parts(model.loss)
         for step in range(2):
             found, wanted = loss(inputs(step, 0, 0)), plain.loss(inputs(step, 0, 0))

@@ -188,7 +188,7 @@ def losses_in_pieces(rank: int, text: str, piece_bytes: int, shared: bool) -> li
         data=text, steps=FIRST_STEPS, batch=4, segment=64, layers=3, width=64, heads=2, head_width=32, memory=256,
         neighbours=8, xl=32, warmup=5, final_rate=1.0, dtype="float32", compile=True, accumulate=2,
     )  # fmt: skip
-    with mock.patch.object(gradient_sum, "PIECE_BYTES", piece_bytes):
+    with mock.patch.multiple(gradient_sum, PIECE_BYTES=piece_bytes, PART_BYTES=piece_bytes):
         trainer = Trainer(settings, open_data(settings), torch.device("cuda", rank), ranks)
         for _ in range(FIRST_STEPS):
             trainer.advance()
