@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
+
 from memtrans.cli import main
 from memtrans.metrics import Metrics
 
@@ -19,6 +21,16 @@ def written_text(directory: Path) -> str:
     path = directory / "text.txt"
     path.write_bytes(b"".join(b"line %d of a text, " % number for number in range(400)))
     return str(path)
+
+
+def uneven_documents(directory: Path) -> str:
+    """The path of documents of different lengths: rows end theirs at different steps, not every token is scored."""
+    directory.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for number in range(9):
+        content = torch.randint(97, 103, (90 + 57 * number,), generator=generator, dtype=torch.uint8)
+        (directory / f"{number}.txt").write_bytes(bytes(content.tolist()))
+    return str(directory)
 
 
 def train(out: Path, *options: str) -> int:
