@@ -214,13 +214,14 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager" if TOY else "inductor")
 
 
-def write_down(entry: dict[str, Any]) -> None:
+def write_down(entry: dict[str, Any]) -> Path:
     """Puts the entry into `results/<machine>/<op>.json`, in place of an earlier one of the same labels."""
     path = RESULTS / machine() / f"{entry['op']}.json"
     entries = json.loads(path.read_text()) if path.exists() else []
     kept = [other for other in entries if any(other[name] != entry[name] for name in KEY)]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([*kept, entry], indent=1) + "\n")
+    return path
 
 
 def environment() -> dict[str, str]:

@@ -77,8 +77,8 @@ def run(settings: Settings, options: argparse.Namespace) -> None:
         "scored_bytes": on.scored,
         "ms": points[-1]["seconds"] * 1e3,
     }
-    write_down(entry)
-    print(entry["case"], on.bits_per_byte, off.bits_per_byte, flush=True)
+    path = write_down(entry)
+    print(entry["case"], on.bits_per_byte, off.bits_per_byte, path, flush=True)
 
 
 def overridden(settings: Settings, assignments: list[str]) -> Settings:

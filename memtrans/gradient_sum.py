@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from memtrans.ranks import Ranks
 from memtrans.spread import is_spread
 
+# A step with 607 MB of gradients: 23.7 ms on one H200, on two 25.7, or 25.9 with pieces of 32 MiB. Parts are smaller
+# than pieces, because a piece waits for the last part that has a gradient of it.
 PIECE_BYTES, PART_BYTES = 64 << 20, 32 << 20
 FIRST_SUMS = 3  # ranks compile meanwhile, not equally long: nothing leaves before all of them have all gradients
 

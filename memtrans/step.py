@@ -55,9 +55,9 @@ class Step:
 
     Args:
         reader: of the model. optimizer: from `make_optimizer`.
-        settings: `compile` makes one graph of a segment's forward pass and loss, another of its backward; several of
-            each where several ranks exchange gradients;
-            `skip_nonfinite` leaves the model as it is where the loss or the gradient is not finite.
+        settings: `compile` makes one graph of a segment's forward pass and loss and another of its backward, or of
+            several ranks several of each; `skip_nonfinite` leaves the model as it is where the loss or the gradient is
+            not finite.
         ranks: each reads its own rows; loss and gradients are sums over all of them.
     """
 
