@@ -26,7 +26,10 @@ using torch::stable::Tensor;
 
 // Raised by one whenever an operator's schema or meaning changes, together with INTERFACE in
 // memtrans_kernels/native.py: a library left over from another version is then refused instead of misused.
-constexpr int64_t kInterface = 5;
+constexpr int64_t kInterface = 6;
+
+// Each module registers it under a name of its own, because each may be left over.
+inline int64_t interface_number() { return kInterface; }
 
 inline std::string shape_of(const Tensor& tensor) {
   std::ostringstream text;

@@ -1,9 +1,9 @@
 """Loads the compiled modules and says what is live.
 
-A module is a shared library of operators `memtrans::native_*`: `cpu` (schemas and CPU implementations), `cuda` (CUDA
-implementations of the same operators) and `faiss` (the search by Faiss on a GPU, called by `faiss_gpu.py`). The
-functions here are those operators under the names of `memtrans_kernels`. Importing this file loads nothing, and nothing
-raises because a library is missing, broken or out of date: `status` gives the reason instead.
+A module is a shared library of operators `memtrans::native_*`: `cpu` (schemas and CPU implementations), `cuda` (the
+search on a GPU) and `faiss` (the search by Faiss on a GPU, called by `faiss_gpu.py`). The functions here are those
+operators under the names of `memtrans_kernels`. Importing this file loads nothing, and nothing raises because a library
+is missing, broken or out of date: `status` gives the reason instead.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import Tensor
 
 MODULES = ("cpu", "cuda", "faiss")
 # Equals kInterface in csrc/memtrans.h; a library built for another number is refused.
-INTERFACE = 5
+INTERFACE = 6
+INTERFACE_OPERATORS = {"cpu": "native_interface", "cuda": "native_cuda_interface", "faiss": "native_faiss_interface"}
 FEW_QUERIES = 8  # of a memory row: equals kFewQueries in csrc/cuda/knn_search.h
 
 
@@ -82,6 +83,7 @@ def knn_search_cuda(
     query = query.contiguous()
     if query.data_ptr() % 16:  # the copy engine reads 16 bytes at a time
         query = query.clone()
+    rows, start, cursor = rows.contiguous(), start.contiguous(), cursor.contiguous()
     return torch.ops.memtrans.native_knn_search(query, keys, rows, start, cursor, capacity, k)
 
 
@@ -110,7 +112,7 @@ def _open(folder: Path, module: str) -> tuple[bool, str]:
         if module == "faiss":
             import_module("faiss")  # loads libfaiss.so, which the module is linked to
         torch.ops.load_library(library)
-        interface = torch.ops.memtrans.native_interface()
+        interface = getattr(torch.ops.memtrans, INTERFACE_OPERATORS[module])()
     except (AttributeError, ImportError, OSError, RuntimeError) as error:
         # torch wraps the loader's own message, which names the symbol or the file that is missing
         return False, f"{library.name} cannot be loaded with torch {torch.__version__}: {error.__cause__ or error}"

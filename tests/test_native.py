@@ -243,6 +243,19 @@ def test_a_library_of_another_version_is_refused(elsewhere: Path, monkeypatch: p
     assert f"built for interface {native.INTERFACE - 1}" in reason
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its CUDA module may be loaded, and has the operator already")
+def test_a_cuda_module_of_another_version_is_refused(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = next(library for library in torch.ops.loaded_libraries if "_native_cpu" in library)
+    (elsewhere / Path(built).name).symlink_to(built)
+    (elsewhere / "_native_cuda.abi3.so").write_bytes(b"stands for one whose operator says another number")
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    with torch.library._scoped_library("memtrans", "IMPL") as library:
+        library.impl("native_cuda_interface", lambda: native.INTERFACE - 1, "CompositeExplicitAutograd")
+        live, reason = native.status("cuda")
+    assert not live
+    assert f"_native_cuda.abi3.so was built for interface {native.INTERFACE - 1}" in reason
+
+
 def test_the_cuda_module_needs_the_schemas_of_the_cpu_module(elsewhere: Path) -> None:
     (elsewhere / "_native_cuda.abi3.so").write_bytes(b"not a library")
     live, reason = native.status("cuda")

@@ -90,7 +90,7 @@ __device__ inline float lower_bound(const GroupMaxima& groups, int k, SelectShar
   const uint32_t of_warp = kth_largest_bound(shared.bests, k);
   if (threadIdx.x % 32 == 0) atomicMin(&shared.bound, of_warp);
   __syncthreads();
-  return shared.bound == 0 ? -3.402823466e+38f : unsortable(shared.bound);  // 0: of fewer than K groups
+  return shared.bound == 0 ? kLowest : unsortable(shared.bound);  // 0: of fewer than K groups
 }
 
 // Lists the visited groups that reach the bound, in no particular order, and returns how many there are: maybe more than fit.

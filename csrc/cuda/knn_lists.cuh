@@ -24,9 +24,11 @@ struct ScanResult {
   __device__ void pad(int from) const {
     for (int rank = from + threadIdx.x % 32; rank < arguments.k; rank += 32) put(rank, 0);
   }
+  // The whole query, once: parts that were scored in different ways would order equal keys by how they were rounded.
   __device__ void redo() const {
-    if (threadIdx.x % 32 == 0)
-      arguments.redo[atomicAdd(arguments.redo_count, 1)] = static_cast<uint32_t>(query * arguments.parts + part);
+    if (threadIdx.x % 32 != 0) return;
+    if (arguments.parts > 1 && atomicExch(arguments.redo_claimed + query, 1u)) return;
+    arguments.redo[atomicAdd(arguments.redo_count, 1)] = static_cast<uint32_t>(query);
   }
 };
 

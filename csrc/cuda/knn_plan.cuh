@@ -14,7 +14,7 @@ constexpr int kListBytes = kListRecords * 16;
 constexpr int kListAlignment = 16 * 4 * kListBytes;  // the lists of a warp: no 4 GB boundary among them
 constexpr float kMostCandidates = 440;   // of a query, six deviations above the mean: what its lists hold
 constexpr int kUnsampledLength = 640;    // so few visible keys, and the rest of their tiles, fit the lists whole
-constexpr float kLowest = -3.402823466e+38f;
+constexpr float kHitCost = 120.0f;     // of one candidate, in scanned keys
 
 struct ScanArguments {
   const int64_t* rows;
@@ -26,7 +26,8 @@ struct ScanArguments {
   uint64_t* entries;    // (queries, parts, k), where there are several parts: few_merge makes scores and slots of them
   char* lists;          // kListAlignment-aligned; 4 lists a query, kQueries queries a block of the grid
   uint32_t* redo_count;
-  uint32_t* redo;       // query * parts + part
+  uint32_t* redo;       // queries
+  uint32_t* redo_claimed;  // (queries,), where there are several parts: 1 for those on the list
   uint32_t* redo_done;  // (kSpreadQueries,): parts of a redone query that are ready
   uint64_t* redo_entries;  // (kSpreadQueries, kRedoParts, k)
   int64_t row_count;
@@ -35,7 +36,6 @@ struct ScanArguments {
   int slot_count;       // M + S
   int capacity;
   int k;
-  float hit_cost;       // cost of one candidate, in scanned keys
   int one;              // 1
 };
 
@@ -85,7 +85,7 @@ struct ScanPlan {
   int first_block, blocks, block_count, phase_bits, skip_bits, rank;  // the sample; rank 0: none
   int first_tile, tiles, tile_count;
 
-  __device__ ScanPlan(Window window, int k, float hit_cost) : window(window) {
+  __device__ ScanPlan(Window window, int k) : window(window) {
     tile_count = (window.slots + kScanTile - 1) / kScanTile;
     first_tile = window.first / kScanTile;
     tiles = span(kScanTile, tile_count);
@@ -96,7 +96,7 @@ struct ScanPlan {
       first_block = first_block + 1 < block_count ? first_block + 1 : 0;
       blocks -= 2;
     }
-    choose_sample(k, hit_cost);
+    choose_sample(k);
   }
 
   __device__ int span(int size, int count) const {
@@ -106,10 +106,10 @@ struct ScanPlan {
     return min(count, count - window.first / size + (end - window.slots + size - 1) / size);
   }
 
-  // The fraction of keys to sample: scanning a key costs 1, a candidate hit_cost. The K - 1 best keys have a binomial number
+  // The fraction of keys to sample: scanning a key costs 1, a candidate kHitCost. The K - 1 best keys have a binomial number
   // in the sample, which fall into so many distinct groups; rank is what that number reaches about once in a million queries
   // of independent keys (4.6 deviations and a little, within 1 of the exact number for K from 1 to 128).
-  __device__ void choose_sample(int k, float hit_cost) {
+  __device__ void choose_sample(int k) {
     phase_bits = skip_bits = rank = 0;
     if (window.length <= kUnsampledLength) return;
     float best = 3e38f;
@@ -121,7 +121,7 @@ struct ScanPlan {
                              kMaxima * empty * (1.0f - (1.0f + expected / kMaxima) * empty);
       const float groups = fminf(fminf(k, 60.0f), ceilf(kMaxima * (1.0f - empty) + 4.6f * sqrtf(variance) + 2.5f - 2.2f * fraction));
       const float keys = -kMaxima * logf(1.0f - groups / kMaxima);
-      const float cost = fraction * window.length + hit_cost * keys / fraction;
+      const float cost = fraction * window.length + kHitCost * keys / fraction;
       const bool fits = fraction * window.length >= 4.0f * keys && keys + 6.0f * sqrtf(keys) <= kMostCandidates * fraction;
       if (step > 0 && (cost >= best || !fits)) continue;
       best = cost;

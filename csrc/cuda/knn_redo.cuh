@@ -67,11 +67,9 @@ __global__ void __launch_bounds__(kRedoThreads) knn_redo(const ScanArguments arg
   const int parts = total <= kSpreadQueries ? spread : 1;
   for (uint32_t work = blockIdx.x; work < total * parts; work += gridDim.x) {
     const uint32_t item = work / parts;
-    const int64_t query = arguments.redo[item] / arguments.parts;
-    const int scan_part = arguments.redo[item] % arguments.parts;
+    const int64_t query = arguments.redo[item];
     const int64_t row = arguments.rows[query / arguments.queries_per_row];
-    const Window whole = visible_window(arguments.start, arguments.cursor, row, arguments.capacity, arguments.slot_count);
-    const Window window = whole.piece(scan_part, arguments.parts);
+    const Window window = visible_window(arguments.start, arguments.cursor, row, arguments.capacity, arguments.slot_count);
     const T* keys = static_cast<const T*>(arguments.keys) + row * arguments.slot_count * dim;
     __syncthreads();
     for (int i = threadIdx.x; i < dim; i += kRedoThreads) query_values[i] = static_cast<float>(queries[query * dim + i]);
@@ -90,9 +88,10 @@ __global__ void __launch_bounds__(kRedoThreads) knn_redo(const ScanArguments arg
         best.push(entry != 0, entry);
       }
     }
-    const ScanResult result{arguments, whole, query, scan_part};
+    const ScanResult result{arguments, window, query, 0};
     best.finish([&](int rank, uint64_t entry) { result.put(rank, entry); });
     result.pad(best.count);
+    for (int other = 1; other < arguments.parts; ++other) ScanResult{arguments, window, query, other}.pad(0);
   }
 }
 

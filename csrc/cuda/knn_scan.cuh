@@ -111,7 +111,7 @@ __device__ void produce(const CUtensorMap* query_map, const CUtensorMap* key_map
   const int64_t jobs = ScanJob::count(arguments, Shape::kQueries);
   for (int64_t number = blockIdx.x; number < jobs; number += gridDim.x, query_phase ^= 1) {
     const ScanJob job(arguments, number, Shape::kQueries);
-    const ScanPlan plan(job.window, arguments.k, arguments.hit_cost);
+    const ScanPlan plan(job.window, arguments.k);
     const int query = static_cast<int>(job.index * arguments.queries_per_row + job.first_query);
     barrier_wait_idly(query_empty, query_phase);
     barrier_expect_bytes(query_full, Shape::kQueryBytes);
@@ -182,7 +182,7 @@ __device__ void consume(const ScanArguments& arguments, ScanConsumer<T, dim>& co
   uint32_t query_phase = 0;
   for (int64_t number = blockIdx.x; number < jobs; number += gridDim.x, query_phase ^= 1) {
     const ScanJob job(arguments, number, Shape::kQueries);
-    const ScanPlan plan(job.window, arguments.k, arguments.hit_cost);
+    const ScanPlan plan(job.window, arguments.k);
     barrier_wait(query_full, query_phase);
     float threshold[2];
     consumer.sample(plan, arguments.slot_count, threshold);

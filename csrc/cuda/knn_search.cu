@@ -1,8 +1,9 @@
 // C entry points of the CUDA search; no torch headers, so that this file compiles in seconds.
 //
-//   memtrans_cuda_knn_search_workspace   bytes of scratch memory a search needs, at most 512 MB whatever the shape
-//   memtrans_cuda_knn_search             launches a search on a stream: no allocation, no host synchronisation
-// Both return a negative number for what they do not take: D outside {32, 64, 96, 128, 256}, K outside 1..128.
+//   memtrans_cuda_knn_search_workspace   bytes of scratch memory that a search of some queries needs: at most 512 MB
+//                                        for rows of up to 2^28 slots
+//   memtrans_cuda_knn_search             launches a search on a stream: no allocation, no host synchronisation; negative
+//                                        for what it does not take: D outside {32, 64, 96, 128, 256}, K outside 1..128
 #include <cstdio>
 
 #include "knn_few_select.cuh"
@@ -18,7 +19,6 @@ constexpr int64_t kFewProducts = 22'000'000;     // ... while this many products
 constexpr int64_t kMaximaBytes = 64ll << 20;     // maxima that a few-query launch may hold
 constexpr int64_t kGridHeight = 65535;           // of CUDA
 constexpr int64_t kSmallestPart = 4096;          // keys that are worth a block of their own
-constexpr float kHitCost = 120.0f;
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -62,18 +62,20 @@ int64_t scan_parts(const KnnSearchShape& shape) {
 }
 
 // Scratch memory of knn_scan and knn_redo: counters | entries of redone queries | redo list | entries of the parts | lists.
+// The counters are zero at the start: redo_count, redo_done and, where there are several parts, redo_claimed.
 struct ScanWorkspace {
-  static constexpr int64_t kCounterBytes = 4 + 4 * kSpreadQueries;
-  int64_t redo_entries, redo, entries, lists, bytes;
+  static constexpr int64_t kClaims = 4 + 4 * kSpreadQueries;  // where redo_claimed begins
+  int64_t counter_bytes, redo_entries, redo, entries, lists, bytes;
 
   explicit ScanWorkspace(const KnnSearchShape& shape) {
-    const int64_t queries = shape.dim > 128 ? ScanShape<256>::kQueries : ScanShape<128>::kQueries;
-    const int64_t results = shape.row_count * shape.queries_per_row * scan_parts(shape);
-    redo_entries = round_up(kCounterBytes, 256);
+    const int64_t at_once = shape.dim > 128 ? ScanShape<256>::kQueries : ScanShape<128>::kQueries;
+    const int64_t queries = shape.row_count * shape.queries_per_row, parts = scan_parts(shape);
+    counter_bytes = kClaims + (parts > 1 ? queries * 4 : 0);
+    redo_entries = round_up(counter_bytes, 256);
     redo = redo_entries + round_up(int64_t{kSpreadQueries} * kRedoParts * shape.k * 8, 256);
-    entries = redo + round_up(results * 4, 256);
-    lists = round_up(entries + (scan_parts(shape) > 1 ? results * shape.k * 8 : 0), kListAlignment);
-    bytes = lists + multiprocessors() * queries * 4 * kListBytes + kListAlignment;
+    entries = redo + round_up(queries * 4, 256);
+    lists = round_up(entries + (parts > 1 ? queries * parts * shape.k * 8 : 0), kListAlignment);
+    bytes = lists + multiprocessors() * at_once * 4 * kListBytes + kListAlignment;
   }
 };
 
@@ -87,7 +89,7 @@ using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 EncodeTiled encode_tiled() {
   static const EncodeTiled function = [] {
     void* pointer = nullptr;
-    cudaDriverEntryPointQueryResult found;
+    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
     cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &pointer, 12000, cudaEnableDefault, &found);
     return reinterpret_cast<EncodeTiled>(found == cudaDriverEntryPointSuccess ? pointer : nullptr);
   }();
@@ -106,7 +108,7 @@ bool make_map(CUtensorMap& map, const void* data, const cuuint64_t (&sizes)[rank
 }
 
 template <typename T, int dim>
-int launch_scan(const KnnSearchShape& shape, const KnnSearchTensors& tensors, float hit_cost, cudaStream_t stream) {
+int launch_scan(const KnnSearchShape& shape, const KnnSearchTensors& tensors, cudaStream_t stream) {
   using Shape = ScanShape<dim>;
   const cuuint64_t slots = shape.slots, width = dim * 2, columns = Shape::kColumns;
   const cuuint64_t blocks = slots >= 8 ? slots / 8 : 1, phases = slots >= 8 ? 8 : slots;
@@ -127,14 +129,15 @@ int launch_scan(const KnnSearchShape& shape, const KnnSearchTensors& tensors, fl
   const ScanArguments arguments{tensors.rows, tensors.start, tensors.cursor, tensors.keys, tensors.scores, tensors.slots,
                                 entries, workspace + places.lists, reinterpret_cast<uint32_t*>(workspace),
                                 reinterpret_cast<uint32_t*>(workspace + places.redo),
+                                reinterpret_cast<uint32_t*>(workspace + ScanWorkspace::kClaims),
                                 reinterpret_cast<uint32_t*>(workspace) + 1,
                                 reinterpret_cast<uint64_t*>(workspace + places.redo_entries), shape.row_count,
                                 static_cast<int>(shape.queries_per_row), parts, static_cast<int>(shape.slots),
-                                static_cast<int>(shape.capacity), static_cast<int>(shape.k), hit_cost, 1};
+                                static_cast<int>(shape.capacity), static_cast<int>(shape.k), 1};
   const int64_t queries = shape.row_count * shape.queries_per_row;
   const int64_t jobs = shape.row_count * parts * ((shape.queries_per_row + Shape::kQueries - 1) / Shape::kQueries);
   const unsigned blocks_in_grid = static_cast<unsigned>(jobs < multiprocessors() ? jobs : multiprocessors());
-  cudaMemsetAsync(workspace, 0, ScanWorkspace::kCounterBytes, stream);
+  cudaMemsetAsync(workspace, 0, places.counter_bytes, stream);
   cudaFuncSetAttribute(knn_scan<T, dim>, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes);
   knn_scan<T, dim><<<blocks_in_grid, Shape::kThreads, Shape::kSharedBytes, stream>>>(query_map, key_map, sample_map, arguments);
   knn_redo<T, dim><<<2 * multiprocessors(), kRedoThreads, 0, stream>>>(arguments, static_cast<const T*>(tensors.query));
@@ -177,19 +180,17 @@ int launch_few(const KnnSearchShape& shape, const KnnSearchTensors& tensors, cud
 }
 
 template <typename T>
-int launch(const KnnSearchShape& shape, const KnnSearchTensors& tensors, float hit_cost, cudaStream_t stream) {
+int launch(const KnnSearchShape& shape, const KnnSearchTensors& tensors, cudaStream_t stream) {
   const auto with = [&](auto dim) {
     return takes_few_queries(shape) ? launch_few<T, dim.value>(shape, tensors, stream)
-                                    : launch_scan<T, dim.value>(shape, tensors, hit_cost, stream);
+                                    : launch_scan<T, dim.value>(shape, tensors, stream);
   };
   switch (shape.dim) {
-#ifndef MEMTRANS_QUICK_BUILD
     case 32: return with(std::integral_constant<int, 32>{});
-    case 96: return with(std::integral_constant<int, 96>{});
-    case 256: return with(std::integral_constant<int, 256>{});
-#endif
     case 64: return with(std::integral_constant<int, 64>{});
+    case 96: return with(std::integral_constant<int, 96>{});
     case 128: return with(std::integral_constant<int, 128>{});
+    case 256: return with(std::integral_constant<int, 256>{});
     default: return -1;
   }
 }
@@ -204,11 +205,6 @@ extern "C" int64_t memtrans_cuda_knn_search_workspace(const KnnSearchShape* shap
 extern "C" int memtrans_cuda_knn_search(const KnnSearchShape* shape, const KnnSearchTensors* tensors, void* stream) {
   if (shape->k < 1 || shape->k > 128) return -2;
   if (shape->row_count == 0 || shape->queries_per_row == 0) return 0;
-  const float hit_cost = shape->hit_cost > 0 ? shape->hit_cost : memtrans::kHitCost;
-#ifdef MEMTRANS_QUICK_BUILD
-  return memtrans::launch<__half>(*shape, *tensors, hit_cost, static_cast<cudaStream_t>(stream));
-#else
-  return shape->bfloat16 ? memtrans::launch<__nv_bfloat16>(*shape, *tensors, hit_cost, static_cast<cudaStream_t>(stream))
-                         : memtrans::launch<__half>(*shape, *tensors, hit_cost, static_cast<cudaStream_t>(stream));
-#endif
+  const auto launch = shape->bfloat16 ? memtrans::launch<__nv_bfloat16> : memtrans::launch<__half>;
+  return launch(*shape, *tensors, static_cast<cudaStream_t>(stream));
 }

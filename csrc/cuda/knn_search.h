@@ -19,7 +19,6 @@ struct KnnSearchShape {
   int64_t k;                // K
   int64_t bfloat16;         // keys are bfloat16, else float16
   QueryType query_type;     // kSameAsKeys where a row has more than kFewQueries
-  double hit_cost;          // tuning: 0 takes the default
 };
 
 struct KnnSearchTensors {

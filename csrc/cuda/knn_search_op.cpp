@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <algorithm>
+#include <cstdint>
 
 #include "../memtrans.h"
 #include "knn_search.h"
@@ -21,7 +22,15 @@ void* current_stream(int32_t device) {
 void check_status(int status, int64_t width, int64_t k) {
   STD_TORCH_CHECK(status != -1, "D must be 32, 64, 96, 128 or 256 on CUDA, got ", width);
   STD_TORCH_CHECK(status != -2, "k must be from 1 to 128 on CUDA, got ", k);
+  STD_TORCH_CHECK(status != -3, "the CUDA driver could not describe query and keys to the copy engine");
   STD_TORCH_CHECK(status == 0, "the search could not be launched: CUDA error ", status);
+}
+
+// The kernels take addresses; they load query and keys 16 bytes at a time.
+void check_packed(const Tensor& tensor, const char* name, uintptr_t alignment = 1) {
+  STD_TORCH_CHECK(
+      tensor.is_contiguous() && reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % alignment == 0, name,
+      " must be contiguous on CUDA and begin at a multiple of ", alignment, " bytes");
 }
 
 // How the search reads queries of this dtype; throws for what it does not take.
@@ -43,7 +52,11 @@ std::tuple<Tensor, Tensor> knn_search(
   check_knn_search(query, keys, rows, start, cursor, capacity, k);
   const bool bfloat16 = keys.scalar_type() == ScalarType::BFloat16;
   STD_TORCH_CHECK(bfloat16 || keys.scalar_type() == ScalarType::Half, "keys must be float16 or bfloat16 on CUDA");
-  STD_TORCH_CHECK(query.is_contiguous() && keys.is_contiguous(), "query and keys must be contiguous on CUDA");
+  check_packed(query, "query", 16);
+  check_packed(keys, "keys", 16);
+  check_packed(rows, "rows");
+  check_packed(start, "start");
+  check_packed(cursor, "cursor");
 
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
   const int64_t queries = query.size(0) * query.size(1) * query.size(2);
@@ -56,7 +69,7 @@ std::tuple<Tensor, Tensor> knn_search(
   }
   const int64_t most_rows = std::max<int64_t>(1, kMostQueries / per_row), most = std::min(per_row, kMostQueries);
   KnnSearchShape shape{
-      std::min(rows.size(0), most_rows), most, keys.size(0), keys.size(1), capacity, width, k, bfloat16, type, 0.0};
+      std::min(rows.size(0), most_rows), most, keys.size(0), keys.size(1), capacity, width, k, bfloat16, type};
   Tensor workspace =
       torch::stable::new_empty(query, {memtrans_cuda_knn_search_workspace(&shape)}, ScalarType::Byte);
   for (int64_t row = 0; row < rows.size(0); row += most_rows) {
@@ -80,4 +93,8 @@ std::tuple<Tensor, Tensor> knn_search(
 
 STABLE_TORCH_LIBRARY_IMPL(memtrans, CUDA, library) {
   library.impl("native_knn_search", TORCH_BOX(&memtrans::knn_search));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(memtrans, CompositeExplicitAutograd, library) {
+  library.impl("native_cuda_interface", TORCH_BOX(&memtrans::interface_number));
 }

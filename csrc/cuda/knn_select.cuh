@@ -10,6 +10,7 @@
 namespace memtrans {
 
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+constexpr float kLowest = -3.402823466e+38f;
 
 // Visible entries of one memory row: `length` slots from slot `first` on, wrapping round after slot slots - 1. `offset`
 // entries of the row are older than these.

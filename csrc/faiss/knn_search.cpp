@@ -163,5 +163,6 @@ STABLE_TORCH_LIBRARY_IMPL(memtrans, CUDA, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(memtrans, CompositeExplicitAutograd, library) {
+  library.impl("native_faiss_interface", TORCH_BOX(&memtrans::interface_number));
   library.impl("native_faiss_versions", TORCH_BOX(&memtrans::faiss_versions));
 }
