@@ -107,6 +107,25 @@ def test_keys_equal_bit_for_bit_come_older_first(length: int) -> None:
     check(entries, 1300, 32, spare=50, length=length)
 
 
+@pytest.mark.parametrize(("copies", "other"), [(range(4096), 5000), (range(4096, 8192), 17)])
+def test_equal_keys_come_older_first_where_two_blocks_share_a_row_and_one_gives_up(copies: range, other: int) -> None:
+    """Half of the keys are one key, so that block's lists overflow and the query is searched again in another way."""
+    keys = keys_of(8192, 64, torch.float16)
+    keys[copies.start : copies.stop] = keys[other]
+    query = keys[other] + 0.1 * keys_of(64, 64, torch.float16, seed=1)[None, None]
+    _, slots = search(query, memory([(0, keys)], 8192), 32, "native")
+    assert (slots == torch.tensor(sorted([*copies, other])[:32], device=slots.device)).all()
+
+
+def test_rows_and_cursors_may_have_strides() -> None:
+    held = memory([(0, keys_of(count, 64, torch.float16, count)) for count in (300, 20, 500)], 400, hidden=INF)
+    query = torch.randn(2, 2, 3, 64, generator=seeded(1)).half()
+    rows = torch.tensor([2, 9, 0, 9])[::2]
+    start, cursor = (torch.stack((place, place + 7), dim=1)[:, 0] for place in (held.start, held.cursor))
+    scores, slots = knn_search(query, held.keys, rows, start, cursor, held.capacity, 16, backend="native")
+    assert_exact(query, held, [2, 0], scores, slots, 16)
+
+
 @pytest.mark.parametrize("length", [1, 64])
 @pytest.mark.parametrize("hidden", [NAN, INF, 1e4])
 def test_keys_that_are_not_finite_are_never_retrieved_whatever_hidden_slots_hold(length: int, hidden: float) -> None:
