@@ -3,7 +3,8 @@
     python benchmarks/c_sources.py linux-source-6.1.tar.xz c-sources.zip
     python benchmarks/memory_gain.py --data c-sources.zip --bytes 300000000 --memory 0 32 8192 65536 --seeds 0 1
     python benchmarks/memory_gain.py --data c-sources.zip --set position_start=null --label random-start
-    python benchmarks/memory_gain.py --plot docs/images/memory_gain.png --machine h100
+    python benchmarks/memory_gain.py --data c-sources.zip --memory 0 --set learning_rate=5e-4 --label half-rate
+    python benchmarks/memory_gain.py --plot docs/images/memory_gain.png --machine h100 --label "" half-rate
 
 Each run writes an entry into results/<machine>/memory_gain.json when it ends: held-out bits per byte along the way,
 against bytes and against seconds of training (evaluations and compilation not counted), and at the end by the position
@@ -60,7 +61,7 @@ def run(settings: Settings, options: argparse.Namespace) -> None:
     trainer = Trainer(settings, open_data(settings), torch.device(DEVICE))
     points = curve(trainer, options.eval_bytes)
     on, off = (evaluated(trainer, options.final_eval_bytes, retrieval) for retrieval in (True, False))
-    label = f"-{options.label}" if options.label else ""
+    label = "".join(f"-{label}" for label in options.label if label)
     entry = {
         "op": "memory_gain",
         "impl": "memtrans",
@@ -87,26 +88,30 @@ def overridden(settings: Settings, assignments: list[str]) -> Settings:
     return Settings.from_json(settings.to_json() | values)
 
 
-def plot(path: str, folder: str, label: str) -> None:
-    """Held-out bits per byte of every run with this label, against bytes, seconds, and the position in the document.
+def plot(path: str, folder: str, labels: list[str]) -> None:
+    """Held-out bits per byte of the runs with these labels, against bytes, seconds, and the position in the document.
 
-    A colour for each size of the memory, a line style for each seed; dotted: the same model with retrieval off.
+    A colour for each size of the memory and learning rate, a line style for each seed; dotted: with retrieval off.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     found = json.loads((RESULTS / folder / "memory_gain.json").read_text())
-    entries = [entry for entry in found if entry["case"].partition(f"-seed-{entry['settings']['seed']}")[2] == label]
-    entries.sort(key=lambda entry: [entry["settings"][name] for name in ("xl", "memory", "seed")])
-    sizes = list(dict.fromkeys((entry["settings"]["xl"], entry["settings"]["memory"]) for entry in entries))
+    entries = [entry for entry in found if entry["case"].partition(f"-seed-{entry['settings']['seed']}")[2] in labels]
+    alike = ("xl", "memory", "learning_rate")  # runs of one colour
+    entries.sort(key=lambda entry: [entry["settings"][name] for name in (*alike, "seed")])
+    kinds = list(dict.fromkeys(tuple(entry["settings"][name] for name in alike) for entry in entries))
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 3)
     for entry in entries:
         settings = entry["settings"]
-        color = f"C{sizes.index((settings['xl'], settings['memory']))}"
+        color = f"C{kinds.index(tuple(settings[name] for name in alike))}"
         style = {"color": color, "linestyle": ("-", "--", "-.")[settings["seed"] % 3], "marker": "o", "markersize": 3}
-        name = f"memory {settings['memory'] or '–'}, XL {settings['xl'] or '–'}, seed {settings['seed']}"
+        name = (
+            f"memory {settings['memory'] or '–'}, XL {settings['xl'] or '–'}, rate {settings['learning_rate']:g}, "
+            f"seed {settings['seed']}"
+        )
         for axes, along in ((panels[0], "bytes"), (panels[1], "seconds")):
             points = [(point[along], point["bits_per_byte"]) for point in entry["curve"]]
             axes.plot(*zip(*points, strict=True), label=name, **style)
@@ -145,7 +150,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eval-bytes", type=int, default=1_000_000, help="held-out bytes at each place along the way")
     parser.add_argument("--final-eval-bytes", type=int, default=4_000_000, help="held-out bytes at the end, both ways")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other settings of the runs")
-    parser.add_argument("--label", default="", help="added to the name of the runs, or of those to draw")
+    parser.add_argument("--label", nargs="*", default=[""], help="added to the name of the runs; of those to draw")
     parser.add_argument("--plot", metavar="PNG", help="draw what has been measured, and train nothing")
     parser.add_argument("--machine", default=machine(), help="whose results to draw (this machine's)")
     return parser.parse_args(arguments)
@@ -154,7 +159,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     options: Any = parsed(arguments)
     if options.plot:
-        return plot(options.plot, options.machine, f"-{options.label}" if options.label else "")
+        return plot(options.plot, options.machine, [f"-{label}" if label else "" for label in options.label])
     base = dataclasses.replace(PRESETS["code"], data=options.data, dtype="bfloat16")
     base = overridden(base, options.set)
     per_step = base.batch * base.segment * base.segments * base.accumulate

@@ -91,6 +91,7 @@ def gain_table(entries: list[dict[str, Any]]) -> str:
     far = max((int(place) for place in set.intersection(*(set(entry["by_position"]) for entry in entries))), default=0)
     names = (
         "local heads start",
+        "learning rate",
         "XL cache",
         "memory",
         "seed",
@@ -100,14 +101,15 @@ def gain_table(entries: list[dict[str, Any]]) -> str:
     )
     columns = (*names, "training bytes", "seconds")
     lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
-    sort = ("xl", "memory", "seed")
+    sort = ("learning_rate", "xl", "memory", "seed")
     for entry in sorted(entries, key=lambda entry: [_start(entry), *(entry["settings"][name] for name in sort)]):
         settings, last = entry["settings"], entry["curve"][-1]
         memory, cache = (f"{settings[name]:,}" if settings[name] else "–" for name in ("memory", "xl"))
         off = f"{entry['bits_per_byte_without_memory']:.4f}" if settings["memory"] else "–"
         lines.append(
-            f"| {_start(entry)} | {cache} | {memory} | {settings['seed']} | {entry['bits_per_byte']:.4f} | {off} "
-            f"| {entry['by_position'][str(far)]:.4f} | {last['bytes'] / 1e6:.0f} M | {last['seconds']:.0f} |"
+            f"| {_start(entry)} | {settings['learning_rate']:g} | {cache} | {memory} | {settings['seed']} "
+            f"| {entry['bits_per_byte']:.4f} | {off} | {entry['by_position'][str(far)]:.4f} "
+            f"| {last['bytes'] / 1e6:.0f} M | {last['seconds']:.0f} |"
         )
     first = entries[0]
     return "\n".join([*lines, "", f"On {first['gpu']}, torch {first['torch']}, triton {first['triton']}."]) + "\n"

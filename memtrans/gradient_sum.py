@@ -19,12 +19,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from memtrans.ranks import Ranks
+from memtrans.replay import EAGER_CALLS
 from memtrans.spread import is_spread
 
 # A step with 607 MB of gradients: 23.7 ms on one H200, on two 25.7, or 25.9 with pieces of 32 MiB. Parts are smaller
 # than pieces, because a piece waits for the last part that has a gradient of it.
 PIECE_BYTES, PART_BYTES = 64 << 20, 32 << 20
-FIRST_SUMS = 3  # ranks compile meanwhile, not equally long: nothing leaves before all of them have all gradients
+# Ranks compile during the first steps, not equally long: nothing leaves before all of them have all gradients. One step
+# less than run before a capture, so that pieces have left early once before a graph holds that.
+FIRST_SUMS = EAGER_CALLS - 1
 
 
 class GradientSum:

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-EAGER_CALLS = 3  # they load and tune kernels, which a capture must not
+EAGER_CALLS = 4  # they load and tune kernels, which a capture must not
 
 
 class Replay:
-    """Calls a function of no arguments; on CUDA it replays a captured graph of it from the fourth call on.
+    """Calls a function of no arguments; on CUDA it replays a captured graph of it from the fifth call on.
 
     The function works on tensors that stay where they are, and never asks the device for a value. Every call has its
     effects once: the first ones run as they are, and capturing runs nothing.

@@ -45,5 +45,5 @@ def test_memory_gain_trains_each_size_and_draws_them(tmp_path: Path) -> None:
     assert [point["bytes"] for point in on["curve"]] == sorted({point["bytes"] for point in on["curve"]})
     assert picture.stat().st_size > 0
     rows = benchmark_script("tables").gain_table([off, on]).splitlines()[2:4]
-    assert [row.split(" | ")[2:4] for row in rows] == [["–", "0"], ["64", "0"]]
+    assert [row.split(" | ")[3:5] for row in rows] == [["–", "0"], ["64", "0"]]
     assert f"{on['bits_per_byte']:.4f}" in rows[1] and f"{on['bits_per_byte_without_memory']:.4f}" in rows[1]
