@@ -95,12 +95,15 @@ def stream(
     """Yields the next token of every row, (B,) int64 on the device, for a decoder that has read its prompts.
 
     Nothing here waits for the device, but for a look now and then whether every row has stopped, if `stop` is given.
+    The decoder may read or write on afterwards: a row that stopped goes on behind the last token that it read, which is
+    the one before `stop`.
 
     Args:
         decoder: its model is in `eval()` mode. tokens: at most so many. sampling: Default: `Sampling()`.
         stop: as in `generate`. capture: on CUDA, replay the step as a captured graph.
     """
     sampling = sampling or Sampling()
+    decoder.locate()
     draws = sampling.draws(decoder.batch, tokens, decoder.device)
     draw = torch.zeros(decoder.batch, device=decoder.device)
     chosen = torch.zeros(decoder.batch, dtype=torch.int64, device=decoder.device)

@@ -109,6 +109,21 @@ def test_a_stream_yields_what_generate_returns():
     assert torch.equal(tokens, generate(model, PROMPTS, 12, seed=5, segment=SEGMENT))
 
 
+@torch.no_grad()
+def test_after_rows_have_stopped_a_stream_goes_on_as_for_rows_that_read_the_same():
+    model = build().eval()
+    stop = generate(model, PROMPTS, 20, segment=SEGMENT).tolist()[0][10]
+    decoder, other = (Decoder(model, 3, segment=SEGMENT) for _ in range(2))
+    decoder.read([torch.tensor(prompt) for prompt in PROMPTS])
+    written = torch.stack(list(stream(decoder, 20, stop=stop)), dim=1).tolist()
+    read = [row[: row.index(stop)] if stop in row else row[:-1] for row in written]
+    assert len({len(row) for row in read}) == 3, "rows stop at different places"
+    other.read([torch.tensor(prompt + row) for prompt, row in zip(PROMPTS, read, strict=True)])
+    for _ in range(2):  # the second one begins behind what the first one left
+        tokens, expected = (list(stream(of, 30, Sampling(temperature=0))) for of in (decoder, other))
+        assert torch.equal(torch.stack(tokens), torch.stack(expected))
+
+
 def test_a_captured_step_gives_what_the_same_step_gives_call_by_call():
     """On a GPU; elsewhere nothing is captured. Rows end segments and stop in the middle of it."""
     model = build().eval()
