@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from memtrans.attention import KNNAttention
+from memtrans.dtensors import check_whole
 from memtrans.local_cache import LocalCache, LocalView, ReadingView, WritingView, rows_of
 from memtrans.local_context import LocalContext
 from memtrans.memory_list import KNNMemoryList
@@ -45,7 +46,8 @@ class Decoder:
         a segment reaches them when it is complete. position: (B,) int64, tokens in each row's open segment.
 
     Raises:
-        ValueError: sizes below 1, memories of another batch, width, number of heads or of layers.
+        ValueError: sizes below 1, a model that is spread over ranks, memories of another batch, width, number of heads
+            or of layers.
 
     >>> model = MemorizingTransformer(num_tokens=9, dim=16, depth=2, dim_head=8, heads=2, memorizing_layers=2).eval()
     >>> decoder = Decoder(model, batch=2, segment=4)
@@ -59,6 +61,7 @@ class Decoder:
         self, model: MemorizingTransformer, batch: int, *, segment: int = 512, memories: KNNMemoryList | None = None
     ) -> None:
         sizes(1, batch=batch, segment=segment)
+        check_whole("model", model.parameters())
         self.model, self.batch, self.segment = model, batch, segment
         self.device = model.token_emb.weight.device
         if memories is None:
