@@ -47,7 +47,7 @@ class Decoder:
 
     Raises:
         ValueError: sizes below 1, a model that is spread over ranks, memories of another batch, width, number of heads
-            or of layers.
+            or of layers. TypeError: a model inside a wrapper.
 
     >>> model = MemorizingTransformer(num_tokens=9, dim=16, depth=2, dim_head=8, heads=2, memorizing_layers=2).eval()
     >>> decoder = Decoder(model, batch=2, segment=4)
@@ -61,7 +61,7 @@ class Decoder:
         self, model: MemorizingTransformer, batch: int, *, segment: int = 512, memories: KNNMemoryList | None = None
     ) -> None:
         sizes(1, batch=batch, segment=segment)
-        check_whole("model", model.parameters())
+        check_model(model)
         self.model, self.batch, self.segment = model, batch, segment
         self.device = model.token_emb.weight.device
         if memories is None:
@@ -277,6 +277,14 @@ class Decoder:
         for place, cache in enumerate(layers):
             keys, values = newest[(place + self.model.shift_xl_memories_down) % len(layers)]
             cache.begin(keys, values, complete)
+
+
+def check_model(model: MemorizingTransformer) -> None:
+    """Refuses a wrapper such as `DistributedDataParallel`, and a model that is spread over ranks."""
+    if isinstance(getattr(model, "module", None), MemorizingTransformer):
+        wrapper = type(model).__name__
+        raise TypeError(f"model must be a MemorizingTransformer, got a {wrapper} around one: give its model.module")
+    check_whole("model", model.parameters())
 
 
 def _with_hidden_column(bias: T5RelativePositionBias) -> Tensor:
