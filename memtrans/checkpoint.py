@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,9 +79,13 @@ def save_checkpoint(directory: str | Path, parts: Parts, values: Mapping[str, An
         own = ranks.together(lambda: _write_parts(directory, parts))
         files = {part: file for of_rank in ranks.gather(own) for part, file in of_rank.items()}
         ranks.together(lambda: _write_index(directory, files, values) if ranks.first else None)
-    finally:
+    except BaseException:
         if ranks.first:
-            _remove_unnamed(directory)
+            with suppress(OSError, ValueError):  # what failed is told, not that its remains cannot be removed
+                _remove_unnamed(directory)
+        raise
+    if ranks.first:
+        _remove_unnamed(directory)
 
 
 def _write_parts(directory: Path, parts: Parts) -> dict[str, dict[str, str]]:

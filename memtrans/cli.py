@@ -1,8 +1,9 @@
 """`python -m memtrans train | eval | generate | presets | info`.
 
-Bad input ends with one line on standard error and exit status 2; Ctrl-C with 130, after a checkpoint; a loss that
-is not finite, a disk that is full, too little memory or a rank that is lost with 1, and the last good checkpoint is
-kept. The last line of `train` and `eval` on standard output is one JSON object. Of several ranks the first one speaks.
+Bad input ends with one line on standard error and exit status 2; Ctrl-C with 130 and SIGTERM with 143, `train` after
+a checkpoint; a loss that is not finite, a disk that is full, too little memory or a rank that is lost with 1, and the
+last good checkpoint is kept. The last line of `train` and `eval` on standard output is one JSON object. Of several
+ranks the first one speaks.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from memtrans import cli_generate
 from memtrans.checkpoint import load_checkpoint, require
 from memtrans.evaluate import evaluate_both
 from memtrans.presets import PRESETS, figures
+from memtrans.progress import StoppedError
 from memtrans.ranks import ALONE, LaunchError, LostRankError, Ranks, end_process, joined
 from memtrans.run import Run, check_memory, checkpoint_of, resumed_settings, start
 from memtrans.settings import Settings, build_model
@@ -177,9 +179,10 @@ def _train_on(ranks: Ranks, options: argparse.Namespace) -> int:
     run = Run(trainer, options.out, options.plain)
     try:
         summary = run.train()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        stopped = error if isinstance(error, StoppedError) else StoppedError()
         saved = f"step {trainer.step} is saved, --resume --out {options.out} goes on from there"
-        return _fail(options, f"stopped by Ctrl-C; {saved}", 130)
+        return _fail(options, f"{stopped}; {saved}", stopped.status)
     except NonFiniteLossError as error:
         return _fail(options, f"{error}; the last good checkpoint is kept", 1)
     if ranks.first:

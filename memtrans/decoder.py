@@ -5,7 +5,8 @@ segment and of the XL cache, and the memory as it stood when the segment began; 
 receives what leaves the XL cache. Rows stand at different places of their segments, so each ends at its own time.
 
 The host knows all places, because every step moves every row on by one; the device knows which rows have stopped.
-So a step has one shape, waits for nothing and can be replayed as a CUDA graph.
+So a step has one shape, waits for nothing and can be replayed as a CUDA graph. Where rows may have stopped, the host
+asks the device for their places before it reads or writes on.
 
 Shapes: B documents, H query heads, N tokens of a segment, X cached XL tokens, L = X + N local keys, V tokens of the
 vocabulary. Source: Wu et al. 2022, section 3.2; key/value caches are Shazeer 2019 (arXiv 1911.02150).
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from memtrans.attention import KNNAttention
+from memtrans.dtensors import check_whole
 from memtrans.local_cache import LocalCache, LocalView, ReadingView, WritingView, rows_of
 from memtrans.local_context import LocalContext
 from memtrans.memory_list import KNNMemoryList
@@ -39,11 +41,13 @@ class Decoder:
             empty ones.
 
     Attributes:
-        logits: (B, V) float32, for the token after the last one of each row. memories: one for each memorizing layer;
+        logits: (B, V) float32, for the token after the last one of each row; the next call writes over it, while what
+        `read` and `step` return stays. memories: one for each memorizing layer;
         a segment reaches them when it is complete. position: (B,) int64, tokens in each row's open segment.
 
     Raises:
-        ValueError: sizes below 1, memories of another batch, width, number of heads or of layers.
+        ValueError: sizes below 1, a model that is spread over ranks, memories of another batch, width, number of heads
+            or of layers. TypeError: a model inside a wrapper.
 
     >>> model = MemorizingTransformer(num_tokens=9, dim=16, depth=2, dim_head=8, heads=2, memorizing_layers=2).eval()
     >>> decoder = Decoder(model, batch=2, segment=4)
@@ -57,6 +61,7 @@ class Decoder:
         self, model: MemorizingTransformer, batch: int, *, segment: int = 512, memories: KNNMemoryList | None = None
     ) -> None:
         sizes(1, batch=batch, segment=segment)
+        check_model(model)
         self.model, self.batch, self.segment = model, batch, segment
         self.device = model.token_emb.weight.device
         if memories is None:
@@ -82,7 +87,8 @@ class Decoder:
         self._longest_cache = max(cache.cached for cache in self._caches)
         self.position, self.cached = torch.zeros(2, batch, dtype=torch.int64, device=self.device)
         self._ended = torch.zeros(batch, dtype=torch.bool, device=self.device)  # an end token in the open segment
-        self._positions, self._cached = [0] * batch, [0] * batch  # the same on the host, as if no row ever stopped
+        self._positions, self._cached = [0] * batch, [0] * batch  # the same on the host, where all rows have gone on
+        self._located = True  # whether that is so
         self.logits = torch.zeros(batch, model.num_tokens, device=self.device)
         self._biases = [_with_hidden_column(bias) for bias in (model.rel_pos_bias, model.knn_rel_pos_bias)]
         self._behind = self._longest_cache - torch.arange(self._longest_cache + segment, device=self.device)
@@ -114,6 +120,7 @@ class Decoder:
             raise ValueError(f"texts must hold one text for each of the {self.batch} rows, got {len(texts)}")
         for text in texts:
             check_ids("texts", text[None], self.model.num_tokens, None, text.device, validate=True)
+        self.locate()
         unread = [text.to(self.device) for text in texts]
         while any(len(text) for text in unread):
             for (position, cached, count), rows in self._together(unread).items():
@@ -122,7 +129,7 @@ class Decoder:
                     unread[row] = unread[row][count:]
                 on_tokens(count * len(rows))
             self._end_segments()
-        return self.logits
+        return self.logits.clone()
 
     def _together(self, unread: Sequence[Tensor]) -> dict[tuple[int, int, int], list[int]]:
         """Rows by where their segment stands, how much XL cache they have and how many tokens come next."""
@@ -182,25 +189,40 @@ class Decoder:
     def step(self, tokens: Tensor) -> Tensor:
         """Every row reads one token: tokens (B,) int64 on the model's device -> logits (B, V) for the next one."""
         check_ids("tokens", tokens[None], self.model.num_tokens, None, self.device, self.model.validate)
+        self.locate()
         self.advance(tokens, torch.ones_like(self._ended))
-        self.move_on()
-        return self.logits
+        self._count()
+        return self.logits.clone()
 
     @torch.no_grad()
     def advance(self, tokens: Tensor, going_on: Tensor) -> None:
         """The device's part of a step; the same work whatever the rows hold, so that it can be captured.
 
-        tokens: (B,) int64. going_on: (B,) bool; a row that has stopped stays where it is.
+        tokens: (B,) int64. going_on: (B,) bool; a row that has stopped stays where it is, and so do its logits.
         """
         self._note_start_and_end(tokens[:, None], slice(None), going_on)
         views = [WritingView(cache, self.position) for cache in self._caches]
-        self.logits.copy_(self._logits(tokens[:, None], self._now, views, self._bias_of_places()))
+        logits = self._logits(tokens[:, None], self._now, views, self._bias_of_places())
+        torch.where(going_on[:, None], logits, self.logits, out=self.logits)
         self.position.add_(going_on)
 
     def move_on(self) -> None:
-        """The host's part of a step: segments that may be complete end. Nothing waits for the device."""
+        """The host's part of a step: segments that may be complete end. Nothing waits for the device.
+
+        Rows may have stopped, so the host may be ahead of them until `locate`; of the others it knows the places.
+        """
+        self._located = False
+        self._count()
+
+    def _count(self) -> None:
         self._positions = [position + 1 for position in self._positions]
         self._end_segments()
+
+    def locate(self) -> None:
+        """The host takes the places of all rows from the device, and waits for it, if rows may have stopped."""
+        if not self._located:
+            self._positions, self._cached = self.position.tolist(), self.cached.tolist()
+            self._located = True
 
     def _bias_of_places(self) -> tuple[Tensor, Tensor]:
         """What one query of each row adds to its logits of the L local slots, (B, H, 1, L); -inf where nothing is."""
@@ -255,6 +277,14 @@ class Decoder:
         for place, cache in enumerate(layers):
             keys, values = newest[(place + self.model.shift_xl_memories_down) % len(layers)]
             cache.begin(keys, values, complete)
+
+
+def check_model(model: MemorizingTransformer) -> None:
+    """Refuses a wrapper such as `DistributedDataParallel`, and a model that is spread over ranks."""
+    if isinstance(getattr(model, "module", None), MemorizingTransformer):
+        wrapper = type(model).__name__
+        raise TypeError(f"model must be a MemorizingTransformer, got a {wrapper} around one: give its model.module")
+    check_whole("model", model.parameters())
 
 
 def _with_hidden_column(bias: T5RelativePositionBias) -> Tensor:

@@ -5,12 +5,14 @@ Shapes: B documents, N tokens of a segment, V tokens of the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from memtrans.decoder import Decoder
+from memtrans.decoder import Decoder, check_model
 from memtrans.memory_list import KNNMemoryList
 from memtrans.progress import reading_bar
 from memtrans.replay import Replay
@@ -19,7 +21,7 @@ from memtrans.transformer import MemorizingTransformer
 from memtrans.validation import check_ids, sizes
 from memtrans_kernels import checks
 
-Text = str | bytes | Tensor | Sequence[int]
+Text = str | bytes | Tensor | np.ndarray | Sequence[int]
 
 LOOK_EVERY = 64  # tokens between two looks whether every row has stopped: on a GPU a look is a host round trip
 
@@ -45,8 +47,8 @@ def generate(
 
     Args:
         model: on any device; it is put into `eval()` mode meanwhile.
-        prompt: one text, or a sequence of B: token ids (a tensor or a list), bytes, or a string, read as its UTF-8
-            bytes. A tensor (B, P) is B texts. An empty text stands for the token `start`.
+        prompt: one text, or a sequence of B: token ids (a tensor, an array or a list), bytes, or a string, read as its
+            UTF-8 bytes. A tensor (B, P) is B texts. An empty text stands for the token `start`.
         tokens: how many to generate, at most.
         temperature: divides the logits; 0 or less is greedy. top_k: draw among so many. top_p: among the fewest that
             together have this probability. seed: of the draws; row b draws as seed + b would alone.
@@ -62,12 +64,14 @@ def generate(
 
     Raises:
         ValueError, IndexError, TypeError: ids outside the vocabulary, an option out of range or of another kind,
-            memories that are not this model's.
+            memories that are not this model's, a prompt that is no text, a model inside a wrapper or spread over
+            ranks.
 
     >>> model = MemorizingTransformer(num_tokens=256, dim=16, depth=2, dim_head=8, heads=2, memorizing_layers=2)
     >>> generate(model, ["once upon a time", "hello"], tokens=5, segment=8).shape
     torch.Size([2, 5])
     """
+    check_model(model)
     sampling = Sampling(temperature, top_k, top_p, seed)
     sizes(1, tokens=tokens)
     for name, token in (("stop", stop), ("start", start)):
@@ -95,12 +99,15 @@ def stream(
     """Yields the next token of every row, (B,) int64 on the device, for a decoder that has read its prompts.
 
     Nothing here waits for the device, but for a look now and then whether every row has stopped, if `stop` is given.
+    The decoder may read or write on afterwards: a row that stopped goes on behind the last token that it read, which is
+    the one before `stop`.
 
     Args:
         decoder: its model is in `eval()` mode. tokens: at most so many. sampling: Default: `Sampling()`.
         stop: as in `generate`. capture: on CUDA, replay the step as a captured graph.
     """
     sampling = sampling or Sampling()
+    decoder.locate()
     draws = sampling.draws(decoder.batch, tokens, decoder.device)
     draw = torch.zeros(decoder.batch, device=decoder.device)
     chosen = torch.zeros(decoder.batch, dtype=torch.int64, device=decoder.device)
@@ -134,14 +141,11 @@ def stream(
 def as_texts(prompt: Text | Sequence[Text], model: MemorizingTransformer, start: int | None = None) -> list[Tensor]:
     """A prompt as one tensor of token ids for each row; see `generate`.
 
-    Raises ValueError for what is no text, IndexError for ids outside the model's vocabulary.
+    Raises ValueError or TypeError for what is no text, IndexError for ids outside the model's vocabulary.
     """
     if start is None:
         start = model.clear_memories_on_sos_token_id or 0
-    several = isinstance(prompt, Tensor) and prompt.dim() == 2
-    if not isinstance(prompt, (str, bytes, Tensor)):
-        several = any(not isinstance(part, int) for part in prompt)
-    texts = [_as_ids(text) for text in (prompt if several else [prompt])]  # type: ignore[arg-type]
+    texts = [_as_ids(text) for text in _parts(prompt)]
     if not texts:
         raise ValueError("prompt must hold at least one text, got none")
     texts = [text if len(text) else torch.tensor([start], device=text.device) for text in texts]
@@ -150,13 +154,38 @@ def as_texts(prompt: Text | Sequence[Text], model: MemorizingTransformer, start:
     return texts
 
 
-def _as_ids(text: Text) -> Tensor:
+def _parts(prompt: Any) -> list[Any]:
+    """The texts of a prompt, which may be a single one."""
+    if isinstance(prompt, (str, bytes)):
+        return [prompt]
+    if hasattr(prompt, "__array__"):  # NumPy's arrays, and tensors
+        return list(prompt) if prompt.ndim == 2 else [prompt]
+    parts = _listed(prompt)
+    several = any(isinstance(part, Iterable) and getattr(part, "ndim", 1) for part in parts)
+    return parts if several else [parts]
+
+
+def _listed(text: Any) -> list[Any]:
+    if not isinstance(text, Iterable):
+        raise TypeError(f"prompt must be a text (token ids, bytes or a string) or a sequence of texts, got {text!r}")
+    return list(text)
+
+
+def _as_ids(text: Any) -> Tensor:
     """Token ids (P,) int64."""
     if isinstance(text, str):
         text = text.encode()
-    if isinstance(text, bytes):
-        text = list(text)
-    ids = text if isinstance(text, Tensor) else torch.tensor(text or [], dtype=torch.int64)
-    if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex():
+    if hasattr(text, "__array__"):
+        ids = text if isinstance(text, Tensor) else _tensor_of(text)
+    else:
+        ids = torch.tensor([checks.integer("a token id of prompt", part) for part in _listed(text)], dtype=torch.int64)
+    if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"prompt must hold texts of token ids (P,), got {ids.dtype} {tuple(ids.shape)}")
     return ids.long()
+
+
+def _tensor_of(array: Any) -> Tensor:
+    try:
+        return torch.tensor(array)
+    except TypeError as error:
+        raise TypeError(f"prompt must hold texts of token ids (P,), got an array of {array.dtype}") from error

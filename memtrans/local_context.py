@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from memtrans.local_cache import LocalView
-from memtrans.validation import check_cache, check_hidden, sizes, whole
+from memtrans.validation import check_cache, check_hidden, sizes, whole_number
 from memtrans_kernels import checks
 
 
@@ -38,7 +38,7 @@ class LocalContext(nn.Module):
         checks.divides(kv_heads, "kv_heads", heads, "heads")
         checks.probability("dropout", dropout)
         self.heads, self.kv_heads, self.dim_head = heads, kv_heads, dim_head
-        self.xl_max_memories = whole("xl_max_memories", xl_max_memories, low=0)
+        self.xl_max_memories = whole_number("xl_max_memories", xl_max_memories, low=0)
         self.dropout = nn.Dropout(dropout)
         self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
         self.to_kv = nn.Linear(dim, kv_heads * dim_head * 2, bias=False)

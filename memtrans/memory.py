@@ -22,11 +22,11 @@ from memtrans.ring import MemorySnapshot, Ring, check_mask
 from memtrans.sharded import ShardedRing
 from memtrans.storage import load_tensors, save_tensors
 from memtrans.validation import (
-    check_documents,
     check_finite,
     check_memories,
     check_numbers,
     check_queries,
+    document_numbers,
     sizes,
     usable_device,
 )
@@ -174,7 +174,7 @@ class KNNMemory:
 
         Raises ValueError when there is none, or one is repeated or out of range.
         """
-        chosen = check_documents("indices", indices, self.num_indices)
+        chosen = document_numbers("indices", indices, self.num_indices)
         if not chosen:
             raise ValueError("indices must name at least one document, got []")
         self.scoped_indices = chosen
@@ -261,7 +261,7 @@ class KNNMemory:
         else:
             several = isinstance(batch_indices, Iterable) and getattr(batch_indices, "ndim", 1) > 0
             given: Any = batch_indices if several else [batch_indices]
-            indices = check_documents("batch_indices", given, self.num_indices)
+            indices = document_numbers("batch_indices", given, self.num_indices)
         if self._ring is not None:
             with self.at_batch_indices(range(self.num_indices)):
                 mask = torch.zeros(self.num_indices, dtype=torch.bool, device="cpu")

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
 
+from memtrans.dtensors import gathered, holders_of
 from memtrans.memory import KNNMemory
 from memtrans.memory_list import KNNMemoryList
 from memtrans.storage import write_atomically
@@ -27,9 +28,16 @@ ModelType = TypeVar("ModelType", bound="Pretrained")
 
 
 def configuration_of(arguments: Mapping[str, Any], without: Sequence[str] = ()) -> dict[str, Any]:
-    """The `locals()` with which a constructor begins; `without` names the arguments that mean nothing."""
+    """The `locals()` with which a constructor begins; `without` names the arguments that mean nothing.
+
+    A number that is an array, as NumPy's are, becomes one of Python, which JSON holds.
+    """
     left_out = {"self", "__class__", *without}
-    return {name: value for name, value in arguments.items() if name not in left_out}
+    return {
+        name: value.item() if getattr(value, "ndim", None) == 0 else value
+        for name, value in arguments.items()
+        if name not in left_out
+    }
 
 
 class Pretrained(nn.Module):
@@ -49,6 +57,9 @@ class Pretrained(nn.Module):
 
         directory: made if missing; each file takes the place of an older one at once and whole.
 
+        Of a model that FSDP2 (`fully_shard`) has spread over ranks every rank has to call it: the weights are gathered,
+        and the first rank writes them, and its memories.
+
         Raises OSError when the disk is full, or the like; ValueError when the memories are not this model's.
 
         >>> import tempfile
@@ -65,14 +76,21 @@ class Pretrained(nn.Module):
         """
         if memories is not None:
             self._check_memories(memories, "memories")
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        write_atomically(directory / WEIGHTS, save(weights, metadata={"format": "pt"}))
         config = {"model_type": MODEL_TYPE, "architectures": [type(self).__name__], **self.config}
-        write_atomically(directory / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
-        if memories is not None:
-            memories.save(directory / MEMORIES)
+        described = (json.dumps(config, indent=2) + "\n").encode()  # fails, if it does, before anything is written
+        state = self.state_dict()
+        ranks = holders_of(state.values())
+        weights = _whole_weights(state, kept=ranks.first)
+
+        def write() -> None:
+            place = Path(directory)
+            place.mkdir(parents=True, exist_ok=True)
+            write_atomically(place / WEIGHTS, save(weights, metadata={"format": "pt"}))
+            write_atomically(place / CONFIG, described)
+            if memories is not None:
+                memories.save(place / MEMORIES)
+
+        ranks.together(lambda: write() if ranks.first else None)
 
     @classmethod
     def from_pretrained(
@@ -131,6 +149,16 @@ class Pretrained(nn.Module):
                     f"{name} must hold memories of dim={self.dim_head} and kv_heads={self.kv_heads}, "
                     f"got dim={memory.dim} and kv_heads={memory.kv_heads}"
                 )
+
+
+def _whole_weights(state: Mapping[str, torch.Tensor], kept: bool) -> dict[str, torch.Tensor]:
+    """A model's weights on the CPU; kept: False takes part in gathering them, one at a time, and keeps none."""
+    weights = {}
+    for name, tensor in state.items():
+        weight = gathered(tensor.detach())
+        if kept:
+            weights[name] = weight.cpu().contiguous()
+    return weights
 
 
 def _read_config(path: Path) -> dict[str, Any]:

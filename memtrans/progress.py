@@ -1,12 +1,15 @@
-"""How a run tells where it stands: a bar on a terminal, plain lines elsewhere; and how it hears Ctrl-C."""
+"""How a run tells where it stands: a bar on a terminal, plain lines elsewhere; and how it hears that it is to stop."""
 
 from __future__ import annotations
 
 import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
+
+SIGNALS: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
 class Progress:
@@ -58,40 +61,56 @@ def reading_bar(tokens: int, shown: bool) -> Any:
     return tqdm(total=tokens, unit="token", desc="reading", dynamic_ncols=True, disable=None if shown else True)
 
 
-class Interruption:
-    """Inside a `with`, the first Ctrl-C is only noted, so that nothing is left half done; the second one stops at once.
+class StoppedError(KeyboardInterrupt):
+    """A signal ended the run.
 
-    Does nothing outside of the main thread, where signals cannot be heard.
+    Attributes:
+        status: of the process, as shells give it: 130 for Ctrl-C, 143 for SIGTERM.
 
-    Args:
-        agreed: asked for what to believe whenever this process is; several processes then stop at the same place.
+    >>> print(StoppedError(signal.SIGTERM))
+    stopped by SIGTERM
     """
 
-    def __init__(self, agreed: Callable[[bool], bool] = bool) -> None:
-        self._agreed, self._noted = agreed, False
-        self._restore: Callable[[], object] = lambda: None
+    def __init__(self, number: int = signal.SIGINT) -> None:
+        super().__init__(f"stopped by {SIGNALS[number]}")
+        self.status = 128 + number
+
+
+class Interruption:
+    """Inside a `with`, a signal to stop is only noted, so that nothing is left half done; a second one stops at once.
+
+    It hears Ctrl-C, and SIGTERM, which schedulers, containers and `torchrun` send. Does nothing outside of the main
+    thread, where signals cannot be heard.
+
+    Args:
+        agreed: asked for which signal's number to believe in, 0 for none, whenever this process is; several processes
+            then stop at the same place, and for the same reason.
+    """
+
+    def __init__(self, agreed: Callable[[int], int] = int) -> None:
+        self._agreed, self._noted = agreed, 0
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
-        try:
-            previous = signal.signal(signal.SIGINT, self._hear)
-        except ValueError:
-            return self
-        self._restore = lambda: signal.signal(signal.SIGINT, previous)
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._hear) for number in SIGNALS}
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._restore()
+        for number, handler in self._previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: one of C, which cannot be put back
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if self._noted:
-            raise KeyboardInterrupt
-        self._noted = True
+            raise StoppedError(number)
+        self._noted = number
 
-    def heard(self) -> bool:
-        """Whether there was a Ctrl-C."""
+    def heard(self) -> int:
+        """The number of the signal to stop that there was, 0 without one."""
         return self._agreed(self._noted)
 
     def check(self) -> None:
-        """Raises KeyboardInterrupt if Ctrl-C was heard."""
-        if self.heard():
-            raise KeyboardInterrupt
+        """Raises StoppedError if there was a signal to stop."""
+        number = self.heard()
+        if number:
+            raise StoppedError(number)

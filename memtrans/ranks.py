@@ -126,11 +126,9 @@ class Ranks:
                         f"{value!r} on rank {rank}"
                     )
 
-    def any(self, flag: bool) -> bool:
-        """Whether one of the ranks says so."""
-        if self.size == 1:
-            return flag
-        return bool(self._word(int(flag), self.quick))
+    def largest(self, number: int) -> int:
+        """The largest of the numbers that the ranks give, from 0 on; the same on all of them."""
+        return number if self.size == 1 else self._word(number, self.quick)
 
     def _word(self, number: int, group: dist.ProcessGroup | None) -> int:
         """The largest of the numbers that the ranks give; through the host's memory, whatever the GPUs do."""

@@ -18,7 +18,7 @@ from memtrans.checkpoint import exists, load_checkpoint, require, save_checkpoin
 from memtrans.evaluate import NonFiniteLossError, evaluate_both
 from memtrans.metrics import Metrics
 from memtrans.plot import plot_metrics
-from memtrans.progress import Interruption, Progress
+from memtrans.progress import Interruption, Progress, StoppedError
 from memtrans.ranks import ALONE, LostRankError, Ranks
 from memtrans.sample import sample_retrievals
 from memtrans.settings import Settings
@@ -95,7 +95,7 @@ def _check_directory(out: str | Path, resume: bool) -> None:
 
 
 class Run:
-    """Trains in a directory until the end, Ctrl-C or a loss that is not finite.
+    """Trains in a directory until the end, a signal to stop or a loss that is not finite.
 
     Args:
         trainer: from `start`. out: the directory, made if missing. plain: lines instead of a bar.
@@ -114,14 +114,15 @@ class Run:
         """Runs to the end and returns the summary.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C; a checkpoint was written. NonFiniteLossError: the last good checkpoint is kept.
-            OSError: a checkpoint could not be written; the previous one is kept. LostRankError: another rank is gone.
+            StoppedError: Ctrl-C or SIGTERM; a checkpoint was written. NonFiniteLossError: the last good checkpoint is
+            kept. OSError: a checkpoint could not be written; the previous one is kept. LostRankError: another rank is
+            gone.
         """
         trainer = self.trainer
         self.out.mkdir(parents=True, exist_ok=True)
         self.metrics.truncate(trainer.step)
         self.progress = Progress(self.settings.steps, trainer.step, self.plain, shown=self.ranks.first)
-        with Interruption(self.ranks.any) as interruption:
+        with Interruption(self.ranks.largest) as interruption:
             try:
                 self._save()
                 evaluation = self._evaluate_if_due(interruption) if trainer.step else {}
@@ -138,7 +139,7 @@ class Run:
         return self._summary(evaluation)
 
     def _step(self, interruption: Interruption) -> None:
-        """One optimiser step, and the report that is due after it; after Ctrl-C, a checkpoint and the end."""
+        """One optimiser step, and the report that is due after it; after a signal to stop, a checkpoint and the end."""
         trainer, settings = self.trainer, self.settings
         begin, tokens = time.perf_counter(), trainer.tokens
         trainer.advance()
@@ -153,7 +154,7 @@ class Run:
             self._log(line)
         if heard:
             self._save()
-            raise KeyboardInterrupt
+            raise StoppedError(heard)
 
     def _save_if_due(self) -> None:
         """Writes a checkpoint after the last step and every so many, once an evaluation there found the model good."""

@@ -34,16 +34,6 @@ def spread(model: MemorizingTransformer, ranks: Ranks, device: torch.device) -> 
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no other way to a factor of 1
 
 
-def is_spread(tensor: Tensor) -> bool:
-    """Whether each rank holds a part of it."""
-    return isinstance(tensor, DTensor)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself, or all parts of one that is spread; then every rank has to ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def part_of(tensor: Tensor, like: Tensor) -> Any:
     """What this rank holds of a whole tensor that is to be spread like another one; itself where that is not spread."""
     if not isinstance(like, DTensor):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from memtrans.adafactor import Adafactor, initial_state
+from memtrans.dtensors import gathered, is_spread
 from memtrans.evaluate import negative_log_likelihood
 from memtrans.gradient_sum import GradientSum, compiled_in_parts
 from memtrans.loader import StepInputs
@@ -21,7 +22,6 @@ from memtrans.ranks import ALONE, Ranks
 from memtrans.reader import Carried, DocumentReader
 from memtrans.replay import Replay
 from memtrans.settings import Settings
-from memtrans.spread import is_spread, whole
 
 
 def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
@@ -101,7 +101,7 @@ class Step:
             mean.backward()
         total = self._gradients.finish()
         most = math.inf if self.settings.clip is None else self.settings.clip
-        norm = whole(nn.utils.clip_grad_norm_(self.reader.model.parameters(), most)).detach()
+        norm = gathered(nn.utils.clip_grad_norm_(self.reader.model.parameters(), most)).detach()
         finite = norm.isfinite() & total.isfinite()
         if self.settings.skip_nonfinite:
             # as a gradient scaler tells a fused optimiser not to move

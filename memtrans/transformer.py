@@ -35,7 +35,7 @@ from memtrans.validation import (
     clearing_token,
     layer_numbers,
     sizes,
-    whole,
+    whole_number,
 )
 from memtrans_kernels import checks
 
@@ -120,7 +120,7 @@ class MemorizingTransformer(Pretrained):
         num_tokens, dim, depth = sizes(1, num_tokens=num_tokens, dim=dim, depth=depth)
         dim_head, heads, knn_attn_heads = sizes(1, dim_head=dim_head, heads=heads, knn_attn_heads=knn_attn_heads)
         (max_knn_memories,) = sizes(1, max_knn_memories=max_knn_memories)
-        xl_max_memories = whole("xl_max_memories", xl_max_memories, low=0)
+        xl_max_memories = whole_number("xl_max_memories", xl_max_memories, low=0)
         checks.probability("attn_dropout", attn_dropout)
         checks.probability("ff_dropout", ff_dropout)
         check_number("ff_mult", ff_mult, above=0)
@@ -128,8 +128,8 @@ class MemorizingTransformer(Pretrained):
         self.max_knn_memories, self.pad_id = max_knn_memories, checks.integer("pad_id", pad_id)
         self.clear_memories_on_sos_token_id = clearing_token("sos", clear_memories_on_sos_token_id, num_tokens)
         self.clear_memories_on_eos_token_id = clearing_token("eos", clear_memories_on_eos_token_id, num_tokens)
-        self.shift_knn_memories_down = whole("shift_knn_memories_down", shift_knn_memories_down)
-        self.shift_xl_memories_down = whole("shift_xl_memories_down", shift_xl_memories_down)
+        self.shift_knn_memories_down = whole_number("shift_knn_memories_down", shift_knn_memories_down)
+        self.shift_xl_memories_down = whole_number("shift_xl_memories_down", shift_xl_memories_down)
         self.legacy, self.activation_checkpointing, self.validate = legacy, activation_checkpointing, validate
         self._choose_layers(depth, memorizing_layers, xl_memory_layers, xl_max_memories)
 

@@ -111,7 +111,7 @@ def check_bias(bias: Tensor | None, query: Tensor, local_keys: int) -> None:
         )
 
 
-def check_documents(name: str, documents: Iterable[int], batch: int) -> list[int]:
+def document_numbers(name: str, documents: Iterable[int], batch: int) -> list[int]:
     """The numbers of documents given; refuses what are no different integers in [0, B)."""
     if not isinstance(documents, Iterable):
         raise TypeError(f"{name} must be a sequence of numbers of documents, got {documents!r}")
@@ -169,7 +169,7 @@ def sizes(low: int, **given: Any) -> tuple[int, ...]:
     return tuple(checks.integer(name, size, low) for name, size in given.items())
 
 
-def whole(name: str, number: Any, low: int | None = None) -> int:
+def whole_number(name: str, number: Any, low: int | None = None) -> int:
     """The integer that `number` is, 0.0 too, which is upstream's default of some counts."""
     is_whole = isinstance(number, float) and number.is_integer()
     return checks.integer(name, int(number) if is_whole else number, low)

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from memtrans.checkpoint import Checkpoint
-from memtrans.spread import part_of, whole
+from memtrans.dtensors import gathered
+from memtrans.spread import part_of
 from memtrans.step import state_shapes
 from memtrans.transformer import MemorizingTransformer
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """A model's weights; of one that is spread every rank has to ask for them."""
-    return {name: whole(tensor) for name, tensor in model.state_dict().items()}
+    return {name: gathered(tensor) for name, tensor in model.state_dict().items()}
 
 
 def load_weights(model: MemorizingTransformer, checkpoint: Checkpoint) -> None:
@@ -37,7 +38,7 @@ def moments_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     In one order: all ranks must gather the same one at a time, and those of a file come in any.
     """
     return {
-        f"{place}.{name}": whole(tensors[name])
+        f"{place}.{name}": gathered(tensors[name])
         for place, tensors in sorted(optimizer.state_dict()["state"].items())
         for name in sorted(tensors)
     }

@@ -105,6 +105,28 @@ def test_a_first_checkpoint_that_fails_leaves_none(tmp_path, monkeypatch):
     assert not exists(tmp_path)
 
 
+def test_a_directory_that_cannot_be_made_is_what_the_error_says(tmp_path, monkeypatch):
+    def refuse(path, **options):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(PermissionError, match=r"Permission denied: .*checkpoint"):
+        write(tmp_path / "checkpoint", 1)
+
+
+def test_a_full_disk_is_what_the_error_says_where_the_previous_index_is_damaged(tmp_path, monkeypatch):
+    def fail(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write(tmp_path, 1)
+    damage(tmp_path / INDEX, "shorter")
+    before = {path.name for path in tmp_path.iterdir()}
+    monkeypatch.setattr(checkpoint, "write_atomically", fail)
+    with pytest.raises(OSError, match="No space left on device"):
+        write(tmp_path, 2)
+    assert {path.name for path in tmp_path.iterdir()} == before, "which of them belong to it is not known"
+
+
 def test_what_an_interrupted_checkpoint_left_behind_is_removed_and_files_of_others_stay(tmp_path):
     write(tmp_path, 1)
     for name in ("model-0000.safetensors", ".model-1.safetensors.x7", f".{INDEX}.abc", "notes.txt"):

@@ -131,20 +131,39 @@ def test_a_rank_that_stops_answering_is_lost_after_a_time(text: str, tmp_path: P
 
 
 @pytest.mark.slow
-def test_ctrl_c_on_one_rank_stops_all_of_them_after_a_checkpoint(text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "message", "status"), [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143)]
+)
+def test_a_signal_to_one_rank_stops_all_of_them_after_a_checkpoint(
+    text: str, tmp_path: Path, number: int, message: str, status: int
+) -> None:
     out = tmp_path / "run"
     processes = started(2, "train", "--data", text, "--out", str(out), *TINY, "--steps", "100000")
     while not (out / "metrics.jsonl").exists():
         time.sleep(0.2)
-    processes[1].send_signal(signal.SIGINT)
+    processes[1].send_signal(number)
     first, second = ended(processes)
-    assert (first[0], second[0]) == (130, 130), (first, second)
+    assert (first[0], second[0]) == (status, status), (first, second)
     step = load_checkpoint(checkpoint_of(out)).values["step"]
     assert (
         first[2]
-        == f"memtrans train: stopped by Ctrl-C; step {step} is saved, --resume --out {out} goes on from there\n"
+        == f"memtrans train: stopped by {message}; step {step} is saved, --resume --out {out} goes on from there\n"
     )
     assert step > 0
+
+
+@pytest.mark.slow
+def test_a_rank_that_hears_sigterm_while_it_waits_for_one_that_is_gone_ends_too(text: str, tmp_path: Path) -> None:
+    """As `torchrun` does it: once a rank has failed, it sends the others SIGTERM."""
+    out = tmp_path / "run"
+    processes = started(2, "train", "--data", text, "--out", str(out), *TINY, "--steps", "100000")
+    while not (out / "metrics.jsonl").exists():
+        time.sleep(0.2)
+    processes[1].send_signal(signal.SIGKILL)
+    processes[0].send_signal(signal.SIGTERM)
+    first, _ = ended(processes, 30)
+    assert first[0] == 1
+    assert "rank 0 of 2 lost another one, which ended" in first[2]
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""How a run of the command line stops and goes on: after Ctrl-C, a kill, a full disk, a loss that is not finite."""
+"""How a run of the command line stops and goes on: after a signal, a kill, a full disk, a loss that is not finite."""
 
 from __future__ import annotations
 
@@ -82,17 +82,22 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_ctrl_c_writes_a_checkpoint_exits_with_130_and_the_resumed_run_equals_an_uninterrupted_one(tmp_path, text):
+@pytest.mark.parametrize(
+    ("number", "message", "status"), [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143)]
+)
+def test_a_signal_writes_a_checkpoint_and_the_resumed_run_equals_an_uninterrupted_one(
+    tmp_path, text, number, message, status
+):
     constant = ["--warmup", "0", "--final-rate", "1"]  # a learning rate that knows nothing of the end
     options = ["--data", text, "--steps", "400", "--log-every", "1", *constant]
     out = tmp_path / "run"
     process = start(out, *options)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == status
     step = load_checkpoint(out / "checkpoint").values["step"]
     assert 3 <= step < 400
-    assert re.search(f"stopped by Ctrl-C; step {step} is saved, --resume", errors)
+    assert re.search(f"stopped by {message}; step {step} is saved, --resume", errors)
     assert "Traceback" not in errors
 
     end = ["--steps", str(step + 3)]

@@ -69,9 +69,9 @@ def by_segments(model, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def by_tokens(model, rows: list[torch.Tensor]) -> tuple[torch.Tensor, Decoder]:
     """Logits (B, STEPS + 1, V) after each row's prompt and after every token that follows."""
     decoder = decoder_of(model, len(rows))
-    found = [decoder.read([row[:-STEPS] for row in rows]).clone()]
+    found = [decoder.read([row[:-STEPS] for row in rows])]
     for number in range(STEPS):
-        found.append(decoder.step(torch.stack([row[len(row) - STEPS + number] for row in rows])).clone())
+        found.append(decoder.step(torch.stack([row[len(row) - STEPS + number] for row in rows])))
     return torch.stack(found, dim=1), decoder
 
 
@@ -124,7 +124,7 @@ def test_a_start_token_inside_a_segment_clears_at_once_but_cannot_undo_what_was_
 def test_memories_that_were_filled_before_are_searched_and_grow():
     model, rows = build(), texts()[:2]
     fresh = decoder_of(model, 2)
-    without = fresh.read([row[-10:] for row in rows]).clone()
+    without = fresh.read([row[-10:] for row in rows])
     filled = memories_of(model, 2)
     for segment in torch.stack([row[:16] for row in rows]).split(SEGMENT, dim=1):
         model(segment, filled)
@@ -146,6 +146,63 @@ def test_a_row_that_has_stopped_stays_where_it_is():
     other = decoder_of(model, 1)
     other.read(rows[1:])
     assert_close(decoder.step(torch.tensor([5, 5]))[1:], other.step(torch.tensor([5])), SAME_GRAPH)
+
+
+STOPS = (3, 20, 9)  # steps that each row makes before it stops, of 20
+
+
+def stopped_decoder(model, rows: list[torch.Tensor]) -> tuple[Decoder, list[int]]:
+    """Rows that have read a prompt and then written until each stopped; and how many tokens of its text each has."""
+    prompts = (13, 6, 16)
+    decoder = decoder_of(model, len(rows))
+    decoder.read([row[:prompt] for row, prompt in zip(rows, prompts, strict=True)])
+    for number in range(STEPS):
+        decoder.advance(
+            torch.stack([row[prompt + number] for row, prompt in zip(rows, prompts, strict=True)]),
+            torch.tensor([number < stop for stop in STOPS]),
+        )
+        decoder.move_on()
+    return decoder, [prompt + stop for prompt, stop in zip(prompts, STOPS, strict=True)]
+
+
+def texts_of_one_length() -> list[torch.Tensor]:
+    return [torch.randint(2, VOCABULARY, (60,), generator=seeded(row)) for row in range(len(STOPS))]
+
+
+@pytest.mark.parametrize("variant", ["plain", "xl in every layer", "xl of more than a segment", "legacy"])
+def test_rows_that_have_stopped_read_on_from_where_each_stands(variant):
+    model, rows = build(**VARIANTS[variant]), texts_of_one_length()
+    decoder, places = stopped_decoder(model, rows)
+    for count in (0, 1, 11):
+        logits = decoder.read([row[place : place + count] for row, place in zip(rows, places, strict=True)])
+        places = [place + count for place in places]
+        for row, place in enumerate(places):
+            expected, held = by_segments(model, rows[row][:place])
+            assert_close(logits[row], expected[-1], SAME_GRAPH, f"row {row}")
+            assert [int(memory.lengths[row]) for memory in decoder.memories] == held.tolist()
+
+
+@pytest.mark.parametrize("variant", ["plain", "xl in every layer", "xl of more than a segment", "legacy"])
+def test_rows_that_have_stopped_write_on_from_where_each_stands(variant):
+    model, rows = build(**VARIANTS[variant]), texts_of_one_length()
+    decoder, places = stopped_decoder(model, rows)
+    for number in range(2 * SEGMENT):
+        logits = decoder.step(torch.stack([row[place + number] for row, place in zip(rows, places, strict=True)]))
+    for row, place in enumerate(places):
+        expected, held = by_segments(model, rows[row][: place + 2 * SEGMENT])
+        assert_close(logits[row], expected[-1], SAME_GRAPH, f"row {row}")
+        assert [int(memory.lengths[row]) for memory in decoder.memories] == held.tolist()
+
+
+def test_logits_that_were_returned_stay_as_they_are():
+    decoder = decoder_of(build(), 2)
+    read = decoder.read(texts()[:2])
+    before = read.clone()
+    written = decoder.step(torch.tensor([5, 6]))
+    assert torch.equal(read, before)
+    kept = written.clone()
+    decoder.step(torch.tensor([7, 8]))
+    assert torch.equal(written, kept)
 
 
 def test_under_autocast_keys_and_values_are_kept_in_its_dtype():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from devices import DEVICE, seeded
@@ -85,6 +86,30 @@ def test_a_prompt_may_be_ids_bytes_or_text_one_or_several():
     assert generate(model, torch.ones(3, 4, dtype=torch.int32), 4).shape == (3, 4)
 
 
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint8, np.uint16])
+def test_a_prompt_may_be_arrays_of_numpy(dtype):
+    model = build()
+    first, second = (np.array(prompt, dtype=dtype) for prompt in PROMPTS[:2])
+    second.flags.writeable = False
+    expected = generate(model, PROMPTS[:2], 4)
+    assert torch.equal(generate(model, [first, second], 4), expected)
+    assert torch.equal(generate(model, second, 4), generate(model, PROMPTS[1], 4))
+    assert torch.equal(generate(model, list(second), 4), generate(model, PROMPTS[1], 4))
+    assert torch.equal(generate(model, np.stack([second, second]), 4), generate(model, [PROMPTS[1]] * 2, 4))
+
+
+def test_the_wrapper_of_a_model_is_refused_with_what_to_give_instead():
+    class Wrapper(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    with pytest.raises(TypeError, match=r"model must be a Mem.*, got a Wrapper around one: give its model\.module"):
+        generate(Wrapper(build()), [1], 2)
+    with pytest.raises(TypeError, match=r"give its model\.module"):
+        Decoder(Wrapper(build()), 1)
+
+
 def test_what_was_read_and_written_stays_in_the_memories_that_were_given():
     model = build(xl_max_memories=0)
     memories = model.create_knn_memories(batch_size=1)
@@ -107,6 +132,21 @@ def test_a_stream_yields_what_generate_returns():
     decoder.read([torch.tensor(prompt) for prompt in PROMPTS])
     tokens = torch.stack(list(stream(decoder, 12, Sampling(seed=5))), dim=1)
     assert torch.equal(tokens, generate(model, PROMPTS, 12, seed=5, segment=SEGMENT))
+
+
+@torch.no_grad()
+def test_after_rows_have_stopped_a_stream_goes_on_as_for_rows_that_read_the_same():
+    model = build().eval()
+    stop = generate(model, PROMPTS, 20, segment=SEGMENT).tolist()[0][10]
+    decoder, other = (Decoder(model, 3, segment=SEGMENT) for _ in range(2))
+    decoder.read([torch.tensor(prompt) for prompt in PROMPTS])
+    written = torch.stack(list(stream(decoder, 20, stop=stop)), dim=1).tolist()
+    read = [row[: row.index(stop)] if stop in row else row[:-1] for row in written]
+    assert len({len(row) for row in read}) == 3, "rows stop at different places"
+    other.read([torch.tensor(prompt + row) for prompt, row in zip(PROMPTS, read, strict=True)])
+    for _ in range(2):  # the second one begins behind what the first one left
+        tokens, expected = (list(stream(of, 30, Sampling(temperature=0))) for of in (decoder, other))
+        assert torch.equal(torch.stack(tokens), torch.stack(expected))
 
 
 def test_a_captured_step_gives_what_the_same_step_gives_call_by_call():
@@ -191,6 +231,16 @@ def test_draws_of_a_row_are_those_of_a_single_row_with_its_own_seed():
             ValueError,
             r"texts of token ids \(P,\), got torch.float32 \(3,\)",
         ),
+        ({"prompt": torch.ones(3, dtype=torch.bool)}, ValueError, r"token ids \(P,\), got torch.bool \(3,\)"),
+        ({"prompt": [[1, 2.5]]}, TypeError, "a token id of prompt must be an integer, got 2.5"),
+        ({"prompt": [1, 2.5]}, TypeError, "a token id of prompt must be an integer, got 2.5"),
+        ({"prompt": [1, True]}, TypeError, "a token id of prompt must be an integer, got True"),
+        ({"prompt": [[1], None]}, TypeError, "prompt must be a text .* or a sequence of texts, got None"),
+        ({"prompt": None}, TypeError, "prompt must be a text .* or a sequence of texts, got None"),
+        ({"prompt": 5}, TypeError, "prompt must be a text .* or a sequence of texts, got 5"),
+        ({"prompt": [[[1]]]}, TypeError, r"a token id of prompt must be an integer, got \[1\]"),
+        ({"prompt": np.ones(3)}, ValueError, r"texts of token ids \(P,\), got torch.float64 \(3,\)"),
+        ({"prompt": np.array(["a"])}, TypeError, r"texts of token ids \(P,\), got an array of <U1"),
         ({"prompt": torch.ones(1, 1, 1).long()}, ValueError, r"prompt must hold texts of token ids .* \(1, 1, 1\)"),
         ({"prompt": torch.ones(0, 5).long()}, ValueError, "prompt must hold at least one text, got none"),
         ({"tokens": 0}, ValueError, "tokens must be at least 1, got 0"),

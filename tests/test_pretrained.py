@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from processes import Processes
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from memtrans import KNNMemoryList, MemorizingTransformer, generate
 
@@ -102,7 +108,81 @@ def test_a_smaller_memory_keeps_the_newest_and_a_larger_one_all(tmp_path):
             assert torch.equal(loaded.state_dict()[f"1.{name}"], state[f"1.{name}"][:, -kept:])
 
 
+NUMPY = {
+    "num_tokens": np.int64(20),
+    "kv_heads": np.int32(2),
+    "memorizing_layers": np.array([2, 3]),
+    "memory_offset": np.float32(-1.0),
+    "clear_memories_on_eos_token_id": np.int64(3),
+    "legacy": np.bool_(True),
+}
+
+
+def test_numbers_may_be_those_of_numpy(tmp_path):
+    model = build(**NUMPY)
+    model.save_pretrained(tmp_path, model.create_knn_memories(batch_size=1, device="cpu"))
+    loaded = MemorizingTransformer.from_pretrained(tmp_path)
+    assert torch.equal(logits_of(loaded), logits_of(model))
+    assert loaded.config == build(**{**OPTIONS, "legacy": True, "clear_memories_on_eos_token_id": 3}).config
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_of_a_model_that_fully_shard_has_spread_the_whole_is_saved_and_generates(tmp_path):
+    model, expected = build(), build()
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(ValueError, match=r"model must have all of its weights on this rank, .*: call its save_"):
+        generate(model, [3, 4], 5)
+    assert not list(tmp_path.iterdir())
+    model.save_pretrained(tmp_path)
+    loaded = MemorizingTransformer.from_pretrained(tmp_path)
+    assert torch.equal(generate(loaded, [3, 4], 5), generate(expected, [3, 4], 5))
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Processes]:
+    processes = Processes(2)
+    yield processes
+    processes.close()
+
+
+def save_spread(rank: int, directory: str, refused: str) -> str:
+    """Whether what the ranks saved is the whole model; and what each says when the first one cannot write."""
+    model, expected = build(), build()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    model.save_pretrained(directory)
+    loaded = MemorizingTransformer.from_pretrained(directory)
+    for name, weight in expected.state_dict().items():
+        assert torch.equal(weight, loaded.state_dict()[name])
+    try:
+        model.save_pretrained(refused)
+    except OSError as error:
+        return str(error)
+    return "saved"
+
+
+def test_the_first_of_several_ranks_writes_and_none_goes_on_before(two: Processes, tmp_path):
+    (tmp_path / "file").touch()
+    first, second = two.run(save_spread, str(tmp_path / "model"), str(tmp_path / "file"))
+    assert "File exists" in first and "(on rank 0)" in first
+    assert first == second
+
+
 # ---------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_an_argument_that_json_does_not_hold_is_refused_before_anything_is_written(tmp_path):
+    model = build()
+    model.config["memory_offset"] = torch.float32
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 def test_a_directory_without_a_model_is_refused(tmp_path):

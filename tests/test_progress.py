@@ -1,13 +1,14 @@
-"""Plain lines, and a Ctrl-C that leaves nothing half done."""
+"""Plain lines, and signals to stop that leave nothing half done."""
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 
 import pytest
 
-from memtrans.progress import Interruption, Progress
+from memtrans.progress import Interruption, Progress, StoppedError
 
 
 def test_a_report_is_a_plain_line_where_there_is_no_terminal(capsys):
@@ -39,14 +40,37 @@ def test_plain_wins_over_a_terminal(capsys, monkeypatch):
     assert (captured.out, captured.err) == ("hello\n", "")
 
 
-def test_the_first_ctrl_c_waits_for_a_check_and_the_second_stops_at_once():
-    before = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize(
+    ("number", "message", "status"), [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143)]
+)
+def test_the_first_signal_waits_for_a_check_and_the_second_stops_at_once(number, message, status):
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with Interruption() as interruption:
         interruption.check()
-        os.kill(os.getpid(), signal.SIGINT)
-        assert interruption.heard()
-        with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), number)
+        assert interruption.heard() == number
+        with pytest.raises(StoppedError, match=f"^stopped by {message}$") as stopped:
             interruption.check()
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+        assert stopped.value.status == status
+        with pytest.raises(StoppedError, match=f"^stopped by {message}$"):
+            os.kill(os.getpid(), number)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_what_several_processes_agree_on_is_believed():
+    with Interruption(lambda number: max(number, signal.SIGTERM)) as interruption:
+        assert interruption.heard() == signal.SIGTERM
+
+
+def test_outside_of_the_main_thread_nothing_is_heard():
+    handler = signal.getsignal(signal.SIGTERM)
+    found = []
+
+    def enter() -> None:
+        with Interruption() as interruption:
+            found.append((interruption.heard(), signal.getsignal(signal.SIGTERM)))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert found == [(0, handler)]
