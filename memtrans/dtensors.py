@@ -14,12 +14,12 @@ from torch import Tensor
 from memtrans.ranks import ALONE, Ranks, ranks_of
 
 
-def is_spread(tensor: Tensor) -> bool:
+def is_spread(tensor: Any) -> bool:
     """Whether each rank holds a part of it."""
     return hasattr(tensor, "full_tensor")
 
 
-def gathered(tensor: Tensor) -> Tensor:
+def gathered(tensor: Any) -> Tensor:
     """The tensor itself, or all parts of one that is spread; then every rank has to ask for it."""
     return tensor.full_tensor() if is_spread(tensor) else tensor
 
