@@ -53,7 +53,8 @@ def knn_add_(
         rows: (B·G,) int64, the ring row of each (document, group); no row twice.
         new_keys, new_values: (B, G, N, D), floating point, cast to the ring's dtype.
         count: (B·G,) int64 in [0, N]: only the first so many are stored (padded tails). Default: N.
-        at: (R,) int64, a snapshot of `cursor` to write from. Default: `cursor`.
+        at: (R,) int64, where to write from: a snapshot of `cursor`, or an entry beyond it; those in between then count
+            as stored, and a search sees whatever their slots hold. Default: `cursor`.
         backend: one of `auto`, `reference`, `triton`, `native`, `faiss`.
 
     Raises:

@@ -99,9 +99,9 @@ def knn_add_(
     count: Tensor | None = None,
     at: Tensor | None = None,
 ) -> None:
-    """One program per picked row."""
+    """One program per picked row; it moves the cursor even where there is nothing to store."""
     _, groups, length, width = new_keys.shape
-    if new_keys.numel() == 0:
+    if rows.numel() == 0:
         return
     new_keys, new_values = (new if new.stride(-1) == 1 else new.contiguous() for new in (new_keys, new_values))
     launch = configs.ring_write(width)

@@ -202,6 +202,23 @@ def test_count_leaves_a_padded_tail_out(backend: str) -> None:
 
 
 @on_every_backend
+@pytest.mark.parametrize("length", [0, 1, 2])
+def test_entries_between_the_cursor_and_a_later_place_are_counted_as_they_lie(backend: str, length: int) -> None:
+    ring = rings(rows=2, slots=8, width=1, filled=7.0)
+    new = numbered(1, 1, length, 1)
+    knn_add_(*ring, torch.tensor([1]), new, new, at=torch.tensor([3, 5]), backend=backend)
+    assert ring.cursor.tolist() == [0, 5 + length]
+    assert ring.keys[1, :, 0].tolist() == [7.0] * 5 + [1.0, 2.0][:length] + [7.0] * (3 - length)
+
+
+@on_every_backend
+def test_nothing_is_written_where_no_row_is_picked(backend: str) -> None:
+    ring, nothing = rings(rows=2), torch.zeros(0, 1, 3, 2)
+    knn_add_(*ring, torch.zeros(0, dtype=torch.int64), nothing, nothing, at=torch.tensor([3, 5]), backend=backend)
+    assert_same_bits(ring, rings(rows=2))
+
+
+@on_every_backend
 @pytest.mark.parametrize("length", [0, 1, 3, 4, 5, 11])
 def test_writing_twice_from_a_snapshot_changes_nothing(backend: str, length: int) -> None:
     ring = rings(slots=4)
