@@ -349,9 +349,12 @@ def local_attention(
     >>> out.flatten().tolist()  # the second query sees both
     [1.0, 2.0]
     """
-    nothing = query.detach().new_empty(1, 1, query.shape[-1])  # nobody reads it
+    letters = checks.Letters()
+    letters.bind("query", query, "B H N D")
+    letters.bind("key", key, "B G L D")
+    nothing = query.detach().new_empty(1, 1, letters["D"])  # nobody reads it
     scores = query.detach().new_empty(*query.shape[:3], 0, dtype=torch.float32)
-    rows = torch.zeros(key.shape[0] * key.shape[1], dtype=torch.int64, device=query.device)
+    rows = torch.zeros(letters["B"] * letters["G"], dtype=torch.int64, device=query.device)
     return memory_attention(
         query, key, value, nothing, nothing, rows, scores, scores.to(torch.int32), scale,
         bias_table, bias_dense, None, local_length, dropout_p, seed, backend=backend,

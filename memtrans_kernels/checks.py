@@ -152,6 +152,12 @@ def stored(**dtypes: torch.dtype | None) -> None:
 
 
 def divides(divisor: int, divisor_name: str, number: int, number_name: str) -> None:
-    """Refuses a `number` that is no positive multiple of `divisor`."""
-    if divisor <= 0 or number % divisor:
-        raise ValueError(f"{number_name} must be a multiple of {divisor_name}={divisor}, got {number}")
+    """Refuses a `number` that is no positive multiple of `divisor`.
+
+    >>> divides(2, "G", 0, "H")
+    Traceback (most recent call last):
+        ...
+    ValueError: H must be a positive multiple of G=2, got 0
+    """
+    if divisor <= 0 or number <= 0 or number % divisor:
+        raise ValueError(f"{number_name} must be a positive multiple of {divisor_name}={divisor}, got {number}")

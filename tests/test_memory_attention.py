@@ -23,7 +23,7 @@ from cases import (
 from checks import ATTENTION, LSE, assert_close
 from devices import DEVICE, live_backends, seeded
 
-from memtrans_kernels import memory_attention
+from memtrans_kernels import local_attention, memory_attention
 from memtrans_kernels.philox import keep_mask
 
 pytestmark = pytest.mark.device
@@ -230,3 +230,22 @@ def test_half_precision_of_the_reference_accumulates_in_float32(dtype):
 def test_errors_name_argument_value_and_expectation(change, error, message):
     with pytest.raises(error, match=message):
         memory_attention(**{**attention_inputs(), **change})
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"query": [1.0]}, TypeError, "query must be a torch.Tensor, got list"),
+        ({"key": None}, TypeError, "key must be a torch.Tensor, got NoneType"),
+        ({"query": torch.zeros(())}, ValueError, r"query must have shape \(B, H, N, D\), got \(\)"),
+        ({"query": torch.zeros(1, 2, 3)}, ValueError, r"query must have shape \(B, H, N, D\), got \(1, 2, 3\)"),
+        ({"key": torch.zeros(4)}, ValueError, r"key must have shape \(B, G, L, D\) with B=1, D=4, got \(4,\)"),
+        ({"value": torch.zeros(1, 1, 5, 4)}, ValueError, r"value must have shape .* L=3, D=4, got \(1, 1, 5, 4\)"),
+        ({"query": torch.zeros(1, 2, 3, 4).int()}, TypeError, "query must be floating point, got torch.int32"),
+    ],
+)
+def test_errors_of_attention_without_a_memory_name_them_too(change, error, message):
+    local = {"query": torch.zeros(1, 2, 3, 4), "key": torch.zeros(1, 1, 3, 4), "value": torch.zeros(1, 1, 3, 4)}
+    with pytest.raises(error, match=message):
+        local_attention(**{**local, "scale": torch.ones(2), **change})
