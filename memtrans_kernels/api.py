@@ -1,7 +1,7 @@
 """The public operators: each validates its arguments once and calls the registered operator.
 
-Shapes in the letters of `memtrans_kernels`; R memory rows hold a ring of M + S slots each, of which the newest M
-entries are visible. Entry i lives in slot i mod (M + S).
+Shapes in the letters of `memtrans_kernels`; R memory rows hold a ring of M + S slots each, at most 2^30, of which the
+newest M entries are visible. Entry i lives in slot i mod (M + S).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from memtrans_kernels.ledger import Ledger
 
 def _bind_ring(letters: checks.Letters, keys: Tensor, rows: Tensor, **positions: Tensor | None) -> None:
     letters.bind("keys", keys, "R slots D")
+    checks.few_slots("keys", letters["slots"])
     letters.bind("rows", rows, "B·G")
     for name, position in positions.items():
         if position is not None:
@@ -283,6 +284,7 @@ def memory_attention(
     letters.bind("key", key, "B G L D")
     letters.bind("value", value, "B G L D")
     letters.bind("memory_keys", memory_keys, "R slots D")
+    checks.few_slots("memory_keys", letters["slots"])
     letters.bind("memory_values", memory_values, "R slots D")
     letters.bind("rows", rows, "B·G")
     letters.bind("scores", scores, "B H N K")

@@ -334,6 +334,11 @@ INT = torch.zeros(3, dtype=torch.int64)
     ("changed", "error", "message"),
     [
         ({"keys": torch.zeros(4, 2)}, ValueError, r"keys must have shape \(R, slots, D\), got \(4, 2\)"),
+        (
+            {"keys": torch.zeros(()).expand(3, 2**30 + 1, 2)},
+            ValueError,
+            r"keys .* at most 1073741824 slots .*, got 1073741825",
+        ),
         ({"values": torch.zeros(3, 4, 3)}, ValueError, r"values must have shape .* D=2, got \(3, 4, 3\)"),
         ({"cursor": INT[:2]}, ValueError, r"cursor must have shape \(R\) with R=3, got \(2,\)"),
         ({"cursor": INT.int()}, TypeError, r"cursor must be torch.int64, got torch.int32"),

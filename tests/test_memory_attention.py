@@ -212,6 +212,11 @@ def test_half_precision_of_the_reference_accumulates_in_float32(dtype):
             "slots must be torch.int32, got torch.float32",
         ),
         ({"scale": torch.ones(3)}, ValueError, r"scale must have shape \(H\) with H=4, got \(3,\)"),
+        (
+            {"memory_keys": torch.zeros(()).expand(BATCH * GROUPS + 1, 2**30 + 1, WIDTH)},
+            ValueError,
+            "memory_keys must have at most 1073741824 slots in a row, got 1073741825",
+        ),
         ({"rows": torch.tensor([0, 1])}, ValueError, "rows must have B·G=4 entries, got 2"),
         ({"rows": torch.tensor([0, 1, 2, 99])}, ValueError, r"rows must be in \[0, \d+\], got \[0, 1, 2, 99\]"),
         ({"slots": attention_inputs()["slots"] - 2}, ValueError, r"slots must be in \[-1, \d+\], got "),
