@@ -56,7 +56,7 @@ def knn_add_(
         count: (B·G,) int64 in [0, N]: only the first so many are stored (padded tails). Default: N.
         at: (R,) int64, where to write from: a snapshot of `cursor`, or an entry beyond it; those in between then count
             as stored, and a search sees whatever their slots hold. Default: `cursor`.
-        backend: one of `auto`, `reference`, `triton`, `native`, `faiss`.
+        backend: one of `auto`, `reference`, `triton`, `native`.
 
     Raises:
         ValueError, TypeError: a shape, dtype or device that does not fit. RuntimeError: the named backend cannot run.
@@ -100,7 +100,9 @@ def knn_search(
     """Finds the K keys with the largest inner product among the visible entries of each query's row. Exact.
 
     Visible in a row are the entries `[max(start, cursor - M), cursor)` without those that have a non-finite component.
-    Keys equal bit for bit come older entry first; the same inputs give the same bits. No gradient.
+    Keys equal bit for bit come older entry first; the same inputs give the same bits. No gradient. `faiss`, which
+    `auto` never takes, is exempt: it rounds in its own way, equal keys come in any order, and on a GPU it raises
+    RuntimeError where a score is not finite.
 
     Args:
         query: (B, H, N, D), cast to the keys' dtype; H a multiple of G.
@@ -109,10 +111,10 @@ def knn_search(
         start, cursor: (R,) int64, first and one past the last entry that a row holds.
         capacity: M, how many entries are visible at most.
         k: K, at least 1; may exceed what a row holds.
-        backend: one of `auto`, `reference`, `triton`, `native`, `faiss`.
+        backend: one of `auto`, `reference`, `native`, `faiss`.
 
     Returns:
-        scores (B, H, N, K) float32 and slots (B, H, N, K) int32, best first, then -inf and -1.
+        scores (B, H, N, K) float32 (float64 for float64 keys) and slots (B, H, N, K) int32, best first, then -inf, -1.
 
     Raises:
         ValueError, TypeError: a shape, dtype or device that does not fit. RuntimeError: the named backend cannot run.
@@ -151,11 +153,11 @@ def knn_merge(
         rows: (B·G,) int64, the memory row of each (document, group); H a multiple of G.
         total: (R,) int64, entries ever stored per row, in all shares together.
         size: slots of a share's row, M + S there.
-        backend: one of `auto`, `reference`, `triton`, `native`, `faiss`.
+        backend: one of `auto`, `reference`, `triton`, `faiss`.
 
     Returns:
-        scores (B, H, N, K) and entries (B, H, N, K) int64, best first, then -inf and -1; and places (W, B, H, N, K)
-        int32, which neighbour each candidate became, K where none.
+        scores (B, H, N, K) in the dtype given and entries (B, H, N, K) int64, best first, then -inf and -1; and places
+        (W, B, H, N, K) int32, which neighbour each candidate became, K where none.
 
     Raises:
         ValueError, TypeError: a shape, dtype or device that does not fit. RuntimeError: the named backend cannot run.
@@ -197,7 +199,7 @@ def cosine(
     Args:
         query: (..., D). key: (..., D), floating point.
         dtype: of both results. Default: each keeps its own. The arithmetic is float32 at least.
-        backend: one of `auto`, `reference`, `triton`, `native`, `faiss`.
+        backend: one of `auto`, `reference`, `triton`.
 
     Raises:
         TypeError: not floating point, `dtype` neither. ValueError: widths or devices differ.
@@ -248,7 +250,7 @@ def memory_attention(
     Args:
         query: (B, H, N, D). key, value: (B, G, L, D), L at least N, or 0 for the retrieved part alone.
         memory_keys, memory_values: (R, M + S, D), the ring. rows: (B·G,) int64, the ring row of each (document, group).
-        scores: (B, H, N, K) float32. slots: (B, H, N, K) int32, -1 for none; both from `knn_search`.
+        scores: (B, H, N, K), floating point. slots: (B, H, N, K) int32, -1 for none; both from `knn_search`.
         scale: (H,), exp of the learned temperature.
         bias_table: (H, distances), bias by distance; distances beyond it take its last column.
         bias_dense: (1 or B, H, N, L), added to the local logits.
@@ -256,11 +258,12 @@ def memory_attention(
         local_length: (B,) int64, how many of the L local keys (the newest) are this document's.
         dropout_p: probability of dropping a weight of the joint softmax. seed: () int64 on the device, needed with it.
         ledger: the memory's host counts: a backward pass that comes after more than `spare` new entries raises.
-        backend: one of `auto`, `reference`, `triton`, `native`, `faiss`.
+        backend: one of `auto`, `reference`, `triton`, `native`.
 
     Returns:
-        out (B, H, N, D) in the query's dtype, and lse (B, H, N) float32, the logarithm of the softmax's denominator.
-        Both differentiable in query (through the retrieved logits too), key, value, scale, bias and offset.
+        out (B, H, N, D) in the query's dtype, and lse (B, H, N) float32 (float64 for a float64 query), the logarithm of
+        the softmax's denominator. Both differentiable in query (through the retrieved logits too), key, value, scale,
+        bias and offset.
 
     Raises:
         ValueError, TypeError: a shape, dtype or device that does not fit. RuntimeError: the named backend cannot run.
