@@ -1,7 +1,7 @@
 """The public operators: each validates its arguments once and calls the registered operator.
 
-Shapes in the letters of `memtrans_kernels`; R memory rows hold a ring of M + S slots each, of which the newest M
-entries are visible. Entry i lives in slot i mod (M + S).
+Shapes in the letters of `memtrans_kernels`; R memory rows hold a ring of M + S slots each, at most 2^30, of which the
+newest M entries are visible. Entry i lives in slot i mod (M + S).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from memtrans_kernels.ledger import Ledger
 
 def _bind_ring(letters: checks.Letters, keys: Tensor, rows: Tensor, **positions: Tensor | None) -> None:
     letters.bind("keys", keys, "R slots D")
+    checks.few_slots("keys", letters["slots"])
     letters.bind("rows", rows, "B·G")
     for name, position in positions.items():
         if position is not None:
@@ -53,8 +54,9 @@ def knn_add_(
         rows: (B·G,) int64, the ring row of each (document, group); no row twice.
         new_keys, new_values: (B, G, N, D), floating point, cast to the ring's dtype.
         count: (B·G,) int64 in [0, N]: only the first so many are stored (padded tails). Default: N.
-        at: (R,) int64, a snapshot of `cursor` to write from. Default: `cursor`.
-        backend: one of `auto`, `reference`, `triton`, `native`, `faiss`.
+        at: (R,) int64, where to write from: a snapshot of `cursor`, or an entry beyond it; those in between then count
+            as stored, and a search sees whatever their slots hold. Default: `cursor`.
+        backend: one of `auto`, `reference`, `triton`, `native`.
 
     Raises:
         ValueError, TypeError: a shape, dtype or device that does not fit. RuntimeError: the named backend cannot run.
@@ -98,7 +100,9 @@ def knn_search(
     """Finds the K keys with the largest inner product among the visible entries of each query's row. Exact.
 
     Visible in a row are the entries `[max(start, cursor - M), cursor)` without those that have a non-finite component.
-    Keys equal bit for bit come older entry first; the same inputs give the same bits. No gradient.
+    Keys equal bit for bit come older entry first; the same inputs give the same bits. No gradient. `faiss`, which
+    `auto` never takes, is exempt: it rounds in its own way, equal keys come in any order, and on a GPU it raises
+    RuntimeError where a score is not finite.
 
     Args:
         query: (B, H, N, D), cast to the keys' dtype; H a multiple of G.
@@ -107,10 +111,10 @@ def knn_search(
         start, cursor: (R,) int64, first and one past the last entry that a row holds.
         capacity: M, how many entries are visible at most.
         k: K, at least 1; may exceed what a row holds.
-        backend: one of `auto`, `reference`, `triton`, `native`, `faiss`.
+        backend: one of `auto`, `reference`, `native`, `faiss`.
 
     Returns:
-        scores (B, H, N, K) float32 and slots (B, H, N, K) int32, best first, then -inf and -1.
+        scores (B, H, N, K) float32 (float64 for float64 keys) and slots (B, H, N, K) int32, best first, then -inf, -1.
 
     Raises:
         ValueError, TypeError: a shape, dtype or device that does not fit. RuntimeError: the named backend cannot run.
@@ -149,11 +153,11 @@ def knn_merge(
         rows: (B·G,) int64, the memory row of each (document, group); H a multiple of G.
         total: (R,) int64, entries ever stored per row, in all shares together.
         size: slots of a share's row, M + S there.
-        backend: one of `auto`, `reference`, `triton`, `native`, `faiss`.
+        backend: one of `auto`, `reference`, `triton`, `faiss`.
 
     Returns:
-        scores (B, H, N, K) and entries (B, H, N, K) int64, best first, then -inf and -1; and places (W, B, H, N, K)
-        int32, which neighbour each candidate became, K where none.
+        scores (B, H, N, K) in the dtype given and entries (B, H, N, K) int64, best first, then -inf and -1; and places
+        (W, B, H, N, K) int32, which neighbour each candidate became, K where none.
 
     Raises:
         ValueError, TypeError: a shape, dtype or device that does not fit. RuntimeError: the named backend cannot run.
@@ -195,7 +199,7 @@ def cosine(
     Args:
         query: (..., D). key: (..., D), floating point.
         dtype: of both results. Default: each keeps its own. The arithmetic is float32 at least.
-        backend: one of `auto`, `reference`, `triton`, `native`, `faiss`.
+        backend: one of `auto`, `reference`, `triton`.
 
     Raises:
         TypeError: not floating point, `dtype` neither. ValueError: widths or devices differ.
@@ -246,7 +250,7 @@ def memory_attention(
     Args:
         query: (B, H, N, D). key, value: (B, G, L, D), L at least N, or 0 for the retrieved part alone.
         memory_keys, memory_values: (R, M + S, D), the ring. rows: (B·G,) int64, the ring row of each (document, group).
-        scores: (B, H, N, K) float32. slots: (B, H, N, K) int32, -1 for none; both from `knn_search`.
+        scores: (B, H, N, K), floating point. slots: (B, H, N, K) int32, -1 for none; both from `knn_search`.
         scale: (H,), exp of the learned temperature.
         bias_table: (H, distances), bias by distance; distances beyond it take its last column.
         bias_dense: (1 or B, H, N, L), added to the local logits.
@@ -254,11 +258,12 @@ def memory_attention(
         local_length: (B,) int64, how many of the L local keys (the newest) are this document's.
         dropout_p: probability of dropping a weight of the joint softmax. seed: () int64 on the device, needed with it.
         ledger: the memory's host counts: a backward pass that comes after more than `spare` new entries raises.
-        backend: one of `auto`, `reference`, `triton`, `native`, `faiss`.
+        backend: one of `auto`, `reference`, `triton`, `native`.
 
     Returns:
-        out (B, H, N, D) in the query's dtype, and lse (B, H, N) float32, the logarithm of the softmax's denominator.
-        Both differentiable in query (through the retrieved logits too), key, value, scale, bias and offset.
+        out (B, H, N, D) in the query's dtype, and lse (B, H, N) float32 (float64 for a float64 query), the logarithm of
+        the softmax's denominator. Both differentiable in query (through the retrieved logits too), key, value, scale,
+        bias and offset.
 
     Raises:
         ValueError, TypeError: a shape, dtype or device that does not fit. RuntimeError: the named backend cannot run.
@@ -282,6 +287,7 @@ def memory_attention(
     letters.bind("key", key, "B G L D")
     letters.bind("value", value, "B G L D")
     letters.bind("memory_keys", memory_keys, "R slots D")
+    checks.few_slots("memory_keys", letters["slots"])
     letters.bind("memory_values", memory_values, "R slots D")
     letters.bind("rows", rows, "B·G")
     letters.bind("scores", scores, "B H N K")
@@ -348,9 +354,12 @@ def local_attention(
     >>> out.flatten().tolist()  # the second query sees both
     [1.0, 2.0]
     """
-    nothing = query.detach().new_empty(1, 1, query.shape[-1])  # nobody reads it
+    letters = checks.Letters()
+    letters.bind("query", query, "B H N D")
+    letters.bind("key", key, "B G L D")
+    nothing = query.detach().new_empty(1, 1, letters["D"])  # nobody reads it
     scores = query.detach().new_empty(*query.shape[:3], 0, dtype=torch.float32)
-    rows = torch.zeros(key.shape[0] * key.shape[1], dtype=torch.int64, device=query.device)
+    rows = torch.zeros(letters["B"] * letters["G"], dtype=torch.int64, device=query.device)
     return memory_attention(
         query, key, value, nothing, nothing, rows, scores, scores.to(torch.int32), scale,
         bias_table, bias_dense, None, local_length, dropout_p, seed, backend=backend,

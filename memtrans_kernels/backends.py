@@ -76,6 +76,21 @@ def _no_float64_keys(query: Tensor, keys: Tensor, *_: Any) -> str | None:
     return _no_float64(keys)  # the query is cast to the dtype of the keys
 
 
+def _unfit_for_cpu_write(keys: Tensor, values: Tensor, *_: Any) -> str | None:
+    if any(ring.shape[-1] > 1 and ring.stride(-1) != 1 for ring in (keys, values)):
+        return "keys and values must be contiguous in their last dimension"
+    return None
+
+
+RING_LIMITS = f"{NARROW}; contiguous keys, values and cursor"
+
+
+def _unfit_for_ring_write(keys: Tensor, values: Tensor, cursor: Tensor, *others: Any) -> str | None:
+    if not (keys.is_contiguous() and values.is_contiguous() and cursor.is_contiguous()):
+        return "keys, values and cursor must be contiguous"  # they are written in place, so no copy can stand for them
+    return _no_float64(keys, values, *others)
+
+
 SEARCH_WIDTHS, SEARCH_MOST_NEIGHBOURS = (32, 64, 96, 128, 256), 128  # what csrc/cuda/knn_search.cu is compiled for
 SEARCH_LIMITS = f"float16 and bfloat16 keys, D of {SEARCH_WIDTHS}, K up to {SEARCH_MOST_NEIGHBOURS}, Hopper GPUs"
 
@@ -172,8 +187,8 @@ def _ordered(*candidates: tuple[Implementation, ...]) -> tuple[Implementation, .
 
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
     "knn_add_": _ordered(
-        (Implementation("native", "cpu", "native", "knn_add_", _native_missing),),
-        _triton("knn_add", "knn_add_"),
+        (Implementation("native", "cpu", "native", "knn_add_", _native_missing, _unfit_for_cpu_write),),
+        _triton("knn_add", "knn_add_", _unfit_for_ring_write, RING_LIMITS),
         _reference("knn_add_"),
     ),
     "knn_search": _ordered(

@@ -12,6 +12,8 @@ from torch import Tensor
 
 # What a memory's keys and values may be stored as.
 STORED = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# Slots of a memory row: kernels number them in 32 bits, and the sum of two such numbers is still one.
+MOST_SLOTS = 1 << 30
 
 
 class Letters:
@@ -44,6 +46,12 @@ class Letters:
             expected = f"({', '.join(letters)})" + (f" with {known}" if known else "")
             raise ValueError(f"{name} must have shape {expected}, got {tuple(tensor.shape)}")
         self.sizes.update(sizes)
+
+
+def few_slots(name: str, slots: int) -> None:
+    """Refuses rows of more slots, M + S, than kernels can number."""
+    if slots > MOST_SLOTS:
+        raise ValueError(f"{name} must have at most {MOST_SLOTS} slots in a row, got {slots}")
 
 
 def tensors(**arguments: Any) -> None:
@@ -152,6 +160,12 @@ def stored(**dtypes: torch.dtype | None) -> None:
 
 
 def divides(divisor: int, divisor_name: str, number: int, number_name: str) -> None:
-    """Refuses a `number` that is no positive multiple of `divisor`."""
-    if divisor <= 0 or number % divisor:
-        raise ValueError(f"{number_name} must be a multiple of {divisor_name}={divisor}, got {number}")
+    """Refuses a `number` that is no positive multiple of `divisor`.
+
+    >>> divides(2, "G", 0, "H")
+    Traceback (most recent call last):
+        ...
+    ValueError: H must be a positive multiple of G=2, got 0
+    """
+    if divisor <= 0 or number <= 0 or number % divisor:
+        raise ValueError(f"{number_name} must be a positive multiple of {divisor_name}={divisor}, got {number}")

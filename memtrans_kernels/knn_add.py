@@ -6,9 +6,10 @@ at least base + count.
 
     keys, values (R, M + S, D) · cursor, at (R,) · rows, count (B·G,) · new_keys, new_values (B, G, N, D)
 
-Source: Wu et al. 2022, section 3.2. Limits: none of shape; the last axis of the new entries must be contiguous, or is
-made so. Precision: through float32; finite numbers saturate at the ring's largest, infinite values too, infinite keys
-stay infinite. One program owns a row: nobody else reads its cursor, so the write needs no second launch and no atomics.
+Source: Wu et al. 2022, section 3.2. Limits: none of shape; keys, values and cursor, which are written in place, must be
+contiguous, as `backends` checks; of the rest, what the kernel takes no strides of is made so. Precision: through
+float32; finite numbers saturate at the ring's largest, infinite values too, infinite keys stay infinite. One program
+owns a row: nobody else reads its cursor, so the write needs no second launch and no atomics.
 """
 
 from __future__ import annotations
@@ -98,9 +99,9 @@ def knn_add_(
     count: Tensor | None = None,
     at: Tensor | None = None,
 ) -> None:
-    """One program per picked row."""
+    """One program per picked row; it moves the cursor even where there is nothing to store."""
     _, groups, length, width = new_keys.shape
-    if new_keys.numel() == 0:
+    if rows.numel() == 0:
         return
     new_keys, new_values = (new if new.stride(-1) == 1 else new.contiguous() for new in (new_keys, new_values))
     launch = configs.ring_write(width)
@@ -108,11 +109,11 @@ def knn_add_(
         keys,
         values,
         cursor,
-        rows,
+        rows.contiguous(),
         new_keys,
         new_values,
-        count,
-        at,
+        None if count is None else count.contiguous(),
+        None if at is None else at.contiguous(),
         groups,
         length,
         keys.shape[1],

@@ -1,7 +1,8 @@
 """The operators of the namespace `memtrans`: schemas, fakes and gradients.
 
 An operator asks `backends` for its implementation when it runs, not when it is traced: a compiled graph follows
-`MEMTRANS_BACKEND` and never bakes in what happened to be installed. Checks are `api`'s; kernels do neither.
+`MEMTRANS_BACKEND` and never bakes in what happened to be installed. Arguments are checked in `api`; kernels check
+nothing and know nothing of autograd.
 """
 
 from __future__ import annotations

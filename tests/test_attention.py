@@ -219,7 +219,7 @@ def test_errors_name_the_argument():
         layer(combine="sum")
     with pytest.raises(ValueError, match=r"memory_offset must be None with combine='gate', got -2.0"):
         layer(combine="gate", memory_offset=-2.0)
-    with pytest.raises(ValueError, match="heads must be a multiple of kv_heads=3, got 4"):
+    with pytest.raises(ValueError, match="heads must be a positive multiple of kv_heads=3, got 4"):
         layer(kv_heads=3)
     with pytest.raises(ValueError, match=r"xl_memory must have shape \(1, 3, 2, 8\), got \(1, 3, 2, 7\)"):
         layer()(torch.randn(1, 2, DIM), knn_memory=KNNMemory(WIDTH), xl_memory=torch.randn(1, 3, 2, 7))

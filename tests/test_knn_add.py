@@ -202,6 +202,23 @@ def test_count_leaves_a_padded_tail_out(backend: str) -> None:
 
 
 @on_every_backend
+@pytest.mark.parametrize("length", [0, 1, 2])
+def test_entries_between_the_cursor_and_a_later_place_are_counted_as_they_lie(backend: str, length: int) -> None:
+    ring = rings(rows=2, slots=8, width=1, filled=7.0)
+    new = numbered(1, 1, length, 1)
+    knn_add_(*ring, torch.tensor([1]), new, new, at=torch.tensor([3, 5]), backend=backend)
+    assert ring.cursor.tolist() == [0, 5 + length]
+    assert ring.keys[1, :, 0].tolist() == [7.0] * 5 + [1.0, 2.0][:length] + [7.0] * (3 - length)
+
+
+@on_every_backend
+def test_nothing_is_written_where_no_row_is_picked(backend: str) -> None:
+    ring, nothing = rings(rows=2), torch.zeros(0, 1, 3, 2)
+    knn_add_(*ring, torch.zeros(0, dtype=torch.int64), nothing, nothing, at=torch.tensor([3, 5]), backend=backend)
+    assert_same_bits(ring, rings(rows=2))
+
+
+@on_every_backend
 @pytest.mark.parametrize("length", [0, 1, 3, 4, 5, 11])
 def test_writing_twice_from_a_snapshot_changes_nothing(backend: str, length: int) -> None:
     ring = rings(slots=4)
@@ -256,6 +273,49 @@ def test_entries_need_not_be_contiguous(backend: str) -> None:
     assert_same_bits(ring, expected)
 
 
+def apart(tensor: Tensor) -> Tensor:
+    """The same numbers, each one twice in memory: without the stride they would be taken for others."""
+    return tensor.repeat_interleave(2, dim=-1)[..., ::2]
+
+
+@on_every_backend
+@pytest.mark.parametrize("name", ["rows", "count", "at"])
+def test_what_is_only_read_need_not_be_contiguous(backend: str, name: str) -> None:
+    ring, new = rings(rows=3, slots=4, width=1), numbered(2, 1, 2, 1)
+    arguments = {"rows": torch.tensor([2, 0]), "count": torch.tensor([2, 1]), "at": torch.tensor([1, 0, 3])}
+    arguments[name] = apart(arguments[name])
+    knn_add_(*ring, new_keys=new, new_values=new, **arguments, backend=backend)
+    assert ring.keys[..., 0].tolist() == [[0, 3, 0, 0], [0, 0, 0, 0], [2, 0, 0, 1]]
+    assert ring.cursor.tolist() == [2, 0, 5]
+
+
+def strided(ring: Rings, which: str) -> Rings:
+    """The same rings with keys and values side by side in each slot, or with one part's numbers apart."""
+    if which == "keys and values":
+        pairs = torch.stack((ring.keys, ring.values), dim=2)  # (R, M + S, 2, D)
+        return Rings(pairs[:, :, 0], pairs[:, :, 1], ring.cursor)
+    return ring._replace(**{which: apart(getattr(ring, which))})
+
+
+PLACES = ("keys and values", "keys", "values", "cursor")
+REFUSED = {"triton": PLACES, "native": ("keys", "values")}  # a native write takes strides, but of the last axis
+
+
+@pytest.mark.parametrize("which", PLACES)
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_a_ring_that_is_not_contiguous_is_written_rightly_or_not_at_all(backend: str, which: str) -> None:
+    """`auto` finds a backend that can; a named one that cannot says why."""
+    ring, expected = strided(rings(rows=3), which), rings(rows=3)
+    arguments = (torch.tensor([2, 0]), numbered(2, 1, 3), -numbered(2, 1, 3))
+    if which in REFUSED.get(backend, ()):
+        with pytest.raises(RuntimeError, match=f"backend='{backend}' cannot run knn_add_ on .* must be contiguous"):
+            knn_add_(*ring, *arguments, backend=backend)
+    else:
+        knn_add_(*ring, *arguments, backend=backend)
+        knn_add_(*expected, *arguments, backend="reference")
+    assert_same_bits(ring, expected)
+
+
 @on_every_backend
 def test_the_memory_is_never_differentiated(backend: str) -> None:
     ring = rings(rows=1)
@@ -274,6 +334,11 @@ INT = torch.zeros(3, dtype=torch.int64)
     ("changed", "error", "message"),
     [
         ({"keys": torch.zeros(4, 2)}, ValueError, r"keys must have shape \(R, slots, D\), got \(4, 2\)"),
+        (
+            {"keys": torch.zeros(()).expand(3, 2**30 + 1, 2)},
+            ValueError,
+            r"keys .* at most 1073741824 slots .*, got 1073741825",
+        ),
         ({"values": torch.zeros(3, 4, 3)}, ValueError, r"values must have shape .* D=2, got \(3, 4, 3\)"),
         ({"cursor": INT[:2]}, ValueError, r"cursor must have shape \(R\) with R=3, got \(2,\)"),
         ({"cursor": INT.int()}, TypeError, r"cursor must be torch.int64, got torch.int32"),

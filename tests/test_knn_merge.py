@@ -134,7 +134,7 @@ def test_equal_ones_may_come_in_any_order_to_some_backends(monkeypatch, backend)
         ({"slots": torch.zeros(2, 1, 2, 3, 5, dtype=torch.int32)}, r"slots must have shape .* got \(2, 1, 2, 3, 5\)"),
         ({"slots": torch.zeros(2, 1, 2, 3, 4)}, "slots must be torch.int32, got torch.float32"),
         ({"rows": torch.zeros(1)}, "rows must be torch.int64, got torch.float32"),
-        ({"rows": torch.zeros(3, dtype=torch.int64)}, "number of query heads must be a multiple of G=3, got 2"),
+        ({"rows": torch.zeros(3, dtype=torch.int64)}, "query heads must be a positive multiple of G=3, got 2"),
         ({"total": torch.zeros(2, 1, dtype=torch.int64)}, r"total must have shape \(R\), got \(2, 1\)"),
         ({"total": torch.zeros(2, dtype=torch.int32)}, "total must be torch.int64, got torch.int32"),
         ({"size": 0}, "size must be at least 1, got 0"),

@@ -232,9 +232,12 @@ KEYS, QUERY, INT = torch.zeros(2, 5, 3), torch.zeros(2, 4, 6, 3), torch.zeros(2,
         ({"query": torch.zeros(2, 4, 6, 2)}, ValueError, r"query must have .* D=3, got \(2, 4, 6, 2\)"),
         ({"query": QUERY.long()}, TypeError, r"query must be floating point, got torch.int64"),
         ({"query": QUERY.to("meta")}, ValueError, r"query must be on cpu like the other tensors, got meta"),
-        ({"query": torch.zeros(3, 4, 6, 3)}, ValueError, r"number of rows must be a multiple of B=3, got 2"),
-        ({"query": torch.zeros(1, 3, 6, 3)}, ValueError, r"number of query heads must be a multiple of G=2, got 3"),
+        ({"query": torch.zeros(3, 4, 6, 3)}, ValueError, r"number of rows must be a positive multiple of B=3, got 2"),
+        ({"query": torch.zeros(1, 3, 6, 3)}, ValueError, r"query heads must be a positive multiple of G=2, got 3"),
+        ({"query": torch.zeros(2, 0, 6, 3)}, ValueError, r"query heads must be a positive multiple of G=1, got 0"),
+        ({"rows": INT[:0]}, ValueError, r"number of rows must be a positive multiple of B=2, got 0"),
         ({"keys": torch.zeros(5, 3)}, ValueError, r"keys must have shape \(R, slots, D\), got \(5, 3\)"),
+        ({"keys": torch.zeros(()).expand(2, 2**30 + 1, 3)}, ValueError, r"keys must have at most 1073741824 slots"),
         ({"keys": KEYS.int()}, TypeError, r"keys must be floating point, got torch.int32"),
         ({"rows": INT.int()}, TypeError, r"rows must be torch.int64, got torch.int32"),
         ({"rows": INT + 2}, ValueError, r"rows must be in \[0, 1\], got \[2, 2\]"),
@@ -258,3 +261,11 @@ def test_bad_input_is_named_with_its_value_and_what_was_expected(
     }  # fmt: skip
     with pytest.raises(error, match=message):
         knn_search(**{**arguments, **changed})
+
+
+def test_a_row_may_have_as_many_slots_as_kernels_can_number() -> None:
+    """On the meta device, where a tensor has no memory."""
+    keys = torch.empty(2, 2**30, 3, device="meta")
+    query, number = QUERY.to("meta"), INT.to("meta")
+    scores, slots = knn_search(query, keys, number, number, number, capacity=2**30, k=2)
+    assert scores.shape == slots.shape == (2, 4, 6, 2)

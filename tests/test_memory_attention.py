@@ -23,7 +23,7 @@ from cases import (
 from checks import ATTENTION, LSE, assert_close
 from devices import DEVICE, live_backends, seeded
 
-from memtrans_kernels import memory_attention
+from memtrans_kernels import local_attention, memory_attention
 from memtrans_kernels.philox import keep_mask
 
 pytestmark = pytest.mark.device
@@ -212,6 +212,11 @@ def test_half_precision_of_the_reference_accumulates_in_float32(dtype):
             "slots must be torch.int32, got torch.float32",
         ),
         ({"scale": torch.ones(3)}, ValueError, r"scale must have shape \(H\) with H=4, got \(3,\)"),
+        (
+            {"memory_keys": torch.zeros(()).expand(BATCH * GROUPS + 1, 2**30 + 1, WIDTH)},
+            ValueError,
+            "memory_keys must have at most 1073741824 slots in a row, got 1073741825",
+        ),
         ({"rows": torch.tensor([0, 1])}, ValueError, "rows must have B·G=4 entries, got 2"),
         ({"rows": torch.tensor([0, 1, 2, 99])}, ValueError, r"rows must be in \[0, \d+\], got \[0, 1, 2, 99\]"),
         ({"slots": attention_inputs()["slots"] - 2}, ValueError, r"slots must be in \[-1, \d+\], got "),
@@ -230,3 +235,22 @@ def test_half_precision_of_the_reference_accumulates_in_float32(dtype):
 def test_errors_name_argument_value_and_expectation(change, error, message):
     with pytest.raises(error, match=message):
         memory_attention(**{**attention_inputs(), **change})
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"query": [1.0]}, TypeError, "query must be a torch.Tensor, got list"),
+        ({"key": None}, TypeError, "key must be a torch.Tensor, got NoneType"),
+        ({"query": torch.zeros(())}, ValueError, r"query must have shape \(B, H, N, D\), got \(\)"),
+        ({"query": torch.zeros(1, 2, 3)}, ValueError, r"query must have shape \(B, H, N, D\), got \(1, 2, 3\)"),
+        ({"key": torch.zeros(4)}, ValueError, r"key must have shape \(B, G, L, D\) with B=1, D=4, got \(4,\)"),
+        ({"value": torch.zeros(1, 1, 5, 4)}, ValueError, r"value must have shape .* L=3, D=4, got \(1, 1, 5, 4\)"),
+        ({"query": torch.zeros(1, 2, 3, 4).int()}, TypeError, "query must be floating point, got torch.int32"),
+    ],
+)
+def test_errors_of_attention_without_a_memory_name_them_too(change, error, message):
+    local = {"query": torch.zeros(1, 2, 3, 4), "key": torch.zeros(1, 1, 3, 4), "value": torch.zeros(1, 1, 3, 4)}
+    with pytest.raises(error, match=message):
+        local_attention(**{**local, "scale": torch.ones(2), **change})

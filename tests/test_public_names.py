@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib.util
 import inspect
+import re
 from types import ModuleType
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 import memtrans
 import memtrans_kernels
 from memtrans import checkpoint
+from memtrans_kernels.backends import IMPLEMENTATIONS
 
 PUBLIC = [
     *((memtrans, name) for name in memtrans.__all__),
@@ -38,6 +40,13 @@ def test_loading_a_kernel_does_not_hide_the_function_of_its_name(name: str) -> N
     pytest.importorskip("triton")
     importlib.import_module(f"memtrans_kernels.{name}")
     assert inspect.isfunction(getattr(memtrans_kernels, name))
+
+
+@pytest.mark.parametrize("name", [name for name in memtrans_kernels.__all__ if name in IMPLEMENTATIONS])
+def test_an_operator_names_the_backends_that_it_has(name: str) -> None:
+    documented = re.search(r"backend: one of (.*)\.", inspect.getdoc(getattr(memtrans_kernels, name)) or "")
+    implemented = {candidate.backend for candidate in IMPLEMENTATIONS[name]}
+    assert documented and set(re.findall(r"`(\w+)`", documented[1])) == {"auto", *implemented}
 
 
 @pytest.mark.parametrize("package", [memtrans, memtrans_kernels])

@@ -15,7 +15,7 @@
 
 namespace memtrans {
 
-constexpr int64_t kFewQueries = 2;     // up to here vectors run along D
+constexpr int64_t kQueriesAlongWidth = 2;  // the most for which vectors run along D
 constexpr int64_t kBlockBytes = 1 << 17;  // of keys that meet all queries in turn, from the L2 cache
 
 // Visible keys of a row that lie one behind the other in memory, old to new.
@@ -36,7 +36,7 @@ struct Queries {
 
   template <typename Key>
   Queries(const Key* queries, int64_t size, int64_t width, int64_t lanes)
-      : size(size), width(width), panel(size <= kFewQueries ? 1 : (size <= lanes ? lanes : 2 * lanes)),
+      : size(size), width(width), panel(size <= kQueriesAlongWidth ? 1 : (size <= lanes ? lanes : 2 * lanes)),
         numbers(padded() * width) {
     for (int64_t query = 0; query < size; ++query) {
       float* first = &numbers[query / panel * panel * width + query % panel];
@@ -134,15 +134,6 @@ MEMTRANS_INLINE void scan_tile(
   }
 }
 
-MEMTRANS_INLINE float dot(const float* query, const float* key, int64_t width) {
-  float score = 0.0f;
-#pragma omp simd reduction(+ : score)
-  for (int64_t column = 0; column < width; ++column) {
-    score += query[column] * key[column];
-  }
-  return score;
-}
-
 MEMTRANS_INLINE void scan_few(const Keys<float>& keys, const Queries& queries, BestKeys& best) {
   const float* thresholds = best.thresholds();
   const int64_t width = queries.width;
@@ -229,16 +220,10 @@ void scan_anywhere(const Keys<Key>& keys, const Queries& queries, BestKeys& best
 template <typename Key>
 Scan<Key> fastest_scan() {
 #if defined(__x86_64__)
-  switch (fastest_instructions()) {
-    case Instructions::kAvx512:
-      return {scan_avx512<Key>, 16};
-    case Instructions::kAvx2:
-      return {scan_avx2<Key>, 8};
-    default:
-      break;
-  }
-#endif
+  return fastest<Scan<Key>>({scan_avx512<Key>, 16}, {scan_avx2<Key>, 8}, {scan_anywhere<Key>, 4});
+#else
   return {scan_anywhere<Key>, 4};
+#endif
 }
 
 }  // namespace memtrans

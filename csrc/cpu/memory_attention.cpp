@@ -164,16 +164,10 @@ void attend_anywhere(
 
 Attend fastest_attend() {
 #if defined(__x86_64__)
-  switch (fastest_instructions()) {
-    case Instructions::kAvx512:
-      return attend_avx512;
-    case Instructions::kAvx2:
-      return attend_avx2;
-    default:
-      break;
-  }
-#endif
+  return fastest<Attend>(attend_avx512, attend_avx2, attend_anywhere);
+#else
   return attend_anywhere;
+#endif
 }
 
 std::tuple<Tensor, Tensor> memory_attention(

@@ -47,15 +47,6 @@ MEMTRANS_INLINE void begin(const Attention& attention, const Block& block, const
   }
 }
 
-MEMTRANS_INLINE float dot(const float* left, const float* right, int64_t width) {
-  float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t column = 0; column < width; ++column) {
-    sum += left[column] * right[column];
-  }
-  return sum;
-}
-
 template <int kLanes>
 MEMTRANS_INLINE void through_retrieved(
     const Attention& attention, const Block& block, const Ring& keys, const Ring& values,
@@ -215,16 +206,10 @@ void go_back_anywhere(
 
 GoBack fastest_go_back() {
 #if defined(__x86_64__)
-  switch (fastest_instructions()) {
-    case Instructions::kAvx512:
-      return go_back_avx512;
-    case Instructions::kAvx2:
-      return go_back_avx2;
-    default:
-      break;
-  }
-#endif
+  return fastest<GoBack>(go_back_avx512, go_back_avx2, go_back_anywhere);
+#else
   return go_back_anywhere;
+#endif
 }
 
 Upstream take_upstream(const Tensor& grad_out, const Tensor& grad_lse, const Tensor& out, const Tensor& lse) {

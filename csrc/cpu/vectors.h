@@ -54,22 +54,31 @@ MEMTRANS_INLINE void exponentiate(Vector<kLanes>& x) {
   x = x < -87.0f ? Vector<kLanes>{} : (Vector<kLanes>)scaled;
 }
 
-enum class Instructions { kAvx512, kAvx2, kAnywhere };
+MEMTRANS_INLINE float dot(const float* left, const float* right, int64_t width) {
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t column = 0; column < width; ++column) {
+    sum += left[column] * right[column];
+  }
+  return sum;
+}
 
-// The fastest that this processor has, or what ATEN_CPU_CAPABILITY (avx512, avx2, default) limits all of PyTorch to.
-inline Instructions fastest_instructions() {
 #if defined(__x86_64__)
+// Of what was compiled three times, the one for the fastest instruction set that this processor has, or that
+// ATEN_CPU_CAPABILITY (avx512, avx2, default) limits all of PyTorch to.
+template <typename Compiled>
+Compiled fastest(Compiled avx512, Compiled avx2, Compiled anywhere) {
   const char* const variable = std::getenv("ATEN_CPU_CAPABILITY");
   const std::string limit = variable ? variable : "avx512";
   if (limit == "avx512" && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    return Instructions::kAvx512;
+    return avx512;
   }
   if (limit != "default" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return Instructions::kAvx2;
+    return avx2;
   }
-#endif
-  return Instructions::kAnywhere;
+  return anywhere;
 }
+#endif
 
 }  // namespace memtrans
