@@ -181,7 +181,8 @@ def _train_on(ranks: Ranks, options: argparse.Namespace) -> int:
         summary = run.train()
     except KeyboardInterrupt as error:
         stopped = error if isinstance(error, StoppedError) else StoppedError()
-        saved = f"step {trainer.step} is saved, --resume --out {options.out} goes on from there"
+        kept = f"step {run.saved_step} is saved, --resume --out {options.out} goes on from there"
+        saved = kept if run.saved_step >= 0 else "nothing is saved yet"
         return _fail(options, f"{stopped}; {saved}", stopped.status)
     except NonFiniteLossError as error:
         return _fail(options, f"{error}; the last good checkpoint is kept", 1)

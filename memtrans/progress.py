@@ -77,10 +77,10 @@ class StoppedError(KeyboardInterrupt):
 
 
 class Interruption:
-    """Inside a `with`, a signal to stop is only noted, so that nothing is left half done; a second one stops at once.
+    """Inside a `with`, a signal to stop is only noted, so that nothing is left half done; Ctrl-C after it stops at once.
 
-    It hears Ctrl-C, and SIGTERM, which schedulers, containers and `torchrun` send. Does nothing outside of the main
-    thread, where signals cannot be heard.
+    It hears Ctrl-C, and SIGTERM, which schedulers, containers and `torchrun` send, some of them twice. Does nothing
+    outside of the main thread, where signals cannot be heard.
 
     Args:
         agreed: asked for which signal's number to believe in, 0 for none, whenever this process is; several processes
@@ -101,9 +101,9 @@ class Interruption:
             signal.signal(number, handler or signal.SIG_DFL)  # None: one of C, which cannot be put back
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        if self._noted:
+        if self._noted and number == signal.SIGINT:
             raise StoppedError(number)
-        self._noted = number
+        self._noted = self._noted or number
 
     def heard(self) -> int:
         """The number of the signal to stop that there was, 0 without one."""

@@ -99,13 +99,16 @@ class Run:
 
     Args:
         trainer: from `start`. out: the directory, made if missing. plain: lines instead of a bar.
+
+    Attributes:
+        saved_step: of the last checkpoint that this process wrote, -1 before.
     """
 
     def __init__(self, trainer: Trainer, out: str | Path, plain: bool = False) -> None:
         self.trainer, self.out, self.plain = trainer, Path(out), plain
         self.settings, self.ranks = trainer.settings, trainer.ranks
         self.metrics = Metrics(metrics_of(self.out).path, kept=self.ranks.first)
-        self._saved_step = -1
+        self.saved_step = -1
         self._seconds = 0.0  # spent on steps by this process
         self._read = 0  # tokens read in them
         self._since = (0.0, 0)  # both, at the last report
@@ -171,9 +174,9 @@ class Run:
 
     def _save(self) -> None:
         """Writes a checkpoint unless the one of this step is there."""
-        if self._saved_step != self.trainer.step:
+        if self.saved_step != self.trainer.step:
             save_checkpoint(checkpoint_of(self.out), *self.trainer.state(), self.ranks)
-            self._saved_step = self.trainer.step
+            self.saved_step = self.trainer.step
             self._plot()
 
     def _plot(self) -> None:
