@@ -77,7 +77,7 @@ class StoppedError(KeyboardInterrupt):
 
 
 class Interruption:
-    """Inside a `with`, a signal to stop is only noted, so that nothing is left half done; Ctrl-C after it stops at once.
+    """Inside a `with`, a signal to stop is noted, so that nothing is left half done; Ctrl-C after one stops at once.
 
     It hears Ctrl-C, and SIGTERM, which schedulers, containers and `torchrun` send, some of them twice. Does nothing
     outside of the main thread, where signals cannot be heard.
