@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from memtrans.compatibility import UNUSED, warn_unused
-from memtrans.memory_state import check_state, state_parts
+from memtrans.memory_state import check_state, dtype_names, holds_nothing, memory_arguments, state_parts
 from memtrans.ranks import ranks_of
 from memtrans.ring import MemorySnapshot, Ring, check_mask
 from memtrans.sharded import ShardedRing
@@ -128,7 +128,8 @@ class KNNMemory:
         storage |= {"device": device, "backend": self.backend}
         if self._ranks is None:
             return Ring(*size, **storage)
-        self._ranks.agree(**self.configuration(), dtype=dtype, value_dtype=value_dtype, device=device.type)
+        resolved = {"dtype": dtype, "value_dtype": value_dtype, "device": device.type}
+        self._ranks.agree(**{**self.configuration(), **resolved})
         return ShardedRing(*size, ranks=self._ranks, **storage)
 
     @property
@@ -154,7 +155,10 @@ class KNNMemory:
         if ring is None or rows is None:
             raise ValueError("device must be given to a memory that has seen no tensor yet, got None")
         if like is not None and like.device != rows.device:
-            raise ValueError(f"the memory lives on {rows.device}, got a tensor on {like.device}")
+            raise ValueError(
+                f"the memory lives on {rows.device}, got a tensor on {like.device}: make or load the memory "
+                f"with device={str(like.device)!r}"
+            )
         return ring.snapshot(rows, self._host_rows(), len(self.scoped_indices))
 
     # --------------------------------------------------------------------------------------------------- scope
@@ -294,12 +298,15 @@ class KNNMemory:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Replaces what the memory holds; of a larger memory's entries it keeps the newest.
 
-        A sharded memory takes up its own share, or that of a whole memory's state.
+        A sharded memory takes up its own share, or that of a whole memory's state. A memory that has no device yet
+        takes that of the entries, if there are any.
 
         Raises ValueError or TypeError, and keeps what it held, when the state belongs to another width, batch or number
         of heads, or is a share of another sharding.
         """
         self.check_state(state)
+        if self._ring is None and holds_nothing(state):
+            return
         device = self.device or state["keys"].device
         self.cleanup()
         self._prepare(device, 0)
@@ -311,10 +318,11 @@ class KNNMemory:
         shard = None if self._ranks is None else (self._ranks.rank, self._ranks.size)
         check_state(state, self.num_indices * self.kv_heads, self.dim, shard)
 
-    def configuration(self) -> dict[str, int]:
-        """The arguments that make a memory of this size."""
+    def configuration(self) -> dict[str, Any]:
+        """The arguments that make a memory like this on any device, as JSON can say them."""
         names = ("dim", "max_memories", "num_indices", "kv_heads", "spare")
-        return {name: getattr(self, name) for name in names}
+        dtypes = dtype_names(dtype=self.dtype, value_dtype=self.value_dtype)
+        return {name: getattr(self, name) for name in names} | dtypes
 
     def save(self, path: str | Path) -> None:
         """Writes the memory as one safetensors file, atomically: a file that was there before survives a failure."""
@@ -324,12 +332,15 @@ class KNNMemory:
     def load(cls, path: str | Path, *, device: torch.device | str | None = None, **overrides: Any) -> KNNMemory:
         """Reads a memory that `save` wrote; keyword arguments of the constructor override what the file says.
 
+        device: Default: the CPU; of a file without entries, that of the first tensor it sees. Entries are cast to the
+        default of that device unless the saved memory had a dtype of its own. Files of earlier versions do not say
+        whether it had: theirs stay what they are, and dtype=None, value_dtype=None gives the default.
+
         Raises ValueError when the file is damaged or not a saved memory, FileNotFoundError when there is none.
         """
         state, configuration = load_tensors(path, "memtrans.KNNMemory")
         keys, values, _ = state_parts(state)
-        dtypes = {"dtype": keys.dtype, "value_dtype": values.dtype}
-        memory = cls(**{**configuration, **dtypes, **overrides}, device=device)
+        memory = cls(**{**memory_arguments(configuration, keys, values), **overrides}, device=device)
         memory.load_state_dict(state)
         return memory
 
