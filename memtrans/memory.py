@@ -108,7 +108,13 @@ class KNNMemory:
 
     # ------------------------------------------------------------------------------------------------- storage
 
+    @torch._dynamo.assume_constant_result
+    def _room(self) -> int:
+        """The longest segment that the ring has spare slots for, or will have where it is not laid out yet."""
+        return self.spare if self._ring is None else self._ring.spare
+
     @torch._dynamo.assume_constant_result  # a traced forward meets a memory that is laid out already
+    @torch.inference_mode(False)  # a memory that first met an evaluation can be trained with later
     def _prepare(self, device: torch.device, longest: int) -> None:
         """Lays the ring out on `device`, with spare slots for a segment of `longest` entries."""
         if self._ring is None:
@@ -150,7 +156,9 @@ class KNNMemory:
         like: a tensor whose device the memory takes if it has none yet. longest: the segment that will be added.
         """
         if like is not None:
-            self._prepare(like.device, longest)  # before the first look at the ring: see there
+            # Before the first look at the ring: see there. Only a length that makes it grow is made a constant,
+            # by range(). No branch: a compiler that begins again finds the ring grown.
+            self._prepare(like.device, len(range(longest if longest > self._room() else 0)))
         ring, rows = self._ring, self._rows
         if ring is None or rows is None:
             raise ValueError("device must be given to a memory that has seen no tensor yet, got None")
@@ -159,6 +167,7 @@ class KNNMemory:
                 f"the memory lives on {rows.device}, got a tensor on {like.device}: make or load the memory "
                 f"with device={str(like.device)!r}"
             )
+        assert like is None or longest <= ring.spare  # a compiled graph asks it of every memory that it is given
         return ring.snapshot(rows, self._host_rows(), len(self.scoped_indices))
 
     # --------------------------------------------------------------------------------------------------- scope
@@ -166,6 +175,7 @@ class KNNMemory:
     def _host_rows(self) -> list[int]:
         return [b * self.kv_heads + g for b in self.scoped_indices for g in range(self.kv_heads)]
 
+    @torch.inference_mode(False)  # see _prepare
     def _scoped_rows(self) -> Tensor:
         assert self._ring is not None
         rows = torch.tensor(self._host_rows(), dtype=torch.int64, device="cpu")
