@@ -25,8 +25,10 @@ from memtrans.validation import (
     check_documents,
     check_finite,
     check_memories,
+    check_no_recomputation,
     check_numbers,
     check_queries,
+    running_backward,
     sizes,
     usable_device,
 )
@@ -101,6 +103,7 @@ class KNNMemory:
         self.spare, self.backend = checks.integer("spare", spare, low=0), check_name(backend)
         self.scoped_indices = list(range(self.num_indices))
         self._ranks = None if process_group is None else ranks_of(process_group)
+        self._made_in = running_backward()
         self._ring: Ring | None = None
         self._rows: Tensor | None = None
         if device is not None:
@@ -155,6 +158,7 @@ class KNNMemory:
 
         like: a tensor whose device the memory takes if it has none yet. longest: the segment that will be added.
         """
+        check_no_recomputation("the memory", self._made_in)
         if like is not None:
             # Before the first look at the ring: see there. Only a length that makes it grow is made a constant,
             # by range(). No branch: a compiler that begins again finds the ring grown.
@@ -362,6 +366,7 @@ class KNNMemory:
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
         self.__dict__.update(pickled["fields"])
+        self._made_in = running_backward()
         self.cleanup()
         if pickled["state"] is not None:
             self._prepare(pickled["device"], 0)
@@ -373,6 +378,7 @@ def snapshot_for(
 ) -> MemorySnapshot:
     """The snapshot given, or one of the memory given; it must fit the documents of like (B, ...) and such heads."""
     if isinstance(memory, KNNMemory):
+        check_no_recomputation(name, memory._made_in)
         memory = memory.snapshot(like=like, longest=longest)
     elif not isinstance(memory, MemorySnapshot):
         raise TypeError(f"{name} must be a KNNMemory or a snapshot of one, got {type(memory).__name__}")
