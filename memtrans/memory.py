@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from memtrans.compatibility import UNUSED, warn_unused
-from memtrans.memory_state import check_state, state_parts
+from memtrans.memory_state import check_state, dtype_names, holds_nothing, memory_arguments, state_parts
 from memtrans.ranks import ranks_of
 from memtrans.ring import MemorySnapshot, Ring, check_mask
 from memtrans.sharded import ShardedRing
@@ -24,9 +24,11 @@ from memtrans.storage import load_tensors, save_tensors
 from memtrans.validation import (
     check_finite,
     check_memories,
+    check_no_recomputation,
     check_numbers,
     check_queries,
     document_numbers,
+    running_backward,
     sizes,
     usable_device,
 )
@@ -101,6 +103,7 @@ class KNNMemory:
         self.spare, self.backend = checks.integer("spare", spare, low=0), check_name(backend)
         self.scoped_indices = list(range(self.num_indices))
         self._ranks = None if process_group is None else ranks_of(process_group)
+        self._made_in = running_backward()
         self._ring: Ring | None = None
         self._rows: Tensor | None = None
         if device is not None:
@@ -108,7 +111,13 @@ class KNNMemory:
 
     # ------------------------------------------------------------------------------------------------- storage
 
+    @torch._dynamo.assume_constant_result
+    def _room(self) -> int:
+        """The longest segment that the ring has spare slots for, or will have where it is not laid out yet."""
+        return self.spare if self._ring is None else self._ring.spare
+
     @torch._dynamo.assume_constant_result  # a traced forward meets a memory that is laid out already
+    @torch.inference_mode(False)  # a memory that first met an evaluation can be trained with later
     def _prepare(self, device: torch.device, longest: int) -> None:
         """Lays the ring out on `device`, with spare slots for a segment of `longest` entries."""
         if self._ring is None:
@@ -128,7 +137,8 @@ class KNNMemory:
         storage |= {"device": device, "backend": self.backend}
         if self._ranks is None:
             return Ring(*size, **storage)
-        self._ranks.agree(**self.configuration(), dtype=dtype, value_dtype=value_dtype, device=device.type)
+        resolved = {"dtype": dtype, "value_dtype": value_dtype, "device": device.type}
+        self._ranks.agree(**{**self.configuration(), **resolved})
         return ShardedRing(*size, ranks=self._ranks, **storage)
 
     @property
@@ -148,13 +158,20 @@ class KNNMemory:
 
         like: a tensor whose device the memory takes if it has none yet. longest: the segment that will be added.
         """
+        check_no_recomputation("the memory", self._made_in)
         if like is not None:
-            self._prepare(like.device, longest)  # before the first look at the ring: see there
+            # Before the first look at the ring: see there. Only a length that makes it grow is made a constant,
+            # by range(). No branch: a compiler that begins again finds the ring grown.
+            self._prepare(like.device, len(range(longest if longest > self._room() else 0)))
         ring, rows = self._ring, self._rows
         if ring is None or rows is None:
             raise ValueError("device must be given to a memory that has seen no tensor yet, got None")
         if like is not None and like.device != rows.device:
-            raise ValueError(f"the memory lives on {rows.device}, got a tensor on {like.device}")
+            raise ValueError(
+                f"the memory lives on {rows.device}, got a tensor on {like.device}: make or load the memory "
+                f"with device={str(like.device)!r}"
+            )
+        assert like is None or longest <= ring.spare  # a compiled graph asks it of every memory that it is given
         return ring.snapshot(rows, self._host_rows(), len(self.scoped_indices))
 
     # --------------------------------------------------------------------------------------------------- scope
@@ -162,6 +179,7 @@ class KNNMemory:
     def _host_rows(self) -> list[int]:
         return [b * self.kv_heads + g for b in self.scoped_indices for g in range(self.kv_heads)]
 
+    @torch.inference_mode(False)  # see _prepare
     def _scoped_rows(self) -> Tensor:
         assert self._ring is not None
         rows = torch.tensor(self._host_rows(), dtype=torch.int64, device="cpu")
@@ -294,12 +312,15 @@ class KNNMemory:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Replaces what the memory holds; of a larger memory's entries it keeps the newest.
 
-        A sharded memory takes up its own share, or that of a whole memory's state.
+        A sharded memory takes up its own share, or that of a whole memory's state. A memory that has no device yet
+        takes that of the entries, if there are any.
 
         Raises ValueError or TypeError, and keeps what it held, when the state belongs to another width, batch or number
         of heads, or is a share of another sharding.
         """
         self.check_state(state)
+        if self._ring is None and holds_nothing(state):
+            return
         device = self.device or state["keys"].device
         self.cleanup()
         self._prepare(device, 0)
@@ -311,10 +332,11 @@ class KNNMemory:
         shard = None if self._ranks is None else (self._ranks.rank, self._ranks.size)
         check_state(state, self.num_indices * self.kv_heads, self.dim, shard)
 
-    def configuration(self) -> dict[str, int]:
-        """The arguments that make a memory of this size."""
+    def configuration(self) -> dict[str, Any]:
+        """The arguments that make a memory like this on any device, as JSON can say them."""
         names = ("dim", "max_memories", "num_indices", "kv_heads", "spare")
-        return {name: getattr(self, name) for name in names}
+        dtypes = dtype_names(dtype=self.dtype, value_dtype=self.value_dtype)
+        return {name: getattr(self, name) for name in names} | dtypes
 
     def save(self, path: str | Path) -> None:
         """Writes the memory as one safetensors file, atomically: a file that was there before survives a failure."""
@@ -324,12 +346,15 @@ class KNNMemory:
     def load(cls, path: str | Path, *, device: torch.device | str | None = None, **overrides: Any) -> KNNMemory:
         """Reads a memory that `save` wrote; keyword arguments of the constructor override what the file says.
 
+        device: Default: the CPU; of a file without entries, that of the first tensor it sees. Entries are cast to the
+        default of that device unless the saved memory had a dtype of its own. Files of earlier versions do not say
+        whether it had: theirs stay what they are, and dtype=None, value_dtype=None gives the default.
+
         Raises ValueError when the file is damaged or not a saved memory, FileNotFoundError when there is none.
         """
         state, configuration = load_tensors(path, "memtrans.KNNMemory")
         keys, values, _ = state_parts(state)
-        dtypes = {"dtype": keys.dtype, "value_dtype": values.dtype}
-        memory = cls(**{**configuration, **dtypes, **overrides}, device=device)
+        memory = cls(**{**memory_arguments(configuration, keys, values), **overrides}, device=device)
         memory.load_state_dict(state)
         return memory
 
@@ -341,6 +366,7 @@ class KNNMemory:
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
         self.__dict__.update(pickled["fields"])
+        self._made_in = running_backward()
         self.cleanup()
         if pickled["state"] is not None:
             self._prepare(pickled["device"], 0)
@@ -352,6 +378,7 @@ def snapshot_for(
 ) -> MemorySnapshot:
     """The snapshot given, or one of the memory given; it must fit the documents of like (B, ...) and such heads."""
     if isinstance(memory, KNNMemory):
+        check_no_recomputation(name, memory._made_in)
         memory = memory.snapshot(like=like, longest=longest)
     elif not isinstance(memory, MemorySnapshot):
         raise TypeError(f"{name} must be a KNNMemory or a snapshot of one, got {type(memory).__name__}")

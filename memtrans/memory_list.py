@@ -12,6 +12,7 @@ from torch import Tensor
 
 from memtrans.compatibility import UNUSED, warn_unused
 from memtrans.memory import KNNMemory
+from memtrans.memory_state import memory_arguments
 from memtrans.storage import load_tensors, save_tensors
 from memtrans_kernels import checks
 
@@ -119,14 +120,14 @@ class KNNMemoryList(list[KNNMemory]):
     ) -> MemoryType:
         """Reads memories that `save` wrote; arguments of `KNNMemory` override what the file says.
 
-        A smaller `max_memories` keeps the newest entries, a larger one makes room.
+        A smaller `max_memories` keeps the newest entries, a larger one makes room. See `KNNMemory.load` for `device`
+        and dtypes.
 
         Raises ValueError when the file is damaged or holds something else, FileNotFoundError when there is none.
         """
         state, configuration = load_tensors(path, KIND)
         layers = configuration.pop("layers")
-        dtypes = {"dtype": state["0.keys"].dtype, "value_dtype": state["0.values"].dtype}
-        arguments = {**configuration, **dtypes, **overrides}
+        arguments = {**memory_arguments(configuration, state["0.keys"], state["0.values"]), **overrides}
         memories = cls(KNNMemory(**arguments, device=device) for _ in range(layers))
         memories.load_state_dict(state)
         return memories

@@ -11,6 +11,7 @@ Shapes: R memory rows, D width, W shards.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,31 @@ def state_parts(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     if missing:
         raise ValueError(f"state must hold keys, values and lengths, got none of {sorted(missing)}")
     return state["keys"], state["values"], state["lengths"]
+
+
+def holds_nothing(state: Mapping[str, Tensor]) -> bool:
+    """Whether it is the state of a whole memory without entries, so that it matters to no device where it goes."""
+    return SHARD not in state and state["keys"].shape[1] == 0
+
+
+def dtype_names(**dtypes: torch.dtype | None) -> dict[str, str | None]:
+    """Dtypes as a file's configuration has them; None stands for the default of the device.
+
+    >>> dtype_names(dtype=torch.float16, value_dtype=None)
+    {'dtype': 'float16', 'value_dtype': None}
+    """
+    return {name: None if dtype is None else str(dtype).removeprefix("torch.") for name, dtype in dtypes.items()}
+
+
+def memory_arguments(configuration: Mapping[str, Any], keys: Tensor, values: Tensor) -> dict[str, Any]:
+    """A memory's arguments, of the configuration in its file and, where that says no dtype, of what it holds."""
+    by_name = {str(dtype).removeprefix("torch."): dtype for dtype in checks.STORED}
+    said = {name: configuration[name] for name in ("dtype", "value_dtype") if name in configuration}
+    unknown = set(said.values()) - set(by_name) - {None}
+    if unknown:
+        raise ValueError(f"configuration must name dtypes of {', '.join(by_name)}, got {unknown}")
+    held = {"dtype": keys.dtype, "value_dtype": values.dtype}
+    return {**configuration, **held, **{name: by_name.get(dtype) for name, dtype in said.items()}}
 
 
 def check_state(state: Mapping[str, Tensor], rows: int, dim: int, shard: tuple[int, int] | None) -> None:

@@ -193,3 +193,21 @@ def usable_device(device: torch.device | str | int) -> torch.device:
     if found.type == "meta":
         raise ValueError(f"device must be one that keeps values, got {device!r}")
     return found
+
+
+def running_backward() -> int:
+    """The number of the backward pass that runs here, -1 outside of one and where a graph is traced."""
+    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
+def check_no_recomputation(name: str, made_in: int) -> None:
+    """Refuses a memory where activation checkpointing runs a forward pass again, unless it was made there.
+
+    made_in: `running_backward()` when the memory was made. A memory has gone on since the forward pass, so that it
+    would be searched as it is now, and added to twice.
+    """
+    if running_backward() not in (-1, made_in):
+        raise RuntimeError(
+            f"{name} must be a snapshot under activation checkpointing, got a KNNMemory in a backward pass: "
+            f"call memory.snapshot() once, before the checkpointed call, and give that"
+        )

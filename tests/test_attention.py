@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from checks import SAME_GRAPH, assert_close
+from torch.utils.checkpoint import checkpoint
 
 from memtrans import KNNAttention, KNNMemory
 from memtrans.attention import leaving_range
@@ -235,3 +236,71 @@ def test_errors_name_the_argument():
         KNNAttention(dim=DIM, num_retrieved_memories=2.0)
     with pytest.raises(ValueError, match=r"temperature must have shape \(H\) with H=4, got \(1,\)"):
         layer()(torch.randn(1, 2, DIM), knn_memory=KNNMemory(WIDTH), temperature=torch.ones(1))
+
+
+def fill_and_attend(attention, memory, inputs, how):
+    """Two segments before the one whose backward is asked for; `how` runs that one."""
+    for segment in inputs[:2]:
+        attention(segment, knn_memory=memory)
+    x = inputs[2].clone().requires_grad_()
+    how(x).square().sum().backward()
+    return x.grad
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("given", ["knn_memory", "add_to", "a snapshot taken there"])
+def test_a_memory_itself_is_refused_where_activation_checkpointing_runs_a_segment_again(given, reentrant):
+    attention, memory = layer(), KNNMemory(WIDTH, 50, 2)
+    inputs = torch.randn(3, 2, LENGTH, DIM)
+    snapshot = KNNMemory(WIDTH, 50, 2, device="cpu").snapshot()
+
+    def attend(x):
+        here = memory.snapshot(like=x, longest=LENGTH) if given == "a snapshot taken there" else memory
+        memories = {"knn_memory": snapshot, "add_to": here} if given == "add_to" else {"knn_memory": here}
+        return attention(x, **memories)[0]
+
+    name = given if given in ("knn_memory", "add_to") else "the memory"
+    with pytest.raises(RuntimeError, match=rf"{name} must be a snapshot .* call memory.snapshot\(\) once, before"):
+        fill_and_attend(attention, memory, inputs, lambda x: checkpoint(attend, x, use_reentrant=reentrant))
+    assert memory.lengths.tolist() == [3 * LENGTH] * 2, "stored once"
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_memory_made_inside_of_what_runs_again_is_as_good_there_as_at_first(reentrant):
+    attention, inputs = layer(), torch.randn(3, 2, LENGTH, DIM)
+
+    def read(x):
+        memory = KNNMemory(WIDTH, 50, 2, spare=2 * LENGTH)
+        attention(x, knn_memory=memory)
+        return attention(x.flip(1), knn_memory=memory)[0]
+
+    gradients = [
+        fill_and_attend(attention, KNNMemory(WIDTH, 50, 2), inputs, how)
+        for how in (read, lambda x: checkpoint(read, x, use_reentrant=reentrant))
+    ]
+    assert torch.equal(*gradients)
+
+
+def evaluate_then_train(mode):
+    """The gradients of segments that find a memory laid out, scoped, cleared, widened and loaded inside of `mode`."""
+    attention, memory = layer(), KNNMemory(WIDTH, 50, 2, spare=LENGTH)
+    inputs = torch.randn(3, 2, LENGTH, DIM)
+
+    def train():
+        return fill_and_attend(attention, memory, inputs, lambda x: attention(x, knn_memory=memory)[0])
+
+    with mode:
+        attention(inputs[0], knn_memory=memory)
+        memory.set_scoped_indices([1, 0])
+        memory.clear([1])
+        attention(torch.cat((inputs[1], inputs[2]), dim=1), knn_memory=memory)
+    memory.clear_rows(torch.tensor([False, True]))
+    gradient = train()
+    with mode:
+        memory.load_state_dict(memory.state_dict())
+    return torch.stack((gradient, train()))
+
+
+def test_a_memory_that_first_met_an_evaluation_trains_like_any_other():
+    """No backward may read what was made in inference mode."""
+    assert torch.equal(evaluate_then_train(torch.inference_mode()), evaluate_then_train(torch.no_grad()))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from checks import SAME_GRAPH, assert_close
 from devices import seeded
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 
 from memtrans import MemorizingTransformer
@@ -89,6 +90,61 @@ def test_one_graph_serves_memories_of_every_size():
     for capacity in (CAPACITY, CAPACITY + 3, CAPACITY + 14):
         model.max_knn_memories = capacity
         assert_same_reading(model, compiled, 5 * SEGMENT)
+
+
+def counted(**options):
+    """A model of one memorizing layer, the same compiled, and what counts its graphs."""
+    graphs = CompileCounterWithBackend("aot_eager")
+    model = MemorizingTransformer(**{**SMALL, "depth": 1}, memorizing_layers=1, max_knn_memories=CAPACITY)
+    return model, torch.compile(model, fullgraph=True, backend=graphs, **options), graphs
+
+
+def read_lengths(model, forward, spare, lengths):
+    """A segment of each length with a backward of its own: losses, gradients and what the memory holds."""
+    (memory,) = memories = model.create_knn_memories(batch_size=BATCH, spare=spare)
+    model.zero_grad()
+    losses = []
+    for length in lengths:
+        losses.append(forward(tokens()[:, :length], memories, labels=tokens()[:, 1 : length + 1]))
+        losses[-1].backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"losses": torch.stack(losses).detach(), **gradients, **memory.state_dict()}
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_one_graph_serves_segments_of_every_length(dynamic):
+    """From the second length on it is a symbol.
+
+    The lengths are no other size of the model, which the compiler would take for the same symbol.
+    """
+    model, compiled, graphs = counted(dynamic=dynamic)
+    lengths = (9, 15, 11)
+    expected = read_lengths(model, model, 15, lengths)
+    actual = read_lengths(model, compiled, 15, lengths)
+    for name, tensor in expected.items():
+        assert_close(actual[name], tensor, SAME_GRAPH, name)
+    assert graphs.frame_count <= 2
+
+
+def test_a_graph_for_segments_of_every_length_asks_each_memory_for_its_room():
+    """A memory with less spare than the one that the graph was made for grows, too: its backward is not too late."""
+    model, compiled, _ = counted()
+    for spare in (15, 20, 9):
+        expected = read_lengths(model, model, spare, (9, 15))
+        actual = read_lengths(model, compiled, spare, (9, 15))
+        for name, tensor in expected.items():
+            assert_close(actual[name], tensor, SAME_GRAPH, name)
+
+
+def test_one_graph_serves_a_new_memory_for_each_document():
+    """Where device and spare are given, so that a memory is laid out when it is made."""
+    _, compiled, graphs = counted()
+    for _ in range(4):
+        memories = compiled.create_knn_memories(batch_size=BATCH, device="cpu", spare=SEGMENT)
+        for _ in range(2):
+            compiled(tokens()[:, :SEGMENT], memories, labels=tokens()[:, :SEGMENT]).backward()
+        assert memories[0].lengths.tolist() == [2 * SEGMENT] * BATCH
+    assert graphs.frame_count == 1
 
 
 def test_what_inductor_generates_equals_eager_and_never_copies_the_memory():

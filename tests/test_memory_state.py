@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from memtrans import KNNMemory, KNNMemoryList
+from memtrans.storage import save_tensors
 
 
 def test_a_saved_memory_comes_back_with_its_configuration(tmp_path: Path) -> None:
@@ -30,8 +31,59 @@ def test_a_memory_that_never_saw_a_tensor_can_be_saved_too(tmp_path: Path) -> No
     KNNMemory(2, 4, 3, value_dtype=torch.float16).save(tmp_path / "memory")
     loaded = KNNMemory.load(tmp_path / "memory")
     assert loaded.lengths.tolist() == [0, 0, 0]
+    assert (loaded.device, loaded.dtype, loaded.value_dtype) == (None, None, torch.float16)
     loaded.add(pairs(1, batch=3))
     assert loaded.state_dict()["values"].dtype == torch.float16
+
+
+def test_a_dtype_that_nobody_chose_is_not_chosen_by_a_file(tmp_path: Path) -> None:
+    """So what a CPU wrote is float16 on a GPU, and the other way round, as in a memory that was filled there."""
+    memory = filled()
+    memory.save(tmp_path / "memory")
+    KNNMemoryList([memory, memory]).save(tmp_path / "list")
+    for loaded in (KNNMemory.load(tmp_path / "memory"), *KNNMemoryList.load(tmp_path / "list")):
+        assert (loaded.dtype, loaded.value_dtype) == (None, None)
+        assert held(loaded) == [[1, 2, 3]] * 2
+    state = memory.state_dict()
+    half = {"keys": state["keys"].half(), "values": state["values"].half(), "lengths": state["lengths"]}
+    save_tensors(tmp_path / "of a GPU", half, "memtrans.KNNMemory", memory.configuration())
+    loaded = KNNMemory.load(tmp_path / "of a GPU")
+    assert held(loaded) == [[1, 2, 3]] * 2
+    assert loaded.state_dict()["keys"].dtype == torch.float32
+
+
+def test_a_file_that_says_no_dtype_keeps_what_it_holds(tmp_path: Path) -> None:
+    """As they were written before a configuration had dtypes."""
+    memory = filled(dtype=torch.float16, value_dtype=torch.bfloat16)
+    names = ("dim", "max_memories", "num_indices", "kv_heads", "spare")
+    before = {name: getattr(memory, name) for name in names}
+    save_tensors(tmp_path / "memory", memory.state_dict(), "memtrans.KNNMemory", before)
+    loaded = KNNMemory.load(tmp_path / "memory")
+    assert (loaded.dtype, loaded.value_dtype) == (torch.float16, torch.bfloat16)
+    default = KNNMemory.load(tmp_path / "memory", dtype=None, value_dtype=None)
+    assert default.state_dict()["values"].dtype == torch.float32
+    assert held(loaded) == held(default) == [[1, 2, 3]] * 2
+    foreign = {**before, "dtype": "int8"}
+    save_tensors(tmp_path / "memory", memory.state_dict(), "memtrans.KNNMemory", foreign)
+    with pytest.raises(ValueError, match=r"configuration must name dtypes of float32, .*, got \{'int8'\}"):
+        KNNMemory.load(tmp_path / "memory")
+
+
+def test_a_memory_that_has_no_device_takes_that_of_the_entries_it_loads_if_there_are_any() -> None:
+    memory = KNNMemory(2, 4, 2)
+    memory.load_state_dict(KNNMemory(2, 4, 2).state_dict())
+    assert memory.device is None
+    memory.load_state_dict(filled().state_dict())
+    assert memory.device == torch.device("cpu")
+    elsewhere = torch.zeros(2, 1, 2, 2, device="meta")
+    with pytest.raises(ValueError, match=r"lives on cpu, got a tensor on meta: make or load .* with device='meta'"):
+        memory.add(elsewhere)
+
+
+def test_a_memory_that_holds_entries_forgets_them_for_an_empty_state() -> None:
+    memory = filled()
+    memory.load_state_dict(KNNMemory(2, 4, 2).state_dict())
+    assert held(memory) == [[], []]
 
 
 def test_the_state_of_a_larger_or_smaller_memory_keeps_the_newest() -> None:
