@@ -218,7 +218,8 @@ class MemorizingTransformer(Pretrained):
             labels: (B, N); the mean loss over those that differ from pad_id is returned.
             add_knn_memory: False leaves the memories as they are.
             inputs_embeds: (B, N, dim) instead of x. return_embeddings: stop before the logits, after the last norm.
-            lengths: (B,) int64, how many tokens of each row are real; padding at the tail is not stored.
+            lengths: (B,) int64, how many tokens of each row are real; padding at the tail is not stored, and start and
+                end tokens there mean nothing. Default: all.
             xl_length: (B,) int64, how many of the newest cached tokens belong to each row's document. Default: all.
 
         Returns:
@@ -239,11 +240,11 @@ class MemorizingTransformer(Pretrained):
         caches = self._xl(xl_memories, hidden)
         snapshots = self.snapshots(knn_memories, hidden)
         if x is not None and add_knn_memory:
-            snapshots = self._clear(snapshots, x, self.clear_memories_on_sos_token_id)
+            snapshots = self._clear(snapshots, x, lengths, self.clear_memories_on_sos_token_id)
 
         hidden, stored, new_xl_memories = self._read(hidden, snapshots, caches, add_knn_memory, lengths, xl_length)
         if x is not None and add_knn_memory:
-            self._clear(stored, x, self.clear_memories_on_eos_token_id)
+            self._clear(stored, x, lengths, self.clear_memories_on_eos_token_id)
 
         result = self.head(hidden, labels, return_embeddings)
         return (result, new_xl_memories) if self.num_xl_memory_layers else result
@@ -372,9 +373,14 @@ class MemorizingTransformer(Pretrained):
         return caches
 
     @staticmethod
-    def _clear(snapshots: list[MemorySnapshot], x: Tensor, token_id: int | None) -> list[MemorySnapshot]:
-        """Forgets the documents whose row of x contains the token; on the device."""
+    def _clear(
+        snapshots: list[MemorySnapshot], x: Tensor, lengths: Tensor | None, token_id: int | None
+    ) -> list[MemorySnapshot]:
+        """Forgets the documents whose row of x contains the token before its padding; on the device."""
         if token_id is None:
             return snapshots
-        mask = (x == token_id).any(dim=-1)
+        found = x == token_id
+        if lengths is not None:
+            found = found & (torch.arange(x.shape[1], device=x.device) < lengths[:, None])
+        mask = found.any(dim=-1)
         return [snapshot.clear_rows(mask) for snapshot in snapshots]
