@@ -56,6 +56,7 @@ class Attention(LocalContext):
         xl_memory: Tensor | LocalView | None = None,
         rel_pos_bias: Tensor | None = None,
         local_length: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attends.
 
@@ -65,9 +66,12 @@ class Attention(LocalContext):
                 and values itself.
             rel_pos_bias: by distance (H, distances), or dense (1 or B, H, at least N, at least L).
             local_length: (B,) int64, how many of the newest of the L local keys are this document's. Default: all.
+            lengths: (B,) int64, how many of the N tokens are real; padding at the tail is not cached. Default: all.
 
         Returns:
-            out (B, N, dim), and the new XL cache, None without one.
+            out (B, N, dim), and the new XL cache, None without one. Each row's cache ends with its newest real token;
+            of a row that said less than the cache holds, only so many are its document's: `local_length` of the next
+            segment, of N tokens, is N plus that number.
 
         Raises:
             ValueError, TypeError: a shape, dtype or device that does not fit; on the CPU also a count out of range.
@@ -75,10 +79,12 @@ class Attention(LocalContext):
         query, key, value = self.project(x)
         key, value = self.extend(key, value, xl_memory)
         check_count("local_length", local_length, x, key.shape[2])
+        check_count("lengths", lengths, x, x.shape[1])
         check_bias(rel_pos_bias, query, key.shape[2])
+        cached = self.cache(key, value, xl_memory, x.shape[1], lengths)
         bias = bias_arguments(rel_pos_bias, self.heads, query.shape[2], key.shape[2])
         if x.shape[1] == 1 and local_length is None and "bias_dense" in bias and not self.training:
-            return self.merge(self._attend_once(query, key, value, **bias)), self.cache(key, value, xl_memory)
+            return self.merge(self._attend_once(query, key, value, **bias)), cached
         out, _ = local_attention(
             query,
             key,
@@ -88,7 +94,7 @@ class Attention(LocalContext):
             local_length=local_length,
             **self.dropout_arguments(query),
         )
-        return self.merge(out), self.cache(key, value, xl_memory)
+        return self.merge(out), cached
 
     def _attend_once(self, query: Tensor, key: Tensor, value: Tensor, bias_dense: Tensor) -> Tensor:
         """One query a head, (B, H, 1, D), by PyTorch's attention: heads that share keys are queries of one head."""
@@ -182,13 +188,15 @@ class KNNAttention(LocalContext):
             add_knn_memory: False leaves the memory as it is.
             rel_pos_bias: by distance (H, distances), or dense (1 or B, H, at least N, at least L).
             local_length: (B,) int64, how many of the newest of the L local keys are this document's. Default: all.
-            lengths: (B,) int64, how many of the N tokens are real; padding at the tail is not stored. Default: all.
+            lengths: (B,) int64, how many of the N tokens are real; padding at the tail is neither cached nor stored.
+                Default: all.
             add_to: the memory to add to. Default: `knn_memory`.
             return_memory: also return the state of the memory after the segment.
             temperature: what `temperature()` gives, from callers that read token by token. Default: computed here.
 
         Returns:
-            out (B, N, dim), and the new XL cache, None without one.
+            out (B, N, dim), and the new XL cache, None without one; `Attention.forward` says what it holds of rows with
+            padding.
 
         Raises:
             ValueError, TypeError: a shape, dtype, device or memory that does not fit; on the CPU also a count out of
@@ -216,7 +224,7 @@ class KNNAttention(LocalContext):
         out = self.merge(out)
         if self.output_gate is not None:
             out = out * self.output_gate.tanh()
-        result = out, self.cache(key, value, xl_memory)
+        result = out, self.cache(key, value, xl_memory, x.shape[1], lengths)
         return (*result, target) if return_memory else result
 
     def temperature(self) -> Tensor:
@@ -299,9 +307,12 @@ class KNNAttention(LocalContext):
 def leaving_range(
     leaving: int, local_keys: int, length: int, local_length: Tensor | None, lengths: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Which of the `leaving` oldest local keys are real, [first, last) per document: not foreign, not padding."""
+    """Which of the `leaving` oldest local keys leave, [first, last) per document: not those of another document.
+
+    For each token of padding one more stays, because none of the padding is cached; last may lie before first.
+    """
     given = local_length if local_length is not None else lengths
     assert given is not None
     first = torch.zeros_like(given) if local_length is None else (local_keys - local_length).clamp(0, leaving)
-    end = torch.full_like(given, local_keys) if lengths is None else local_keys - length + lengths
-    return first, end.clamp(max=leaving)
+    last = torch.full_like(given, leaving) if lengths is None else leaving - (length - lengths)
+    return first, last

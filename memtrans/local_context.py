@@ -62,12 +62,25 @@ class LocalContext(nn.Module):
         cached_key, cached_value = cached.to(key.dtype).unbind(dim=-2)
         return torch.cat((cached_key, key), dim=-2), torch.cat((cached_value, value), dim=-2)
 
-    def cache(self, key: Tensor, value: Tensor, xl_memory: Tensor | LocalView | None) -> Tensor | None:
-        """The newest of the local keys and values, for the next segment: (B, X, 2, D), or (B, G, X, 2, D) if G > 1."""
+    def cache(
+        self,
+        key: Tensor,
+        value: Tensor,
+        xl_memory: Tensor | LocalView | None,
+        length: int,
+        lengths: Tensor | None,
+    ) -> Tensor | None:
+        """The newest of the local keys and values, for the next segment: (B, X, 2, D), or (B, G, X, 2, D) if G > 1.
+
+        length: N. lengths: (B,) int64, real tokens among them: each row's cache ends with its newest real token, so
+        that distances in the next segment are those of a text without padding.
+        """
         if self.xl_max_memories == 0 or isinstance(xl_memory, LocalView):
             return None
-        newest = torch.stack((key, value), dim=-2)[:, :, -self.xl_max_memories :].detach()
-        return newest if self.kv_heads > 1 else newest[:, 0]
+        padding = None if lengths is None else length - lengths
+        newest = (newest_of(tensor.detach(), self.xl_max_memories, padding) for tensor in (key, value))
+        cached = torch.stack(tuple(newest), dim=-2)
+        return cached if self.kv_heads > 1 else cached[:, 0]
 
     def dropout_arguments(self, query: Tensor) -> dict[str, Any]:
         """Of the kernel: nothing unless weights are dropped; the seed is drawn on the device."""
@@ -78,6 +91,20 @@ class LocalContext(nn.Module):
     def merge(self, out: Tensor) -> Tensor:
         """Heads (B, H, N, D) back to (B, N, dim)."""
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
+
+
+def newest_of(local: Tensor, most: int, padding: Tensor | None) -> Tensor:
+    """Of local keys or values (B, G, L, D) the newest, at most so many: (B, G, min(most, L), D).
+
+    padding: (B,) int64, how many of the last ones do not count; zeros lead where fewer are left.
+    """
+    local_keys = local.shape[2]
+    first = max(0, local_keys - most)
+    if padding is None:
+        return local[:, :, first:]
+    place = torch.arange(first, local_keys, device=local.device) - padding[:, None]
+    place = place[:, None, :, None].expand(-1, local.shape[1], -1, local.shape[3])
+    return local.gather(2, place.clamp(min=0)).masked_fill(place < 0, 0.0)
 
 
 def bias_arguments(rel_pos_bias: Tensor | None, heads: int, length: int, local_keys: int) -> dict[str, Any]:

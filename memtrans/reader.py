@@ -92,8 +92,7 @@ class DocumentReader:
         if not carried.xl_memories:
             return result, Carried([], xl_length)
         logits, caches = result
-        xl_length = (xl_length + tokens.shape[1]).clamp(max=self.xl_capacity)
-        return logits, Carried([cache.to(self.dtype).contiguous() for cache in caches], xl_length)
+        return logits, Carried([cache.to(self.dtype).contiguous() for cache in caches], caches.length)
 
     def carry(self, carried: Carried) -> None:
         """Takes what `forward` returned, once nothing needs the old caches for a backward pass any more."""

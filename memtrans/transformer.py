@@ -25,7 +25,6 @@ from memtrans.position import T5RelativePositionBias
 from memtrans.pretrained import Pretrained, configuration_of
 from memtrans.ring import MemorySnapshot
 from memtrans.validation import (
-    check_cache,
     check_count,
     check_finite,
     check_hidden,
@@ -37,6 +36,7 @@ from memtrans.validation import (
     sizes,
     whole_number,
 )
+from memtrans.xl_memories import XLMemories, caches_of, length_after, length_of, longest_of
 from memtrans_kernels import checks
 
 
@@ -214,16 +214,21 @@ class MemorizingTransformer(Pretrained):
 
         Args:
             x: token ids (B, N). knn_memories: one per memorizing layer, memories or snapshots of them.
-            xl_memories: one (B, X, 2, D) per caching layer, as the last call returned them.
+            xl_memories: one (B, X, 2, D), or (B, G, X, 2, D) if G > 1, per caching layer, as the last call returned
+                them.
             labels: (B, N); the mean loss over those that differ from pad_id is returned.
             add_knn_memory: False leaves the memories as they are.
             inputs_embeds: (B, N, dim) instead of x. return_embeddings: stop before the logits, after the last norm.
-            lengths: (B,) int64, how many tokens of each row are real; padding at the tail is not stored.
-            xl_length: (B,) int64, how many of the newest cached tokens belong to each row's document. Default: all.
+            lengths: (B,) int64, how many tokens of each row are real; padding at the tail is neither cached nor stored,
+                and start and end tokens there mean nothing. The row may go on in the next segment. Default: all.
+            xl_length: (B,) int64, how many of the newest cached tokens belong to each row's document. Default: what
+                `xl_memories` say, as long as they are the list that was returned; else all. Positions under `legacy`
+                leave out a whole cache, also for a row that fills less of it.
 
         Returns:
             logits (B, N, V), or the loss with `labels`, or embeddings (B, N, dim); paired with the new XL memories if
-            the model has any.
+            the model has any: a list, with `lengths` or `xl_length` one whose attribute `length` (B,) is the next
+            segment's `xl_length`.
 
         Raises:
             ValueError, IndexError: ids outside the vocabulary (checked on the CPU, or with `validate`), wrong numbers
@@ -235,15 +240,17 @@ class MemorizingTransformer(Pretrained):
         # whatever is refused is refused before the memory changes
         check_labels(labels, hidden, self.num_tokens, self.pad_id, self.validate)
         check_count("lengths", lengths, hidden, hidden.shape[1])
+        if xl_length is None:
+            xl_length = length_of(xl_memories)
         check_count("xl_length", xl_length, hidden)
-        caches = self._xl(xl_memories, hidden)
+        caches = caches_of(xl_memories, self.xl_memory_layers, hidden, self.kv_heads, self.dim_head)
         snapshots = self.snapshots(knn_memories, hidden)
         if x is not None and add_knn_memory:
-            snapshots = self._clear(snapshots, x, self.clear_memories_on_sos_token_id)
+            snapshots = self._clear(snapshots, x, lengths, self.clear_memories_on_sos_token_id)
 
         hidden, stored, new_xl_memories = self._read(hidden, snapshots, caches, add_knn_memory, lengths, xl_length)
         if x is not None and add_knn_memory:
-            self._clear(stored, x, self.clear_memories_on_eos_token_id)
+            self._clear(stored, x, lengths, self.clear_memories_on_eos_token_id)
 
         result = self.head(hidden, labels, return_embeddings)
         return (result, new_xl_memories) if self.num_xl_memory_layers else result
@@ -270,15 +277,19 @@ class MemorizingTransformer(Pretrained):
     ) -> tuple[Tensor, list[MemorySnapshot], list[Tensor]]:
         """Runs all layers: the result, the memories after it, the new XL caches."""
         length = hidden.shape[1]
-        free = max((xl.shape[-3] for xl in xl_memories if xl is not None), default=0) if self.legacy else 0
-        contexts: list[dict[str, Any]] = [{} for _ in self.layers]
+        free = longest_of(xl_memories) if self.legacy else 0
+        contexts: list[dict[str, Any]] = [{"lengths": lengths} for _ in self.layers]
         for place, number in enumerate(self.xl_memory_layers):
             cached = xl_memories[(place + self.shift_xl_memories_down) % self.num_xl_memory_layers]
             contexts[number - 1]["xl_memory"] = cached
             if cached is not None and xl_length is not None:
                 contexts[number - 1]["local_length"] = xl_length.clamp(max=cached.shape[-3]) + length
         bias = self.rel_pos_bias.table(free), self.knn_rel_pos_bias.table(free)
-        return self.run_layers(hidden, snapshots, contexts, bias, add_knn_memory=add_knn_memory, lengths=lengths)
+        hidden, stored, new = self.run_layers(hidden, snapshots, contexts, bias, add_knn_memory=add_knn_memory)
+        held = length_after(xl_memories, length, lengths, xl_length)
+        if held is not None and new:
+            new = XLMemories(new, held.clamp(max=new[0].shape[-3]))
+        return hidden, stored, new
 
     def run_layers(
         self,
@@ -291,7 +302,8 @@ class MemorizingTransformer(Pretrained):
         """Runs embeddings (B, N, dim) through all layers: for callers that keep the local context themselves.
 
         snapshots: of the memories. contexts: for each layer what its attention is given of the local context
-        (`xl_memory`, `local_length`). bias: of plain and of memorizing layers. of_memory_layers: given to these alone.
+        (`xl_memory`, `local_length`) and of padding (`lengths`). bias: of plain and of memorizing layers.
+        of_memory_layers: given to these alone.
 
         Returns the result, the memories after it and the new XL caches.
         """
@@ -356,25 +368,15 @@ class MemorizingTransformer(Pretrained):
             for place, memory in enumerate(memories)
         ]
 
-    def _xl(self, xl_memories: Sequence[Tensor | None] | None, hidden: Tensor) -> list[Tensor | None]:
-        """The XL caches given, or none for each caching layer."""
-        caches: list[Tensor | None] = [None] * self.num_xl_memory_layers
-        if xl_memories is not None:
-            caches = list(xl_memories)
-        if len(caches) != self.num_xl_memory_layers:
-            raise ValueError(
-                f"xl_memories must hold one cache for each of the layers {self.xl_memory_layers}, got {len(caches)}"
-            )
-        for place, cache in enumerate(caches):
-            if cache is not None:
-                name = f"xl_memories[{place}]"
-                check_cache(name, cache, hidden.shape[0], self.kv_heads, self.dim_head, hidden.device)
-        return caches
-
     @staticmethod
-    def _clear(snapshots: list[MemorySnapshot], x: Tensor, token_id: int | None) -> list[MemorySnapshot]:
-        """Forgets the documents whose row of x contains the token; on the device."""
+    def _clear(
+        snapshots: list[MemorySnapshot], x: Tensor, lengths: Tensor | None, token_id: int | None
+    ) -> list[MemorySnapshot]:
+        """Forgets the documents whose row of x contains the token before its padding; on the device."""
         if token_id is None:
             return snapshots
-        mask = (x == token_id).any(dim=-1)
+        found = x == token_id
+        if lengths is not None:
+            found = found & (torch.arange(x.shape[1], device=x.device) < lengths[:, None])
+        mask = found.any(dim=-1)
         return [snapshot.clear_rows(mask) for snapshot in snapshots]

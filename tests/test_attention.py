@@ -36,32 +36,32 @@ def test_the_memory_receives_the_normalised_keys_that_leave_the_cache():
 @pytest.mark.parametrize("cached", [0, 2, 4, 9])
 @pytest.mark.parametrize("valid", [0, 1, 4])
 @pytest.mark.parametrize("real", [0, 1, 5, 6])
-def test_only_real_tokens_of_this_document_leave_for_the_memory(cached, valid, real):
-    """Written as a list of tokens: foreign ones lead the cache, padding ends the segment."""
+def test_the_oldest_real_tokens_of_this_document_leave_for_the_memory(cached, valid, real):
+    """Written as a list of tokens: foreign ones lead the cache, padding ends the segment; the newest real ones stay."""
     valid = min(valid, cached)
-    tokens = ["foreign"] * (cached - valid) + [f"cached {i}" for i in range(valid)]
-    tokens += [f"real {i}" for i in range(real)] + ["padding"] * (LENGTH - real)
+    mine = [f"cached {i}" for i in range(valid)] + [f"real {i}" for i in range(real)]
+    tokens = ["foreign"] * (cached - valid) + mine + ["padding"] * (LENGTH - real)
     for room in (0, 3, 9):
         leaving = max(0, len(tokens) - room)
-        expected = [token for token in tokens[:leaving] if token not in ("foreign", "padding")]
         first, last = leaving_range(leaving, len(tokens), LENGTH, torch.tensor([valid + LENGTH]), torch.tensor([real]))
-        assert tokens[:leaving][int(first) : max(int(first), int(last))] == expected
+        assert tokens[:leaving][int(first) : max(int(first), int(last))] == mine[: max(0, len(mine) - room)]
 
 
-def test_padding_and_foreign_entries_are_not_stored():
+def test_padding_and_foreign_entries_are_not_stored_and_padding_takes_no_room_in_the_cache():
     attention = layer(xl_max_memories=4)
-    memory = KNNMemory(WIDTH, 50, 3)
-    x, cache = torch.randn(3, LENGTH, DIM), torch.randn(3, 4, 2, WIDTH)
+    memory = KNNMemory(WIDTH, 50, 4)
+    x, cache = torch.randn(4, LENGTH, DIM), torch.randn(4, 4, 2, WIDTH)
     attention(
         x,
         knn_memory=memory,
         xl_memory=cache,
-        local_length=torch.tensor([LENGTH, LENGTH + 1, LENGTH + 4]),
-        lengths=torch.tensor([1, LENGTH, LENGTH]),
+        local_length=torch.tensor([LENGTH, LENGTH + 1, LENGTH + 4, LENGTH + 4]),
+        lengths=torch.tensor([1, LENGTH, LENGTH, 1]),
     )
-    assert memory.lengths.tolist() == [1, 3, 6]  # of each row, what is real among the 6 oldest of 10 local keys
+    assert memory.lengths.tolist() == [0, 3, 6, 1]  # of each row, its real tokens but for the 4 that stay
     stored = memory.state_dict()["keys"]
     assert_close(stored[1, -3:][:1], cache[1, 3:, 0], SAME_GRAPH)
+    assert_close(stored[3, -1:], cache[3, :1, 0], SAME_GRAPH)
 
 
 def test_a_read_only_call_changes_nothing():

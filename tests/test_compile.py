@@ -83,6 +83,23 @@ def test_one_graph_equals_eager(configuration):
     assert_same_reading(model, torch.compile(model, fullgraph=True, backend="aot_eager"), 5 * SEGMENT)
 
 
+def test_one_graph_reads_rows_with_padding_in_the_middle_of_their_documents():
+    """What the XL memories say of themselves comes out of the graph and goes into the next one."""
+    options = CONFIGURATIONS["memory, cache, shifts, start tokens"]
+    model = MemorizingTransformer(**SMALL, **options, max_knn_memories=CAPACITY).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    memories = [model.create_knn_memories(batch_size=BATCH) for _ in range(2)]
+    left = right = None
+    for segment, lengths in enumerate(torch.tensor([[5, SEGMENT], [SEGMENT, 0], [3, 4], [SEGMENT, SEGMENT]])):
+        here = tokens()[:, segment * SEGMENT : (segment + 1) * SEGMENT]
+        expected, left = model(here, memories[0], left, lengths=lengths)
+        actual, right = compiled(here, memories[1], right, lengths=lengths)
+        assert_close(actual, expected, SAME_GRAPH)
+        assert torch.equal(right.length, left.length)
+    for eager, graph in zip(*memories, strict=True):
+        assert torch.equal(graph.lengths, eager.lengths)
+
+
 def test_one_graph_serves_memories_of_every_size():
     """From the second size on the compiler takes sizes as symbols."""
     model = MemorizingTransformer(**SMALL, memorizing_layers=(2,), max_knn_memories=CAPACITY)

@@ -61,6 +61,39 @@ def test_local_length_hides_what_another_document_left_in_the_cache(kind):
 
 
 @pytest.mark.parametrize("kind", [Attention, KNNAttention])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("room", [3, 8, 20])
+def test_each_rows_cache_ends_with_its_newest_real_token(kind, kv_heads, room):
+    """As it would without its padding, behind zeros where that cache is shorter."""
+    torch.manual_seed(0)
+    attention = kind(dim=DIM, heads=HEADS, dim_head=WIDTH, xl_max_memories=room, kv_heads=kv_heads)
+    lengths, groups = [0, 2, LENGTH], () if kv_heads == 1 else (kv_heads,)
+    x, cache = torch.randn(3, LENGTH, DIM), torch.randn(3, *groups, 4, 2, WIDTH)
+
+    def next_cache(rows: slice, **options):
+        memory = KNNMemory(WIDTH, 20, len(cache[rows]), kv_heads=kv_heads)
+        extra = {"knn_memory": memory} if kind is KNNAttention else {}
+        return attention(x[rows, : options.pop("real", LENGTH)], xl_memory=cache[rows], **extra, **options)[1]
+
+    padded = next_cache(slice(None), lengths=torch.tensor(lengths))
+    for row, real in enumerate(lengths):
+        expected = next_cache(slice(row, row + 1), real=real)[0] if real else cache[row][..., -room:, :, :]
+        size = expected.shape[-3]
+        assert_close(padded[row][..., -size:, :, :], expected, SAME_GRAPH)
+        assert not padded[row][..., :-size, :, :].any()
+
+
+@pytest.mark.parametrize("kind", [Attention, KNNAttention])
+def test_lengths_of_another_kind_or_beyond_the_segment_are_refused(kind):
+    attention = kind(dim=DIM, heads=HEADS, dim_head=WIDTH, xl_max_memories=1)
+    extra = {"knn_memory": KNNMemory(WIDTH, 9)} if kind is KNNAttention else {}
+    with pytest.raises(ValueError, match=r"lengths must be in \[0, 2\], got \[3\]"):
+        attention(torch.randn(1, 2, DIM), lengths=torch.tensor([3]), **extra)
+    with pytest.raises(TypeError, match=r"lengths must be torch\.int64, got torch\.float32"):
+        attention(torch.randn(1, 2, DIM), lengths=torch.ones(1), **extra)
+
+
+@pytest.mark.parametrize("kind", [Attention, KNNAttention])
 @pytest.mark.parametrize(
     ("bias", "error", "message"),
     [

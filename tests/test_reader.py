@@ -75,6 +75,37 @@ def test_padding_is_not_stored():
     assert reader.memories[0].lengths.tolist() == [4, 16]
 
 
+def test_padding_is_not_cached():
+    torch.manual_seed(0)
+    reader = DocumentReader(build_model(VARIANTS["xl"]), 2)
+    stream = DocumentStream(InOrder([Document.of("short", b"abcde"), Document.of("long", b"x" * 30)]), 2, 8)
+    reader.read(stream.next())
+    assert reader.carried.xl_length.tolist() == [4, 6]
+    assert reader.memories[0].lengths.tolist() == [0, 2], "of 4 tokens none leaves a cache of 6"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_document_reads_the_same_in_segments_that_end_early(variant):
+    """Segments of 8 that hold 3 to 8 tokens, next to a row in whole segments, against unpadded segments."""
+    torch.manual_seed(0)
+    model = build_model(VARIANTS[variant])
+    tokens = torch.randint(0, 256, (2, 32), generator=torch.Generator().manual_seed(1))
+    together, alone = DocumentReader(model, 2), DocumentReader(model, 1)
+    begin, carried = 0, alone.carried
+    with torch.no_grad():
+        for number, real in enumerate((5, 8, 3, 7)):
+            padded = torch.full((2, 8), number)
+            padded[0, :real] = tokens[0, begin : begin + real]
+            padded[1] = tokens[1, 8 * number : 8 * number + 8]
+            lengths, fresh = torch.tensor([real, 8]), torch.full((2,), number == 0)
+            logits, left = together.forward(padded, lengths, fresh, together.carried)
+            together.carry(left)
+            expected, carried = alone.forward(padded[:1, :real], lengths[:1], fresh[:1], carried)
+            torch.testing.assert_close(logits[0, :real], expected[0])
+            begin += real
+    assert [memory.lengths[0] for memory in together.memories] == [memory.lengths[0] for memory in alone.memories]
+
+
 def test_a_memory_that_is_kept_holds_what_the_rows_earlier_documents_said():
     torch.manual_seed(0)
     model = build_model(VARIANTS["xl"])

@@ -92,6 +92,20 @@ def test_a_start_token_clears_its_row_before_the_search_and_an_end_token_after_t
     assert memories[0].lengths.tolist() == [2 * LENGTH, 0]
 
 
+@pytest.mark.parametrize("which", ["sos", "eos"])
+def test_padding_that_looks_like_a_start_or_end_token_clears_nothing(which):
+    """As with tokenizers whose padding is the end token."""
+    model = build(**{f"clear_memories_on_{which}_token_id": 0})
+    memories = model.create_knn_memories(batch_size=BATCH)
+    first, second = segments(2)
+    second[1, 5:] = 0
+    model(first, memories)
+    model(second, memories, lengths=torch.tensor([LENGTH, 5]))
+    assert memories[0].lengths.tolist() == [2 * LENGTH, LENGTH + 5]
+    model(second, memories, lengths=torch.tensor([LENGTH, 6]))  # the first of them is a token
+    assert memories[0].lengths.tolist() == [3 * LENGTH, 6 if which == "sos" else 0]
+
+
 def test_one_pass_over_a_document_in_scopes_equals_the_whole_batch():
     model = build().eval()
     whole, scoped = (model.create_knn_memories(batch_size=BATCH) for _ in range(2))
