@@ -6,23 +6,35 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
-from scripts import BENCHMARKS, benchmark_script
+from scripts import BENCHMARKS, Ended, benchmark_script, beside_each_other, selected
 
 LABELS = {"op", "impl", "case", "mode", "dtype", "gpu", "torch", "triton", "commit"}
 
 
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("results")
+
+
+@pytest.fixture(scope="module")
+def runs(request: pytest.FixtureRequest, results: Path) -> Iterator[dict[str, Future[Ended]]]:
+    toy = {"MEMTRANS_BENCH_TOY": "1", "CUDA_VISIBLE_DEVICES": ""}
+    yield from beside_each_other(
+        selected(request),
+        lambda module: ([str(BENCHMARKS / module)], {**toy, "MEMTRANS_BENCH_RESULTS": str(results / module)}),
+    )
+
+
 @pytest.mark.parametrize("module", sorted(path.name for path in BENCHMARKS.glob("bench_*.py")))
-def test_a_benchmark_runs_and_writes_its_entries(module: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(BENCHMARKS / module)]
-    environment = {
-        **os.environ, "MEMTRANS_BENCH_TOY": "1", "MEMTRANS_BENCH_RESULTS": str(tmp_path), "CUDA_VISIBLE_DEVICES": "",
-    }  # fmt: skip
-    done = subprocess.run(command, env=environment, cwd=BENCHMARKS.parent, capture_output=True, text=True, check=False)
+def test_a_benchmark_runs_and_writes_its_entries(module: str, runs: dict[str, Future[Ended]], results: Path) -> None:
+    done = runs[module].result()
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    entries = [entry for path in (tmp_path / "cpu").glob("*.json") for entry in json.loads(path.read_text())]
+    entries = [entry for path in (results / module / "cpu").glob("*.json") for entry in json.loads(path.read_text())]
     assert entries
     for entry in entries:
         assert set(entry) >= LABELS
