@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
-from scripts import Ended, beside_each_other, selected
+from separate import Ended, beside_each_other, selected
 
 TESTS = Path(__file__).parent
 MODULES = [  # those that take longest first
