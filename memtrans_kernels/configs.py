@@ -49,8 +49,7 @@ class AttentionLaunch(NamedTuple):
 def attention_forward(itemsize: int, width: int, length: int, local_keys: int, neighbours: int) -> AttentionLaunch:
     """Measured on an H200, bf16, B=16 H=8 K=32, memory 64k; milliseconds. D 64, N 512: 0.133 against 0.165 with 64 keys
     and 0.143 with 32 queries of 64 keys. D 128: 0.248 against 0.352 with 64 queries of 32 keys. On an H100, without
-    neighbours, D 128: 0.077 against 0.111 with 32 queries. N 1: L 512 0.0085 against 0.0095 with 64 keys; L 1024 0.0123
-    against 0.0126 with 256 keys."""
+    neighbours, D 128: 0.077 against 0.111 with 32 queries."""
     if itemsize > 2:
         return AttentionLaunch(queries=16 if length <= 16 else 32, keys=32, warps=4, stages=1)
     if length <= 16 and local_keys <= 64:
@@ -60,6 +59,31 @@ def attention_forward(itemsize: int, width: int, length: int, local_keys: int, n
     if width <= 64:
         return AttentionLaunch(queries=64, keys=32, warps=4, stages=2, unroll=2)
     return AttentionLaunch(queries=32 if neighbours else 64, keys=64, warps=4, stages=2, unroll=4)
+
+
+class OneQueryLaunch(NamedTuple):
+    """Local keys of a tile and of one part, warps, tiles in flight."""
+
+    keys: int
+    of_part: int
+    warps: int
+    stages: int
+
+
+MOST_PARTS = 16  # of the local keys of one query: merging reads them all
+
+
+def attention_one_query(itemsize: int, local_keys: int) -> OneQueryLaunch:
+    """A tile a part, unless that makes too many parts.
+
+    H100, bf16, H=8 D=64 K=32, microseconds, with 64 keys, 128, and 32 of 2 warps; in brackets one program a head. B 16,
+    L 1024: 6.3, 5.9 and 6.1 (12.4); a token of sixteen documents 629.0, 630.5 and 629.1. B 16, L 512: 5.3, 5.6 and 5.2
+    (8.0). B 1, L 1024: 4.6, 4.7 and 5.0 (11.8); L 64: 4.0, 4.2 and 4.0 (4.2).
+    """
+    keys = 32 if itemsize > 2 else 64
+    tiles = -(-local_keys // keys)
+    of_part = keys * max(1, -(-tiles // MOST_PARTS))
+    return OneQueryLaunch(keys, of_part, warps=4, stages=1 if itemsize > 2 else 2)
 
 
 def attention_query_gradient(itemsize: int, width: int, length: int, neighbours: int) -> AttentionLaunch:

@@ -7,8 +7,8 @@
     -> out (B, H, N, D), lse (B, H, N)
 
 A program owns a block of queries of one head: it gathers their neighbours' values, a row at a time as these are read
-once, and then walks over the local keys. A single query's values are gathered at once: a row at a time would leave most
-threads idle. Neither logits nor gathered values are written anywhere.
+once, and then walks over the local keys. Neither logits nor gathered values are written anywhere. One query a head has
+kernels of its own: see `attention_one_query`.
 
 Source: Wu et al. 2022, section 3.1. Limits: D and K at most 128; fp16, bf16 and fp32. Precision: matrix products take
 the query's dtype (local keys and values are cast to it, so are the local weights; fp32 is not rounded to tf32) and
@@ -23,14 +23,13 @@ import triton.language as tl
 from torch import Tensor
 
 from memtrans_kernels import configs
+from memtrans_kernels.attention_one_query import Local, Retrieved, attend_once
+from memtrans_kernels.attention_softmax import attend_to_local, attend_to_neighbours, retrieved_softmax
 from memtrans_kernels.attention_tiles import (
     LN2,
     LOG2E,
     dropout_constants,
-    gather_rows,
-    kept,
     load_rows,
-    local_logits,
     oldest_key,
     packed,
     rows_of,
@@ -39,91 +38,12 @@ from memtrans_kernels.attention_tiles import (
 
 
 @triton.jit
-def retrieved_softmax(
-    scores, slots, at, inside, scale, offset, NEIGHBOURS: tl.constexpr, BLOCK_NEIGHBOURS: tl.constexpr
-):
-    """Peak and denominator of the retrieved logits of queries `at`; -inf and 0 where there are none."""
-    k = tl.arange(0, BLOCK_NEIGHBOURS)
-    entry = at[:, None] * NEIGHBOURS + k[None, :]
-    slot = tl.load(slots + entry, mask=inside[:, None] & (k < NEIGHBOURS)[None, :], other=-1)
-    score = tl.load(scores + entry, mask=slot >= 0, other=0.0)
-    logits = tl.where(slot >= 0, score * scale + offset, float("-inf"))  # (BLOCK, K)
-    peak = tl.max(logits, axis=1)
-    total = tl.sum(tl.exp2(logits - tl.where(peak == float("-inf"), 0.0, peak)[:, None]), axis=1)
-    return peak, total
-
-
-@triton.jit
-def attend_to_neighbours(
-    acc, values, scores, slots, at, inside, scale, offset, peak, stride, seed, b, h, n,
-    NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, UNROLL: tl.constexpr,
-    THRESHOLD: tl.constexpr,
-):  # fmt: skip
-    """Adds the weighted values of the neighbours, one of each query at a time."""
-    peak = tl.where(peak == float("-inf"), 0.0, peak)
-    for k in tl.range(0, NEIGHBOURS, num_stages=1, loop_unroll_factor=UNROLL):
-        slot = tl.load(slots + at * NEIGHBOURS + k, mask=inside, other=-1)
-        score = tl.load(scores + at * NEIGHBOURS + k, mask=inside, other=0.0)  # beside the slot, not after it
-        weight = tl.where(slot >= 0, tl.exp2(score * scale + offset - peak), 0.0)
-        if THRESHOLD > 0:
-            weight = tl.where(kept(seed, b, h, n, k + n * 0, THRESHOLD), weight, 0.0)
-        acc += weight[:, None] * gather_rows(values, slot, stride, WIDTH, BLOCK_WIDTH)
-    return acc
-
-
-@triton.jit
-def attend_to_neighbours_of_one(
-    acc, values, scores, slots, first, scale, offset, peak, stride, seed, b, h,
-    NEIGHBOURS: tl.constexpr, BLOCK_NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-    THRESHOLD: tl.constexpr,
-):  # fmt: skip
-    """The same for a block of one query, whose neighbours start at `first`: all their values are gathered at once."""
-    k = tl.arange(0, BLOCK_NEIGHBOURS)
-    slot = tl.load(slots + first + k, mask=k < NEIGHBOURS, other=-1)
-    score = tl.load(scores + first + k, mask=k < NEIGHBOURS, other=0.0)
-    highest = tl.max(peak, axis=0)
-    highest = tl.where(highest == float("-inf"), 0.0, highest)
-    weight = tl.where(slot >= 0, tl.exp2(score * scale + offset - highest), 0.0)
-    if THRESHOLD > 0:
-        weight = tl.where(kept(seed, b, h, k * 0, k, THRESHOLD), weight, 0.0)
-    gathered = gather_rows(values, slot, stride, WIDTH, BLOCK_WIDTH)
-    return acc + tl.sum(weight[:, None] * gathered, axis=0)[None, :]
-
-
-@triton.jit
-def attend_to_local(
-    acc, peak, total, q, key, value, key_stride, value_stride, first, last, n, scale, table, dense, dense_strides,
-    oldest, sizes, seed, b, h, NEAR: tl.constexpr, BOUND: tl.constexpr, NEIGHBOURS: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_KEYS: tl.constexpr, THRESHOLD: tl.constexpr,
-):  # fmt: skip
-    """Adds the local keys [first, last) to a running softmax."""
-    for start in tl.range(first, last, BLOCK_KEYS):
-        j = start + tl.arange(0, BLOCK_KEYS)
-        k = load_rows(key, j, sizes[1], key_stride, WIDTH, BLOCK_WIDTH).to(q.dtype)
-        dot = tl.dot(q, tl.trans(k), input_precision="ieee")
-        logits = local_logits(
-            dot, n[:, None], j[None, :], scale, table, dense, dense_strides, oldest, sizes, NEAR, BOUND
-        )  # (BLOCK_QUERIES, BLOCK_KEYS)
-        higher = tl.maximum(peak, tl.max(logits, axis=1))
-        finite = tl.where(higher == float("-inf"), 0.0, higher)
-        weights = tl.exp2(logits - finite[:, None])
-        shrink = tl.exp2(peak - finite)
-        total = total * shrink + tl.sum(weights, axis=1)
-        if THRESHOLD > 0:
-            weights = tl.where(kept(seed, b, h, n[:, None], (NEIGHBOURS + j)[None, :], THRESHOLD), weights, 0.0)
-        v = load_rows(value, j, sizes[1], value_stride, WIDTH, BLOCK_WIDTH).to(q.dtype)
-        acc = tl.dot(weights.to(q.dtype), v, acc * shrink[:, None], input_precision="ieee")
-        peak = higher
-    return acc, peak, total
-
-
-@triton.jit
 def memory_attention_kernel(
     query, key, value, memory_values, rows, scores, slots, scale, bias_table, bias_dense, memory_offset, local_length,
     seed, out, lse, heads, groups, length, local_keys, distances,
     query_strides, key_strides, value_strides, memory_strides, dense_strides,
     NEIGHBOURS: tl.constexpr, BLOCK_NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, UNROLL: tl.constexpr, ONE_QUERY: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, UNROLL: tl.constexpr,
     THRESHOLD: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     program, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(length, BLOCK_QUERIES)
@@ -143,16 +63,10 @@ def memory_attention_kernel(
         offset = 0.0 if memory_offset is None else tl.load(memory_offset + h).to(tl.float32) * LOG2E
         ring = memory_values + tl.load(rows + b * groups + g) * memory_strides[0]
         peak, total = retrieved_softmax(scores, slots, at, inside, factor, offset, NEIGHBOURS, BLOCK_NEIGHBOURS)
-        if ONE_QUERY:
-            acc = attend_to_neighbours_of_one(
-                acc, ring, scores, slots, bh * NEIGHBOURS, factor, offset, peak, memory_strides[1], draw, b, h,
-                NEIGHBOURS, BLOCK_NEIGHBOURS, WIDTH, BLOCK_WIDTH, THRESHOLD,
-            )  # fmt: skip
-        else:
-            acc = attend_to_neighbours(
-                acc, ring, scores, slots, at, inside, factor, offset, peak, memory_strides[1], draw, b, h, n,
-                NEIGHBOURS, WIDTH, BLOCK_WIDTH, UNROLL, THRESHOLD,
-            )  # fmt: skip
+        acc = attend_to_neighbours(
+            acc, ring, scores, slots, at, inside, factor, offset, peak, memory_strides[1], draw, b, h, n,
+            NEIGHBOURS, WIDTH, BLOCK_WIDTH, UNROLL, THRESHOLD,
+        )  # fmt: skip
 
     q = load_rows(
         query + b * query_strides[0] + h * query_strides[1], n, length, query_strides[2], WIDTH, BLOCK_WIDTH
@@ -204,12 +118,18 @@ def memory_attention(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One program per document, head and block of queries."""
+    """One program per document, head and block of queries; of one query, unless weights are dropped, several."""
     batch, heads, length, width = query.shape
     groups, local_keys, neighbours = key.shape[1], key.shape[2], slots.shape[3]
     query, key, value, memory_values = (rows_of(tensor) for tensor in (query, key, value, memory_values))
     out = query.new_empty(batch, heads, length, width)
     lse = query.new_empty(batch, heads, length, dtype=torch.float32)
+    if length == 1 and dropout_p == 0.0:
+        found = rows.contiguous(), scores.contiguous(), slots.contiguous()
+        retrieved = Retrieved(memory_values, *found, packed(memory_offset))
+        local = Local(key, value, packed(bias_table), bias_dense, packed(local_length))
+        attend_once(query, scale.contiguous(), retrieved, local, out, lse)
+        return out, lse
     launch = configs.attention_forward(query.dtype.itemsize, width, length, local_keys, neighbours)
     programs = batch * heads * triton.cdiv(length, launch.queries)
     if programs:
@@ -227,7 +147,6 @@ def memory_attention(
             BLOCK_QUERIES=launch.queries,
             BLOCK_KEYS=launch.keys,
             UNROLL=launch.unroll,
-            ONE_QUERY=length == 1,
             num_warps=launch.warps,
             num_stages=launch.stages,
             **dropout_constants(dropout_p),

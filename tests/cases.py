@@ -102,6 +102,13 @@ SHAPES = {
     "nothing": Shape(local=0, neighbours=0),
     "decoding with a cache": Shape(length=1, local=67, heads=4, width=128, distances=30, offset=True),
     "decoding without": Shape(length=1, local=1, neighbours=20, width=7),
+    "decoding, many parts": Shape(
+        batch=1, heads=6, groups=2, length=1, local=530, dense=1, local_length=True, offset=True
+    ),
+    "decoding, many heads, no neighbours": Shape(batch=1, heads=17, length=1, local=40, neighbours=0, distances=30),
+    "decoding, no local keys": Shape(heads=4, groups=2, length=1, local=0, neighbours=9),
+    "decoding, nothing": Shape(length=1, local=0, neighbours=0),
+    "decoding, dropout": Shape(length=1, local=20, distances=30, dropout_p=0.3),
     "most neighbours, all heads apart": Shape(batch=1, groups=2, neighbours=128, width=128, distances=3),
 }
 

@@ -145,14 +145,23 @@ def test_huge_tiny_and_zero_keys(dtype: torch.dtype, scale: float, length: int) 
     check([(0, keys), (0, signed_zeros)], 1000, 20, length=length)
 
 
+@pytest.mark.parametrize("length", [1, 150])
 @pytest.mark.parametrize("order", ["ascending", "descending", "topics"])
-def test_keys_that_get_better_all_the_time_or_cluster_in_time(order: str) -> None:
+def test_keys_that_get_better_all_the_time_or_cluster_in_time(order: str, length: int) -> None:
     """What a threshold from a sample is worst at."""
     direction = torch.nn.functional.normalize(torch.randn(64, generator=seeded(7)), dim=0)
     noise = 0.1 * torch.randn(20000, 64, generator=seeded(8))
     rank = torch.linspace(-5, 5, 20000)
     rank = {"ascending": rank, "descending": -rank, "topics": 5 * (torch.arange(20000) // 500 % 7 == 3)}[order]
-    check([(0, (rank[:, None] * direction + noise).half())], 20000, 32, length=150)
+    check([(0, (rank[:, None] * direction + noise).half())], 20000, 32, length=length)
+
+
+@pytest.mark.parametrize("k", [32, 128])
+@pytest.mark.parametrize("count", [6000, 20000])  # one block a query, or two
+def test_single_queries_among_neighbours_that_are_alike(count: int, k: int) -> None:
+    """Nearly all of the 16 slots of each group that holds a neighbour reach the bound, more than are ranked at once."""
+    runs = keys_of(count // 40, 64, torch.float32).repeat_interleave(40, dim=0)
+    check([(0, (runs + 0.01 * torch.randn(count, 64, generator=seeded(8))).half())], count, k, heads=3)
 
 
 def test_a_query_that_is_not_a_number_finds_nothing_and_leaves_the_others_alone() -> None:

@@ -13,17 +13,26 @@ constexpr int kSelectThreads = 512;  // of few_select
 constexpr int kSelectWarps = kSelectThreads / 32;
 constexpr int kSmallestSelection = 8192;  // slots that are worth a block of few_select
 constexpr int kHeldMaxima = 8;  // of a thread, in registers: those of 65,536 slots are read once, what is more twice
-constexpr int kBoundGroups = 256;  // maxima that few_select takes its bound from
+constexpr int kBoundSlack = 8;  // values beyond K that may reach a bound: half of the steps to find it, and a tenth more groups
 constexpr int kListedGroups = 1024;  // groups that it lists at a time
-constexpr int kScoredGroups = 48;  // of those, groups whose slots it scores at a time
+constexpr int kScoredGroups = 192;  // of those, groups whose slots it scores at a time: all of them, but for ties
+constexpr int kRankedEntries = WarpTopK::kCapacity;  // entries that are worth ranking by comparing all pairs
+
+struct Extremes {
+  uint32_t smallest, largest;
+};
 
 struct SelectShared {
-  uint64_t buffer[WarpTopK::kCapacity];
+  uint64_t buffer[kRankedEntries];
   uint64_t reaching[kScoredGroups * kFewGroup];  // entries of the slots that reach the bound, `scored` of them
-  alignas(16) uint32_t bests[kBoundGroups];
-  uint32_t bound;
   int listed[kListedGroups];  // groups that reach the bound, `found` of them
-  int found, scored;
+  int found, scored, kept;
+  Extremes of_maxima, of_scores;
+
+  __device__ void reset() {
+    found = scored = kept = 0;
+    of_maxima = of_scores = {0xFFFFFFFFu, 0};
+  }
 };
 
 // The maxima of one query's groups [begin, end), each for one thread of the block to visit.
@@ -61,44 +70,32 @@ struct GroupMaxima {
   }
 };
 
-// A warp's part of finding the k-th largest of all values: the smallest of its own, two threads a value, that fewer than k
-// of all exceed. The smallest of what all warps return is the k-th largest.
-__device__ inline uint32_t kth_largest_bound(const uint32_t (&values)[kBoundGroups], int k) {
-  static_assert(kSelectThreads == 2 * kBoundGroups, "two threads a value");
-  const uint32_t mine = values[threadIdx.x / 2];
-  int above = 0;
-#pragma unroll 8
-  for (int i = threadIdx.x % 2; i < kBoundGroups / 4; i += 2) {
-    const uint4 four = reinterpret_cast<const uint4*>(values)[i];
-    above += (four.x > mine) + (four.y > mine) + (four.z > mine) + (four.w > mine);
+// A value that k of the block's threads' values reach and few more, but for ties; 0, which stands for no value, if fewer do.
+__device__ inline uint32_t reached_by_block(uint32_t mine, int k, Extremes& extremes) {
+  const uint32_t smallest = __reduce_min_sync(kAllLanes, mine ? mine : 0xFFFFFFFFu), largest = __reduce_max_sync(kAllLanes, mine);
+  if (threadIdx.x % 32 == 0) {
+    atomicMin(&extremes.smallest, smallest);
+    atomicMax(&extremes.largest, largest);
   }
-  above += __shfl_xor_sync(kAllLanes, above, 1);
-  return __reduce_min_sync(kAllLanes, above < k ? mine : 0xFFFFFFFFu);
+  const int present = __syncthreads_count(mine != 0);
+  if (present < k) return 0;
+  return reached_by(k, kBoundSlack, extremes.smallest, extremes.largest, present,
+                    [&](uint32_t value) { return __syncthreads_count(mine >= value); });
 }
 
-// What K of the groups' slots reach: the K-th largest of kBoundGroups maxima, each of some groups.
+// What K of the groups' slots reach, and few more: of the threads' groups' largest maxima, each of some groups.
 __device__ inline float lower_bound(const GroupMaxima& groups, int k, SelectShared& shared) {
-  if (threadIdx.x < kBoundGroups) shared.bests[threadIdx.x] = 0;
-  if (threadIdx.x == 0) shared.bound = 0xFFFFFFFFu;
-  __syncthreads();
   float largest = -INFINITY;
   groups.visit_all([&](float score, int) {
     if (score < INFINITY) largest = fmaxf(largest, score);  // an infinite one may belong to a key that does not count
   });
-  if (largest > -INFINITY) atomicMax(&shared.bests[threadIdx.x % kBoundGroups], sortable(largest));
-  __syncthreads();
-  const uint32_t of_warp = kth_largest_bound(shared.bests, k);
-  if (threadIdx.x % 32 == 0) atomicMin(&shared.bound, of_warp);
-  __syncthreads();
-  return shared.bound == 0 ? kLowest : unsortable(shared.bound);  // 0: of fewer than K groups
+  const uint32_t bound = reached_by_block(largest > -INFINITY ? sortable(largest) : 0, k, shared.of_maxima);
+  return bound == 0 ? kLowest : unsortable(bound);
 }
 
 // Lists the visited groups that reach the bound, in no particular order, and returns how many there are: maybe more than fit.
 template <typename VisitGroups>
 __device__ inline int list_reaching(float bound, SelectShared& shared, VisitGroups visit_groups) {
-  __syncthreads();
-  if (threadIdx.x == 0) shared.found = 0;
-  __syncthreads();
   visit_groups([&](float score, int group) {
     if (!(score >= bound)) return;
     const int place = atomicAdd(&shared.found, 1);
@@ -148,7 +145,7 @@ struct GroupScorer {
     }
   }
 
-  // The first warp keeps the best of all listed groups' slots.
+  // The first warp keeps the best of the listed groups [0, count), however many slots reach the bound.
   __device__ void take_listed(int count, WarpTopK& best) const {
     for (int first = 0; first < count; first += kScoredGroups) {
       if (threadIdx.x == 0) shared.scored = 0;
@@ -162,56 +159,118 @@ struct GroupScorer {
   }
 };
 
-// Writes the k best of a warp's entries as the result of a query.
-__device__ inline void write_neighbours(WarpTopK& best, const FewArguments& arguments, int64_t query, const Window& window) {
-  float* const scores = arguments.scores + query * arguments.k;
-  int32_t* const slots = arguments.slots + query * arguments.k;
-  best.finish([&](int rank, uint64_t entry) {
-    scores[rank] = entry_score(entry);
-    slots[rank] = window.slot(entry_age(entry));
-  });
-  for (int rank = best.count + threadIdx.x % 32; rank < arguments.k; rank += 32) {
-    scores[rank] = -INFINITY;
-    slots[rank] = -1;
+// Where the neighbours of a query go, or the entries of one part of its groups. An entry of 0 is none.
+struct SelectResult {
+  const FewArguments& arguments;
+  Window window;
+  int64_t query;
+  uint64_t* entries;  // of the part; null for a query of one part
+
+  __device__ void put(int rank, uint64_t entry) const {
+    if (entries != nullptr) {
+      entries[rank] = entry;
+      return;
+    }
+    arguments.scores[query * arguments.k + rank] = entry ? entry_score(entry) : -INFINITY;
+    arguments.slots[query * arguments.k + rank] = entry ? window.slot(entry_age(entry)) : -1;
   }
+
+  // The k best that a warp kept.
+  __device__ void put_best(WarpTopK& best) const {
+    best.finish([&](int rank, uint64_t entry) { put(rank, entry); });
+    for (int rank = best.count + threadIdx.x % 32; rank < arguments.k; rank += 32) put(rank, 0);
+  }
+};
+
+// Writes the k best of so many entries, an entry a warp.
+__device__ inline void put_ranked(const uint64_t* entries, int count, const SelectResult& result) {
+  const int lane = threadIdx.x % 32, k = result.arguments.k;
+  for (int number = threadIdx.x / 32; number < count; number += kSelectWarps) {
+    const uint64_t entry = entries[number];
+    int rank = 0;
+    for (int other = lane; other < count; other += 32) rank += entries[other] > entry;
+    rank = __reduce_add_sync(kAllLanes, rank);
+    if (lane == 0 && rank < k) result.put(rank, entry);
+  }
+  for (int rank = count + threadIdx.x; rank < k; rank += kSelectThreads) result.put(rank, 0);
 }
 
-// Grid (parts, queries). The K-th largest of 256 maxima of groups bounds the K-th best from below. The warps score the few
-// groups that reach the bound, and the first warp keeps the K best of the slots that do. A query of one part is finished here.
-// H100, whole searches of decode-d64-64k: 0.0568 ms; 0.0584 while one warp found the bound and each had one group under way;
-// 0.0624 while it chose among all slots of the groups instead of those that reach the bound.
+// Writes the k best of the scored slots, unless more of them tie than can be ranked here; returns whether it did. Keys of
+// one text lie side by side and are alike, so that nearly all slots of the listed groups may reach the bound: a second one,
+// of the slots themselves, leaves few.
+__device__ inline bool put_scored(SelectShared& shared, const SelectResult& result) {
+  const int scored = shared.scored;
+  if (scored <= kRankedEntries) {
+    put_ranked(shared.reaching, scored, result);
+    return true;
+  }
+  uint32_t largest = 0;
+  for (int i = threadIdx.x; i < scored; i += kSelectThreads)
+    largest = max(largest, static_cast<uint32_t>(shared.reaching[i] >> 32));
+  const uint32_t bound = reached_by_block(largest, result.arguments.k, shared.of_scores);
+  for (int i = threadIdx.x; i < scored; i += kSelectThreads) {
+    const uint64_t entry = shared.reaching[i];
+    if (static_cast<uint32_t>(entry >> 32) < bound) continue;
+    const int place = atomicAdd(&shared.kept, 1);
+    if (place < kRankedEntries) shared.buffer[place] = entry;
+  }
+  __syncthreads();
+  if (shared.kept > kRankedEntries) return false;
+  put_ranked(shared.buffer, shared.kept, result);
+  return true;
+}
+
+// Any number of groups and of slots that reach the bound: ties.
+template <typename T, int dim>
+__device__ inline void select_slowly(const GroupScorer<T, dim>& scorer, const GroupMaxima& groups, int listed,
+                                     const SelectResult& result) {
+  SelectShared& shared = scorer.shared;
+  WarpTopK best(shared.buffer, result.arguments.k);
+  const bool all_listed = listed <= kListedGroups;
+  for (int from = groups.begin; from < groups.end; from += all_listed ? groups.end : kListedGroups) {
+    __syncthreads();
+    if (threadIdx.x == 0) shared.found = 0;
+    __syncthreads();
+    const int to = min(from + kListedGroups, groups.end);
+    if (!all_listed)
+      listed = list_reaching(scorer.bound, shared, [&](auto visit) { groups.visit_range(from, to, visit); });
+    scorer.take_listed(listed, best);
+  }
+  if (threadIdx.x < 32) result.put_best(best);
+}
+
+// Grid (parts, queries). A bound from below on the K-th best is what about K of 512 maxima of groups reach. The warps score
+// the few groups that reach it, and rank the slots that do. Of 7.7 us on an H100, decode-d64-64k, cycles: 2600 until the
+// window and the queries are there, 2900 for the bound, 1200 for the list, 6300 for scoring, which reads 9.7 MB, 2200 for
+// ranking. A warp that kept the K best of the slots instead took 3.6 us more.
 template <typename T, int dim>
 __global__ void __launch_bounds__(kSelectThreads, 1) few_select(const FewArguments arguments) {
   __shared__ SelectShared shared;
   const int64_t query = blockIdx.y;
   const int begin = blockIdx.x * arguments.part_groups, end = min(begin + arguments.part_groups, arguments.groups);
   const GroupMaxima groups(arguments.maxima + query * arguments.groups, begin, end);
+  if (threadIdx.x == 0) shared.reset();
 
   const int in_row = static_cast<int>(query % arguments.queries_per_row), column = in_row % 8;
-  const int64_t row = arguments.rows[query / arguments.queries_per_row];
-  const Window window = visible_window(arguments.start, arguments.cursor, row, arguments.capacity, arguments.slot_count);
-  const T* keys = static_cast<const T*>(arguments.keys) + row * arguments.slot_count * dim;
   // The eight queries that were multiplied together, so that products come out the same.
   QueryOperand<dim> queries;
   queries.template load<T>(arguments, query - column, min(8, arguments.queries_per_row - in_row + column));
+  const int64_t row = arguments.rows[query / arguments.queries_per_row];
+  const Window window = visible_window(arguments.start, arguments.cursor, row, arguments.capacity, arguments.slot_count);
+  const T* keys = static_cast<const T*>(arguments.keys) + row * arguments.slot_count * dim;
+  __syncthreads();
 
   const float bound = lower_bound(groups, arguments.k, shared);
   const GroupScorer<T, dim> scorer{keys, window, queries, column, bound, shared};
-  WarpTopK best(shared.buffer, arguments.k);
-  const int reached = list_reaching(bound, shared, [&](auto visit) { groups.visit_all(visit); });
-  if (reached <= kListedGroups) {
-    scorer.take_listed(reached, best);
-  } else {  // ties
-    for (int from = begin; from < end; from += kListedGroups) {
-      const int to = min(from + kListedGroups, end);
-      scorer.take_listed(list_reaching(bound, shared, [&](auto visit) { groups.visit_range(from, to, visit); }), best);
-    }
-  }
-  if (threadIdx.x >= 32) return;
-  if (arguments.parts == 1) return write_neighbours(best, arguments, query, window);
-  best.prune();
   uint64_t* const entries = arguments.entries + (query * arguments.parts + blockIdx.x) * arguments.k;
-  for (int i = threadIdx.x; i < arguments.k; i += 32) entries[i] = i < best.count ? best.buffer[i] : 0;
+  const SelectResult result{arguments, window, query, arguments.parts > 1 ? entries : nullptr};
+  const int listed = list_reaching(bound, shared, [&](auto visit) { groups.visit_all(visit); });
+  if (listed <= kScoredGroups) {
+    scorer.score_listed(0, listed);
+    __syncthreads();
+    if (put_scored(shared, result)) return;
+  }
+  select_slowly(scorer, groups, listed, result);
 }
 
 // One warp a query.
@@ -233,7 +292,7 @@ __global__ void __launch_bounds__(128) few_merge(const FewArguments arguments, i
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) best.push(entry[i] != 0, entry[i]);
   }
-  write_neighbours(best, arguments, query, window);
+  SelectResult{arguments, window, query, nullptr}.put_best(best);
 }
 
 }  // namespace memtrans

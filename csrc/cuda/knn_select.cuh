@@ -60,8 +60,32 @@ __device__ inline bool key_is_finite(const T* key, int dim) {
   return finite;
 }
 
+// A value that at least `rank` of some values reach and at most rank + slack, or the largest that at least rank reach if ties
+// leave nothing else. Of the values, at_low >= rank reach low, and none exceeds high; count(value) says how many reach one, and
+// the same in every calling thread. The first probes assume that counts fall exponentially.
+template <typename Count>
+__device__ inline uint32_t reached_by(int rank, int slack, uint32_t low, uint32_t high, int at_low, Count count) {
+  float reach_low = static_cast<float>(at_low), reach_high = 0.5f;  // of values above high: fewer than rank
+  for (int step = 0; low < high && at_low > rank + slack; ++step) {
+    const uint32_t span = high - low;
+    const float share = __logf(reach_low / rank) / __logf(reach_low / reach_high);
+    const uint32_t guess = step < 6 ? __float2uint_rz(share * span) : span / 2;
+    const uint32_t middle = low + 1 + min(guess, span - 1);
+    const int reached = count(middle);
+    if (reached >= rank) {
+      low = middle;
+      at_low = reached;
+      reach_low = static_cast<float>(reached);
+    } else {
+      high = middle - 1;
+      reach_high = fmaxf(static_cast<float>(reached), 0.5f);
+    }
+  }
+  return low;
+}
+
 // The largest value that at least `rank` of a warp's values reach, or any smaller one that exactly `rank` reach. At least
-// rank values are not 0, which stands for no value. The first probes assume that counts fall exponentially.
+// rank values are not 0, which stands for no value.
 template <int count>
 __device__ inline uint32_t kth_largest(const uint32_t (&values)[count], int rank) {
   uint32_t smallest = 0xFFFFFFFFu, largest = 0;
@@ -72,28 +96,13 @@ __device__ inline uint32_t kth_largest(const uint32_t (&values)[count], int rank
     smallest = min(smallest, values[i] ? values[i] : 0xFFFFFFFFu);
     present += values[i] != 0;
   }
-  uint32_t low = __reduce_min_sync(kAllLanes, smallest);   // reached by at_low >= rank values
-  uint32_t high = __reduce_max_sync(kAllLanes, largest);   // what is above is reached by at_high < rank values
-  float at_low = static_cast<float>(__reduce_add_sync(kAllLanes, present)), at_high = 0.5f;
-  for (int step = 0; low < high; ++step) {
-    const uint32_t span = high - low;
-    const float share = __logf(at_low / rank) / __logf(at_low / at_high);
-    const uint32_t guess = step < 6 ? __float2uint_rz(share * span) : span / 2;
-    const uint32_t middle = low + 1 + min(guess, span - 1);
+  const uint32_t low = __reduce_min_sync(kAllLanes, smallest), high = __reduce_max_sync(kAllLanes, largest);
+  return reached_by(rank, 0, low, high, __reduce_add_sync(kAllLanes, present), [&](uint32_t value) {
     int reached = 0;
 #pragma unroll
-    for (int i = 0; i < count; ++i) reached += values[i] >= middle;
-    reached = __reduce_add_sync(kAllLanes, reached);
-    if (reached == rank) return middle;
-    if (reached > rank) {
-      low = middle;
-      at_low = reached;
-    } else {
-      high = middle - 1;
-      at_high = fmaxf(reached, 0.5f);
-    }
-  }
-  return low;
+    for (int i = 0; i < count; ++i) reached += values[i] >= value;
+    return __reduce_add_sync(kAllLanes, reached);
+  });
 }
 
 struct WarpTopK {
