@@ -78,7 +78,7 @@ def attention_one_query(itemsize: int, local_keys: int) -> OneQueryLaunch:
 
     H100, bf16, H=8 D=64 K=32, microseconds, with 64 keys, 128, and 32 of 2 warps; in brackets one program a head. B 16,
     L 1024: 6.3, 5.9 and 6.1 (12.4); a token of sixteen documents 629.0, 630.5 and 629.1. B 16, L 512: 5.3, 5.6 and 5.2
-    (8.0). B 1, L 1024: 4.6, 4.7 and 5.0 (11.8); L 64: 4.0, 4.2 and 4.0 (4.2).
+    (8.0). B 1, L 1024: 4.6, 4.7 and 5.0 (11.8). A single tile, L 1, in two launches: 4.6, in one 3.4.
     """
     keys = 32 if itemsize > 2 else 64
     tiles = -(-local_keys // keys)
