@@ -5,12 +5,12 @@
     query (B, H, 1, D); the rest as in `memory_attention` -> out (B, H, 1, D), lse (B, H, 1)
 
 One program a head would read its document's local keys one tile after the other, and so would all heads that share
-them: 256 KB each with L = 1024. Here a program takes some of the local keys of one key/value head, with all query heads
-that share it as the rows of its tile; others take the neighbours of one head, all gathered at once. Each leaves its
-part of the softmax, out and lse in float32, and a second kernel merges the parts of each head. Where the local keys are
-one tile, a program does all of one head.
+them: 256 KB each with L = 1024 and D = 64. Here a program takes some of the local keys of one key/value head, with the
+query heads that share it as the rows of its tile; others take the neighbours of one head, all gathered at once. Each
+leaves its part of the softmax, out and lse in float32, and a second kernel merges the parts of each head. Where the
+local keys are one tile, a program does all of one head.
 
-    partial (parts + 1, B, H, D) · partial_lse (parts + 1, B, H), in units of ln 2; the last part is the neighbours
+    partial (parts, B, H, D) · partial_lse (parts, B, H), in units of ln 2; with K > 0 the neighbours are the last part
 
 Source: Wu et al. 2022, section 3.1; split keys after Flash-Decoding (Dao et al. 2023). Limits and precision: those of
 `memory_attention`; no dropout.
@@ -27,6 +27,8 @@ from torch import Tensor
 from memtrans_kernels import configs
 from memtrans_kernels.attention_softmax import attend_to_local
 from memtrans_kernels.attention_tiles import LN2, LOG2E, gather_rows, load_rows, oldest_key, strides_of_dense
+
+BLOCK_HEADS = 16  # the fewest rows that a product takes; of more heads that share keys each block has its programs
 
 
 @triton.jit
@@ -101,11 +103,12 @@ def attend_in_parts_kernel(
     NEIGHBOURS: tl.constexpr, BLOCK_NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B·G, parts, and with neighbours H / G more)."""
-    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """Grid (B·G, a program a part and block of heads, and with neighbours one a head)."""
+    row, program = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, g, all_heads = row // groups, row % groups, tl.num_programs(0).to(tl.int64) * sharing
-    if part < parts:
-        i = tl.arange(0, BLOCK_HEADS)
+    blocks = tl.cdiv(sharing, BLOCK_HEADS)
+    if program < parts * blocks:
+        part, i = program // blocks, program % blocks * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
         heads = g * sharing + tl.minimum(i, sharing - 1)
         acc, peak, total = attend_to_keys_of_group(
             tl.zeros([BLOCK_HEADS, BLOCK_WIDTH], tl.float32), tl.full([BLOCK_HEADS], float("-inf"), tl.float32),
@@ -117,7 +120,7 @@ def attend_in_parts_kernel(
         at = part * all_heads + row * sharing + i
         store_state(acc, peak, total, partial, partial_lse, at, i < sharing, 1.0, WIDTH, BLOCK_WIDTH)
     else:
-        head = part - parts
+        head = program - parts * blocks
         found, highest, sum_of = attend_to_neighbours_of_head(
             memory_values, rows, scores, slots, scale, memory_offset, row, g * sharing + head, row * sharing + head,
             memory_strides, NEIGHBOURS, BLOCK_NEIGHBOURS, WIDTH, BLOCK_WIDTH,
@@ -220,7 +223,7 @@ def attend_once(query: Tensor, scale: Tensor, retrieved: Retrieved, local: Local
         "BLOCK_NEIGHBOURS": configs.power_of_two(neighbours),
         "WIDTH": width,
         "BLOCK_WIDTH": max(16, configs.power_of_two(width)),
-        "BLOCK_HEADS": 16 if parts <= 1 else max(16, configs.power_of_two(sharing)),
+        "BLOCK_HEADS": BLOCK_HEADS,
         "BLOCK_KEYS": launch.keys,
         "num_warps": launch.warps,
         "num_stages": launch.stages,
@@ -231,7 +234,8 @@ def attend_once(query: Tensor, scale: Tensor, retrieved: Retrieved, local: Local
     all_parts = parts + (1 if neighbours else 0)
     partial = lse.new_empty(all_parts, batch, heads, width)
     partial_lse = lse.new_empty(all_parts, batch, heads)
-    attend_in_parts_kernel[(batch * groups, parts + (sharing if neighbours else 0))](
+    programs = parts * triton.cdiv(sharing, BLOCK_HEADS) + (sharing if neighbours else 0)
+    attend_in_parts_kernel[(batch * groups, programs)](
         *inputs, partial, partial_lse, *sizes, parts, launch.of_part, *strides, **shared
     )
     merge_parts_kernel[(batch * heads,)](

@@ -7,8 +7,8 @@
     -> out (B, H, N, D), lse (B, H, N)
 
 A program owns a block of queries of one head: it gathers their neighbours' values, a row at a time as these are read
-once, and then walks over the local keys. Neither logits nor gathered values are written anywhere. One query a head has
-kernels of its own: see `attention_one_query`.
+once, and then walks over the local keys. Neither logits nor gathered values are written anywhere. One query a head has,
+unless weights are dropped, kernels of its own: see `attention_one_query`.
 
 Source: Wu et al. 2022, section 3.1. Limits: D and K at most 128; fp16, bf16 and fp32. Precision: matrix products take
 the query's dtype (local keys and values are cast to it, so are the local weights; fp32 is not rounded to tf32) and

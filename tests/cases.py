@@ -105,7 +105,8 @@ SHAPES = {
     "decoding, many parts": Shape(
         batch=1, heads=6, groups=2, length=1, local=530, dense=1, local_length=True, offset=True
     ),
-    "decoding, many heads, no neighbours": Shape(batch=1, heads=17, length=1, local=40, neighbours=0, distances=30),
+    "decoding, many heads": Shape(batch=1, heads=17, length=1, local=70, neighbours=2, distances=30),
+    "decoding, no neighbours": Shape(length=1, local=70, neighbours=0, distances=9),
     "decoding, no local keys": Shape(heads=4, groups=2, length=1, local=0, neighbours=9),
     "decoding, nothing": Shape(length=1, local=0, neighbours=0),
     "decoding, dropout": Shape(length=1, local=20, distances=30, dropout_p=0.3),

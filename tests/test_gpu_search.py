@@ -86,6 +86,12 @@ def test_single_queries_of_more_groups_than_a_block_holds_at_once_and_of_equal_k
     check([(0, distinct[:1].expand(70000, 64)), (0, distinct)], 70000, 32, heads=8, rows=[0, 1] * 9)
 
 
+@pytest.mark.parametrize("k", [32, 128])
+def test_single_queries_of_more_equal_keys_than_a_block_scores_at_once(k: int) -> None:
+    """375 groups of 16 slots reach the bound; 192 are scored together."""
+    check([(0, keys_of(1, 64, torch.float16).expand(6000, 64))], 6000, k)
+
+
 @pytest.mark.parametrize("length", [1, 40])
 @pytest.mark.parametrize("k", [1, 2, 31, 33, 100, 128])
 def test_every_number_of_neighbours_around_what_a_row_holds(k: int, length: int) -> None:

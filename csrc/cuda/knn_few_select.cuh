@@ -131,7 +131,7 @@ struct GroupScorer {
     }
   }
 
-  // The listed groups [from, to), some of them under way at once: with K = 32 about 34 are listed.
+  // The listed groups [from, to), some of them under way at once: with K = 32 about 37 are listed.
   __device__ void score_listed(int from, int to) const {
     constexpr int kInFlight = dim <= 64 ? 3 : 1;  // at 128 two spill: decode-paper-64k 0.745 ms instead of 0.738
     for (int place = from + threadIdx.x / 32; place < to; place += kSelectWarps * kInFlight) {
