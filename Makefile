@@ -12,8 +12,10 @@
 #
 #   PYTHON=python3.12      the interpreter that .venv is made with (>= 3.10)
 #   PYTHON_BIN=python3     an interpreter that has everything installed already: no .venv is made
+#   WORKERS=2              processes that `make test` spreads its modules over, of one core each
 
 PYTHON ?= python3
+WORKERS ?= 2
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 
 ifdef PYTHON_BIN
@@ -33,8 +35,9 @@ CSRC := $(wildcard csrc/*.* csrc/*/*.*)
 demo: $(PACKAGE_READY)
 	$(PYTHON_BIN) -m memtrans train --preset demo
 
+# One thread a process: beside another process the threads of one wait for each other, and a test of 1 s took 19.
 test: $(TESTS_READY)
-	$(PYTHON_BIN) -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu"
 
 test-slow: $(TESTS_READY)
 	$(PYTHON_BIN) -m pytest -m "slow and not gpu"

@@ -33,7 +33,8 @@ def beside_each_other(
     def ended(module: str) -> Ended:
         arguments, variables = run(module)
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+        environment = {**inherited, "OMP_NUM_THREADS": "1", **variables}  # a worker's benchmarks would measure nothing
         return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
 
     pool = ThreadPoolExecutor(2)

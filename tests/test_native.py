@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,15 @@ def ring(rows: int = 3, slots: int = 4, width: int = 2) -> tuple[Tensor, Tensor,
     return torch.zeros(rows, slots, width), torch.zeros(rows, slots, width), torch.zeros(rows, dtype=torch.int64)
 
 
-def test_long_segments_are_written_by_several_threads() -> None:
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_long_segments_are_written_by_several_threads(two_threads: None) -> None:
     keys, values, cursor = ring(rows=4, slots=700, width=64)
     new_keys, new_values = torch.randn(2, 2, 1000, 64), torch.randn(2, 2, 1000, 64)
     rows = torch.tensor([3, 0, 2, 1])
