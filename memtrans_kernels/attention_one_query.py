@@ -32,34 +32,25 @@ BLOCK_HEADS = 16  # the fewest rows that a product takes; of more heads that sha
 
 
 @triton.jit
-def attend_to_all_neighbours(
-    values, scores, slots, first, scale, offset, stride,
-    NEIGHBOURS: tl.constexpr, BLOCK_NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-):  # fmt: skip
-    """The softmax state (acc, peak, total) of one query, whose neighbours, from `first` on, are gathered at once."""
-    k = tl.arange(0, BLOCK_NEIGHBOURS)
-    slot = tl.load(slots + first + k, mask=k < NEIGHBOURS, other=-1)
-    score = tl.load(scores + first + k, mask=k < NEIGHBOURS, other=0.0)
-    gathered = gather_rows(values, slot, stride, WIDTH, BLOCK_WIDTH)
-    logits = tl.where(slot >= 0, score * scale + offset, float("-inf"))
-    peak = tl.max(logits, axis=0)
-    weights = tl.exp2(logits - tl.where(peak == float("-inf"), 0.0, peak))
-    return tl.sum(weights[:, None] * gathered, axis=0), peak, tl.sum(weights, axis=0)
-
-
-@triton.jit
 def attend_to_neighbours_of_head(
     memory_values, rows, scores, slots, scale, memory_offset, row, head, at, memory_strides,
     NEIGHBOURS: tl.constexpr, BLOCK_NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The softmax state of a head's neighbours, acc (D,). The head is number `at` of all B·H, its row number of B·G."""
+    """The softmax state of a head's neighbours, acc (D,), all gathered at once.
+
+    The head is number `at` of all B·H, its row number of B·G.
+    """
     offset = 0.0 if memory_offset is None else tl.load(memory_offset + head).to(tl.float32) * LOG2E
     factor = tl.load(scale + head).to(tl.float32) * LOG2E
     ring = memory_values + tl.load(rows + row) * memory_strides[0]
-    return attend_to_all_neighbours(
-        ring, scores, slots, at * NEIGHBOURS, factor, offset, memory_strides[1],
-        NEIGHBOURS, BLOCK_NEIGHBOURS, WIDTH, BLOCK_WIDTH,
-    )  # fmt: skip
+    k = tl.arange(0, BLOCK_NEIGHBOURS)
+    slot = tl.load(slots + at * NEIGHBOURS + k, mask=k < NEIGHBOURS, other=-1)
+    score = tl.load(scores + at * NEIGHBOURS + k, mask=k < NEIGHBOURS, other=0.0)
+    gathered = gather_rows(ring, slot, memory_strides[1], WIDTH, BLOCK_WIDTH)
+    logits = tl.where(slot >= 0, score * factor + offset, float("-inf"))
+    peak = tl.max(logits, axis=0)
+    weights = tl.exp2(logits - tl.where(peak == float("-inf"), 0.0, peak))
+    return tl.sum(weights[:, None] * gathered, axis=0), peak, tl.sum(weights, axis=0)
 
 
 @triton.jit
@@ -98,7 +89,7 @@ def store_state(acc, peak, total, out, lse, at, inside, unit, WIDTH: tl.constexp
 @triton.jit
 def attend_in_parts_kernel(
     query, key, value, memory_values, rows, scores, slots, scale, bias_table, bias_dense, memory_offset, local_length,
-    partial, partial_lse, groups, sharing, local_keys, distances, parts, keys_of_part,
+    partial, partial_lse, groups, sharing, local_keys, distances, parts, keys_of_part, head_blocks,
     query_strides, key_strides, value_strides, memory_strides, dense_strides,
     NEIGHBOURS: tl.constexpr, BLOCK_NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
@@ -106,9 +97,8 @@ def attend_in_parts_kernel(
     """Grid (B·G, a program a part and block of heads, and with neighbours one a head)."""
     row, program = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, g, all_heads = row // groups, row % groups, tl.num_programs(0).to(tl.int64) * sharing
-    blocks = tl.cdiv(sharing, BLOCK_HEADS)
-    if program < parts * blocks:
-        part, i = program // blocks, program % blocks * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    if program < parts * head_blocks:
+        part, i = program // head_blocks, program % head_blocks * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
         heads = g * sharing + tl.minimum(i, sharing - 1)
         acc, peak, total = attend_to_keys_of_group(
             tl.zeros([BLOCK_HEADS, BLOCK_WIDTH], tl.float32), tl.full([BLOCK_HEADS], float("-inf"), tl.float32),
@@ -120,7 +110,7 @@ def attend_in_parts_kernel(
         at = part * all_heads + row * sharing + i
         store_state(acc, peak, total, partial, partial_lse, at, i < sharing, 1.0, WIDTH, BLOCK_WIDTH)
     else:
-        head = program - parts * blocks
+        head = program - parts * head_blocks
         found, highest, sum_of = attend_to_neighbours_of_head(
             memory_values, rows, scores, slots, scale, memory_offset, row, g * sharing + head, row * sharing + head,
             memory_strides, NEIGHBOURS, BLOCK_NEIGHBOURS, WIDTH, BLOCK_WIDTH,
@@ -234,9 +224,9 @@ def attend_once(query: Tensor, scale: Tensor, retrieved: Retrieved, local: Local
     all_parts = parts + (1 if neighbours else 0)
     partial = lse.new_empty(all_parts, batch, heads, width)
     partial_lse = lse.new_empty(all_parts, batch, heads)
-    programs = parts * triton.cdiv(sharing, BLOCK_HEADS) + (sharing if neighbours else 0)
-    attend_in_parts_kernel[(batch * groups, programs)](
-        *inputs, partial, partial_lse, *sizes, parts, launch.of_part, *strides, **shared
+    head_blocks = triton.cdiv(sharing, BLOCK_HEADS)
+    attend_in_parts_kernel[(batch * groups, parts * head_blocks + (sharing if neighbours else 0))](
+        *inputs, partial, partial_lse, *sizes, parts, launch.of_part, head_blocks, *strides, **shared
     )
     merge_parts_kernel[(batch * heads,)](
         partial, partial_lse, out, lse, all_parts, WIDTH=width, BLOCK_WIDTH=shared["BLOCK_WIDTH"],

@@ -25,6 +25,17 @@ def seeded(seed: int) -> torch.Generator:
 
 
 @contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many threads compute on the CPU."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def uninitialised_is_nan() -> Iterator[None]:
     """`torch.empty` gives NaN, so that a number that no kernel wrote shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)

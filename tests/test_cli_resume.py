@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from devices import threads
 from tiny_runs import TINY, checkpoint_files, last_line, train, without_times, written_text
 
 from memtrans.checkpoint import load_checkpoint
@@ -75,10 +76,8 @@ def start(out: Path, *options: str) -> subprocess.Popen:
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """As processes of `start` have: PyTorch's sums depend on the number of threads in their last bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads(1):
+        yield
 
 
 @pytest.mark.usefixtures("one_thread")

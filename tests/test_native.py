@@ -6,11 +6,11 @@ import re
 import shutil
 import subprocess
 from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from devices import threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -115,19 +115,12 @@ def ring(rows: int = 3, slots: int = 4, width: int = 2) -> tuple[Tensor, Tensor,
     return torch.zeros(rows, slots, width), torch.zeros(rows, slots, width), torch.zeros(rows, dtype=torch.int64)
 
 
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
-def test_long_segments_are_written_by_several_threads(two_threads: None) -> None:
+def test_long_segments_are_written_by_several_threads() -> None:
     keys, values, cursor = ring(rows=4, slots=700, width=64)
     new_keys, new_values = torch.randn(2, 2, 1000, 64), torch.randn(2, 2, 1000, 64)
     rows = torch.tensor([3, 0, 2, 1])
-    native.knn_add_(keys, values, cursor, rows, new_keys, new_values)
+    with threads(2):
+        native.knn_add_(keys, values, cursor, rows, new_keys, new_values)
     slot = torch.arange(300, 1000) % 700
     equal(keys[rows][:, slot], new_keys.flatten(0, 1)[:, 300:])
     equal(values[rows][:, slot], new_values.flatten(0, 1)[:, 300:])

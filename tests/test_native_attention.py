@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 import torch
 from cases import SHAPES, Shape, attention_gradients, gradients_of_results, in_float64, random_attention
 from checks import ATTENTION, LSE, assert_as_close_as, assert_close
-from devices import seeded
+from devices import seeded, threads
 from torch import Tensor
 
 from memtrans_kernels import native, reference_attention
@@ -36,13 +35,6 @@ def _extension() -> None:
     assert live, f"the extension must be built for these tests: {reason}"
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def everything(shape: Shape, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     out, lse, grads = attention_gradients(
         random_attention(shape, dtype, seeded(0)), *gradients_of_results(shape), "native"
@@ -51,12 +43,12 @@ def everything(shape: Shape, dtype: torch.dtype = torch.float32) -> dict[str, Te
 
 
 @pytest.mark.parametrize("dense", [0, 1, 3], ids=["no dense bias", "one of all documents", "one of each document"])
-def test_the_bits_do_not_depend_on_the_number_of_threads(dense: int, threads: None) -> None:
-    torch.set_num_threads(1)
-    expected = everything(WIDE._replace(dense=dense))
+def test_the_bits_do_not_depend_on_the_number_of_threads(dense: int) -> None:
+    with threads(1):
+        expected = everything(WIDE._replace(dense=dense))
     for count in (2, 3):
-        torch.set_num_threads(count)
-        actual = everything(WIDE._replace(dense=dense))
+        with threads(count):
+            actual = everything(WIDE._replace(dense=dense))
         assert all(torch.equal(actual[name], expected[name]) for name in expected), f"{count} threads"
 
 

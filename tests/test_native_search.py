@@ -12,6 +12,7 @@ from pathlib import Path
 import checks
 import pytest
 import torch
+from devices import threads
 from torch import Tensor
 
 from memtrans_kernels import native
@@ -27,11 +28,9 @@ def _extension() -> None:
 
 
 @pytest.fixture(params=[1, 2, 3], ids=lambda count: f"{count} threads")
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+def thread_count(request: pytest.FixtureRequest) -> Iterator[int]:
+    with threads(request.param):
+        yield request.param
 
 
 def search(query: Tensor, keys: Tensor, cursor: int, capacity: int, k: int, start: int = 0) -> tuple[Tensor, Tensor]:
@@ -54,7 +53,7 @@ def random_keys(count: int, width: int, dtype: torch.dtype, seed: int = 0) -> Te
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("queries", [1, 2, 3, 8, 9, 16, 17, 33, 257, 300])
-def test_every_cut_of_the_work_is_exact(queries: int, dtype: torch.dtype, threads: int) -> None:
+def test_every_cut_of_the_work_is_exact(queries: int, dtype: torch.dtype, thread_count: int) -> None:
     """M = 4500 of 5000 slots, wrapped: more than a part of the keys, a block and a tile, and multiples of none."""
     width, capacity, cursor, k = 37, 4500, 7321, 9
     keys = random_keys(5000, width, dtype)
@@ -72,24 +71,24 @@ def test_every_cut_of_the_work_is_exact(queries: int, dtype: torch.dtype, thread
 
 
 @pytest.mark.parametrize("queries", [1, 5, 40])
-def test_the_result_does_not_depend_on_the_number_of_threads(queries: int, threads: int) -> None:
+def test_the_result_does_not_depend_on_the_number_of_threads(queries: int, thread_count: int) -> None:
     keys, query = random_keys(9000, 16, torch.float32), torch.randn(queries, 16)
     scores, slots = search(query, keys, 9000, 9000, 33)
-    torch.set_num_threads(1)
-    expected_scores, expected_slots = search(query, keys, 9000, 9000, 33)
+    with threads(1):
+        expected_scores, expected_slots = search(query, keys, 9000, 9000, 33)
     assert torch.equal(scores, expected_scores)
     assert torch.equal(slots, expected_slots)
 
 
 @pytest.mark.parametrize("k", [1, 100, 4999, 5001])
-def test_as_many_neighbours_as_there_are_keys(k: int, threads: int) -> None:
+def test_as_many_neighbours_as_there_are_keys(k: int, thread_count: int) -> None:
     keys = torch.randn(5000, 4, generator=torch.Generator().manual_seed(0))
     scores, slots = search(torch.ones(3, 4), keys, 5000, 5000, k)
     checks.assert_nearest(torch.ones(3, 4), keys, slots, scores, k)
 
 
 @pytest.mark.parametrize("queries", [1, 4, 20])
-def test_equal_keys_on_both_sides_of_every_cut_come_older_first(queries: int, threads: int) -> None:
+def test_equal_keys_on_both_sides_of_every_cut_come_older_first(queries: int, thread_count: int) -> None:
     """All keys are one key: the oldest K, although several threads each find K of them."""
     keys = torch.full((6000, 8), 0.25)
     _, slots = search(torch.ones(queries, 8), keys, 6000 + 17, 6000, 12)

@@ -220,7 +220,7 @@ __device__ inline bool put_scored(SelectShared& shared, const SelectResult& resu
   return true;
 }
 
-// Any number of groups and of slots that reach the bound: ties.
+// Any number of groups and of slots that reach the bound: ties. Groups that are listed already take one round.
 template <typename T, int dim>
 __device__ inline void select_slowly(const GroupScorer<T, dim>& scorer, const GroupMaxima& groups, int listed,
                                      const SelectResult& result) {
