@@ -27,7 +27,7 @@ PACKAGE_READY := .venv/.package
 TESTS_READY := .venv/.tests
 endif
 
-CSRC := $(wildcard csrc/*.* csrc/*/*.*)
+CSRC := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 .PHONY: demo test test-slow test-gpu test-gpu-slow test-gpu-sanitizer check bench clean
 .DEFAULT_GOAL := test

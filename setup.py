@@ -88,7 +88,7 @@ def cuda_module(name: str) -> Extension:
     require_torch_and_compiler()
     if switched_on("MEMTRANS_SKIP_CUDA_BUILD"):
         raise Skipped("MEMTRANS_SKIP_CUDA_BUILD was set during installation")
-    if not sources("cuda/*.cu"):
+    if not sources("cuda/**/*.cu"):
         raise Skipped("this version has no CUDA sources")
     if torch_cuda is None:
         raise Skipped("the PyTorch present during installation was built without CUDA")
@@ -102,7 +102,7 @@ def cuda_module(name: str) -> Extension:
         raise RuntimeError("no nvcc was found during installation: install a CUDA toolkit or set CUDA_HOME")
     return cpp_extension.CUDAExtension(
         name,
-        sources("cuda/*.cpp", "cuda/*.cu"),
+        sources("cuda/**/*.cpp", "cuda/**/*.cu"),
         include_dirs=[str(ROOT / "csrc")],
         extra_compile_args={
             "cxx": ["-DUSE_CUDA", *HOST_FLAGS],

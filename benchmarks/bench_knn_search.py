@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
 from memtrans import KNNAttention
-from memtrans.settings import Settings
-from memtrans.train import Trainer
+from memtrans.training.settings import Settings
+from memtrans.training.trainer import Trainer
 from memtrans_kernels import backends_info, knn_search
 
 DTYPE = torch.float16 if DEVICE == "cuda" else torch.float32

@@ -18,12 +18,12 @@ import pytest
 import torch
 from common import DEVICE, MEMORIES, TOY, busy_share, environment, write_down
 
-from memtrans.data import Document, Shuffled
+from memtrans.data.documents import Document, Shuffled
+from memtrans.data.sources import load_corpus
+from memtrans.distributed.ranks import ALONE, Ranks
 from memtrans.presets import PRESETS
-from memtrans.ranks import ALONE, Ranks
-from memtrans.settings import Settings
-from memtrans.sources import load_corpus
-from memtrans.train import Trainer, TrainingData, pick_device
+from memtrans.training.settings import Settings
+from memtrans.training.trainer import Trainer, TrainingData, pick_device
 
 ENWIK8 = dataclasses.replace(PRESETS["enwik8"], windows=False, dtype="bfloat16" if DEVICE == "cuda" else "float32")
 PAPER = dataclasses.replace(

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from common import DEVICE, RESULTS, environment, machine, write_down
 
-from memtrans.evaluate import Evaluation, evaluate, held_out_stream
 from memtrans.presets import PRESETS
-from memtrans.settings import Settings
-from memtrans.train import Trainer, open_data
+from memtrans.training.evaluate import Evaluation, evaluate, held_out_stream
+from memtrans.training.settings import Settings
+from memtrans.training.trainer import Trainer, open_data
 
 POINTS = 12  # evaluations along the way
 

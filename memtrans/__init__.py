@@ -1,12 +1,14 @@
 """The Memorizing Transformer as building blocks: a drop-in replacement of `memorizing-transformers-pytorch`."""
 
-from memtrans.attention import Attention, KNNAttention
-from memtrans.generate import generate
-from memtrans.memory import KNNMemory
-from memtrans.memory_list import KNNMemoryList
-from memtrans.memory_state import join_shards
+from memtrans.attention import Attention
+from memtrans.compatibility import find_former_modules
+from memtrans.generation.generate import generate
+from memtrans.knn_attention import KNNAttention
+from memtrans.memory import KNNMemory, KNNMemoryList, join_shards
 from memtrans.position import T5RelativePositionBias
 from memtrans.transformer import MemorizingTransformer
+
+find_former_modules()
 
 __all__ = [
     "Attention",

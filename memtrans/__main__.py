@@ -8,7 +8,7 @@ import sys
 def main() -> int:
     """Runs the command line; Ctrl-C while everything is still being imported ends quietly too."""
     try:
-        from memtrans.cli import main as run
+        from memtrans.cli.main import main as run
 
         return run()
     except KeyboardInterrupt:

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from memtrans.validation import check_number, sizes
+from memtrans.checks import check_number, sizes
 from memtrans_kernels import checks
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from memtrans.settings import Settings, build_model
+from memtrans.training.settings import Settings, build_model
 
 TABLE_4 = (  # context, memory, XL cache
     (512, 0, 0),

@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
 
-from memtrans.dtensors import gathered, holders_of
-from memtrans.memory import KNNMemory
-from memtrans.memory_list import KNNMemoryList
+from memtrans.distributed.dtensors import gathered, holders_of
+from memtrans.memory.knn_memory import KNNMemory
+from memtrans.memory.memory_list import KNNMemoryList
 from memtrans.storage import write_atomically
 
 CONFIG, WEIGHTS, MEMORIES = "config.json", "model.safetensors", "memories.safetensors"

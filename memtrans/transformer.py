@@ -15,16 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from memtrans.attention import Attention, KNNAttention
-from memtrans.blocks import FeedForward, PreNormResidual
-from memtrans.compatibility import UNUSED, warn_unused
-from memtrans.local_context import LocalContext
-from memtrans.memory import KNNMemory, snapshot_for
-from memtrans.memory_list import KNNMemoryList
-from memtrans.position import T5RelativePositionBias
-from memtrans.pretrained import Pretrained, configuration_of
-from memtrans.ring import MemorySnapshot
-from memtrans.validation import (
+from memtrans.attention import Attention, LocalContext
+from memtrans.checks import (
     check_count,
     check_finite,
     check_hidden,
@@ -36,8 +28,43 @@ from memtrans.validation import (
     sizes,
     whole_number,
 )
+from memtrans.compatibility import UNUSED, warn_unused
+from memtrans.knn_attention import KNNAttention
+from memtrans.memory.knn_memory import KNNMemory, snapshot_for
+from memtrans.memory.memory_list import KNNMemoryList
+from memtrans.memory.ring import MemorySnapshot
+from memtrans.position import T5RelativePositionBias
+from memtrans.pretrained import Pretrained, configuration_of
 from memtrans.xl_memories import XLMemories, caches_of, length_after, length_of, longest_of
 from memtrans_kernels import checks
+
+
+class PreNormResidual(nn.Module):
+    """x + fn(norm(x)) of x (B, N, dim); what fn returns beside its output is passed through."""
+
+    def __init__(self, dim: int, fn: nn.Module) -> None:
+        super().__init__()
+        self.fn = fn
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Any:
+        out = self.fn(self.norm(x), **kwargs)
+        if not isinstance(out, tuple):
+            return out + x
+        head, *tail = out
+        return (head + x, *tail)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a GELU between them, of x (B, N, dim)."""
+
+    def __init__(self, dim: int, mult: float = 4, dropout: float = 0.0) -> None:
+        super().__init__()
+        inner = int(dim * mult)
+        self.net = nn.Sequential(nn.Linear(dim, inner), nn.GELU(), nn.Dropout(dropout), nn.Linear(inner, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
 
 
 class MemorizingTransformer(Pretrained):

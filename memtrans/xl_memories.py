@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from memtrans.validation import check_cache
+from memtrans.checks import check_cache
 
 
 class XLMemories(list[Tensor]):

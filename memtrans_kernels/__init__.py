@@ -5,10 +5,6 @@ segment, X cached XL tokens, L = X + N local keys, D head width, R memory rows (
 row, S spare slots, K retrieved neighbours.
 """
 
-import sys
-from types import ModuleType
-from typing import Any
-
 from memtrans_kernels.api import cosine, knn_add_, knn_merge, knn_search, local_attention, memory_attention
 from memtrans_kernels.backends import backends_info
 from memtrans_kernels.ledger import Ledger, StaleMemoryError, ledger_advance_, ledger_ticket, read_cursors
@@ -27,14 +23,3 @@ __all__ = [
     "memory_attention",
     "read_cursors",
 ]
-
-
-class _Package(ModuleType):
-    """Keeps its public functions: Python's import puts a module, say a kernel's, in the place of its namesake."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (isinstance(value, ModuleType) and name in __all__):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -91,7 +91,7 @@ def _unfit_for_ring_write(keys: Tensor, values: Tensor, cursor: Tensor, *others:
     return _no_float64(keys, values, *others)
 
 
-SEARCH_WIDTHS, SEARCH_MOST_NEIGHBOURS = (32, 64, 96, 128, 256), 128  # what csrc/cuda/knn_search.cu is compiled for
+SEARCH_WIDTHS, SEARCH_MOST_NEIGHBOURS = (32, 64, 96, 128, 256), 128  # what csrc/cuda/knn_search is compiled for
 SEARCH_LIMITS = f"float16 and bfloat16 keys, D of {SEARCH_WIDTHS}, K up to {SEARCH_MOST_NEIGHBOURS}, Hopper GPUs"
 
 
@@ -155,7 +155,9 @@ class Implementation(NamedTuple):
         return self.missing()
 
 
-def _reference(function: str, on_host: str | None = None, module: str = "reference") -> tuple[Implementation, ...]:
+def _reference(
+    function: str, on_host: str | None = None, module: str = "impl.reference.reference"
+) -> tuple[Implementation, ...]:
     return (
         Implementation("reference", "cpu", module, on_host or function),
         Implementation("reference", "cuda", module, function),
@@ -166,8 +168,8 @@ def _triton(
     module: str, function: str, unfit: Callable[..., str | None] = _no_float64, limits: str = NARROW
 ) -> tuple[Implementation, ...]:
     return (
-        Implementation("triton", "cuda", module, function, _triton_missing, unfit, limits),
-        Implementation("triton", "cpu", module, function, _not_interpreting, unfit, limits),
+        Implementation("triton", "cuda", f"impl.triton.{module}", function, _triton_missing, unfit, limits),
+        Implementation("triton", "cpu", f"impl.triton.{module}", function, _not_interpreting, unfit, limits),
     )
 
 
@@ -200,9 +202,11 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
         ),
         _reference("knn_search", on_host="knn_search_on_host"),
         (  # behind the reference, so that `auto` never takes them: equal keys come in any order
-            Implementation("faiss", "cpu", "faiss_cpu", "knn_search", _faiss_package_missing, _no_float64_keys, NARROW),
             Implementation(
-                "faiss", "cuda", "faiss_gpu", "knn_search", _faiss_bridge_missing, _unfit_for_faiss, FAISS_LIMITS
+                "faiss", "cpu", "impl.faiss.cpu", "knn_search", _faiss_package_missing, _no_float64_keys, NARROW
+            ),
+            Implementation(
+                "faiss", "cuda", "impl.faiss.gpu", "knn_search", _faiss_bridge_missing, _unfit_for_faiss, FAISS_LIMITS
             ),
         ),
     ),
@@ -210,8 +214,8 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
         _triton("knn_merge", "knn_merge"),
         _reference("knn_merge"),
         (  # what Faiss found has no order among equals, and only the reference does without one
-            Implementation("faiss", "cpu", "reference", "knn_merge", _faiss_package_missing),
-            Implementation("faiss", "cuda", "reference", "knn_merge", _faiss_bridge_missing),
+            Implementation("faiss", "cpu", "impl.reference.reference", "knn_merge", _faiss_package_missing),
+            Implementation("faiss", "cuda", "impl.reference.reference", "knn_merge", _faiss_bridge_missing),
         ),
     ),
     "cosine": _ordered(_triton("cosine", "cosine"), _reference("cosine")),
@@ -219,12 +223,12 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
     "memory_attention": _ordered(
         _triton_attention("memory_attention", slots=7),
         _native_attention("memory_attention"),
-        _reference("memory_attention", module="reference_attention"),
+        _reference("memory_attention", module="impl.reference.memory_attention"),
     ),
     "memory_attention_backward": _ordered(
         _triton_attention("memory_attention_backward", slots=11),
         _native_attention("memory_attention_backward"),
-        _reference("memory_attention_backward", module="reference_attention"),
+        _reference("memory_attention_backward", module="impl.reference.memory_attention"),
     ),
 }
 

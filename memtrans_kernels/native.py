@@ -20,7 +20,7 @@ MODULES = ("cpu", "cuda", "faiss")
 # Equals kInterface in csrc/memtrans.h; a library built for another number is refused.
 INTERFACE = 6
 INTERFACE_OPERATORS = {"cpu": "native_interface", "cuda": "native_cuda_interface", "faiss": "native_faiss_interface"}
-FEW_QUERIES = 8  # of a memory row: equals kFewQueries in csrc/cuda/knn_search.h
+FEW_QUERIES = 8  # of a memory row: equals kFewQueries in csrc/cuda/knn_search/search.h
 
 
 def load(module: str = "cpu") -> bool:
@@ -88,7 +88,7 @@ def knn_search_cuda(
 
 
 def memory_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """`memtrans_kernels.memory_attention` in C++, with the reference's arguments, in its order. No float64.
+    """`memtrans_kernels.impl.triton.memory_attention` in C++, with the reference's arguments, in its order. No float64.
 
     `status` must have said that it is live.
     """

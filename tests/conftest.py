@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from devices import DEVICE
+from helpers.devices import DEVICE
 
 torch.set_default_device(DEVICE)
 

@@ -11,8 +11,8 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
-from scripts import BENCHMARKS, benchmark_script
-from separate import Ended, beside_each_other, selected
+from helpers.scripts import BENCHMARKS, benchmark_script
+from helpers.separate import Ended, beside_each_other, selected
 
 LABELS = {"op", "impl", "case", "mode", "dtype", "gpu", "torch", "triton", "commit"}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from memtrans.cli import _parser
+from memtrans.cli.main import _parser
 
 FAQ = (Path(__file__).resolve().parents[1] / "docs" / "faq.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", FAQ, re.DOTALL | re.MULTILINE))

@@ -12,7 +12,7 @@ import pytest
 
 import memtrans
 import memtrans_kernels
-from memtrans import checkpoint
+from memtrans.training import checkpoint
 from memtrans_kernels.backends import IMPLEMENTATIONS
 
 PUBLIC = [

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from scripts import benchmark_script
+from helpers.scripts import benchmark_script
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

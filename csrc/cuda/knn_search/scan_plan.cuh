@@ -1,0 +1,151 @@
+// What knn_scan works on: its arguments, shared-memory shapes, and the jobs and plans that producer and consumers both derive.
+#pragma once
+
+#include "cuda/knn_search/top_k.cuh"
+
+namespace memtrans {
+
+constexpr int kScanTile = 128;           // keys of one stage
+constexpr int kSampleBlock = 8 * kScanTile;  // slots that one sample tile represents
+constexpr int kMaxima = 64;              // group maxima per query
+constexpr int kListRecords = 128;        // records of one thread's list for one query
+constexpr int kListFull = 123;           // a visit appends at most 4 records to a list
+constexpr int kListBytes = kListRecords * 16;
+constexpr int kListAlignment = 16 * 4 * kListBytes;  // the lists of a warp: no 4 GB boundary among them
+constexpr float kMostCandidates = 440;   // of a query, six deviations above the mean: what its lists hold
+constexpr int kUnsampledLength = 640;    // so few visible keys, and the rest of their tiles, fit the lists whole
+constexpr float kHitCost = 120.0f;     // of one candidate, in scanned keys
+
+struct ScanArguments {
+  const int64_t* rows;
+  const int64_t* start;
+  const int64_t* cursor;
+  const void* keys;
+  float* scores;
+  int32_t* slots;
+  uint64_t* entries;    // (queries, parts, k), where there are several parts: few_merge makes scores and slots of them
+  char* lists;          // kListAlignment-aligned; 4 lists a query, kQueries queries a block of the grid
+  uint32_t* redo_count;
+  uint32_t* redo;       // queries
+  uint32_t* redo_claimed;  // (queries,), where there are several parts: 1 for those on the list
+  uint32_t* redo_done;  // (kSpreadQueries,): parts of a redone query that are ready
+  uint64_t* redo_entries;  // (kSpreadQueries, kRedoParts, k)
+  int64_t row_count;
+  int queries_per_row;
+  int parts;            // pieces of a row's window, searched by different blocks
+  int slot_count;       // M + S
+  int capacity;
+  int k;
+  int one;              // 1
+};
+
+template <int dim>
+struct ScanShape {
+  static constexpr int kGroups = dim > 128 ? 2 : 4;  // consumer warpgroups, of 64 queries each
+  static constexpr int kQueries = 64 * kGroups;
+  static constexpr int kThreads = 128 * (kGroups + 1);
+  static constexpr int kConsumerRegisters = kGroups == 4 ? 112 : 208;
+  static constexpr int kColumns = dim % 64 == 0 ? 64 : 32;  // columns of one swizzled chunk
+  static constexpr int kChunks = dim / kColumns;
+  static constexpr int kRowBytes = kColumns * 2;
+  static constexpr int kQueryBytes = kQueries * dim * 2;
+  static constexpr int kStageBytes = kScanTile * dim * 2;
+  static constexpr int kSelectBytes = 4 * kGroups * WarpTopK::kCapacity * 8;
+  static constexpr int kStagesThatFit = (232448 - 1024 - 256 - kSelectBytes - kQueryBytes) / kStageBytes;
+  static constexpr int kStages = kStagesThatFit < 6 ? kStagesThatFit : 6;
+  static constexpr int kSharedBytes = 1024 + 256 + kSelectBytes + kQueryBytes + kStages * kStageBytes;
+};
+
+// One unit of work: a block's queries against one piece of one row's window.
+struct ScanJob {
+  int64_t index;    // row of the batch, of B * G
+  int row;          // row of the memory
+  int part;
+  int first_query;  // of the row
+  Window window;
+
+  __device__ ScanJob(const ScanArguments& arguments, int64_t job, int queries) {
+    const int tiles = (arguments.queries_per_row + queries - 1) / queries;
+    first_query = static_cast<int>(job % tiles) * queries;
+    part = static_cast<int>(job / tiles % arguments.parts);
+    index = job / tiles / arguments.parts;
+    row = static_cast<int>(arguments.rows[index]);
+    window = visible_window(arguments.start, arguments.cursor, row, arguments.capacity, arguments.slot_count)
+                 .piece(part, arguments.parts);
+  }
+
+  static __device__ int64_t count(const ScanArguments& arguments, int queries) {
+    return arguments.row_count * arguments.parts * ((arguments.queries_per_row + queries - 1) / queries);
+  }
+};
+
+// What one block streams for one job: sample tiles, then tiles of all visible keys.
+struct ScanPlan {
+  Window window;
+  int first_block, blocks, block_count, phase_bits, skip_bits, rank;  // the sample; rank 0: none
+  int first_tile, tiles, tile_count;
+
+  __device__ ScanPlan(Window window, int k) : window(window) {
+    tile_count = (window.slots + kScanTile - 1) / kScanTile;
+    first_tile = window.first / kScanTile;
+    tiles = span(kScanTile, tile_count);
+    block_count = (window.slots + kSampleBlock - 1) / kSampleBlock;
+    first_block = window.first / kSampleBlock;
+    blocks = span(kSampleBlock, block_count);
+    if (blocks >= 8) {  // the first and the last are partly out of sight
+      first_block = first_block + 1 < block_count ? first_block + 1 : 0;
+      blocks -= 2;
+    }
+    choose_sample(k);
+  }
+
+  __device__ int span(int size, int count) const {
+    if (window.length == 0) return 0;
+    const int end = window.first + window.length;
+    if (end <= window.slots) return (end - 1) / size - window.first / size + 1;
+    return min(count, count - window.first / size + (end - window.slots + size - 1) / size);
+  }
+
+  // The fraction of keys to sample: scanning a key costs 1, a candidate kHitCost. The K - 1 best keys have a binomial number
+  // in the sample, which fall into so many distinct groups; rank is what that number reaches about once in a million queries
+  // of independent keys (4.6 deviations and a little, within 1 of the exact number for K from 1 to 128).
+  __device__ void choose_sample(int k) {
+    phase_bits = skip_bits = rank = 0;
+    if (window.length <= kUnsampledLength) return;
+    float best = 3e38f;
+    const float covered = fminf(1.0f, static_cast<float>(blocks) * kSampleBlock / window.length);
+    for (int step = 0; step < 6; ++step) {
+      const float fraction = 0.5f / (1 << step) * covered;
+      const float expected = k * fraction, empty = expf(-expected / kMaxima);
+      const float variance = expected * (1.0f - fraction) * empty * empty +
+                             kMaxima * empty * (1.0f - (1.0f + expected / kMaxima) * empty);
+      const float groups = fminf(fminf(k, 60.0f), ceilf(kMaxima * (1.0f - empty) + 4.6f * sqrtf(variance) + 2.5f - 2.2f * fraction));
+      const float keys = -kMaxima * logf(1.0f - groups / kMaxima);
+      const float cost = fraction * window.length + kHitCost * keys / fraction;
+      const bool fits = fraction * window.length >= 4.0f * keys && keys + 6.0f * sqrtf(keys) <= kMostCandidates * fraction;
+      if (step > 0 && (cost >= best || !fits)) continue;
+      best = cost;
+      phase_bits = max(0, 2 - step);
+      skip_bits = max(0, step - 2);
+      rank = static_cast<int>(groups);
+    }
+  }
+
+  __device__ int sample_tiles() const { return rank ? ((blocks + (1 << skip_bits) - 1) >> skip_bits) << phase_bits : 0; }
+  __device__ int sample_block(int i) const {
+    const int block = first_block + (i >> phase_bits << skip_bits);
+    return block < block_count ? block : block - block_count;
+  }
+  __device__ int sample_phase(int i) const { return (sample_block(i) * 5 + 3 + (i << (3 - phase_bits))) & 7; }
+  __device__ int tile_slot(int i) const {
+    const int tile = first_tile + i;
+    return (tile < tile_count ? tile : tile - tile_count) * kScanTile;
+  }
+  // Are all of `count` slots from `slot` on, in steps of `step`, visible?
+  __device__ bool shows_all(int slot, int step, int limit) const {
+    const int span = step * (kScanTile - 1);
+    return slot + span < limit && window.age(slot) + span < window.length;
+  }
+};
+
+}  // namespace memtrans

@@ -1,0 +1,222 @@
+// The last step of knn_scan: from the lists of a query to its K best, by one warp.
+#pragma once
+
+#include "cuda/hopper.cuh"
+#include "cuda/knn_search/scan_plan.cuh"
+
+namespace memtrans {
+
+// Where the result of one query against one part goes.
+struct ScanResult {
+  const ScanArguments& arguments;
+  Window window;
+  int64_t query;
+  int part;
+
+  __device__ void put(int rank, uint64_t entry) const {
+    if (arguments.parts > 1) {
+      arguments.entries[(query * arguments.parts + part) * arguments.k + rank] = entry;
+      return;
+    }
+    arguments.scores[query * arguments.k + rank] = entry ? entry_score(entry) : -INFINITY;
+    arguments.slots[query * arguments.k + rank] = entry ? window.slot(entry_age(entry)) : -1;
+  }
+  __device__ void pad(int from) const {
+    for (int rank = from + threadIdx.x % 32; rank < arguments.k; rank += 32) put(rank, 0);
+  }
+  // The whole query, once: parts that were scored in different ways would order equal keys by how they were rounded.
+  __device__ void redo() const {
+    if (threadIdx.x % 32 != 0) return;
+    if (arguments.parts > 1 && atomicExch(arguments.redo_claimed + query, 1u)) return;
+    arguments.redo[atomicAdd(arguments.redo_count, 1)] = static_cast<uint32_t>(query);
+  }
+};
+
+// One warp selects the K best of the four lists of one query: 8 lanes read a list.
+template <typename T, int dim>
+struct ListSelection {
+  static constexpr int kLoads = 8;        // records of a lane in the common case
+  static constexpr int kMostKept = 192;   // entries that are worth ranking by comparing all pairs
+  const ScanArguments& arguments;
+  Window window;
+  const T* keys;         // of the row
+  uint64_t* buffer;      // of the warp
+
+  struct Lists {
+    const char* place;   // of the lane's first record; the next ones are 8 records on
+    int count;           // records of the lane's list, less those before its first
+    float threshold;
+
+    // Record i of the lane, or its first again where there is none: reading on past a list fetched lines from DRAM and drove
+    // out written ones (d64-8k on an H100: 0.480 against 0.422 ms).
+    __device__ float4 record(int i) const { return __ldcg(reinterpret_cast<const float4*>(place + (8 * i < count ? 128 * i : 0))); }
+    // Scores that reach nothing, where there is no record i.
+    __device__ void hide_missing(float4& record, int i) const {
+      record.x = 8 * i < count ? record.x : -INFINITY;
+      record.y = 8 * i < count ? record.y : -INFINITY;
+    }
+  };
+
+  // Any number of records, any ties, non-finite keys. Out of line, with everything by value: what it takes by address would
+  // live in memory on the common path too.
+  static __device__ __noinline__ void select_slowly(ListSelection self, Lists lists, ScanResult result) {
+    WarpTopK best(self.buffer, self.arguments.k);
+    const auto offer = [&](float score, int slot) {
+      bool counted = score >= lists.threshold;
+      if (counted && score == INFINITY) counted = key_is_finite(self.keys + static_cast<int64_t>(slot) * dim, dim);
+      best.push(counted, make_entry(score, self.window.age(slot) + self.window.offset));
+    };
+    for (int i = 0; __any_sync(kAllLanes, 8 * i < lists.count); ++i) {
+      float4 record = lists.record(i);
+      lists.hide_missing(record, i);
+      const int slot = 2 * __float_as_int(record.z);
+      offer(record.x, slot);
+      offer(record.y, slot + 1);
+    }
+    if (best.count < min(self.arguments.k, self.window.length) && lists.threshold > kLowest) return result.redo();
+    best.finish([&](int rank, uint64_t entry) { result.put(rank, entry); });
+    result.pad(best.count);
+  }
+
+  // Up to kLoads records a lane, already loaded; reload() may overwrite them once the best are in shared memory.
+  template <typename Reload>
+  __device__ void select(const Lists& lists, float4 (&records)[kLoads], const ScanResult& result, Reload reload) const {
+    #pragma unroll
+    for (int i = 0; i < kLoads; ++i) lists.hide_missing(records[i], i);
+    int mine;  // the lane's scores from the bound up
+    const int found = reaching(records, lists.threshold, mine);
+    const float largest = warp_largest(records);
+    const bool full = __any_sync(kAllLanes, lists.count + static_cast<int>(threadIdx.x % 8) >= kListFull);
+    const bool hard = __any_sync(kAllLanes, lists.count > 8 * kLoads) || largest == INFINITY;
+    const bool is_short = !hard && found < min(arguments.k, window.length) && lists.threshold > kLowest;
+    int kept = 0;
+    if (!full && !hard && !is_short) {
+      float bound = lists.threshold;
+      if (found > arguments.k) bound = kth_score(records, lists.threshold, largest, found, mine);
+      kept = compact(records, bound, mine);
+    }
+    const Lists current = lists;
+    reload();
+    if (full || is_short) result.redo();
+    else if (hard || kept > kMostKept) select_slowly(*this, current, result);  // kept: ties
+    else rank(kept, result);
+  }
+
+  // Puts {score, slot} of the records' scores from bound up into the buffer, as far as they fit, and counts them; `mine` are
+  // the lane's.
+  __device__ int compact(const float4 (&records)[kLoads], float bound, int mine) const {
+    int end = mine;
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const int before = __shfl_up_sync(kAllLanes, end, offset);
+      if (static_cast<int>(threadIdx.x % 32) >= offset) end += before;
+    }
+    const int kept = __shfl_sync(kAllLanes, end, 31);
+    if (kept > kMostKept) return kept;
+    uint32_t place = shared_address(buffer + end - mine);
+    const auto store = [&](float score, int slot) {
+      asm volatile(
+          "{\n"
+          ".reg .pred kept;\n"
+          "setp.ge.f32 kept, %1, %3;\n"
+          "@kept st.shared.v2.b32 [%0], {%4, %2};\n"
+          "@kept add.u32 %0, %0, 8;\n"
+          "}\n"
+          : "+r"(place)
+          : "f"(score), "r"(slot), "f"(bound), "r"(__float_as_int(score))
+          : "memory");
+    };
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int slot = 2 * __float_as_int(records[i].z);
+      store(records[i].x, slot);
+      store(records[i].y, slot + 1);
+    }
+    __syncwarp();
+    return kept;
+  }
+
+  static __device__ int reaching(const float4 (&records)[kLoads], float score, int& mine) {
+    int first = 0, second = 0;
+    const auto count = [&](int& total, float value) {
+      asm("{\n.reg .pred reached;\nsetp.ge.f32 reached, %1, %2;\n@reached add.s32 %0, %0, 1;\n}\n"
+          : "+r"(total)
+          : "f"(value), "f"(score));
+    };
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      count(first, records[i].x);
+      count(second, records[i].y);
+    }
+    mine = first + second;
+    return __reduce_add_sync(kAllLanes, mine);
+  }
+
+  static __device__ float warp_largest(const float4 (&records)[kLoads]) {
+    float largest = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) largest = fmaxf(largest, fmaxf(records[i].x, records[i].y));
+    return unsortable(__reduce_max_sync(kAllLanes, sortable(largest)));
+  }
+
+  static __device__ float warp_smallest(const float4 (&records)[kLoads]) {
+    float smallest = INFINITY;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      smallest = fminf(smallest, records[i].x >= kLowest ? records[i].x : INFINITY);
+      smallest = fminf(smallest, records[i].y >= kLowest ? records[i].y : INFINITY);
+    }
+    return unsortable(__reduce_min_sync(kAllLanes, sortable(smallest)));
+  }
+
+  // A score that k records reach; more only where scores tie. The first guesses assume that counts fall exponentially.
+  // `mine` are the lane's scores that reach it.
+  __device__ float kth_score(const float4 (&records)[kLoads], float threshold, float largest, int found, int& mine) const {
+    float low = threshold == kLowest ? warp_smallest(records) : threshold, high = largest;
+    float at_low = static_cast<float>(found), at_high = 0.7f;
+    const float k = static_cast<float>(arguments.k);
+    for (int step = 0; step < 64; ++step) {
+      const float share = step < 8 ? __fdividef(__logf(__fdividef(at_low, k)), __logf(__fdividef(at_low, at_high))) : 0.5f;
+      float middle = low + share * (high - low);
+      if (!(middle > low && middle <= high)) middle = 0.5f * low + 0.5f * high;
+      if (!(middle > low && middle <= high)) middle = high;
+      const int reached = reaching(records, middle, mine);
+      if (reached == arguments.k) return middle;
+      if (reached > arguments.k) {
+        low = middle;
+        at_low = reached;
+        if (low == high) break;
+      } else {
+        if (middle == high && at_high >= 1.0f) break;
+        high = middle;
+        at_high = fmaxf(reached, 1.0f);
+      }
+    }
+    reaching(records, low, mine);
+    return low;
+  }
+
+  // Writes the k best of the {score, slot} in the buffer, best first.
+  __device__ void rank(int kept, const ScanResult& result) const {
+    for (int i = threadIdx.x % 32; i < kept; i += 32) {
+      const float2 raw = reinterpret_cast<const float2*>(buffer)[i];
+      buffer[i] = make_entry(raw.x, window.age(__float_as_int(raw.y)) + window.offset);
+    }
+    if (threadIdx.x % 32 == 0 && kept % 2) buffer[kept] = 0;
+    __syncwarp();
+    for (int i = threadIdx.x % 32; i < kept; i += 32) {
+      const uint64_t entry = buffer[i];
+      int rank = 0;
+#pragma unroll 4
+      for (int other = 0; other < kept; other += 2) {
+        const ulonglong2 two = *reinterpret_cast<const ulonglong2*>(buffer + other);
+        rank += (two.x > entry) + (two.y > entry);
+      }
+      if (rank < arguments.k) result.put(rank, entry);
+    }
+    result.pad(kept);
+    __syncwarp();
+  }
+};
+
+}  // namespace memtrans

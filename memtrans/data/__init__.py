@@ -1,0 +1,1 @@
+"""Documents, where they come from, and the streams that rows read."""

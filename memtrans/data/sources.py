@@ -1,0 +1,181 @@
+"""Where documents come from: files, directories, archives, the Python standard library's own sources."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import lzma
+import sysconfig
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from memtrans.data.documents import Document
+
+STANDARD_LIBRARY = "stdlib"
+ENWIK8_SPLIT = (90_000_000, 5_000_000, 5_000_000)
+HELD_OUT_SHARE = 0.05  # of the bytes of several documents
+HELD_OUT_END = 0.1  # of a single document
+SNIFFED = 8192  # bytes looked at to tell text from the rest
+UNUSUAL_PACKAGES = {"test", "idlelib", "lib2to3", "site-packages", "dist-packages"}  # not installed everywhere
+
+# RuntimeError: an encrypted archive; NotImplementedError: a compression that Python does not know
+UNREADABLE = (
+    EOFError,
+    gzip.BadGzipFile,
+    lzma.LZMAError,
+    zipfile.BadZipFile,
+    zlib.error,
+    RuntimeError,
+    NotImplementedError,
+)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents to learn from and documents held out.
+
+    Attributes:
+        name: what was asked for. train, validation, test: the documents; test is empty but for enwik8.
+        fingerprint: of every name and byte; two corpora with the same one are the same.
+    """
+
+    name: str
+    train: Sequence[Document]
+    validation: Sequence[Document]
+    test: Sequence[Document]
+    fingerprint: str
+
+
+def load_corpus(data: str) -> Corpus:
+    """Reads all documents of a source and holds some out, always the same ones.
+
+    Args:
+        data: `stdlib`; or a file (.gz, .xz and .zip are unpacked); or a directory: each of its text files is a
+            document, and so is each directory in it, all text files below it in path order. A file called enwik8 (or
+            enwik8.zip, ...) gets the standard split of 90, 5 and 5 million.
+
+    Raises:
+        FileNotFoundError: no such path. ValueError: no bytes in it, a damaged archive, or an enwik8 of the wrong
+        length.
+    """
+    path = Path(data).expanduser()
+    if data == STANDARD_LIBRARY:
+        documents = standard_library()
+    elif data and path.is_dir():  # an empty path would be the current directory
+        documents = [document for entry in sorted(path.iterdir()) for document in _of_entry(path, entry)]
+    elif data and path.exists():
+        documents = list(_unpacked(path.name, path))
+    else:
+        raise FileNotFoundError(f"data must be {STANDARD_LIBRARY!r} or the path of a file or directory, got {data!r}")
+    documents = [document for document in documents if len(document) >= 2]
+    if not documents:
+        raise ValueError(f"data must hold text of at least 2 bytes, got none in {data!r}")
+    fingerprint = _fingerprint(documents)
+    if path.name.split(".")[0] == "enwik8" and not path.is_dir():
+        return Corpus(data, *_enwik8(data, documents), fingerprint)
+    return Corpus(data, *_split(documents), fingerprint)
+
+
+def standard_library() -> list[Document]:
+    """The sources of the running Python's own library: a package is a document, and so is a top-level module.
+
+    >>> "json" in [document.name for document in standard_library()]
+    True
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    documents = []
+    for entry in sorted(root.iterdir()):
+        if entry.is_dir() and entry.name not in UNUSUAL_PACKAGES and (entry / "__init__.py").exists():
+            files = sorted(file for file in entry.rglob("*.py") if UNUSUAL_PACKAGES.isdisjoint(file.parts))
+            documents.append(Document.of(entry.name, b"".join(file.read_bytes() for file in files)))
+        elif entry.suffix == ".py":
+            documents.append(Document.of(entry.stem, entry.read_bytes()))
+    return documents
+
+
+def _of_entry(root: Path, entry: Path) -> Iterator[Document]:
+    """The documents of a file in the directory `root`, or the one that a directory in it is."""
+    if not entry.is_dir():
+        yield from _text_in(root, entry)
+        return
+    texts = [document.content for file in sorted(entry.rglob("*")) for document in _text_in(root, file)]
+    if texts:
+        yield Document(entry.name, torch.cat(texts))
+
+
+def _text_in(root: Path, file: Path) -> Iterator[Document]:
+    """The text in a file; nothing if it is hidden or not text."""
+    relative = file.relative_to(root)
+    if file.is_file() and not any(part.startswith(".") for part in relative.parts):
+        yield from (document for document in _unpacked(str(relative), file) if _is_text(document))
+
+
+def _is_text(document: Document) -> bool:
+    """Whether no byte of the beginning is 0, which is how git tells text from the rest."""
+    return bool((document.content[:SNIFFED] != 0).all())
+
+
+def _unpacked(name: str, file: Path) -> Iterator[Document]:
+    """The documents of a file: one, or every member of a zip archive in path order."""
+    try:
+        if file.suffix == ".gz":
+            yield Document.of(name, gzip.decompress(file.read_bytes()))
+        elif file.suffix == ".xz":
+            yield Document.of(name, lzma.decompress(file.read_bytes()))
+        elif file.suffix == ".zip":
+            with zipfile.ZipFile(file) as archive:
+                for member in sorted(archive.namelist()):
+                    if not member.endswith("/"):
+                        yield Document.of(f"{name}/{member}", archive.read(member))
+        else:
+            yield Document.of(name, file.read_bytes())
+    except UNREADABLE as error:
+        raise ValueError(f"data must hold whole {file.suffix} archives, got {str(file)!r}: {error}") from error
+
+
+def _fingerprint(documents: Sequence[Document]) -> str:
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(f"{document.name}\0{len(document)}\0".encode(errors="surrogateescape"))
+        digest.update(document.content.numpy().data)
+    return digest.hexdigest()
+
+
+def _enwik8(data: str, documents: Sequence[Document]) -> tuple[list[Document], list[Document], list[Document]]:
+    """The split of enwik8 that everybody reports, one document each."""
+    sizes = [len(document) for document in documents]
+    if sizes != [sum(ENWIK8_SPLIT)]:
+        raise ValueError(f"data must be one file of {sum(ENWIK8_SPLIT)} bytes to be enwik8, got {sizes} in {data!r}")
+    train, validation, test = documents[0].content.split(ENWIK8_SPLIT)
+    return [Document("train", train)], [Document("validation", validation)], [Document("test", test)]
+
+
+def _split(documents: Sequence[Document]) -> tuple[list[Document], list[Document], list[Document]]:
+    """Holds out whole documents, drawn by the hash of their names; of a single document its end."""
+    if len(documents) == 1:
+        only = documents[0]
+        end = max(2, int(len(only) * HELD_OUT_END))
+        if len(only) < end + 2:
+            raise ValueError(f"data must hold at least 4 bytes, got {len(only)} in {only.name!r}")
+        kept, held_out = only.content[:-end], only.content[-end:]
+        return [Document(only.name, kept)], [Document(f"{only.name} (its end)", held_out)], []
+    drawn = sorted(range(len(documents)), key=lambda index: _draw(documents[index]))
+    share = int(sum(map(len, documents)) * HELD_OUT_SHARE)
+    chosen: set[int] = set()
+    size = 0
+    for index in drawn:
+        if size < share and size + len(documents[index]) <= 2 * share:
+            chosen.add(index)
+            size += len(documents[index])
+    chosen = chosen or {min(drawn, key=lambda index: len(documents[index]))}
+    train = [document for index, document in enumerate(documents) if index not in chosen]
+    return train, [documents[index] for index in sorted(chosen)], []
+
+
+def _draw(document: Document) -> bytes:
+    return hashlib.sha256(document.name.encode(errors="surrogateescape")).digest()

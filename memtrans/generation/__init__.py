@@ -1,0 +1,1 @@
+"""Reading prompts and continuing them, a token at a time."""

@@ -1,0 +1,293 @@
+"""A batch of documents that a model reads and then continues, one token each at a time.
+
+The meaning is training's, row by row: a document is read in segments of N tokens. Each token sees the local keys of its
+segment and of the XL cache, and the memory as it stood when the segment began; at the segment's end the memory
+receives what leaves the XL cache. Rows stand at different places of their segments, so each ends at its own time.
+
+The host knows all places, because every step moves every row on by one; the device knows which rows have stopped.
+So a step has one shape, waits for nothing and can be replayed as a CUDA graph. Where rows may have stopped, the host
+asks the device for their places before it reads or writes on.
+
+Shapes: B documents, H query heads, N tokens of a segment, X cached XL tokens, L = X + N local keys, V tokens of the
+vocabulary. Source: Wu et al. 2022, section 3.2; key/value caches are Shazeer 2019 (arXiv 1911.02150).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memtrans.attention import LocalContext, LocalView
+from memtrans.checks import check_ids, sizes
+from memtrans.distributed.dtensors import check_whole
+from memtrans.generation.local_cache import LocalCache, ReadingView, WritingView, rows_of
+from memtrans.knn_attention import KNNAttention
+from memtrans.memory.memory_list import KNNMemoryList
+from memtrans.memory.ring import MemorySnapshot
+from memtrans.position import T5RelativePositionBias
+from memtrans.transformer import MemorizingTransformer
+
+
+class Decoder:
+    """Reads documents and continues them, with training's memory, XL caches and positions.
+
+    Args:
+        model: on its device, in `eval()` mode. batch: B.
+        segment: N, what the model was trained with.
+        memories: what the documents said before, from `model.create_knn_memories(batch_size=B)`; they grow. Default:
+            empty ones.
+
+    Attributes:
+        logits: (B, V) float32, for the token after the last one of each row; the next call writes over it, while what
+        `read` and `step` return stays. memories: one for each memorizing layer;
+        a segment reaches them when it is complete. position: (B,) int64, tokens in each row's open segment.
+
+    Raises:
+        ValueError: sizes below 1, a model that is spread over ranks, memories of another batch, width, number of heads
+            or of layers. TypeError: a model inside a wrapper.
+
+    >>> model = MemorizingTransformer(num_tokens=9, dim=16, depth=2, dim_head=8, heads=2, memorizing_layers=2).eval()
+    >>> decoder = Decoder(model, batch=2, segment=4)
+    >>> decoder.read([torch.arange(6), torch.arange(3)]).shape
+    torch.Size([2, 9])
+    >>> decoder.step(torch.tensor([1, 2])).shape, decoder.memories[0].lengths.tolist()
+    (torch.Size([2, 9]), [4, 4])
+    """
+
+    def __init__(
+        self, model: MemorizingTransformer, batch: int, *, segment: int = 512, memories: KNNMemoryList | None = None
+    ) -> None:
+        sizes(1, batch=batch, segment=segment)
+        check_model(model)
+        self.model, self.batch, self.segment = model, batch, segment
+        self.device = model.token_emb.weight.device
+        if memories is None:
+            memories = model.create_knn_memories(batch_size=batch, device=self.device, spare=segment)
+        self.memories = memories
+        snapshots = model.snapshots(memories, torch.empty(batch, segment, 0, device=self.device))
+        self._now = [snapshot.live() for snapshot in snapshots]
+
+        self._attentions = [module for module in model.modules() if isinstance(module, LocalContext)]
+        # computed once: each is a launch a token, 2 us on an H100
+        self._temperatures = {
+            number: attention.temperature().detach()
+            for number, attention in enumerate(self._attentions, start=1)
+            if isinstance(attention, KNNAttention)
+        }
+        self._caches = [
+            LocalCache(
+                batch, model.kv_heads, model.dim_head, cached=attention.xl_max_memories, segment=segment,
+                dtype=self._dtype(), device=self.device,
+            )
+            for attention in self._attentions
+        ]  # fmt: skip
+        self._longest_cache = max(cache.cached for cache in self._caches)
+        self.position, self.cached = torch.zeros(2, batch, dtype=torch.int64, device=self.device)
+        self._ended = torch.zeros(batch, dtype=torch.bool, device=self.device)  # an end token in the open segment
+        self._positions, self._cached = [0] * batch, [0] * batch  # the same on the host, where all rows have gone on
+        self._located = True  # whether that is so
+        self.logits = torch.zeros(batch, model.num_tokens, device=self.device)
+        self._biases = [_with_hidden_column(bias) for bias in (model.rel_pos_bias, model.knn_rel_pos_bias)]
+        self._behind = self._longest_cache - torch.arange(self._longest_cache + segment, device=self.device)
+
+    def _dtype(self) -> torch.dtype:
+        """Of keys and values: what matrix products give here."""
+        device = self.device.type
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return self.model.token_emb.weight.dtype
+
+    # --------------------------------------------------------------------------------------------------- reading
+
+    @torch.no_grad()
+    def read(self, texts: Sequence[Tensor], on_tokens: Callable[[int], object] = lambda count: None) -> Tensor:
+        """Every row reads on, by a text of its own, of any length; rows at one place of a segment are read together.
+
+        Args:
+            texts: B tensors of token ids, integers; an empty one leaves its row as it is.
+            on_tokens: called with the number of tokens that were just read.
+
+        Returns:
+            logits (B, V) for the next token of each row.
+
+        Raises:
+            ValueError, IndexError: another number of texts, or ids outside the vocabulary. Nothing was read then.
+        """
+        if len(texts) != self.batch:
+            raise ValueError(f"texts must hold one text for each of the {self.batch} rows, got {len(texts)}")
+        for text in texts:
+            check_ids("texts", text[None], self.model.num_tokens, None, text.device, validate=True)
+        self.locate()
+        unread = [text.to(self.device) for text in texts]
+        while any(len(text) for text in unread):
+            for (position, cached, count), rows in self._together(unread).items():
+                self._read_piece(rows, torch.stack([unread[row][:count] for row in rows]), position, cached)
+                for row in rows:
+                    unread[row] = unread[row][count:]
+                on_tokens(count * len(rows))
+            self._end_segments()
+        return self.logits.clone()
+
+    def _together(self, unread: Sequence[Tensor]) -> dict[tuple[int, int, int], list[int]]:
+        """Rows by where their segment stands, how much XL cache they have and how many tokens come next."""
+        groups: dict[tuple[int, int, int], list[int]] = {}
+        for row, text in enumerate(unread):
+            count = min(len(text), self.segment - self._positions[row])
+            if count:
+                groups.setdefault((self._positions[row], self._cached[row], count), []).append(row)
+        return groups
+
+    def _read_piece(self, rows: list[int], tokens: Tensor, position: int, cached: int) -> None:
+        """Tokens (rows, count) of one place in the segment."""
+        model, index = self.model, rows_of(rows, self.batch, self.device)
+        self._note_start_and_end(tokens, index)
+        views = [ReadingView(cache, index, position, cached) for cache in self._caches]
+        free = cached if model.legacy else 0
+        bias = model.rel_pos_bias.table(free), model.knn_rel_pos_bias.table(free)
+        with self.memories.at_batch_indices(rows):
+            snapshots = [memory.snapshot() for memory in self.memories]
+            logits = self._logits(tokens, snapshots, views, bias)
+        self.logits[index] = logits
+        self.position[index] += tokens.shape[1]
+        for row in rows:
+            self._positions[row] += tokens.shape[1]
+
+    def _logits(
+        self,
+        tokens: Tensor,
+        snapshots: Sequence[MemorySnapshot],
+        views: Sequence[LocalView],
+        bias: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """After the last of tokens (B, N): (B, V) float32."""
+        contexts: list[dict[str, Any]] = [{"xl_memory": view} for view in views]
+        for number, temperature in self._temperatures.items():
+            contexts[number - 1]["temperature"] = temperature
+        embeddings = self.model.token_emb(tokens)
+        hidden, _, _ = self.model.run_layers(embeddings, snapshots, contexts, bias, add_knn_memory=False)
+        return self.model.head(hidden[:, -1:])[:, 0].float()
+
+    def _note_start_and_end(self, tokens: Tensor, index: Tensor | slice, going_on: Tensor | None = None) -> None:
+        """A start token forgets its row's memory at once; an end token does when its segment is complete."""
+        start, end = self.model.clear_memories_on_sos_token_id, self.model.clear_memories_on_eos_token_id
+        for token_id, act in ((start, self._forget), (end, self._ended.logical_or_)):
+            if token_id is not None:
+                mask = torch.zeros_like(self._ended)
+                mask[index] = (tokens == token_id).any(dim=1)
+                act(mask if going_on is None else mask & going_on)
+
+    def _forget(self, mask: Tensor) -> None:
+        for snapshot in self._now:
+            snapshot.clear_rows(mask)
+
+    # --------------------------------------------------------------------------------------------------- writing
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor) -> Tensor:
+        """Every row reads one token: tokens (B,) int64 on the model's device -> logits (B, V) for the next one."""
+        check_ids("tokens", tokens[None], self.model.num_tokens, None, self.device, self.model.validate)
+        self.locate()
+        self.advance(tokens, torch.ones_like(self._ended))
+        self._count()
+        return self.logits.clone()
+
+    @torch.no_grad()
+    def advance(self, tokens: Tensor, going_on: Tensor) -> None:
+        """The device's part of a step; the same work whatever the rows hold, so that it can be captured.
+
+        tokens: (B,) int64. going_on: (B,) bool; a row that has stopped stays where it is, and so do its logits.
+        """
+        self._note_start_and_end(tokens[:, None], slice(None), going_on)
+        views = [WritingView(cache, self.position) for cache in self._caches]
+        logits = self._logits(tokens[:, None], self._now, views, self._bias_of_places())
+        torch.where(going_on[:, None], logits, self.logits, out=self.logits)
+        self.position.add_(going_on)
+
+    def move_on(self) -> None:
+        """The host's part of a step: segments that may be complete end. Nothing waits for the device.
+
+        Rows may have stopped, so the host may be ahead of them until `locate`; of the others it knows the places.
+        """
+        self._located = False
+        self._count()
+
+    def _count(self) -> None:
+        self._positions = [position + 1 for position in self._positions]
+        self._end_segments()
+
+    def locate(self) -> None:
+        """The host takes the places of all rows from the device, and waits for it, if rows may have stopped."""
+        if not self._located:
+            self._positions, self._cached = self.position.tolist(), self.cached.tolist()
+            self._located = True
+
+    def _bias_of_places(self) -> tuple[Tensor, Tensor]:
+        """What one query of each row adds to its logits of the L local slots, (B, H, 1, L); -inf where nothing is."""
+        distance = self.position[:, None] + self._behind  # of each slot; the query stands in slot X + position
+        seen = distance - self.cached[:, None] if self.model.legacy else distance
+        unseen = (distance < 0) | (self._behind > self.cached[:, None])
+        plain, of_memory_layers = (
+            bias[:, torch.where(unseen, 0, seen.clamp(0, bias.shape[1] - 2) + 1)].transpose(0, 1)[:, :, None]
+            for bias in self._biases
+        )
+        return plain.to(self._caches[0].keys.dtype), of_memory_layers
+
+    # --------------------------------------------------------------------------------------------- ends of segments
+
+    def _end_segments(self) -> None:
+        """Where a segment is complete: what leaves goes into the memory, the rest becomes the XL cache."""
+        if self.segment not in self._positions:
+            return
+        complete = self.position == self.segment
+        self._store(complete)
+        if self.model.clear_memories_on_eos_token_id is not None:
+            self._forget(complete & self._ended)
+            self._ended.logical_and_(~complete)
+        self._shift_caches(complete)
+        self.cached.copy_(
+            torch.where(complete, (self.cached + self.segment).clamp(max=self._longest_cache), self.cached)
+        )
+        self.position.masked_fill_(complete, 0)
+        for row, position in enumerate(self._positions):
+            if position == self.segment:
+                self._positions[row] = 0
+                self._cached[row] = min(self._cached[row] + self.segment, self._longest_cache)
+
+    def _store(self, complete: Tensor) -> None:
+        """Adds what leaves to the memories of the rows where `complete` (B,) is True."""
+        model, whole = self.model, torch.where(complete, self.segment, 0)
+        for place, number in enumerate(model.memorizing_layers):
+            attention, cache = self._attentions[number - 1], self._caches[number - 1]
+            assert isinstance(attention, KNNAttention)
+            _, added_to = model.memories_of(place)
+            snapshot = self.memories[added_to].snapshot()
+            if cache.cached == 0:  # the segment leaves as it lies there
+                snapshot.append(cache.keys, cache.values, whole)
+                continue
+            local = torch.where(complete, self.cached.clamp(max=cache.cached) + self.segment, 0)
+            attention.add_leaving(snapshot, cache.keys, cache.values, self.segment, local, None)
+
+    def _shift_caches(self, complete: Tensor) -> None:
+        """Every layer's newest keys and values become the XL cache, of the layer that the model's shift says."""
+        layers = [self._caches[number - 1] for number in self.model.xl_memory_layers]
+        newest = [tuple(tensor.clone() for tensor in cache.newest()) for cache in layers]
+        for place, cache in enumerate(layers):
+            keys, values = newest[(place + self.model.shift_xl_memories_down) % len(layers)]
+            cache.begin(keys, values, complete)
+
+
+def check_model(model: MemorizingTransformer) -> None:
+    """Refuses a wrapper such as `DistributedDataParallel`, and a model that is spread over ranks."""
+    if isinstance(getattr(model, "module", None), MemorizingTransformer):
+        wrapper = type(model).__name__
+        raise TypeError(f"model must be a MemorizingTransformer, got a {wrapper} around one: give its model.module")
+    check_whole("model", model.parameters())
+
+
+def _with_hidden_column(bias: T5RelativePositionBias) -> Tensor:
+    """A bias by distance (H, 1 + distances) behind a column that hides: column 1 + d is distance d."""
+    table = bias.table().detach()
+    return torch.cat((table.new_full((table.shape[0], 1), -torch.inf), table), dim=1)

@@ -1,0 +1,1 @@
+"""What was retrieved, for people to look at."""

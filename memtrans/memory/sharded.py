@@ -1,0 +1,305 @@
+"""A memory whose slots are spread over ranks: W processes hold and search one memory together, exactly.
+
+Entry i of a row is on rank i mod W, which keeps it in a ring of its own as its entry i // W: every rank holds the same
+share of each row, of the oldest entries as of the newest, and M grows with the number of GPUs. All ranks speak of the
+same documents. Each reads a segment of its own of every document, and what a method does, all ranks do together:
+
+    search   sees what the memory held before this step, for every rank
+    add      stores the segments of all ranks in the order of the ranks, whatever rank comes first
+    clear    forgets a document for all ranks when one of them forgets it
+
+A search sends each query to the other ranks, and each answers with its K best. The owner merges them by score, older
+entries first among equals, and tells who won: the same neighbours that one memory of all entries would return. Then
+either the winners' keys and values travel, or each rank attends to those that it holds and sends its part of the
+softmax: `out` with `lse`, which the owner merges as exactly.
+
+Bytes that a rank receives for one query from each of the W - 1 others, queries and results of e bytes a number:
+D·e its query, 8·K candidates (score, slot) and K who won. Then D·e + 4 the partial result, for which a backward pass
+sends D·e + 4 and D·e more; or K / W winners, on average, of D numbers as they are stored, the value alone or, where a
+gradient is wanted, the key too, and nothing in the backward pass. `attend` takes what is fewer bytes in both passes
+together. With K = 32, D = 64 and two bytes a number that is the partial result up to 31 ranks without a gradient, up to
+20 with one. An entry that is added travels once to each rank.
+
+Two equal keys on different ranks come older first where their scores are equal, so where a backend rounds a pair's
+score alike wherever the key stands. Plain matrix products round by place; `native` on a GPU rounds otherwise in the
+rare query that it scores a second time (`knn_redo`). Keys whose scores differ by no more than that may change places.
+
+Shapes: the letters of `memtrans_kernels`, and W ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from memtrans.distributed.ranks import Ranks
+from memtrans.memory.exchange import by_rank, exchange, from_all, side_by_side
+from memtrans.memory.merge import merged
+from memtrans.memory.ring import MemorySnapshot, Ring, check_mask
+from memtrans.memory.state import SHARD, held
+from memtrans_kernels import (
+    checks,
+    knn_add_,
+    knn_merge,
+    knn_search,
+    ledger_advance_,
+    ledger_ticket,
+    memory_attention,
+    read_cursors,
+)
+from memtrans_kernels.backends import implements
+
+# ---------------------------------------------------------------------------------------------------------------- ring
+
+
+class ShardedRing(Ring):
+    """This rank's share of the slots of R rows; beside it the counts of the whole, the same on every rank.
+
+    Attributes:
+        ranks: that hold the memory. visible: M of the whole memory; `capacity` is this rank's share, rounded up.
+        total: (R,) int64, entries ever stored on all ranks. start: (R,) int64, counted likewise.
+        cursor: (R,) int64, of those the ones on this rank.
+    """
+
+    def __init__(self, rows: int, capacity: int, spare: int, dim: int, *, ranks: Ranks, **storage: Any) -> None:
+        super().__init__(rows, -(-capacity // ranks.size), spare, dim, **storage)
+        self.ranks, self.visible = ranks, capacity
+        self.total = torch.zeros_like(self.cursor)
+
+    def own(self, entries: Tensor) -> Tensor:
+        """How many of the first so many entries are on this rank."""
+        return held(entries, self.ranks.rank, self.ranks.size)
+
+    def lengths(self) -> Tensor:
+        """How many entries each row holds on all ranks (R,)."""
+        return (self.total - self.start).clamp(max=self.visible)
+
+    def snapshot(self, rows: Tensor, host_rows: Sequence[int], documents: int) -> MemorySnapshot:
+        """The memory as it stands on all ranks."""
+        ticket = ledger_ticket(self.written, host_rows)
+        start, total = read_cursors(self.start, self.total)
+        return ShardedSnapshot(self, rows, documents, start, total, self.keys_read, self.values_read, ticket)
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of this rank's keys and values (R, most on this rank, D), old to new, ending with its newest entry.
+
+        lengths (R,): of the whole memory. entries (R,): ever stored in it. shard (2,): this rank, and how many.
+        """
+        first = self.own(self.total - self.lengths())
+        most = int((self.cursor - first).max())
+        shard = torch.tensor([self.ranks.rank, self.ranks.size], device="cpu")
+        return {**self.newest(most), "lengths": self.lengths(), "entries": self.total.clone(), SHARD: shard}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Takes up a share of the same rank among as many, or this rank's share of a whole memory's state."""
+        device, keys, values = self.cursor.device, state["keys"], state["values"]
+        lengths = state["lengths"].to(device)
+        if SHARD in state:
+            total, longest = state["entries"].to(device), int(lengths.max())
+        else:
+            total, longest = torch.full_like(lengths, keys.shape[1]), keys.shape[1]
+            keys, values = (tensor[:, self.ranks.rank :: self.ranks.size] for tensor in (keys, values))
+        length = keys.shape[1]
+        total = total + self.ranks.size * longest  # rows that hold less than the longest must not begin before entry 0
+        self.total.copy_(total)
+        self.start.copy_(total - lengths)
+        rows = torch.arange(total.shape[0], device=device)
+        keys, values = (tensor.to(device)[:, None] for tensor in (keys, values))
+        if length:
+            self.add(rows, keys, values, count=torch.full_like(rows, length), at=self.own(total) - length)
+
+    def add(self, rows: Tensor, keys: Tensor, values: Tensor, count: Tensor, at: Tensor) -> None:
+        """Stores `count` (B·G,) of keys and values (B, G, N, D) here, after this rank's first `at` (R,) entries."""
+        backend = self.backend if implements("knn_add_", self.backend) else "auto"
+        knn_add_(self.keys, self.values, self.cursor, rows, keys, values, count, at=at, backend=backend)
+
+
+# -------------------------------------------------------------------------------------------------------------- search
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """What a search found, for the queries of this rank and for those of all ranks.
+
+    Attributes:
+        scores: (B, H, N, K), best first, then -inf. entries: (B, H, N, K) int64, the neighbours' numbers, then -1.
+        places: (W, B, H, N, K) int32, which neighbour each candidate of each rank became; K for the others.
+        queries: (B, H, W·N, D), those of all ranks, differentiable. candidate_scores, candidates: (B, H, W·N, K),
+            scores and slots of the best that this rank holds for them.
+    """
+
+    scores: Tensor
+    entries: Tensor
+    places: Tensor
+    queries: Tensor
+    candidate_scores: Tensor
+    candidates: Tensor
+
+
+@dataclass(frozen=True)
+class ShardedSnapshot(MemorySnapshot):
+    """A sharded memory as one forward pass sees it; `start` and `cursor` count entries on all ranks."""
+
+    ring: ShardedRing
+
+    def live(self) -> MemorySnapshot:
+        """See `MemorySnapshot.live`."""
+        return replace(self, start=self.ring.start, cursor=self.ring.total)
+
+    def find(self, query: Tensor, k: int) -> Neighbours:
+        """The K nearest entries of query (B, H, N, D) on all ranks, and what those found here that asked for theirs."""
+        ring, ranks = self.ring, self.ring.ranks
+        queries = side_by_side(from_all(query, ranks))
+        first = ring.own(torch.maximum(self.start, self.cursor - ring.visible))
+        own_scores, slots = knn_search(
+            queries, self.keys, self.rows, first, ring.own(self.cursor), ring.capacity, k, backend=ring.backend
+        )
+        scores, theirs = (exchange(by_rank(tensor, ranks.size), ranks) for tensor in (own_scores, slots))
+        backend = ring.backend if implements("knn_merge", ring.backend) else "auto"
+        scores, entries, places = knn_merge(scores, theirs, self.rows, self.cursor, self.keys.shape[1], backend=backend)
+        return Neighbours(scores, entries, places, queries, own_scores, slots)
+
+    def won(self, found: Neighbours) -> Tensor:
+        """Which of this rank's candidates became neighbours of the queries of all ranks (B, H, W·N, K) bool."""
+        answers = (found.places < found.scores.shape[-1]).to(torch.uint8)
+        return side_by_side(exchange(answers, self.ring.ranks)).bool()
+
+    def _of_heads(self, counts: Tensor, heads: int) -> Tensor:
+        """Of counts by row (R,), those of the documents and query heads in scope (B, H)."""
+        of_rows = counts[self.rows].reshape(self.documents, -1)
+        return of_rows.repeat_interleave(heads // of_rows.shape[1], dim=1)
+
+    def nearest(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Scores and numbers of entries (B, H, N, K); there are no slots to speak of: they are on several ranks."""
+        found = self.find(query, k)
+        return found.scores, found.entries
+
+    def pairs(self, query: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values (B, H, N, K, D) of the nearest entries, and which are there (B, H, N, K).
+
+        Waits for the device once: how much each rank sends is not known before.
+        """
+        found = self.find(query, k)
+        keys, values = self.fetch(found, [self.keys, self.values])
+        return keys, values, found.entries >= 0
+
+    def fetch(self, found: Neighbours, rings: Sequence[Tensor]) -> list[Tensor]:
+        """What the neighbours hold in each of the rings (R, slots, D), their keys or values: (B, H, N, K, D) each.
+
+        It comes from the ranks that hold them; zeros where there is none.
+        """
+        ranks, (_, width) = self.ring.ranks, self.keys.shape[1:]
+        won, slots = (by_rank(tensor, ranks.size) for tensor in (self.won(found), found.candidates))
+        row = self._of_heads(torch.arange(self.start.shape[0], device=slots.device), slots.shape[2])
+        row, slot = row[:, :, None, None].expand_as(slots)[won], slots[won].long()
+        mine = found.places < found.scores.shape[-1]
+        sent, received = ([int(n) for n in mask.flatten(1).sum(dim=1).tolist()] for mask in (won, mine))
+        index = mine.nonzero(as_tuple=True)
+        fetched = []
+        for ring in rings:
+            got = ring.new_empty(sum(received), width)
+            with ranks.listening():
+                dist.all_to_all_single(got, ring[row, slot], received, sent, group=ranks.quick)
+            whole = ring.new_zeros(*found.scores.shape, width)
+            whole[(*index[1:4], found.places[mine].long())] = got
+            fetched.append(whole)
+        return fetched
+
+    # ------------------------------------------------------------------------------------------------------- attention
+
+    def attend(
+        self, query: Tensor, k: int, scale: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Attention of query (B, H, N, D) to its K nearest entries alone, with logits scale[h] · score.
+
+        scale: (H,). dropout_p, seed: as `memory_attention` takes them.
+
+        Returns out (B, H, N, D) and lse (B, H, N), differentiable in query and scale, and which queries found any
+        (B, H, N). What travels is the smaller of winners and partial results; see the module.
+        """
+        found = self.find(query, k)
+        dropout = {"dropout_p": dropout_p, "seed": seed}
+        width, learning = query.shape[-1], torch.is_grad_enabled()
+        result = width * query.element_size() + 4
+        part = 2 * result + width * query.element_size() if learning else result
+        winner = width * (self.values.element_size() + (self.keys.element_size() if learning else 0))
+        if self.ring.ranks.size * part <= k * winner:
+            out, lse = self._attend_in_parts(found, scale, dropout)
+        else:
+            out, lse = self._attend_to_fetched(query, found, scale, dropout)
+        return out, lse, found.entries[..., 0] >= 0
+
+    def _attend_in_parts(self, found: Neighbours, scale: Tensor, dropout: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Each rank attends for all queries to the neighbours that it holds; their owners merge what they get.
+
+        The scale is the asking rank's, so that its gradient is too: it goes into the query and the scores.
+        """
+        ranks = self.ring.ranks
+        length = found.queries.shape[2] // ranks.size
+        scales = from_all(scale, ranks).T.repeat_interleave(length, dim=1)[None, :, :, None]  # (1, H, W·N, 1)
+        queries = (found.queries * scales).to(found.queries.dtype)
+        nothing = queries.detach().new_empty(self.documents, self.rows.numel() // self.documents, 0, queries.shape[-1])
+        out, lse = memory_attention(
+            queries, nothing, nothing, self.keys, self.values, self.rows,
+            found.candidate_scores * scales.detach(), torch.where(self.won(found), found.candidates, -1),
+            torch.ones_like(scale), **dropout, ledger=self.ledger,
+        )  # fmt: skip
+        outs, lses = (exchange(by_rank(part, ranks.size), ranks) for part in (out, lse))
+        return merged(outs, lses)
+
+    def _attend_to_fetched(
+        self, query: Tensor, found: Neighbours, scale: Tensor, dropout: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """As to a memory of N·K entries for each head, which nobody else reads.
+
+        The scores are known, so that keys are wanted for the gradient alone; without one the values stand for them.
+        """
+        rings = [self.keys, self.values] if torch.is_grad_enabled() else [self.values]
+        fetched = [ring.flatten(2, 3).flatten(0, 1) for ring in self.fetch(found, rings)]  # (B·H, N·K, D)
+        keys, values = fetched[0], fetched[-1]
+        slots = torch.arange(keys.shape[1], dtype=torch.int32, device=keys.device).reshape(found.scores.shape[2:])
+        nothing = query.detach()[:, :, :0]
+        return memory_attention(
+            query, nothing, nothing, keys, values, torch.arange(keys.shape[0], device=keys.device),
+            found.scores, torch.where(found.entries >= 0, slots, -1), scale, **dropout,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------------------------------------------ add, clear
+
+    def append(self, keys: Tensor, values: Tensor, count: Tensor | None = None) -> MemorySnapshot:
+        """Stores keys and values (B, G, N, D) of every rank, in the order of the ranks; returns the state after them.
+
+        count: (B,) int64, how many of the N each document stores, of this rank's. All ranks give the same N.
+        """
+        ring, ranks = self.ring, self.ring.ranks
+        batch, groups, length, _ = keys.shape
+        if length == 0:
+            return self
+        if count is None:
+            count = torch.full((batch,), length, dtype=torch.int64, device=keys.device)
+        ends = from_all(count, ranks).cumsum(dim=0).repeat_interleave(groups, dim=1).T.contiguous()  # (B·G, W)
+        added, cursor = ends[:, -1], self.cursor[self.rows]
+        first = (ranks.rank - cursor) % ranks.size  # of the new entries of a row, the first on this rank
+        offset = first[:, None] + ranks.size * torch.arange(length, device=keys.device)  # (B·G, N)
+        source = torch.searchsorted(ends, offset, right=True).clamp(max=ranks.size - 1)
+        before = torch.cat((torch.zeros_like(added[:, None]), ends), dim=1).gather(1, source)
+        place = (source * length + (offset - before)).clamp(max=ranks.size * length - 1)
+        index = place.reshape(batch, groups, length, 1).expand_as(keys)
+        keys, values = (side_by_side(from_all(new.detach(), ranks)).gather(2, index) for new in (keys, values))
+        here = (added - first + ranks.size - 1).div(ranks.size, rounding_mode="floor").clamp(min=0)
+        ring.add(self.rows, keys, values, count=here, at=ring.own(self.cursor))
+        after = self.cursor.index_add(0, self.rows, added)
+        ring.total.copy_(torch.maximum(ring.total, after))  # a recomputed forward adds nothing
+        ticket = ledger_advance_(ring.written, self.ticket, length)
+        return replace(self, cursor=after, keys=ring.keys_read, values=ring.values_read, ticket=ticket)
+
+    def clear_rows(self, mask: Tensor) -> MemorySnapshot:
+        """Forgets all entries of the documents where mask (B,) is True on one of the ranks; the state after that."""
+        check_mask(mask, self.documents)
+        checks.same_device(self.start.device, mask=mask)
+        return super().clear_rows(from_all(mask.to(torch.uint8), self.ring.ranks).bool().any(dim=0))

@@ -1,0 +1,190 @@
+"""Checkpoints: safetensors for tensors, JSON for everything else, nothing that executes when read.
+
+A checkpoint is a directory. `checkpoint.json` is the checkpoint: it names the tensor files that belong to it, with
+their SHA-256. A new checkpoint first writes tensor files of its own under new names and forces them to disk;
+renaming the new `checkpoint.json` over the old one is the one moment at which the new checkpoint takes the place of
+the old; files that no `checkpoint.json` names are then removed. So a kill or a full disk at any moment leaves a
+whole checkpoint.
+
+Of several ranks each writes the tensors that it holds, in parts of its own (`part_name`), and the first one writes
+`checkpoint.json` when all have; they share the directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from memtrans.distributed.ranks import ALONE, Ranks
+from memtrans.storage import write_atomically
+
+INDEX = "checkpoint.json"
+KIND = "memtrans.checkpoint"
+VERSION = 1
+
+Parts = Mapping[str, Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds: named parts of named tensors (`model`, `optimizer`, ...) and JSON values."""
+
+    parts: Parts
+    values: dict[str, Any]
+
+
+def exists(directory: str | Path) -> bool:
+    """Whether the directory holds a checkpoint."""
+    return (Path(directory) / INDEX).is_file()
+
+
+def part_name(part: str, rank: int) -> str:
+    """Of the part that a rank writes of what each rank holds its own share of.
+
+    >>> part_name("memories", 0), part_name("memories", 3)
+    ('memories', 'memories.3')
+    """
+    return part if rank == 0 else f"{part}.{rank}"
+
+
+def save_checkpoint(directory: str | Path, parts: Parts, values: Mapping[str, Any], ranks: Ranks = ALONE) -> None:
+    """Writes a checkpoint in the place of the one that is there, if any.
+
+    Args:
+        directory: made if missing. parts: tensors by part and name, each part a file; of several ranks each gives parts
+            of other names. values: anything that JSON holds; the first rank's count. ranks: that write together.
+
+    Raises:
+        OSError: the disk is full, or the like, on whatever rank; the previous checkpoint is whole.
+
+    >>> import tempfile, torch
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     save_checkpoint(directory, {"model": {"weight": torch.ones(2)}}, {"step": 7})
+    ...     checkpoint = load_checkpoint(directory)
+    >>> checkpoint.values, checkpoint.parts["model"]["weight"].tolist()
+    ({'step': 7}, [1.0, 1.0])
+    """
+    directory = Path(directory)
+    try:
+        own = ranks.together(lambda: _write_parts(directory, parts))
+        files = {part: file for of_rank in ranks.gather(own) for part, file in of_rank.items()}
+        ranks.together(lambda: _write_index(directory, files, values) if ranks.first else None)
+    except BaseException:
+        if ranks.first:
+            with suppress(OSError, ValueError):  # what failed is told, not that its remains cannot be removed
+                _remove_unnamed(directory)
+        raise
+    if ranks.first:
+        _remove_unnamed(directory)
+
+
+def _write_parts(directory: Path, parts: Parts) -> dict[str, dict[str, str]]:
+    """Writes files under names of their own; returns the name and the SHA-256 of each part's."""
+    directory.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for part, tensors in parts.items():
+        content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        digest = hashlib.sha256(content).hexdigest()
+        files[part] = {"name": f"{part}-{digest[:16]}.safetensors", "sha256": digest}
+        write_atomically(directory / files[part]["name"], content)
+    _force_to_disk(directory)
+    return files
+
+
+def _write_index(directory: Path, files: Mapping[str, Mapping[str, str]], values: Mapping[str, Any]) -> None:
+    """The moment at which the new checkpoint takes the place of the old one."""
+    index = {"kind": KIND, "version": VERSION, "files": files, "values": dict(values)}
+    index["sha256"] = _digest(index)
+    write_atomically(directory / INDEX, (json.dumps(index, indent=1) + "\n").encode())
+    _force_to_disk(directory)
+
+
+def require(checkpoint: Checkpoint, *values: str) -> Checkpoint:
+    """Returns the checkpoint, or raises ValueError when it lacks one of the named values."""
+    missing = [name for name in values if name not in checkpoint.values]
+    if missing:
+        raise ValueError(f"checkpoint must be a training run's, got one without {', '.join(missing)}")
+    return checkpoint
+
+
+def load_checkpoint(
+    directory: str | Path, wanted: Callable[[str, Mapping[str, Any]], bool] = lambda part, values: True
+) -> Checkpoint:
+    """Reads and verifies a checkpoint.
+
+    wanted: whether to read a part, told its name and the checkpoint's values. Default: all.
+
+    Raises:
+        FileNotFoundError: there is none. ValueError: it is damaged, or something else.
+
+    >>> load_checkpoint("no/such/run")
+    Traceback (most recent call last):
+        ...
+    FileNotFoundError: checkpoint must be a directory with checkpoint.json, got 'no/such/run'
+    """
+    directory = Path(directory)
+    if not exists(directory):
+        raise FileNotFoundError(f"checkpoint must be a directory with {INDEX}, got {str(directory)!r}")
+    index = _read_index(directory / INDEX)
+    parts = {}
+    for part, file in index["files"].items():
+        if not wanted(part, index["values"]):
+            continue
+        path = directory / file["name"]
+        content = path.read_bytes() if path.exists() else b""
+        if hashlib.sha256(content).hexdigest() != file["sha256"]:
+            what = "does not have the bytes that were written" if content else "is missing"
+            raise ValueError(f"checkpoint must be whole, got {str(directory)!r}, where {file['name']} {what}")
+        try:
+            parts[part] = load(content)
+        except SafetensorError as error:
+            raise ValueError(f"checkpoint must hold safetensors files, got {str(path)!r}: {error}") from error
+    return Checkpoint(parts, index["values"])
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    try:
+        index = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"checkpoint must have a whole {INDEX}, got {str(path)!r}: {error}") from error
+    if not isinstance(index, dict) or index.get("kind") != KIND:
+        raise ValueError(f"checkpoint must be one of memtrans, got {str(path)!r} of another kind")
+    if index.get("version") != VERSION:
+        raise ValueError(f"checkpoint must be of version {VERSION}, got {index.get('version')} in {str(path)!r}")
+    if index.pop("sha256", None) != _digest(index):
+        raise ValueError(f"checkpoint must be whole, got {str(path)!r}, which was changed since it was written")
+    return index
+
+
+def _digest(index: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
+
+
+def _force_to_disk(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove_unnamed(directory: Path) -> None:
+    """Removes what earlier checkpoints, and interrupted ones, left behind."""
+    if not exists(directory):
+        named = set()
+    else:
+        named = {INDEX, *(file["name"] for file in _read_index(directory / INDEX)["files"].values())}
+    for path in directory.iterdir():
+        ours = path.name.endswith(".safetensors") or (path.name.startswith(".") and ".safetensors." in path.name)
+        if (ours or path.name.startswith(f".{INDEX}.")) and path.name not in named:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,49 @@
+"""How a run tells where it stands: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+
+class Progress:
+    """A bar on standard error where that is a terminal, lines on standard output otherwise.
+
+    Args:
+        steps: of the run. done: steps behind it. plain: lines in any case. shown: False says nothing at all.
+    """
+
+    def __init__(self, steps: int, done: int, plain: bool, shown: bool = True) -> None:
+        self._bar = None
+        self._steps, self._shown = steps, shown
+        if shown and not plain and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True)
+
+    def step(self) -> None:
+        """One more step is done."""
+        if self._bar is not None:
+            self._bar.update(1)
+
+    def report(self, line: Mapping[str, Any]) -> None:
+        """Shows bits per byte and tokens per second of the last steps."""
+        bits, speed = f"{line['bits_per_byte']:.3f}", f"{line['tokens_per_second']:,.0f}"
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{bits} bits per byte, {speed} tokens/s")
+        else:
+            self.say(f"step {line['step']}/{self._steps}: {bits} bits per byte, {speed} tokens/s")
+
+    def say(self, text: str) -> None:
+        """Shows a line without breaking the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stdout)
+        elif self._shown:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

@@ -1,0 +1,75 @@
+"""The rows of a batch as several ranks saved them, put together again for however many read them.
+
+A run of W ranks saves, for each rank, the memories and XL caches of the rows that it owns; a rank of another run takes
+those of its own rows out of them.
+
+Shapes: B rows that are saved together, G key/value heads, entries: of the longest row, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memtrans.distributed.ranks import Ranks
+from memtrans.training.checkpoint import Parts, part_name
+
+SHARED = ("memories", "xl")  # what every rank saves of its own rows
+
+State = Mapping[str, Tensor]
+
+
+def overlapping(rows: range, batch: int, saved_by: int) -> list[int]:
+    """Which of the ranks of a saved run owned some of these rows.
+
+    >>> overlapping(range(2, 6), batch=8, saved_by=4)
+    [1, 2]
+    """
+    return [rank for rank in range(saved_by) if _common(rows, Ranks(rank, saved_by).rows(batch))]
+
+
+def _common(rows: range, others: range) -> range:
+    return range(max(rows.start, others.start), min(rows.stop, others.stop))
+
+
+def parts_of_rows(parts: Parts, rows: range, batch: int, saved_by: int) -> dict[str, State]:
+    """The parts `memories` and `xl` of these rows, out of the parts of `saved_by` ranks.
+
+    Raises KeyError when a part is missing.
+    """
+    owners = overlapping(rows, batch, saved_by)
+    taken: dict[str, list[State]] = {part: [] for part in SHARED}
+    for rank in owners:
+        owned = Ranks(rank, saved_by).rows(batch)
+        here = _common(rows, owned)
+        for part in SHARED:
+            state = parts[part_name(part, rank)]
+            taken[part].append(_some(state, here.start - owned.start, here.stop - owned.start, len(owned)))
+    return {part: _joined(states) for part, states in taken.items()}
+
+
+def _some(state: State, first: int, last: int, batch: int) -> State:
+    """Rows first to last; a tensor has one row for each row of the batch, or one for each of its G heads (B.G)."""
+    some = {}
+    for name, tensor in state.items():
+        heads = tensor.shape[0] // batch
+        some[name] = tensor[first * heads : last * heads]
+    return some
+
+
+def _joined(states: Sequence[State]) -> State:
+    """The rows of several states below one another."""
+    if len(states) == 1:
+        return states[0]
+    return {name: torch.cat(_of_one_length([state[name] for state in states])) for name in states[0]}
+
+
+def _of_one_length(tensors: list[Tensor]) -> list[Tensor]:
+    """Of a memory's keys and values (R, entries, D), which end with the newest entry, the shorter begin with zeros."""
+    if tensors[0].dim() != 3:
+        return tensors
+    longest = max(tensor.shape[1] for tensor in tensors)
+    return [F.pad(tensor, (0, 0, longest - tensor.shape[1], 0)) for tensor in tensors]

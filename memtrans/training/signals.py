@@ -1,0 +1,66 @@
+"""How a run hears that it is to stop, and ends at a place where nothing is left half done."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+SIGNALS: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+
+
+class StoppedError(KeyboardInterrupt):
+    """A signal ended the run.
+
+    Attributes:
+        status: of the process, as shells give it: 130 for Ctrl-C, 143 for SIGTERM.
+
+    >>> print(StoppedError(signal.SIGTERM))
+    stopped by SIGTERM
+    """
+
+    def __init__(self, number: int = signal.SIGINT) -> None:
+        super().__init__(f"stopped by {SIGNALS[number]}")
+        self.status = 128 + number
+
+
+class Interruption:
+    """Inside a `with`, a signal to stop is noted, so that nothing is left half done; Ctrl-C after one stops at once.
+
+    It hears Ctrl-C, and SIGTERM, which schedulers, containers and `torchrun` send, some of them twice. Does nothing
+    outside of the main thread, where signals cannot be heard.
+
+    Args:
+        agreed: asked for which signal's number to believe in, 0 for none, whenever this process is; several processes
+            then stop at the same place, and for the same reason.
+    """
+
+    def __init__(self, agreed: Callable[[int], int] = int) -> None:
+        self._agreed, self._noted = agreed, 0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._hear) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: one of C, which cannot be put back
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self._noted and number == signal.SIGINT:
+            raise StoppedError(number)
+        self._noted = self._noted or number
+
+    def heard(self) -> int:
+        """The number of the signal to stop that there was, 0 without one."""
+        return self._agreed(self._noted)
+
+    def check(self) -> None:
+        """Raises StoppedError if there was a signal to stop."""
+        number = self.heard()
+        if number:
+            raise StoppedError(number)

@@ -1,0 +1,1 @@
+"""Faiss, to compare with."""

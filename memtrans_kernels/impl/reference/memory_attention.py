@@ -1,0 +1,194 @@
+"""What attention to a memory means, in plain PyTorch: the oracle of all tests, and the last-resort kernel.
+
+Arithmetic is float32, or float64 where the inputs are (tests call it so); on CPU and CUDA tensors alike, without a host
+round trip. Shapes in the letters of `memtrans_kernels`. The other operators stand in `reference.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memtrans_kernels.impl.reference.philox import keep_mask
+from memtrans_kernels.precision import arithmetic_dtype
+
+
+def memory_attention(
+    query: Tensor,  # (B, H, N, D)
+    key: Tensor,  # (B, G, L, D)
+    value: Tensor,  # (B, G, L, D)
+    memory_keys: Tensor,  # (R, M + S, D)
+    memory_values: Tensor,  # (R, M + S, D)
+    rows: Tensor,  # (B·G,)
+    scores: Tensor,  # (B, H, N, K)
+    slots: Tensor,  # (B, H, N, K)
+    scale: Tensor,  # (H,)
+    bias_table: Tensor | None = None,  # (H, distances)
+    bias_dense: Tensor | None = None,  # (1 or B, H, N, L)
+    memory_offset: Tensor | None = None,  # (H,)
+    local_length: Tensor | None = None,  # (B,)
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,  # ()
+) -> tuple[Tensor, Tensor]:
+    """One softmax over K retrieved and L local logits; `memory_keys` is read by the backward pass alone."""
+    dtype = arithmetic_dtype(query)
+    local = scale.to(dtype)[:, None, None] * _dot(query, key, dtype)
+    logits = _joint_logits(local, scores, slots, scale, bias_table, bias_dense, memory_offset, local_length)
+    lse = logits.logsumexp(dim=-1)  # (B, H, N)
+    weights = logits.sub_(_finite(lse)[..., None]).exp_()  # (B, H, N, K + L)
+    if dropout_p > 0.0:
+        assert seed is not None
+        weights = weights * keep_mask(seed, dropout_p, weights.shape) / (1.0 - dropout_p)
+    to_memory, to_local = weights.split([slots.shape[-1], key.shape[-2]], dim=-1)
+    gathered = _gather(memory_values, rows, slots, dtype)  # (B, H, N, K, D)
+    out = _weighted_sum(to_local, value, dtype) + torch.einsum("bhnk,bhnkd->bhnd", to_memory, gathered)
+    return out.to(query.dtype).contiguous(), lse
+
+
+def memory_attention_backward(
+    grad_out: Tensor,  # (B, H, N, D)
+    grad_lse: Tensor,  # (B, H, N)
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    memory_keys: Tensor,
+    memory_values: Tensor,
+    rows: Tensor,
+    scores: Tensor,
+    slots: Tensor,
+    scale: Tensor,
+    bias_table: Tensor | None,
+    bias_dense: Tensor | None,
+    memory_offset: Tensor | None,
+    local_length: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value, scale, bias_table, bias_dense, memory_offset (empty where there is none).
+
+    With P the softmax, P' = P after dropout, dP' = <grad_out, values> and delta = <grad_out, out> = sum P' dP':
+    d logits = P (keep / (1 - p) dP' - delta + grad_lse).
+    """
+    dtype = arithmetic_dtype(query)
+    grad_out, scale_wide = grad_out.to(dtype), scale.to(dtype)[:, None, None]
+    dot = _dot(query, key, dtype)
+    logits = _joint_logits(scale_wide * dot, scores, slots, scale, bias_table, bias_dense, memory_offset, local_length)
+    weights = logits.sub_(_finite(lse.to(dtype))[..., None]).exp_()  # P
+
+    sizes = [slots.shape[-1], key.shape[-2]]
+    gathered = _gather(memory_values, rows, slots, dtype)
+    grad_weights = torch.cat((torch.einsum("bhnd,bhnkd->bhnk", grad_out, gathered), _dot(grad_out, value, dtype)), -1)
+    dropped = weights  # P'
+    if dropout_p > 0.0:
+        assert seed is not None
+        factor = keep_mask(seed, dropout_p, weights.shape).to(dtype) / (1.0 - dropout_p)
+        dropped, grad_weights = weights * factor, grad_weights * factor
+    delta = (grad_out * out.to(dtype)).sum(dim=-1, keepdim=True) - grad_lse.to(dtype)[..., None]
+    grad_logits = grad_weights.sub_(delta).mul_(weights)
+    grad_memory, grad_local = grad_logits.split(sizes, dim=-1)
+
+    retrieved_keys = _gather(memory_keys, rows, slots, dtype)
+    grad_query = _weighted_sum(grad_local, key, dtype) + torch.einsum("bhnk,bhnkd->bhnd", grad_memory, retrieved_keys)
+    grad_key = _sum_over_queries(grad_local * scale_wide, query, key, dtype)
+    grad_value = _sum_over_queries(dropped.split(sizes, dim=-1)[1], grad_out, value, dtype)
+    found_scores = scores.to(dtype).masked_fill(slots < 0, 0.0)
+    grad_scale = (grad_local * dot).sum(dim=(0, 2, 3)) + (grad_memory * found_scores).sum(dim=(0, 2, 3))
+    nothing = query.new_empty
+    return (
+        (grad_query * scale_wide).to(query.dtype).contiguous(),
+        grad_key.to(key.dtype).contiguous(),
+        grad_value.to(value.dtype).contiguous(),
+        grad_scale.to(scale.dtype),
+        nothing(0) if bias_table is None else _grad_bias_table(grad_local, bias_table),
+        nothing(0) if bias_dense is None else grad_local.sum_to_size(bias_dense.shape).to(bias_dense.dtype, copy=True),
+        nothing(0) if memory_offset is None else grad_memory.sum(dim=(0, 2, 3)).to(memory_offset.dtype),
+    )
+
+
+def _joint_logits(
+    local: Tensor,  # (B, H, N, L), scaled; becomes logits in place
+    scores: Tensor,
+    slots: Tensor,
+    scale: Tensor,
+    bias_table: Tensor | None,
+    bias_dense: Tensor | None,
+    memory_offset: Tensor | None,
+    local_length: Tensor | None,
+) -> Tensor:
+    """The K retrieved logits, then the L local ones; -inf where there is nothing to attend to."""
+    length, local_keys = local.shape[-2:]
+    distance = _distance(length, local_keys, local.device)
+    if bias_table is not None:
+        local += bias_table.to(local.dtype)[:, distance.clamp(0, bias_table.shape[-1] - 1)]
+    if bias_dense is not None:
+        local += bias_dense.to(local.dtype)
+    hidden = distance < 0
+    if local_length is not None:
+        oldest = local_keys - local_length[:, None, None, None]  # keys before it are not this document's
+        hidden = hidden | (torch.arange(local_keys, device=local.device) < oldest)
+    local.masked_fill_(hidden, -torch.inf)
+    if slots.shape[-1] == 0:
+        return local
+    retrieved = scale.to(local.dtype)[:, None, None] * scores.to(local.dtype).masked_fill(slots < 0, 0.0)
+    if memory_offset is not None:
+        retrieved = retrieved + memory_offset.to(local.dtype)[:, None, None]
+    return torch.cat((retrieved.masked_fill_(slots < 0, -torch.inf), local), dim=-1)
+
+
+def _distance(length: int, local_keys: int, device: torch.device) -> Tensor:
+    """How far behind its query a local key stands (N, L): negative in the future; the cache comes first."""
+    query_position = torch.arange(local_keys - length, local_keys, device=device)
+    return query_position[:, None] - torch.arange(local_keys, device=device)
+
+
+def _finite(lse: Tensor) -> Tensor:
+    """0 for a query with nothing to attend to, so that its weights are exp(-inf) = 0 and not NaN."""
+    return lse.masked_fill(lse == -torch.inf, 0.0)
+
+
+def _dot(query: Tensor, key: Tensor, dtype: torch.dtype) -> Tensor:
+    """<query, key> per head, (B, H, N, L); H query heads share G key heads."""
+    grouped = query.to(dtype).unflatten(1, (key.shape[1], -1))
+    return torch.einsum("bghnd,bgld->bghnl", grouped, key.to(dtype)).flatten(1, 2)
+
+
+def _weighted_sum(weights: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """sum over L of weights (B, H, N, L) times value (B, G, L, D)."""
+    grouped = weights.unflatten(1, (value.shape[1], -1))
+    return torch.einsum("bghnl,bgld->bghnd", grouped, value.to(dtype)).flatten(1, 2)
+
+
+def _sum_over_queries(weights: Tensor, query: Tensor, key: Tensor, dtype: torch.dtype) -> Tensor:
+    """sum over the queries and heads of a group of weights (B, H, N, L) times query (B, H, N, D)."""
+    groups = key.shape[1]
+    weights, query = weights.unflatten(1, (groups, -1)), query.to(dtype).unflatten(1, (groups, -1))
+    return torch.einsum("bghnl,bghnd->bgld", weights, query)
+
+
+def _gather(memory: Tensor, rows: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
+    """Retrieved entries (B, H, N, K, D); zeros where the slot is -1, whatever the ring holds."""
+    batch, heads = slots.shape[:2]
+    row = rows.reshape(batch, -1).repeat_interleave(heads * batch // max(rows.numel(), 1), dim=1)  # (B, H)
+    gathered = memory[row[:, :, None, None], slots.clamp(min=0)].to(dtype)
+    return gathered.masked_fill((slots < 0)[..., None], 0.0)
+
+
+def _grad_bias_table(grad_local: Tensor, bias_table: Tensor) -> Tensor:
+    """Sums the gradients of all (query, key) pairs at the same distance; future keys have none.
+
+    Along a diagonal and not by `index_add`, whose order of summation differs from run to run on CUDA.
+    """
+    distances = bias_table.shape[-1]
+    length, local_keys = grad_local.shape[-2:]
+    table = grad_local.new_zeros(bias_table.shape)
+    if length and local_keys:
+        backwards = grad_local.sum(dim=0).flip(-1)  # (H, N, L); row i, shifted by i, has a distance in each column
+        shifted = F.pad(backwards, (0, length)).flatten(1)[:, :-length].unflatten(1, (length, -1))
+        by_distance = shifted.sum(dim=1)[:, length - 1 :]  # (H, L)
+        near = min(distances, local_keys)
+        table[:, :near] = by_distance[:, :near]
+        table[:, -1] += by_distance[:, distances:].sum(dim=-1)
+    return table.to(bias_table.dtype)

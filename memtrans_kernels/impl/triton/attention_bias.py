@@ -1,0 +1,155 @@
+"""Gradient of the relative bias of memory attention in Triton: a table by distance, or dense.
+
+    bias_table (H, distances) · bias_dense (1 or B, H, N, L) -> the same shapes
+
+The gradient of a bias is a sum of gradients of logits, recomputed here tile by tile. Table: only tiles near the
+diagonal are visited, as all farther logits belong to the last column, which the kernel over queries has summed. Tiles
+that lie equally far behind their queries are added up over documents and blocks of queries, and only then along their
+diagonals. Dense: the tiles of one place are added up over the documents that share the bias. No atomics.
+
+Limits and precision: see `memory_attention_backward`; sums are float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from memtrans_kernels.impl.triton import configs
+from memtrans_kernels.impl.triton.attention_tiles import LOG2E, load_denominator, load_rows, local_tile, oldest_key
+
+
+@triton.jit
+def bias_gradient_kernel(
+    grad_out, lse, delta, query, key, value, scale, bias_table, bias_dense, local_length, seed, tiles,
+    batch, heads, groups, length, local_keys, distances, grad_strides, query_strides, key_strides, value_strides,
+    dense_strides, parts,
+    NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    DENSE: tl.constexpr, THRESHOLD: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """Adds up d logits of all tiles that stand at one place.
+
+    Table: a place is how many blocks the keys lie behind the queries; `parts` programs share the documents and blocks
+    of queries, and tiles is (parts, H, places, BLOCK, BLOCK). Dense: a place is a tile of the bias; `parts` is how many
+    documents the bias has, each for itself or one for all; tiles is (parts, H, N, L).
+    """
+    part, h, place = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(0)
+    m = tl.arange(0, BLOCK)
+    sizes = (length, local_keys, distances)
+    draw = 0 if seed is None else tl.load(seed)
+    factor = tl.load(scale + h).to(tl.float32) * LOG2E
+    g = h // (heads // groups)
+    query_blocks = tl.cdiv(length, BLOCK)
+    table = None if bias_table is None else bias_table + h * distances
+    items = batch if DENSE else batch * query_blocks
+    each = tl.cdiv(items, parts)
+    acc = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for item in tl.range(part * each, tl.minimum(part * each + each, items)):
+        if DENSE:
+            b = item
+            n = place // tl.cdiv(local_keys, BLOCK) * BLOCK + m
+            j = place % tl.cdiv(local_keys, BLOCK) * BLOCK + m
+        else:
+            b = item // query_blocks
+            n = (item % query_blocks).to(tl.int32) * BLOCK + m
+            j = n + (local_keys - length) - place * BLOCK
+        at = (b * heads + h) * length
+        q = load_rows(
+            query + b * query_strides[0] + h * query_strides[1], n, length, query_strides[2], WIDTH, BLOCK_WIDTH
+        )  # fmt: skip
+        grad = load_rows(
+            grad_out + b * grad_strides[0] + h * grad_strides[1], n, length, grad_strides[2], WIDTH, BLOCK_WIDTH
+        ).to(q.dtype)  # fmt: skip
+        k = load_rows(
+            key + b * key_strides[0] + g * key_strides[1], j, local_keys, key_strides[2], WIDTH, BLOCK_WIDTH
+        ).to(q.dtype)  # fmt: skip
+        v = load_rows(
+            value + b * value_strides[0] + g * value_strides[1], j, local_keys, value_strides[2], WIDTH, BLOCK_WIDTH
+        ).to(q.dtype)  # fmt: skip
+        denominator = load_denominator(lse + at, n, n < length)
+        of_query = tl.load(delta + at + n, mask=n < length, other=0.0)
+        dense = None if bias_dense is None else bias_dense + b * dense_strides[0] + h * dense_strides[1]
+        _, _, grad_logits = local_tile(
+            q, tl.trans(k), grad, tl.trans(v), denominator[:, None], of_query[:, None], n[:, None], j[None, :], factor,
+            table, dense, dense_strides[2:], oldest_key(local_length, b, local_keys), sizes, draw, b, h, NEIGHBOURS,
+            True, local_length is not None, THRESHOLD, REST,
+        )  # fmt: skip
+        acc += grad_logits
+    if DENSE:
+        n = place // tl.cdiv(local_keys, BLOCK) * BLOCK + m
+        j = place % tl.cdiv(local_keys, BLOCK) * BLOCK + m
+        at = ((part * heads + h) * length + n[:, None]) * local_keys + j[None, :]
+        mask = (n < length)[:, None] & (j < local_keys)[None, :]
+        tl.store(tiles + at, acc.to(tiles.dtype.element_ty), mask=mask)
+    else:
+        tile = (part * heads + h) * tl.num_programs(0) + place
+        tl.store(tiles + tile * BLOCK * BLOCK + m[:, None] * BLOCK + m[None, :], acc)
+
+
+@triton.jit
+def diagonal_sums_kernel(
+    tiles, far, grad_table, heads, distances, parts, places, BLOCK: tl.constexpr, BLOCK_PARTS: tl.constexpr
+):
+    """Gradient of one bias by distance: the sum along one diagonal of all tiles (parts, H, places, BLOCK, BLOCK)."""
+    distance, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if distance == distances - 1:
+        tl.store(grad_table + h * distances + distance, tl.load(far + h).to(grad_table.dtype.element_ty))
+    else:
+        place, below = distance // BLOCK, distance % BLOCK  # the diagonal crosses this tile and the next one
+        m = tl.arange(0, BLOCK)
+        # In the first tile query m stands this far from key m - below, in the next one from key m + BLOCK - below.
+        n = tl.where(m >= below, m - below, m - below + BLOCK)
+        at = tl.where(m >= below, 0, BLOCK * BLOCK) + m * BLOCK + n
+        part = tl.arange(0, BLOCK_PARTS)
+        tile = (part * heads + h) * places + place
+        terms = tl.load(tiles + tile[:, None] * BLOCK * BLOCK + at[None, :], mask=(part < parts)[:, None], other=0.0)
+        tl.store(grad_table + h * distances + distance, tl.sum(terms).to(grad_table.dtype.element_ty))
+
+
+def grad_table(bias_table: Tensor, far: Tensor, batch: int, shared: dict[str, Any]) -> Tensor:
+    """(H, distances). `far` (H,): what the last column gets. `shared`: what the backward kernels have in common."""
+    heads, distances = bias_table.shape
+    length, local_keys = shared["length"], shared["local_keys"]
+    if batch * length * local_keys == 0:
+        return bias_table.new_zeros(heads, distances)
+    launch = configs.attention_bias_gradient(shared["query"].dtype.itemsize, shared["WIDTH"])
+    parts = min(configs.BIAS_PARTS, batch * triton.cdiv(length, launch.queries))
+    places = (distances - 2) // launch.queries + 2 if distances > 1 else 0
+    tiles = far.new_empty(parts, heads, places, launch.queries, launch.queries)
+    if places:
+        _add_tiles((places, heads, parts), tiles, batch, parts, False, launch, shared)
+    grad = bias_table.new_empty(heads, distances)
+    diagonal_sums_kernel[(distances, heads)](
+        tiles, far, grad, heads, distances, parts, places,
+        BLOCK=launch.queries, BLOCK_PARTS=configs.power_of_two(parts), num_warps=4,
+    )  # fmt: skip
+    return grad
+
+
+def grad_dense(bias_dense: Tensor, batch: int, shared: dict[str, Any]) -> Tensor:
+    """(1 or B, H, N, L)."""
+    documents, heads, length, local_keys = bias_dense.shape
+    grad = bias_dense.new_empty(bias_dense.shape)
+    launch = configs.attention_bias_gradient(shared["query"].dtype.itemsize, shared["WIDTH"])
+    places = triton.cdiv(length, launch.queries) * triton.cdiv(local_keys, launch.queries)
+    if grad.numel():
+        _add_tiles((places, heads, documents), grad, batch, documents, True, launch, shared)
+    return grad
+
+
+def _add_tiles(
+    grid: tuple[int, int, int],
+    tiles: Tensor,
+    batch: int,
+    parts: int,
+    dense: bool,
+    launch: configs.AttentionLaunch,
+    shared: dict[str, Any],
+) -> None:
+    bias_gradient_kernel[grid](
+        tiles=tiles, batch=batch, parts=parts, BLOCK=launch.queries, DENSE=dense,
+        num_warps=launch.warps, num_stages=launch.stages, **shared,
+    )  # fmt: skip

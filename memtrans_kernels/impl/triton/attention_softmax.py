@@ -1,0 +1,72 @@
+"""A running softmax over neighbours and local keys, as the forward kernels of `memory_attention` share it.
+
+Its state is (acc, peak, total): the weighted values, the largest logit and the denominator relative to it, in float32.
+Logits are in units of ln 2. Source: Milakov and Gimelshein 2018 (arXiv 1805.02867); Dao et al. 2022 (arXiv 2205.14135).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from memtrans_kernels.impl.triton.attention_tiles import gather_rows, kept, load_rows, local_logits
+
+
+@triton.jit
+def retrieved_softmax(
+    scores, slots, at, inside, scale, offset, NEIGHBOURS: tl.constexpr, BLOCK_NEIGHBOURS: tl.constexpr
+):
+    """Peak and denominator of the retrieved logits of queries `at`; -inf and 0 where there are none."""
+    k = tl.arange(0, BLOCK_NEIGHBOURS)
+    entry = at[:, None] * NEIGHBOURS + k[None, :]
+    slot = tl.load(slots + entry, mask=inside[:, None] & (k < NEIGHBOURS)[None, :], other=-1)
+    score = tl.load(scores + entry, mask=slot >= 0, other=0.0)
+    logits = tl.where(slot >= 0, score * scale + offset, float("-inf"))  # (BLOCK, K)
+    peak = tl.max(logits, axis=1)
+    total = tl.sum(tl.exp2(logits - tl.where(peak == float("-inf"), 0.0, peak)[:, None]), axis=1)
+    return peak, total
+
+
+@triton.jit
+def attend_to_neighbours(
+    acc, values, scores, slots, at, inside, scale, offset, peak, stride, seed, b, h, n,
+    NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, UNROLL: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+):  # fmt: skip
+    """Adds the weighted values of the neighbours, one of each query at a time."""
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    for k in tl.range(0, NEIGHBOURS, num_stages=1, loop_unroll_factor=UNROLL):
+        slot = tl.load(slots + at * NEIGHBOURS + k, mask=inside, other=-1)
+        score = tl.load(scores + at * NEIGHBOURS + k, mask=inside, other=0.0)  # beside the slot, not after it
+        weight = tl.where(slot >= 0, tl.exp2(score * scale + offset - peak), 0.0)
+        if THRESHOLD > 0:
+            weight = tl.where(kept(seed, b, h, n, k + n * 0, THRESHOLD), weight, 0.0)
+        acc += weight[:, None] * gather_rows(values, slot, stride, WIDTH, BLOCK_WIDTH)
+    return acc
+
+
+@triton.jit
+def attend_to_local(
+    acc, peak, total, q, key, value, key_stride, value_stride, first, last, n, scale, table, dense, dense_strides,
+    oldest, sizes, seed, b, h, NEAR: tl.constexpr, BOUND: tl.constexpr, NEIGHBOURS: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_KEYS: tl.constexpr, THRESHOLD: tl.constexpr,
+):  # fmt: skip
+    """Adds the local keys [first, last) to a running softmax."""
+    for start in tl.range(first, last, BLOCK_KEYS):
+        j = start + tl.arange(0, BLOCK_KEYS)
+        k = load_rows(key, j, sizes[1], key_stride, WIDTH, BLOCK_WIDTH).to(q.dtype)
+        dot = tl.dot(q, tl.trans(k), input_precision="ieee")
+        logits = local_logits(
+            dot, n[:, None], j[None, :], scale, table, dense, dense_strides, oldest, sizes, NEAR, BOUND
+        )  # (BLOCK_QUERIES, BLOCK_KEYS)
+        higher = tl.maximum(peak, tl.max(logits, axis=1))
+        finite = tl.where(higher == float("-inf"), 0.0, higher)
+        weights = tl.exp2(logits - finite[:, None])
+        shrink = tl.exp2(peak - finite)
+        total = total * shrink + tl.sum(weights, axis=1)
+        if THRESHOLD > 0:
+            weights = tl.where(kept(seed, b, h, n[:, None], (NEIGHBOURS + j)[None, :], THRESHOLD), weights, 0.0)
+        v = load_rows(value, j, sizes[1], value_stride, WIDTH, BLOCK_WIDTH).to(q.dtype)
+        acc = tl.dot(weights.to(q.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        peak = higher
+    return acc, peak, total

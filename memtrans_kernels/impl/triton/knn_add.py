@@ -1,0 +1,128 @@
+"""Ring write in Triton: cast, wrap and advance the cursors of all rows in one launch.
+
+With base = at[row], or cursor[row] without `at`, entry base + j goes to slot (base + j) mod (M + S), for j below count
+and only where it is not stored already (base + j >= cursor[row]) and among the newest M + S. Then cursor[row] becomes
+at least base + count.
+
+    keys, values (R, M + S, D) · cursor, at (R,) · rows, count (B·G,) · new_keys, new_values (B, G, N, D)
+
+Source: Wu et al. 2022, section 3.2. Limits: none of shape; keys, values and cursor, which are written in place, must be
+contiguous, as `backends` checks; of the rest, what the kernel takes no strides of is made so. Precision: through
+float32; finite numbers saturate at the ring's largest, infinite values too, infinite keys stay infinite. One program
+owns a row: nobody else reads its cursor, so the write needs no second launch and no atomics.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from memtrans_kernels.impl.triton import configs
+
+
+@triton.jit
+def saturated(x, LIMIT: tl.constexpr, KEEP_INFINITE: tl.constexpr):
+    """NaN compares false and stays."""
+    above, below = x > LIMIT, x < -LIMIT
+    if KEEP_INFINITE:
+        above, below = above & (x != float("inf")), below & (x != float("-inf"))
+    return tl.where(above, LIMIT, tl.where(below, -LIMIT, x))
+
+
+@triton.jit
+def write(
+    ring, new, slot, source, column, mask, stride, WIDTH: tl.constexpr, LIMIT: tl.constexpr, KEEP_INFINITE: tl.constexpr
+):
+    """Copies entries `source` of one row to their slots."""
+    mask = mask[:, None] & (column < WIDTH)[None, :]
+    x = tl.load(new + source[:, None] * stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    x = saturated(x, LIMIT, KEEP_INFINITE).to(ring.dtype.element_ty)
+    tl.store(ring + slot[:, None] * WIDTH + column[None, :], x, mask=mask)
+
+
+@triton.jit
+def knn_add_kernel(
+    keys,
+    values,
+    cursor,
+    rows,
+    new_keys,
+    new_values,
+    count,
+    at,
+    groups,
+    length,
+    size,
+    key_stride_b,
+    key_stride_g,
+    key_stride_n,
+    value_stride_b,
+    value_stride_g,
+    value_stride_n,
+    WIDTH: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KEY_LIMIT: tl.constexpr,
+    VALUE_LIMIT: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    b, g = program // groups, program % groups
+    row = tl.load(rows + program)
+    stored = tl.load(cursor + row)
+    base = stored if at is None else tl.load(at + row)
+    end = base + (length if count is None else tl.load(count + program))
+    keys += row * size * WIDTH
+    values += row * size * WIDTH
+    new_keys += b * key_stride_b + g * key_stride_g
+    new_values += b * value_stride_b + g * value_stride_g
+    column = tl.arange(0, BLOCK_WIDTH)
+    for first in range(0, length, BLOCK):
+        source = first + tl.arange(0, BLOCK).to(tl.int64)  # (BLOCK,)
+        entry = base + source
+        fresh = (source < length) & (entry >= stored) & (entry < end) & (entry >= end - size)
+        slot = entry % size
+        write(keys, new_keys, slot, source, column, fresh, key_stride_n, WIDTH, KEY_LIMIT, True)
+        write(values, new_values, slot, source, column, fresh, value_stride_n, WIDTH, VALUE_LIMIT, False)
+    tl.debug_barrier()  # every warp has read the cursor before one of them moves it
+    tl.store(cursor + row, tl.maximum(stored, end))
+
+
+def knn_add_(
+    keys: Tensor,
+    values: Tensor,
+    cursor: Tensor,
+    rows: Tensor,
+    new_keys: Tensor,
+    new_values: Tensor,
+    count: Tensor | None = None,
+    at: Tensor | None = None,
+) -> None:
+    """One program per picked row; it moves the cursor even where there is nothing to store."""
+    _, groups, length, width = new_keys.shape
+    if rows.numel() == 0:
+        return
+    new_keys, new_values = (new if new.stride(-1) == 1 else new.contiguous() for new in (new_keys, new_values))
+    launch = configs.ring_write(width)
+    knn_add_kernel[(rows.numel(),)](
+        keys,
+        values,
+        cursor,
+        rows.contiguous(),
+        new_keys,
+        new_values,
+        None if count is None else count.contiguous(),
+        None if at is None else at.contiguous(),
+        groups,
+        length,
+        keys.shape[1],
+        *new_keys.stride()[:3],
+        *new_values.stride()[:3],
+        WIDTH=width,
+        BLOCK_WIDTH=configs.power_of_two(width),
+        BLOCK=min(launch.block, configs.power_of_two(length)),
+        KEY_LIMIT=torch.finfo(keys.dtype).max,
+        VALUE_LIMIT=torch.finfo(values.dtype).max,
+        num_warps=launch.warps,
+    )

@@ -1,0 +1,154 @@
+"""Attention to K retrieved neighbours and to the causal local context in one softmax, one Triton kernel.
+
+    out = softmax([scale · scores + offset, scale · q kᵀ + bias]) · [memory values, values]
+
+    query (B, H, N, D) · key, value (B, G, L, D) · memory_values (R, M + S, D) · rows (B·G,)
+    scores, slots (B, H, N, K) · scale, memory_offset (H,) · bias_table (H, distances) · bias_dense (1 or B, H, N, L)
+    -> out (B, H, N, D), lse (B, H, N)
+
+A program owns a block of queries of one head: it gathers their neighbours' values, a row at a time as these are read
+once, and then walks over the local keys. Neither logits nor gathered values are written anywhere. One query a head has,
+unless weights are dropped, kernels of its own: see `attention_one_query`.
+
+Source: Wu et al. 2022, section 3.1. Limits: D and K at most 128; fp16, bf16 and fp32. Precision: matrix products take
+the query's dtype (local keys and values are cast to it, so are the local weights; fp32 is not rounded to tf32) and
+accumulate in float32; the retrieved part is float32 throughout, whatever the ring holds.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from memtrans_kernels.impl.triton import configs
+from memtrans_kernels.impl.triton.attention_one_query import Local, Retrieved, attend_once
+from memtrans_kernels.impl.triton.attention_softmax import attend_to_local, attend_to_neighbours, retrieved_softmax
+from memtrans_kernels.impl.triton.attention_tiles import (
+    LN2,
+    LOG2E,
+    dropout_constants,
+    load_rows,
+    oldest_key,
+    packed,
+    rows_of,
+    strides_of_dense,
+)
+
+
+@triton.jit
+def memory_attention_kernel(
+    query, key, value, memory_values, rows, scores, slots, scale, bias_table, bias_dense, memory_offset, local_length,
+    seed, out, lse, heads, groups, length, local_keys, distances,
+    query_strides, key_strides, value_strides, memory_strides, dense_strides,
+    NEIGHBOURS: tl.constexpr, BLOCK_NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, UNROLL: tl.constexpr,
+    THRESHOLD: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    program, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(length, BLOCK_QUERIES)
+    block, bh = (blocks - 1 - program % blocks).to(tl.int32), program // blocks  # longest first
+    b, h = bh // heads, bh % heads
+    g = h // (heads // groups)
+    n = block * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
+    inside, at = n < length, bh * length + n
+    sizes = (length, local_keys, distances)
+    factor = tl.load(scale + h).to(tl.float32) * LOG2E
+    draw = 0 if seed is None else tl.load(seed)
+
+    peak = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_QUERIES], tl.float32)
+    acc = tl.zeros([BLOCK_QUERIES, BLOCK_WIDTH], tl.float32)
+    if NEIGHBOURS > 0:
+        offset = 0.0 if memory_offset is None else tl.load(memory_offset + h).to(tl.float32) * LOG2E
+        ring = memory_values + tl.load(rows + b * groups + g) * memory_strides[0]
+        peak, total = retrieved_softmax(scores, slots, at, inside, factor, offset, NEIGHBOURS, BLOCK_NEIGHBOURS)
+        acc = attend_to_neighbours(
+            acc, ring, scores, slots, at, inside, factor, offset, peak, memory_strides[1], draw, b, h, n,
+            NEIGHBOURS, WIDTH, BLOCK_WIDTH, UNROLL, THRESHOLD,
+        )  # fmt: skip
+
+    q = load_rows(
+        query + b * query_strides[0] + h * query_strides[1], n, length, query_strides[2], WIDTH, BLOCK_WIDTH
+    )  # fmt: skip
+    key += b * key_strides[0] + g * key_strides[1]
+    value += b * value_strides[0] + g * value_strides[1]
+    if bias_table is not None:
+        bias_table += h * distances
+    if bias_dense is not None:
+        bias_dense += b * dense_strides[0] + h * dense_strides[1]
+    oldest = oldest_key(local_length, b, local_keys)
+    position = block * BLOCK_QUERIES + (local_keys - length)  # of the first query, among the local keys
+    near = tl.maximum(position - distances + 2, 0) // BLOCK_KEYS * BLOCK_KEYS  # all keys before it are far from all
+    end = tl.where(local_keys > 0, tl.minimum(position + BLOCK_QUERIES, local_keys), 0)
+    near = tl.minimum(near, end)
+    acc, peak, total = attend_to_local(
+        acc, peak, total, q, key, value, key_strides[2], value_strides[2], 0, near, n, factor, bias_table, bias_dense,
+        dense_strides[2:], oldest, sizes, draw, b, h, False, local_length is not None, NEIGHBOURS,
+        WIDTH, BLOCK_WIDTH, BLOCK_KEYS, THRESHOLD,
+    )  # fmt: skip
+    acc, peak, total = attend_to_local(
+        acc, peak, total, q, key, value, key_strides[2], value_strides[2], near, end, n, factor, bias_table, bias_dense,
+        dense_strides[2:], oldest, sizes, draw, b, h, True, local_length is not None, NEIGHBOURS,
+        WIDTH, BLOCK_WIDTH, BLOCK_KEYS, THRESHOLD,
+    )  # fmt: skip
+
+    total = tl.where(total > 0.0, total, 1.0)  # nothing to attend to: out is 0, lse is the peak, -inf
+    acc *= (REST / total)[:, None]
+    column = tl.arange(0, BLOCK_WIDTH)
+    mask = inside[:, None] & (column < WIDTH)[None, :]
+    tl.store(out + at[:, None] * WIDTH + column[None, :], acc.to(out.dtype.element_ty), mask=mask)
+    tl.store(lse + at, (peak + tl.log2(total)) * LN2, mask=inside)
+
+
+def memory_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    memory_keys: Tensor,
+    memory_values: Tensor,
+    rows: Tensor,
+    scores: Tensor,
+    slots: Tensor,
+    scale: Tensor,
+    bias_table: Tensor | None = None,
+    bias_dense: Tensor | None = None,
+    memory_offset: Tensor | None = None,
+    local_length: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One program per document, head and block of queries; of one query, unless weights are dropped, several."""
+    batch, heads, length, width = query.shape
+    groups, local_keys, neighbours = key.shape[1], key.shape[2], slots.shape[3]
+    query, key, value, memory_values = (rows_of(tensor) for tensor in (query, key, value, memory_values))
+    out = query.new_empty(batch, heads, length, width)
+    lse = query.new_empty(batch, heads, length, dtype=torch.float32)
+    if length == 1 and dropout_p == 0.0:
+        found = rows.contiguous(), scores.contiguous(), slots.contiguous()
+        retrieved = Retrieved(memory_values, *found, packed(memory_offset))
+        local = Local(key, value, packed(bias_table), bias_dense, packed(local_length))
+        attend_once(query, scale.contiguous(), retrieved, local, out, lse)
+        return out, lse
+    launch = configs.attention_forward(query.dtype.itemsize, width, length, local_keys, neighbours)
+    programs = batch * heads * triton.cdiv(length, launch.queries)
+    if programs:
+        memory_attention_kernel[(programs,)](
+            query, key, value, memory_values, packed(rows), packed(scores), packed(slots), packed(scale),
+            packed(bias_table), bias_dense, packed(memory_offset), packed(local_length),
+            seed if dropout_p > 0.0 else None, out, lse, heads, groups, length, local_keys,
+            1 if bias_table is None else bias_table.shape[1],
+            query.stride()[:3], key.stride()[:3], value.stride()[:3], memory_values.stride()[:2],
+            strides_of_dense(bias_dense),
+            NEIGHBOURS=neighbours,
+            BLOCK_NEIGHBOURS=configs.power_of_two(neighbours),
+            WIDTH=width,
+            BLOCK_WIDTH=max(16, configs.power_of_two(width)),
+            BLOCK_QUERIES=launch.queries,
+            BLOCK_KEYS=launch.keys,
+            UNROLL=launch.unroll,
+            num_warps=launch.warps,
+            num_stages=launch.stages,
+            **dropout_constants(dropout_p),
+        )  # fmt: skip
+    return out, lse

@@ -1,0 +1,339 @@
+"""Gradients of memory attention in Triton: one kernel over queries, one over local keys, and those of the bias.
+
+With P the softmax over neighbours and local keys, keep / (1 - p) its dropout, and delta = <grad out, out> - grad lse:
+
+    d logits = P (keep / (1 - p) · <grad out, values> - delta)
+
+1. A program per block of queries: their gradient (the neighbours' keys and values are gathered here), delta, and its
+   part of the gradients of scale and offset, and of the bias beyond the table's end.
+2. A program per block of local keys: gradients of key and value, over all queries of the heads that share them (or of
+   a part of these heads).
+3. Gradients of the bias: `attention_bias`.
+
+No two programs write the same number, so there are no atomics and two passes give the same bits. Shapes, limits and
+precision: see `memory_attention`; the gradient of the local logits is cast to the query's dtype for matrix products.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from memtrans_kernels.impl.triton import attention_bias, configs
+from memtrans_kernels.impl.triton.attention_tiles import (
+    LOG2E,
+    dropout_constants,
+    gather_rows,
+    kept,
+    load_denominator,
+    load_rows,
+    local_tile,
+    oldest_key,
+    packed,
+    rows_of,
+    strides_of_dense,
+)
+
+
+@triton.jit
+def query_gradient_of_local(
+    acc, scale_sum, far_sum, q, grad, denominator, delta, key, value, key_stride, value_stride, first, last, n, scale,
+    table, dense, dense_strides, oldest, sizes, seed, b, h, NEAR: tl.constexpr, BOUND: tl.constexpr,
+    NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    THRESHOLD: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """sum of d logits · key over the local keys [first, last), and what scale and the table's last column get."""
+    for start in tl.range(first, last, BLOCK_KEYS):
+        j = start + tl.arange(0, BLOCK_KEYS)
+        k = load_rows(key, j, sizes[1], key_stride, WIDTH, BLOCK_WIDTH).to(q.dtype)
+        v = load_rows(value, j, sizes[1], value_stride, WIDTH, BLOCK_WIDTH).to(q.dtype)
+        dot, _, grad_logits = local_tile(
+            q, tl.trans(k), grad, tl.trans(v), denominator[:, None], delta[:, None], n[:, None], j[None, :], scale,
+            table, dense, dense_strides, oldest, sizes, seed, b, h, NEIGHBOURS, NEAR, BOUND, THRESHOLD, REST,
+        )  # fmt: skip
+        scale_sum += tl.sum(grad_logits * dot, axis=1)
+        if table is not None:
+            far = grad_logits
+            if NEAR:
+                far = tl.where((n[:, None] + (sizes[1] - sizes[0]) - j[None, :]) >= sizes[2] - 1, grad_logits, 0.0)
+            far_sum += tl.sum(far, axis=1)
+        acc = tl.dot(grad_logits.to(q.dtype), k, acc, input_precision="ieee")
+    return acc, scale_sum, far_sum
+
+
+@triton.jit
+def query_gradient_of_neighbours(
+    acc, scale_sum, offset_sum, grad, denominator, delta, keys, values, key_stride, value_stride, scores, slots, at,
+    inside, scale, offset, seed, b, h, n,
+    NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, UNROLL: tl.constexpr,
+    THRESHOLD: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """sum of d logits · key over the neighbours, one of each query at a time."""
+    for k in tl.range(0, NEIGHBOURS, num_stages=1, loop_unroll_factor=UNROLL):
+        slot = tl.load(slots + at * NEIGHBOURS + k, mask=inside, other=-1)
+        score = tl.load(scores + at * NEIGHBOURS + k, mask=inside, other=0.0)  # beside the slot, not after it
+        score = tl.where(slot >= 0, score, 0.0)
+        value = gather_rows(values, slot, value_stride, WIDTH, BLOCK_WIDTH)
+        key = gather_rows(keys, slot, key_stride, WIDTH, BLOCK_WIDTH)
+        grad_weight = tl.sum(grad * value, axis=1)
+        if THRESHOLD > 0:
+            grad_weight = tl.where(kept(seed, b, h, n, k + n * 0, THRESHOLD), grad_weight * REST, 0.0)
+        weight = tl.where(slot >= 0, tl.exp2(score * scale + offset - denominator), 0.0)
+        grad_logit = weight * (grad_weight - delta)
+        scale_sum += grad_logit * score
+        offset_sum += grad_logit
+        acc += grad_logit[:, None] * key
+    return acc, scale_sum, offset_sum
+
+
+@triton.jit
+def query_gradient_kernel(
+    grad_out, grad_lse, out, lse, query, key, value, memory_keys, memory_values, rows, scores, slots, scale,
+    bias_table, bias_dense, memory_offset, local_length, seed, grad_query, delta, sums,
+    heads, groups, length, local_keys, distances, grad_strides, lse_strides, out_strides, query_strides, key_strides,
+    value_strides, memory_key_strides, memory_value_strides, dense_strides,
+    NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr, UNROLL: tl.constexpr, THRESHOLD: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    program, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(length, BLOCK_QUERIES)
+    block, bh = (blocks - 1 - program % blocks).to(tl.int32), program // blocks  # longest first
+    b, h = bh // heads, bh % heads
+    g = h // (heads // groups)
+    n = block * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
+    inside, at = n < length, bh * length + n
+    sizes = (length, local_keys, distances)
+    factor = tl.load(scale + h).to(tl.float32)
+    draw = 0 if seed is None else tl.load(seed)
+
+    grad = load_rows(
+        grad_out + b * grad_strides[0] + h * grad_strides[1], n, length, grad_strides[2], WIDTH, BLOCK_WIDTH
+    )  # fmt: skip
+    result = load_rows(
+        out + b * out_strides[0] + h * out_strides[1], n, length, out_strides[2], WIDTH, BLOCK_WIDTH
+    )  # fmt: skip
+    lse_at = b * lse_strides[0] + h * lse_strides[1] + n.to(tl.int64) * lse_strides[2]
+    of_query = tl.sum(grad.to(tl.float32) * result.to(tl.float32), axis=1)
+    of_query -= tl.load(grad_lse + lse_at, mask=inside, other=0.0)
+    tl.store(delta + at, of_query, mask=inside)
+    denominator = load_denominator(lse, at, inside)
+
+    acc = tl.zeros([BLOCK_QUERIES, BLOCK_WIDTH], tl.float32)
+    scale_sum = tl.zeros([BLOCK_QUERIES], tl.float32)
+    offset_sum = tl.zeros([BLOCK_QUERIES], tl.float32)
+    far_sum = tl.zeros([BLOCK_QUERIES], tl.float32)
+    if NEIGHBOURS > 0:
+        offset = 0.0 if memory_offset is None else tl.load(memory_offset + h).to(tl.float32) * LOG2E
+        row = tl.load(rows + b * groups + g)
+        acc, scale_sum, offset_sum = query_gradient_of_neighbours(
+            acc, scale_sum, offset_sum, grad.to(tl.float32), denominator, of_query,
+            memory_keys + row * memory_key_strides[0], memory_values + row * memory_value_strides[0],
+            memory_key_strides[1], memory_value_strides[1], scores, slots, at, inside, factor * LOG2E, offset,
+            draw, b, h, n, NEIGHBOURS, WIDTH, BLOCK_WIDTH, UNROLL, THRESHOLD, REST,
+        )  # fmt: skip
+
+    q = load_rows(
+        query + b * query_strides[0] + h * query_strides[1], n, length, query_strides[2], WIDTH, BLOCK_WIDTH
+    )  # fmt: skip
+    key += b * key_strides[0] + g * key_strides[1]
+    value += b * value_strides[0] + g * value_strides[1]
+    if bias_table is not None:
+        bias_table += h * distances
+    if bias_dense is not None:
+        bias_dense += b * dense_strides[0] + h * dense_strides[1]
+    oldest = oldest_key(local_length, b, local_keys)
+    position = block * BLOCK_QUERIES + (local_keys - length)  # of the first query, among the local keys
+    near = tl.maximum(position - distances + 2, 0) // BLOCK_KEYS * BLOCK_KEYS  # all keys before it are far from all
+    end = tl.where(local_keys > 0, tl.minimum(position + BLOCK_QUERIES, local_keys), 0)
+    near = tl.minimum(near, end)
+    grad = grad.to(q.dtype)
+    acc, scale_sum, far_sum = query_gradient_of_local(
+        acc, scale_sum, far_sum, q, grad, denominator, of_query, key, value, key_strides[2], value_strides[2], 0, near,
+        n, factor * LOG2E, bias_table, bias_dense, dense_strides[2:], oldest, sizes, draw, b, h, False,
+        local_length is not None, NEIGHBOURS, WIDTH, BLOCK_WIDTH, BLOCK_KEYS, THRESHOLD, REST,
+    )  # fmt: skip
+    acc, scale_sum, far_sum = query_gradient_of_local(
+        acc, scale_sum, far_sum, q, grad, denominator, of_query, key, value, key_strides[2], value_strides[2], near,
+        end, n, factor * LOG2E, bias_table, bias_dense, dense_strides[2:], oldest, sizes, draw, b, h, True,
+        local_length is not None, NEIGHBOURS, WIDTH, BLOCK_WIDTH, BLOCK_KEYS, THRESHOLD, REST,
+    )  # fmt: skip
+
+    column = tl.arange(0, BLOCK_WIDTH)
+    mask = inside[:, None] & (column < WIDTH)[None, :]
+    acc = (acc * factor).to(grad_query.dtype.element_ty)
+    tl.store(grad_query + at[:, None] * WIDTH + column[None, :], acc, mask=mask)
+    documents_blocks = tl.num_programs(0) // heads
+    sums += h * documents_blocks + b * blocks + block  # (3, H, B·blocks)
+    tl.store(sums, tl.sum(scale_sum))
+    tl.store(sums + heads * documents_blocks, tl.sum(offset_sum))
+    tl.store(sums + 2 * heads * documents_blocks, tl.sum(far_sum))
+
+
+@triton.jit
+def key_gradient_of_head(
+    grad_k, grad_v, k, v, query, grad_out, lse, delta, query_stride, grad_stride, first, last, j, scale,
+    table, dense, dense_strides, oldest, sizes, seed, b, h, NEAR: tl.constexpr, BOUND: tl.constexpr,
+    NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_QUERIES: tl.constexpr,
+    THRESHOLD: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """Adds queries [first, last) of one head to the gradients of a block of keys and values."""
+    for start in tl.range(first, last, BLOCK_QUERIES):
+        n = start + tl.arange(0, BLOCK_QUERIES)
+        q = load_rows(query, n, sizes[0], query_stride, WIDTH, BLOCK_WIDTH)
+        grad = load_rows(grad_out, n, sizes[0], grad_stride, WIDTH, BLOCK_WIDTH).to(q.dtype)
+        denominator = load_denominator(lse, n, n < sizes[0])
+        of_query = tl.load(delta + n, mask=n < sizes[0], other=0.0)
+        _, weights, grad_logits = local_tile(
+            k, tl.trans(q), v, tl.trans(grad), denominator[None, :], of_query[None, :], n[None, :], j[:, None],
+            scale * LOG2E, table, dense, dense_strides, oldest, sizes, seed, b, h, NEIGHBOURS,
+            NEAR, BOUND, THRESHOLD, REST,
+        )  # fmt: skip
+        grad_v = tl.dot(weights.to(q.dtype), grad, grad_v, input_precision="ieee")
+        grad_k = tl.dot((grad_logits * scale).to(q.dtype), q, grad_k, input_precision="ieee")
+    return grad_k, grad_v
+
+
+@triton.jit
+def key_gradient_kernel(
+    grad_out, lse, delta, query, key, value, scale, bias_table, bias_dense, local_length, seed, grad_key, grad_value,
+    batch, heads, groups, length, local_keys, distances, grad_strides, query_strides, key_strides, value_strides,
+    dense_strides,
+    NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr, THRESHOLD: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    block, bg = (program // (batch * groups)).to(tl.int32), program % (batch * groups)  # most queries first
+    b, g = bg // groups, bg % groups
+    j = block * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+    sizes = (length, local_keys, distances)
+    draw = 0 if seed is None else tl.load(seed)
+    k = load_rows(
+        key + b * key_strides[0] + g * key_strides[1], j, local_keys, key_strides[2], WIDTH, BLOCK_WIDTH
+    ).to(query.dtype.element_ty)  # fmt: skip
+    v = load_rows(
+        value + b * value_strides[0] + g * value_strides[1], j, local_keys, value_strides[2], WIDTH, BLOCK_WIDTH
+    ).to(query.dtype.element_ty)  # fmt: skip
+    oldest = oldest_key(local_length, b, local_keys)
+    grad_k = tl.zeros([BLOCK_KEYS, BLOCK_WIDTH], tl.float32)
+    grad_v = tl.zeros([BLOCK_KEYS, BLOCK_WIDTH], tl.float32)
+    seen = block * BLOCK_KEYS - (local_keys - length)  # the first query that sees the first of these keys
+    first = tl.maximum(seen, 0) // BLOCK_QUERIES * BLOCK_QUERIES
+    far = tl.maximum(seen + BLOCK_KEYS + distances - 2, 0)  # from here on all keys are far from all queries
+    far = tl.minimum(tl.cdiv(far, BLOCK_QUERIES) * BLOCK_QUERIES, length)
+    each = tl.cdiv(heads // groups, tl.num_programs(1))  # heads of a part
+    part = tl.program_id(1).to(tl.int64)
+    for head in tl.range(part * each, tl.minimum(part * each + each, heads // groups)):
+        h = g * (heads // groups) + head
+        factor = tl.load(scale + h).to(tl.float32)
+        of_head = query + b * query_strides[0] + h * query_strides[1]
+        grad_of_head = grad_out + b * grad_strides[0] + h * grad_strides[1]
+        at = (b * heads + h) * length
+        table = None if bias_table is None else bias_table + h * distances
+        dense = None if bias_dense is None else bias_dense + b * dense_strides[0] + h * dense_strides[1]
+        grad_k, grad_v = key_gradient_of_head(
+            grad_k, grad_v, k, v, of_head, grad_of_head, lse + at, delta + at, query_strides[2], grad_strides[2],
+            first, far, j, factor, table, dense, dense_strides[2:], oldest, sizes, draw, b, h, True,
+            local_length is not None, NEIGHBOURS, WIDTH, BLOCK_WIDTH, BLOCK_QUERIES, THRESHOLD, REST,
+        )  # fmt: skip
+        grad_k, grad_v = key_gradient_of_head(
+            grad_k, grad_v, k, v, of_head, grad_of_head, lse + at, delta + at, query_strides[2], grad_strides[2],
+            far, length, j, factor, table, dense, dense_strides[2:], oldest, sizes, draw, b, h, False,
+            local_length is not None, NEIGHBOURS, WIDTH, BLOCK_WIDTH, BLOCK_QUERIES, THRESHOLD, REST,
+        )  # fmt: skip
+    column = tl.arange(0, BLOCK_WIDTH)
+    at = ((part * batch * groups + bg) * local_keys + j)[:, None] * WIDTH + column[None, :]
+    mask = (j < local_keys)[:, None] & (column < WIDTH)[None, :]
+    tl.store(grad_key + at, grad_k.to(grad_key.dtype.element_ty), mask=mask)
+    tl.store(grad_value + at, grad_v.to(grad_value.dtype.element_ty), mask=mask)
+
+
+def _key_gradient(batch: int, shared: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Gradients of key and value, (B, G, L, D). Where few programs would own a block of keys each, several share its
+    heads, and their parts are added up."""
+    key, value = shared["key"], shared["value"]
+    launch = configs.attention_key_gradient(shared["query"].dtype.itemsize, shared["WIDTH"])
+    programs = triton.cdiv(shared["local_keys"], launch.keys) * batch * shared["groups"]
+    if programs == 0:
+        return key.new_zeros(key.shape), value.new_zeros(value.shape)
+    parts = configs.head_parts(programs, shared["heads"] // shared["groups"])
+    dtypes = (key.dtype, value.dtype) if parts == 1 else (torch.float32, torch.float32)
+    grad_key, grad_value = (key.new_empty(parts, *key.shape, dtype=dtype) for dtype in dtypes)
+    key_gradient_kernel[(programs, parts)](
+        grad_key=grad_key, grad_value=grad_value, batch=batch,
+        BLOCK_QUERIES=launch.queries, BLOCK_KEYS=launch.keys, num_warps=launch.warps, num_stages=launch.stages,
+        **shared,
+    )  # fmt: skip
+    if parts == 1:
+        return grad_key[0], grad_value[0]
+    return grad_key.sum(dim=0).to(key.dtype), grad_value.sum(dim=0).to(value.dtype)
+
+
+def memory_attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    memory_keys: Tensor,
+    memory_values: Tensor,
+    rows: Tensor,
+    scores: Tensor,
+    slots: Tensor,
+    scale: Tensor,
+    bias_table: Tensor | None,
+    bias_dense: Tensor | None,
+    memory_offset: Tensor | None,
+    local_length: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value, scale, bias_table, bias_dense, memory_offset (empty where there is none)."""
+    batch, heads, length, width = query.shape
+    groups, local_keys = key.shape[1:3]
+    query, key, value, memory_keys, memory_values, grad_out, out = (
+        rows_of(tensor) for tensor in (query, key, value, memory_keys, memory_values, grad_out, out)
+    )
+    shared = {
+        "grad_out": grad_out, "lse": packed(lse), "query": query, "key": key, "value": value, "scale": packed(scale),
+        "bias_table": packed(bias_table), "bias_dense": bias_dense, "local_length": packed(local_length),
+        "seed": seed if dropout_p > 0.0 else None,
+        "delta": query.new_empty(batch, heads, length, dtype=torch.float32),
+        "heads": heads, "groups": groups, "length": length, "local_keys": local_keys,
+        "distances": 1 if bias_table is None else bias_table.shape[1],
+        "grad_strides": grad_out.stride()[:3], "query_strides": query.stride()[:3], "key_strides": key.stride()[:3],
+        "value_strides": value.stride()[:3], "dense_strides": strides_of_dense(bias_dense),
+        "NEIGHBOURS": slots.shape[3], "WIDTH": width, "BLOCK_WIDTH": max(16, configs.power_of_two(width)),
+        **dropout_constants(dropout_p),
+    }  # fmt: skip
+
+    launch = configs.attention_query_gradient(query.dtype.itemsize, width, length, slots.shape[3])
+    blocks = triton.cdiv(length, launch.queries)
+    grad_query = query.new_empty(query.shape)
+    sums = query.new_empty(3, heads, batch * blocks, dtype=torch.float32)  # parts of scale, offset and far biases
+    if sums.numel():
+        query_gradient_kernel[(batch * heads * blocks,)](
+            grad_lse=grad_lse, out=out, memory_keys=memory_keys, memory_values=memory_values, rows=packed(rows),
+            scores=packed(scores), slots=packed(slots), memory_offset=packed(memory_offset), grad_query=grad_query,
+            sums=sums, lse_strides=grad_lse.stride(), out_strides=out.stride()[:3],
+            memory_key_strides=memory_keys.stride()[:2], memory_value_strides=memory_values.stride()[:2],
+            BLOCK_QUERIES=launch.queries, BLOCK_KEYS=launch.keys, UNROLL=launch.unroll,
+            num_warps=launch.warps, num_stages=launch.stages, **shared,
+        )  # fmt: skip
+    of_scale, of_offset, far = sums.sum(dim=-1)
+
+    grad_key, grad_value = _key_gradient(batch, shared)
+    nothing = query.new_empty
+    return (
+        grad_query,
+        grad_key,
+        grad_value,
+        of_scale.to(scale.dtype, copy=True),  # outputs must not share storage
+        nothing(0) if bias_table is None else attention_bias.grad_table(bias_table, far, batch, shared),
+        nothing(0) if bias_dense is None else attention_bias.grad_dense(bias_dense, batch, shared),
+        nothing(0) if memory_offset is None else of_offset.to(memory_offset.dtype, copy=True),
+    )

@@ -1,0 +1,135 @@
+"""Training on a GPU: the compiled, replayed step does what the eager one does, and no step waits for the device."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.checks import FIRST_STEPS, SAME_CURVE, assert_same_curve
+from helpers.devices import DEVICE
+from helpers.processes import ended, started
+
+from memtrans.cuda_graph import EAGER_CALLS
+from memtrans.training.checkpoint import Checkpoint
+from memtrans.training.settings import Settings
+from memtrans.training.step import ReplayedStep
+from memtrans.training.trainer import Trainer, open_data
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
+
+STEPS = 60
+SETTINGS = Settings(
+    steps=STEPS, batch=4, segment=64, layers=3, width=64, heads=4, head_width=32, memory=200, memory_layers=(2,),
+    neighbours=8, xl=64, xl_layers=(3,), accumulate=2, warmup=5, learning_rate=3e-3,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _default_device() -> Iterator[None]:
+    """A run places its own tensors; so it does for users, whose default device is the CPU."""
+    torch.set_default_device("cpu")
+    yield
+    torch.set_default_device(DEVICE)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    """Documents of 300 to 1,200 bytes: they end, and some fill and wrap a memory of 200 before."""
+    directory = tmp_path / "text"  # of its own: a run must not read what it writes
+    directory.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for number in range(12):
+        words = torch.randint(97, 103, (300 + 80 * number,), generator=generator, dtype=torch.uint8)
+        (directory / f"{number}.txt").write_bytes(bytes(words.repeat_interleave(2).tolist()))
+    return str(directory)
+
+
+def trainer_of(text: str, **changes: object) -> Trainer:
+    settings = dataclasses.replace(SETTINGS, data=text, **changes)
+    return Trainer(settings, open_data(settings), torch.device("cuda"))
+
+
+def losses(trainer: Trainer, steps: int = STEPS) -> torch.Tensor:
+    for _ in range(steps):
+        trainer.advance()
+    return trainer.check()[:, 0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_replayed_run_has_the_curve_of_an_eager_one(text: str, dtype: str) -> None:
+    plain = torch.stack([losses(trainer_of(text, compile=False, dtype=dtype, seed=seed)) for seed in range(3)])
+    trainer = trainer_of(text, dtype=dtype)
+    replayed = losses(trainer)
+    assert isinstance(trainer._step, ReplayedStep) and trainer._step.replay.captured
+    assert_same_curve(replayed, plain)
+    assert replayed[-1] < replayed[0] - 1
+
+
+def test_a_replayed_run_of_adafactor_has_the_curve_of_an_eager_one(text: str) -> None:
+    options: dict = {"optimizer": "adafactor", "learning_rate": 2e-2, "dtype": "float32"}
+    plain = torch.stack([losses(trainer_of(text, compile=False, seed=seed, **options)) for seed in range(3)])
+    replayed = losses(trainer_of(text, **options))
+    assert_same_curve(replayed, plain)
+    assert replayed[-1] < replayed[0] - 1
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_a_replayed_run_goes_on_from_a_checkpoint(text: str, optimizer: str) -> None:
+    through, stopped, resumed = (trainer_of(text, optimizer=optimizer) for _ in range(3))
+    expected = losses(through, FIRST_STEPS)
+    losses(stopped, FIRST_STEPS // 2)
+    resumed.restore(Checkpoint(*stopped.state()))
+    actual = losses(resumed, FIRST_STEPS // 2)
+    assert len(actual) == len(expected) == FIRST_STEPS
+    assert (actual - expected).abs().max() < SAME_CURVE
+    assert through.state()[1] == resumed.state()[1]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_hundred_steps_never_wait_for_the_device(text: str, compiled: bool, optimizer: str) -> None:
+    trainer = trainer_of(text, compile=compiled, optimizer=optimizer)
+    losses(trainer, EAGER_CALLS + 1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(100):
+            trainer.advance()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert trainer.check().isfinite().all()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_a_step_that_is_not_finite_is_left_out_of_a_replayed_run_too(text: str, optimizer: str) -> None:
+    trainer = trainer_of(text, skip_nonfinite=True, optimizer=optimizer)
+    losses(trainer, EAGER_CALLS + 2)
+    weights = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    poisoned = trainer.model.token_emb.weight
+    with torch.no_grad():
+        held = poisoned[97].clone()
+        poisoned[97] = torch.nan
+    trainer.advance()
+    with torch.no_grad():
+        poisoned[97] = held
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+    assert not trainer.check()[-1].isfinite().all()
+    trainer.advance()
+    assert trainer.check()[-1].isfinite().all()
+
+
+def test_the_command_line_trains_goes_on_evaluates_and_generates(text: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    small = ("--batch", "2", "--segment", "32", "--layers", "2", "--width", "64", "--head-width", "32", "--plain")
+    for command in (
+        ("train", "--data", text, "--out", str(out), "--steps", "8", "--memory", "64", "--eval-bytes", "300", *small),
+        ("train", "--resume", "--out", str(out), "--steps", "12", "--plain"),
+        ("eval", "--out", str(out), "--data", text),
+        ("generate", "--checkpoint", str(out), "--prompt", "abc", "--tokens", "5"),
+    ):
+        status, printed, error = ended(started(1, *command), 300)[0]
+        assert status == 0, error
+        assert printed

@@ -1,0 +1,149 @@
+"""Installing the package: with a compiler, without one, and with every switch of setup.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+NO_COMPILER = {"CXX": "/nowhere/c++", "CC": "/nowhere/cc"}
+
+# Says what an installation in the folder argv[1] is like, as one line of JSON.
+PROBE = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import memtrans_kernels
+from memtrans_kernels import native
+assert memtrans_kernels.__file__.startswith(sys.argv[1]), memtrans_kernels.__file__
+print(json.dumps({module: native.status(module) for module in native.MODULES}))
+"""
+
+# Adds one entry to a ring of one row, with Triton unavailable, and says which modules an import alone has loaded.
+COLD_IMPORT = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+sys.modules["triton"] = None
+import torch
+import memtrans, memtrans_kernels
+libraries = list(torch.ops.loaded_libraries)
+from memtrans_kernels import native
+keys, values, cursor = torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), torch.zeros(1, dtype=torch.int64)
+memtrans_kernels.knn_add_(keys, values, cursor, torch.tensor([0]), torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1))
+print(json.dumps({"libraries": libraries, "live": native.status()[0], "key": keys.item()}))
+"""
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A copy of everything that an installation reads, without what was built in the checkout."""
+    copy = tmp_path / "source"
+    copy.mkdir()
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, copy)
+    for name in ("csrc", "memtrans", "memtrans_kernels"):
+        shutil.copytree(REPOSITORY / name, copy / name, ignore=shutil.ignore_patterns("_native_*", "__pycache__"))
+    return copy
+
+
+def run(*command: str | Path, cwd: Path = Path("/"), **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MEMTRANS_")}
+    return subprocess.run(
+        [sys.executable, *command], env=kept | environment, capture_output=True, text=True, cwd=cwd, timeout=280
+    )
+
+
+def install(source: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Installs `source` into the folder `site` beside it, with pip's output in full."""
+    options = ("--verbose", "--no-deps", "--no-build-isolation", "--upgrade", "--target", source.parent / "site")
+    return run("-m", "pip", "install", *options, source, **environment)
+
+
+def probe(source: Path, script: str = PROBE) -> dict[str, object]:
+    done = run("-c", script, source.parent / "site")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def assert_installed_without_extension(source: Path, done: subprocess.CompletedProcess[str], reason: str) -> None:
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    assert "WARNING: memtrans goes without memtrans_kernels._native_cpu" in output
+    live, why = probe(source)["cpu"]
+    assert live is False
+    assert reason in why
+
+
+@pytest.mark.slow  # a minute or two of compiling; continuous integration itself installs with a compiler
+def test_a_compiler_is_all_that_the_extension_needs(source: Path) -> None:
+    done = install(source, MEMTRANS_FORCE_BUILD="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert probe(source)["cpu"] == [True, "loaded from _native_cpu.abi3.so"]
+
+
+def test_without_a_compiler_the_package_installs_and_works(source: Path) -> None:
+    assert_installed_without_extension(source, install(source, **NO_COMPILER), "no C++ compiler was found")
+    assert probe(source, COLD_IMPORT) == {"libraries": [], "live": False, "key": 1.0}
+
+
+def test_force_build_makes_a_missing_compiler_an_error(source: Path) -> None:
+    done = run("setup.py", "build_ext", cwd=source, MEMTRANS_FORCE_BUILD="1", **NO_COMPILER)
+    assert done.returncode != 0
+    assert (
+        "MEMTRANS_FORCE_BUILD is set and memtrans_kernels._native_cpu could not be built" in done.stdout + done.stderr
+    )
+
+
+@pytest.mark.slow
+def test_skip_build_needs_no_compiler_even_when_builds_are_forced(source: Path) -> None:
+    done = install(source, MEMTRANS_SKIP_BUILD="1", MEMTRANS_FORCE_BUILD="1", **NO_COMPILER)
+    assert_installed_without_extension(source, done, "MEMTRANS_SKIP_BUILD was set")
+
+
+@pytest.mark.slow
+def test_broken_source_is_a_warning_and_with_force_build_an_error(source: Path) -> None:
+    with (source / "csrc" / "ops.cpp").open("a") as ops:
+        ops.write("this is no C++\n")
+    assert_installed_without_extension(source, install(source), "it could not be built")
+    assert install(source, MEMTRANS_FORCE_BUILD="1").returncode != 0
+
+
+@pytest.mark.slow
+def test_without_torch_at_build_time_the_package_installs(source: Path, tmp_path: Path) -> None:
+    blocked = tmp_path / "blocked"
+    blocked.mkdir()
+    (blocked / "torch.py").write_text("raise ImportError('no torch here')\n")
+    done = install(source, PYTHONPATH=str(blocked))
+    assert_installed_without_extension(source, done, "PyTorch could not be imported during installation")
+    assert install(source, PYTHONPATH=str(blocked), MEMTRANS_FORCE_BUILD="1").returncode != 0
+
+
+@pytest.mark.slow
+def test_skip_cuda_build_leaves_the_cpu_module_alone(source: Path) -> None:
+    done = install(source, MEMTRANS_SKIP_CUDA_BUILD="1", MEMTRANS_FORCE_BUILD="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = probe(source)
+    assert found["cpu"][0] is True
+    assert found["cuda"] == [False, "MEMTRANS_SKIP_CUDA_BUILD was set during installation"]
+
+
+@pytest.mark.slow
+def test_a_failed_build_removes_the_library_of_an_earlier_one(source: Path) -> None:
+    package = source / "memtrans_kernels"
+    build = ("setup.py", "build_ext", "--inplace")
+    assert run(*build, cwd=source).returncode == 0
+    assert [path.name for path in package.glob("_native_cpu*")] == ["_native_cpu.abi3.so"]
+    assert run(*build, cwd=source, **NO_COMPILER).returncode == 0
+    assert [path.name for path in package.glob("_native_cpu*")] == ["_native_cpu.txt"]
+
+
+@pytest.mark.slow
+def test_the_installed_library_serves_without_the_source_tree(source: Path) -> None:
+    assert install(source, MEMTRANS_FORCE_BUILD="1").returncode == 0
+    shutil.rmtree(source)
+    assert probe(source, COLD_IMPORT) == {"libraries": [], "live": True, "key": 1.0}

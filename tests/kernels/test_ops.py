@@ -1,0 +1,91 @@
+"""The registered operators keep torch's rules: schemas, fakes, gradients and functionalisation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.cases import CAPACITY, NEIGHBOURS, attention_inputs, ring
+from helpers.devices import DEVICE
+
+pytestmark = pytest.mark.device
+
+ops = torch.ops.memtrans
+
+
+def _ring_write():
+    state = ring()
+    del state["start"]
+    new_keys, new_values = torch.randn(2, 2, 2, 3, 8)
+    return (*state.values(), new_keys, new_values, torch.tensor([3, 0, 2, 1]), state["cursor"].clone())
+
+
+def _search():
+    state = ring()
+    arguments = (state["keys"], state["rows"], state["start"], state["cursor"], CAPACITY, NEIGHBOURS)
+    return (torch.randn(2, 4, 5, 8), *arguments)
+
+
+def _cosine():
+    return torch.randn(2, 4, 5, 8, requires_grad=True), torch.randn(2, 2, 7, 8, requires_grad=True)
+
+
+def _merge():
+    scores = torch.randn(2, 1, 2, 3, 4).sort(dim=-1, descending=True).values
+    scores[1, ..., 3:] = -torch.inf
+    slots = torch.where(scores.isfinite(), torch.arange(4), -1).to(torch.int32)
+    return scores, slots, torch.tensor([1]), torch.tensor([3, 9]), 7
+
+
+def _attention():
+    inputs = attention_inputs(local_length=True)
+    order = ("bias_table", "bias_dense", "memory_offset", "local_length")
+    first = [tensor for name, tensor in inputs.items() if name not in order]
+    return (*first, *(inputs.get(name) for name in order), 0.2, torch.tensor(7))
+
+
+def _attention_backward():
+    *tensors, dropout_p, seed = (x.detach() if isinstance(x, torch.Tensor) else x for x in _attention())
+    out, lse = ops.memory_attention(*tensors, dropout_p, seed)
+    written, ticket = torch.tensor([9] * 5), torch.tensor([7] * 5)
+    return (torch.randn_like(out), torch.randn_like(lse), out, lse, *tensors, seed, written, ticket, dropout_p, 4)
+
+
+CASES = {
+    "knn_add_": _ring_write,
+    "knn_search": _search,
+    "knn_merge": _merge,
+    "cosine": _cosine,
+    "cosine_backward": lambda: (*(t.detach() for t in _cosine()), *(t.detach() for t in _cosine())),
+    "memory_attention": _attention,
+    "memory_attention_backward": _attention_backward,
+    "read_cursors": lambda: (torch.tensor([3, 4, 5]), torch.tensor([6, 6, 6])),
+    "ledger_ticket": lambda: (torch.tensor([3, 4, 5]), [0, 2]),
+    "ledger_advance_": lambda: (torch.tensor([3, 4, 5]), torch.tensor([3, 4, 4]), 6),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_opcheck(name):
+    torch.manual_seed(0)
+    torch.library.opcheck(getattr(ops, name), CASES[name]())
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith(("read", "ledger"))])
+def test_autocast_rounds_nothing_inside_an_operator(name, backend):
+    results = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in CASES[name]()]
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=enabled):
+            out = getattr(ops, name)(*arguments, backend=backend)
+        results.append([*arguments, *(out if isinstance(out, tuple) else ())])
+    for plain, autocast in zip(*results, strict=True):
+        assert plain is autocast or torch.equal(torch.as_tensor(plain), torch.as_tensor(autocast))
+
+
+def test_every_operator_is_checked():
+    registered = {
+        name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "memtrans::" in name
+    }
+    assert {name for name in registered if not name.startswith("native_")} == set(CASES)

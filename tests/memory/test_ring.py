@@ -1,0 +1,85 @@
+"""A snapshot of a memory: what one forward pass sees and stores, however often it runs and whatever comes between."""
+
+from __future__ import annotations
+
+import torch
+from helpers.memories import filled, held, pairs
+from torch import Tensor
+
+from memtrans import KNNMemory
+from memtrans.memory.ring import MemorySnapshot
+
+
+def segment(*numbers: float, batch: int = 2) -> tuple[Tensor, Tensor]:
+    """Keys and values (B, 1, N, D)."""
+    both = pairs(*numbers, batch=batch)[:, None]
+    return both[..., 0, :], both[..., 1, :]
+
+
+def seen(snapshot: MemorySnapshot, topk: int = 9) -> list[list[float]]:
+    """The values that each document shows to a search through the snapshot, old to new."""
+    query = torch.ones(snapshot.documents, 1, 1, 2)
+    _, slots = snapshot.nearest(query, topk)
+    return [
+        [snapshot.values[row, slot, 0].item() for slot in found if slot >= 0]
+        for row, found in zip(snapshot.rows.tolist(), slots[:, 0, 0].tolist(), strict=True)
+    ]
+
+
+def test_a_snapshot_sees_nothing_that_is_added_or_cleared_later() -> None:
+    memory = filled(spare=4)
+    snapshot = memory.snapshot()
+    memory.add(pairs(4, 5, batch=2))
+    memory.clear([0])
+    assert seen(snapshot) == [[1, 2, 3], [1, 2, 3]]
+    assert held(memory) == [[], [2, 3, 4, 5]]
+
+
+def test_appending_twice_through_a_snapshot_stores_once_and_gives_the_same_state() -> None:
+    memory = filled(spare=4)
+    snapshot = memory.snapshot()
+    after = [snapshot.append(*segment(4, 5)) for _ in range(2)]
+    assert held(memory) == [[2, 3, 4, 5]] * 2
+    assert [seen(state) for state in after] == [[[2, 3, 4, 5]] * 2] * 2
+    assert torch.equal(after[0].ticket, after[1].ticket)
+
+
+def test_a_count_stores_the_first_so_many_of_each_document() -> None:
+    memory = filled()
+    after = memory.snapshot().append(*segment(4, 5), torch.tensor([0, 1]))
+    assert held(memory) == seen(after) == [[1, 2, 3], [1, 2, 3, 4]]
+
+
+def test_clearing_again_through_an_old_snapshot_forgets_nothing_newer() -> None:
+    """A recomputed forward clears at the same place as the first time."""
+    memory = filled(spare=4)
+    snapshot, mask = memory.snapshot(), torch.tensor([True, False])
+    after = snapshot.clear_rows(mask)
+    assert seen(after) == [[], [1, 2, 3]]
+    after.append(*segment(4))
+    memory.clear([1])
+    snapshot.clear_rows(mask)
+    assert held(memory) == [[4], []]
+
+
+def test_a_snapshot_of_a_scope_speaks_of_its_documents_alone() -> None:
+    memory = filled(3)
+    with memory.at_batch_indices([2]):
+        snapshot = memory.snapshot()
+    assert seen(snapshot.append(*segment(4, batch=1))) == [[1, 2, 3, 4]]
+    assert held(memory) == [[1, 2, 3], [1, 2, 3], [1, 2, 3, 4]]
+
+
+def test_a_snapshot_outlives_a_ring_that_is_laid_out_again() -> None:
+    """It still finds all that it saw; what is appended through it goes into the new ring, as the state after sees."""
+    memory = KNNMemory(2, 4, 2)
+    memory.add(pairs(1, 2, 3, batch=2))
+    snapshot = memory.snapshot()
+    with memory.at_batch_indices([0]):
+        memory.add(pairs(*range(10, 30)))
+    assert seen(snapshot) == [[1, 2, 3], [1, 2, 3]]
+    with memory.at_batch_indices([1]):
+        before = memory.snapshot()
+        memory.snapshot(like=torch.ones(1), longest=100)
+        assert seen(before.append(*segment(4, batch=1))) == [[1, 2, 3, 4]]
+    assert held(memory) == [[26, 27, 28, 29], [1, 2, 3, 4]]
