@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from memtrans_kernels import checks, ops
+from memtrans_kernels.attention_inputs import AttentionInputs
 from memtrans_kernels.backends import check_name
 from memtrans_kernels.ledger import Ledger
 
@@ -323,11 +324,11 @@ def memory_attention(
     checks.within("rows", rows, 0, letters["R"] - 1)
     checks.within("slots", slots, -1, letters["slots"] - 1)
     checks.within("local_length", local_length, 0, letters["L"])
-    written, ticket, spare = ledger if ledger is not None else (None, None, 0)
-    return ops.memory_attention(
+    inputs = AttentionInputs(
         query, key, value, memory_keys, memory_values, rows, scores, slots, scale, bias_table, bias_dense,
-        memory_offset, local_length, dropout_p, seed, written, ticket, spare, check_name(backend),
+        memory_offset, local_length, dropout_p, seed,
     )  # fmt: skip
+    return ops.memory_attention(inputs, ledger, check_name(backend))
 
 
 def local_attention(
