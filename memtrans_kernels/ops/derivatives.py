@@ -31,7 +31,8 @@ def through_formula(
 ) -> list[Tensor | None]:
     """Gradients of `inputs` in a graph of their own: what `function` of them gives, differentiated by PyTorch."""
     wanted = [tensor for tensor in inputs if tensor.requires_grad]
-    results = function(inputs)
+    pairs = [(result, grad) for result, grad in zip(function(inputs), grads, strict=True) if result.requires_grad]
+    results, grads = zip(*pairs, strict=True)
     found = iter(torch.autograd.grad(results, wanted, grads, create_graph=True, allow_unused=True))
     return [next(found) if tensor.requires_grad else None for tensor in inputs]
 

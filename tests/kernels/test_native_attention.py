@@ -126,6 +126,8 @@ def test_auto_leaves_float64_to_the_reference() -> None:
         ({"bias_dense": torch.zeros(3, 2, 5, 5)}, "bias_dense must have shape (1 or B, H, N, L) = (2, 2, 5, 5)"),
         ({"local_length": torch.tensor([6, 0])}, "local_length must lie in 0..5, got 6"),
         ({"dropout_p": 0.5, "seed": None}, "seed must be given when dropout_p > 0"),
+        ({"dropout_p": 0.5, "seed": torch.zeros(0, dtype=torch.int64)}, "seed must have shape (), got (0)"),
+        ({"dropout_p": 0.5, "seed": torch.zeros(3, dtype=torch.int64)}, "seed must have shape (), got (3)"),
     ],
 )
 def test_misuse_raises_instead_of_reading_elsewhere(change: dict[str, Any], message: str) -> None:
