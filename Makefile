@@ -8,6 +8,7 @@
 #   make test-gpu-sanitizer  memory errors and races in the kernels, on small shapes
 #   make check       lint, format, types, import directions
 #   make bench       benchmarks
+#   make bench-against REF=48195b5 K=enwik8  those of them that K names, in rounds that alternate with that commit's
 #   make clean       remove .venv and everything built
 #
 #   PYTHON=python3.12      the interpreter that .venv is made with (>= 3.10)
@@ -16,6 +17,7 @@
 
 PYTHON ?= python3
 WORKERS ?= 2
+ROUNDS ?= 5
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 
 ifdef PYTHON_BIN
@@ -28,8 +30,9 @@ TESTS_READY := .venv/.tests
 endif
 
 CSRC := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
+FORMATTED = $(filter-out csrc/cuda/knn_search/%,$(CSRC))
 
-.PHONY: demo test test-slow test-gpu test-gpu-slow test-gpu-sanitizer check bench clean
+.PHONY: demo test test-slow test-gpu test-gpu-slow test-gpu-sanitizer check bench bench-against clean
 .DEFAULT_GOAL := test
 
 demo: $(PACKAGE_READY)
@@ -60,13 +63,17 @@ check: $(TESTS_READY)
 	$(PYTHON_BIN) -m ruff check .
 	$(PYTHON_BIN) -m ruff format --check .
 	$(PYTHON_BIN) -m mypy
+	$(PYTHON_BIN) -c "import clang_format as f; f.clang_format()" --dry-run --Werror $(FORMATTED)
 	$(PYTHON_BIN) -c "from importlinter.cli import lint_imports_command; lint_imports_command()"
 
 bench: $(TESTS_READY)
 	$(PYTHON_BIN) -m pytest benchmarks
 
+bench-against: $(TESTS_READY)
+	$(PYTHON_BIN) benchmarks/against.py --ref "$(REF)" --rounds $(ROUNDS) -k "$(K)"
+
 clean:
-	rm -rf .venv build dist *.egg-info memtrans_kernels/_native_*
+	rm -rf .against .venv build dist *.egg-info memtrans_kernels/_native_*
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

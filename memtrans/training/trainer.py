@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memtrans.checks import usable_device
 from memtrans.data.documents import Document, DocumentOrder, DocumentStream, RandomWindows, Shuffled
 from memtrans.data.recall import RecallDocuments, RecallTask
 from memtrans.data.sources import load_corpus
+from memtrans.devices import usable_device
 from memtrans.distributed.fsdp import spread
 from memtrans.distributed.ranks import ALONE, Ranks
 from memtrans.training.checkpoint import Checkpoint, part_name, require

@@ -136,6 +136,42 @@ def local_attention(
     )  # fmt: skip
 
 
+def merge_attention(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    """Makes one softmax of P parts: attention to several sets of keys becomes attention to all of them. Differentiable.
+
+    Each part weighs `exp(lse)`: `out = sum_p exp(lse_p - lse) · out_p`, `lse = log sum_p exp(lse_p)`. A query that
+    finds nothing in any part gives zeros.
+
+    Args:
+        outs: (P, B, H, N, D), floating point, what `memory_attention` or `local_attention` returned for each part.
+        lses: (P, B, H, N), floating point, likewise; -inf for a part with nothing in it.
+
+    Returns:
+        out (B, H, N, D) in the dtype of `outs`, and lse (B, H, N) in that of `lses`.
+
+    Raises:
+        ValueError: a shape or device that does not fit.
+        TypeError: a dtype that does not fit.
+
+    Source: Dao et al. 2022 (arXiv 2205.14135), section 3.1, merges blocks of keys that way.
+
+    >>> outs = torch.tensor([1.0, 5.0]).reshape(2, 1, 1, 1, 1)
+    >>> lses = torch.tensor([3.0, 1.0]).log().reshape(2, 1, 1, 1)  # weights 3 and 1
+    >>> out, lse = merge_attention(outs, lses)
+    >>> out.item(), round(lse.exp().item(), 3)
+    (2.0, 4.0)
+    """
+    checks.floating(outs=outs, lses=lses)
+    letters = checks.Letters()
+    letters.bind("outs", outs, "P B H N D")
+    letters.bind("lses", lses, "P B H N")
+    checks.same_device(outs.device, lses=lses)
+    lses = lses.clamp(min=-1e30)  # a difference of infinities would be NaN, in the gradient too
+    lse = lses.logsumexp(dim=0)
+    out = ((lses - lse).exp()[..., None] * outs).sum(dim=0)
+    return out.to(outs.dtype), lse
+
+
 @checks.remembered
 def _check(*arguments: Tensor | float | None) -> None:
     """Refuses what does not fit together, except for the numbers in tensors."""
