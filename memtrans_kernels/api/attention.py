@@ -223,7 +223,8 @@ def _check_shapes(inputs: AttentionInputs) -> checks.Letters:
         tensor = getattr(inputs, name)
         if tensor is not None:
             letters.bind(name, tensor, of_tensor)
-    checks.few_slots("memory_keys", letters["slots"])
+            if name == "memory_keys":
+                checks.few_slots(name, letters["slots"])
     if inputs.bias_table is not None and letters["distances"] == 0:
         raise ValueError(f"bias_table must have at least one distance, got shape {tuple(inputs.bias_table.shape)}")
     return letters
