@@ -43,6 +43,7 @@ ASKED = (  # of memorizing-transformers-pytorch, most of them in its issues
     "Can it train on several GPUs?",
     "Can several GPUs share one memory?",
     "Is this the authors' code, and does it fit into my own training loop?",
+    "Why is there no Faiss index?",
 )
 
 
