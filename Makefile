@@ -53,7 +53,8 @@ test-gpu-slow: $(TESTS_READY)
 	MEMTRANS_TEST_DEVICE=cuda $(PYTHON_BIN) -m pytest -m "gpu and slow" tests
 
 # Without a filter by kernel: PyTorch's own kernels are checked too, which takes longer and hides nothing.
-SANITIZED = tests/test_gpu_search.py tests/test_knn_add.py tests/test_cosine.py tests/test_memory_attention_backward.py
+SANITIZED = tests/gpu/test_gpu_search.py $(addprefix tests/kernels/,test_knn_add.py test_cosine.py \
+  test_memory_attention_backward.py)
 test-gpu-sanitizer: $(TESTS_READY)
 	for tool in memcheck racecheck; do MEMTRANS_TEST_DEVICE=cuda \
 	  compute-sanitizer --tool $$tool --target-processes all --error-exitcode 1 $(PYTHON_BIN) -m pytest -m "gpu or device" \
