@@ -8,6 +8,7 @@
 #   make test-gpu-sanitizer  memory errors and races in the kernels, on small shapes
 #   make check       lint, format, types, import directions
 #   make bench       benchmarks
+#   make stations    where a forward pass and a training step come by, and what is checked how often
 #   make clean       remove .venv and everything built
 #
 #   PYTHON=python3.12      the interpreter that .venv is made with (>= 3.10)
@@ -29,7 +30,7 @@ endif
 
 CSRC := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
-.PHONY: demo test test-slow test-gpu test-gpu-slow test-gpu-sanitizer check bench clean
+.PHONY: demo test test-slow test-gpu test-gpu-slow test-gpu-sanitizer check bench stations clean
 .DEFAULT_GOAL := test
 
 demo: $(PACKAGE_READY)
@@ -64,6 +65,9 @@ check: $(TESTS_READY)
 
 bench: $(TESTS_READY)
 	$(PYTHON_BIN) -m pytest benchmarks
+
+stations: $(TESTS_READY)
+	$(PYTHON_BIN) benchmarks/stations.py
 
 clean:
 	rm -rf .venv build dist *.egg-info memtrans_kernels/_native_*
