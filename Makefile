@@ -9,6 +9,7 @@
 #   make check       lint, format, types, import directions
 #   make bench       benchmarks
 #   make bench-against REF=48195b5 K=enwik8  those of them that K names, in rounds that alternate with that commit's
+#   make stations    where a forward pass and a training step come by, and what is checked how often
 #   make clean       remove .venv and everything built
 #
 #   PYTHON=python3.12      the interpreter that .venv is made with (>= 3.10)
@@ -30,8 +31,9 @@ TESTS_READY := .venv/.tests
 endif
 
 CSRC := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
+FORMATTED = $(filter-out csrc/cuda/knn_search/%,$(CSRC))
 
-.PHONY: demo test test-slow test-gpu test-gpu-slow test-gpu-sanitizer check bench bench-against clean
+.PHONY: demo test test-slow test-gpu test-gpu-slow test-gpu-sanitizer check bench bench-against stations clean
 .DEFAULT_GOAL := test
 
 demo: $(PACKAGE_READY)
@@ -63,6 +65,7 @@ check: $(TESTS_READY)
 	$(PYTHON_BIN) -m ruff check .
 	$(PYTHON_BIN) -m ruff format --check .
 	$(PYTHON_BIN) -m mypy
+	$(PYTHON_BIN) -c "import clang_format as f; f.clang_format()" --dry-run --Werror $(FORMATTED)
 	$(PYTHON_BIN) -c "from importlinter.cli import lint_imports_command; lint_imports_command()"
 
 bench: $(TESTS_READY)
@@ -70,6 +73,9 @@ bench: $(TESTS_READY)
 
 bench-against: $(TESTS_READY)
 	$(PYTHON_BIN) benchmarks/against.py --ref "$(REF)" --rounds $(ROUNDS) -k "$(K)"
+
+stations: $(TESTS_READY)
+	$(PYTHON_BIN) benchmarks/stations.py
 
 clean:
 	rm -rf .against .venv build dist *.egg-info memtrans_kernels/_native_*
