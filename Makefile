@@ -9,6 +9,7 @@
 #   make check       lint, format, types, import directions
 #   make bench       benchmarks
 #   make bench-against REF=48195b5 K=enwik8  those of them that K names, in rounds that alternate with that commit's
+#   make stations    where a forward pass and a training step come by, and what is checked how often
 #   make clean       remove .venv and everything built
 #
 #   PYTHON=python3.12      the interpreter that .venv is made with (>= 3.10)
@@ -32,7 +33,7 @@ endif
 CSRC := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 FORMATTED = $(filter-out csrc/cuda/knn_search/%,$(CSRC))
 
-.PHONY: demo test test-slow test-gpu test-gpu-slow test-gpu-sanitizer check bench bench-against clean
+.PHONY: demo test test-slow test-gpu test-gpu-slow test-gpu-sanitizer check bench bench-against stations clean
 .DEFAULT_GOAL := test
 
 demo: $(PACKAGE_READY)
@@ -53,7 +54,8 @@ test-gpu-slow: $(TESTS_READY)
 	MEMTRANS_TEST_DEVICE=cuda $(PYTHON_BIN) -m pytest -m "gpu and slow" tests
 
 # Without a filter by kernel: PyTorch's own kernels are checked too, which takes longer and hides nothing.
-SANITIZED = tests/test_gpu_search.py tests/test_knn_add.py tests/test_cosine.py tests/test_memory_attention_backward.py
+SANITIZED = tests/gpu/test_gpu_search.py $(addprefix tests/kernels/,test_knn_add.py test_cosine.py \
+  test_memory_attention_backward.py)
 test-gpu-sanitizer: $(TESTS_READY)
 	for tool in memcheck racecheck; do MEMTRANS_TEST_DEVICE=cuda \
 	  compute-sanitizer --tool $$tool --target-processes all --error-exitcode 1 $(PYTHON_BIN) -m pytest -m "gpu or device" \
@@ -71,6 +73,9 @@ bench: $(TESTS_READY)
 
 bench-against: $(TESTS_READY)
 	$(PYTHON_BIN) benchmarks/against.py --ref "$(REF)" --rounds $(ROUNDS) -k "$(K)"
+
+stations: $(TESTS_READY)
+	$(PYTHON_BIN) benchmarks/stations.py
 
 clean:
 	rm -rf .against .venv build dist *.egg-info memtrans_kernels/_native_*

@@ -137,9 +137,14 @@ class LocalContext(nn.Module):
         local = LocalKeys(key, value, by_distance, dense, inputs.local_length)
         if self.xl_max_memories == 0 or isinstance(cached, LocalView):
             return local, None
-        padding = None if inputs.lengths is None else length - inputs.lengths  # (B,)
-        newest = (newest_of(tensor.detach(), self.xl_max_memories, padding) for tensor in (key, value))
-        new_cache = torch.stack(tuple(newest), dim=-2)  # (B, G, X, 2, D)
+        newest, first = [key.detach(), value.detach()], max(0, key.shape[2] - self.xl_max_memories)
+        if inputs.lengths is None:
+            newest = [tensor[:, :, first:] for tensor in newest]  # (B, G, X, D)
+        else:  # zeros lead where a row has fewer
+            place = torch.arange(first, key.shape[2], device=key.device) - (length - inputs.lengths)[:, None]  # (B, X)
+            place = place[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])  # (B, G, X, D)
+            newest = [tensor.gather(2, place.clamp(min=0)).masked_fill(place < 0, 0.0) for tensor in newest]
+        new_cache = torch.stack(newest, dim=-2)  # (B, G, X, 2, D)
         return local, new_cache if self.kv_heads > 1 else new_cache[:, 0]
 
 
@@ -214,7 +219,9 @@ class Attention(LocalContext):
         if of_view and query.shape[2] == 1 and local.bias_dense is not None and dropout_p == 0.0:
             return self.to_out(self._attend_once(query, local)), new_cache
         scale = torch.full((self.heads,), self.scale, dtype=arithmetic_dtype(query), device=x.device)
-        out, _ = local_attention(query, local.key, local.value, scale, *local[2:], dropout_p, seed_of(dropout_p, x))
+        out, _ = local_attention(
+            query, local.key, local.value, scale, *local[2:], dropout_p, seed_of(dropout_p, x.device)
+        )
         return self.to_out(out.transpose(1, 2).flatten(2)), new_cache  # (B, N, dim)
 
     def _attend_once(self, query: Tensor, local: LocalKeys) -> Tensor:
@@ -232,23 +239,9 @@ class Attention(LocalContext):
         return out.reshape(batch, 1, heads * width)
 
 
-def seed_of(dropout_p: float, like: Tensor) -> Tensor | None:
+def seed_of(dropout_p: float, device: torch.device) -> Tensor | None:
     """A seed () int64 for the kernel's dropout, drawn on the device; None where nothing is dropped."""
-    return None if dropout_p == 0.0 else torch.randint(2**62, (), device=like.device)
-
-
-def newest_of(local: Tensor, most: int, padding: Tensor | None) -> Tensor:
-    """Of local keys or values (B, G, L, D) the newest, at most so many: (B, G, min(most, L), D).
-
-    padding: (B,) int64, how many of the last ones do not count; zeros lead where fewer are left.
-    """
-    local_keys = local.shape[2]
-    first = max(0, local_keys - most)
-    if padding is None:
-        return local[:, :, first:]
-    place = torch.arange(first, local_keys, device=local.device) - padding[:, None]  # (B, X)
-    place = place[:, None, :, None].expand(-1, local.shape[1], -1, local.shape[3])  # (B, G, X, D)
-    return local.gather(2, place.clamp(min=0)).masked_fill(place < 0, 0.0)
+    return None if dropout_p == 0.0 else torch.randint(2**62, (), device=device)
 
 
 def biases(

@@ -247,11 +247,14 @@ class MemorizingTransformer(Pretrained):
             self._check(batch, length, caches, labels, lengths, xl_length)
         snapshots = self.snapshots(knn_memories, batch, length)
 
-        clearing = None if inputs_embeds is not None or not add_knn_memory else x
-        snapshots = self._clear(snapshots, clearing, lengths, self.clear_memories_on_sos_token_id)
+        start, end = self.clear_memories_on_sos_token_id, self.clear_memories_on_eos_token_id
+        stored_ids = x if add_knn_memory else None
+        if stored_ids is not None and start is not None:
+            snapshots = self._clear(snapshots, stored_ids, lengths, start)
         inputs = self._layer_inputs(length, caches, lengths, xl_length)
         hidden, stored, new_caches = self.run_layers(hidden, inputs, snapshots, add_knn_memory)
-        self._clear(stored, clearing, lengths, self.clear_memories_on_eos_token_id)
+        if stored_ids is not None and end is not None:
+            self._clear(stored, stored_ids, lengths, end)
 
         result = self.head(hidden, labels, return_embeddings)  # (B, N, V)
         if not self.num_xl_memory_layers:
@@ -387,11 +390,9 @@ class MemorizingTransformer(Pretrained):
 
     @staticmethod
     def _clear(
-        snapshots: list[MemorySnapshot], x: Tensor | None, lengths: Tensor | None, token_id: int | None
+        snapshots: list[MemorySnapshot], x: Tensor, lengths: Tensor | None, token_id: int
     ) -> list[MemorySnapshot]:
         """Forgets the documents whose row of x contains the token before its padding; on the device."""
-        if x is None or token_id is None:
-            return snapshots
         found = x == token_id
         if lengths is not None:
             found = found & (torch.arange(x.shape[1], device=x.device) < lengths[:, None])

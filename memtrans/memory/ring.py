@@ -215,7 +215,7 @@ class MemorySnapshot:
         return memory_attention(
             query, local.key, local.value, self.keys, self.values, self.rows, scores, slots, scale,
             local.bias_table, local.bias_dense, memory_offset, local.local_length,
-            dropout_p, seed_of(dropout_p, query), ledger=self.ledger,
+            dropout_p, seed_of(dropout_p, query.device), ledger=self.ledger,
         )[0]  # fmt: skip
 
     def attend_to_retrieved(
@@ -230,7 +230,7 @@ class MemorySnapshot:
         nothing = query.new_empty(self.documents, self.rows.numel() // self.documents, 0, query.shape[-1])
         out, lse = memory_attention(
             query, nothing, nothing, self.keys, self.values, self.rows, scores, slots, scale,
-            dropout_p=dropout_p, seed=seed_of(dropout_p, query), ledger=self.ledger,
+            dropout_p=dropout_p, seed=seed_of(dropout_p, query.device), ledger=self.ledger,
         )  # fmt: skip
         return out, lse, slots[..., 0] >= 0  # the best come first
 
@@ -266,7 +266,7 @@ class MemorySnapshot:
 def attend_to_local(query: Tensor, local: LocalKeys, scale: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
     """Attention of query (B, H, N, D) to the local keys alone: out (B, H, N, D) and lse (B, H, N)."""
     key, value, bias_table, bias_dense, local_length = local
-    seed = seed_of(dropout_p, query)
+    seed = seed_of(dropout_p, query.device)
     return local_attention(query, key, value, scale, bias_table, bias_dense, local_length, dropout_p, seed)
 
 

@@ -241,7 +241,7 @@ class ShardedSnapshot(MemorySnapshot):
         The winners travel, or the partial results: what is fewer bytes; the module has the count.
         """
         found = self.find(query, k)
-        dropout = {"dropout_p": dropout_p, "seed": seed_of(dropout_p, query)}
+        dropout = {"dropout_p": dropout_p, "seed": seed_of(dropout_p, query.device)}
         width, learning = query.shape[-1], torch.is_grad_enabled()
         result = width * query.element_size() + 4
         part = 2 * result + width * query.element_size() if learning else result
