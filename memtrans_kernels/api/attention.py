@@ -123,8 +123,9 @@ def local_attention(
     >>> out.flatten().tolist()  # the second query sees both
     [1.0, 2.0]
     """
-    checks.shaped("query", query, "B H N D")
-    checks.shaped("key", key, "B G L D")
+    letters = checks.Letters()
+    letters.bind("query", query, "B H N D")
+    letters.bind("key", key, "B G L D")
     batch, heads, length, width = query.shape
     nothing = torch.empty(1, 1, width, dtype=query.dtype, device=query.device)  # nobody reads it
     scores = torch.empty(batch, heads, length, 0, device=query.device)
