@@ -7,6 +7,7 @@ row, S spare slots, K retrieved neighbours.
 
 from memtrans_kernels.api import (
     cosine,
+    gather_logits,
     knn_add_,
     knn_merge,
     knn_search,
@@ -22,6 +23,7 @@ __all__ = [
     "StaleMemoryError",
     "backends_info",
     "cosine",
+    "gather_logits",
     "knn_add_",
     "knn_merge",
     "knn_search",

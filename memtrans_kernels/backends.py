@@ -228,11 +228,19 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
     ),
     "cosine": _ordered(_triton("cosine", "cosine"), _reference("cosine")),
     "cosine_backward": _ordered(_triton("cosine", "cosine_backward"), _reference("cosine", "cosine_backward")),
+    "gather_logits": _ordered(_triton("gather_logits", "gather_logits"), _reference("gather_logits")),
+    "gather_logits_backward": _ordered(
+        _triton("gather_logits", "gather_logits_backward"), _reference("gather_logits", "gather_logits_backward")
+    ),
     "memory_attention": _attention("memory_attention"),
     "memory_attention_backward": _attention("memory_attention_backward"),
 }
 
-FORMULAS = {"cosine": "cosine", "memory_attention": "formula"}  # functions of the reference's modules
+FORMULAS = {
+    "cosine": "cosine",
+    "gather_logits": "gather_logits",
+    "memory_attention": "formula",
+}  # functions of the reference's modules
 
 
 def check_name(backend: str) -> str:

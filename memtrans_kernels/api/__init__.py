@@ -6,6 +6,16 @@ newest M entries are visible. Entry i lives in slot i mod (M + S).
 
 from memtrans_kernels.api.attention import local_attention, memory_attention, merge_attention
 from memtrans_kernels.api.cosine import cosine
+from memtrans_kernels.api.gather_logits import gather_logits
 from memtrans_kernels.api.memory import knn_add_, knn_merge, knn_search
 
-__all__ = ["cosine", "knn_add_", "knn_merge", "knn_search", "local_attention", "memory_attention", "merge_attention"]
+__all__ = [
+    "cosine",
+    "gather_logits",
+    "knn_add_",
+    "knn_merge",
+    "knn_search",
+    "local_attention",
+    "memory_attention",
+    "merge_attention",
+]

@@ -29,6 +29,12 @@ def _cosine():
     return torch.randn(2, 4, 5, 8, requires_grad=True), torch.randn(2, 2, 7, 8, requires_grad=True)
 
 
+def _gather():
+    state = ring()
+    slots = torch.randint(-1, CAPACITY, (2, 4, 5, NEIGHBOURS), dtype=torch.int32)
+    return torch.randn(2, 4, 5, 8, requires_grad=True), state["keys"], state["rows"], slots
+
+
 def _merge():
     scores = torch.randn(2, 1, 2, 3, 4).sort(dim=-1, descending=True).values
     scores[1, ..., 3:] = -torch.inf
@@ -54,6 +60,8 @@ CASES = {
     "knn_add_": _ring_write,
     "knn_search": _search,
     "knn_merge": _merge,
+    "gather_logits": _gather,
+    "gather_logits_backward": lambda: (torch.randn(2, 4, 5, NEIGHBOURS), *(t.detach() for t in _gather())),
     "cosine": _cosine,
     "cosine_backward": lambda: (*(t.detach() for t in _cosine()), *(t.detach() for t in _cosine())),
     "memory_attention": _attention,

@@ -21,6 +21,7 @@ MODULES = [  # those that take longest first
     "test_memory_attention.py",
     "test_knn_add.py",
     "test_cosine.py",
+    "test_gather_logits.py",
 ]
 
 
