@@ -8,6 +8,7 @@
 #   make test-gpu-sanitizer  memory errors and races in the kernels, on small shapes
 #   make check       lint, format, types, import directions
 #   make bench       benchmarks
+#   make bench-against REF=48195b5 K=enwik8  those of them that K names, in rounds that alternate with that commit's
 #   make stations    where a forward pass and a training step come by, and what is checked how often
 #   make clean       remove .venv and everything built
 #
@@ -17,6 +18,7 @@
 
 PYTHON ?= python3
 WORKERS ?= 2
+ROUNDS ?= 5
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 
 ifdef PYTHON_BIN
@@ -30,7 +32,7 @@ endif
 
 CSRC := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
-.PHONY: demo test test-slow test-gpu test-gpu-slow test-gpu-sanitizer check bench stations clean
+.PHONY: demo test test-slow test-gpu test-gpu-slow test-gpu-sanitizer check bench bench-against stations clean
 .DEFAULT_GOAL := test
 
 demo: $(PACKAGE_READY)
@@ -66,11 +68,14 @@ check: $(TESTS_READY)
 bench: $(TESTS_READY)
 	$(PYTHON_BIN) -m pytest benchmarks
 
+bench-against: $(TESTS_READY)
+	$(PYTHON_BIN) benchmarks/against.py --ref "$(REF)" --rounds $(ROUNDS) -k "$(K)"
+
 stations: $(TESTS_READY)
 	$(PYTHON_BIN) benchmarks/stations.py
 
 clean:
-	rm -rf .venv build dist *.egg-info memtrans_kernels/_native_*
+	rm -rf .against .venv build dist *.egg-info memtrans_kernels/_native_*
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -21,7 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from other_tree import measure_tree
 from torch import Tensor
+
+if other := os.environ.get("MEMTRANS_BENCH_TREE"):
+    measure_tree(Path(other))
 
 MEMORIES = {"8k": 8192, "64k": 65536, "262k": 262144}
 TOY = os.environ.get("MEMTRANS_BENCH_TOY") == "1"  # sizes for a test that only asks whether the benchmarks run
@@ -219,11 +223,19 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def write_down(entry: dict[str, Any]) -> Path:
     """Puts the entry into `results/<machine>/<op>.json`, in place of an earlier one of the same labels."""
     path = RESULTS / machine() / f"{entry['op']}.json"
-    entries = json.loads(path.read_text()) if path.exists() else []
-    kept = [other for other in entries if any(other[name] != entry[name] for name in KEY)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([*kept, entry], indent=1) + "\n")
+    put(path, entry)
     return path
+
+
+def put(path: Path, entry: dict[str, Any]) -> None:
+    """Adds the entry to a result file, in place of an earlier one of the same labels."""
+    entries = json.loads(path.read_text()) if path.exists() else []
+    same = [number for number, other in enumerate(entries) if all(other[name] == entry[name] for name in KEY)]
+    for number in reversed(same):
+        del entries[number]
+    entries.insert(same[0] if same else len(entries), entry)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(entries, indent=1) + "\n")
 
 
 def environment() -> dict[str, str]:
