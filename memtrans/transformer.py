@@ -249,13 +249,13 @@ class MemorizingTransformer(Pretrained):
         snapshots = self.snapshots(knn_memories, batch, length)
 
         start, end = self.clear_memories_on_sos_token_id, self.clear_memories_on_eos_token_id
-        stored_ids = x if add_knn_memory else None
-        if stored_ids is not None and start is not None:
-            snapshots = self._clear(snapshots, stored_ids, lengths, start)
+        ids = x if add_knn_memory else None  # read-only calls clear nothing
+        if ids is not None and start is not None:
+            snapshots = self._clear(snapshots, ids, lengths, start)
         inputs = self._layer_inputs(length, caches, lengths, xl_length)
         hidden, stored, new_caches = self.run_layers(hidden, inputs, snapshots, add_knn_memory)
-        if stored_ids is not None and end is not None:
-            self._clear(stored, stored_ids, lengths, end)
+        if ids is not None and end is not None:
+            self._clear(stored, ids, lengths, end)
 
         result = self.head(hidden, labels, return_embeddings)  # (B, N, V)
         if not self.num_xl_memory_layers:
