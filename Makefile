@@ -31,6 +31,7 @@ TESTS_READY := .venv/.tests
 endif
 
 CSRC := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
+FORMATTED = $(filter-out csrc/cuda/knn_search/%,$(CSRC))
 
 .PHONY: demo test test-slow test-gpu test-gpu-slow test-gpu-sanitizer check bench bench-against stations clean
 .DEFAULT_GOAL := test
@@ -53,7 +54,8 @@ test-gpu-slow: $(TESTS_READY)
 	MEMTRANS_TEST_DEVICE=cuda $(PYTHON_BIN) -m pytest -m "gpu and slow" tests
 
 # Without a filter by kernel: PyTorch's own kernels are checked too, which takes longer and hides nothing.
-SANITIZED = tests/test_gpu_search.py tests/test_knn_add.py tests/test_cosine.py tests/test_memory_attention_backward.py
+SANITIZED = tests/gpu/test_gpu_search.py $(addprefix tests/kernels/,test_knn_add.py test_cosine.py \
+  test_memory_attention_backward.py)
 test-gpu-sanitizer: $(TESTS_READY)
 	for tool in memcheck racecheck; do MEMTRANS_TEST_DEVICE=cuda \
 	  compute-sanitizer --tool $$tool --target-processes all --error-exitcode 1 $(PYTHON_BIN) -m pytest -m "gpu or device" \
@@ -63,6 +65,7 @@ check: $(TESTS_READY)
 	$(PYTHON_BIN) -m ruff check .
 	$(PYTHON_BIN) -m ruff format --check .
 	$(PYTHON_BIN) -m mypy
+	$(PYTHON_BIN) -c "import clang_format as f; f.clang_format()" --dry-run --Werror $(FORMATTED)
 	$(PYTHON_BIN) -c "from importlinter.cli import lint_imports_command; lint_imports_command()"
 
 bench: $(TESTS_READY)

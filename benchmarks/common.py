@@ -59,7 +59,7 @@ class Case:
 
 
 def case(name: str) -> Case:
-    """`[decode-|cpu-]<d64|d128|paper>-<8k|64k|262k>`, as README and result files name it.
+    """`[decode-|cpu-]<d64|d128|paper>-<8k|64k|262k>`, as tables and result files name it.
 
     `decode-` is one query a head; `cpu-` is two documents and one head, for machines of two cores.
 
@@ -196,7 +196,7 @@ def busy_share(function: Callable[[], Any]) -> float | None:
     """
     if DEVICE == "cpu":
         return None
-    # else the profiler stays attached and everything later is slower: a token of bench_generate 577 us instead of 571
+    # else the profiler stays attached and everything later is slower (docs/log.md)
     os.environ["TEARDOWN_CUPTI"] = "1"
     torch.cuda.synchronize()
     begin = time.perf_counter()

@@ -5,7 +5,7 @@ its arguments. A second layer of the same kind makes no new one. An argument is 
 calls checks of it and is none itself: one that two functions ask the same of counts twice. The public functions of the
 kernels check arguments of their own, which are counted by their call: `knn_search.query`.
 
-The forward pass reads a second segment with a plain and a memorizing layer, both with XL caches, and every optional
+The forward pass reads a third segment with a plain and a memorizing layer, both with XL caches, and every optional
 argument; the training step is the second one of a toy run. `make stations` prints both.
 """
 
@@ -158,8 +158,13 @@ def forward_pass() -> Walk:
     memories = model.create_knn_memories(batch_size=BATCH)
     x = torch.randint(50, (BATCH, LENGTH))
     _, caches = model(x, memories)
-    full = torch.full((BATCH,), CACHED)
-    return walk_of(lambda: model(x, memories, caches, lengths=torch.full((BATCH,), LENGTH), xl_length=full))
+    full, cached = torch.full((BATCH,), LENGTH), torch.full((BATCH,), CACHED)
+
+    def read_on() -> None:
+        model(x, memories, caches, lengths=full, xl_length=cached)
+
+    read_on()  # the kernels remember shapes that they have checked
+    return walk_of(read_on)
 
 
 def training_step() -> Walk:

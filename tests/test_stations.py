@@ -40,6 +40,11 @@ def test_every_argument_of_the_forward_pass_is_checked_and_checked_once(walks: d
     assert of_model(walks["forward pass"]["doors"]) == dict.fromkeys(GIVEN, 1)
 
 
+def test_a_call_of_a_kernel_checks_each_of_its_arguments_once(walks: dict[str, dict[str, Any]]) -> None:
+    assert walks["forward pass"]["most"]
+    assert not {name: count for name, count in walks["forward pass"]["most"].items() if count > 1}
+
+
 def test_a_training_step_checks_each_argument_of_a_segment_once(walks: dict[str, dict[str, Any]]) -> None:
     doors = of_model(walks["training step"]["doors"])
     assert doors["x"] == SEGMENTS
