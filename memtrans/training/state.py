@@ -1,7 +1,7 @@
 """What a run has learned, as a checkpoint holds it: weights and the optimiser's moments, each under its full name.
 
-Of a model that FSDP shards every rank has to ask for them; they are gathered, and the first rank alone gets them. Every
-rank loads them whole, and keeps its shards.
+Of a model that FSDP shards every rank has to ask for them; they are gathered, and the first rank alone gets them. To
+load them every rank has to give the same ones, whole, and gets its shards of the first rank's.
 
 A moment is named after its parameter: `token_emb.weight.exp_avg`. Earlier checkpoints say the parameter's place in the
 optimiser instead, `3.exp_avg`, and load as well.
@@ -45,7 +45,8 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Copies a checkpoint's weights into a model. Raises ValueError when they are another model's."""
     saved = checkpoint.parts.get("model", {})
     _check_weights(model, saved)
-    set_model_state_dict(model, dict(saved), options=_options(model))
+    # in one order on every rank: a file gives them in any, and ranks exchange the shards of one at a time
+    set_model_state_dict(model, {name: saved[name] for name in sorted(saved)}, options=_options(model))
 
 
 def _check_weights(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
@@ -91,7 +92,7 @@ def load_moments(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapp
     if not saved:
         return
     state: dict[str, Any] = {}
-    for name in sorted(saved):  # the order in which ranks gather them again: a file gives them in any
+    for name in sorted(saved):  # see `load_weights`
         label, _, key = name.rpartition(".")
         state.setdefault(labels[label], {})[key] = saved[name]
     whole: dict[str, Any] = {"state": state, "param_groups": groups}

@@ -14,7 +14,7 @@ from torch import Tensor
 from memtrans.annotations import allows
 from memtrans.data.stream import DocumentStream
 from memtrans.distributed.fsdp import shard
-from memtrans.distributed.ranks import ALONE, Ranks
+from memtrans.distributed.ranks import ALONE, LostRankError, Ranks
 from memtrans.training.checkpoint import Checkpoint, part_name, require
 from memtrans.training.data import TrainingData
 from memtrans.training.evaluate import NonFiniteLossError
@@ -187,7 +187,7 @@ class Trainer:
         """
         try:
             self._restore(checkpoint)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, LostRankError):
             raise
         except (KeyError, TypeError, IndexError, AttributeError, OverflowError, RuntimeError) as error:
             what = f"another: {type(error).__name__}: {' '.join(str(error).split())}"
@@ -201,8 +201,9 @@ class Trainer:
             raise ValueError(
                 f"data must be what the checkpoint was trained on, got {self.settings.data!r} changed since"
             )
-        load_weights(self.model, checkpoint)
-        load_moments(self.model, self.optimizer, parts["optimizer"])
+        with self.ranks.listening():
+            load_weights(self.model, checkpoint)
+            load_moments(self.model, self.optimizer, parts["optimizer"])
         self.reader.load_state_dict(parts_of_rows(parts, self.rows, self.settings.batch, saved_by))
         self.loader.load_state_dict(values["stream"])
         self.step, self.tokens = (checks.integer(name, values[name], low=0) for name in ("step", "tokens"))
