@@ -8,6 +8,8 @@
 #   make test-gpu-sanitizer  memory errors and races in the kernels, on small shapes
 #   make check       lint, format, types, import directions
 #   make bench       benchmarks
+#   make bench-against REF=48195b5 K=enwik8  those of them that K names, in rounds that alternate with that commit's
+#   make stations    where a forward pass and a training step come by, and what is checked how often
 #   make clean       remove .venv and everything built
 #
 #   PYTHON=python3.12      the interpreter that .venv is made with (>= 3.10)
@@ -16,6 +18,7 @@
 
 PYTHON ?= python3
 WORKERS ?= 2
+ROUNDS ?= 5
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 
 ifdef PYTHON_BIN
@@ -28,8 +31,9 @@ TESTS_READY := .venv/.tests
 endif
 
 CSRC := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
+FORMATTED = $(filter-out csrc/cuda/knn_search/%,$(CSRC))
 
-.PHONY: demo test test-slow test-gpu test-gpu-slow test-gpu-sanitizer check bench clean
+.PHONY: demo test test-slow test-gpu test-gpu-slow test-gpu-sanitizer check bench bench-against stations clean
 .DEFAULT_GOAL := test
 
 demo: $(PACKAGE_READY)
@@ -50,7 +54,8 @@ test-gpu-slow: $(TESTS_READY)
 	MEMTRANS_TEST_DEVICE=cuda $(PYTHON_BIN) -m pytest -m "gpu and slow" tests
 
 # Without a filter by kernel: PyTorch's own kernels are checked too, which takes longer and hides nothing.
-SANITIZED = tests/test_gpu_search.py tests/test_knn_add.py tests/test_cosine.py tests/test_memory_attention_backward.py
+SANITIZED = tests/gpu/test_gpu_search.py $(addprefix tests/kernels/,test_knn_add.py test_cosine.py \
+  test_memory_attention_backward.py)
 test-gpu-sanitizer: $(TESTS_READY)
 	for tool in memcheck racecheck; do MEMTRANS_TEST_DEVICE=cuda \
 	  compute-sanitizer --tool $$tool --target-processes all --error-exitcode 1 $(PYTHON_BIN) -m pytest -m "gpu or device" \
@@ -60,13 +65,20 @@ check: $(TESTS_READY)
 	$(PYTHON_BIN) -m ruff check .
 	$(PYTHON_BIN) -m ruff format --check .
 	$(PYTHON_BIN) -m mypy
+	$(PYTHON_BIN) -c "import clang_format as f; f.clang_format()" --dry-run --Werror $(FORMATTED)
 	$(PYTHON_BIN) -c "from importlinter.cli import lint_imports_command; lint_imports_command()"
 
 bench: $(TESTS_READY)
 	$(PYTHON_BIN) -m pytest benchmarks
 
+bench-against: $(TESTS_READY)
+	$(PYTHON_BIN) benchmarks/against.py --ref "$(REF)" --rounds $(ROUNDS) -k "$(K)"
+
+stations: $(TESTS_READY)
+	$(PYTHON_BIN) benchmarks/stations.py
+
 clean:
-	rm -rf .venv build dist *.egg-info memtrans_kernels/_native_*
+	rm -rf .against .venv build dist *.egg-info memtrans_kernels/_native_*
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

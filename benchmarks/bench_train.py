@@ -119,6 +119,7 @@ def test_train(benchmark: Any, case: str, impl: str) -> None:
     trainer.check()  # every loss was finite
 
 
+@pytest.mark.rival
 @pytest.mark.skipif(DEVICE == "cpu" or not find_spec("memorizing_transformers_pytorch"), reason="upstream is not here")
 def test_upstream(benchmark: Any, tmp_path: Any, monkeypatch: Any) -> None:
     from memorizing_transformers_pytorch import MemorizingTransformer

@@ -118,7 +118,7 @@ PRESETS: dict[str, Settings] = {
         eval_bytes=16384,
         sample=4,
     ),
-    # Minutes on one GPU: what the README's "What the memory buys" trains, on documents of 64 KB and more.
+    # Minutes on one GPU: what docs/results.md trains, on documents of 64 KB and more.
     "code": Settings(
         steps=18_310,  # 300 MB
         batch=32,

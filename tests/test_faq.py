@@ -43,6 +43,7 @@ ASKED = (  # of memorizing-transformers-pytorch, most of them in its issues
     "Can it train on several GPUs?",
     "Can several GPUs share one memory?",
     "Is this the authors' code, and does it fit into my own training loop?",
+    "Why is there no Faiss index?",
 )
 
 
@@ -53,3 +54,12 @@ def test_a_question_of_upstreams_users_is_answered_with_something_that_runs(ques
 
 def test_every_answer_runs_or_names_what_does():
     assert all("```" in text or "README" in text for text in SECTIONS.values())
+
+
+PUBLIC = {"memtrans", "memtrans.hf", "memtrans.presets", "memtrans_kernels"}
+
+
+@pytest.mark.parametrize("title", SNIPPETS)
+def test_a_snippet_imports_from_places_that_stay(title):
+    imported = re.findall(r"^\s*(?:from|import) (memtrans[\w.]*)", "".join(SNIPPETS[title]), re.MULTILINE)
+    assert set(imported) <= PUBLIC

@@ -131,6 +131,8 @@ def stream(
         if number == 0:
             choose()
         else:
+            if decoder.follow_memories():
+                replay.release()  # the graph reads what the memories held before
             replay()
             decoder.move_on()
         yield chosen.clone()

@@ -15,20 +15,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from memtrans.checks import (
-    check_finite,
+from memtrans.checks import check_finite, sizes
+from memtrans.compatibility import UNUSED, warn_unused
+from memtrans.devices import usable_device
+from memtrans.distributed.ranks import ranks_of
+from memtrans.memory.checks import (
+    check_mask,
     check_memories,
     check_no_recomputation,
     check_numbers,
     check_queries,
     document_numbers,
     running_backward,
-    sizes,
-    usable_device,
 )
-from memtrans.compatibility import UNUSED, warn_unused
-from memtrans.distributed.ranks import ranks_of
-from memtrans.memory.ring import MemorySnapshot, Ring, check_mask
+from memtrans.memory.ring import MemorySnapshot, Ring
 from memtrans.memory.sharded import ShardedRing
 from memtrans.memory.state import check_state, dtype_names, holds_nothing, memory_arguments, state_parts
 from memtrans.storage import load_tensors, save_tensors
@@ -156,23 +156,40 @@ class KNNMemory:
     def snapshot(self, like: Tensor | None = None, longest: int = 0) -> MemorySnapshot:
         """The memory as it stands, for the documents in scope.
 
-        like: a tensor whose device the memory takes if it has none yet. longest: the segment that will be added.
+        Args:
+            like: a tensor whose device the memory takes if it has none yet. Default: it must have one.
+            longest: the longest segment that will be added before the next snapshot.
+
+        Raises:
+            ValueError: the memory has no device yet, or another one than `like`.
+            RuntimeError: activation checkpointing runs a forward pass again.
         """
         check_no_recomputation("the memory", self._made_in)
-        if like is not None:
+        return self._as_it_stands(None if like is None else like.device, longest)
+
+    def _as_it_stands(self, device: torch.device | None, longest: int) -> MemorySnapshot:
+        """A snapshot for a caller who knows that no forward pass is run again."""
+        if device is not None:
             # Before the first look at the ring: see there. Only a length that makes it grow is made a constant,
             # by range(). No branch: a compiler that begins again finds the ring grown.
-            self._prepare(like.device, len(range(longest if longest > self._room() else 0)))
+            self._prepare(device, len(range(longest if longest > self._room() else 0)))
         ring, rows = self._ring, self._rows
         if ring is None or rows is None:
             raise ValueError("device must be given to a memory that has seen no tensor yet, got None")
-        if like is not None and like.device != rows.device:
+        if device is not None and device != rows.device:
             raise ValueError(
-                f"the memory lives on {rows.device}, got a tensor on {like.device}: make or load the memory "
-                f"with device={str(like.device)!r}"
+                f"the memory lives on {rows.device}, got a tensor on {device}: make or load the memory "
+                f"with device={str(device)!r}"
             )
-        assert like is None or longest <= ring.spare  # a compiled graph asks it of every memory that it is given
+        assert device is None or longest <= ring.spare  # a compiled graph asks it of every memory that it is given
         return ring.snapshot(rows, self._host_rows(), len(self.scoped_indices))
+
+    def still_holds(self, snapshot: MemorySnapshot) -> bool:
+        """Whether what the snapshot reads is where the memory keeps its entries now: it was neither widened nor loaded.
+
+        Asks the host alone.
+        """
+        return self._ring is snapshot.ring and self._ring.keys_read is snapshot.keys
 
     # --------------------------------------------------------------------------------------------------- scope
 
@@ -195,6 +212,8 @@ class KNNMemory:
         chosen = document_numbers("indices", indices, self.num_indices)
         if not chosen:
             raise ValueError("indices must name at least one document, got []")
+        if chosen == self.scoped_indices:
+            return
         self.scoped_indices = chosen
         if self._ring is not None:
             self._rows = self._scoped_rows()
@@ -374,13 +393,26 @@ class KNNMemory:
 
 
 def snapshot_for(
-    name: str, memory: KNNMemory | MemorySnapshot, like: Tensor, longest: int, kv_heads: int, width: int
+    name: str,
+    memory: KNNMemory | MemorySnapshot,
+    *,
+    batch: int,
+    longest: int,
+    device: torch.device,
+    kv_heads: int,
+    width: int,
 ) -> MemorySnapshot:
-    """The snapshot given, or one of the memory given; it must fit the documents of like (B, ...) and such heads."""
+    """The snapshot given, or one of the memory given, for segments of at most `longest` tokens on that device.
+
+    Raises:
+        TypeError: `memory` is something else.
+        ValueError: it is not of B = `batch` documents in scope, G = `kv_heads` and D = `width`.
+        RuntimeError: it is a memory, and activation checkpointing runs a forward pass again.
+    """
     if isinstance(memory, KNNMemory):
         check_no_recomputation(name, memory._made_in)
-        memory = memory.snapshot(like=like, longest=longest)
+        memory = memory._as_it_stands(device, longest)
     elif not isinstance(memory, MemorySnapshot):
         raise TypeError(f"{name} must be a KNNMemory or a snapshot of one, got {type(memory).__name__}")
-    memory.check_fits(name, like.shape[0], kv_heads, width)
+    memory.check_fits(name, batch, kv_heads, width)
     return memory

@@ -37,19 +37,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from memtrans.attention import LocalKeys, seed_of
 from memtrans.distributed.ranks import Ranks
+from memtrans.memory.checks import check_mask
 from memtrans.memory.exchange import by_rank, exchange, from_all, side_by_side
-from memtrans.memory.merge import merged
-from memtrans.memory.ring import MemorySnapshot, Ring, check_mask
+from memtrans.memory.ring import MemorySnapshot, Ring, attend_to_local
 from memtrans.memory.state import SHARD, held
 from memtrans_kernels import (
-    checks,
     knn_add_,
     knn_merge,
     knn_search,
     ledger_advance_,
     ledger_ticket,
     memory_attention,
+    merge_attention,
     read_cursors,
 )
 from memtrans_kernels.backends import implements
@@ -213,17 +214,34 @@ class ShardedSnapshot(MemorySnapshot):
     # ------------------------------------------------------------------------------------------------------- attention
 
     def attend(
-        self, query: Tensor, k: int, scale: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None
+        self,
+        query: Tensor,
+        k: int,
+        local: LocalKeys,
+        scale: Tensor,
+        memory_offset: Tensor | None = None,
+        memory_gate: Tensor | None = None,
+        dropout_p: float = 0.0,
+    ) -> Tensor:
+        """See `MemorySnapshot.attend`. The neighbours are on several ranks: one softmax is merged from two parts."""
+        if memory_gate is not None:
+            return super().attend(query, k, local, scale, None, memory_gate, dropout_p)
+        to_memory, memory_lse, found = self.attend_to_retrieved(query, k, scale, dropout_p)
+        to_local, local_lse = attend_to_local(query, local, scale, dropout_p)
+        if memory_offset is not None:
+            memory_lse = memory_lse + memory_offset[:, None]
+        memory_lse = memory_lse.masked_fill(~found, -torch.inf)
+        return merge_attention(torch.stack((to_memory, to_local)), torch.stack((memory_lse, local_lse)))[0]
+
+    def attend_to_retrieved(
+        self, query: Tensor, k: int, scale: Tensor, dropout_p: float = 0.0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Attention of query (B, H, N, D) to its K nearest entries alone, with logits scale[h] · score.
+        """See `MemorySnapshot.attend_to_retrieved`.
 
-        scale: (H,). dropout_p, seed: as `memory_attention` takes them.
-
-        Returns out (B, H, N, D) and lse (B, H, N), differentiable in query and scale, and which queries found any
-        (B, H, N). What travels is the smaller of winners and partial results; see the module.
+        The winners travel, or the partial results: what is fewer bytes; the module has the count.
         """
         found = self.find(query, k)
-        dropout = {"dropout_p": dropout_p, "seed": seed}
+        dropout = {"dropout_p": dropout_p, "seed": seed_of(dropout_p, query.device)}
         width, learning = query.shape[-1], torch.is_grad_enabled()
         result = width * query.element_size() + 4
         part = 2 * result + width * query.element_size() if learning else result
@@ -250,7 +268,7 @@ class ShardedSnapshot(MemorySnapshot):
             torch.ones_like(scale), **dropout, ledger=self.ledger,
         )  # fmt: skip
         outs, lses = (exchange(by_rank(part, ranks.size), ranks) for part in (out, lse))
-        return merged(outs, lses)
+        return merge_attention(outs, lses)
 
     def _attend_to_fetched(
         self, query: Tensor, found: Neighbours, scale: Tensor, dropout: Mapping[str, Any]
@@ -300,6 +318,5 @@ class ShardedSnapshot(MemorySnapshot):
 
     def clear_rows(self, mask: Tensor) -> MemorySnapshot:
         """Forgets all entries of the documents where mask (B,) is True on one of the ranks; the state after that."""
-        check_mask(mask, self.documents)
-        checks.same_device(self.start.device, mask=mask)
+        check_mask(mask, self.documents, self.start.device)
         return super().clear_rows(from_all(mask.to(torch.uint8), self.ring.ranks).bool().any(dim=0))

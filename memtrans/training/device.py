@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from memtrans.checks import usable_device
+from memtrans.devices import usable_device
 from memtrans.distributed.ranks import ALONE, Ranks
 
 

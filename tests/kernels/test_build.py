@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.utils import cpp_extension
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NO_COMPILER = {"CXX": "/nowhere/c++", "CC": "/nowhere/cc"}
@@ -36,6 +37,32 @@ from memtrans_kernels import native
 keys, values, cursor = torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), torch.zeros(1, dtype=torch.int64)
 memtrans_kernels.knn_add_(keys, values, cursor, torch.tensor([0]), torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1))
 print(json.dumps({"libraries": libraries, "live": native.status()[0], "key": keys.item()}))
+"""
+
+
+# A module of one operator, which checks a shape.
+CHECKING = """
+#include "memtrans.h"
+namespace {
+void check(torch::stable::Tensor tensor, int64_t rows) {
+  memtrans::check_shape(tensor, "tensor", {rows, 2}, "(R, 2)");
+  MEMTRANS_CHECK(rows < 4, "rows must be below 4, got ", rows, ", which is ", 0.5, " of it");
+}
+}  // namespace
+STABLE_TORCH_LIBRARY_FRAGMENT(memtrans_checking, library) { library.def("check(Tensor tensor, int rows) -> ()"); }
+STABLE_TORCH_LIBRARY_IMPL(memtrans_checking, CPU, library) { library.impl("check", TORCH_BOX(&check)); }
+"""
+
+# Loads the module argv[1] and says what its operator does with a right shape, a wrong one and a wrong number.
+CHECK = """
+import sys
+import torch
+torch.ops.load_library(sys.argv[1])
+for shape, rows in (((3, 2), 3), ((3, 2), 10), ((4, 2), 4)):
+    try:
+        print(torch.ops.memtrans_checking.check(torch.zeros(shape), rows))
+    except RuntimeError as error:
+        print(error)
 """
 
 
@@ -77,6 +104,23 @@ def assert_installed_without_extension(source: Path, done: subprocess.CompletedP
     live, why = probe(source)["cpu"]
     assert live is False
     assert reason in why
+
+
+def test_checks_speak_in_a_module_with_a_libstdcpp_of_its_own(tmp_path: Path) -> None:
+    """Some compilers link it statically; its streams then write numbers as nothing, or crash: checks use none."""
+    (tmp_path / "checking.cpp").write_text(CHECKING)
+    folders = [f"-I{REPOSITORY / 'csrc'}", *(f"-I{path}" for path in cpp_extension.include_paths())]
+    libraries = [*(f"-L{path}" for path in cpp_extension.library_paths()), "-ltorch", "-ltorch_cpu", "-lc10"]
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-static-libstdc++"]
+    stable = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
+    command = [cpp_extension.get_cxx_compiler(), *flags, *stable, *folders, "checking.cpp", "-o", "checking.so"]
+    subprocess.run([*command, *libraries], cwd=tmp_path, check=True, timeout=200)
+    done = run("-c", CHECK, tmp_path / "checking.so")
+    assert done.returncode == 0, done.stderr
+    right, wrong_shape, wrong_number = done.stdout.splitlines()
+    assert right == "None"
+    assert wrong_shape.endswith("tensor must have shape (R, 2) = (10, 2), got (3, 2)")
+    assert wrong_number.endswith("rows must be below 4, got 4, which is 0.5 of it")
 
 
 @pytest.mark.slow  # a minute or two of compiling; continuous integration itself installs with a compiler

@@ -254,3 +254,24 @@ def test_errors_of_attention_without_a_memory_name_them_too(change, error, messa
     local = {"query": torch.zeros(1, 2, 3, 4), "key": torch.zeros(1, 1, 3, 4), "value": torch.zeros(1, 1, 3, 4)}
     with pytest.raises(error, match=message):
         local_attention(**{**local, "scale": torch.ones(2), **change})
+
+
+@on_every_backend
+@pytest.mark.parametrize(
+    "form", ["table over two tiles, masked", "dense bias of every document", "decoding, many parts"]
+)
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_21_13_nothing_before_a_local_key_that_is_not_finite_sees_it(backend, form, number):
+    shape = SHAPES[form]
+    inputs = random_attention(shape, torch.float32, seeded(0))
+    inputs["bias_table"], inputs["dropout_p"] = (
+        random_attention(shape._replace(distances=9), torch.float32, seeded(1))["bias_table"],
+        0.0,
+    )
+    expected = memory_attention(**inputs, backend=backend)
+    from_query = min(3, shape.length - 1)
+    inputs["key"] = inputs["key"].clone()
+    inputs["key"][:, :, shape.local - shape.length + from_query] = number
+    for actual, wanted in zip(memory_attention(**inputs, backend=backend), expected, strict=True):
+        assert torch.equal(actual[:, :, :from_query], wanted[:, :, :from_query])
+        assert not actual[:, :, from_query:].isfinite().all()

@@ -204,7 +204,7 @@ def test_operators_pass_opcheck() -> None:
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in which the loader looks for libraries instead of its own."""
-    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
     return tmp_path
 
 

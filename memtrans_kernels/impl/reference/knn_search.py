@@ -1,60 +1,22 @@
-"""What ring write, search, merge and cosine mean, in plain PyTorch: the oracle of all tests, the last-resort kernel.
+"""knn_search in plain PyTorch: the oracle of all tests, and the last-resort kernel.
 
-Arithmetic is float32, or float64 where the inputs are (tests call it so); on CPU and CUDA tensors alike, without a host
-round trip. Shapes in the letters of `memtrans_kernels`. What attention means stands in `reference_attention.py`.
+scores[b, h, n] = the K largest <query[b, h, n], key> over the visible keys of row rows[b·G + h // (H / G)], which are
+the entries [max(start, cursor - M), cursor) without those that have a non-finite component.
+
+    query (B, H, N, D) · keys (R, M + S, D) · rows (B·G,) · start, cursor (R,) -> scores, slots (B, H, N, K)
+
+Source: Wu et al. 2022, section 3.1. Arithmetic is float32, or float64 where the keys are; on CPU and CUDA tensors
+alike, without a host round trip.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from memtrans_kernels.precision import arithmetic_dtype
 
 SEARCH_BLOCK_BYTES = 1 << 26  # of scores and their ranks held at once: 64 MiB
-
-
-# ------------------------------------------------------------------------------------------------------ ring write
-
-
-def saturate(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Casts; what is beyond the largest number of `dtype`, infinity too, becomes that number. NaN stays NaN."""
-    limit = torch.finfo(dtype).max
-    return tensor.to(dtype).clamp(-limit, limit)
-
-
-def knn_add_(
-    keys: Tensor,  # (R, M + S, D)
-    values: Tensor,  # (R, M + S, D)
-    cursor: Tensor,  # (R,)
-    rows: Tensor,  # (B·G,)
-    new_keys: Tensor,  # (B, G, N, D)
-    new_values: Tensor,  # (B, G, N, D)
-    count: Tensor | None = None,  # (B·G,)
-    at: Tensor | None = None,  # (R,)
-) -> None:
-    """Entry base + j goes to slot (base + j) mod (M + S); what is stored already is left alone."""
-    size, length = keys.shape[1], new_keys.shape[2]
-    stored = cursor[rows]
-    base = stored if at is None else at[rows]
-    end = base + length if count is None else base + count
-
-    window = min(length, size)  # consecutive entries, so no two of them share a slot
-    entry = end[:, None] - window + torch.arange(window, device=keys.device)  # (B·G, window)
-    fresh = (entry >= base[:, None]) & (entry >= stored[:, None])
-    source = (entry - base[:, None]).clamp(min=0)
-    slot = entry % size
-    for ring, new, keep_infinite in ((keys, new_keys, True), (values, new_values, False)):
-        new = new.flatten(0, 1).gather(1, source[..., None].expand(-1, -1, new.shape[-1]))
-        cast = saturate(new, ring.dtype)
-        if keep_infinite:  # an infinite key must stay one, so that it is never retrieved
-            cast = torch.where(new.isinf(), new.to(ring.dtype), cast)
-        ring[rows[:, None], slot] = torch.where(fresh[..., None], cast, ring[rows[:, None], slot])
-    cursor[rows] = torch.maximum(stored, end)
-
-
-# ---------------------------------------------------------------------------------------------------------- search
 
 
 def knn_search(
@@ -147,57 +109,3 @@ def _rank(scores: Tensor) -> Tensor:
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()  # integers in the order of the floats
     older = torch.arange(scores.shape[-1] - 1, -1, -1, device=scores.device)
     return (ordered << 32) | older
-
-
-# ----------------------------------------------------------------------------------------------------------- merge
-
-
-def knn_merge(
-    scores: Tensor,  # (W, B, H, N, K)
-    slots: Tensor,  # (W, B, H, N, K)
-    rows: Tensor,  # (B·G,)
-    total: Tensor,  # (R,)
-    size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sorts all candidates of a query by age, then, keeping that order among equals, by score; they come in any."""
-    shares, batch, heads, _, k = scores.shape
-    share = torch.arange(shares, device=slots.device).reshape(-1, 1, 1, 1, 1)
-    of_heads = total[rows].repeat_interleave(batch * heads // max(rows.numel(), 1)).reshape(batch, heads, 1, 1)
-    newest = (of_heads - 1 - share) // shares  # (W, B, H, 1, 1), in its share
-    entries = torch.where(slots >= 0, (newest - (newest - slots) % size) * shares + share, -1)
-
-    all_scores, all_entries = (of_shares.movedim(0, -2).flatten(-2) for of_shares in (scores, entries))
-    older = all_entries.masked_fill(all_entries < 0, torch.iinfo(torch.int64).max).argsort(dim=-1, stable=True)
-    order = older.gather(-1, all_scores.gather(-1, older).argsort(dim=-1, descending=True, stable=True))
-    ranking = torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    places = torch.empty_like(order).scatter_(-1, order, ranking).unflatten(-1, (shares, k)).movedim(-2, 0)
-    places = torch.where(entries >= 0, places.clamp(max=k), k).to(torch.int32).contiguous()
-    best = order[..., :k]
-    return all_scores.gather(-1, best), all_entries.gather(-1, best), places
-
-
-# ---------------------------------------------------------------------------------------------------------- cosine
-
-
-def cosine(query: Tensor, key: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """x / max(|x|, 1e-12) along D."""
-    return _unit(query, dtype or query.dtype), _unit(key, dtype or key.dtype)
-
-
-def _unit(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return F.normalize(tensor.to(arithmetic_dtype(tensor)), dim=-1, eps=1e-12).to(dtype).contiguous()
-
-
-def cosine_backward(grad_query: Tensor, grad_key: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """(g - u <g, u>) / |x| with u = x / |x|."""
-    return _unit_backward(grad_query, query), _unit_backward(grad_key, key)
-
-
-def _unit_backward(grad: Tensor, tensor: Tensor) -> Tensor:
-    wide = tensor.to(arithmetic_dtype(tensor))
-    norm = wide.norm(dim=-1, keepdim=True)
-    unit = wide / norm.clamp(min=1e-12)
-    grad = grad.to(wide.dtype)
-    along = (grad * unit).sum(dim=-1, keepdim=True)
-    projected = grad - torch.where(norm > 1e-12, along, 0.0) * unit  # below 1e-12 the divisor is a constant
-    return (projected / norm.clamp(min=1e-12)).to(tensor.dtype).contiguous()
