@@ -8,14 +8,19 @@ ranks the first one speaks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 
 from memtrans.cli.parser import build_parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status; one of several ranks ends the process with it."""
-    options = build_parser().parse_args(arguments)
-    from memtrans.cli.outcome import outcome  # imports PyTorch
+def main(arguments: Sequence[str] | None = None, imported: Callable[[], object] = lambda: None) -> int:
+    """Runs a command and returns its exit status; one of several ranks ends the process with it.
 
-    return outcome(options)
+    imported: called once everything is imported and the command is about to begin.
+    """
+    options = build_parser().parse_args(arguments)
+    outcome = import_module("memtrans.cli.outcome").outcome  # not before the options are known to be good: PyTorch
+    verb = import_module(f"memtrans.cli.{options.verb}")
+    imported()
+    return int(outcome(verb, options))

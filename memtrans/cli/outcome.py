@@ -6,7 +6,6 @@ import argparse
 import os
 import sys
 import traceback
-from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -20,14 +19,13 @@ from memtrans.training.signals import StoppedError
 NO_MEMORY = ("DefaultCPUAllocator", "Storage size calculation overflowed")
 
 
-def outcome(options: argparse.Namespace) -> int:
+def outcome(verb: ModuleType, options: argparse.Namespace) -> int:
     """The exit status of the command that was parsed.
 
-    Its module `memtrans.cli.VERB` has `run(options, ranks)`, and `SHARED`: whether several ranks share the work. Where
-    they do not, the first one does it, and the others end well at once. Ranks that share work never return from here:
-    whatever ended it, the process ends at once, lest its groups wait for a rank that is gone, or abort.
+    Its module `verb` has `run(options, ranks)`, and `SHARED`: whether several ranks share the work. Where they do not,
+    the first one does it, and the others end well at once. Ranks that share work never return from here: whatever ended
+    it, the process ends at once, lest its groups wait for a rank that is gone, or abort.
     """
-    verb = import_module(f"memtrans.cli.{options.verb}")
     try:
         ranks = launched()
     except LaunchError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -98,3 +99,29 @@ def test_members_of_a_zip_archive_that_are_no_text_or_hidden_are_left_out(tmp_pa
         archive.writestr("picture.png", members["a/picture.png"])
     with pytest.raises(ValueError, match="data must hold text of at least 2 bytes, got none in"):
         load_corpus(str(tmp_path / "binary.zip"))
+
+
+def libraries(process: subprocess.Popen[str]) -> str:
+    """What a process has loaded so far."""
+    return Path(f"/proc/{process.pid}/maps").read_text()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what a process has loaded")
+@pytest.mark.parametrize("library", ["libc10.so", "libtorch_cpu.so", "libtorch_python.so"])
+def test_ctrl_c_while_the_command_is_imported_ends_it_quietly(library: str) -> None:
+    command = [sys.executable, "-m", "memtrans", "eval", "--out", "/no/such/run"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while library not in libraries(process):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=50)
+    assert (process.returncode, error) == (130, "")
+
+
+def test_help_and_a_wrong_option_do_not_wait_for_pytorch() -> None:
+    """Nothing that takes long is imported before the options are known to be good."""
+    command = "import sys; from memtrans.cli.main import main; sys.modules['torch'] = None; main(sys.argv[1:])"
+    for options, status in ((["train", "--help"], 0), (["--help"], 0), (["train", "--batch", "two"], 2)):
+        done = subprocess.run([sys.executable, "-c", command, *options], capture_output=True, text=True, check=False)
+        assert done.returncode == status, done.stderr
+        assert "Traceback" not in done.stderr
