@@ -19,6 +19,8 @@ if int(transformers.__version__.split(".")[0]) < 5:
     )
 
 from memtrans.hf.add_memory import add_memory, load_memory
+from memtrans.hf.calibrate import calibrate
 from memtrans.hf.model_memory import ModelMemory
+from memtrans.hf.trainer import MemoryCallback, document_rows
 
-__all__ = ["ModelMemory", "add_memory", "load_memory"]
+__all__ = ["MemoryCallback", "ModelMemory", "add_memory", "calibrate", "document_rows", "load_memory"]

@@ -29,6 +29,7 @@ from memtrans_kernels import checks
 
 WEIGHTS, ENTRIES = "memtrans.safetensors", "memories.safetensors"
 KIND = "memtrans.hf.ModelMemory"
+READ, EVALUATED = "read", "evaluated"  # entries of what is read, and of what an evaluation amid training reads
 LARGE = 1 << 30  # bytes from which a memory is announced as a warning
 
 log = logging.getLogger("memtrans.hf")
@@ -61,13 +62,23 @@ class ModelMemory:
         self.is_rotary = any(layer.rotation is not None for layer in layers.values())
         self.is_off = self.is_writing = False
         self._questions, self._newest = 1, 0
-        self._entries: Entries | None = None
+        self._splits = False
+        self._held: dict[str, Entries] = {}
         self._handles = [
             decoder.register_forward_pre_hook(partial(before_decoder, self), with_kwargs=True),
             decoder.register_forward_hook(partial(after_decoder, self), with_kwargs=True),
         ]
 
     # ------------------------------------------------------------------------------------------------------ entries
+
+    @property
+    def _entries(self) -> Entries | None:
+        return self._held.get(READ)
+
+    @property
+    def _place(self) -> str:
+        """Which entries a pass looks at."""
+        return EVALUATED if self._splits and not self.decoder.training else READ
 
     @property
     def lengths(self) -> Tensor:
@@ -97,7 +108,7 @@ class ModelMemory:
         """
         if writes and self._questions > 1:
             raise ValueError("a pass that writes must not be inside expand(), where several rows share a document")
-        held = self._entries
+        held = self._held.get(self._place)
         if held is not None and held.documents * self._questions == batch:
             return held
         if held is not None and int(held.lengths.max()) > 0:
@@ -108,7 +119,7 @@ class ModelMemory:
         if not writes:
             return None
         self.reset(batch)
-        return self._entries
+        return self._held[self._place]
 
     def views(self, entries: Entries) -> dict[int, MemorySnapshot]:
         """Every layer's memory as this pass sees it: rows repeated by `expand`, and no more entries than `newest`."""
@@ -129,12 +140,12 @@ class ModelMemory:
         """
         if documents is not None:
             documents = checks.integer("documents", documents, low=1)
-        self._entries = None
+        self._held.pop(self._place, None)
         if documents is not None:
             size = documents * self.bytes_per_document
             text = f"a memory of {documents} documents in {len(self.layers)} layers takes {size / 1e9:.2f} GB"
             log.log(logging.WARNING if size >= LARGE else logging.INFO, text)
-            self._entries = Entries(self.layers, self.settings, documents)
+            self._held[self._place] = Entries(self.layers, self.settings, documents)
 
     def clear_rows(self, mask: Tensor) -> None:
         """Forgets the documents where mask (B,) bool is True; for a memory that holds none, nothing."""
@@ -178,6 +189,15 @@ class ModelMemory:
         Give `model(segment, new_document=flags)`, flags (B,) bool, where rows begin another document.
         """
         yield from self._with(is_writing=True)
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Like `writing()`, but passes in `eval()` mode have memories of their own: an evaluation amid training."""
+        yield from self._with(is_writing=True, _splits=True)
+
+    def forget_evaluation(self) -> None:
+        """Frees what passes in `eval()` mode wrote inside `training()`."""
+        self._held.pop(EVALUATED, None)
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -241,7 +261,7 @@ class ModelMemory:
             state, documents = read_entries(place / ENTRIES)
             entries = Entries(self.layers, self.settings, documents)
             entries.load(state)
-            self._entries = entries
+            self._held[READ] = entries
         for number, layer in self.layers.items():
             own = {name: learned[f"{number}.{name}"] for name in ("memory_offset", "memory_slope")}
             layer.learned.load_state_dict(own)
@@ -253,7 +273,7 @@ class ModelMemory:
         for layer in self.layers.values():
             layer.attention.config = getattr(layer.attention.config, BASE)
             del layer.attention.memtrans
-        self._entries = None
+        self._held.clear()
 
 
 def _repeated(view: MemorySnapshot, times: int) -> MemorySnapshot:
