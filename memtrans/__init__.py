@@ -8,6 +8,8 @@ from memtrans.memory import KNNMemory, KNNMemoryList, join_shards
 from memtrans.position import T5RelativePositionBias
 from memtrans.transformer import MemorizingTransformer
 
+__version__ = "0.1.0"
+
 find_former_modules()
 
 __all__ = [

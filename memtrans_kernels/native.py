@@ -121,7 +121,9 @@ def _open(folder: Path, module: str) -> tuple[bool, str]:
         return False, f"{library.name} was built for interface {interface}, this version needs {INTERFACE}: reinstall"
     if module == "faiss" and (mismatch := _faiss_mismatch(*torch.ops.memtrans.native_faiss_versions())):
         return False, mismatch
-    return True, f"loaded from {library.name}"
+    note = folder / f"{name}.txt"
+    older = f", which an earlier build left; the last one did not: {_why_not_built(note)}" if note.exists() else ""
+    return True, f"loaded from {library.name}{older}"
 
 
 def _faiss_mismatch(headers: int, library: int) -> str:
@@ -144,4 +146,4 @@ def _why_not_built(note: Path) -> str:
     try:
         return note.read_text(encoding="utf-8").strip()
     except OSError:
-        return "it was never built: `pip install --no-build-isolation -v .` builds it and shows why where it cannot"
+        return "it was never built: `pip install -v .` builds it and shows why where it cannot"
