@@ -19,6 +19,7 @@
 #
 #   PYTHON=python3.12      the interpreter that .venv is made with (>= 3.10)
 #   PYTHON_BIN=python3     an interpreter that has everything installed already: no .venv is made
+#   TESTS=tests/model      those of them that `make test` runs (all)
 #   WORKERS=2              processes that `make test` spreads its modules over, of one core each
 
 PYTHON ?= python3
@@ -49,7 +50,7 @@ demo: $(PACKAGE_READY)
 
 # One thread a process: beside another process the threads of one wait for each other, and a test of 1 s took 19.
 test: $(TESTS_READY)
-	OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu" $(TESTS)
 
 test-slow: $(TESTS_READY) $(NVCC_READY)
 	$(PYTHON_BIN) -m pytest -m "slow and not gpu"
