@@ -6,10 +6,10 @@ is an operator of `memtrans_kernels`. Source: Wu et al. 2022, sections 3.1 and 3
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,14 @@ from memtrans.memory.state import check_state, dtype_names, holds_nothing, memor
 from memtrans.storage import load_tensors, save_tensors
 from memtrans_kernels import checks
 from memtrans_kernels.backends import check_name
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _constant_when_traced(method: Method) -> Method:
+    """Marks `method` as `torch.compiler.assume_constant_result` does, which imports the compiler: over a second."""
+    method._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return method
 
 
 class KNNMemory:
@@ -113,12 +121,12 @@ class KNNMemory:
 
     # ------------------------------------------------------------------------------------------------- storage
 
-    @torch._dynamo.assume_constant_result
+    @_constant_when_traced
     def _room(self) -> int:
         """The longest segment that the ring has spare slots for, or will have where it is not laid out yet."""
         return self.spare if self._ring is None else self._ring.spare
 
-    @torch._dynamo.assume_constant_result  # a traced forward meets a memory that is laid out already
+    @_constant_when_traced  # a traced forward meets a memory that is laid out already
     @torch.inference_mode(False)  # a memory that first met an evaluation can be trained with later
     def _prepare(self, device: torch.device, longest: int) -> None:
         """Lays the ring out on `device`, with spare slots for a segment of `longest` entries."""
