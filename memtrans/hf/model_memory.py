@@ -175,12 +175,12 @@ class ModelMemory:
             at = (padding.left[:, None] + torch.arange(ids.shape[1], device=ids.device)).clamp(max=ids.shape[1] - 1)
             ids, real = ids.gather(1, at), padding.real
         segment = self.settings.segment
-        with self.writing(), reading_bar(ids.numel(), progress) as bar:
+        with self.writing(), reading_bar(ids.numel(), progress) as read:
             for begin in range(0, ids.shape[1], segment):
                 part = ids[:, begin : begin + segment]
                 count = {} if padding is None else {COUNT: (real - begin).clamp(0, part.shape[1])}
                 self.decoder(input_ids=part, use_cache=False, **count)
-                bar.update(part.numel())
+                read(part.numel())
 
     @contextmanager
     def writing(self) -> Iterator[None]:
