@@ -98,7 +98,7 @@ def groups(letters: Letters) -> None:
 
 
 def writable(name: str, tensor: Tensor) -> None:
-    """Raises ValueError if writing `tensor` in place is unsound: it requires a gradient, or two numbers share a place."""
+    """Raises ValueError if `tensor` cannot be written in place: it needs a gradient, or two numbers share a place."""
     if tensor.requires_grad:
         raise ValueError(f"{name} must not require a gradient, for it is written in place: give {name}.detach()")
     if not tensor.is_contiguous() and _overlaps(tensor):
@@ -167,7 +167,7 @@ def may_look(tensor: Tensor, validate: bool = False) -> bool:
 
 
 def within(name: str, tensor: Tensor | None, low: int, high: int | None = None) -> None:
-    """Raises ValueError if a number is outside [low, high], where `may_look` allows to look; without `high`, below low."""
+    """Raises ValueError if a number is outside [low, high], where `may_look` allows to look; `high` may be None."""
     if tensor is None or not may_look(tensor):
         return
     least, most = _range(tensor)
@@ -202,7 +202,7 @@ def best_first(name: str, tensor: Tensor) -> None:
 
 
 def integer(name: str, value: Any, low: int | None = None) -> int:
-    """The integer that `value` is, of whatever kind; refuses everything else, and what is below `low`.
+    """Returns `value` as an int. Raises TypeError if it is no integer, ValueError if it is below `low`.
 
     >>> integer("k", 3, low=1)
     3
