@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from memtrans.position import T5RelativePositionBias
     from memtrans.transformer import MemorizingTransformer
 
+__version__ = "0.1.0"
+
 find_former_modules()
 
 __all__ = [

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from memtrans_kernels import native
 from memtrans_kernels.attention_inputs import AttentionInputs
+from memtrans_kernels.mending import mending_command
 
 Function = Callable[..., Any]
 BACKENDS = ("auto", "reference", "triton", "native", "faiss")
@@ -281,8 +282,8 @@ def resolve(operator: str, backend: str, *arguments: Any) -> Function:
     for candidate, missing in _candidates(operator, backend, device):
         reason = missing or candidate.unfit(*arguments)
         if reason is None:
-            if reasons and candidate.backend == "reference" and device == "cuda":
-                _warn_slow_path(operator, "; ".join(reasons))
+            if candidate.backend == "reference" and reasons:
+                _warn_slow_path(operator, device, "; ".join(reasons))
             return candidate.load()
         reasons.append(f"{candidate.backend}: {reason}")
     detail = "; ".join(reasons) or f"{backend} does not implement it"
@@ -313,10 +314,23 @@ def run(operator: str, backend: str, *arguments: Any) -> Any:
         return function(*arguments)
 
 
+def _warn_slow_path(operator: str, device: str, reasons: str) -> None:
+    """Says that plain PyTorch runs: on a GPU once for each reason; on a CPU once, where the extension lacks.
+
+    A CPU takes the plain version for float64 too, which is what it is for.
+    """
+    if device == "cuda":
+        _warn_once(f"{operator} runs in plain PyTorch, which is slow: {reasons}")
+    elif reason := _native_missing():
+        _warn_once(
+            "search and attention run in plain PyTorch, which is slow, because the C++ extension is missing "
+            f"({reason}); `{mending_command()}` builds it"
+        )
+
+
 @functools.cache
-def _warn_slow_path(operator: str, reasons: str) -> None:
-    """Says once for each reason that a GPU runs the plain PyTorch version."""
-    warnings.warn(f"{operator} runs in plain PyTorch, which is slow: {reasons}", RuntimeWarning, stacklevel=2)
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
 class BackendInfo(NamedTuple):

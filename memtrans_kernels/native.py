@@ -55,6 +55,28 @@ def status(module: str = "cpu") -> tuple[bool, str]:
     return _open(FOLDER, module)
 
 
+def verdict(module: str = "cpu") -> str:
+    """`status` in the words that a person looks for first: built or not, loaded or why not.
+
+    Args:
+        module: "cpu", "cuda" or "faiss".
+
+    Raises:
+        ValueError: for any other name.
+
+    >>> verdict("cpu").startswith(("built", "not built"))
+    True
+    """
+    live, reason = status(module)
+    if live:
+        return "built, loaded"
+    if _library(FOLDER, module) is None:
+        return f"not built: {reason}"
+    if module != "cpu" and not torch.cuda.is_available():
+        return "built, no GPU here"
+    return f"built, not loaded: {reason}"
+
+
 def knn_add_(
     keys: Tensor,
     values: Tensor,
@@ -101,10 +123,14 @@ def memory_attention_backward(
     return torch.ops.memtrans.native_memory_attention_backward.default(grad_out, grad_lse, out, lse, *inputs)
 
 
+def _library(folder: Path, module: str) -> Path | None:
+    return next(iter(sorted(folder.glob(f"_native_{module}*.so"))), None)
+
+
 @functools.cache
 def _open(folder: Path, module: str) -> tuple[bool, str]:
     name = f"_native_{module}"
-    library = next((path for suffix in ("so", "pyd") for path in sorted(folder.glob(f"{name}*.{suffix}"))), None)
+    library = _library(folder, module)
     if library is None:
         return False, _why_not_built(folder / f"{name}.txt")
     if module != "cpu" and not _open(folder, "cpu")[0]:
@@ -121,7 +147,9 @@ def _open(folder: Path, module: str) -> tuple[bool, str]:
         return False, f"{library.name} was built for interface {interface}, this version needs {INTERFACE}: reinstall"
     if module == "faiss" and (mismatch := _faiss_mismatch(*torch.ops.memtrans.native_faiss_versions())):
         return False, mismatch
-    return True, f"loaded from {library.name}"
+    note = folder / f"{name}.txt"
+    older = f", which an earlier build left; the last one did not: {_why_not_built(note)}" if note.exists() else ""
+    return True, f"loaded from {library.name}{older}"
 
 
 def _faiss_mismatch(headers: int, library: int) -> str:
@@ -144,4 +172,4 @@ def _why_not_built(note: Path) -> str:
     try:
         return note.read_text(encoding="utf-8").strip()
     except OSError:
-        return "it was never built: `pip install --no-build-isolation -v .` builds it and shows why where it cannot"
+        return "it was never built: `pip install -v .` builds it and shows why where it cannot"

@@ -30,6 +30,7 @@ UNALIGNED = "keys must be contiguous and begin at a multiple of 16 bytes"
 def _forgotten() -> Iterator[None]:
     """What can run here is asked anew, and again after the test."""
     backends._candidates.cache_clear()
+    backends._warn_once.cache_clear()
     yield
     backends._candidates.cache_clear()
 
@@ -43,7 +44,6 @@ def nothing_compiled(_forgotten: None, monkeypatch: pytest.MonkeyPatch) -> None:
 def on_a_gpu(_forgotten: None, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Stands for a CUDA tensor: `resolve` looks at its device alone."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    backends._warn_slow_path.cache_clear()
     return SimpleNamespace(device=torch.device("cuda"))
 
 
@@ -100,6 +100,32 @@ def test_plain_pytorch_on_a_gpu_is_announced_once(nothing_compiled: None, on_a_g
         warnings.simplefilter("error")
         resolve("knn_search", "auto", on_a_gpu)
         resolve("knn_search", "reference", on_a_gpu)
+
+
+def test_a_cpu_without_the_extension_says_so_once_with_the_command_that_mends_it(nothing_compiled: None) -> None:
+    with pytest.warns(
+        RuntimeWarning, match=r"which is slow, because .* \(the cpu module is not built\); `.*` builds it"
+    ):
+        resolve("knn_search", "auto", *SEARCH, 8, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resolve("knn_search", "auto", *SEARCH, 8, 4)
+        resolve("knn_add_", "auto", SEARCH[1])
+
+
+def test_what_was_asked_for_and_what_has_no_faster_version_is_no_warning(nothing_compiled: None) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resolve("knn_search", "reference", *SEARCH, 8, 4)
+        resolve("cosine", "auto", SEARCH[0])
+
+
+@pytest.mark.usefixtures("_forgotten")
+def test_float64_on_a_cpu_with_the_extension_is_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "status", lambda module="cpu": (True, "loaded"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resolve("knn_search", "auto", SEARCH[0].double(), SEARCH[1].double(), *SEARCH[2:], 8, 4)
 
 
 @pytest.mark.parametrize(

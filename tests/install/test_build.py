@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -73,7 +75,7 @@ def source(tmp_path: Path) -> Path:
     copy.mkdir()
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, copy)
-    for name in ("csrc", "memtrans", "memtrans_kernels"):
+    for name in ("building", "csrc", "memtrans", "memtrans_kernels"):
         shutil.copytree(REPOSITORY / name, copy / name, ignore=shutil.ignore_patterns("_native_*", "__pycache__"))
     return copy
 
@@ -176,14 +178,48 @@ def test_skip_cuda_build_leaves_the_cpu_module_alone(source: Path) -> None:
     assert found["cuda"] == [False, "MEMTRANS_SKIP_CUDA_BUILD was set during installation"]
 
 
+def test_a_failed_build_leaves_the_library_of_an_editable_tree_in_use(source: Path) -> None:
+    library = source / "memtrans_kernels" / "_native_cpu.abi3.so"
+    library.write_bytes(b"what an earlier build left")
+    done = run("setup.py", "build_ext", "--inplace", cwd=source, **NO_COMPILER)
+    assert done.returncode == 0, done.stderr
+    assert library.read_bytes() == b"what an earlier build left"
+    assert "no C++ compiler was found" in library.with_name("_native_cpu.txt").read_text()
+    assert "_native_cpu.abi3.so of an earlier build stays" in done.stderr
+
+
 @pytest.mark.slow
-def test_a_failed_build_removes_the_library_of_an_earlier_one(source: Path) -> None:
-    package = source / "memtrans_kernels"
-    build = ("setup.py", "build_ext", "--inplace")
-    assert run(*build, cwd=source).returncode == 0
-    assert [path.name for path in package.glob("_native_cpu*")] == ["_native_cpu.abi3.so"]
-    assert run(*build, cwd=source, **NO_COMPILER).returncode == 0
-    assert [path.name for path in package.glob("_native_cpu*")] == ["_native_cpu.txt"]
+def test_a_new_library_of_an_editable_tree_takes_the_place_of_the_old_one_and_its_note(source: Path) -> None:
+    library = source / "memtrans_kernels" / "_native_cpu.abi3.so"
+    library.write_bytes(b"what an earlier build left")
+    library.with_name("_native_cpu.txt").write_text("no C++ compiler was found\n")
+    assert run("setup.py", "build_ext", "--inplace", cwd=source).returncode == 0
+    assert library.stat().st_size > 100_000
+    assert not library.with_name("_native_cpu.txt").exists()
+
+
+def test_a_wheel_without_the_extension_is_for_every_python_and_holds_todays_modules_alone(source: Path) -> None:
+    moved_since = source / "build" / "lib" / "memtrans" / "moved_since.py"
+    moved_since.parent.mkdir(parents=True)
+    moved_since.touch()
+    (source / "setup.cfg").write_text("[build]\nbuild_lib = build/lib\n")
+    done = run("setup.py", "bdist_wheel", cwd=source, MEMTRANS_SKIP_BUILD="1")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (source / "dist").iterdir()
+    assert wheel.name.endswith("-py3-none-any.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"memtrans/__init__.py", "memtrans_kernels/_native_cpu.txt"} <= set(names)
+    assert not [name for name in names if ".data/" in name or "moved_since" in name]
+
+
+@pytest.mark.slow
+def test_a_wheel_with_the_extension_is_for_one_platform_and_every_later_python(source: Path) -> None:
+    done = run("setup.py", "bdist_wheel", cwd=source, MEMTRANS_FORCE_BUILD="1")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (source / "dist").iterdir()
+    assert f"-cp310-abi3-{sysconfig.get_platform().replace('-', '_')}" in wheel.name
+    assert "memtrans_kernels/_native_cpu.abi3.so" in zipfile.ZipFile(wheel).namelist()
+    assert done.stdout.count(" -shared ") == 1  # built once: setuptools' command builds again unless told
 
 
 @pytest.mark.slow
