@@ -137,7 +137,7 @@ clean:
 	@touch $@
 
 .venv/.package: .venv/.torch pyproject.toml setup.py $(wildcard building/*.py) $(CSRC)
-	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable .
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[train]'
 	@.venv/bin/python -c "from memtrans_kernels import native; \
 	  print(*(f'memtrans extension, {m}: {native.status(m)[1]}' for m in native.MODULES), sep='\n')"
 	@touch $@
