@@ -31,7 +31,7 @@ from memtrans import KNNMemory
 from memtrans.cuda_graph import Replay
 from memtrans.distributed.gradient_sum import GradientSum
 from memtrans.distributed.ranks import Ranks, end_process, joined
-from memtrans.training.trainer import pick_device
+from memtrans.training.device import pick_device
 
 SHAPES = ("ddp-paper-64k", "sharded-d64-64k", "sharded-paper-64k")
 CASES = [f"{shape}-2" for shape in SHAPES[:2]] if TOY else [f"{shape}-{gpus}" for shape in SHAPES for gpus in (1, 2)]

@@ -22,8 +22,10 @@ from memtrans.data.documents import Document, Shuffled
 from memtrans.data.sources import load_corpus
 from memtrans.distributed.ranks import ALONE, Ranks
 from memtrans.presets import PRESETS
+from memtrans.training.data import TrainingData
+from memtrans.training.device import pick_device
 from memtrans.training.settings import Settings
-from memtrans.training.trainer import Trainer, TrainingData, pick_device
+from memtrans.training.trainer import Trainer
 
 ENWIK8 = dataclasses.replace(PRESETS["enwik8"], windows=False, dtype="bfloat16" if DEVICE == "cuda" else "float32")
 PAPER = dataclasses.replace(

@@ -5,13 +5,14 @@ its arguments. A second layer of the same kind makes no new one. An argument is 
 calls checks of it and is none itself: one that two functions ask the same of counts twice. The public functions of the
 kernels check arguments of their own, which are counted by their call: `knn_search.query`.
 
-The forward pass reads a second segment with a plain and a memorizing layer, both with XL caches, and every optional
+The forward pass reads a third segment with a plain and a memorizing layer, both with XL caches, and every optional
 argument; the training step is the second one of a toy run. `make stations` prints both.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -28,8 +29,9 @@ import memtrans_kernels
 from memtrans import MemorizingTransformer
 
 ROOTS = [Path(package.__file__ or "").parent for package in (memtrans, memtrans_kernels)]
-MODEL_LAYER = ("transformer", "attention", "knn_attention", "checks", "config", "xl_memories", "position")
-CHECKING = ("checks",)
+FORMER = ("blocks", "local_context", "validation")  # files that the model layer and its checks had at 48195b5
+MODEL_LAYER = ("transformer", "attention", "knn_attention", "checks", "config", "xl_memories", "position", *FORMER)
+CHECKING = ("checks", "validation")
 BATCH, LENGTH, CACHED = 3, 11, 5  # no other size is 11 or 16
 SIZES = {"dim": 12, "dim_head": 4, "heads": 3, "num_tokens": 50, "num_retrieved_memories": 2, "max_knn_memories": 40}
 TOY: dict[str, Any] = {
@@ -156,8 +158,13 @@ def forward_pass() -> Walk:
     memories = model.create_knn_memories(batch_size=BATCH)
     x = torch.randint(50, (BATCH, LENGTH))
     _, caches = model(x, memories)
-    full = torch.full((BATCH,), CACHED)
-    return walk_of(lambda: model(x, memories, caches, lengths=torch.full((BATCH,), LENGTH), xl_length=full))
+    full, cached = torch.full((BATCH,), LENGTH), torch.full((BATCH,), CACHED)
+
+    def read_on() -> None:
+        model(x, memories, caches, lengths=full, xl_length=cached)
+
+    read_on()  # the kernels remember shapes that they have checked
+    return walk_of(read_on)
 
 
 def training_step() -> Walk:
@@ -168,9 +175,8 @@ def training_step() -> Walk:
     return walk_of(trainer.advance)
 
 
-def tables() -> str:
-    """Both as Markdown: what it comes to, then calls by file, then checks by argument."""
-    walks = {"forward pass": forward_pass(), "training step": training_step()}
+def tables(walks: dict[str, Walk]) -> str:
+    """Walks by name as Markdown: what they come to, then calls by file, then checks by argument."""
     lines = ["| | " + " | ".join(walks) + " |", "| --- |" + " --- |" * len(walks)]
 
     def row(name: str, figure: Callable[[Walk], int]) -> None:
@@ -178,9 +184,12 @@ def tables() -> str:
 
     row("Python calls", lambda walk: walk.calls.total())
     row("files", lambda walk: len(walk.calls))
-    row("checks of an argument", lambda walk: walk.doors.total())
-    lines.append(f"| stations of x in the model layer | {len(walks['forward pass'].stations)} | |")
-    lines += ["", "Stations: " + ", ".join(f"`{station}`" for station in walks["forward pass"].stations)]
+    row("checks of the model's arguments", lambda walk: sum(n for name, n in walk.doors.items() if "." not in name))
+    row("checks of the kernels' arguments", lambda walk: sum(n for name, n in walk.doors.items() if "." in name))
+    row("stations of x in the model layer", lambda walk: len(walk.stations))
+    for name, walk in walks.items():
+        if walk.stations:
+            lines += ["", f"Stations of the {name}: " + ", ".join(f"`{station}`" for station in walk.stations)]
     for title, part in (("file", "calls"), ("argument", "doors")):
         names = sorted({name for walk in walks.values() for name in getattr(walk, part)})
         lines += ["", f"| {title} | " + " | ".join(walks) + " |", "| --- |" + " --- |" * len(walks)]
@@ -190,4 +199,6 @@ def tables() -> str:
 
 
 if __name__ == "__main__":
-    print(tables())
+    found = {"forward pass": forward_pass(), "training step": training_step()}
+    as_json = sys.argv[1:] == ["--json"]
+    print(json.dumps({name: walk._asdict() for name, walk in found.items()}) if as_json else tables(found))

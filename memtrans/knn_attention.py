@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from memtrans.attention import LayerInputs, LocalContext
 from memtrans.checks import check_number
-from memtrans.memory.knn_memory import KNNMemory, snapshot_for
+from memtrans.memory.knn_memory import KNNMemory
 from memtrans.memory.leaving import add_leaving
 from memtrans.memory.ring import MemorySnapshot
+from memtrans.memory.snapshots import snapshot_for
 from memtrans_kernels import checks, cosine
 
 COMBINATIONS = ("softmax", "gate")

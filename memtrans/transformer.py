@@ -21,9 +21,10 @@ from memtrans.checks import check_count, check_finite, check_hidden, check_ids, 
 from memtrans.compatibility import UNUSED, warn_unused
 from memtrans.config import architecture_of, attention_arguments
 from memtrans.knn_attention import KNNAttention
-from memtrans.memory.knn_memory import KNNMemory, snapshot_for
+from memtrans.memory.knn_memory import KNNMemory
 from memtrans.memory.memory_list import KNNMemoryList
 from memtrans.memory.ring import MemorySnapshot
+from memtrans.memory.snapshots import snapshots_for
 from memtrans.position import T5RelativePositionBias
 from memtrans.pretrained import Pretrained, configuration_of
 from memtrans.xl_memories import XLMemories, caches_of, check_caches, length_after, length_of, longest_of
@@ -248,13 +249,13 @@ class MemorizingTransformer(Pretrained):
         snapshots = self.snapshots(knn_memories, batch, length)
 
         start, end = self.clear_memories_on_sos_token_id, self.clear_memories_on_eos_token_id
-        stored_ids = x if add_knn_memory else None
-        if stored_ids is not None and start is not None:
-            snapshots = self._clear(snapshots, stored_ids, lengths, start)
+        ids = x if add_knn_memory else None  # read-only calls clear nothing
+        if ids is not None and start is not None:
+            snapshots = self._clear(snapshots, ids, lengths, start)
         inputs = self._layer_inputs(length, caches, lengths, xl_length)
         hidden, stored, new_caches = self.run_layers(hidden, inputs, snapshots, add_knn_memory)
-        if stored_ids is not None and end is not None:
-            self._clear(stored, stored_ids, lengths, end)
+        if ids is not None and end is not None:
+            self._clear(stored, ids, lengths, end)
 
         result = self.head(hidden, labels, return_embeddings)  # (B, N, V)
         if not self.num_xl_memory_layers:
@@ -368,25 +369,15 @@ class MemorizingTransformer(Pretrained):
         Raises:
             ValueError, TypeError: another number of memories, no memory, or one of other sizes or another device.
         """
-        if not isinstance(memories, Sequence):
-            raise TypeError(f"knn_memories must be a sequence of memories, got {type(memories).__name__}")
-        if len(memories) != self.num_memory_layers:
-            raise ValueError(
-                f"knn_memories must hold one memory for each of the layers {self.memorizing_layers}, "
-                f"got {len(memories)}"
-            )
-        return [
-            snapshot_for(
-                f"knn_memories[{place}]",
-                memory,
-                batch=batch,
-                longest=longest,
-                device=self.token_emb.weight.device,
-                kv_heads=self.kv_heads,
-                width=self.dim_head,
-            )
-            for place, memory in enumerate(memories)
-        ]
+        return snapshots_for(
+            memories,
+            self.memorizing_layers,
+            batch=batch,
+            longest=longest,
+            device=self.token_emb.weight.device,
+            kv_heads=self.kv_heads,
+            width=self.dim_head,
+        )
 
     @staticmethod
     def _clear(

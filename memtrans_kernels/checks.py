@@ -91,11 +91,6 @@ class Letters:
         self.sizes.update(sizes)
 
 
-def shaped(name: str, tensor: Tensor, axes: str) -> None:
-    """Refuses what is no tensor with as many axes as `axes` names."""
-    Letters().bind(name, tensor, axes)
-
-
 def groups(letters: Letters) -> None:
     """Refuses rows that are not B·G, and query heads that are no multiple of G."""
     divides(letters["B"], "B", letters["B·G"], "the number of rows")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from memtrans.cli.main import _parser
+from memtrans.cli.parser import build_parser
 
 FAQ = (Path(__file__).resolve().parents[1] / "docs" / "faq.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", FAQ, re.DOTALL | re.MULTILINE))
@@ -31,7 +31,7 @@ def test_a_snippet_runs(title, tmp_path, monkeypatch):
 def test_a_command_has_options_that_exist(command):
     launcher, *options = re.split(r"(?<=-m memtrans) ", command, maxsplit=1)
     assert launcher in ("python -m memtrans", *(f"torchrun --nproc-per-node={number} -m memtrans" for number in (4, 8)))
-    _parser().parse_args(shlex.split(*options))
+    build_parser().parse_args(shlex.split(*options))
 
 
 ASKED = (  # of memorizing-transformers-pytorch, most of them in its issues

@@ -2,39 +2,50 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
-from pathlib import Path
+from typing import Any
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import stations  # noqa: E402
+from helpers.scripts import BENCHMARKS
 
 pytestmark = pytest.mark.cpu
 
 MOST_STATIONS = 10
 SEGMENTS = 5  # of a training step
+GIVEN = ("x", "lengths", "xl_length", "xl_memories[0]", "xl_memories[1]", "knn_memories[0]")
 
 
 @pytest.fixture(scope="module")
-def forward_pass() -> stations.Walk:
-    return stations.forward_pass()
+def walks() -> dict[str, dict[str, Any]]:
+    """What `make stations` counts, in a process of its own: other tests may be watched too."""
+    script, environment = BENCHMARKS / "stations.py", {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    printed = subprocess.run([sys.executable, str(script), "--json"], env=environment, capture_output=True, check=True)
+    return json.loads(printed.stdout)
 
 
-def test_a_segment_makes_few_stations_in_the_model_layer(forward_pass: stations.Walk) -> None:
-    assert len(forward_pass.stations) <= MOST_STATIONS, forward_pass.stations
+def of_model(doors: dict[str, int]) -> dict[str, int]:
+    """Without the arguments of the kernels, which have a dot in their names."""
+    return {name: count for name, count in doors.items() if "." not in name}
 
 
-def test_every_argument_of_the_forward_pass_is_checked_and_checked_once(forward_pass: stations.Walk) -> None:
-    of_model = {name: count for name, count in forward_pass.doors.items() if "." not in name}
-    given = ("x", "lengths", "xl_length", "xl_memories[0]", "xl_memories[1]", "knn_memories[0]")
-    assert of_model == dict.fromkeys(given, 1)
+def test_a_segment_makes_few_stations_in_the_model_layer(walks: dict[str, dict[str, Any]]) -> None:
+    stations = walks["forward pass"]["stations"]
+    assert 1 < len(stations) <= MOST_STATIONS, stations
 
 
-def test_a_training_step_checks_each_argument_of_a_segment_once() -> None:
-    step = stations.training_step()
-    more = {name for name, count in step.doors.items() if "." not in name and count > SEGMENTS}
-    assert step.doors["x"] == SEGMENTS
-    assert not more
+def test_every_argument_of_the_forward_pass_is_checked_and_checked_once(walks: dict[str, dict[str, Any]]) -> None:
+    assert of_model(walks["forward pass"]["doors"]) == dict.fromkeys(GIVEN, 1)
+
+
+def test_a_call_of_a_kernel_checks_each_of_its_arguments_once(walks: dict[str, dict[str, Any]]) -> None:
+    assert walks["forward pass"]["most"]
+    assert not {name: count for name, count in walks["forward pass"]["most"].items() if count > 1}
+
+
+def test_a_training_step_checks_each_argument_of_a_segment_once(walks: dict[str, dict[str, Any]]) -> None:
+    doors = of_model(walks["training step"]["doors"])
+    assert doors["x"] == SEGMENTS
+    assert not {name: count for name, count in doors.items() if count > SEGMENTS}

@@ -94,7 +94,8 @@ class Decoder:
         self._positions, self._cached = [0] * batch, [0] * batch  # the same on the host, where all rows have gone on
         self._located = True  # whether that is so
         self.logits = torch.zeros(batch, model.num_tokens, device=self.device)
-        self._biases = [_with_hidden_column(bias) for bias in (model.rel_pos_bias, model.knn_rel_pos_bias)]
+        of_kinds = [model.rel_pos_bias, model.knn_rel_pos_bias][: 2 if model.memorizing_layers else 1]
+        self._biases = [_with_hidden_column(bias) for bias in of_kinds]
         self._behind = self._longest_cache - torch.arange(self._longest_cache + segment, device=self.device)
 
     def _dtype(self) -> torch.dtype:
@@ -258,14 +259,13 @@ class Decoder:
 
     def _bias_of_places(self) -> tuple[Tensor, Tensor]:
         """What one query of each row adds to its logits of the L local slots, (B, H, 1, L); -inf where nothing is."""
-        distance = self.position[:, None] + self._behind  # of each slot; the query stands in slot X + position
+        distance = self.position[:, None] + self._behind  # of each slot (B, L); the query stands in slot X + position
         seen = distance - self.cached[:, None] if self.model.legacy else distance
         unseen = (distance < 0) | (self._behind > self.cached[:, None])
-        plain, of_memory_layers = (
-            bias[:, torch.where(unseen, 0, seen.clamp(0, bias.shape[1] - 2) + 1)].transpose(0, 1)[:, :, None]
-            for bias in self._biases
-        )
-        return plain.to(self._caches[0].keys.dtype), of_memory_layers
+        farthest = self._biases[0].shape[1] - 2
+        column = torch.where(unseen, 0, seen.clamp(0, farthest) + 1)
+        biases = [bias[:, column].transpose(0, 1)[:, :, None] for bias in self._biases]  # (B, H, 1, L)
+        return biases[0].to(self._caches[0].keys.dtype), biases[-1]
 
     # --------------------------------------------------------------------------------------------- ends of segments
 

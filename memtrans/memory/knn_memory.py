@@ -51,7 +51,8 @@ class KNNMemory:
         dim: D, width of keys and values.
         max_memories: M, entries visible per document; the oldest are dropped.
         num_indices: documents in the batch, B.
-        memmap_filename, multiprocessing: accepted and ignored, with a DeprecationWarning.
+        memmap_filename: accepted and ignored, with a DeprecationWarning.
+        multiprocessing: accepted and ignored, with a DeprecationWarning.
         device: where the memory lives. Default: that of the first tensor it sees.
         dtype: of keys (and values): float32, float16, bfloat16 or float64. Default: float32 on the CPU, float16 on
             CUDA.
@@ -69,8 +70,9 @@ class KNNMemory:
     to fetch the winners' values, with e bytes a number; `memtrans.memory.sharded` has what a gradient adds.
 
     Attributes:
-        scoped_indices: the documents that `add` and `search` speak of. shape: (num_indices, max_memories, 2, dim), with
-        kv_heads after num_indices if there are several.
+        scoped_indices: the documents that `add` and `search` speak of.
+        shape: (num_indices, max_memories, 2, dim), with kv_heads after num_indices if there are several.
+        made_in: the number of the backward pass in which the memory was made; -1 outside of one.
 
     Raises:
         ValueError, TypeError: a size that is no integer or below 1, another dtype, a device that this torch cannot use
@@ -111,7 +113,7 @@ class KNNMemory:
         self.spare, self.backend = checks.integer("spare", spare, low=0), check_name(backend)
         self.scoped_indices = list(range(self.num_indices))
         self._ranks = None if process_group is None else ranks_of(process_group)
-        self._made_in = running_backward()
+        self.made_in = running_backward()
         self._ring: Ring | None = None
         self._rows: Tensor | None = None
         if device is not None:
@@ -172,10 +174,10 @@ class KNNMemory:
             ValueError: the memory has no device yet, or another one than `like`.
             RuntimeError: activation checkpointing runs a forward pass again.
         """
-        check_no_recomputation("the memory", self._made_in)
-        return self._as_it_stands(None if like is None else like.device, longest)
+        check_no_recomputation("the memory", self.made_in)
+        return self.as_it_stands(None if like is None else like.device, longest)
 
-    def _as_it_stands(self, device: torch.device | None, longest: int) -> MemorySnapshot:
+    def as_it_stands(self, device: torch.device | None, longest: int) -> MemorySnapshot:
         """A snapshot for a caller who knows that no forward pass is run again."""
         if device is not None:
             # Before the first look at the ring: see there. Only a length that makes it grow is made a constant,
@@ -355,7 +357,7 @@ class KNNMemory:
         self._ring.load(state)
 
     def check_state(self, state: Mapping[str, Tensor]) -> None:
-        """Refuses what `load_state_dict` cannot take up; see there."""
+        """Raises ValueError or TypeError unless `load_state_dict` can take the state up."""
         shard = None if self._ranks is None else (self._ranks.rank, self._ranks.size)
         check_state(state, self.num_indices * self.kv_heads, self.dim, shard)
 
@@ -393,34 +395,8 @@ class KNNMemory:
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
         self.__dict__.update(pickled["fields"])
-        self._made_in = running_backward()
+        self.made_in = running_backward()
         self.cleanup()
         if pickled["state"] is not None:
             self._prepare(pickled["device"], 0)
             self.load_state_dict(pickled["state"])
-
-
-def snapshot_for(
-    name: str,
-    memory: KNNMemory | MemorySnapshot,
-    *,
-    batch: int,
-    longest: int,
-    device: torch.device,
-    kv_heads: int,
-    width: int,
-) -> MemorySnapshot:
-    """The snapshot given, or one of the memory given, for segments of at most `longest` tokens on that device.
-
-    Raises:
-        TypeError: `memory` is something else.
-        ValueError: it is not of B = `batch` documents in scope, G = `kv_heads` and D = `width`.
-        RuntimeError: it is a memory, and activation checkpointing runs a forward pass again.
-    """
-    if isinstance(memory, KNNMemory):
-        check_no_recomputation(name, memory._made_in)
-        memory = memory._as_it_stands(device, longest)
-    elif not isinstance(memory, MemorySnapshot):
-        raise TypeError(f"{name} must be a KNNMemory or a snapshot of one, got {type(memory).__name__}")
-    memory.check_fits(name, batch, kv_heads, width)
-    return memory

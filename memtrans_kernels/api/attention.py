@@ -123,8 +123,9 @@ def local_attention(
     >>> out.flatten().tolist()  # the second query sees both
     [1.0, 2.0]
     """
-    checks.shaped("query", query, "B H N D")
-    checks.shaped("key", key, "B G L D")
+    letters = checks.Letters()
+    letters.bind("query", query, "B H N D")
+    letters.bind("key", key, "B G L D")
     batch, heads, length, width = query.shape
     nothing = torch.empty(1, 1, width, dtype=query.dtype, device=query.device)  # nobody reads it
     scores = torch.empty(batch, heads, length, 0, device=query.device)
@@ -223,7 +224,8 @@ def _check_shapes(inputs: AttentionInputs) -> checks.Letters:
         tensor = getattr(inputs, name)
         if tensor is not None:
             letters.bind(name, tensor, of_tensor)
-    checks.few_slots("memory_keys", letters["slots"])
+            if name == "memory_keys":
+                checks.few_slots(name, letters["slots"])
     if inputs.bias_table is not None and letters["distances"] == 0:
         raise ValueError(f"bias_table must have at least one distance, got shape {tuple(inputs.bias_table.shape)}")
     return letters

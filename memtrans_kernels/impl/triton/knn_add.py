@@ -83,12 +83,17 @@ def knn_add_kernel(
     b, g = program // groups, program % groups
     row = tl.load(rows + program)
     inside = (row >= 0) & (row < ring_rows)
-    stored = tl.load(cursor + row, mask=inside, other=-1)
-    base = stored if at is None else tl.load(at + row, mask=inside, other=-1)
-    entries = length if count is None else tl.load(count + program)
+    row = tl.where(inside, row, 0)
+    stored = tl.load(cursor + row)
+    base = stored if at is None else tl.load(at + row)
     # A number that nobody could look at before the launch, and that fits nowhere, leaves its row as it is.
-    sound = is_entry(stored) & is_entry(base) & (entries >= 0) & (entries <= length)
-    end = base + entries
+    sound = inside & is_entry(stored) & is_entry(base)
+    end = base + length
+    if count is not None:
+        entries = tl.load(count + program)
+        sound = sound & (entries >= 0) & (entries <= length)
+        end = base + entries
+    given = tl.where(sound, length, 0)
     keys += row * size * WIDTH
     values += row * size * WIDTH
     new_keys += b * key_stride_b + g * key_stride_g
@@ -97,12 +102,13 @@ def knn_add_kernel(
     for first in range(0, length, BLOCK):
         source = first + tl.arange(0, BLOCK).to(tl.int64)  # (BLOCK,)
         entry = base + source
-        fresh = sound & (source < length) & (entry >= stored) & (entry < end) & (entry >= end - size)
+        fresh = (source < given) & (entry >= stored) & (entry < end) & (entry >= end - size)
         slot = entry % size
         write(keys, new_keys, slot, source, column, fresh, key_stride_n, WIDTH, KEY_LIMIT, True)
         write(values, new_values, slot, source, column, fresh, value_stride_n, WIDTH, VALUE_LIMIT, False)
     tl.debug_barrier()  # every warp has read the cursor before one of them moves it
-    tl.store(cursor + row, tl.maximum(stored, end), mask=sound)
+    if sound:
+        tl.store(cursor + row, tl.maximum(stored, end))
 
 
 def knn_add_(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from memtrans.training.schedule import learning_rate
+from memtrans.training.optimizer import learning_rate
 from memtrans.training.settings import Settings
 
 
