@@ -111,6 +111,20 @@ def _unfit_for_hopper(
     return None
 
 
+TRITON_SEARCH_MOST = 256  # head width, and neighbours: SEARCH_MOST in impl/triton/configs.py
+TRITON_SEARCH_LIMITS = f"{NARROW}, contiguous keys, D and K up to {TRITON_SEARCH_MOST}"
+
+
+def _unfit_for_triton_search(
+    query: Tensor, keys: Tensor, rows: Tensor, start: Tensor, cursor: Tensor, *sizes: int
+) -> str | None:
+    if keys.shape[-1] > TRITON_SEARCH_MOST or sizes[1] > TRITON_SEARCH_MOST:
+        return f"D and K must be at most {TRITON_SEARCH_MOST}, got {keys.shape[-1]} and {sizes[1]}"
+    if not keys.is_contiguous():
+        return "keys must be contiguous"
+    return _no_float64_keys(query, keys)
+
+
 ATTENTION_MOST = 128  # head width, and neighbours: a tile of either is in registers
 ATTENTION_LIMITS = f"{NARROW}, D and K up to {ATTENTION_MOST}"
 
@@ -200,6 +214,7 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
                 "native", "cuda", "native", "knn_search_cuda", _native_cuda_missing, _unfit_for_hopper, SEARCH_LIMITS
             ),
         ),
+        _triton("knn_search", "knn_search", _unfit_for_triton_search, TRITON_SEARCH_LIMITS),
         _reference("knn_search", on_host="knn_search_on_host"),
         (  # behind the reference, so that `auto` never takes them: equal keys come in any order
             Implementation(

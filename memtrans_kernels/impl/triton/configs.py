@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from memtrans_kernels.impl.triton.targets import Target
+
 
 class Launch(NamedTuple):
     """Rows that one program handles at a time, and its warps."""
@@ -126,3 +128,67 @@ def attention_bias_gradient(itemsize: int, width: int) -> AttentionLaunch:
     at D 128, in 133 KB of shared memory, which few GPUs have."""
     block = 32 if itemsize > 2 else 64
     return AttentionLaunch(queries=block, keys=block, warps=4, stages=2 if itemsize == 2 and width <= 64 else 1)
+
+
+class SearchLaunch(NamedTuple):
+    """Of the search: how its steps are cut."""
+
+    queries: int  # of a program that computes maxima
+    keys: int  # of a tile
+    chunk: int  # columns of D that are multiplied together
+    warps: int
+    stages: int
+    run: int  # entries of which only the largest product is kept
+    scored: int  # keys of a tile that is scored again
+    scored_queries: int  # of so many queries
+    score_warps: int
+    score_stages: int
+    columns: int  # copies of a query beside them
+    neighbours: int  # K up to a power of two
+    selected: int  # queries of a program that selects; the interpreter is quick at many numbers at a time
+    held: int  # maxima of a query that one program holds
+    shown: bool  # whether a step of its own looks for what must not be found
+    precision: str
+    options: dict[str, int]  # of Triton's compiler for this vendor
+
+
+SEARCH_FAN = 8  # children of a run of a level beyond the second
+SEARCH_BLOCK = 128  # runs of a program that coarsens
+SEARCH_MOST_WIDTH = SEARCH_MOST_NEIGHBOURS = 256
+
+
+def search(
+    target: Target, itemsize: int, width: int, capacity: int, neighbours: int, queries_of_row: int
+) -> SearchLaunch:
+    chunk = min(power_of_two(max(width, 16)), 256 // itemsize if target.vendor else 64)
+    tensor = itemsize == 2 or (target.vendor == "nvidia" and width > 16)
+    return SearchLaunch(
+        queries=64 if queries_of_row <= 64 else 128,
+        keys=128,
+        chunk=chunk,
+        warps=4,
+        stages=2,
+        run=16,
+        scored=128 if target.vendor else 2048,
+        scored_queries=1 if target.vendor else 8,
+        score_warps=4,
+        score_stages=2,
+        columns=16 if target.vendor == "amd" else 8,
+        neighbours=max(16, power_of_two(neighbours)),
+        selected=1 if target.vendor else 16,
+        held=1024,
+        shown=queries_of_row > 64,
+        precision="elements" if not target.vendor else "tf32x3" if itemsize == 4 and tensor else "ieee",
+        options={"matrix_instr_nonkdim": 16} if target.vendor == "amd" else {},
+    )
+
+
+def search_splits(target: Target, blocks: int, tiles: int) -> int:
+    """Programs that share the tiles of a block of queries: about eight rounds of all multiprocessors."""
+    wanted = -(-8 * target.multiprocessors // blocks)
+    return power_of_two(max(1, min(wanted, tiles // 4)))
+
+
+def selection_warps(held: int) -> int:
+    """One warp a query needs no barriers; 32 numbers a lane are in registers."""
+    return max(1, min(8, held // 1024))
