@@ -173,7 +173,7 @@ def search(
         scored_queries=1 if target.vendor else 8,
         score_warps=4,
         score_stages=2,
-        columns=16 if target.vendor == "amd" else 8,
+        columns=16,
         neighbours=max(16, power_of_two(neighbours)),
         selected=1 if target.vendor else 16,
         held=1024,

@@ -34,10 +34,11 @@ def choose_best(value, K: tl.constexpr, LIST: tl.constexpr, BLOCK: tl.constexpr,
 
     value (BLOCK, N). LIST: a power of two, at least K.
     """
-    low = tl.full([BLOCK], NOTHING + 1, tl.int64)
+    low = tl.full([BLOCK], NOTHING + 1, tl.int32)
     if N > LIST:  # each of LIST columns has one that reaches the least of their maxima
         columns = tl.max(tl.reshape(value, [BLOCK, N // LIST, LIST]), axis=1)
-        low = tl.maximum(low, tl.min(columns, axis=1).to(tl.int64))
+        low = tl.maximum(low, tl.min(columns, axis=1))
+    low = low.to(tl.int64)  # widened here: Triton 3.6 fails to compile a wide maximum
     high = tl.max(value, axis=1).to(tl.int64) + 1
     count = tl.sum((value >= low.to(tl.int32)[:, None]).to(tl.int32), axis=1)
     open = (count > K) & (high - low > 1)
