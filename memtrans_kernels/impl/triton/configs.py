@@ -143,44 +143,110 @@ class SearchLaunch(NamedTuple):
     scored_queries: int  # of so many queries
     score_warps: int
     score_stages: int
-    columns: int  # copies of a query beside them
+    columns: int  # columns beside these keys, each a query: as few as tensor cores multiply
     neighbours: int  # K up to a power of two
-    selected: int  # queries of a program that selects; the interpreter is quick at many numbers at a time
+    selected: int  # queries of a program that selects
     held: int  # maxima of a query that one program holds
     shown: bool  # whether a step of its own looks for what must not be found
-    precision: str
+    precision: str  # "ieee", "three" products of tensor-float-32 parts, or "elements" in the interpreter
     options: dict[str, int]  # of Triton's compiler for this vendor
 
 
+KNOWN_VENDORS = ("nvidia", "amd")
+SEARCH_MOST = 256  # D and K: a program holds a tile of keys, or the numbers it chooses from
 SEARCH_FAN = 8  # children of a run of a level beyond the second
 SEARCH_BLOCK = 128  # runs of a program that coarsens
-SEARCH_MOST_WIDTH = SEARCH_MOST_NEIGHBOURS = 256
+SEARCH_FEW_QUERIES = 64  # of a memory row: one program sees each key
+
+
+class SearchTile(NamedTuple):
+    """Queries and keys of a tile of products, warps, tiles in flight; the columns of D that are multiplied together."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    columns: int = 256
+
+
+# For each size of shared memory that targets have, in KB: the bytes of a key up to which a tile serves, and the tile.
+# 160 KB: H100, B=16 H=8 N=512 K=32, 64k entries, the maxima alone in ms. fp16, D 64: 1.34; with 3 stages 1.37, with 2
+# 1.86, 8 warps 1.88, 64 queries 1.47. D 128: 2.42 to 2.60; with 3 stages 2.76. float32, D 64: 7.2; 128 keys 8.3, 64
+# queries of 128 keys 13.4.
+SEARCH_TILES: dict[int, dict[tuple[int, int], SearchTile]] = {
+    160: {
+        (2, 128): SearchTile(128, 128, 4, 4),
+        (2, 256): SearchTile(128, 128, 8, 2),
+        (2, 512): SearchTile(64, 64, 4, 2),
+        (4, 256): SearchTile(128, 64, 8, 2),
+        (4, 1024): SearchTile(64, 64, 4, 1, columns=64),
+    },
+    99: {
+        (2, 128): SearchTile(64, 128, 4, 2),
+        (2, 256): SearchTile(64, 64, 4, 2),
+        (2, 512): SearchTile(64, 64, 4, 1, columns=128),
+        (4, 1024): SearchTile(64, 64, 4, 1, columns=64),
+    },
+    0: {
+        (2, 128): SearchTile(64, 128, 4, 2),
+        (2, 512): SearchTile(64, 64, 4, 1, columns=128),
+        (4, 1024): SearchTile(64, 64, 4, 1, columns=32),
+    },
+}
+
+
+SEARCH_INTERPRETED = SearchTile(16, 256, 1, 1, columns=64)  # few steps: the interpreter is slow at each, not at numbers
+
+
+def search_tile(target: Target, itemsize: int, width: int) -> SearchTile:
+    """The largest that fits; the smallest where nobody knows the GPU."""
+    if target.vendor == "interpreter":
+        return SEARCH_INTERPRETED
+    room = target.shared_memory // 1024 if target.vendor in KNOWN_VENDORS else 0
+    tiles = next(tiles for least, tiles in SEARCH_TILES.items() if room >= least)
+    return next(tile for (size, most), tile in tiles.items() if size == itemsize and width * itemsize <= most)
 
 
 def search(
     target: Target, itemsize: int, width: int, capacity: int, neighbours: int, queries_of_row: int
 ) -> SearchLaunch:
-    chunk = min(power_of_two(max(width, 16)), 256 // itemsize if target.vendor else 64)
-    tensor = itemsize == 2 or (target.vendor == "nvidia" and width > 16)
+    """Runs of 16 halve what the maxima write, those of 8 what is scored again: H100, D 64, 2.3 ms against 2.5 with 64k
+    entries, 0.97 against 0.83 with 8k; D 128, 64k, 4.1 against 3.8.
+
+    One warp scores a tile quickest (0.55 ms; four 0.59, without a second tile in flight 0.71), but on a GPU that has
+    another unit for products of large tiles, four must, or their bits differ.
+    """
+    tile = search_tile(target, itemsize, width)
+    few = queries_of_row <= SEARCH_FEW_QUERIES
+    interpreted = target.vendor == "interpreter"
+    large_only = target.vendor == "nvidia" and target.architecture // 10 in (10, 11)
+    thin = itemsize == 2 and not large_only
     return SearchLaunch(
-        queries=64 if queries_of_row <= 64 else 128,
-        keys=128,
-        chunk=chunk,
-        warps=4,
-        stages=2,
-        run=16,
-        scored=128 if target.vendor else 2048,
-        scored_queries=1 if target.vendor else 8,
-        score_warps=4,
-        score_stages=2,
-        columns=16,
+        queries=min(tile.queries, 64) if few else tile.queries,
+        keys=tile.keys,
+        chunk=min(power_of_two(max(width, 16)), tile.columns),
+        warps=min(tile.warps, 4) if few else tile.warps,
+        stages=tile.stages,
+        run=16 if width * itemsize <= 128 and capacity > 16384 and tile.keys >= 128 else 8,
+        scored=1024 if interpreted else 64 if thin else 128,
+        scored_queries=8 if interpreted else 1,
+        score_warps=(1 if width <= 64 else 2) if thin else 4,
+        score_stages=min(tile.stages, 2),
+        columns=16 if target.vendor == "amd" or large_only else 8,
         neighbours=max(16, power_of_two(neighbours)),
-        selected=1 if target.vendor else 16,
-        held=1024,
-        shown=queries_of_row > 64,
-        precision="elements" if not target.vendor else "tf32x3" if itemsize == 4 and tensor else "ieee",
+        selected=16 if interpreted else 1,
+        held=512,
+        shown=not few,
+        precision=search_precision(target, itemsize, width),
         options={"matrix_instr_nonkdim": 16} if target.vendor == "amd" else {},
     )
+
+
+def search_precision(target: Target, itemsize: int, width: int) -> str:
+    """Three products lose up to eight units in the last place of each, one float32 accumulation D + 2 of them."""
+    if target.vendor == "interpreter":
+        return "elements"
+    return "three" if itemsize == 4 and width > 16 and target.vendor == "nvidia" and target.architecture >= 80 else "ieee"
 
 
 def search_splits(target: Target, blocks: int, tiles: int) -> int:

@@ -144,16 +144,14 @@ def _maxima(
     levels: list[Level],
     shown: tuple[Tensor, Tensor] | None,
 ) -> list[Tensor]:
-    """(queries of the chunk, runs) of each level."""
+    """The numbers of each level: (queries of the chunk, runs), but those of the first in pieces, tile after tile."""
     tiles = triton.cdiv(problem.capacity, launch.keys)
-    of_level = [
-        torch.empty((chunk.queries, level.count), dtype=torch.float32, device=problem.keys.device) for level in levels
-    ]
+    of_level = [problem.keys.new_empty((chunk.queries, level.count), dtype=torch.float32) for level in levels]
     splits = configs.search_splits(target_of(problem.keys.device), chunk.blocks, tiles)
     knn_maxima_kernel[(chunk.blocks, splits)](
         problem.query, problem.keys, *problem.window, *(shown or (problem.keys, problem.keys)),
         of_level[0], of_level[min(1, len(levels) - 1)],
-        chunk.first_block, chunk.first_query, chunk.first_row, problem.queries_of_row,
+        chunk.first_block, chunk.first_query, chunk.queries, chunk.first_row, problem.queries_of_row,
         triton.cdiv(problem.queries_of_row, launch.queries), *problem.sizes, tiles,
         WIDTH=problem.keys.shape[-1], CHUNK=launch.chunk, QUERIES=launch.queries, KEYS=launch.keys, RUN=launch.run,
         SPLITS=splits, SHOWN=shown is not None, TOPS=len(levels) > 1, PRECISION=launch.precision,
@@ -175,12 +173,14 @@ def _choose(
     parents, fan = maxima[-1], 0
     for number in range(len(levels) - 1, -1, -1):
         level = levels[number]
+        of_tile = launch.keys // launch.run
+        part, stride, tile_stride = (1 << 30, level.count, 0) if number else (of_tile, of_tile, chunk.queries * of_tile)
         chosen = torch.empty((chunk.queries, launch.neighbours), dtype=torch.int32, device=problem.keys.device)
         held = launch.neighbours * fan if fan else max(configs.power_of_two(level.count), launch.neighbours)
         knn_choose_kernel[(triton.cdiv(chunk.queries, launch.selected),)](
             maxima[number], parents, chosen, *problem.window, chunk.first_query, chunk.queries,
-            problem.queries_of_row, *problem.sizes, level.count,
-            RUN=level.run, FAN=fan, K=problem.k, LIST=launch.neighbours, BLOCK=launch.selected, N=held,
+            problem.queries_of_row, *problem.sizes, stride, tile_stride,
+            RUN=level.run, PART=part, FAN=fan, K=problem.k, LIST=launch.neighbours, BLOCK=launch.selected, N=held,
             num_warps=configs.selection_warps(held),
         )  # fmt: skip
         parents, fan = chosen, level.run // levels[number - 1].run if number else 0
@@ -217,7 +217,7 @@ def _best(
 ) -> None:
     knn_best_kernel[(triton.cdiv(chunk.queries, launch.selected),)](
         candidates, runs, scores, slots, *problem.window, chunk.first_query, chunk.queries, problem.queries_of_row,
-        *problem.sizes,
+        *problem.sizes, candidates.shape[1],
         RUN=launch.run, K=problem.k, LIST=launch.neighbours, BLOCK=launch.selected,
         num_warps=configs.selection_warps(launch.neighbours * launch.run),
     )  # fmt: skip

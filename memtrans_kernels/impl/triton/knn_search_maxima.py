@@ -4,7 +4,8 @@
     tops[q, t]   = the same over a whole tile of KEYS entries
 
 Entries are counted by age, from the oldest visible one on, so a run never wraps and older runs have smaller numbers.
-A program owns QUERIES queries of one memory row and every SPLITS-th of its tiles of keys. Within a tile keys are loaded
+A program owns QUERIES queries of one memory row and one of SPLITS shares of its tiles of keys. `maxima` is laid out as
+(tiles, queries, KEYS / RUN), so that a program writes whole lines; `tops` is (queries, tiles). Within a tile keys are loaded
 in the order that leaves the products of a run in one thread of a tensor core's result: the columns 8j + c, whatever j.
 
 What must not be found never counts: `shown` says it key by key where many programs share a tile, `whole` for a tile.
@@ -47,18 +48,35 @@ def load_rows(base, index, column, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def product(left, right, PRECISION: tl.constexpr):
-    """left (I, D), right (J, D) -> (I, J) float32, each number made in the same way wherever it stands."""
-    if PRECISION == "elements":  # the interpreter's tl.dot is NumPy's, which rounds by shape and place
-        return tl.sum(left.to(tl.float32)[:, None, :] * right.to(tl.float32)[None, :, :], axis=2)
-    return tl.dot(left, tl.trans(right), input_precision=PRECISION)
+def halves(numbers):
+    """Of float32 numbers the nearest that tensor-float-32 can hold, and what is left; nothing where not finite."""
+    bits = numbers.to(tl.int32, bitcast=True)
+    absolute = bits & 0x7FFFFFFF
+    rounding = tl.where(absolute < 0x7F7FF000, 0x1000, 0)  # the largest numbers would become infinite
+    large = ((bits + rounding) & -0x2000).to(tl.float32, bitcast=True)
+    finite = absolute < 0x7F800000
+    return tl.where(finite, large, numbers), tl.where(finite, numbers - large, 0.0)
 
 
 @triton.jit
-def product_onto(left, right, sums, PRECISION: tl.constexpr):
-    if PRECISION == "elements":
-        return sums + product(left, right, PRECISION)
-    return tl.dot(left, tl.trans(right), sums, input_precision=PRECISION)
+def product(sums, left, right, QUERY_FIRST: tl.constexpr, PRECISION: tl.constexpr):
+    """sums + left · right: left (I, D), right (J, D), sums (I, J) float32.
+
+    The sums of a query and a key are the same bits whichever of them is on the left; QUERY_FIRST says which.
+    """
+    if PRECISION == "elements":  # the interpreter's tl.dot is NumPy's, which rounds by shape and place
+        return sums + tl.sum(left.to(tl.float32)[:, None, :] * right.to(tl.float32)[None, :, :], axis=2)
+    if PRECISION == "three":
+        large, small = halves(left)
+        large_right, small_right = halves(right)
+        if QUERY_FIRST:
+            sums = tl.dot(small, tl.trans(large_right), sums, input_precision="tf32")
+            sums = tl.dot(large, tl.trans(small_right), sums, input_precision="tf32")
+        else:
+            sums = tl.dot(large, tl.trans(small_right), sums, input_precision="tf32")
+            sums = tl.dot(small, tl.trans(large_right), sums, input_precision="tf32")
+        return tl.dot(large, tl.trans(large_right), sums, input_precision="tf32")
+    return tl.dot(left, tl.trans(right), sums, input_precision="ieee")
 
 
 @triton.jit
@@ -92,18 +110,19 @@ def knn_shown_kernel(
 @triton.jit
 def knn_maxima_kernel(
     query, keys, rows, start, cursor, shown, whole, maxima, tops,
-    first_tile, first_query, first_row, queries_of_row, tiles_of_row, size, capacity, tiles,
+    first_block, first_query, queries, first_row, queries_of_row, blocks_of_row, size, capacity, tiles,
     WIDTH: tl.constexpr, CHUNK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, RUN: tl.constexpr,
     SPLITS: tl.constexpr, SHOWN: tl.constexpr, TOPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    block = first_tile + tl.program_id(0)  # of queries
-    index = block // tiles_of_row
+    block = first_block + tl.program_id(0)  # of queries
+    index = block // blocks_of_row
     row, oldest, count = window_of(rows, start, cursor, index, size, capacity)
-    number = block % tiles_of_row * QUERIES + tl.arange(0, QUERIES)  # of the queries of this row
+    number = block % blocks_of_row * QUERIES + tl.arange(0, QUERIES)  # of the queries of this row
     inside = number < queries_of_row
     flat = index.to(tl.int64) * queries_of_row + number
     of_query = tl.where(inside, flat, index.to(tl.int64) * queries_of_row)
-    target = (flat - first_query) * (tiles * (KEYS // RUN))
+    here = flat - first_query
+    page = tl.cast(queries, tl.int64) * (KEYS // RUN)  # from a tile's maxima to the next one's
     base = keys + row * size * WIDTH
     flags = (index - first_row).to(tl.int64) * tiles
 
@@ -111,24 +130,26 @@ def knn_maxima_kernel(
     lane, step = column_of % 8, column_of // 8
     order = (step // RUN * 8 + lane) * RUN + step % RUN  # which key of a tile each column holds
     runs = tl.arange(0, KEYS // RUN)
-    single: tl.constexpr = WIDTH <= CHUNK
-    if single:
-        left = load_rows(query, of_query, 0, WIDTH, CHUNK)
-    for tile in tl.range(tl.program_id(1), tl.cdiv(count, KEYS), SPLITS):
+    SINGLE: tl.constexpr = WIDTH <= CHUNK
+    left = load_rows(query, of_query, 0, WIDTH, CHUNK)
+    there = tl.cdiv(count, KEYS)
+    share = tl.cdiv(there, SPLITS)
+    first = tl.program_id(1) * share
+    for tile in tl.range(first, tl.minimum(first + share, there)):
         age = tile * KEYS + order
         slot = slot_of(age, oldest, size)
-        if single:
+        products = tl.zeros([QUERIES, KEYS], tl.float32)
+        largest = tl.zeros([KEYS], tl.int32)
+        if SINGLE:
             right = load_rows(base, slot, 0, WIDTH, CHUNK)
-            products = product(left, right, PRECISION)
+            products = product(products, left, right, True, PRECISION)
             if not SHOWN:
                 largest = magnitude(right)
         else:
-            products = tl.zeros([QUERIES, KEYS], tl.float32)
-            largest = tl.zeros([KEYS], tl.int32)
-            for column in tl.static_range(0, WIDTH, CHUNK):
+            for column in tl.range(0, WIDTH, CHUNK):
                 part = load_rows(query, of_query, column, WIDTH, CHUNK)
                 right = load_rows(base, slot, column, WIDTH, CHUNK)
-                products = product_onto(part, right, products, PRECISION)
+                products = product(products, part, right, True, PRECISION)
                 if not SHOWN:
                     largest = tl.maximum(largest, magnitude(right))
         if SHOWN:
@@ -140,6 +161,7 @@ def knn_maxima_kernel(
             products = tl.where(fine[None, :], products, float("-inf"))
         best = tl.max(tl.reshape(products, [QUERIES, KEYS // (8 * RUN), RUN, 8]), axis=2)
         best = tl.reshape(best, [QUERIES, KEYS // RUN])
-        tl.store(maxima + (target + tile * (KEYS // RUN))[:, None] + runs[None, :], best, mask=inside[:, None])
+        target = here * (KEYS // RUN) + tile * page
+        tl.store(maxima + target[:, None] + runs[None, :], best, mask=inside[:, None])
         if TOPS:
-            tl.store(tops + (flat - first_query) * tiles + tile, tl.max(best, axis=1), mask=inside)
+            tl.store(tops + here * tiles + tile, tl.max(best, axis=1), mask=inside)

@@ -17,7 +17,6 @@ from memtrans_kernels.impl.triton.knn_search_maxima import (
     load_rows,
     magnitude,
     product,
-    product_onto,
     slot_of,
     window_of,
 )
@@ -39,30 +38,32 @@ def knn_score_kernel(
     column_of = tl.program_id(0) * BLOCK + tl.arange(0, COLUMNS) % BLOCK
     of_column = first_query + tl.minimum(column_of, queries - 1).to(tl.int64)
     own = column_of[None, :] == number[:, None]
-    single: tl.constexpr = WIDTH <= CHUNK
-    if single:
-        left = load_rows(query, of_column, 0, WIDTH, CHUNK)
+    SINGLE: tl.constexpr = WIDTH <= CHUNK
+    left = load_rows(query, of_column, 0, WIDTH, CHUNK)
     for first in tl.range(0, LIST * RUN, EACH):
         place = first + tl.arange(0, KEYS) % EACH
         run = tl.load(chosen + here * LIST + place // RUN)
         age = run * RUN + place % RUN
         fine = (run >= 0) & (age < count)
         at = row * size + slot_of(age, oldest, size)
-        if single:
+        products = tl.zeros([KEYS, COLUMNS], tl.float32)
+        largest = tl.zeros([KEYS], tl.int32)
+        if SINGLE:
             right = load_rows(keys, at, 0, WIDTH, CHUNK)
-            products = product(right, left, PRECISION)
+            products = product(products, right, left, False, PRECISION)
             if not SHOWN:
-                fine = fine & (magnitude(right) < 0x7F800000)
+                largest = magnitude(right)
         else:
-            products = tl.zeros([KEYS, COLUMNS], tl.float32)
-            for column in tl.static_range(0, WIDTH, CHUNK):
+            for column in tl.range(0, WIDTH, CHUNK):
                 part = load_rows(query, of_column, column, WIDTH, CHUNK)
                 right = load_rows(keys, at, column, WIDTH, CHUNK)
-                products = product_onto(right, part, products, PRECISION)
+                products = product(products, right, part, False, PRECISION)
                 if not SHOWN:
-                    fine = fine & (magnitude(right) < 0x7F800000)
+                    largest = tl.maximum(largest, magnitude(right))
         if SHOWN:
             fine = fine & (tl.load(shown + (index - first_row) * keys_of_row + age, mask=fine, other=0) != 0)
+        else:
+            fine = fine & (largest < 0x7F800000)
         if BLOCK > 1:
             products = tl.where(own, products, float("-inf"))
         score = tl.where(fine, tl.max(products, axis=1), float("-inf"))

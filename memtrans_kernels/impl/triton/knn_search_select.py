@@ -60,14 +60,17 @@ def choose_best(value, K: tl.constexpr, LIST: tl.constexpr, BLOCK: tl.constexpr,
     return chosen != 0, tl.cumsum(chosen, axis=1) - 1, tl.minimum(count, K)[:, None]
 
 
-@triton.jit
+# A stride that might be odd: loads four numbers wide would leave the tensor in another layout than the counts want it.
+@triton.jit(do_not_specialize=["stride", "tile_stride"])
 def knn_choose_kernel(
     maxima, parents, chosen, rows, start, cursor, first_query, queries, queries_of_row, size, capacity, stride,
-    RUN: tl.constexpr, FAN: tl.constexpr, K: tl.constexpr, LIST: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr,
+    tile_stride, RUN: tl.constexpr, PART: tl.constexpr, FAN: tl.constexpr, K: tl.constexpr, LIST: tl.constexpr,
+    BLOCK: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """chosen (queries, LIST) int32, older first, then -1. RUN: entries of a number of `maxima` (queries, stride).
+    """chosen (queries, LIST) int32, older first, then -1. RUN: entries of a number of `maxima`.
 
-    FAN: children of each run in `parents` (queries, LIST); 0 chooses among all runs.
+    stride: from one query's numbers to the next, tile_stride: from each PART of a query's numbers, a power of two of
+    them, to the next. FAN: children of each run in `parents` (queries, LIST); 0 chooses among all runs.
     """
     number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = (number < queries)[:, None]
@@ -82,7 +85,8 @@ def knn_choose_kernel(
     else:
         run = tl.arange(0, N)[None, :] + tl.zeros([BLOCK, N], tl.int32)
         present = run < runs
-    value = ordered(tl.load(maxima + here[:, None] * stride + run, mask=present, other=float("-inf")))
+    place = here[:, None] * stride + (run // PART).to(tl.int64) * tile_stride + (run & (PART - 1))
+    value = ordered(tl.load(maxima + place, mask=present, other=float("-inf")))
     taken, place, found = choose_best(value, K, LIST, BLOCK, N)
     target = chosen + here[:, None] * LIST
     tl.store(target + place, run, mask=taken & inside)
@@ -104,9 +108,9 @@ def knn_coarsen_kernel(
     tl.store(coarse + here * coarse_stride + target, tl.max(number, axis=1), mask=target < coarse_stride)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride"])
 def knn_best_kernel(
-    candidates, chosen, scores, slots, rows, start, cursor, first_query, queries, queries_of_row, size, capacity,
+    candidates, chosen, scores, slots, rows, start, cursor, first_query, queries, queries_of_row, size, capacity, stride,
     RUN: tl.constexpr, K: tl.constexpr, LIST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """scores, slots (all queries, K), best first, older first among equals, then -inf and -1."""
@@ -116,7 +120,7 @@ def knn_best_kernel(
     here = tl.minimum(number, queries - 1).to(tl.int64)
     target = ((first_query + here) * K)[:, None]
     _, oldest, _ = window_of(rows, start, cursor, (first_query + here) // queries_of_row, size, capacity)
-    score = tl.load(candidates + here[:, None] * N + tl.arange(0, N)[None, :])
+    score = tl.load(candidates + here[:, None] * stride + tl.arange(0, N)[None, :])
     taken, place, found = choose_best(ordered(score), K, LIST, BLOCK, N)
     position = tl.arange(0, N)[None, :] + tl.zeros([BLOCK, N], tl.int32)
     tl.store(slots + target + place, position, mask=taken & inside)

@@ -14,19 +14,19 @@ class Target(NamedTuple):
     On ROCm PyTorch reports an MI300 as capability 9.4, so the vendor comes first.
     """
 
-    vendor: str  # "nvidia", "amd", or "" for neither: the interpreter, or what nobody has tried
+    vendor: str  # "nvidia", "amd", or "interpreter"
     architecture: int
     shared_memory: int  # bytes that one program may have
     multiprocessors: int = 1
 
 
-UNKNOWN = Target("", 0, 64 * 1024)
+INTERPRETER = Target("interpreter", 0, 1 << 30)
 
 
 def target_of(device: torch.device) -> Target:
-    """The target of a tensor's device; UNKNOWN for the CPU, where Triton interprets."""
+    """The target of a tensor's device; INTERPRETER for the CPU."""
     if device.type != "cuda":
-        return UNKNOWN
+        return INTERPRETER
     return _target(torch.cuda.current_device() if device.index is None else device.index)
 
 
