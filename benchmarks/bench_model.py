@@ -42,9 +42,8 @@ class SdpaAttention(Attention):
         length = query.shape[2]
         future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
         mask = expand_table(rel_pos_bias, length, length)[None].to(query.dtype).masked_fill(future, -torch.inf)
-        return self.merge(
-            scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scale, enable_gqa=True)
-        )
+        out = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scale, enable_gqa=True)
+        return self.to_out(out.transpose(1, 2).flatten(2))
 
 
 class Candidate(NamedTuple):

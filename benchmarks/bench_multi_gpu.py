@@ -31,12 +31,12 @@ from memtrans import KNNMemory
 from memtrans.cuda_graph import Replay
 from memtrans.distributed.gradient_sum import GradientSum
 from memtrans.distributed.ranks import Ranks, end_process, joined
-from memtrans.training.trainer import pick_device
+from memtrans.training.device import pick_device
 
 SHAPES = ("ddp-paper-64k", "sharded-d64-64k", "sharded-paper-64k")
 CASES = [f"{shape}-2" for shape in SHAPES[:2]] if TOY else [f"{shape}-{gpus}" for shape in SHAPES for gpus in (1, 2)]
-# The search takes longer the more alike queries become: 0.95 to 3.1 ms within the first 200 steps of such a run on an
-# H200, and not the same on one GPU and on two. With this learning rate the model stays as it is.
+# The search takes longer the more alike queries become, and differently on one GPU and on two (docs/log.md). With this
+# learning rate the model stays as it is.
 UNCHANGING = 1e-12
 STEPS, SEARCHES, WARM_UP, ROUNDS = (2, 2, 1, 1) if TOY else (10, 20, 6, 7)
 

@@ -22,8 +22,10 @@ from memtrans.data.documents import Document, Shuffled
 from memtrans.data.sources import load_corpus
 from memtrans.distributed.ranks import ALONE, Ranks
 from memtrans.presets import PRESETS
+from memtrans.training.data import TrainingData
+from memtrans.training.device import pick_device
 from memtrans.training.settings import Settings
-from memtrans.training.trainer import Trainer, TrainingData, pick_device
+from memtrans.training.trainer import Trainer
 
 ENWIK8 = dataclasses.replace(PRESETS["enwik8"], windows=False, dtype="bfloat16" if DEVICE == "cuda" else "float32")
 PAPER = dataclasses.replace(
@@ -117,6 +119,7 @@ def test_train(benchmark: Any, case: str, impl: str) -> None:
     trainer.check()  # every loss was finite
 
 
+@pytest.mark.rival
 @pytest.mark.skipif(DEVICE == "cpu" or not find_spec("memorizing_transformers_pytorch"), reason="upstream is not here")
 def test_upstream(benchmark: Any, tmp_path: Any, monkeypatch: Any) -> None:
     from memorizing_transformers_pytorch import MemorizingTransformer

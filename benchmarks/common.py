@@ -21,7 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from other_tree import measure_tree
 from torch import Tensor
+
+if other := os.environ.get("MEMTRANS_BENCH_TREE"):
+    measure_tree(Path(other))
 
 MEMORIES = {"8k": 8192, "64k": 65536, "262k": 262144}
 TOY = os.environ.get("MEMTRANS_BENCH_TOY") == "1"  # sizes for a test that only asks whether the benchmarks run
@@ -55,7 +59,7 @@ class Case:
 
 
 def case(name: str) -> Case:
-    """`[decode-|cpu-]<d64|d128|paper>-<8k|64k|262k>`, as README and result files name it.
+    """`[decode-|cpu-]<d64|d128|paper>-<8k|64k|262k>`, as tables and result files name it.
 
     `decode-` is one query a head; `cpu-` is two documents and one head, for machines of two cores.
 
@@ -192,7 +196,7 @@ def busy_share(function: Callable[[], Any]) -> float | None:
     """
     if DEVICE == "cpu":
         return None
-    # else the profiler stays attached and everything later is slower: a token of bench_generate 577 us instead of 571
+    # else the profiler stays attached and everything later is slower (docs/log.md)
     os.environ["TEARDOWN_CUPTI"] = "1"
     torch.cuda.synchronize()
     begin = time.perf_counter()
@@ -219,11 +223,19 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def write_down(entry: dict[str, Any]) -> Path:
     """Puts the entry into `results/<machine>/<op>.json`, in place of an earlier one of the same labels."""
     path = RESULTS / machine() / f"{entry['op']}.json"
-    entries = json.loads(path.read_text()) if path.exists() else []
-    kept = [other for other in entries if any(other[name] != entry[name] for name in KEY)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([*kept, entry], indent=1) + "\n")
+    put(path, entry)
     return path
+
+
+def put(path: Path, entry: dict[str, Any]) -> None:
+    """Adds the entry to a result file, in place of an earlier one of the same labels."""
+    entries = json.loads(path.read_text()) if path.exists() else []
+    same = [number for number, other in enumerate(entries) if all(other[name] == entry[name] for name in KEY)]
+    for number in reversed(same):
+        del entries[number]
+    entries.insert(same[0] if same else len(entries), entry)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(entries, indent=1) + "\n")
 
 
 def environment() -> dict[str, str]:

@@ -24,9 +24,10 @@ import torch
 from common import DEVICE, RESULTS, environment, machine, write_down
 
 from memtrans.presets import PRESETS
+from memtrans.training.data import open_data
 from memtrans.training.evaluate import Evaluation, evaluate, held_out_stream
 from memtrans.training.settings import Settings
-from memtrans.training.trainer import Trainer, open_data
+from memtrans.training.trainer import Trainer
 
 POINTS = 12  # evaluations along the way
 

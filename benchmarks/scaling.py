@@ -1,4 +1,4 @@
-"""What several GPUs did, hold, and would do: `python benchmarks/scaling.py MACHINE` prints the README's tables.
+"""What several GPUs did, hold, and would do: the tables of docs/distributed.md, which `tables.py` writes.
 
 The first table is of the machine's result file; the others are calculated, not measured.
 
@@ -12,11 +12,7 @@ exchange that grows with the (n - 1) / n of the answers that come from others.
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Any
-
-from tables import RESULTS
 
 HOST = 8  # GPUs of a host
 NETWORK = 50e9  # bytes a second for each GPU between hosts: an assumption, a port of 400 Gbit/s
@@ -79,13 +75,3 @@ def throughput_table(entries: dict[str, dict[str, Any]]) -> str:
 
 def search_milliseconds(gpus: int, alone: dict[str, Any], two: dict[str, Any]) -> float:
     return alone["ms"] + (two["ms"] - alone["ms"]) * 2 * (gpus - 1) / gpus
-
-
-def measured(machine: str) -> dict[str, dict[str, Any]]:
-    """A machine's entries by case."""
-    return {entry["case"]: entry for entry in json.loads((RESULTS / machine / "multi_gpu.json").read_text())}
-
-
-if __name__ == "__main__":
-    found = measured(sys.argv[1])
-    print(measured_table(found), memory_table(), throughput_table(found), sep="\n")

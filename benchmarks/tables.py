@@ -1,25 +1,50 @@
-"""Writes the README's tables from the result files: `python benchmarks/tables.py` after new results.
+"""Writes the tables of README.md and docs/ from the result files: `python benchmarks/tables.py` after new results.
 
 A table stands between `<!-- table: MACHINE OP -->` and `<!-- end of table -->`. Each cell is the median in
 milliseconds; behind it, in brackets, how many times as long as `memtrans` takes in the same case and mode. Where the
 machine's ceilings were measured (bench_knn_search.py), `of the ceiling` is how near `memtrans` comes to the rate of a
-large matrix product or of a copy, whichever it is nearer to. With
-`<!-- table: MACHINE OP peak -->` it is the most memory that was allocated, that of the ring aside, in megabytes; in
-brackets, how many times what inputs and outputs take. `<!-- table: MACHINE train tokens -->` has tokens a second,
-`<!-- table: MACHINE memory_gain gain -->` held-out bits per byte.
+large matrix product or of a copy, whichever it is nearer to. A third word asks for another table of the file:
+
+- `peak`: the most memory that was allocated, that of the ring aside, in megabytes, and how many times what inputs and
+  outputs take · `tokens`: tokens a second of training · `against`: today's times beside another commit's (against.py)
+- `gain`: held-out bits per byte of memory_gain.py's runs · `start`, `run`: runs of the command line
+- `measured`, `held`, `scaled`: several GPUs (scaling.py)
+- `figures`: the README's five, each from a file of its own
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import scaling
+
 ROOT = Path(__file__).resolve().parents[1]
-README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
-PLACE = re.compile(r"(<!-- table: (\S+) (\S+)( peak| tokens| gain)? -->\n).*?(<!-- end of table -->)", re.DOTALL)
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PLACE = re.compile(r"(<!-- table: (\S+) (\S+)(?: (\w+))? -->\n).*?(<!-- end of table -->)", re.DOTALL)
 OURS = "memtrans"
+Entries = list[dict[str, Any]]
+
+
+def results(machine: str, op: str) -> Any:
+    """What a result file holds."""
+    return json.loads((RESULTS / machine / f"{op}.json").read_text())
+
+
+def lines_of(columns: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    heads = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
+    return "\n".join([*heads, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+
+
+def versions(entry: dict[str, Any], unit: str = "") -> str:
+    """The line below a table: unit, machine and versions."""
+    where = entry["gpu"].replace("none, ", "a CPU, ").replace(" 1 threads", " 1 thread")
+    return f"\n{unit}{' on' if unit else 'On'} {where}, torch {entry['torch']}, triton {entry['triton']}.\n"
 
 
 def milliseconds(value: float) -> str:
@@ -58,61 +83,73 @@ def share_cell(entry: dict[str, Any] | None, ceilings: dict[str, float]) -> str:
 
 def ceilings_of(machine: str) -> dict[str, float]:
     """The best rates measured on a machine: `flop_per_second` and `bytes_per_second`."""
-    path = RESULTS / machine / "ceilings.json"
-    entries = json.loads(path.read_text()) if path.exists() else []
+    entries = results(machine, "ceilings") if (RESULTS / machine / "ceilings.json").exists() else []
     return {rate: entry[rate] for entry in entries for rate in entry if rate.endswith("_per_second")}
 
 
-def tokens_table(entries: list[dict[str, Any]]) -> str:
+def table(entries: Entries, ceilings: dict[str, float], peak: bool = False) -> str:
+    """One row for each case, mode and dtype; one column for each implementation, ours first."""
+    entries = [entry for entry in entries if "@" not in entry["impl"]]
+    impls = sorted({entry["impl"] for entry in entries}, key=lambda impl: (impl != OURS, impl))
+    rows: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for entry in entries:
+        rows.setdefault((entry["case"], entry["mode"]), {})[entry["impl"]] = entry
+    ceilings = {rate: most for rate, most in ceilings.items() if any(rate in entry for entry in entries)}
+    lines = []
+    for labels, found in rows.items():
+        cells = [peak_cell(found.get(impl)) if peak else cell(found.get(impl), found.get(OURS)) for impl in impls]
+        lines.append([*labels, *cells, *([share_cell(found.get(OURS), ceilings)] if ceilings else [])])
+    columns = ["case", "mode", *impls, *(["of the ceiling"] if ceilings else [])]
+    return lines_of(columns, lines) + versions(entries[0], "Megabytes" if peak else "Milliseconds")
+
+
+def against_table(entries: Entries) -> str:
+    """Each implementation beside the same of another commit: medians, and the ratio with its range over the rounds."""
+    found = {(entry["case"], entry["mode"], entry["impl"]): entry for entry in entries}
+    rows = []
+    for (case, mode, impl), before in found.items():
+        if "@" not in impl:
+            continue
+        now = found[case, mode, impl.partition("@")[0]]
+        ratios = [new / old for new, old in zip(now["rounds_ms"], before["rounds_ms"], strict=False)]
+        ratio = f"{now['ms'] / before['ms']:.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+        rows.append([case, mode, impl, milliseconds(before["ms"]), milliseconds(now["ms"]), ratio, now["commit"]])
+    columns = ["case", "mode", "before", "ms", "ms now", "now / before (in single rounds)", "now is"]
+    return lines_of(columns, rows) + versions(entries[0], "Milliseconds")
+
+
+def tokens_table(entries: Entries) -> str:
     """Tokens a second of each case; ours also relative to the same shape without a memory."""
     found = {(entry["case"], entry["impl"]): entry for entry in entries}
-    lines = [
-        "| case | memtrans | of memory off | GPU busy | peak, GB | memtrans-eager | upstream |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for case in dict.fromkeys(entry["case"] for entry in entries):
         ours, off = found[case, OURS], found[f"{case.rsplit('-', 1)[0]}-off", OURS]
         others = [found.get((case, impl)) for impl in ("memtrans-eager", "upstream")]
-        cells = [f"{other['tokens_per_second']:,.0f}" if other else "–" for other in others]
         share = ours["tokens_per_second"] / off["tokens_per_second"]
-        lines.append(
-            f"| {case} | {ours['tokens_per_second']:,.0f} | {share:.1%} | {ours['gpu_busy']:.1%} "
-            f"| {ours['peak_bytes'] / 1e9:.2f} | {' | '.join(cells)} |"
-        )
-    first = entries[0]
-    return (
-        "\n".join([*lines, "", f"Tokens a second on {first['gpu']}, torch {first['torch']}, triton {first['triton']}."])
-        + "\n"
-    )
+        rates = [f"{other['tokens_per_second']:,.0f}" if other else "–" for other in others]
+        own = [f"{ours['tokens_per_second']:,.0f}", f"{share:.1%}", f"{ours['gpu_busy']:.1%}"]
+        rows.append([case, *own, f"{ours['peak_bytes'] / 1e9:.2f}", *rates])
+    columns = ["case", "memtrans", "of memory off", "GPU busy", "peak, GB", "memtrans-eager", "upstream"]
+    return lines_of(columns, rows) + versions(entries[0], "Tokens a second")
 
 
-def gain_table(entries: list[dict[str, Any]]) -> str:
+def gain_table(entries: Entries) -> str:
     """Held-out bits per byte of each run: all, with retrieval off, and far into long documents."""
     far = max((int(place) for place in set.intersection(*(set(entry["by_position"]) for entry in entries))), default=0)
-    names = (
-        "local heads start",
-        "learning rate",
-        "XL cache",
-        "memory",
-        "seed",
-        "bits per byte",
-        "with retrieval off",
-        f"from byte {far:,} on",
-    )
-    columns = (*names, "training bytes", "seconds")
-    lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     sort = ("learning_rate", "xl", "memory", "seed")
+    rows = []
     for entry in sorted(entries, key=lambda entry: [_start(entry), *(entry["settings"][name] for name in sort)]):
         settings, last = entry["settings"], entry["curve"][-1]
-        memory, cache = (f"{settings[name]:,}" if settings[name] else "–" for name in ("memory", "xl"))
+        cache, memory = (f"{settings[name]:,}" if settings[name] else "–" for name in ("xl", "memory"))
         off = f"{entry['bits_per_byte_without_memory']:.4f}" if settings["memory"] else "–"
-        lines.append(
-            f"| {_start(entry)} | {settings['learning_rate']:g} | {cache} | {memory} | {settings['seed']} "
-            f"| {entry['bits_per_byte']:.4f} | {off} | {entry['by_position'][str(far)]:.4f} "
-            f"| {last['bytes'] / 1e6:.0f} M | {last['seconds']:.0f} |"
+        bits = [f"{entry['bits_per_byte']:.4f}", off, f"{entry['by_position'][str(far)]:.4f}"]
+        run = [f"{last['bytes'] / 1e6:.0f} M", f"{last['seconds']:.0f}"]
+        rows.append(
+            [_start(entry), f"{settings['learning_rate']:g}", cache, memory, str(settings["seed"]), *bits, *run]
         )
-    first = entries[0]
-    return "\n".join([*lines, "", f"On {first['gpu']}, torch {first['torch']}, triton {first['triton']}."]) + "\n"
+    columns = ["local heads start", "learning rate", "XL cache", "memory", "seed", "bits per byte"]
+    columns += ["with retrieval off", f"from byte {far:,} on", "training bytes", "seconds"]
+    return lines_of(columns, rows) + versions(entries[0])
 
 
 def _start(entry: dict[str, Any]) -> str:
@@ -120,40 +157,97 @@ def _start(entry: dict[str, Any]) -> str:
     return "near" if entry["settings"]["position_start"] else "random"
 
 
-def table(entries: list[dict[str, Any]], ceilings: dict[str, float], peak: bool = False) -> str:
-    """One row for each case, mode and dtype; one column for each implementation, ours first."""
-    impls = sorted({entry["impl"] for entry in entries}, key=lambda impl: (impl != OURS, impl))
-    rows: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    for entry in entries:
-        rows.setdefault((entry["case"], entry["mode"]), {})[entry["impl"]] = entry
-    ceilings = {} if peak else {rate: most for rate, most in ceilings.items() if any(rate in e for e in entries)}
-    columns = ["case", "mode", *impls, *(["of the ceiling"] if ceilings else [])]
-    lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
-    for (case, mode), found in rows.items():
-        cells = [peak_cell(found.get(impl)) if peak else cell(found.get(impl), found.get(OURS)) for impl in impls]
-        cells += [share_cell(found.get(OURS), ceilings)] if ceilings else []
-        lines.append(f"| {case} | {mode} | {' | '.join(cells)} |")
-    first = entries[0]
-    lines.append("")
-    where = first["gpu"].replace("none, ", "a CPU, ")
-    lines.append(
-        f"{'Megabytes' if peak else 'Milliseconds'} on {where}, torch {first['torch']}, triton {first['triton']}."
+def start_table(runs: Entries) -> str:
+    """Runs of the demo's model that differ in how local heads start."""
+    rows = [[run["start"], f"{run['memory']:,}", str(run["result"]["seed"]), *_bits(run["result"])] for run in runs]
+    return lines_of(["start of the position bias", "memory", "seed", *BITS], rows)
+
+
+BITS = ["bits per byte", "with retrieval off"]
+
+
+def _bits(result: dict[str, Any]) -> list[str]:
+    return [f"{result[name]:.3f}" for name in ("eval_bits_per_byte", "eval_bits_per_byte_without_memory")]
+
+
+def run_table(run: dict[str, Any]) -> str:
+    """One run of the command line."""
+    result = run["result"]
+    row = [f"{result['parameters'] / 1e6:.2f} M", f"{result['steps']:,}", *_bits(result)]
+    row += [f"{result['tokens_per_second']:,.0f}", f"{result['seconds']:.0f}"]
+    return lines_of(["parameters", "steps", *BITS, "tokens a second", "seconds"], [row])
+
+
+def figures_table(machine: str) -> str:
+    """The README's: what is measured, ours, and what stands beside it."""
+    search, attention, train, generation = (
+        {(entry["case"], entry["mode"], entry["impl"]): entry for entry in results(machine, op)}
+        for op in ("knn_search", "memory_attention", "train", "generate")
     )
-    return "\n".join(lines) + "\n"
+    both, step = ("d64-64k", "forward+backward"), ("enwik8-7680", "step")
+    rows = [
+        [
+            "exact search: 65,536 queries, 32 of 65,536 keys for each",
+            *_times(search, ("d64-64k", "forward"), "faiss-gpu"),
+        ],
+        ["attention to neighbours and local context, with gradients", *_times(attention, both, "upstream-compiled")],
+        [
+            "training, upstream's enwik8 set-up, memory of 7,680",
+            *_rates(train[(*step, OURS)], train[(*step, "upstream")]),
+        ],
+        ["one token of 16 documents, memory of 65,536", *_tokens(generation)],
+        ["held-out C sources, memory of 65,536", *_gain(results(machine, "memory_gain"))],
+    ]
+    return lines_of(["on one GPU", "memtrans", "beside it"], rows) + versions(results(machine, "train")[0])
+
+
+def _times(found: dict[Any, dict[str, Any]], labels: tuple[str, str], rival: str) -> list[str]:
+    ours, theirs = found[(*labels, OURS)]["ms"], found[(*labels, rival)]["ms"]
+    return [f"{milliseconds(ours)} ms", f"{rival}: {milliseconds(theirs)} ms ({theirs / ours:.1f}×)"]
+
+
+def _rates(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    rates = [entry["tokens_per_second"] for entry in (ours, theirs)]
+    return [f"{rates[0]:,.0f} tokens/s", f"upstream: {rates[1]:,.0f} tokens/s (1/{rates[0] / rates[1]:.0f})"]
+
+
+def _tokens(found: dict[Any, dict[str, Any]]) -> list[str]:
+    on, off = (found[f"enwik8-{memory}-b16", "forward", OURS]["ms"] for memory in ("64k", "off"))
+    return [f"{milliseconds(on)} ms", f"without a memory: {milliseconds(off)} ms"]
+
+
+def _gain(entries: Entries) -> list[str]:
+    """The worst seed with the memory against the best run without one."""
+    of = {size: [e for e in entries if e["settings"]["memory"] == size and e["settings"]["position_start"]
+                 and e["settings"]["xl"]] for size in (0, 65536)}  # fmt: skip
+    worst, best = max(e["bits_per_byte"] for e in of[65536]), min(e["bits_per_byte"] for e in of[0])
+    return [f"{worst:.3f} bits per byte", f"without a memory: {best:.3f} bits per byte"]
+
+
+def by_case(entries: Entries) -> dict[str, dict[str, Any]]:
+    return {entry["case"]: entry for entry in entries}
+
+
+KINDS: dict[str | None, Callable[[str, str], str]] = {
+    None: lambda machine, op: table(results(machine, op), ceilings_of(machine)),
+    "peak": lambda machine, op: table(results(machine, op), {}, peak=True),
+    "tokens": lambda machine, op: tokens_table(results(machine, op)),
+    "against": lambda machine, op: against_table(results(machine, op)),
+    "gain": lambda machine, op: gain_table(results(machine, op)),
+    "start": lambda machine, op: start_table(results(machine, op)),
+    "run": lambda machine, op: run_table(results(machine, op)),
+    "figures": lambda machine, op: figures_table(machine),
+    "measured": lambda machine, op: scaling.measured_table(by_case(results(machine, op))),
+    "held": lambda machine, op: scaling.memory_table(),
+    "scaled": lambda machine, op: scaling.throughput_table(by_case(results(machine, op))),
+}
 
 
 def filled(text: str) -> str:
-    """The README with every table made anew."""
-
-    def fill(place: re.Match[str]) -> str:
-        entries = json.loads((RESULTS / place[2] / f"{place[3]}.json").read_text())
-        wanted = (place[4] or "").strip()
-        special = {"tokens": tokens_table, "gain": gain_table}
-        make = special.get(wanted, lambda entries: table(entries, ceilings_of(place[2]), wanted == "peak"))
-        return f"{place[1]}{make(entries)}{place[5]}"
-
-    return PLACE.sub(fill, text)
+    """The page with every table made anew."""
+    return PLACE.sub(lambda place: f"{place[1]}{KINDS[place[4]](place[2], place[3])}{place[5]}", text)
 
 
 if __name__ == "__main__":
-    README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")

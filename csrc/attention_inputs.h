@@ -22,10 +22,10 @@ inline void check_attention_shapes(const AttentionInputs& inputs) {
   check_dims(inputs.slots, "slots", 4, "(B, H, N, K)");
   const int64_t batch = query.size(0), heads = query.size(1), length = query.size(2), width = query.size(3);
   const int64_t groups = key.size(1), local = key.size(2), neighbours = inputs.slots.size(3);
-  STD_TORCH_CHECK(
+  MEMTRANS_CHECK(
       groups > 0 && heads % groups == 0, "key must have G heads of which H = ", heads, " is a multiple, got ",
       shape_of(key));
-  STD_TORCH_CHECK(local == 0 || local >= length, "key must have L of 0 or at least N = ", length, ", got ", local);
+  MEMTRANS_CHECK(local == 0 || local >= length, "key must have L of 0 or at least N = ", length, ", got ", local);
   check_shape(key, "key", {batch, groups, local, width}, "(B, G, L, D)");
   check_shape(inputs.value, "value", {batch, groups, local, width}, "(B, G, L, D)");
   check_shape(memory, "memory_keys", {memory.size(0), memory.size(1), width}, "(R, M + S, D)");
@@ -36,14 +36,13 @@ inline void check_attention_shapes(const AttentionInputs& inputs) {
   check_shape(inputs.scale, "scale", {heads}, "(H,)");
   if (const auto& table = inputs.bias_table) {
     check_dims(*table, "bias_table", 2, "(H, distances)");
-    STD_TORCH_CHECK(
+    MEMTRANS_CHECK(
         table->size(0) == heads && table->size(1) > 0, "bias_table must have H = ", heads,
         " rows of at least one distance, got ", shape_of(*table));
   }
   if (const auto& dense = inputs.bias_dense) {
     check_dims(*dense, "bias_dense", 4, "(1 or B, H, N, L)");
-    check_shape(
-        *dense, "bias_dense", {dense->size(0) == 1 ? 1 : batch, heads, length, local}, "(1 or B, H, N, L)");
+    check_shape(*dense, "bias_dense", {dense->size(0) == 1 ? 1 : batch, heads, length, local}, "(1 or B, H, N, L)");
   }
   if (inputs.memory_offset) {
     check_shape(*inputs.memory_offset, "memory_offset", {heads}, "(H,)");
@@ -51,14 +50,17 @@ inline void check_attention_shapes(const AttentionInputs& inputs) {
   if (inputs.local_length) {
     check_shape(*inputs.local_length, "local_length", {batch}, "(B,)");
   }
+  if (inputs.seed) {
+    check_dims(*inputs.seed, "seed", 0, "()");
+  }
 }
 
 inline void check_memory_attention(const AttentionInputs& inputs) {
   check_attention_shapes(inputs);
-  STD_TORCH_CHECK(inputs.slots.scalar_type() == ScalarType::Int, "slots must be int32");
-  STD_TORCH_CHECK(
+  MEMTRANS_CHECK(inputs.slots.scalar_type() == ScalarType::Int, "slots must be int32");
+  MEMTRANS_CHECK(
       inputs.dropout_p >= 0.0 && inputs.dropout_p < 1.0, "dropout_p must lie in [0, 1), got ", inputs.dropout_p);
-  STD_TORCH_CHECK(inputs.dropout_p == 0.0 || inputs.seed, "seed must be given when dropout_p > 0");
+  MEMTRANS_CHECK(inputs.dropout_p == 0.0 || inputs.seed, "seed must be given when dropout_p > 0");
   const std::pair<const char*, std::optional<Tensor>> floating[] = {
       {"query", inputs.query},
       {"key", inputs.key},

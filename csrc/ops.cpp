@@ -23,8 +23,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(memtrans, library) {
       "float dropout_p, Tensor? seed) -> (Tensor query, Tensor key, Tensor value, Tensor scale, Tensor bias_table, "
       "Tensor bias_dense, Tensor memory_offset)");
   library.def(
-      "native_faiss_search(Tensor query, Tensor keys, Tensor rows, Tensor start, Tensor cursor, int capacity, int k) -> "
-      "(Tensor scores, Tensor positions)");
+      "native_faiss_search(Tensor query, Tensor keys, Tensor rows, Tensor start, Tensor cursor, int capacity, int k) "
+      "-> (Tensor scores, Tensor positions)");
   library.def("native_faiss_versions() -> (int headers, int library)");
 }
 

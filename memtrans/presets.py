@@ -17,10 +17,9 @@ out); the search is exact; plain layers do not normalise keys; a key enters the 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-import torch
-
-from memtrans.training.settings import Settings, build_model
+from memtrans.training.settings import Settings
 
 TABLE_4 = (  # context, memory, XL cache
     (512, 0, 0),
@@ -44,7 +43,7 @@ def paper(
     *,
     memory_layers: tuple[int, ...] = (9,),
     neighbours: int = 32,
-    combine: str = "gate",
+    combine: Literal["softmax", "gate"] = "gate",
     kv_heads: int = 8,
 ) -> Settings:
     """The paper's model and optimiser, for a row of its table 4 or any other; see the module.
@@ -119,7 +118,7 @@ PRESETS: dict[str, Settings] = {
         eval_bytes=16384,
         sample=4,
     ),
-    # Minutes on one GPU: what the README's "What the memory buys" trains, on documents of 64 KB and more.
+    # Minutes on one GPU: what docs/results.md trains, on documents of 64 KB and more.
     "code": Settings(
         steps=18_310,  # 300 MB
         batch=32,
@@ -236,6 +235,10 @@ def figures(settings: Settings) -> Figures:
     >>> print(figures(PRESETS["paper-512-8192-512"]).parameters)
     216687376
     """
+    import torch  # here, because `--help` lists the presets and need not wait for it
+
+    from memtrans.training.model import build_model
+
     with torch.device("meta"):
         model = build_model(settings)
     matrices = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))

@@ -7,16 +7,19 @@ Nothing in the directory executes when read.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import nn
 
+from memtrans.annotations import allows, described
 from memtrans.distributed.dtensors import gathered, holders_of
+from memtrans.files import MOST_JSON, parse_json, parse_tensors, read_file
 from memtrans.memory.knn_memory import KNNMemory
 from memtrans.memory.memory_list import KNNMemoryList
 from memtrans.storage import write_atomically
@@ -92,6 +95,29 @@ class Pretrained(nn.Module):
 
         ranks.together(lambda: write() if ranks.first else None)
 
+    def push_to_hub(self, repo_id: str, memories: KNNMemoryList | None = None, **options: Any) -> str:
+        """Uploads what `save_pretrained` writes to a repository of huggingface.co, made if missing.
+
+        Args:
+            repo_id: `user/name`. memories: uploaded too, if given.
+            options: of `huggingface_hub.HfApi.upload_folder`, such as `commit_message`, `revision` or `token`; with
+                `private=True` a repository that is made is private.
+
+        Returns:
+            The address of the commit.
+
+        Raises ImportError, which names the extra to install, without `huggingface_hub`.
+        """
+        try:
+            from huggingface_hub import HfApi
+        except ImportError as error:
+            raise ImportError("push_to_hub needs huggingface_hub: pip install 'memtrans[hub]'") from error
+        api = HfApi(token=options.pop("token", None))
+        with tempfile.TemporaryDirectory() as directory:
+            self.save_pretrained(directory, memories)
+            api.create_repo(repo_id, private=options.pop("private", None), exist_ok=True)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=directory, **options))
+
     @classmethod
     def from_pretrained(
         cls: type[ModelType], directory: str | Path, *, device: torch.device | str | None = None, **overrides: Any
@@ -106,13 +132,19 @@ class Pretrained(nn.Module):
             FileNotFoundError: a file is missing. ValueError: one is damaged, or of another kind, version or shape.
         """
         directory = Path(directory)
-        config = {**_read_config(directory / CONFIG), **overrides}
+        config = _read_config(directory / CONFIG)
+        _check_types(cls, config, directory / CONFIG)
+        config |= overrides
+        weights = _read_weights(directory / WEIGHTS)
+        if isinstance(config.get("depth"), int) and config["depth"] > len(weights):
+            raise ValueError(
+                f"{WEIGHTS} must hold weights of the model in {CONFIG}, got {len(weights)} for {config['depth']} layers"
+            )
         try:
             with torch.device("meta"):
                 model = cls(**config)
-        except TypeError as error:
+        except (TypeError, RuntimeError) as error:
             raise ValueError(f"{CONFIG} must hold arguments of {cls.__name__}, got others: {error}") from error
-        weights = _read_weights(directory / WEIGHTS)
         try:
             model.load_state_dict(weights, assign=True)
         except RuntimeError as error:
@@ -161,11 +193,20 @@ def _whole_weights(state: Mapping[str, torch.Tensor], kept: bool) -> dict[str, t
     return weights
 
 
+def _check_types(kind: type[Pretrained], config: Mapping[str, Any], path: Path) -> None:
+    """Raises ValueError for an argument of another type than the constructor's: a string would count as true."""
+    hints = get_type_hints(kind.__init__)
+    for name, value in config.items():
+        if name in hints and not allows(hints[name], value):
+            raise ValueError(f"{name} must be of type {described(hints[name])}, got {value!r} in {str(path)!r}")
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"directory must hold {CONFIG}, got {str(path.parent)!r}, which does not")
+    content = read_file(CONFIG, path, MOST_JSON)
     try:
-        config = json.loads(path.read_bytes())
+        config = parse_json(content)
     except ValueError as error:
         raise ValueError(f"{CONFIG} must be JSON, got {str(path)!r}: {error}") from error
     if not isinstance(config, dict) or config.pop("model_type", None) != MODEL_TYPE:
@@ -178,6 +219,6 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     if not path.exists():
         raise FileNotFoundError(f"directory must hold {WEIGHTS}, got {str(path.parent)!r}, which does not")
     try:
-        return load(path.read_bytes())
+        return parse_tensors(read_file(WEIGHTS, path))
     except SafetensorError as error:
         raise ValueError(f"{WEIGHTS} must be a whole safetensors file, got {str(path)!r}: {error}") from error

@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from memtrans.files import NO_TENSORS, check_file, parse_json
+
 
 def _umask() -> int:
     """The process's mask; it can only be read by setting it."""
@@ -51,15 +53,16 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"path must name a file written as {kind}, got {str(path)!r}, which does not exist")
+    check_file("path", path)
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, *NO_TENSORS) as error:
         raise ValueError(f"path must name a whole safetensors file, got {str(path)!r}: {error}") from error
     if metadata.get("kind") != kind:
         raise ValueError(f"path must name a file written as {kind}, got {str(path)!r} of {metadata.get('kind')}")
     try:
-        return tensors, dict(json.loads(metadata["configuration"]))
+        return tensors, dict(parse_json(metadata["configuration"]))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"path must name a file with a JSON configuration, got {str(path)!r}: {error}") from error

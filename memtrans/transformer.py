@@ -6,8 +6,9 @@ Shapes: B documents, N tokens of the segment, X cached XL tokens, D head width, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,28 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from memtrans.attention import Attention, LocalContext
-from memtrans.checks import (
-    check_count,
-    check_finite,
-    check_hidden,
-    check_ids,
-    check_labels,
-    check_number,
-    clearing_token,
-    layer_numbers,
-    sizes,
-    whole_number,
-)
+from memtrans.attention import Attention, LayerInputs
+from memtrans.checks import check_count, check_finite, check_hidden, check_ids, check_labels
 from memtrans.compatibility import UNUSED, warn_unused
+from memtrans.config import architecture_of, attention_arguments
 from memtrans.knn_attention import KNNAttention
-from memtrans.memory.knn_memory import KNNMemory, snapshot_for
+from memtrans.memory.knn_memory import KNNMemory
 from memtrans.memory.memory_list import KNNMemoryList
 from memtrans.memory.ring import MemorySnapshot
+from memtrans.memory.snapshots import snapshots_for
 from memtrans.position import T5RelativePositionBias
 from memtrans.pretrained import Pretrained, configuration_of
-from memtrans.xl_memories import XLMemories, caches_of, length_after, length_of, longest_of
-from memtrans_kernels import checks
+from memtrans.xl_memories import XLMemories, caches_of, check_caches, length_after, length_of, longest_of
 
 
 class PreNormResidual(nn.Module):
@@ -47,8 +38,8 @@ class PreNormResidual(nn.Module):
         self.fn = fn
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, **kwargs: Any) -> Any:
-        out = self.fn(self.norm(x), **kwargs)
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        out = self.fn(self.norm(x), *args, **kwargs)  # (B, N, dim)
         if not isinstance(out, tuple):
             return out + x
         head, *tail = out
@@ -71,21 +62,31 @@ class MemorizingTransformer(Pretrained):
     """A decoder-only transformer with a memory in some layers and an XL cache in some.
 
     Args:
-        num_tokens: V. dim: model width. depth: layers. dim_head: D. heads: H of plain layers.
-        knn_attn_heads: H of memorizing layers. Default: heads.
-        attn_dropout, ff_dropout: dropout. ff_mult: width of the feed-forward layers over dim.
+        num_tokens: V, tokens of the vocabulary.
+        dim: model width.
+        depth: layers.
+        dim_head: D, width of an attention head.
+        heads: H of plain layers.
+        knn_attn_heads: H of memorizing layers. Default: `heads`.
+        attn_dropout: probability of dropping an attention weight, in training.
+        ff_mult: width of the feed-forward layers over `dim`.
+        ff_dropout: probability of dropping a number inside a feed-forward layer, in training.
         memorizing_layers: layers (from 1) with a memory; an int, a sequence, `()` for none. Default: depth // 2.
-        max_knn_memories: M. num_retrieved_memories: K.
-        clear_memories_on_sos_token_id: a row that contains it forgets its memory before the segment.
-        clear_memories_on_eos_token_id: a row that contains it forgets its memory after the segment.
+        max_knn_memories: M, entries of each document that a memory keeps.
+        num_retrieved_memories: K, neighbours of each query.
+        clear_memories_on_sos_token_id: a row that contains it forgets its memory before the segment. Default: none.
+        clear_memories_on_eos_token_id: a row that contains it forgets its memory after the segment. Default: none.
+        knn_memories_directory: accepted and ignored, with a DeprecationWarning.
         shift_knn_memories_down: a layer searches the memory this many memorizing layers above, wrapping round.
-        shift_xl_memories_down: a layer attends to the XL cache this many caching layers above, wrapping round.
         pad_id: labels equal to it are not scored; -1 scores every byte.
-        xl_max_memories: X, tokens an XL cache keeps; 0 for none. xl_memory_layers: layers with one. Default: all.
-        knn_memories_directory, knn_memory_multiprocessing: accepted and ignored, with a DeprecationWarning.
-        kv_heads: G. attn_scale_init: start of the temperature of memorizing layers.
-        memory_offset: start of a learned offset per head on the retrieved logits; None for none.
-        combine: "softmax" over retrieved and local keys together, or one softmax each and a learned "gate" per head.
+        xl_max_memories: X, tokens that an XL cache keeps; 0 for none.
+        xl_memory_layers: layers (from 1) with an XL cache. Default: all.
+        shift_xl_memories_down: a layer attends to the XL cache this many caching layers above, wrapping round.
+        knn_memory_multiprocessing: accepted and ignored, with a DeprecationWarning.
+        kv_heads: G, key/value heads; divides H.
+        attn_scale_init: what the temperature (H,) of memorizing layers starts at.
+        memory_offset: what a learned offset (H,) on the retrieved logits starts at; None for none.
+        combine: "softmax" over retrieved and local keys together, or one softmax each and a learned "gate" (H,).
         legacy: upstream's positions (the XL cache does not count) and shift (reads and writes rotate together), for
             checkpoints trained with it.
         activation_checkpointing: recompute each layer in the backward pass instead of keeping its activations.
@@ -143,66 +144,29 @@ class MemorizingTransformer(Pretrained):
         warn_unused(
             knn_memories_directory=knn_memories_directory, knn_memory_multiprocessing=knn_memory_multiprocessing
         )
-        knn_attn_heads = heads if knn_attn_heads is None else knn_attn_heads
-        num_tokens, dim, depth = sizes(1, num_tokens=num_tokens, dim=dim, depth=depth)
-        dim_head, heads, knn_attn_heads = sizes(1, dim_head=dim_head, heads=heads, knn_attn_heads=knn_attn_heads)
-        (max_knn_memories,) = sizes(1, max_knn_memories=max_knn_memories)
-        xl_max_memories = whole_number("xl_max_memories", xl_max_memories, low=0)
-        checks.probability("attn_dropout", attn_dropout)
-        checks.probability("ff_dropout", ff_dropout)
-        check_number("ff_mult", ff_mult, above=0)
-        self.num_tokens, self.dim, self.dim_head, self.kv_heads = num_tokens, dim, dim_head, kv_heads
-        self.max_knn_memories, self.pad_id = max_knn_memories, checks.integer("pad_id", pad_id)
-        self.clear_memories_on_sos_token_id = clearing_token("sos", clear_memories_on_sos_token_id, num_tokens)
-        self.clear_memories_on_eos_token_id = clearing_token("eos", clear_memories_on_eos_token_id, num_tokens)
-        self.shift_knn_memories_down = whole_number("shift_knn_memories_down", shift_knn_memories_down)
-        self.shift_xl_memories_down = whole_number("shift_xl_memories_down", shift_xl_memories_down)
-        self.legacy, self.activation_checkpointing, self.validate = legacy, activation_checkpointing, validate
-        self._choose_layers(depth, memorizing_layers, xl_memory_layers, xl_max_memories)
-
-        self.token_emb = nn.Embedding(num_tokens, dim)
-        self.rel_pos_bias = T5RelativePositionBias(scale=dim_head**0.5, heads=heads)
-        self.knn_rel_pos_bias = T5RelativePositionBias(scale=dim_head**0.5, heads=knn_attn_heads)
-        self.layers = nn.ModuleList(self._layer(number) for number in range(1, depth + 1))
-        self.to_logits = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, num_tokens))
-
-    def _choose_layers(
-        self,
-        depth: int,
-        memorizing: int | Sequence[int] | None,
-        caching: int | Sequence[int] | None,
-        xl_max_memories: int,
-    ) -> None:
-        """Which layers have a memory, and which an XL cache."""
-        middle = (depth // 2,) if depth > 1 else ()
-        self.memorizing_layers = layer_numbers("memorizing_layers", memorizing, middle, depth)
-        self.num_memory_layers = len(self.memorizing_layers)
-        xl_layers = layer_numbers("xl_memory_layers", caching, range(1, depth + 1), depth)
-        self.config |= {"memorizing_layers": list(self.memorizing_layers), "xl_memory_layers": list(xl_layers)}
-        self.xl_memory_layers = xl_layers if xl_max_memories > 0 else ()
+        layers = architecture_of(arguments)
+        self.config |= {"memorizing_layers": list(layers.memorizing), "xl_memory_layers": list(layers.caching)}
+        self.num_tokens, self.dim, self.dim_head = layers.num_tokens, layers.dim, layers.dim_head
+        self.kv_heads, self.max_knn_memories, self.pad_id = kv_heads, layers.max_knn_memories, layers.pad_id
+        self.clear_memories_on_sos_token_id = layers.start_token
+        self.clear_memories_on_eos_token_id = layers.end_token
+        self.shift_knn_memories_down, self.shift_xl_memories_down = layers.shift_knn, layers.shift_xl
+        self.memorizing_layers, self.num_memory_layers = layers.memorizing, len(layers.memorizing)
+        self.xl_memory_layers = layers.caching if layers.xl_max_memories > 0 else ()
         self.num_xl_memory_layers = len(self.xl_memory_layers)
+        self.legacy, self.activation_checkpointing, self.validate = legacy, activation_checkpointing, validate
 
-    def _layer(self, number: int) -> nn.ModuleList:
-        """Attention, then feed-forward, each behind a norm and beside a residual connection."""
-        attention = PreNormResidual(self.dim, self._attention(number))
-        feed_forward = FeedForward(self.dim, self.config["ff_mult"], self.config["ff_dropout"])
-        return nn.ModuleList([attention, PreNormResidual(self.dim, feed_forward)])
-
-    def _attention(self, number: int) -> LocalContext:
-        """To the local context; in a memorizing layer to the memory too."""
-        config = self.config
-        shared: dict[str, Any] = {
-            "dim": self.dim,
-            "dim_head": self.dim_head,
-            "kv_heads": self.kv_heads,
-            "dropout": config["attn_dropout"],
-            "xl_max_memories": config["xl_max_memories"] if number in self.xl_memory_layers else 0,
-        }
-        if number not in self.memorizing_layers:
-            return Attention(heads=config["heads"], **shared)
-        heads = config["heads"] if config["knn_attn_heads"] is None else config["knn_attn_heads"]
-        of_memory = ("num_retrieved_memories", "attn_scale_init", "memory_offset", "combine")
-        return KNNAttention(heads=heads, **{name: config[name] for name in of_memory}, **shared)
+        self.token_emb = nn.Embedding(layers.num_tokens, layers.dim)
+        position_scale = layers.dim_head**0.5
+        self.rel_pos_bias = T5RelativePositionBias(scale=position_scale, heads=layers.heads)
+        self.knn_rel_pos_bias = T5RelativePositionBias(scale=position_scale, heads=layers.knn_attn_heads)
+        self.layers = nn.ModuleList()
+        for number in range(1, layers.depth + 1):
+            kind = KNNAttention if number in layers.memorizing else Attention
+            attention = PreNormResidual(layers.dim, kind(**attention_arguments(arguments, number, layers)))
+            feed_forward = PreNormResidual(layers.dim, FeedForward(layers.dim, ff_mult, ff_dropout))
+            self.layers.append(nn.ModuleList([attention, feed_forward]))
+        self.to_logits = nn.Sequential(nn.LayerNorm(layers.dim), nn.Linear(layers.dim, layers.num_tokens))
 
     # ------------------------------------------------------------------------------------------------ memories
 
@@ -240,12 +204,14 @@ class MemorizingTransformer(Pretrained):
         """Reads one segment.
 
         Args:
-            x: token ids (B, N). knn_memories: one per memorizing layer, memories or snapshots of them.
+            x: token ids (B, N) int64 or int32.
+            knn_memories: one per memorizing layer, memories or snapshots of them.
             xl_memories: one (B, X, 2, D), or (B, G, X, 2, D) if G > 1, per caching layer, as the last call returned
-                them.
-            labels: (B, N); the mean loss over those that differ from pad_id is returned.
+                them. Default: none yet.
+            labels: (B, N) int64 or int32; the mean loss over those that differ from pad_id is returned.
             add_knn_memory: False leaves the memories as they are.
-            inputs_embeds: (B, N, dim) instead of x. return_embeddings: stop before the logits, after the last norm.
+            inputs_embeds: (B, N, dim) instead of x.
+            return_embeddings: stop before the logits, after the last norm.
             lengths: (B,) int64, how many tokens of each row are real; padding at the tail is neither cached nor stored,
                 and start and end tokens there mean nothing. The row may go on in the next segment. Default: all.
             xl_length: (B,) int64, how many of the newest cached tokens belong to each row's document. Default: what
@@ -263,24 +229,41 @@ class MemorizingTransformer(Pretrained):
         """
         if (x is None) == (inputs_embeds is None):
             raise ValueError("exactly one of x and inputs_embeds must be given")
-        hidden = self._embed(x, inputs_embeds)
-        # whatever is refused is refused before the memory changes
-        check_labels(labels, hidden, self.num_tokens, self.pad_id, self.validate)
-        check_count("lengths", lengths, hidden, hidden.shape[1])
-        if xl_length is None:
-            xl_length = length_of(xl_memories)
-        check_count("xl_length", xl_length, hidden)
-        caches = caches_of(xl_memories, self.xl_memory_layers, hidden, self.kv_heads, self.dim_head)
-        snapshots = self.snapshots(knn_memories, hidden)
-        if x is not None and add_knn_memory:
-            snapshots = self._clear(snapshots, x, lengths, self.clear_memories_on_sos_token_id)
+        checked = not torch.compiler.is_compiling()  # what is refused is refused before the memory changes
+        weight = self.token_emb.weight
+        if inputs_embeds is not None:
+            if checked:
+                check_hidden("inputs_embeds", inputs_embeds, weight)
+                check_finite("inputs_embeds", inputs_embeds, self.validate)
+            hidden = inputs_embeds
+        else:
+            assert x is not None
+            if checked:
+                check_ids("x", x, self.num_tokens, None, weight.device, self.validate)
+            hidden = self.token_emb(x)  # (B, N, dim)
+        batch, length, _ = hidden.shape
+        caches = caches_of(xl_memories, self.xl_memory_layers)
+        xl_length = length_of(xl_memories) if xl_length is None else xl_length
+        if checked:
+            self._check(batch, length, caches, labels, lengths, xl_length)
+        snapshots = self.snapshots(knn_memories, batch, length)
 
-        hidden, stored, new_xl_memories = self._read(hidden, snapshots, caches, add_knn_memory, lengths, xl_length)
-        if x is not None and add_knn_memory:
-            self._clear(stored, x, lengths, self.clear_memories_on_eos_token_id)
+        start, end = self.clear_memories_on_sos_token_id, self.clear_memories_on_eos_token_id
+        ids = x if add_knn_memory else None  # read-only calls clear nothing
+        if ids is not None and start is not None:
+            snapshots = self._clear(snapshots, ids, lengths, start)
+        inputs = self._layer_inputs(length, caches, lengths, xl_length)
+        hidden, stored, new_caches = self.run_layers(hidden, inputs, snapshots, add_knn_memory)
+        if ids is not None and end is not None:
+            self._clear(stored, ids, lengths, end)
 
-        result = self.head(hidden, labels, return_embeddings)
-        return (result, new_xl_memories) if self.num_xl_memory_layers else result
+        result = self.head(hidden, labels, return_embeddings)  # (B, N, V)
+        if not self.num_xl_memory_layers:
+            return result
+        held = length_after(caches, length, lengths, xl_length)  # (B,)
+        if held is not None:
+            new_caches = XLMemories(new_caches, held.clamp(max=new_caches[0].shape[-3]))
+        return result, new_caches
 
     def head(self, hidden: Tensor, labels: Tensor | None = None, return_embeddings: bool = False) -> Tensor:
         """What `forward` returns for the last layer's result (B, N, dim)."""
@@ -293,115 +276,114 @@ class MemorizingTransformer(Pretrained):
             return logits
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten().long(), ignore_index=self.pad_id)
 
-    def _read(
-        self,
-        hidden: Tensor,
-        snapshots: list[MemorySnapshot],
-        xl_memories: list[Tensor | None],
-        add_knn_memory: bool,
-        lengths: Tensor | None,
-        xl_length: Tensor | None,
-    ) -> tuple[Tensor, list[MemorySnapshot], list[Tensor]]:
-        """Runs all layers: the result, the memories after it, the new XL caches."""
-        length = hidden.shape[1]
-        free = longest_of(xl_memories) if self.legacy else 0
-        contexts: list[dict[str, Any]] = [{"lengths": lengths} for _ in self.layers]
-        for place, number in enumerate(self.xl_memory_layers):
-            cached = xl_memories[(place + self.shift_xl_memories_down) % self.num_xl_memory_layers]
-            contexts[number - 1]["xl_memory"] = cached
+    def _layer_inputs(
+        self, length: int, caches: list[Tensor | None], lengths: Tensor | None, xl_length: Tensor | None
+    ) -> list[LayerInputs]:
+        """For each layer the bias of its kind, and the XL cache that it attends to; of a segment of N = `length`."""
+        free = longest_of(caches) if self.legacy else 0
+        plain, of_memory = self.rel_pos_bias.table(free), self.knn_rel_pos_bias.table(free)  # (H, distances) each
+        inputs = []
+        for number in range(1, len(self.layers) + 1):
+            bias = of_memory if number in self.memorizing_layers else plain
+            cached = local_length = None
+            if number in self.xl_memory_layers:
+                place = self.xl_memory_layers.index(number) + self.shift_xl_memories_down
+                cached = caches[place % self.num_xl_memory_layers]
             if cached is not None and xl_length is not None:
-                contexts[number - 1]["local_length"] = xl_length.clamp(max=cached.shape[-3]) + length
-        bias = self.rel_pos_bias.table(free), self.knn_rel_pos_bias.table(free)
-        hidden, stored, new = self.run_layers(hidden, snapshots, contexts, bias, add_knn_memory=add_knn_memory)
-        held = length_after(xl_memories, length, lengths, xl_length)
-        if held is not None and new:
-            new = XLMemories(new, held.clamp(max=new[0].shape[-3]))
-        return hidden, stored, new
+                local_length = xl_length.clamp(max=cached.shape[-3]) + length  # (B,)
+            inputs.append(LayerInputs(cached, bias, local_length, lengths))
+        return inputs
 
     def run_layers(
         self,
         hidden: Tensor,
+        inputs: Sequence[LayerInputs],
         snapshots: Sequence[MemorySnapshot],
-        contexts: Sequence[Mapping[str, Any]],
-        bias: tuple[Tensor, Tensor],
-        **of_memory_layers: Any,
+        add_knn_memory: bool,
     ) -> tuple[Tensor, list[MemorySnapshot], list[Tensor]]:
-        """Runs embeddings (B, N, dim) through all layers: for callers that keep the local context themselves.
+        """Runs embeddings (B, N, dim) through all layers and checks nothing: for `forward`, and for callers that keep
+        the local context themselves.
 
-        snapshots: of the memories. contexts: for each layer what its attention is given of the local context
-        (`xl_memory`, `local_length`) and of padding (`lengths`). bias: of plain and of memorizing layers.
-        of_memory_layers: given to these alone.
+        Args:
+            hidden: (B, N, dim).
+            inputs: for each layer, what its attention is given beside them.
+            snapshots: of the memories, one for each memorizing layer.
+            add_knn_memory: False leaves the memories as they are.
 
-        Returns the result, the memories after it and the new XL caches.
+        Returns:
+            the result (B, N, dim), the memories after it and the new XL caches.
         """
+        recomputed = self.activation_checkpointing and torch.is_grad_enabled()
         stored: list[MemorySnapshot] = []
-        new_xl_memories: list[Tensor] = []
-        blocks = zip(self._blocks(), contexts, strict=True)
-        for number, ((attention, feed_forward), context) in enumerate(blocks, start=1):
-            arguments: dict[str, Any] = {"rel_pos_bias": bias[0], **context}
+        new_caches: list[Tensor] = []
+        for number, (layer, of_layer) in enumerate(zip(self.layers, inputs, strict=True), start=1):
+            blocks: Iterator[Callable[..., Any]] = layer.children()
+            if recomputed:
+                blocks = (partial(checkpoint, block, use_reentrant=False) for block in blocks)
+            attention, feed_forward = blocks
+            of_memory: dict[str, Any] = {}
             if number in self.memorizing_layers:
                 searched, added_to = self.memories_of(self.memorizing_layers.index(number))
-                arguments |= {"rel_pos_bias": bias[1], "knn_memory": snapshots[searched]}
-                arguments |= {"add_to": snapshots[added_to], "return_memory": True, **of_memory_layers}
-            hidden, new_xl, *after = self._run(attention, hidden, **arguments)
-            hidden = self._run(feed_forward, hidden)
+                of_memory = {"knn_memory": snapshots[searched], "add_to": snapshots[added_to]}
+                of_memory |= {"add_knn_memory": add_knn_memory, "return_memory": True}
+            hidden, new_cache, *after = attention(hidden, of_layer, **of_memory)  # (B, N, dim)
+            hidden = feed_forward(hidden)  # (B, N, dim)
             stored.extend(after)
-            if new_xl is not None:
-                new_xl_memories.append(new_xl)
-        return hidden, stored, new_xl_memories
-
-    def _blocks(self) -> Iterator[tuple[nn.Module, nn.Module]]:
-        """Attention and feed-forward of each layer."""
-        for layer in self.layers:
-            attention, feed_forward = layer.children()
-            yield attention, feed_forward
+            if new_cache is not None:
+                new_caches.append(new_cache)
+        return hidden, stored, new_caches
 
     def memories_of(self, place: int) -> tuple[int, int]:
         """Which memory the memorizing layer at `place` searches and which it adds to; upstream's shift moved both."""
         searched = (place + self.shift_knn_memories_down) % self.num_memory_layers
         return searched, searched if self.legacy else place
 
-    def _run(self, block: nn.Module, hidden: Tensor, **arguments: Any) -> Any:
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, hidden, use_reentrant=False, **arguments)
-        return block(hidden, **arguments)
-
     # -------------------------------------------------------------------------------------------------- checks
 
-    def _embed(self, x: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        weight = self.token_emb.weight
-        if x is not None:
-            check_ids("x", x, self.num_tokens, None, weight.device, self.validate)
-            return self.token_emb(x)
-        assert inputs_embeds is not None
-        check_hidden("inputs_embeds", inputs_embeds, weight)
-        check_finite("inputs_embeds", inputs_embeds, self.validate)
-        return inputs_embeds
+    def _check(
+        self,
+        batch: int,
+        length: int,
+        caches: Sequence[Tensor | None],
+        labels: Tensor | None,
+        lengths: Tensor | None,
+        xl_length: Tensor | None,
+    ) -> None:
+        """Raises unless everything but the input and the memories fits a segment (B, N); see `forward`."""
+        device = self.token_emb.weight.device
+        if labels is not None:
+            check_labels(labels, (batch, length), self.num_tokens, self.pad_id, device, self.validate)
+        check_count("lengths", lengths, batch, device, length)
+        check_count("xl_length", xl_length, batch, device)
+        check_caches(caches, batch, self.kv_heads, self.dim_head, device)
 
-    def snapshots(self, memories: Sequence[KNNMemory | MemorySnapshot], hidden: Tensor) -> list[MemorySnapshot]:
-        """One snapshot per memory, taken before anything is added; refuses memories that are not this model's.
+    def snapshots(
+        self, memories: Sequence[KNNMemory | MemorySnapshot], batch: int, longest: int
+    ) -> list[MemorySnapshot]:
+        """One snapshot per memory, taken before anything is added; raises where a memory is not this model's.
 
-        hidden: (B, N, any), on the model's device; the memories make room for segments of N.
+        Args:
+            memories: one for each memorizing layer, of B = `batch` documents in scope.
+            longest: the memories make room for segments of so many tokens.
+
+        Raises:
+            ValueError, TypeError: another number of memories, no memory, or one of other sizes or another device.
         """
-        if not isinstance(memories, Sequence):
-            raise TypeError(f"knn_memories must be a sequence of memories, got {type(memories).__name__}")
-        if len(memories) != self.num_memory_layers:
-            raise ValueError(
-                f"knn_memories must hold one memory for each of the layers {self.memorizing_layers}, "
-                f"got {len(memories)}"
-            )
-        return [
-            snapshot_for(f"knn_memories[{place}]", memory, hidden, hidden.shape[1], self.kv_heads, self.dim_head)
-            for place, memory in enumerate(memories)
-        ]
+        return snapshots_for(
+            memories,
+            self.memorizing_layers,
+            batch=batch,
+            longest=longest,
+            device=self.token_emb.weight.device,
+            kv_heads=self.kv_heads,
+            width=self.dim_head,
+        )
 
     @staticmethod
     def _clear(
-        snapshots: list[MemorySnapshot], x: Tensor, lengths: Tensor | None, token_id: int | None
+        snapshots: list[MemorySnapshot], x: Tensor, lengths: Tensor | None, token_id: int
     ) -> list[MemorySnapshot]:
         """Forgets the documents whose row of x contains the token before its padding; on the device."""
-        if token_id is None:
-            return snapshots
         found = x == token_id
         if lengths is not None:
             found = found & (torch.arange(x.shape[1], device=x.device) < lengths[:, None])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor
 
 from memtrans.checks import check_cache
@@ -60,14 +61,16 @@ def length_after(
     return None if lengths is None else size + lengths
 
 
-def caches_of(
-    xl_memories: Sequence[Tensor | None] | None, layers: Sequence[int], hidden: Tensor, kv_heads: int, width: int
-) -> list[Tensor | None]:
-    """The XL caches given, or none for each of the caching layers, for hidden (B, N, dim); refuses what is none."""
+def caches_of(xl_memories: Sequence[Tensor | None] | None, layers: Sequence[int]) -> list[Tensor | None]:
+    """The XL caches given, or none for each of the caching layers; raises ValueError where their number is another."""
     caches: list[Tensor | None] = [None] * len(layers) if xl_memories is None else list(xl_memories)
     if len(caches) != len(layers):
         raise ValueError(f"xl_memories must hold one cache for each of the layers {layers}, got {len(caches)}")
+    return caches
+
+
+def check_caches(caches: Sequence[Tensor | None], batch: int, kv_heads: int, width: int, device: torch.device) -> None:
+    """Raises ValueError or TypeError unless every XL cache is (B, X, 2, D), or (B, G, X, 2, D) if G > 1."""
     for place, cache in enumerate(caches):
         if cache is not None:
-            check_cache(f"xl_memories[{place}]", cache, hidden.shape[0], kv_heads, width, hidden.device)
-    return caches
+            check_cache(f"xl_memories[{place}]", cache, batch, kv_heads, width, device)

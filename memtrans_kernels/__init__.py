@@ -5,7 +5,15 @@ segment, X cached XL tokens, L = X + N local keys, D head width, R memory rows (
 row, S spare slots, K retrieved neighbours.
 """
 
-from memtrans_kernels.api import cosine, knn_add_, knn_merge, knn_search, local_attention, memory_attention
+from memtrans_kernels.api import (
+    cosine,
+    knn_add_,
+    knn_merge,
+    knn_search,
+    local_attention,
+    memory_attention,
+    merge_attention,
+)
 from memtrans_kernels.backends import backends_info
 from memtrans_kernels.ledger import Ledger, StaleMemoryError, ledger_advance_, ledger_ticket, read_cursors
 
@@ -21,5 +29,6 @@ __all__ = [
     "ledger_ticket",
     "local_attention",
     "memory_attention",
+    "merge_attention",
     "read_cursors",
 ]

@@ -20,7 +20,10 @@ import torch
 from torch import Tensor
 
 from memtrans_kernels import native
+from memtrans_kernels.attention_inputs import AttentionInputs
+from memtrans_kernels.mending import mending_command
 
+Function = Callable[..., Any]
 BACKENDS = ("auto", "reference", "triton", "native", "faiss")
 ENVIRONMENT_VARIABLE = "MEMTRANS_BACKEND"
 
@@ -68,8 +71,10 @@ NARROW = "no float64"
 
 
 def _no_float64(*arguments: Any) -> str | None:
-    wide = any(isinstance(argument, Tensor) and argument.dtype == torch.float64 for argument in arguments)
-    return "it computes in float32, not in float64" if wide else None
+    for argument in arguments:
+        if isinstance(argument, Tensor) and argument.dtype == torch.float64:
+            return "it computes in float32, not in float64"
+    return None
 
 
 def _no_float64_keys(query: Tensor, keys: Tensor, *_: Any) -> str | None:
@@ -96,14 +101,14 @@ SEARCH_LIMITS = f"float16 and bfloat16 keys, D of {SEARCH_WIDTHS}, K up to {SEAR
 
 
 def _unfit_for_hopper(
-    query: Tensor, keys: Tensor, rows: Tensor, start: Tensor, cursor: Tensor, *sizes: int
+    query: Tensor, keys: Tensor, rows: Tensor, start: Tensor, cursor: Tensor, capacity: int, k: int
 ) -> str | None:
     if keys.dtype not in (torch.float16, torch.bfloat16):
         return f"keys must be float16 or bfloat16, got {keys.dtype}"
     if keys.shape[-1] not in SEARCH_WIDTHS:
         return f"D must be one of {SEARCH_WIDTHS}, got {keys.shape[-1]}"
-    if sizes[1] > SEARCH_MOST_NEIGHBOURS:
-        return f"k must be at most {SEARCH_MOST_NEIGHBOURS}, got {sizes[1]}"
+    if k > SEARCH_MOST_NEIGHBOURS:
+        return f"k must be at most {SEARCH_MOST_NEIGHBOURS}, got {k}"
     if not keys.is_contiguous() or keys.data_ptr() % 16:
         return "keys must be contiguous and begin at a multiple of 16 bytes"
     if torch.cuda.get_device_capability(keys.device)[0] != 9:
@@ -129,21 +134,25 @@ ATTENTION_MOST = 128  # head width, and neighbours: a tile of either is in regis
 ATTENTION_LIMITS = f"{NARROW}, D and K up to {ATTENTION_MOST}"
 
 
-def _beyond_attention_tiles(*arguments: Any, slots: int) -> str | None:
-    """`slots`: where they stand among the arguments."""
-    width, neighbours = arguments[0].shape[-1], arguments[slots].shape[-1]
-    if width > ATTENTION_MOST or neighbours > ATTENTION_MOST:
-        return f"D and K must be at most {ATTENTION_MOST}, got {width} and {neighbours}"
-    return _no_float64(*arguments)
+def _wide_attention(inputs: AttentionInputs, *of_backward: Tensor) -> str | None:
+    return _no_float64(*inputs, *of_backward)
+
+
+def _beyond_attention_tiles(inputs: AttentionInputs, *of_backward: Tensor) -> str | None:
+    if inputs.width > ATTENTION_MOST or inputs.neighbours > ATTENTION_MOST:
+        return f"D and K must be at most {ATTENTION_MOST}, got {inputs.width} and {inputs.neighbours}"
+    return _no_float64(*inputs, *of_backward)
 
 
 FAISS_MOST_NEIGHBOURS = 2048  # getMaxKSelection in Faiss
 FAISS_LIMITS = f"no float64, finite keys, K up to {FAISS_MOST_NEIGHBOURS}; it reads lengths on the host: no CUDA graphs"
 
 
-def _unfit_for_faiss(query: Tensor, keys: Tensor, *others: Any) -> str | None:
-    if others[-1] > FAISS_MOST_NEIGHBOURS:
-        return f"k must be at most {FAISS_MOST_NEIGHBOURS}, got {others[-1]}"
+def _unfit_for_faiss(
+    query: Tensor, keys: Tensor, rows: Tensor, start: Tensor, cursor: Tensor, capacity: int, k: int
+) -> str | None:
+    if k > FAISS_MOST_NEIGHBOURS:
+        return f"k must be at most {FAISS_MOST_NEIGHBOURS}, got {k}"
     if keys.stride()[1:] != (keys.shape[2], 1):
         return "the slots of a row of keys must be contiguous"
     return _no_float64(keys)
@@ -160,7 +169,8 @@ class Implementation(NamedTuple):
     unfit: Callable[..., str | None] = _any_tensors  # why it cannot run on these arguments, None if it can
     limits: str = ""  # what `unfit` lets through, in words
 
-    def load(self) -> Callable[..., Any]:
+    @functools.cache  # noqa: B019 - the table below holds them all
+    def load(self) -> Function:
         return getattr(import_module(f"memtrans_kernels.{self.module}"), self.function)
 
     def why_not(self) -> str | None:
@@ -169,9 +179,8 @@ class Implementation(NamedTuple):
         return self.missing()
 
 
-def _reference(
-    function: str, on_host: str | None = None, module: str = "impl.reference.reference"
-) -> tuple[Implementation, ...]:
+def _reference(operator: str, function: str | None = None, on_host: str | None = None) -> tuple[Implementation, ...]:
+    module, function = f"impl.reference.{operator.rstrip('_')}", function or operator
     return (
         Implementation("reference", "cpu", module, on_host or function),
         Implementation("reference", "cuda", module, function),
@@ -187,18 +196,18 @@ def _triton(
     )
 
 
-def _triton_attention(function: str, slots: int) -> tuple[Implementation, ...]:
-    return _triton(function, function, functools.partial(_beyond_attention_tiles, slots=slots), ATTENTION_LIMITS)
-
-
-def _native_attention(function: str) -> tuple[Implementation, ...]:
-    return (Implementation("native", "cpu", "native", function, _native_missing, _no_float64, NARROW),)
-
-
 def _ordered(*candidates: tuple[Implementation, ...]) -> tuple[Implementation, ...]:
     """Fastest first; on the CPU Triton's interpreter comes last, behind the reference."""
     flat = [candidate for group in candidates for candidate in group]
     return tuple(sorted(flat, key=lambda candidate: (candidate.backend, candidate.device) == ("triton", "cpu")))
+
+
+def _attention(function: str) -> tuple[Implementation, ...]:
+    return _ordered(
+        _triton(function, function, _beyond_attention_tiles, ATTENTION_LIMITS),
+        (Implementation("native", "cpu", "native", function, _native_missing, _wide_attention, NARROW),),
+        _reference("memory_attention", function),
+    )
 
 
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
@@ -229,23 +238,17 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
         _triton("knn_merge", "knn_merge"),
         _reference("knn_merge"),
         (  # what Faiss found has no order among equals, and only the reference does without one
-            Implementation("faiss", "cpu", "impl.reference.reference", "knn_merge", _faiss_package_missing),
-            Implementation("faiss", "cuda", "impl.reference.reference", "knn_merge", _faiss_bridge_missing),
+            Implementation("faiss", "cpu", "impl.reference.knn_merge", "knn_merge", _faiss_package_missing),
+            Implementation("faiss", "cuda", "impl.reference.knn_merge", "knn_merge", _faiss_bridge_missing),
         ),
     ),
     "cosine": _ordered(_triton("cosine", "cosine"), _reference("cosine")),
-    "cosine_backward": _ordered(_triton("cosine", "cosine_backward"), _reference("cosine_backward")),
-    "memory_attention": _ordered(
-        _triton_attention("memory_attention", slots=7),
-        _native_attention("memory_attention"),
-        _reference("memory_attention", module="impl.reference.memory_attention"),
-    ),
-    "memory_attention_backward": _ordered(
-        _triton_attention("memory_attention_backward", slots=11),
-        _native_attention("memory_attention_backward"),
-        _reference("memory_attention_backward", module="impl.reference.memory_attention"),
-    ),
+    "cosine_backward": _ordered(_triton("cosine", "cosine_backward"), _reference("cosine", "cosine_backward")),
+    "memory_attention": _attention("memory_attention"),
+    "memory_attention_backward": _attention("memory_attention_backward"),
 }
+
+FORMULAS = {"cosine": "cosine", "memory_attention": "formula"}  # functions of the reference's modules
 
 
 def check_name(backend: str) -> str:
@@ -260,26 +263,58 @@ def implements(operator: str, backend: str) -> bool:
     return any(candidate.backend == backend for candidate in IMPLEMENTATIONS[operator])
 
 
-def resolve(operator: str, backend: str, *arguments: Any) -> Callable[..., Any]:
-    """The function that runs `operator` on `arguments`, of which the first is a tensor.
+def named(operator: str, backend: str) -> str:
+    """The backend that is asked for: what MEMTRANS_BACKEND names in place of `auto`, where it has this operator.
+
+    Raises ValueError when there is no such name.
+    """
+    if backend != "auto":
+        return backend
+    instead = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    return instead if instead == "auto" or implements(operator, check_name(instead)) else "auto"
+
+
+@functools.cache
+def _candidates(operator: str, backend: str, device: str) -> tuple[tuple[Implementation, str | None], ...]:
+    """The implementations to try, in order, each with the reason why this process cannot run it, None if it can.
+
+    Kept, because what is installed stays as it is while a process runs, and asking is slow: files, environment, driver.
+    """
+    return tuple(
+        (candidate, candidate.why_not())
+        for candidate in IMPLEMENTATIONS[operator]
+        if candidate.device == device and backend in ("auto", candidate.backend)
+    )
+
+
+def resolve(operator: str, backend: str, *arguments: Any) -> Function:
+    """The function that runs `operator` on `arguments`, of which the first has a device.
 
     Raises RuntimeError with the reason when a named backend cannot, ValueError when there is no such name.
     """
-    if backend == "auto":
-        named = check_name(os.environ.get(ENVIRONMENT_VARIABLE, "auto"))
-        backend = named if implements(operator, named) else "auto"
-    device: str = arguments[0].device.type
+    backend, device = named(operator, backend), arguments[0].device.type
     reasons: list[str] = []
-    for candidate in IMPLEMENTATIONS[operator]:
-        if candidate.device == device and backend in ("auto", candidate.backend):
-            reason = candidate.why_not() or candidate.unfit(*arguments)
-            if reason is None:
-                if candidate.backend == "reference" and device == "cuda" and reasons:
-                    _warn_slow_path(operator, "; ".join(reasons))
-                return candidate.load()
-            reasons.append(f"{candidate.backend}: {reason}")
+    for candidate, missing in _candidates(operator, backend, device):
+        reason = missing or candidate.unfit(*arguments)
+        if reason is None:
+            if candidate.backend == "reference" and reasons:
+                _warn_slow_path(operator, device, "; ".join(reasons))
+            return candidate.load()
+        reasons.append(f"{candidate.backend}: {reason}")
     detail = "; ".join(reasons) or f"{backend} does not implement it"
     raise RuntimeError(f"backend={backend!r} cannot run {operator} on {device}: {detail}")
+
+
+def formula(operator: str) -> Function:
+    """The reference of a differentiable operator in plain PyTorch, which any transform and any order of derivative can
+    go through, with autocast kept out."""
+    function = getattr(import_module(f"memtrans_kernels.impl.reference.{operator}"), FORMULAS[operator])
+
+    def without_autocast(*arguments: Any) -> Any:
+        with torch.autocast(arguments[0].device.type, enabled=False):
+            return function(*arguments)
+
+    return without_autocast
 
 
 def run(operator: str, backend: str, *arguments: Any) -> Any:
@@ -294,10 +329,23 @@ def run(operator: str, backend: str, *arguments: Any) -> Any:
         return function(*arguments)
 
 
+def _warn_slow_path(operator: str, device: str, reasons: str) -> None:
+    """Says that plain PyTorch runs: on a GPU once for each reason; on a CPU once, where the extension lacks.
+
+    A CPU takes the plain version for float64 too, which is what it is for.
+    """
+    if device == "cuda":
+        _warn_once(f"{operator} runs in plain PyTorch, which is slow: {reasons}")
+    elif reason := _native_missing():
+        _warn_once(
+            "search and attention run in plain PyTorch, which is slow, because the C++ extension is missing "
+            f"({reason}); `{mending_command()}` builds it"
+        )
+
+
 @functools.cache
-def _warn_slow_path(operator: str, reasons: str) -> None:
-    """Says once for each reason that a GPU runs the plain PyTorch version."""
-    warnings.warn(f"{operator} runs in plain PyTorch, which is slow: {reasons}", RuntimeWarning, stacklevel=2)
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
 class BackendInfo(NamedTuple):

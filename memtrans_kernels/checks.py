@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from numbers import Real
 from typing import Any
 
@@ -14,6 +15,48 @@ from torch import Tensor
 STORED = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Slots of a memory row: kernels number them in 32 bits, and the sum of two such numbers is still one.
 MOST_SLOTS = 1 << 30
+# Entries ever stored in a row: adding a segment's length to such a number does not overflow.
+MOST_ENTRIES = 1 << 62
+MOST_REMEMBERED = 4096  # combinations of shapes that a check remembers
+
+
+def remembered(check: Callable[..., None]) -> Callable[..., None]:
+    """Makes a check of kinds and shapes run once for each combination of them, and never again when it was passed.
+
+    check: looks at shapes, dtypes and devices of tensors, at the values of other arguments, and at nothing else.
+
+    >>> @remembered
+    ... def check(tensor: Tensor, low: int) -> None:
+    ...     print("looking")
+    >>> check(torch.ones(2), 1), check(torch.zeros(2), 1), check(torch.ones(3), 1)
+    looking
+    looking
+    (None, None, None)
+    """
+    passed: set[tuple[Any, ...]] = set()
+
+    @functools.wraps(check)
+    def checked(*arguments: Any) -> None:
+        if torch.compiler.is_compiling():
+            return check(*arguments)
+        try:
+            signature = tuple([_signature(argument) for argument in arguments])
+            if signature in passed:
+                return None
+        except TypeError:  # what has no hash: a list where a tensor belongs, a symbolic size
+            return check(*arguments)
+        check(*arguments)
+        if len(passed) >= MOST_REMEMBERED:
+            passed.clear()
+        passed.add(signature)
+
+    return checked
+
+
+def _signature(argument: Any) -> tuple[Any, ...]:
+    if isinstance(argument, Tensor):
+        return argument.shape, argument.dtype, argument.device
+    return type(argument), argument  # True is no 1, 2.0 no 2
 
 
 class Letters:
@@ -46,6 +89,34 @@ class Letters:
             expected = f"({', '.join(letters)})" + (f" with {known}" if known else "")
             raise ValueError(f"{name} must have shape {expected}, got {tuple(tensor.shape)}")
         self.sizes.update(sizes)
+
+
+def groups(letters: Letters) -> None:
+    """Refuses rows that are not B·G, and query heads that are no multiple of G."""
+    divides(letters["B"], "B", letters["B·G"], "the number of rows")
+    divides(letters["B·G"] // letters["B"], "G", letters["H"], "the number of query heads")
+
+
+def writable(name: str, tensor: Tensor) -> None:
+    """Refuses what cannot be written in place: a gradient would not know of it, or one number stands in many places."""
+    if tensor.requires_grad:
+        raise ValueError(f"{name} must not require a gradient, for it is written in place: give {name}.detach()")
+    if not tensor.is_contiguous() and _overlaps(tensor):
+        raise ValueError(
+            f"{name} must have a place in memory for each of its numbers, for it is written in place, "
+            f"got strides {tensor.stride()} for shape {tuple(tensor.shape)}"
+        )
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether two elements may share a place: an axis steps over less than the axes inside it reach."""
+    reach = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < reach:
+                return True
+            reach = stride * (size - 1) + reach
+    return False
 
 
 def few_slots(name: str, slots: int) -> None:
@@ -99,11 +170,23 @@ def within(name: str, tensor: Tensor | None, low: int, high: int | None = None) 
     """Refuses numbers outside [low, high], where values may be looked at; no `high`, no upper limit."""
     if tensor is None or not may_look(tensor):
         return
-    least, most = (int(number) for number in tensor.aminmax())
+    least, most = _range(tensor)
     if least < low or (high is not None and most > high):
         expected = f"at least {low}" if high is None else f"in [{low}, {high}]"
         got = tensor.tolist() if tensor.numel() <= 100 else f"{least} to {most}"
         raise ValueError(f"{name} must be {expected}, got {got}")
+
+
+def entries(name: str, tensor: Tensor | None) -> None:
+    """Refuses numbers of entries that no sum with a segment's length may be made of, where values may be looked at."""
+    within(name, tensor, 0)
+    if tensor is not None and may_look(tensor) and (most := _range(tensor)[1]) > MOST_ENTRIES:
+        raise ValueError(f"{name} must be at most 2^62 = {MOST_ENTRIES}, got {most}")
+
+
+def _range(tensor: Tensor) -> tuple[int, int]:
+    least, most = tensor.aminmax()
+    return int(least), int(most)
 
 
 def distinct(name: str, tensor: Tensor) -> None:

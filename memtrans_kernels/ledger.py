@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from memtrans_kernels.eager import is_plain
+
 OUT_OF_SCOPE = torch.iinfo(torch.int64).max // 2
 
 
@@ -59,7 +61,7 @@ def read_cursors(start: Tensor, cursor: Tensor) -> tuple[Tensor, Tensor]:
     >>> snapshot
     (tensor([0]), tensor([5]))
     """
-    return _read_cursors(start, cursor)
+    return (start.clone(), cursor.clone()) if is_plain(start, cursor) else _read_cursors(start, cursor)
 
 
 def ledger_ticket(written: Tensor, rows: Sequence[int]) -> Tensor:
@@ -70,7 +72,7 @@ def ledger_ticket(written: Tensor, rows: Sequence[int]) -> Tensor:
     >>> ledger_ticket(torch.tensor([5, 6]), [1]).tolist() == [OUT_OF_SCOPE, 6]
     True
     """
-    return _ledger_ticket(written, rows)
+    return _ticket(written, rows) if is_plain(written) else _ledger_ticket(written, rows)
 
 
 def ledger_advance_(written: Tensor, ticket: Tensor, length: int) -> Tensor:
@@ -85,7 +87,23 @@ def ledger_advance_(written: Tensor, ticket: Tensor, length: int) -> Tensor:
     >>> written
     tensor([ 9, 10])
     """
+    if is_plain(written, ticket):
+        return _advance_(written, ticket, length)
     return _ledger_advance_(written, ticket, length)
+
+
+def _ticket(written: Tensor, rows: Sequence[int]) -> Tensor:
+    ticket = torch.full_like(written, OUT_OF_SCOPE)
+    index = torch.tensor(rows, dtype=torch.int64, device=written.device)
+    ticket[index] = written[index]
+    return ticket
+
+
+def _advance_(written: Tensor, ticket: Tensor, length: int) -> Tensor:
+    in_scope = ticket != OUT_OF_SCOPE
+    after = torch.where(in_scope, ticket + length, ticket)
+    written.copy_(torch.where(in_scope, torch.maximum(written, after), written))
+    return after
 
 
 # ------------------------------------------------------------------------------------------------------- operators
@@ -103,10 +121,7 @@ def _(start: Tensor, cursor: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("memtrans::ledger_ticket", mutates_args=())
 def _ledger_ticket(written: Tensor, rows: Sequence[int]) -> Tensor:
-    ticket = torch.full_like(written, OUT_OF_SCOPE)
-    index = torch.tensor(rows, dtype=torch.int64, device=written.device)
-    ticket[index] = written[index]
-    return ticket
+    return _ticket(written, rows)
 
 
 @_ledger_ticket.register_fake
@@ -116,10 +131,7 @@ def _(written: Tensor, rows: Sequence[int]) -> Tensor:
 
 @torch.library.custom_op("memtrans::ledger_advance_", mutates_args=("written",))
 def _ledger_advance_(written: Tensor, ticket: Tensor, length: int) -> Tensor:
-    in_scope = ticket != OUT_OF_SCOPE
-    after = torch.where(in_scope, ticket + length, ticket)
-    written.copy_(torch.where(in_scope, torch.maximum(written, after), written))
-    return after
+    return _advance_(written, ticket, length)
 
 
 @_ledger_advance_.register_fake

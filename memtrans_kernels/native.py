@@ -1,7 +1,7 @@
 """Loads the compiled modules and says what is live.
 
 A module is a shared library of operators `memtrans::native_*`: `cpu` (schemas and CPU implementations), `cuda` (the
-search on a GPU) and `faiss` (the search by Faiss on a GPU, called by `faiss_gpu.py`). The functions here are those
+search on a GPU) and `faiss` (the search by Faiss on a GPU, called by impl/faiss/gpu.py). The functions here are those
 operators under the names of `memtrans_kernels`. Importing this file loads nothing, and nothing raises because a library
 is missing, broken or out of date: `status` gives the reason instead.
 """
@@ -11,12 +11,14 @@ from __future__ import annotations
 import functools
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from memtrans_kernels.attention_inputs import AttentionInputs
+
 MODULES = ("cpu", "cuda", "faiss")
+FOLDER = Path(__file__).resolve().parent
 # Equals kInterface in csrc/memtrans.h; a library built for another number is refused.
 INTERFACE = 6
 INTERFACE_OPERATORS = {"cpu": "native_interface", "cuda": "native_cuda_interface", "faiss": "native_faiss_interface"}
@@ -50,7 +52,29 @@ def status(module: str = "cpu") -> tuple[bool, str]:
     """
     if module not in MODULES:
         raise ValueError(f"module must be one of {', '.join(MODULES)}, got {module!r}")
-    return _open(Path(__file__).resolve().parent, module)
+    return _open(FOLDER, module)
+
+
+def verdict(module: str = "cpu") -> str:
+    """`status` in the words that a person looks for first: built or not, loaded or why not.
+
+    Args:
+        module: "cpu", "cuda" or "faiss".
+
+    Raises:
+        ValueError: for any other name.
+
+    >>> verdict("cpu").startswith(("built", "not built"))
+    True
+    """
+    live, reason = status(module)
+    if live:
+        return "built, loaded"
+    if _library(FOLDER, module) is None:
+        return f"not built: {reason}"
+    if module != "cpu" and not torch.cuda.is_available():
+        return "built, no GPU here"
+    return f"built, not loaded: {reason}"
 
 
 def knn_add_(
@@ -64,14 +88,14 @@ def knn_add_(
     at: Tensor | None = None,
 ) -> None:
     """`memtrans_kernels.knn_add_` in C++; `status` must have said that it is live."""
-    torch.ops.memtrans.native_knn_add_(keys, values, cursor, rows, new_keys, new_values, count, at)
+    torch.ops.memtrans.native_knn_add_.default(keys, values, cursor, rows, new_keys, new_values, count, at)
 
 
 def knn_search(
     query: Tensor, keys: Tensor, rows: Tensor, start: Tensor, cursor: Tensor, capacity: int, k: int
 ) -> tuple[Tensor, Tensor]:
     """`memtrans_kernels.knn_search` in C++; `status` must have said that it is live. No float64 keys."""
-    return torch.ops.memtrans.native_knn_search(query, keys, rows, start, cursor, capacity, k)
+    return torch.ops.memtrans.native_knn_search.default(query, keys, rows, start, cursor, capacity, k)
 
 
 def knn_search_cuda(
@@ -84,26 +108,29 @@ def knn_search_cuda(
     if query.data_ptr() % 16:  # the copy engine reads 16 bytes at a time
         query = query.clone()
     rows, start, cursor = rows.contiguous(), start.contiguous(), cursor.contiguous()
-    return torch.ops.memtrans.native_knn_search(query, keys, rows, start, cursor, capacity, k)
+    return torch.ops.memtrans.native_knn_search.default(query, keys, rows, start, cursor, capacity, k)
 
 
-def memory_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """`memtrans_kernels.impl.triton.memory_attention` in C++, with the reference's arguments, in its order. No float64.
-
-    `status` must have said that it is live.
-    """
-    return torch.ops.memtrans.native_memory_attention(*arguments)
+def memory_attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """`memtrans_kernels.memory_attention` in C++; `status` must have said that it is live. No float64."""
+    return torch.ops.memtrans.native_memory_attention.default(*inputs)
 
 
-def memory_attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    """Its gradients in C++, with the arguments and results of the reference's. No float64."""
-    return torch.ops.memtrans.native_memory_attention_backward(*arguments)
+def memory_attention_backward(
+    inputs: AttentionInputs, grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, ...]:
+    """Its gradients in C++, with the results of the reference's. No float64."""
+    return torch.ops.memtrans.native_memory_attention_backward.default(grad_out, grad_lse, out, lse, *inputs)
+
+
+def _library(folder: Path, module: str) -> Path | None:
+    return next(iter(sorted(folder.glob(f"_native_{module}*.so"))), None)
 
 
 @functools.cache
 def _open(folder: Path, module: str) -> tuple[bool, str]:
     name = f"_native_{module}"
-    library = next((path for suffix in ("so", "pyd") for path in sorted(folder.glob(f"{name}*.{suffix}"))), None)
+    library = _library(folder, module)
     if library is None:
         return False, _why_not_built(folder / f"{name}.txt")
     if module != "cpu" and not _open(folder, "cpu")[0]:
@@ -120,7 +147,9 @@ def _open(folder: Path, module: str) -> tuple[bool, str]:
         return False, f"{library.name} was built for interface {interface}, this version needs {INTERFACE}: reinstall"
     if module == "faiss" and (mismatch := _faiss_mismatch(*torch.ops.memtrans.native_faiss_versions())):
         return False, mismatch
-    return True, f"loaded from {library.name}"
+    note = folder / f"{name}.txt"
+    older = f", which an earlier build left; the last one did not: {_why_not_built(note)}" if note.exists() else ""
+    return True, f"loaded from {library.name}{older}"
 
 
 def _faiss_mismatch(headers: int, library: int) -> str:
@@ -143,4 +172,4 @@ def _why_not_built(note: Path) -> str:
     try:
         return note.read_text(encoding="utf-8").strip()
     except OSError:
-        return "it was never built: `pip install --no-build-isolation -v .` builds it and shows why where it cannot"
+        return "it was never built: `pip install -v .` builds it and shows why where it cannot"

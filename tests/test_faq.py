@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from memtrans.cli.main import _parser
+from memtrans.cli.parser import build_parser
 
 FAQ = (Path(__file__).resolve().parents[1] / "docs" / "faq.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", FAQ, re.DOTALL | re.MULTILINE))
@@ -31,7 +31,7 @@ def test_a_snippet_runs(title, tmp_path, monkeypatch):
 def test_a_command_has_options_that_exist(command):
     launcher, *options = re.split(r"(?<=-m memtrans) ", command, maxsplit=1)
     assert launcher in ("python -m memtrans", *(f"torchrun --nproc-per-node={number} -m memtrans" for number in (4, 8)))
-    _parser().parse_args(shlex.split(*options))
+    build_parser().parse_args(shlex.split(*options))
 
 
 ASKED = (  # of memorizing-transformers-pytorch, most of them in its issues
@@ -43,6 +43,7 @@ ASKED = (  # of memorizing-transformers-pytorch, most of them in its issues
     "Can it train on several GPUs?",
     "Can several GPUs share one memory?",
     "Is this the authors' code, and does it fit into my own training loop?",
+    "Why is there no Faiss index?",
 )
 
 
@@ -53,3 +54,12 @@ def test_a_question_of_upstreams_users_is_answered_with_something_that_runs(ques
 
 def test_every_answer_runs_or_names_what_does():
     assert all("```" in text or "README" in text for text in SECTIONS.values())
+
+
+PUBLIC = {"memtrans", "memtrans.hf", "memtrans.presets", "memtrans_kernels"}
+
+
+@pytest.mark.parametrize("title", SNIPPETS)
+def test_a_snippet_imports_from_places_that_stay(title):
+    imported = re.findall(r"^\s*(?:from|import) (memtrans[\w.]*)", "".join(SNIPPETS[title]), re.MULTILINE)
+    assert set(imported) <= PUBLIC

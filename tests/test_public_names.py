@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import doctest
-import importlib.util
 import inspect
 import re
 from types import ModuleType
@@ -30,16 +29,6 @@ def test_a_public_name_has_an_example_that_doctest_finds(module: ModuleType, nam
     found = {test.name: test for test in doctest.DocTestFinder().find(public, name, module=home)}
     assert name in found, "no docstring that a doctest runner would look into"
     assert found[name].examples
-
-
-NAMESAKES = [name for name in memtrans_kernels.__all__ if importlib.util.find_spec(f"memtrans_kernels.{name}")]
-
-
-@pytest.mark.parametrize("name", NAMESAKES)
-def test_loading_a_kernel_does_not_hide_the_function_of_its_name(name: str) -> None:
-    pytest.importorskip("triton")
-    importlib.import_module(f"memtrans_kernels.{name}")
-    assert inspect.isfunction(getattr(memtrans_kernels, name))
 
 
 @pytest.mark.parametrize("name", [name for name in memtrans_kernels.__all__ if name in IMPLEMENTATIONS])

@@ -36,10 +36,3 @@ def test_the_tables_have_a_line_for_each_number_of_gpus() -> None:
     lines = scaling.throughput_table(ENTRIES).splitlines()
     assert lines[2:4] == ["| 1 | 1,000 | 100% | 1.00 | 2.00 |", "| 2 | 1,923 | 96% | 1.20 | 3.00 |"]
     assert lines[-1].endswith("| – | – |")
-
-
-def test_the_readme_has_all_tables() -> None:
-    readme, entries = (ROOT / "README.md").read_text(encoding="utf-8"), scaling.measured("h200-x2")
-    assert scaling.measured_table(entries) in readme
-    assert scaling.memory_table() in readme
-    assert scaling.throughput_table(entries) in readme

@@ -1,7 +1,7 @@
 // What both passes of memory_attention on the CPU work on: its inputs in float32, cut into blocks.
 //
-// A block is up to kQueries consecutive queries of one head. It looks at the keys it sees tile by tile, kKeys at a time,
-// uses what it computed of a tile and forgets it: no (N, L) numbers are ever held.
+// A block is up to kQueries consecutive queries of one head. It looks at the keys it sees tile by tile, kKeys at a
+// time, uses what it computed of a tile and forgets it: no (N, L) numbers are ever held.
 #pragma once
 
 #include "attention_inputs.h"
@@ -12,15 +12,13 @@
 
 namespace memtrans {
 
-constexpr int64_t kQueries = 32;   // of a block
-constexpr int64_t kKeys = 64;      // of a tile
+constexpr int64_t kQueries = 32;    // of a block
+constexpr int64_t kKeys = 64;       // of a tile
 constexpr int64_t kMostLanes = 16;  // of a vector of any instruction set
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // A number of floats, filled up to whole vectors.
-inline int64_t padded(int64_t size) {
-  return (size + kMostLanes - 1) / kMostLanes * kMostLanes;
-}
+inline int64_t padded(int64_t size) { return (size + kMostLanes - 1) / kMostLanes * kMostLanes; }
 
 // Weights are dropped where Philox gives less than `threshold`; the others are multiplied by `kept`.
 struct Dropout {
@@ -42,12 +40,12 @@ struct Block {
 
 struct Attention {
   int64_t batch, heads, groups, length, local, width, neighbours;
-  int64_t row_width;               // D, filled up with zeros
-  Tensor query, key, value;        // (B, H or G, N or L, row_width) float32
-  Tensor scores, slots;            // (B, H, N, K) float32, int32
+  int64_t row_width;                 // D, filled up with zeros
+  Tensor query, key, value;          // (B, H or G, N or L, row_width) float32
+  Tensor scores, slots;              // (B, H, N, K) float32, int32
   std::vector<float> scale, offset;  // (H,)
-  std::vector<float> bias;         // (H, distances()): of distance d at kQueries + d, -inf for the future
-  std::optional<Tensor> dense;     // (1 or B, H, N, L) float32
+  std::vector<float> bias;           // (H, distances()): of distance d at kQueries + d, -inf for the future
+  std::optional<Tensor> dense;       // (1 or B, H, N, L) float32
   std::vector<int64_t> rows, local_length;
   Dropout dropout;
 
@@ -55,13 +53,9 @@ struct Attention {
     return local + 2 * kQueries;  // queries of a block that do not exist may look as far into past and future
   }
 
-  int64_t blocks_of_head() const {
-    return (length + kQueries - 1) / kQueries;
-  }
+  int64_t blocks_of_head() const { return (length + kQueries - 1) / kQueries; }
 
-  const float* bias_of(int64_t head) const {
-    return &bias[head * distances() + kQueries];
-  }
+  const float* bias_of(int64_t head) const { return &bias[head * distances() + kQueries]; }
 
   // Of the first query of a block and a local key: (N, L) numbers with L of them from query to query.
   int64_t dense_place(const Block& block, int64_t key) const {
@@ -120,22 +114,23 @@ inline Dropout make_dropout(double probability, const std::optional<Tensor>& see
     return {};
   }
   const uint64_t number = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
-  return {true, number, static_cast<uint32_t>(probability * 4294967296.0), static_cast<float>(1.0 / (1.0 - probability))};
+  return {
+      true, number, static_cast<uint32_t>(probability * 4294967296.0), static_cast<float>(1.0 / (1.0 - probability))};
 }
 
 // Every index that is about to be read through.
 inline void check_indices(const Attention& attention, const Tensor& memory) {
   const int64_t ring_rows = memory.size(0), ring_slots = memory.size(1);
   for (const int64_t row : attention.rows) {
-    STD_TORCH_CHECK(row >= 0 && row < ring_rows, "rows must lie in 0..", ring_rows - 1, ", got ", row);
+    MEMTRANS_CHECK(row >= 0 && row < ring_rows, "rows must lie in 0..", ring_rows - 1, ", got ", row);
   }
   for (const int64_t length : attention.local_length) {
-    STD_TORCH_CHECK(
+    MEMTRANS_CHECK(
         length >= 0 && length <= attention.local, "local_length must lie in 0..", attention.local, ", got ", length);
   }
   const int32_t* slots = attention.slots.const_data_ptr<int32_t>();
   const auto [least, most] = std::minmax_element(slots, slots + attention.slots.numel());
-  STD_TORCH_CHECK(
+  MEMTRANS_CHECK(
       attention.slots.numel() == 0 || (*least >= -1 && *most < ring_slots), "slots must lie in -1..", ring_slots - 1,
       ", got ", *least, "..", *most);
 }
@@ -175,8 +170,12 @@ struct Ring {
   int64_t row_stride, slot_stride, width;
 
   explicit Ring(const Tensor& ring)
-      : dense(ring.stride(2) == 1 ? ring : torch::stable::contiguous(ring)), first(dense.const_data_ptr()),
-        type(ring.scalar_type()), row_stride(dense.stride(0)), slot_stride(dense.stride(1)), width(dense.size(2)) {}
+      : dense(ring.stride(2) == 1 ? ring : torch::stable::contiguous(ring)),
+        first(dense.const_data_ptr()),
+        type(ring.scalar_type()),
+        row_stride(dense.stride(0)),
+        slot_stride(dense.stride(1)),
+        width(dense.size(2)) {}
 };
 
 }  // namespace memtrans

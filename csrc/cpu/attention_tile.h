@@ -30,6 +30,13 @@ MEMTRANS_INLINE void score(
       {rows, attention.row_width}, {columns, kQueries}, keys, attention.width, block.lanes, {tile[0], kQueries});
 }
 
+// Adds the bias by distance to a local logit. That of a hidden key is -inf, and stays so where the product is no
+// number.
+template <int kLanes>
+MEMTRANS_INLINE void add_bias(Vector<kLanes>& logit, const Vector<kLanes>& bias) {
+  logit = bias == -kInfinity ? bias : logit + bias;
+}
+
 // The dense bias of a tile; nothing without one.
 MEMTRANS_INLINE void read_dense(const Attention& attention, const Block& block, int64_t key, int64_t keys, Tile tile) {
   if (attention.dense) {

@@ -32,23 +32,23 @@ inline float score_of(Found found) {
   return score;
 }
 
-inline int64_t position_of(Found found) {
-  return static_cast<uint32_t>(~found);
-}
+inline int64_t position_of(Found found) { return static_cast<uint32_t>(~found); }
 
-// Keys above a query's threshold are put aside; every K of them the best K are kept and the threshold rises to the K-th.
+// Keys above a query's threshold are put aside; every K of them the best K are kept and the threshold rises to the
+// K-th.
 class BestKeys {
  public:
   // Queries `queries` to `padded` stand for nothing: their threshold is one that no score passes.
   BestKeys(int64_t queries, int64_t padded, int64_t k)
-      : k_(k), aside_(queries * 2 * k), sizes_(queries, 0), thresholds_(padded, std::numeric_limits<float>::infinity()) {
+      : k_(k),
+        aside_(queries * 2 * k),
+        sizes_(queries, 0),
+        thresholds_(padded, std::numeric_limits<float>::infinity()) {
     std::fill_n(thresholds_.begin(), queries, -std::numeric_limits<float>::infinity());
   }
 
   // One for each query: only keys with a greater score are worth offering. It rises, and a stale one is safe.
-  const float* thresholds() const {
-    return thresholds_.data();
-  }
+  const float* thresholds() const { return thresholds_.data(); }
 
   // Keys have to be offered from old to new.
   MEMTRANS_INLINE void offer(int64_t query, float score, int64_t position) {

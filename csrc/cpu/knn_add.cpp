@@ -1,8 +1,9 @@
 // knn_add_ on the CPU: writes new (key, value) pairs into the rings of some memory rows and moves their cursors on.
 //
-// With base = at[row] (cursor[row] without `at`), entry base + j, j < count, goes to slot (base + j) mod (M + S), unless
-// it is stored already (base + j < cursor[row]) or newer entries of the same call would overwrite it. Then cursor[row] =
-// max(cursor[row], base + count). Entries are cast to the ring's type; finite ones saturate instead of overflowing.
+// With base = at[row] (cursor[row] without `at`), entry base + j, j < count, goes to slot (base + j) mod (M + S),
+// unless it is stored already (base + j < cursor[row]) or newer entries of the same call would overwrite it. Then
+// cursor[row] = max(cursor[row], base + count). Entries are cast to the ring's type; finite ones saturate instead of
+// overflowing.
 #include "cpu/tensors.h"
 
 #include <algorithm>
@@ -22,6 +23,11 @@ struct RowWrite {
   int64_t last;
 };
 
+void check_entry(int64_t entry, const char* name) {
+  MEMTRANS_CHECK(entry >= 0, name, " must not be negative, got ", entry);
+  MEMTRANS_CHECK(entry <= kMostEntries, name, " must be at most 2^62, got ", entry);
+}
+
 std::vector<RowWrite> plan_writes(
     const Tensor& rows, const Tensor& cursor, const std::optional<Tensor>& count, const std::optional<Tensor>& at,
     int64_t tokens, int64_t slots) {
@@ -33,12 +39,11 @@ std::vector<RowWrite> plan_writes(
   writes.reserve(row_list.size());
   for (size_t index = 0; index < row_list.size(); ++index) {
     const int64_t row = row_list[index], new_entries = counts[index];
-    STD_TORCH_CHECK(row >= 0 && row < ring_rows, "rows must lie in 0..", ring_rows - 1, ", got ", row);
-    STD_TORCH_CHECK(!seen[row], "rows must be distinct, got ", row, " twice");
-    STD_TORCH_CHECK(
-        new_entries >= 0 && new_entries <= tokens, "count must lie in 0..", tokens, ", got ", new_entries);
-    STD_TORCH_CHECK(cursors[row] >= 0, "cursor must not be negative, got ", cursors[row]);
-    STD_TORCH_CHECK(bases[row] >= 0, "at must not be negative, got ", bases[row]);
+    MEMTRANS_CHECK(row >= 0 && row < ring_rows, "rows must lie in 0..", ring_rows - 1, ", got ", row);
+    MEMTRANS_CHECK(!seen[row], "rows must be distinct, got ", row, " twice");
+    MEMTRANS_CHECK(new_entries >= 0 && new_entries <= tokens, "count must lie in 0..", tokens, ", got ", new_entries);
+    check_entry(cursors[row], "cursor");
+    check_entry(bases[row], "at");
     seen[row] = true;
     const int64_t stored = cursors[row] - bases[row];
     writes.push_back({row, bases[row], std::max({int64_t{0}, stored, new_entries - slots}), new_entries});
@@ -101,8 +106,8 @@ void knn_add(
     Tensor keys, Tensor values, Tensor cursor, Tensor rows, Tensor new_keys, Tensor new_values,
     std::optional<Tensor> count, std::optional<Tensor> at) {
   check_knn_add(keys, values, cursor, rows, new_keys, new_values, count, at);
-  STD_TORCH_CHECK(keys.size(2) < 2 || keys.stride(2) == 1, "keys must be contiguous in their last dimension");
-  STD_TORCH_CHECK(values.size(2) < 2 || values.stride(2) == 1, "values must be contiguous in their last dimension");
+  MEMTRANS_CHECK(keys.size(2) < 2 || keys.stride(2) == 1, "keys must be contiguous in their last dimension");
+  MEMTRANS_CHECK(values.size(2) < 2 || values.stride(2) == 1, "values must be contiguous in their last dimension");
   const std::vector<RowWrite> writes = plan_writes(rows, cursor, count, at, new_keys.size(2), keys.size(1));
   write_ring<false>(keys, new_keys, writes);  // a non-finite key stays one, so that no search ever retrieves it
   write_ring<true>(values, new_values, writes);
@@ -116,6 +121,4 @@ void knn_add(
 }  // namespace
 }  // namespace memtrans
 
-STABLE_TORCH_LIBRARY_IMPL(memtrans, CPU, library) {
-  library.impl("native_knn_add_", TORCH_BOX(&memtrans::knn_add));
-}
+STABLE_TORCH_LIBRARY_IMPL(memtrans, CPU, library) { library.impl("native_knn_add_", TORCH_BOX(&memtrans::knn_add)); }

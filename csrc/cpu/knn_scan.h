@@ -1,11 +1,12 @@
 // Scores some queries with consecutive keys of one row and keeps the best: the inner loops of the CPU search.
 //
-// A score is sum_d query[d] · key[d] in float32. All keys add up in the same order, so that keys which are equal have equal
-// scores whatever their place. Scores are compared with the query's K-th best so far while they are still in registers;
-// the few that pass (about K · ln(M / K) of M) go to BestKeys, the others are never written.
+// A score is sum_d query[d] · key[d] in float32. All keys add up in the same order, so that keys which are equal have
+// equal scores whatever their place. Scores are compared with the query's K-th best so far while they are still in
+// registers; the few that pass (about K · ln(M / K) of M) go to BestKeys, the others are never written.
 //
 // Many queries: a vector holds one component of kLanes queries, and a tile is kKeys keys by two such vectors.
-// Few queries: a vector runs along D. Both are compiled for several instruction sets, one of which is picked at run time.
+// Few queries: a vector runs along D. Both are compiled for several instruction sets, one of which is picked at run
+// time.
 #pragma once
 
 #include "cpu/best_keys.h"
@@ -16,7 +17,7 @@
 namespace memtrans {
 
 constexpr int64_t kQueriesAlongWidth = 2;  // the most for which vectors run along D
-constexpr int64_t kBlockBytes = 1 << 17;  // of keys that meet all queries in turn, from the L2 cache
+constexpr int64_t kBlockBytes = 1 << 17;   // of keys that meet all queries in turn, from the L2 cache
 
 // Visible keys of a row that lie one behind the other in memory, old to new.
 template <typename Key>
@@ -36,7 +37,9 @@ struct Queries {
 
   template <typename Key>
   Queries(const Key* queries, int64_t size, int64_t width, int64_t lanes)
-      : size(size), width(width), panel(size <= kQueriesAlongWidth ? 1 : (size <= lanes ? lanes : 2 * lanes)),
+      : size(size),
+        width(width),
+        panel(size <= kQueriesAlongWidth ? 1 : (size <= lanes ? lanes : 2 * lanes)),
         numbers(padded() * width) {
     for (int64_t query = 0; query < size; ++query) {
       float* first = &numbers[query / panel * panel * width + query % panel];
@@ -46,13 +49,11 @@ struct Queries {
     }
   }
 
-  int64_t padded() const {
-    return (size + panel - 1) / panel * panel;
-  }
+  int64_t padded() const { return (size + panel - 1) / panel * panel; }
 };
 
-// A score above a threshold, if only because it overflowed: is the key finite, and does no product overflow to the other
-// side? (Such a sum is NaN where products are rounded one by one, as they are not here.)
+// A score above a threshold, if only because it overflowed: is the key finite, and does no product overflow to the
+// other side? (Such a sum is NaN where products are rounded one by one, as they are not here.)
 MEMTRANS_INLINE bool retrievable(float score, const float* query, int64_t stride, const float* key, int64_t width) {
   if (std::isfinite(score)) {
     return true;

@@ -1,9 +1,9 @@
 // knn_search on the CPU: exact top-K of inner products over the visible entries of each query's memory row.
 //
-// Visible in a row are the entries max(start, cursor - M) .. cursor - 1; entry i lies in slot i mod (M + S), so they are
-// one or two pieces of memory, and no other key is touched. The work is cut into parts: up to kQueriesOfPart queries of a
-// row and, where there are fewer of those than threads could take, a range of its keys. Parts end in Found numbers, whose
-// order does not depend on how the work was cut; merging them gives the result.
+// Visible in a row are the entries max(start, cursor - M) .. cursor - 1; entry i lies in slot i mod (M + S), so they
+// are one or two pieces of memory, and no other key is touched. The work is cut into parts: up to kQueriesOfPart
+// queries of a row and, where there are fewer of those than threads could take, a range of its keys. Parts end in Found
+// numbers, whose order does not depend on how the work was cut; merging them gives the result.
 #include "cpu/knn_scan.h"
 #include "cpu/parallel.h"
 #include "cpu/tensors.h"
@@ -11,8 +11,8 @@
 namespace memtrans {
 namespace {
 
-constexpr int64_t kQueriesOfPart = 256;    // their best keys and they themselves fit into the L2 cache
-constexpr int64_t kKeysOfPart = 2048;      // fewer are not worth a part of their own
+constexpr int64_t kQueriesOfPart = 256;  // their best keys and they themselves fit into the L2 cache
+constexpr int64_t kKeysOfPart = 2048;    // fewer are not worth a part of their own
 constexpr int64_t kPartsOfThread = 2;
 
 struct Window {
@@ -27,9 +27,7 @@ struct Plan {
   int64_t query_parts, key_parts;
   std::vector<Window> windows;  // of each (document, group)
 
-  int64_t parts() const {
-    return static_cast<int64_t>(windows.size()) * query_parts * key_parts;
-  }
+  int64_t parts() const { return static_cast<int64_t>(windows.size()) * query_parts * key_parts; }
 };
 
 std::vector<Window> visible_windows(const Tensor& rows, const Tensor& start, const Tensor& cursor, int64_t capacity) {
@@ -37,9 +35,10 @@ std::vector<Window> visible_windows(const Tensor& rows, const Tensor& start, con
   const int64_t ring_rows = static_cast<int64_t>(cursors.size());
   std::vector<Window> windows;
   for (const int64_t row : numbers(rows)) {
-    STD_TORCH_CHECK(row >= 0 && row < ring_rows, "rows must lie in 0..", ring_rows - 1, ", got ", row);
-    const int64_t first = std::max({int64_t{0}, starts[row], cursors[row] - capacity});
-    windows.push_back({row, first, std::max<int64_t>(0, cursors[row] - first)});
+    MEMTRANS_CHECK(row >= 0 && row < ring_rows, "rows must lie in 0..", ring_rows - 1, ", got ", row);
+    const int64_t end = std::max<int64_t>(0, cursors[row]);  // no entry number overflows from here on
+    const int64_t first = std::max({int64_t{0}, starts[row], end - capacity});
+    windows.push_back({row, first, std::max<int64_t>(0, end - first)});
   }
   return windows;
 }
@@ -65,8 +64,8 @@ Plan make_plan(
 // Scans the entries `begin` to `end` of a window, counted from its oldest one, in the order of their age.
 template <typename Key>
 void scan_entries(
-    const Scan<Key>& scan, const Tensor& keys, const Window& window, int64_t begin, int64_t end,
-    const Queries& queries, BestKeys& best) {
+    const Scan<Key>& scan, const Tensor& keys, const Window& window, int64_t begin, int64_t end, const Queries& queries,
+    BestKeys& best) {
   const Key* row = keys.const_data_ptr<Key>() + window.row * keys.stride(0);
   const int64_t slots = keys.size(1);
   while (begin < end) {

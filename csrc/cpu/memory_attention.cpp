@@ -65,7 +65,8 @@ MEMTRANS_INLINE void take_weights(
     Vector<kLanes> highest = before;
     for (int64_t row = 0; row < keys; ++row) {
       Vector<kLanes>& logit = at<kLanes>(&tile[row][lane]);
-      logit = scale * logit + load<kLanes>(bias + lane - row);
+      logit *= scale;
+      add_bias<kLanes>(logit, load<kLanes>(bias + lane - row));
       if (attention.dense) {
         logit += load<kLanes>(&extra[row][lane]);
       }
@@ -157,8 +158,7 @@ MEMTRANS_AVX2 void attend_avx2(
 }
 #endif
 
-void attend_anywhere(
-    const Attention& attention, const Block& block, const Ring& values, float* out, float* lse) {
+void attend_anywhere(const Attention& attention, const Block& block, const Ring& values, float* out, float* lse) {
   attend<4, 4>(attention, block, values, out, lse);
 }
 
@@ -175,9 +175,8 @@ std::tuple<Tensor, Tensor> memory_attention(
     Tensor slots, Tensor scale, std::optional<Tensor> bias_table, std::optional<Tensor> bias_dense,
     std::optional<Tensor> memory_offset, std::optional<Tensor> local_length, double dropout_p,
     std::optional<Tensor> seed) {
-  const AttentionInputs inputs{query,      key,        value,         memory_keys,  memory_values,
-                               rows,       scores,     slots,         scale,        bias_table,
-                               bias_dense, memory_offset, local_length, dropout_p, seed};
+  const AttentionInputs inputs{query, key,        value,      memory_keys,   memory_values, rows,      scores, slots,
+                               scale, bias_table, bias_dense, memory_offset, local_length,  dropout_p, seed};
   const Attention attention = prepare(inputs);
   const Ring values(memory_values);
   const int64_t batch = attention.batch, heads = attention.heads, length = attention.length;

@@ -19,9 +19,9 @@ namespace {
 
 // What a block is given from the forward pass and from above.
 struct Upstream {
-  Tensor grad_out;                     // (B, H, N, row_width)
-  std::vector<float> delta;            // (B, H, N): <grad_out, out> - grad_lse
-  std::vector<float> lse;              // (B, H, N), +inf where there was nothing to attend to: weights are then 0
+  Tensor grad_out;           // (B, H, N, row_width)
+  std::vector<float> delta;  // (B, H, N): <grad_out, out> - grad_lse
+  std::vector<float> lse;    // (B, H, N), +inf where there was nothing to attend to: weights are then 0
 };
 
 struct Work {
@@ -30,7 +30,8 @@ struct Work {
   std::vector<float> grad_query;                   // (kQueries, row_width), to be multiplied by scale
 
   explicit Work(const Attention& attention)
-      : query_columns(attention.width * kQueries), grad_columns(attention.width * kQueries),
+      : query_columns(attention.width * kQueries),
+        grad_columns(attention.width * kQueries),
         grad_query(kQueries * attention.row_width) {}
 };
 
@@ -49,8 +50,8 @@ MEMTRANS_INLINE void begin(const Attention& attention, const Block& block, const
 
 template <int kLanes>
 MEMTRANS_INLINE void through_retrieved(
-    const Attention& attention, const Block& block, const Ring& keys, const Ring& values,
-    const Upstream& upstream, Work& work, Gradients& gradients) {
+    const Attention& attention, const Block& block, const Ring& keys, const Ring& values, const Upstream& upstream,
+    Work& work, Gradients& gradients) {
   const int64_t neighbours = attention.neighbours, row = attention.rows[block.pair], width = attention.width;
   const int32_t* slots = attention.slots.const_data_ptr<int32_t>() + block.first * neighbours;
   const float* scores = attention.scores.const_data_ptr<float>() + block.first * neighbours;
@@ -94,7 +95,8 @@ MEMTRANS_INLINE void through_softmax(
   for (int64_t row = 0; row < keys; ++row) {
     for (int64_t lane = 0; lane < block.lanes; lane += kLanes) {
       Vector<kLanes>&score = at<kLanes>(&scores[row][lane]), &grad = at<kLanes>(&grads[row][lane]);
-      Vector<kLanes> logit = scale * score + load<kLanes>(bias + lane - row);
+      Vector<kLanes> logit = scale * score;
+      add_bias<kLanes>(logit, load<kLanes>(bias + lane - row));
       if (attention.dense) {
         logit += load<kLanes>(&extra[row][lane]);
       }
@@ -154,8 +156,7 @@ MEMTRANS_INLINE void through_local(
         {grads[0], kQueries}, query, count, block.queries, row_width,
         {gradients.keys.mutable_data_ptr<float>() + of_head, row_width});
     add_product<kLanes, kRows, true>(
-        {grads[0], kQueries}, {keys, row_width}, block.queries, count, row_width,
-        {work.grad_query.data(), row_width});
+        {grads[0], kQueries}, {keys, row_width}, block.queries, count, row_width, {work.grad_query.data(), row_width});
   }
 }
 
@@ -181,8 +182,8 @@ MEMTRANS_INLINE void go_back(
 }
 
 using GoBack = void (*)(
-    const Attention&, int64_t document, int64_t head, const Ring& keys, const Ring& values,
-    const Upstream&, Gradients&);
+    const Attention&, int64_t document, int64_t head, const Ring& keys, const Ring& values, const Upstream&,
+    Gradients&);
 
 #if defined(__x86_64__)
 MEMTRANS_AVX512 void go_back_avx512(
@@ -242,9 +243,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> memory_attent
     Tensor memory_keys, Tensor memory_values, Tensor rows, Tensor scores, Tensor slots, Tensor scale,
     std::optional<Tensor> bias_table, std::optional<Tensor> bias_dense, std::optional<Tensor> memory_offset,
     std::optional<Tensor> local_length, double dropout_p, std::optional<Tensor> seed) {
-  const AttentionInputs inputs{query,      key,        value,         memory_keys,  memory_values,
-                               rows,       scores,     slots,         scale,        bias_table,
-                               bias_dense, memory_offset, local_length, dropout_p, seed};
+  const AttentionInputs inputs{query, key,        value,      memory_keys,   memory_values, rows,      scores, slots,
+                               scale, bias_table, bias_dense, memory_offset, local_length,  dropout_p, seed};
   const Attention attention = prepare(inputs);
   const std::initializer_list<int64_t> of_out{attention.batch, attention.heads, attention.length, attention.width};
   check_shape(grad_out, "grad_out", of_out, "(B, H, N, D)");
@@ -252,8 +252,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> memory_attent
   check_shape(grad_lse, "grad_lse", {attention.batch, attention.heads, attention.length}, "(B, H, N)");
   check_shape(lse, "lse", {attention.batch, attention.heads, attention.length}, "(B, H, N)");
   Gradients gradients(attention, query);
-  compute(
-      attention, Ring(memory_keys), Ring(memory_values), take_upstream(grad_out, grad_lse, out, lse), gradients);
+  compute(attention, Ring(memory_keys), Ring(memory_values), take_upstream(grad_out, grad_lse, out, lse), gradients);
   const auto nothing = [&] { return torch::stable::new_empty(query, {0}); };  // no two results may share memory
   const std::vector<float> ones(attention.heads, 1.0f);
   return {

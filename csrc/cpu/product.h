@@ -10,9 +10,7 @@ struct Matrix {
   Number* first;
   int64_t stride;  // from row to row
 
-  MEMTRANS_INLINE Number* row(int64_t number) const {
-    return first + number * stride;
-  }
+  MEMTRANS_INLINE Number* row(int64_t number) const { return first + number * stride; }
 };
 
 // kRows x (kVectors * kLanes) sums, which leave the registers only when they are complete.
@@ -43,16 +41,15 @@ MEMTRANS_INLINE void add_rows(
     Matrix<float> c) {
   for (; first + kRows <= rows; first += kRows) {
     const float* of_rows = kTransposed ? a.first + first : a.row(first);
-    add_block<kLanes, kRows, kVectors, kTransposed>(
-        of_rows, a.stride, b, b_stride, depth, {c.row(first), c.stride});
+    add_block<kLanes, kRows, kVectors, kTransposed>(of_rows, a.stride, b, b_stride, depth, {c.row(first), c.stride});
   }
   if constexpr (kRows > 1) {
     add_rows<kLanes, kRows / 2, kVectors, kTransposed>(a, b, b_stride, first, rows, depth, c);
   }
 }
 
-// c (rows, columns) += a (rows, depth) · b (depth, columns); kTransposed: a is stored as (depth, rows). The columns are a
-// multiple of kLanes. Every sum adds up in the order of the depth, wherever its row and column stand.
+// c (rows, columns) += a (rows, depth) · b (depth, columns); kTransposed: a is stored as (depth, rows). The columns are
+// a multiple of kLanes. Every sum adds up in the order of the depth, wherever its row and column stand.
 template <int kLanes, int kRows, bool kTransposed>
 MEMTRANS_INLINE void add_product(
     Matrix<const float> a, Matrix<const float> b, int64_t rows, int64_t depth, int64_t columns, Matrix<float> c) {

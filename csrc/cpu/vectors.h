@@ -1,4 +1,5 @@
-// Vectors of floats, and the instruction set of this processor: code is compiled for several, one is picked at run time.
+// Vectors of floats, and the instruction set of this processor: code is compiled for several, one is picked at run
+// time.
 #pragma once
 
 #include <cmath>
@@ -35,8 +36,8 @@ MEMTRANS_INLINE Vector<kLanes>& at(float* numbers) {
   return *reinterpret_cast<Vector<kLanes>*>(numbers);
 }
 
-// Makes x exp(x), to within 1e-7 of it, for x up to 88; 0 below -87. With n = round(x / ln 2) that is 2^n times a Taylor
-// series. (In place: a vector that is passed by value is passed in the registers of the baseline.)
+// Makes x exp(x), to within 1e-7 of it, for x up to 88; 0 below -87. With n = round(x / ln 2) that is 2^n times a
+// Taylor series. (In place: a vector that is passed by value is passed in the registers of the baseline.)
 template <int kLanes>
 MEMTRANS_INLINE void exponentiate(Vector<kLanes>& x) {
   using Bits = typename VectorOf<kLanes>::bits;

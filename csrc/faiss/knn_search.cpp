@@ -2,7 +2,8 @@
 //
 // Faiss has neither a batch dimension nor rings: each row's visible window is searched in one piece, or in two where it
 // wraps round. Both pieces' neighbours are returned side by side, with positions that count from the piece's first key;
-// memtrans_kernels/faiss_gpu.py merges them. The row lengths have to be on the host, so none of this can be captured.
+// memtrans_kernels/impl/faiss/gpu.py merges them. The row lengths have to be on the host, so none of this can be
+// captured.
 #include "memtrans.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -56,8 +57,9 @@ struct Pieces {
 };
 
 Pieces visible_pieces(int64_t start, int64_t cursor, int64_t capacity, int64_t slots) {
-  const int64_t first = std::max({int64_t{0}, start, cursor - capacity});
-  const int64_t visible = std::max<int64_t>(0, cursor - first), slot = first % slots;
+  const int64_t end = std::max<int64_t>(0, cursor);  // no entry number overflows from here on
+  const int64_t first = std::max({int64_t{0}, start, end - capacity});
+  const int64_t visible = std::max<int64_t>(0, end - first), slot = first % slots;
   const int64_t before_end = std::min(visible, slots - slot);
   return {{slot, 0}, {before_end, visible - before_end}};
 }
@@ -110,7 +112,7 @@ void search_rows(
 
 void check_on_host(const Tensor& tensor, const char* name) {
   check_int64(tensor, name);
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous(), name, " must be contiguous and on the host");
+  MEMTRANS_CHECK(tensor.is_cpu() && tensor.is_contiguous(), name, " must be contiguous and on the host");
 }
 
 // rows, start and cursor are on the host. Returns scores and positions (2, B, H, N, K), -1 where there is no key.
@@ -122,13 +124,14 @@ std::tuple<Tensor, Tensor> faiss_search(
   check_on_host(cursor, "cursor");
   for (int64_t index = 0; index < rows.size(0); ++index) {
     const int64_t row = rows.const_data_ptr<int64_t>()[index];
-    STD_TORCH_CHECK(row >= 0 && row < keys.size(0), "rows must lie in 0..", keys.size(0) - 1, ", got ", row);
+    MEMTRANS_CHECK(row >= 0 && row < keys.size(0), "rows must lie in 0..", keys.size(0) - 1, ", got ", row);
   }
-  STD_TORCH_CHECK(query.is_cuda(), "query must be on a CUDA device");
+  MEMTRANS_CHECK(query.is_cuda(), "query must be on a CUDA device");
   check_same_device(query, "query", keys, "keys");
-  STD_TORCH_CHECK(query.scalar_type() == keys.scalar_type(), "query must be of the keys' dtype");
-  STD_TORCH_CHECK(query.is_contiguous(), "query must be contiguous");
-  STD_TORCH_CHECK(keys.stride(2) == 1 && keys.stride(1) == keys.size(2), "the slots of a row of keys must be contiguous");
+  MEMTRANS_CHECK(query.scalar_type() == keys.scalar_type(), "query must be of the keys' dtype");
+  MEMTRANS_CHECK(query.is_contiguous(), "query must be contiguous");
+  MEMTRANS_CHECK(
+      keys.stride(2) == 1 && keys.stride(1) == keys.size(2), "the slots of a row of keys must be contiguous");
 
   const torch::stable::accelerator::DeviceGuard guard(keys.get_device_index());
   const std::initializer_list<int64_t> shape{2, query.size(0), query.size(1), query.size(2), k};
@@ -142,9 +145,7 @@ std::tuple<Tensor, Tensor> faiss_search(
   return {scores, positions};
 }
 
-int64_t version_number(int64_t major, int64_t minor, int64_t patch) {
-  return (major * 1000 + minor) * 1000 + patch;
-}
+int64_t version_number(int64_t major, int64_t minor, int64_t patch) { return (major * 1000 + minor) * 1000 + patch; }
 
 // Faiss's version as 1000000 · major + 1000 · minor + patch: of the headers of this build, and of the loaded library.
 std::tuple<int64_t, int64_t> faiss_versions() {

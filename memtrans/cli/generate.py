@@ -13,41 +13,34 @@ from pathlib import Path
 
 import torch
 
+from memtrans.cli.ending import reading_input, show, writing
+from memtrans.cli.parser import SEGMENT
+from memtrans.distributed.ranks import Ranks
+from memtrans.files import read_input
 from memtrans.generation.decoder import Decoder
 from memtrans.generation.generate import as_texts, reading_bar, stream
 from memtrans.generation.sampling import Sampling
 from memtrans.pretrained import CONFIG
 from memtrans.training import checkpoint
 from memtrans.training.checkpoint import Checkpoint
-from memtrans.training.run import checkpoint_of
-from memtrans.training.settings import BYTES, DTYPES, Settings, build_model
-from memtrans.training.trainer import pick_device
-from memtrans.training.weights import load_weights
+from memtrans.training.device import pick_device
+from memtrans.training.directory import checkpoint_of
+from memtrans.training.model import build_model
+from memtrans.training.settings import BYTES, Settings
+from memtrans.training.state import check_settings, load_weights
 from memtrans.transformer import MemorizingTransformer
 from memtrans_kernels import checks
 
-SEGMENT = 512  # where the checkpoint does not say what the model was trained with
+SHARED = False
 START = ord("\n")
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
-    add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, help="a run's directory, or one that save_pretrained wrote")
-    prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", default="", help="text to continue (default: none, which stands for a line's end)")
-    prompt.add_argument("--prompt-file", type=Path, help="file to continue, read as bytes, of any length")
-    add("--tokens", type=int, default=256, help="bytes to write (256)")
-    add("--temperature", type=float, default=1.0, help="divides the logits; 0 or less is greedy (1)")
-    add("--top-k", type=int, help="draw among so many likeliest bytes")
-    add("--top-p", type=float, help="draw among the fewest likeliest bytes that together have this probability")
-    add("--seed", type=int, default=0, help="of the draws (0)")
-    add("--segment", type=int, help=f"N: tokens of a segment (default: the run's, or {SEGMENT})")
-    add("--memory", type=int, help="M: entries of the memory (default: the model's)")
-    add("--memories", type=Path, help="begin with memories that were saved")
-    add("--save-memories", type=Path, help="save the memories at the end")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one")
-    add("--dtype", choices=DTYPES, help="of the weights (default: as they were saved)")
+def run(options: argparse.Namespace, ranks: Ranks) -> None:
+    """Reads the prompt and writes its continuation."""
+    del ranks
+    with reading_input(IndexError):
+        generation = Generation.open(options)
+    generation.run()
 
 
 @dataclass(frozen=True)
@@ -76,7 +69,8 @@ class Generation:
             memories = model.create_knn_memories(batch_size=1, device=device, **sizes)
         else:
             memories = model.load_memories(options.memories, **sizes)
-        text = os.fsencode(options.prompt) if options.prompt_file is None else options.prompt_file.read_bytes()
+        file = options.prompt_file
+        text = os.fsencode(options.prompt) if file is None else read_input("prompt_file", file)
         start = START if model.clear_memories_on_sos_token_id is None else None
         prompt = as_texts(text, model, start)
         segment = segment if options.segment is None else options.segment
@@ -93,16 +87,26 @@ class Generation:
     def run(self) -> None:
         """Reads, then writes to standard output; figures go to standard error."""
         length, begin = len(self.prompt[0]), time.perf_counter()
-        with reading_bar(length, shown=True) as bar:
-            self.decoder.read(self.prompt, bar.update)
+        with reading_bar(length, shown=_has_tqdm()) as more:
+            self.decoder.read(self.prompt, more)
         read = time.perf_counter()
         for piece in self.text():
-            print(piece, end="", flush=True)
-        print(flush=True)
+            show(piece, end="")
+        show("")
         rate = self.tokens / (time.perf_counter() - read)
         print(f"read {length} tokens in {read - begin:.1f} s, wrote {rate:.0f} tokens/s", file=sys.stderr)
         if self.save_memories is not None:
-            self.decoder.memories.save(self.save_memories)
+            with writing():
+                self.decoder.memories.save(self.save_memories)
+
+
+def _has_tqdm() -> bool:
+    """Whether the extra `train` is installed: a bar is a comfort, and the figures at the end tell the same."""
+    try:
+        import tqdm  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def _check_memory_options(options: argparse.Namespace, model: MemorizingTransformer) -> None:
@@ -134,9 +138,11 @@ def open_model(path: Path) -> tuple[MemorizingTransformer, int]:
     for directory in (path, checkpoint_of(path)):
         if checkpoint.exists(directory):
             saved = checkpoint.require(checkpoint.load_checkpoint(directory), "settings")
-            settings = Settings.from_json(saved.values["settings"])
-            model = build_model(replace(settings, vocabulary=BYTES))
-            load_weights(model, Checkpoint({"model": over_bytes(saved.parts["model"])}, saved.values))
+            settings = replace(Settings.from_json(saved.values["settings"]), vocabulary=BYTES)
+            weights = Checkpoint({"model": over_bytes(saved.parts.get("model", {}))}, saved.values)
+            check_settings(settings, weights)
+            model = build_model(settings)
+            load_weights(model, weights)
             return model, settings.segment
     if (path / CONFIG).exists():
         return MemorizingTransformer.from_pretrained(path), SEGMENT

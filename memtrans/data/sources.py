@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import lzma
 import sysconfig
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import torch
 
 from memtrans.data.documents import Document
+from memtrans.files import read_input
 
 STANDARD_LIBRARY = "stdlib"
 ENWIK8_SPLIT = (90_000_000, 5_000_000, 5_000_000)
@@ -55,9 +57,9 @@ def load_corpus(data: str) -> Corpus:
     """Reads all documents of a source and holds some out, always the same ones.
 
     Args:
-        data: `stdlib`; or a file (.gz, .xz and .zip are unpacked); or a directory: each of its text files is a
-            document, and so is each directory in it, all text files below it in path order. A file called enwik8 (or
-            enwik8.zip, ...) gets the standard split of 90, 5 and 5 million.
+        data: `stdlib`; or a file (.gz and .xz are unpacked, and of a .zip each member that is text is a document); or a
+            directory: each of its text files is a document, and so is each directory in it, all text files below it in
+            path order. A file called enwik8 (or enwik8.zip, ...) gets the standard split of 90, 5 and 5 million.
 
     Raises:
         FileNotFoundError: no such path. ValueError: no bytes in it, a damaged archive, or an enwik8 of the wrong
@@ -111,8 +113,12 @@ def _of_entry(root: Path, entry: Path) -> Iterator[Document]:
 def _text_in(root: Path, file: Path) -> Iterator[Document]:
     """The text in a file; nothing if it is hidden or not text."""
     relative = file.relative_to(root)
-    if file.is_file() and not any(part.startswith(".") for part in relative.parts):
+    if file.is_file() and not _is_hidden(relative):
         yield from (document for document in _unpacked(str(relative), file) if _is_text(document))
+
+
+def _is_hidden(path: PurePath) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _is_text(document: Document) -> bool:
@@ -121,21 +127,26 @@ def _is_text(document: Document) -> bool:
 
 
 def _unpacked(name: str, file: Path) -> Iterator[Document]:
-    """The documents of a file: one, or every member of a zip archive in path order."""
+    """The documents of a file: one, or those members of a zip archive that are text and not hidden, in path order."""
+    content = read_input("data", file)
     try:
         if file.suffix == ".gz":
-            yield Document.of(name, gzip.decompress(file.read_bytes()))
+            yield Document.of(name, gzip.decompress(content))
         elif file.suffix == ".xz":
-            yield Document.of(name, lzma.decompress(file.read_bytes()))
+            yield Document.of(name, lzma.decompress(content))
         elif file.suffix == ".zip":
-            with zipfile.ZipFile(file) as archive:
-                for member in sorted(archive.namelist()):
-                    if not member.endswith("/"):
-                        yield Document.of(f"{name}/{member}", archive.read(member))
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                members = (Document.of(f"{name}/{member}", archive.read(member)) for member in _members(archive))
+                yield from filter(_is_text, members)
         else:
-            yield Document.of(name, file.read_bytes())
+            yield Document.of(name, content)
     except UNREADABLE as error:
         raise ValueError(f"data must hold whole {file.suffix} archives, got {str(file)!r}: {error}") from error
+
+
+def _members(archive: zipfile.ZipFile) -> list[str]:
+    """The files in an archive that are not hidden."""
+    return [name for name in sorted(archive.namelist()) if not name.endswith("/") and not _is_hidden(PurePath(name))]
 
 
 def _fingerprint(documents: Sequence[Document]) -> str:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from memtrans.cuda_graph import EAGER_CALLS
-from memtrans.distributed.dtensors import is_spread
+from memtrans.distributed.dtensors import is_sharded
 from memtrans.distributed.ranks import Ranks
 
 # A step with 607 MB of gradients: 23.7 ms on one H200, on two 25.7, or 25.9 with pieces of 32 MiB. Parts are smaller
@@ -40,7 +40,7 @@ class GradientSum:
 
     def __init__(self, parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
         self.ranks, self._sums = ranks, 0
-        own = [parameter for parameter in parameters if not is_spread(parameter)]
+        own = [parameter for parameter in parameters if not is_sharded(parameter)]
         self._pieces = list(in_pieces(own[::-1], PIECE_BYTES)) or [[]]
         self._missing: list[int] = []  # gradients that each piece still waits for; empty while none may leave early
         self._under_way: list[dist.Work] = []

@@ -201,13 +201,15 @@ def launched() -> Ranks:
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
-    """The ranks that `torchrun` started this process with, for as long as the `with` lasts; ALONE without it.
+def joined(ranks: Ranks | None = None) -> Iterator[Ranks]:
+    """Joins the groups of the ranks that `torchrun` started this process with, for as long as the `with` lasts.
+
+    ranks: from `launched`, which is called without it; one that is alone joins nothing.
 
     Raises LaunchError when the variables that torchrun sets (RANK, WORLD_SIZE, ...) are not whole, LostRankError when
     not all ranks come.
     """
-    ranks = launched()
+    ranks = launched() if ranks is None else ranks
     if ranks.size == 1:
         yield ranks
         return

@@ -14,17 +14,18 @@ vocabulary. Source: Wu et al. 2022, section 3.2; key/value caches are Shazeer 20
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
 
-from memtrans.attention import LocalContext, LocalView
+from memtrans.attention import LayerInputs, LocalContext, LocalView
 from memtrans.checks import check_ids, sizes
 from memtrans.distributed.dtensors import check_whole
 from memtrans.generation.local_cache import LocalCache, ReadingView, WritingView, rows_of
 from memtrans.knn_attention import KNNAttention
+from memtrans.memory.leaving import add_leaving
 from memtrans.memory.memory_list import KNNMemoryList
 from memtrans.memory.ring import MemorySnapshot
 from memtrans.position import T5RelativePositionBias
@@ -35,15 +36,17 @@ class Decoder:
     """Reads documents and continues them, with training's memory, XL caches and positions.
 
     Args:
-        model: on its device, in `eval()` mode. batch: B.
+        model: on its device, in `eval()` mode.
+        batch: B.
         segment: N, what the model was trained with.
-        memories: what the documents said before, from `model.create_knn_memories(batch_size=B)`; they grow. Default:
-            empty ones.
+        memories: what the documents said before, from `model.create_knn_memories(batch_size=B)`; they grow. Rows are
+            the documents that are in scope now, whatever the scope is later. Default: empty ones.
 
     Attributes:
         logits: (B, V) float32, for the token after the last one of each row; the next call writes over it, while what
-        `read` and `step` return stays. memories: one for each memorizing layer;
-        a segment reaches them when it is complete. position: (B,) int64, tokens in each row's open segment.
+            `read` and `step` return stays.
+        memories: one for each memorizing layer; a segment reaches them when it is complete.
+        position: (B,) int64, tokens in each row's open segment.
 
     Raises:
         ValueError: sizes below 1, a model that is spread over ranks, memories of another batch, width, number of heads
@@ -67,8 +70,8 @@ class Decoder:
         if memories is None:
             memories = model.create_knn_memories(batch_size=batch, device=self.device, spare=segment)
         self.memories = memories
-        snapshots = model.snapshots(memories, torch.empty(batch, segment, 0, device=self.device))
-        self._now = [snapshot.live() for snapshot in snapshots]
+        self._now = [snapshot.live() for snapshot in model.snapshots(memories, batch, segment)]
+        self._documents = [list(memory.scoped_indices) for memory in memories]  # of the rows
 
         self._attentions = [module for module in model.modules() if isinstance(module, LocalContext)]
         # computed once: each is a launch a token, 2 us on an H100
@@ -84,13 +87,15 @@ class Decoder:
             )
             for attention in self._attentions
         ]  # fmt: skip
-        self._longest_cache = max(cache.cached for cache in self._caches)
+        self._sizes = {cache.cached for cache in self._caches}
+        self._longest_cache = max(self._sizes)
         self.position, self.cached = torch.zeros(2, batch, dtype=torch.int64, device=self.device)
         self._ended = torch.zeros(batch, dtype=torch.bool, device=self.device)  # an end token in the open segment
         self._positions, self._cached = [0] * batch, [0] * batch  # the same on the host, where all rows have gone on
         self._located = True  # whether that is so
         self.logits = torch.zeros(batch, model.num_tokens, device=self.device)
-        self._biases = [_with_hidden_column(bias) for bias in (model.rel_pos_bias, model.knn_rel_pos_bias)]
+        of_kinds = [model.rel_pos_bias, model.knn_rel_pos_bias][: 2 if model.memorizing_layers else 1]
+        self._biases = [_with_hidden_column(bias) for bias in of_kinds]
         self._behind = self._longest_cache - torch.arange(self._longest_cache + segment, device=self.device)
 
     def _dtype(self) -> torch.dtype:
@@ -99,6 +104,28 @@ class Decoder:
         if torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
         return self.model.token_emb.weight.dtype
+
+    # -------------------------------------------------------------------------------------------------- memories
+
+    @contextmanager
+    def _scoped(self, rows: Sequence[int]) -> Iterator[None]:
+        """Scopes every memory to the documents of these rows inside a `with`."""
+        with ExitStack() as stack:
+            for memory, documents in zip(self.memories, self._documents, strict=True):
+                stack.enter_context(memory.at_batch_indices([documents[row] for row in rows]))
+            yield
+
+    def follow_memories(self) -> bool:
+        """Looks where the memories keep their entries, which changes when one is widened or loaded.
+
+        Asks the host alone. Returns whether it has changed: then a captured `advance` reads what they held before.
+        """
+        if all(memory.still_holds(now) for memory, now in zip(self.memories, self._now, strict=True)):
+            return False
+        with self._scoped(range(self.batch)):
+            snapshots = self.model.snapshots(self.memories, self.batch, self.segment)
+        self._now = [snapshot.live() for snapshot in snapshots]
+        return True
 
     # --------------------------------------------------------------------------------------------------- reading
 
@@ -121,6 +148,7 @@ class Decoder:
         for text in texts:
             check_ids("texts", text[None], self.model.num_tokens, None, text.device, validate=True)
         self.locate()
+        self.follow_memories()
         unread = [text.to(self.device) for text in texts]
         while any(len(text) for text in unread):
             for (position, cached, count), rows in self._together(unread).items():
@@ -147,10 +175,9 @@ class Decoder:
         views = [ReadingView(cache, index, position, cached) for cache in self._caches]
         free = cached if model.legacy else 0
         bias = model.rel_pos_bias.table(free), model.knn_rel_pos_bias.table(free)
-        with self.memories.at_batch_indices(rows):
+        with self._scoped(rows):
             snapshots = [memory.snapshot() for memory in self.memories]
-            logits = self._logits(tokens, snapshots, views, bias)
-        self.logits[index] = logits
+        self.logits[index] = self._logits(tokens, snapshots, views, bias)  # (rows, V)
         self.position[index] += tokens.shape[1]
         for row in rows:
             self._positions[row] += tokens.shape[1]
@@ -163,11 +190,15 @@ class Decoder:
         bias: tuple[Tensor, Tensor],
     ) -> Tensor:
         """After the last of tokens (B, N): (B, V) float32."""
-        contexts: list[dict[str, Any]] = [{"xl_memory": view} for view in views]
-        for number, temperature in self._temperatures.items():
-            contexts[number - 1]["temperature"] = temperature
-        embeddings = self.model.token_emb(tokens)
-        hidden, _, _ = self.model.run_layers(embeddings, snapshots, contexts, bias, add_knn_memory=False)
+        plain, of_memory_layers = bias
+        inputs = [
+            LayerInputs(view, of_memory_layers, temperature=self._temperatures[number])
+            if number in self._temperatures
+            else LayerInputs(view, plain)
+            for number, view in enumerate(views, start=1)
+        ]
+        embeddings = self.model.token_emb(tokens)  # (B, N, dim)
+        hidden, _, _ = self.model.run_layers(embeddings, inputs, snapshots, add_knn_memory=False)
         return self.model.head(hidden[:, -1:])[:, 0].float()
 
     def _note_start_and_end(self, tokens: Tensor, index: Tensor | slice, going_on: Tensor | None = None) -> None:
@@ -190,6 +221,7 @@ class Decoder:
         """Every row reads one token: tokens (B,) int64 on the model's device -> logits (B, V) for the next one."""
         check_ids("tokens", tokens[None], self.model.num_tokens, None, self.device, self.model.validate)
         self.locate()
+        self.follow_memories()
         self.advance(tokens, torch.ones_like(self._ended))
         self._count()
         return self.logits.clone()
@@ -201,8 +233,9 @@ class Decoder:
         tokens: (B,) int64. going_on: (B,) bool; a row that has stopped stays where it is, and so do its logits.
         """
         self._note_start_and_end(tokens[:, None], slice(None), going_on)
-        views = [WritingView(cache, self.position) for cache in self._caches]
-        logits = self._logits(tokens[:, None], self._now, views, self._bias_of_places())
+        slots = {cached: (self.position + cached)[:, None, None, None] for cached in self._sizes}  # (B, 1, 1, 1)
+        views = [WritingView(cache, slots[cache.cached]) for cache in self._caches]
+        logits = self._logits(tokens[:, None], self._now, views, self._bias_of_places())  # (B, V)
         torch.where(going_on[:, None], logits, self.logits, out=self.logits)
         self.position.add_(going_on)
 
@@ -226,14 +259,13 @@ class Decoder:
 
     def _bias_of_places(self) -> tuple[Tensor, Tensor]:
         """What one query of each row adds to its logits of the L local slots, (B, H, 1, L); -inf where nothing is."""
-        distance = self.position[:, None] + self._behind  # of each slot; the query stands in slot X + position
+        distance = self.position[:, None] + self._behind  # of each slot (B, L); the query stands in slot X + position
         seen = distance - self.cached[:, None] if self.model.legacy else distance
         unseen = (distance < 0) | (self._behind > self.cached[:, None])
-        plain, of_memory_layers = (
-            bias[:, torch.where(unseen, 0, seen.clamp(0, bias.shape[1] - 2) + 1)].transpose(0, 1)[:, :, None]
-            for bias in self._biases
-        )
-        return plain.to(self._caches[0].keys.dtype), of_memory_layers
+        farthest = self._biases[0].shape[1] - 2
+        column = torch.where(unseen, 0, seen.clamp(0, farthest) + 1)
+        biases = [bias[:, column].transpose(0, 1)[:, :, None] for bias in self._biases]  # (B, H, 1, L)
+        return biases[0].to(self._caches[0].keys.dtype), biases[-1]
 
     # --------------------------------------------------------------------------------------------- ends of segments
 
@@ -259,16 +291,19 @@ class Decoder:
     def _store(self, complete: Tensor) -> None:
         """Adds what leaves to the memories of the rows where `complete` (B,) is True."""
         model, whole = self.model, torch.where(complete, self.segment, 0)
+        with self._scoped(range(self.batch)):
+            snapshots = [memory.snapshot() for memory in self.memories]
         for place, number in enumerate(model.memorizing_layers):
-            attention, cache = self._attentions[number - 1], self._caches[number - 1]
-            assert isinstance(attention, KNNAttention)
+            cache = self._caches[number - 1]
             _, added_to = model.memories_of(place)
-            snapshot = self.memories[added_to].snapshot()
             if cache.cached == 0:  # the segment leaves as it lies there
-                snapshot.append(cache.keys, cache.values, whole)
+                snapshots[added_to].append(cache.keys, cache.values, whole)
                 continue
             local = torch.where(complete, self.cached.clamp(max=cache.cached) + self.segment, 0)
-            attention.add_leaving(snapshot, cache.keys, cache.values, self.segment, local, None)
+            add_leaving(
+                snapshots[added_to], cache.keys, cache.values,
+                kept=cache.cached, length=self.segment, local_length=local,
+            )  # fmt: skip
 
     def _shift_caches(self, complete: Tensor) -> None:
         """Every layer's newest keys and values become the XL cache, of the layer that the model's shift says."""

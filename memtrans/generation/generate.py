@@ -5,7 +5,8 @@ Shapes: B documents, N tokens of a segment, V tokens of the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -81,8 +82,8 @@ def generate(
     model.eval()
     try:
         decoder = Decoder(model, len(texts), segment=segment, memories=memories)
-        with reading_bar(sum(map(len, texts)), progress) as bar:
-            decoder.read(texts, bar.update)
+        with reading_bar(sum(map(len, texts)), progress) as read:
+            decoder.read(texts, read)
         result = torch.stack(list(stream(decoder, tokens, sampling, stop)), dim=1)
     finally:
         model.train(was_training)
@@ -130,6 +131,8 @@ def stream(
         if number == 0:
             choose()
         else:
+            if decoder.follow_memories():
+                replay.release()  # the graph reads what the memories held before
             replay()
             decoder.move_on()
         yield chosen.clone()
@@ -137,11 +140,21 @@ def stream(
             return
 
 
-def reading_bar(tokens: int, shown: bool) -> Any:
-    """A bar for reading so many tokens, on standard error where that is a terminal; a context manager."""
-    from tqdm import tqdm
+@contextmanager
+def reading_bar(tokens: int, shown: bool) -> Iterator[Callable[[int], object]]:
+    """A bar for reading so many tokens, on standard error where that is a terminal; gives what tells it of more.
 
-    return tqdm(total=tokens, unit="token", desc="reading", dynamic_ncols=True, disable=None if shown else True)
+    Raises ImportError, which names the extra to install, where tqdm is missing.
+    """
+    if not shown:
+        yield lambda more: None
+        return
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError("progress must be False without tqdm, got True: pip install 'memtrans[train]'") from error
+    with tqdm(total=tokens, unit="token", desc="reading", dynamic_ncols=True, disable=None) as bar:
+        yield bar.update
 
 
 def as_texts(prompt: Text | Sequence[Text], model: MemorizingTransformer, start: int | None = None) -> list[Tensor]:

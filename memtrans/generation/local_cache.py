@@ -83,15 +83,18 @@ class ReadingView(LocalView):
 class WritingView(LocalView):
     """Every document writes one token at a place of its own, known to the device alone; L is always X + N.
 
-    A bias hides what lies behind the place. position (B,) int64: of the token, from the segment's beginning.
+    A bias hides what lies behind the place.
+
+    Attributes:
+        slot: (B, 1, 1, 1) int64, where the cache keeps the token of each document.
     """
 
     cache: LocalCache
-    position: Tensor
+    slot: Tensor
 
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         cache = self.cache
-        slot = (self.position + cache.cached)[:, None, None, None].expand_as(key)
+        slot = self.slot.expand_as(key)  # (B, G, 1, D)
         cache.keys.scatter_(2, slot, key.to(cache.keys.dtype))
         cache.values.scatter_(2, slot, value.to(cache.values.dtype))
         return cache.keys.to(key.dtype), cache.values.to(value.dtype)

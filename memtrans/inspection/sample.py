@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memtrans.data.documents import NOT_SCORED, Batch, Document, DocumentStream, InOrder
+from memtrans.data.documents import Document, InOrder
+from memtrans.data.stream import NOT_SCORED, Batch, DocumentStream
 from memtrans.knn_attention import KNNAttention
 from memtrans.transformer import MemorizingTransformer
 from memtrans_kernels import cosine

@@ -6,34 +6,42 @@ is an operator of `memtrans_kernels`. Source: Wu et al. 2022, sections 3.1 and 3
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from memtrans.checks import (
-    check_finite,
+from memtrans.checks import check_finite, sizes
+from memtrans.compatibility import UNUSED, warn_unused
+from memtrans.devices import usable_device
+from memtrans.distributed.ranks import ranks_of
+from memtrans.memory.checks import (
+    check_mask,
     check_memories,
     check_no_recomputation,
     check_numbers,
     check_queries,
     document_numbers,
     running_backward,
-    sizes,
-    usable_device,
 )
-from memtrans.compatibility import UNUSED, warn_unused
-from memtrans.distributed.ranks import ranks_of
-from memtrans.memory.ring import MemorySnapshot, Ring, check_mask
+from memtrans.memory.ring import MemorySnapshot, Ring
 from memtrans.memory.sharded import ShardedRing
 from memtrans.memory.state import check_state, dtype_names, holds_nothing, memory_arguments, state_parts
 from memtrans.storage import load_tensors, save_tensors
 from memtrans_kernels import checks
 from memtrans_kernels.backends import check_name
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _constant_when_traced(method: Method) -> Method:
+    """Marks `method` as `torch.compiler.assume_constant_result` does, which imports the compiler: over a second."""
+    method._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return method
 
 
 class KNNMemory:
@@ -43,7 +51,8 @@ class KNNMemory:
         dim: D, width of keys and values.
         max_memories: M, entries visible per document; the oldest are dropped.
         num_indices: documents in the batch, B.
-        memmap_filename, multiprocessing: accepted and ignored, with a DeprecationWarning.
+        memmap_filename: accepted and ignored, with a DeprecationWarning.
+        multiprocessing: accepted and ignored, with a DeprecationWarning.
         device: where the memory lives. Default: that of the first tensor it sees.
         dtype: of keys (and values): float32, float16, bfloat16 or float64. Default: float32 on the CPU, float16 on
             CUDA.
@@ -61,8 +70,9 @@ class KNNMemory:
     to fetch the winners' values, with e bytes a number; `memtrans.memory.sharded` has what a gradient adds.
 
     Attributes:
-        scoped_indices: the documents that `add` and `search` speak of. shape: (num_indices, max_memories, 2, dim), with
-        kv_heads after num_indices if there are several.
+        scoped_indices: the documents that `add` and `search` speak of.
+        shape: (num_indices, max_memories, 2, dim), with kv_heads after num_indices if there are several.
+        made_in: the number of the backward pass in which the memory was made; -1 outside of one.
 
     Raises:
         ValueError, TypeError: a size that is no integer or below 1, another dtype, a device that this torch cannot use
@@ -103,7 +113,7 @@ class KNNMemory:
         self.spare, self.backend = checks.integer("spare", spare, low=0), check_name(backend)
         self.scoped_indices = list(range(self.num_indices))
         self._ranks = None if process_group is None else ranks_of(process_group)
-        self._made_in = running_backward()
+        self.made_in = running_backward()
         self._ring: Ring | None = None
         self._rows: Tensor | None = None
         if device is not None:
@@ -111,12 +121,12 @@ class KNNMemory:
 
     # ------------------------------------------------------------------------------------------------- storage
 
-    @torch._dynamo.assume_constant_result
+    @_constant_when_traced
     def _room(self) -> int:
         """The longest segment that the ring has spare slots for, or will have where it is not laid out yet."""
         return self.spare if self._ring is None else self._ring.spare
 
-    @torch._dynamo.assume_constant_result  # a traced forward meets a memory that is laid out already
+    @_constant_when_traced  # a traced forward meets a memory that is laid out already
     @torch.inference_mode(False)  # a memory that first met an evaluation can be trained with later
     def _prepare(self, device: torch.device, longest: int) -> None:
         """Lays the ring out on `device`, with spare slots for a segment of `longest` entries."""
@@ -156,23 +166,40 @@ class KNNMemory:
     def snapshot(self, like: Tensor | None = None, longest: int = 0) -> MemorySnapshot:
         """The memory as it stands, for the documents in scope.
 
-        like: a tensor whose device the memory takes if it has none yet. longest: the segment that will be added.
+        Args:
+            like: a tensor whose device the memory takes if it has none yet. Default: it must have one.
+            longest: the longest segment that will be added before the next snapshot.
+
+        Raises:
+            ValueError: the memory has no device yet, or another one than `like`.
+            RuntimeError: activation checkpointing runs a forward pass again.
         """
-        check_no_recomputation("the memory", self._made_in)
-        if like is not None:
+        check_no_recomputation("the memory", self.made_in)
+        return self.as_it_stands(None if like is None else like.device, longest)
+
+    def as_it_stands(self, device: torch.device | None, longest: int) -> MemorySnapshot:
+        """A snapshot for a caller who knows that no forward pass is run again."""
+        if device is not None:
             # Before the first look at the ring: see there. Only a length that makes it grow is made a constant,
             # by range(). No branch: a compiler that begins again finds the ring grown.
-            self._prepare(like.device, len(range(longest if longest > self._room() else 0)))
+            self._prepare(device, len(range(longest if longest > self._room() else 0)))
         ring, rows = self._ring, self._rows
         if ring is None or rows is None:
             raise ValueError("device must be given to a memory that has seen no tensor yet, got None")
-        if like is not None and like.device != rows.device:
+        if device is not None and device != rows.device:
             raise ValueError(
-                f"the memory lives on {rows.device}, got a tensor on {like.device}: make or load the memory "
-                f"with device={str(like.device)!r}"
+                f"the memory lives on {rows.device}, got a tensor on {device}: make or load the memory "
+                f"with device={str(device)!r}"
             )
-        assert like is None or longest <= ring.spare  # a compiled graph asks it of every memory that it is given
+        assert device is None or longest <= ring.spare  # a compiled graph asks it of every memory that it is given
         return ring.snapshot(rows, self._host_rows(), len(self.scoped_indices))
+
+    def still_holds(self, snapshot: MemorySnapshot) -> bool:
+        """Whether what the snapshot reads is where the memory keeps its entries now: it was neither widened nor loaded.
+
+        Asks the host alone.
+        """
+        return self._ring is snapshot.ring and self._ring.keys_read is snapshot.keys
 
     # --------------------------------------------------------------------------------------------------- scope
 
@@ -195,6 +222,8 @@ class KNNMemory:
         chosen = document_numbers("indices", indices, self.num_indices)
         if not chosen:
             raise ValueError("indices must name at least one document, got []")
+        if chosen == self.scoped_indices:
+            return
         self.scoped_indices = chosen
         if self._ring is not None:
             self._rows = self._scoped_rows()
@@ -328,7 +357,7 @@ class KNNMemory:
         self._ring.load(state)
 
     def check_state(self, state: Mapping[str, Tensor]) -> None:
-        """Refuses what `load_state_dict` cannot take up; see there."""
+        """Raises ValueError or TypeError unless `load_state_dict` can take the state up."""
         shard = None if self._ranks is None else (self._ranks.rank, self._ranks.size)
         check_state(state, self.num_indices * self.kv_heads, self.dim, shard)
 
@@ -366,21 +395,8 @@ class KNNMemory:
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
         self.__dict__.update(pickled["fields"])
-        self._made_in = running_backward()
+        self.made_in = running_backward()
         self.cleanup()
         if pickled["state"] is not None:
             self._prepare(pickled["device"], 0)
             self.load_state_dict(pickled["state"])
-
-
-def snapshot_for(
-    name: str, memory: KNNMemory | MemorySnapshot, like: Tensor, longest: int, kv_heads: int, width: int
-) -> MemorySnapshot:
-    """The snapshot given, or one of the memory given; it must fit the documents of like (B, ...) and such heads."""
-    if isinstance(memory, KNNMemory):
-        check_no_recomputation(name, memory._made_in)
-        memory = memory.snapshot(like=like, longest=longest)
-    elif not isinstance(memory, MemorySnapshot):
-        raise TypeError(f"{name} must be a KNNMemory or a snapshot of one, got {type(memory).__name__}")
-    memory.check_fits(name, like.shape[0], kv_heads, width)
-    return memory

@@ -22,7 +22,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from memtrans_kernels import Ledger, checks, knn_add_, knn_search, ledger_advance_, ledger_ticket, read_cursors
+from memtrans.attention import LocalKeys, seed_of
+from memtrans.memory.checks import check_mask
+from memtrans_kernels import (
+    Ledger,
+    knn_add_,
+    knn_search,
+    ledger_advance_,
+    ledger_ticket,
+    local_attention,
+    memory_attention,
+    read_cursors,
+)
 from memtrans_kernels.backends import implements
 
 
@@ -115,13 +126,6 @@ class Ring:
         self.start.copy_(kept - state["lengths"].clamp(max=kept))
 
 
-def check_mask(mask: Tensor, documents: int) -> None:
-    """Refuses what is no bool tensor (B,)."""
-    checks.tensors(mask=mask)
-    if mask.dtype != torch.bool or mask.shape != (documents,):
-        raise ValueError(f"mask must be a bool tensor of shape ({documents},), got {mask.dtype} {tuple(mask.shape)}")
-
-
 @dataclass(frozen=True)
 class MemorySnapshot:
     """A memory as one forward pass sees it: the cursors are read once, whatever is added later.
@@ -145,7 +149,7 @@ class MemorySnapshot:
     ticket: Tensor
 
     def check_fits(self, name: str, documents: int, kv_heads: int, width: int) -> None:
-        """Refuses to be the memory of so many documents, key/value heads and components."""
+        """Raises ValueError unless the snapshot is of so many documents, key/value heads and components."""
         expected = (documents, kv_heads, width)
         found = (self.documents, self.rows.numel() // self.documents, self.keys.shape[2])
         if found != expected:
@@ -180,6 +184,58 @@ class MemorySnapshot:
         slot = slots.clamp(min=0).long()
         return self.keys[row, slot], self.values[row, slot], slots >= 0
 
+    # ------------------------------------------------------------------------------------------------------- attention
+
+    def attend(
+        self,
+        query: Tensor,
+        k: int,
+        local: LocalKeys,
+        scale: Tensor,
+        memory_offset: Tensor | None = None,
+        memory_gate: Tensor | None = None,
+        dropout_p: float = 0.0,
+    ) -> Tensor:
+        """Attention of query (B, H, N, D) to its K nearest entries and to the local keys: (B, H, N, D).
+
+        Args:
+            k: K.
+            local: the local context.
+            scale: (H,), what logits are multiplied by.
+            memory_offset: (H,), added to the retrieved logits. Default: nothing.
+            memory_gate: (H,); each part then has a softmax of its own, and sigmoid(memory_gate) is the share of the
+                retrieved part. Default: one softmax over both.
+            dropout_p: probability of dropping a weight.
+        """
+        if memory_gate is not None:
+            to_memory, _, found = self.attend_to_retrieved(query, k, scale, dropout_p)
+            to_local, _ = attend_to_local(query, local, scale, dropout_p)
+            return mixed(to_memory, to_local, found, memory_gate)
+        scores, slots = self.nearest(query, k)
+        return memory_attention(
+            query, local.key, local.value, self.keys, self.values, self.rows, scores, slots, scale,
+            local.bias_table, local.bias_dense, memory_offset, local.local_length,
+            dropout_p, seed_of(dropout_p, query.device), ledger=self.ledger,
+        )[0]  # fmt: skip
+
+    def attend_to_retrieved(
+        self, query: Tensor, k: int, scale: Tensor, dropout_p: float = 0.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Attention of query (B, H, N, D) to its K nearest entries alone, with logits scale[h] · score.
+
+        Returns out (B, H, N, D) and lse (B, H, N), differentiable in query and scale, and which queries found any
+        entry, (B, H, N) bool.
+        """
+        scores, slots = self.nearest(query, k)
+        nothing = query.new_empty(self.documents, self.rows.numel() // self.documents, 0, query.shape[-1])
+        out, lse = memory_attention(
+            query, nothing, nothing, self.keys, self.values, self.rows, scores, slots, scale,
+            dropout_p=dropout_p, seed=seed_of(dropout_p, query.device), ledger=self.ledger,
+        )  # fmt: skip
+        return out, lse, slots[..., 0] >= 0  # the best come first
+
+    # ------------------------------------------------------------------------------------------------------ add, clear
+
     def append(self, keys: Tensor, values: Tensor, count: Tensor | None = None) -> MemorySnapshot:
         """Stores keys and values (B, G, N, D) after the snapshot's entries; returns the state after them.
 
@@ -199,10 +255,25 @@ class MemorySnapshot:
 
     def clear_rows(self, mask: Tensor) -> MemorySnapshot:
         """Forgets all entries of the documents where mask (B,) is True; returns the state after that."""
-        check_mask(mask, self.documents)
-        checks.same_device(self.start.device, mask=mask)
+        check_mask(mask, self.documents, self.start.device)
         of_rows = mask.repeat_interleave(self.rows.numel() // self.documents)
         cleared = torch.zeros_like(self.start, dtype=torch.bool).index_copy(0, self.rows, of_rows)
         start = torch.where(cleared, self.cursor, self.start)
         self.ring.start.copy_(torch.maximum(self.ring.start, start))  # a recomputed forward clears nothing newer
         return replace(self, start=start)
+
+
+def attend_to_local(query: Tensor, local: LocalKeys, scale: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
+    """Attention of query (B, H, N, D) to the local keys alone: out (B, H, N, D) and lse (B, H, N)."""
+    key, value, bias_table, bias_dense, local_length = local
+    seed = seed_of(dropout_p, query.device)
+    return local_attention(query, key, value, scale, bias_table, bias_dense, local_length, dropout_p, seed)
+
+
+def mixed(to_memory: Tensor, to_local: Tensor, found: Tensor, memory_gate: Tensor) -> Tensor:
+    """g · to_memory + (1 - g) · to_local, g = sigmoid(memory_gate); a query that found nothing takes the local part.
+
+    to_memory, to_local: (B, H, N, D). found: (B, H, N) bool. memory_gate: (H,).
+    """
+    gate = torch.where(found[..., None], memory_gate.sigmoid()[:, None, None], 0.0)  # (B, H, N, 1)
+    return (gate * to_memory + (1.0 - gate) * to_local).to(to_local.dtype)

@@ -1,28 +1,28 @@
 """A memory whose slots are spread over ranks: W processes hold and search one memory together, exactly.
 
-Entry i of a row is on rank i mod W, which keeps it in a ring of its own as its entry i // W: every rank holds the same
-share of each row, of the oldest entries as of the newest, and M grows with the number of GPUs. All ranks speak of the
-same documents. Each reads a segment of its own of every document, and what a method does, all ranks do together:
+Entry i of a row is on rank i mod W, which keeps it in a ring of its own as its entry i // W. So every rank holds the
+same share of each row, of the oldest entries as of the newest, and M grows with the number of GPUs. All ranks speak of
+the same documents, each reads a segment of its own of every document, and all call each method together:
 
     search   sees what the memory held before this step, for every rank
-    add      stores the segments of all ranks in the order of the ranks, whatever rank comes first
-    clear    forgets a document for all ranks when one of them forgets it
+    add      stores the segments of all ranks, in the order of the ranks
+    clear    forgets a document on all ranks when one of them forgets it
 
-A search sends each query to the other ranks, and each answers with its K best. The owner merges them by score, older
-entries first among equals, and tells who won: the same neighbours that one memory of all entries would return. Then
-either the winners' keys and values travel, or each rank attends to those that it holds and sends its part of the
-softmax: `out` with `lse`, which the owner merges as exactly.
+To search, each rank sends its queries to the others and answers theirs with its K best keys. The rank that asked merges
+the answers by score, older entries first among equals, and tells the others which of their keys won: the same
+neighbours that one memory of all entries would find. Then one of two things travels: the keys and values of the
+winners, or, from each rank, its part of the softmax (`out` and `lse`), which the rank that asked merges exactly.
 
-Bytes that a rank receives for one query from each of the W - 1 others, queries and results of e bytes a number:
-D·e its query, 8·K candidates (score, slot) and K who won. Then D·e + 4 the partial result, for which a backward pass
-sends D·e + 4 and D·e more; or K / W winners, on average, of D numbers as they are stored, the value alone or, where a
-gradient is wanted, the key too, and nothing in the backward pass. `attend` takes what is fewer bytes in both passes
-together. With K = 32, D = 64 and two bytes a number that is the partial result up to 31 ranks without a gradient, up to
-20 with one. An entry that is added travels once to each rank.
+For one query a rank receives from each of the W - 1 others, with e bytes a number, D·e bytes for their query, 8·K for
+their candidates (score and slot) and K for which of its own won. A partial result is D·e + 4 bytes more, and a backward
+pass then sends D·e + 4 and D·e. The winners are K / W entries, on average, of D numbers as they are stored: the value,
+and the key too where a gradient is wanted; a backward pass then sends nothing. `attend_to_retrieved` takes what is
+fewer bytes in both passes together. With K = 32, D = 64 and two bytes a number that is the partial result, up to 31
+ranks without a gradient and up to 20 with one. An entry that is added travels once to each rank.
 
-Two equal keys on different ranks come older first where their scores are equal, so where a backend rounds a pair's
-score alike wherever the key stands. Plain matrix products round by place; `native` on a GPU rounds otherwise in the
-rare query that it scores a second time (`knn_redo`). Keys whose scores differ by no more than that may change places.
+Equal keys on different ranks come older first if a backend gives them equal scores, that is, if it rounds a score alike
+wherever the key stands. Plain matrix products round by place, and `native` on a GPU rounds otherwise in the rare query
+that it scores a second time (`knn_redo`): such keys may change places.
 
 Shapes: the letters of `memtrans_kernels`, and W ranks.
 """
@@ -37,19 +37,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from memtrans.attention import LocalKeys, seed_of
 from memtrans.distributed.ranks import Ranks
+from memtrans.memory.checks import check_mask
 from memtrans.memory.exchange import by_rank, exchange, from_all, side_by_side
-from memtrans.memory.merge import merged
-from memtrans.memory.ring import MemorySnapshot, Ring, check_mask
+from memtrans.memory.ring import MemorySnapshot, Ring, attend_to_local
 from memtrans.memory.state import SHARD, held
 from memtrans_kernels import (
-    checks,
     knn_add_,
     knn_merge,
     knn_search,
     ledger_advance_,
     ledger_ticket,
     memory_attention,
+    merge_attention,
     read_cursors,
 )
 from memtrans_kernels.backends import implements
@@ -58,12 +59,14 @@ from memtrans_kernels.backends import implements
 
 
 class ShardedRing(Ring):
-    """This rank's share of the slots of R rows; beside it the counts of the whole, the same on every rank.
+    """This rank's share of the slots of R rows, and the counts of the whole memory, which every rank keeps.
 
     Attributes:
-        ranks: that hold the memory. visible: M of the whole memory; `capacity` is this rank's share, rounded up.
-        total: (R,) int64, entries ever stored on all ranks. start: (R,) int64, counted likewise.
-        cursor: (R,) int64, of those the ones on this rank.
+        ranks: those that hold the memory.
+        visible: M of the whole memory; `capacity` is this rank's share of it, rounded up.
+        total: (R,) int64, entries ever stored on all ranks together.
+        start: (R,) int64, the first entry that a row holds, counted on all ranks together.
+        cursor: (R,) int64, how many of the `total` entries are on this rank.
     """
 
     def __init__(self, rows: int, capacity: int, spare: int, dim: int, *, ranks: Ranks, **storage: Any) -> None:
@@ -72,31 +75,28 @@ class ShardedRing(Ring):
         self.total = torch.zeros_like(self.cursor)
 
     def own(self, entries: Tensor) -> Tensor:
-        """How many of the first so many entries are on this rank."""
+        """How many of the first `entries` entries of a row are on this rank."""
         return held(entries, self.ranks.rank, self.ranks.size)
 
     def lengths(self) -> Tensor:
-        """How many entries each row holds on all ranks (R,)."""
+        """How many entries each row holds, on all ranks together: (R,)."""
         return (self.total - self.start).clamp(max=self.visible)
 
     def snapshot(self, rows: Tensor, host_rows: Sequence[int], documents: int) -> MemorySnapshot:
-        """The memory as it stands on all ranks."""
+        """A snapshot of the memory as it stands on all ranks."""
         ticket = ledger_ticket(self.written, host_rows)
         start, total = read_cursors(self.start, self.total)
         return ShardedSnapshot(self, rows, documents, start, total, self.keys_read, self.values_read, ticket)
 
     def state(self) -> dict[str, Tensor]:
-        """Copies of this rank's keys and values (R, most on this rank, D), old to new, ending with its newest entry.
-
-        lengths (R,): of the whole memory. entries (R,): ever stored in it. shard (2,): this rank, and how many.
-        """
+        """The state of this rank's shard, in copies; `memtrans.memory.state` describes it."""
         first = self.own(self.total - self.lengths())
         most = int((self.cursor - first).max())
         shard = torch.tensor([self.ranks.rank, self.ranks.size], device="cpu")
         return {**self.newest(most), "lengths": self.lengths(), "entries": self.total.clone(), SHARD: shard}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Takes up a share of the same rank among as many, or this rank's share of a whole memory's state."""
+        """Takes up the state of this rank's shard, or this rank's entries of a whole memory's state."""
         device, keys, values = self.cursor.device, state["keys"], state["values"]
         lengths = state["lengths"].to(device)
         if SHARD in state:
@@ -114,7 +114,7 @@ class ShardedRing(Ring):
             self.add(rows, keys, values, count=torch.full_like(rows, length), at=self.own(total) - length)
 
     def add(self, rows: Tensor, keys: Tensor, values: Tensor, count: Tensor, at: Tensor) -> None:
-        """Stores `count` (B·G,) of keys and values (B, G, N, D) here, after this rank's first `at` (R,) entries."""
+        """Stores the first `count` (B·G,) of keys and values (B, G, N, D) on this rank, behind its first `at` (R,)."""
         backend = self.backend if implements("knn_add_", self.backend) else "auto"
         knn_add_(self.keys, self.values, self.cursor, rows, keys, values, count, at=at, backend=backend)
 
@@ -124,13 +124,15 @@ class ShardedRing(Ring):
 
 @dataclass(frozen=True)
 class Neighbours:
-    """What a search found, for the queries of this rank and for those of all ranks.
+    """What a search found: for the queries of this rank, and on this rank for the queries of all.
 
     Attributes:
-        scores: (B, H, N, K), best first, then -inf. entries: (B, H, N, K) int64, the neighbours' numbers, then -1.
-        places: (W, B, H, N, K) int32, which neighbour each candidate of each rank became; K for the others.
-        queries: (B, H, W·N, D), those of all ranks, differentiable. candidate_scores, candidates: (B, H, W·N, K),
-            scores and slots of the best that this rank holds for them.
+        scores: (B, H, N, K), of this rank's queries, best first, then -inf.
+        entries: (B, H, N, K) int64, the numbers of the neighbours, then -1.
+        places: (W, B, H, N, K) int32, which neighbour each candidate of each rank became; K where it became none.
+        queries: (B, H, W·N, D), those of all ranks; differentiable.
+        candidate_scores: (B, H, W·N, K), of the best keys that this rank holds for the queries of all ranks.
+        candidates: (B, H, W·N, K) int32, the slots of those keys.
     """
 
     scores: Tensor
@@ -152,7 +154,7 @@ class ShardedSnapshot(MemorySnapshot):
         return replace(self, start=self.ring.start, cursor=self.ring.total)
 
     def find(self, query: Tensor, k: int) -> Neighbours:
-        """The K nearest entries of query (B, H, N, D) on all ranks, and what those found here that asked for theirs."""
+        """Finds the K nearest entries of query (B, H, N, D) on all ranks, and this rank's candidates for all others."""
         ring, ranks = self.ring, self.ring.ranks
         queries = side_by_side(from_all(query, ranks))
         first = ring.own(torch.maximum(self.start, self.cursor - ring.visible))
@@ -165,33 +167,33 @@ class ShardedSnapshot(MemorySnapshot):
         return Neighbours(scores, entries, places, queries, own_scores, slots)
 
     def won(self, found: Neighbours) -> Tensor:
-        """Which of this rank's candidates became neighbours of the queries of all ranks (B, H, W·N, K) bool."""
+        """Which of this rank's candidates became neighbours: (B, H, W·N, K) bool. Asks all ranks."""
         answers = (found.places < found.scores.shape[-1]).to(torch.uint8)
         return side_by_side(exchange(answers, self.ring.ranks)).bool()
 
     def _of_heads(self, counts: Tensor, heads: int) -> Tensor:
-        """Of counts by row (R,), those of the documents and query heads in scope (B, H)."""
+        """Looks up numbers of rows (R,) for each document and query head in scope: (B, H)."""
         of_rows = counts[self.rows].reshape(self.documents, -1)
         return of_rows.repeat_interleave(heads // of_rows.shape[1], dim=1)
 
     def nearest(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Scores and numbers of entries (B, H, N, K); there are no slots to speak of: they are on several ranks."""
+        """Scores and numbers of entries, (B, H, N, K) each; a slot would say nothing without its rank."""
         found = self.find(query, k)
         return found.scores, found.entries
 
     def pairs(self, query: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values (B, H, N, K, D) of the nearest entries, and which are there (B, H, N, K).
 
-        Waits for the device once: how much each rank sends is not known before.
+        The host waits for the device once, to learn how much each rank sends.
         """
         found = self.find(query, k)
         keys, values = self.fetch(found, [self.keys, self.values])
         return keys, values, found.entries >= 0
 
     def fetch(self, found: Neighbours, rings: Sequence[Tensor]) -> list[Tensor]:
-        """What the neighbours hold in each of the rings (R, slots, D), their keys or values: (B, H, N, K, D) each.
+        """Fetches the neighbours' keys or values from the ranks that hold them: (B, H, N, K, D) for each of `rings`.
 
-        It comes from the ranks that hold them; zeros where there is none.
+        rings: of (R, slots, D), `self.keys` or `self.values`. Where there is no neighbour the result is zero.
         """
         ranks, (_, width) = self.ring.ranks, self.keys.shape[1:]
         won, slots = (by_rank(tensor, ranks.size) for tensor in (self.won(found), found.candidates))
@@ -213,17 +215,34 @@ class ShardedSnapshot(MemorySnapshot):
     # ------------------------------------------------------------------------------------------------------- attention
 
     def attend(
-        self, query: Tensor, k: int, scale: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None
+        self,
+        query: Tensor,
+        k: int,
+        local: LocalKeys,
+        scale: Tensor,
+        memory_offset: Tensor | None = None,
+        memory_gate: Tensor | None = None,
+        dropout_p: float = 0.0,
+    ) -> Tensor:
+        """See `MemorySnapshot.attend`. The neighbours are on several ranks: one softmax is merged from two parts."""
+        if memory_gate is not None:
+            return super().attend(query, k, local, scale, None, memory_gate, dropout_p)
+        to_memory, memory_lse, found = self.attend_to_retrieved(query, k, scale, dropout_p)
+        to_local, local_lse = attend_to_local(query, local, scale, dropout_p)
+        if memory_offset is not None:
+            memory_lse = memory_lse + memory_offset[:, None]
+        memory_lse = memory_lse.masked_fill(~found, -torch.inf)
+        return merge_attention(torch.stack((to_memory, to_local)), torch.stack((memory_lse, local_lse)))[0]
+
+    def attend_to_retrieved(
+        self, query: Tensor, k: int, scale: Tensor, dropout_p: float = 0.0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Attention of query (B, H, N, D) to its K nearest entries alone, with logits scale[h] · score.
+        """See `MemorySnapshot.attend_to_retrieved`.
 
-        scale: (H,). dropout_p, seed: as `memory_attention` takes them.
-
-        Returns out (B, H, N, D) and lse (B, H, N), differentiable in query and scale, and which queries found any
-        (B, H, N). What travels is the smaller of winners and partial results; see the module.
+        The winners travel, or the partial results: what is fewer bytes; the module has the count.
         """
         found = self.find(query, k)
-        dropout = {"dropout_p": dropout_p, "seed": seed}
+        dropout = {"dropout_p": dropout_p, "seed": seed_of(dropout_p, query.device)}
         width, learning = query.shape[-1], torch.is_grad_enabled()
         result = width * query.element_size() + 4
         part = 2 * result + width * query.element_size() if learning else result
@@ -235,9 +254,9 @@ class ShardedSnapshot(MemorySnapshot):
         return out, lse, found.entries[..., 0] >= 0
 
     def _attend_in_parts(self, found: Neighbours, scale: Tensor, dropout: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Each rank attends for all queries to the neighbours that it holds; their owners merge what they get.
+        """Each rank attends, for the queries of all, to the neighbours that it holds; who asked merges the parts.
 
-        The scale is the asking rank's, so that its gradient is too: it goes into the query and the scores.
+        A query is multiplied by the scale of the rank that asked, so that the gradient of the scale goes there too.
         """
         ranks = self.ring.ranks
         length = found.queries.shape[2] // ranks.size
@@ -250,14 +269,14 @@ class ShardedSnapshot(MemorySnapshot):
             torch.ones_like(scale), **dropout, ledger=self.ledger,
         )  # fmt: skip
         outs, lses = (exchange(by_rank(part, ranks.size), ranks) for part in (out, lse))
-        return merged(outs, lses)
+        return merge_attention(outs, lses)
 
     def _attend_to_fetched(
         self, query: Tensor, found: Neighbours, scale: Tensor, dropout: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        """As to a memory of N·K entries for each head, which nobody else reads.
+        """Fetches the winners and attends to them as to a memory of N·K entries for each head.
 
-        The scores are known, so that keys are wanted for the gradient alone; without one the values stand for them.
+        The scores are known, so the keys are fetched for the gradient alone; without one the values stand for them.
         """
         rings = [self.keys, self.values] if torch.is_grad_enabled() else [self.values]
         fetched = [ring.flatten(2, 3).flatten(0, 1) for ring in self.fetch(found, rings)]  # (B·H, N·K, D)
@@ -272,9 +291,11 @@ class ShardedSnapshot(MemorySnapshot):
     # ------------------------------------------------------------------------------------------------------ add, clear
 
     def append(self, keys: Tensor, values: Tensor, count: Tensor | None = None) -> MemorySnapshot:
-        """Stores keys and values (B, G, N, D) of every rank, in the order of the ranks; returns the state after them.
+        """Stores the keys and values of all ranks, in the order of the ranks; returns the state after that.
 
-        count: (B,) int64, how many of the N each document stores, of this rank's. All ranks give the same N.
+        Args:
+            keys, values: (B, G, N, D), this rank's. All ranks give the same N.
+            count: (B,) int64, how many of this rank's N each document stores. Default: all.
         """
         ring, ranks = self.ring, self.ring.ranks
         batch, groups, length, _ = keys.shape
@@ -299,7 +320,6 @@ class ShardedSnapshot(MemorySnapshot):
         return replace(self, cursor=after, keys=ring.keys_read, values=ring.values_read, ticket=ticket)
 
     def clear_rows(self, mask: Tensor) -> MemorySnapshot:
-        """Forgets all entries of the documents where mask (B,) is True on one of the ranks; the state after that."""
-        check_mask(mask, self.documents)
-        checks.same_device(self.start.device, mask=mask)
+        """Forgets the documents where mask (B,) is True on one rank at least; returns the state after that."""
+        check_mask(mask, self.documents, self.start.device)
         return super().clear_rows(from_all(mask.to(torch.uint8), self.ring.ranks).bool().any(dim=0))

@@ -1,11 +1,13 @@
-"""What a memory says of itself in tensors: the state that it saves and takes up again, whole or in shards.
+"""The state of a memory: the tensors that `KNNMemory.state_dict` returns and `load_state_dict` takes up.
 
-    keys, values  (R, entries, D)  of the longest row, old to new; each row ends with its newest entry
-    lengths       (R,) int64       how many of them each row holds
-    entries       (R,) int64       of a shard: how many the whole memory has ever stored
-    shard         (2,) int64       of a shard: which one, of how many; entry i of a row is in shard i mod W
+A whole memory has one state; of a memory that several ranks hold, each rank has the state of its shard.
 
-Shapes: R memory rows, D width, W shards.
+    keys, values  (R, E, D)   each row's entries, old to new, behind filler where a row holds fewer than the longest one
+    lengths       (R,) int64  how many entries each row holds, in all shards together
+    entries       (R,) int64  a shard's alone: how many entries the whole memory has ever stored in each row
+    shard         (2,) int64  a shard's alone: its number and W; entry i of a row is in shard i mod W
+
+Shapes: R memory rows, E entries of the longest row, D width, W shards.
 """
 
 from __future__ import annotations
@@ -18,11 +20,14 @@ from torch import Tensor
 
 from memtrans_kernels import checks
 
-SHARD = "shard"  # what the state of one rank's share has beside the state of a whole memory
+SHARD = "shard"  # the name that a shard's state has, and a whole memory's has not
 
 
 def state_parts(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys, values and lengths of a state."""
+    """Keys (R, E, D), values (R, E, D) and lengths (R,) of a state.
+
+    Raises TypeError where `state` is no mapping, ValueError where one of the three is missing.
+    """
     if not isinstance(state, Mapping):
         raise TypeError(f"state must be a mapping of names to tensors, got {type(state).__name__}")
     missing = {"keys", "values", "lengths"} - set(state)
@@ -32,12 +37,12 @@ def state_parts(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def holds_nothing(state: Mapping[str, Tensor]) -> bool:
-    """Whether it is the state of a whole memory without entries, so that it matters to no device where it goes."""
+    """Whether the state is a whole memory's without entries: then nothing in it needs a device to go to."""
     return SHARD not in state and state["keys"].shape[1] == 0
 
 
 def dtype_names(**dtypes: torch.dtype | None) -> dict[str, str | None]:
-    """Dtypes as a file's configuration has them; None stands for the default of the device.
+    """The names that a file's configuration has for dtypes; None stands for the device's default.
 
     >>> dtype_names(dtype=torch.float16, value_dtype=None)
     {'dtype': 'float16', 'value_dtype': None}
@@ -46,7 +51,12 @@ def dtype_names(**dtypes: torch.dtype | None) -> dict[str, str | None]:
 
 
 def memory_arguments(configuration: Mapping[str, Any], keys: Tensor, values: Tensor) -> dict[str, Any]:
-    """A memory's arguments, of the configuration in its file and, where that says no dtype, of what it holds."""
+    """The arguments of a memory that was saved: the configuration of its file, with dtypes in place of their names.
+
+    A file of an earlier version names no dtype; its memory gets those of `keys` and `values`.
+
+    Raises ValueError where the configuration names a dtype that no memory can have.
+    """
     by_name = {str(dtype).removeprefix("torch."): dtype for dtype in checks.STORED}
     said = {name: configuration[name] for name in ("dtype", "value_dtype") if name in configuration}
     unknown = set(said.values()) - set(by_name) - {None}
@@ -57,9 +67,13 @@ def memory_arguments(configuration: Mapping[str, Any], keys: Tensor, values: Ten
 
 
 def check_state(state: Mapping[str, Tensor], rows: int, dim: int, shard: tuple[int, int] | None) -> None:
-    """Refuses what a memory of R rows of width `dim` cannot take up.
+    """Raises ValueError or TypeError unless a memory can take the state up.
 
-    shard: which rank's share of how many the memory is, None for a whole one.
+    Args:
+        state: of a whole memory or of a shard.
+        rows: R of the memory.
+        dim: D of the memory.
+        shard: number of the memory's own shard, and W; None for a whole memory.
     """
     keys, values, lengths = state_parts(state)
     checks.floating(keys=keys, values=values)
@@ -84,16 +98,21 @@ def check_state(state: Mapping[str, Tensor], rows: int, dim: int, shard: tuple[i
 
 
 def held(entries: Tensor, rank: int | Tensor, size: int) -> Tensor:
-    """How many of the first so many entries are on a rank."""
+    """How many of the first `entries` entries of a row are in shard `rank` of `size`."""
     return ((entries - rank + (size - 1)) // size).clamp(min=0)
 
 
 def join_shards(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The state of a whole memory, of the states of all its shards: it loads on one process, or on other ranks.
+    """Puts the states of all shards of a memory together: the result loads in one process, or on other ranks.
 
-    states: what `KNNMemory.state_dict` returned on each rank, in whatever order.
+    Args:
+        states: what `KNNMemory.state_dict` returned on each rank, in any order.
 
-    Raises ValueError when they are not all shards of one memory.
+    Returns:
+        the state of the whole memory.
+
+    Raises:
+        ValueError: `states` are not all the shards of one memory at one time.
 
     >>> def shard(rank, *numbers):
     ...     keys, three = torch.tensor(numbers).reshape(1, -1, 1), torch.tensor([3])
@@ -113,7 +132,10 @@ def join_shards(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _interleaved(shards: Sequence[Tensor], total: Tensor, lengths: Tensor) -> Tensor:
-    """Keys or values (R, entries, D) of the whole, of those of each shard; zeros before a row's oldest entry."""
+    """Puts the keys or values of all shards, (R, E, D) each, into one tensor (R, E, D); zeros lead in shorter rows.
+
+    total: (R,), entries ever stored in the whole memory. lengths: (R,), entries that it holds.
+    """
     longest, size = int(lengths.max()), len(shards)
     entry = total[:, None] - longest + torch.arange(longest, device=total.device)  # (R, entries)
     row = torch.arange(len(total), device=total.device)[:, None].expand_as(entry)

@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from memtrans.distributed.ranks import ALONE, Ranks
+from memtrans.files import MOST_JSON, parse_json, parse_tensors, read_file
 from memtrans.storage import write_atomically
 
 INDEX = "checkpoint.json"
@@ -141,12 +142,12 @@ def load_checkpoint(
         if not wanted(part, index["values"]):
             continue
         path = directory / file["name"]
-        content = path.read_bytes() if path.exists() else b""
+        content = read_file(f"part {part} of the checkpoint", path) if path.exists() else b""
         if hashlib.sha256(content).hexdigest() != file["sha256"]:
             what = "does not have the bytes that were written" if content else "is missing"
             raise ValueError(f"checkpoint must be whole, got {str(directory)!r}, where {file['name']} {what}")
         try:
-            parts[part] = load(content)
+            parts[part] = parse_tensors(content)
         except SafetensorError as error:
             raise ValueError(f"checkpoint must hold safetensors files, got {str(path)!r}: {error}") from error
     return Checkpoint(parts, index["values"])
@@ -154,7 +155,7 @@ def load_checkpoint(
 
 def _read_index(path: Path) -> dict[str, Any]:
     try:
-        index = json.loads(path.read_bytes())
+        index = parse_json(read_file(INDEX, path, MOST_JSON))
     except ValueError as error:
         raise ValueError(f"checkpoint must have a whole {INDEX}, got {str(path)!r}: {error}") from error
     if not isinstance(index, dict) or index.get("kind") != KIND:
@@ -163,7 +164,17 @@ def _read_index(path: Path) -> dict[str, Any]:
         raise ValueError(f"checkpoint must be of version {VERSION}, got {index.get('version')} in {str(path)!r}")
     if index.pop("sha256", None) != _digest(index):
         raise ValueError(f"checkpoint must be whole, got {str(path)!r}, which was changed since it was written")
+    files, values = index.get("files"), index.get("values")
+    if not isinstance(values, dict) or not isinstance(files, dict) or not all(map(_is_file, files.values())):
+        raise ValueError(f"checkpoint must name its files and values, got {str(path)!r} without")
     return index
+
+
+def _is_file(file: Any) -> bool:
+    """Whether it is what an index says of a file in its own directory."""
+    if not isinstance(file, dict) or not isinstance(file.get("name"), str) or not isinstance(file.get("sha256"), str):
+        return False
+    return Path(file["name"]).name == file["name"] and file["name"].endswith(".safetensors")
 
 
 def _digest(index: Mapping[str, Any]) -> str:

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memtrans.data.documents import NOT_SCORED, Batch, Document, DocumentStream, InOrder
+from memtrans.data.documents import Document, InOrder
 from memtrans.data.recall import CHANCE, FAR
+from memtrans.data.stream import NOT_SCORED, Batch, DocumentStream
 from memtrans.distributed.ranks import ALONE, Ranks
 from memtrans.training.reader import DocumentReader
 from memtrans.transformer import MemorizingTransformer

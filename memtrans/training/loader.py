@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from memtrans.data.documents import Batch, DocumentStream
+from memtrans.data.stream import Batch, DocumentStream
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,8 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from memtrans.annotations import allows
+from memtrans.files import parse_json, read_file
 from memtrans.storage import write_atomically
+from memtrans.training.plot import ACCURACIES, CURVES
 
+MOST = 2**63  # of a number that can be drawn
+MOST_SHOWN = 200  # bytes of a line that an error shows
 EVALUATED = "eval_bits_per_byte"  # the field that tells the line of an evaluation
 
 
@@ -35,16 +40,21 @@ class Metrics:
         """
         if not self.path.exists():
             return []
-        *whole, _ = self.path.read_bytes().split(b"\n")
+        *whole, _ = read_file("metrics", self.path).split(b"\n")
         return [self._report(number, line) for number, line in enumerate(whole, start=1)]
 
     def _report(self, number: int, line: bytes) -> dict[str, Any]:
         try:
-            report = json.loads(line)
+            report = parse_json(line)
         except ValueError:
             report = None
-        if not isinstance(report, dict) or not isinstance(report.get("step"), int):
-            raise ValueError(f"{self.path} must hold a JSON object with a step in each line, got {line!r} in {number}")
+        if not isinstance(report, dict) or not allows(int, report.get("step")):
+            raise ValueError(
+                f"{self.path} must hold a JSON object with a step in each line, got {line[:MOST_SHOWN]!r} in {number}"
+            )
+        for name in ("step", *CURVES, *ACCURACIES):
+            if name in report and (not allows(float, report[name]) or abs(report[name]) >= MOST):
+                raise ValueError(f"{self.path} must hold a number as {name}, got {report[name]!r} in {number}")
         return report
 
     def truncate(self, step: int) -> None:

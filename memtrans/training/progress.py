@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 
 class Progress:
-    """A bar on standard error where that is a terminal, lines on standard output otherwise.
+    """A bar on standard error where that is a terminal and tqdm is installed, lines on standard output otherwise.
 
     Args:
         steps: of the run. done: steps behind it. plain: lines in any case. shown: False says nothing at all.
@@ -18,9 +19,10 @@ class Progress:
         self._bar = None
         self._steps, self._shown = steps, shown
         if shown and not plain and sys.stderr.isatty():
-            from tqdm import tqdm
+            with suppress(ImportError):  # lines tell the same
+                from tqdm import tqdm
 
-            self._bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True)
+                self._bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True)
 
     def step(self) -> None:
         """One more step is done."""

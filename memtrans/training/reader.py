@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from memtrans.attention import LocalContext
-from memtrans.data.documents import Batch
+from memtrans.data.stream import Batch
 from memtrans.transformer import MemorizingTransformer
 
 
@@ -118,5 +118,8 @@ class DocumentReader:
         found = {name: tuple(tensor.shape) for name, tensor in state["xl"].items()}
         if found != {name: tuple(tensor.shape) for name, tensor in expected.items()}:
             raise ValueError(f"state must hold XL caches of this model, got shapes {found}")
+        length = state["xl"]["length"]
+        if length.dtype != torch.int64 or not bool(((length >= 0) & (length <= self.xl_capacity)).all()):
+            raise ValueError(f"state must hold lengths of XL caches in [0, {self.xl_capacity}], got {length.tolist()}")
         for name, tensor in expected.items():
             tensor.copy_(state["xl"][name])

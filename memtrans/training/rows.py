@@ -17,7 +17,7 @@ from torch import Tensor
 from memtrans.distributed.ranks import Ranks
 from memtrans.training.checkpoint import Parts, part_name
 
-SHARED = ("memories", "xl")  # what every rank saves of its own rows
+ROW_PARTS = ("memories", "xl")  # what every rank saves of its own rows
 
 State = Mapping[str, Tensor]
 
@@ -28,7 +28,12 @@ def overlapping(rows: range, batch: int, saved_by: int) -> list[int]:
     >>> overlapping(range(2, 6), batch=8, saved_by=4)
     [1, 2]
     """
-    return [rank for rank in range(saved_by) if _common(rows, Ranks(rank, saved_by).rows(batch))]
+    return [rank for rank in range(saved_by) if owns_some(rows, batch, saved_by, rank)]
+
+
+def owns_some(rows: range, batch: int, saved_by: int, rank: int) -> bool:
+    """Whether a rank of a saved run owned some of these rows."""
+    return rank < saved_by and len(_common(rows, Ranks(rank, saved_by).rows(batch))) > 0
 
 
 def _common(rows: range, others: range) -> range:
@@ -41,11 +46,11 @@ def parts_of_rows(parts: Parts, rows: range, batch: int, saved_by: int) -> dict[
     Raises KeyError when a part is missing.
     """
     owners = overlapping(rows, batch, saved_by)
-    taken: dict[str, list[State]] = {part: [] for part in SHARED}
+    taken: dict[str, list[State]] = {part: [] for part in ROW_PARTS}
     for rank in owners:
         owned = Ranks(rank, saved_by).rows(batch)
         here = _common(rows, owned)
-        for part in SHARED:
+        for part in ROW_PARTS:
             state = parts[part_name(part, rank)]
             taken[part].append(_some(state, here.start - owned.start, here.stop - owned.start, len(owned)))
     return {part: _joined(states) for part, states in taken.items()}

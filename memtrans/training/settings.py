@@ -1,8 +1,8 @@
 """What a training run is made of.
 
-`Settings` is the one owner of every option: the command line makes its options from these fields and their help, a
-checkpoint keeps them as JSON, and the model, the data and the loop are built from them. Sets of values that have a
-name stand in `presets.py`.
+`Settings` is the one owner of every option: the command line makes its options from these fields, their annotations and
+their help, a checkpoint keeps them as JSON, and the model, the data and the loop are built from them. Sets of values
+that have a name stand in `presets.py`. Nothing here imports PyTorch, which `--help` need not wait for.
 """
 
 from __future__ import annotations
@@ -11,29 +11,21 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
-import torch
+from memtrans.annotations import allows, described, kind_of
 
-from memtrans.knn_attention import COMBINATIONS
-from memtrans.transformer import MemorizingTransformer
+if TYPE_CHECKING:
+    import torch
 
-DTYPES = ("float32", "bfloat16")
-OPTIMIZERS = ("adamw", "adafactor")
-SCHEDULES = ("cosine", "inverse-sqrt")
 BYTES = 256  # tokens of the text that is read: every byte value
-KINDS: dict[str, tuple[type, ...]] = {
-    "bool": (bool,),
-    "int": (int,),
-    "float": (float, int),
-    "str": (str,),
-    "tuple[int, ...]": (tuple,),
-    "None": (type(None),),
-}
+# Beyond these a step would take hours on any machine, and its first batch alone minutes to draw.
+MOST_ROWS, MOST_TOKENS, MOST_LAYERS, MOST_WIDTH = 2**16, 2**30, 10_000, 2**20
 
 
 def _option(default: Any, text: str, **limits: Any) -> Any:
-    """A field with its help text; limits: `at_least`, `above`, `below`, `choices`."""
+    """A field with its help text; limits: `at_least`, `at_most`, `above`, `below`."""
     return dataclasses.field(default=default, metadata={"help": text, **limits})
 
 
@@ -55,23 +47,25 @@ class Settings:
     windows: bool = _option(False, "read random windows, each with a fresh memory, instead of whole documents")
     window_segments: int = _option(5, "segments of a window, with --windows", at_least=1)
     steps: int = _option(1000, "optimiser steps", at_least=1)
-    batch: int = _option(8, "B: documents read side by side", at_least=1)
-    segment: int = _option(256, "N: tokens of a segment", at_least=1)
-    segments: int = _option(1, "segments before one backward pass", at_least=1)
-    accumulate: int = _option(1, "backward passes before one optimiser step", at_least=1)
+    batch: int = _option(8, "B: documents read side by side", at_least=1, at_most=MOST_ROWS)
+    segment: int = _option(256, "N: tokens of a segment", at_least=1, at_most=MOST_TOKENS)
+    segments: int = _option(1, "segments before one backward pass", at_least=1, at_most=MOST_ROWS)
+    accumulate: int = _option(1, "backward passes before one optimiser step", at_least=1, at_most=MOST_ROWS)
     vocabulary: int = _option(BYTES, "V: tokens of the model; text is read as bytes, the first 256", at_least=BYTES)
-    layers: int = _option(4, "layers of the model", at_least=1)
-    width: int = _option(128, "width of the model", at_least=1)
-    heads: int = _option(4, "H: query heads", at_least=1)
-    head_width: int = _option(32, "D: width of a head", at_least=1)
-    kv_heads: int = _option(1, "G: key and value heads", at_least=1)
+    layers: int = _option(4, "layers of the model", at_least=1, at_most=MOST_LAYERS)
+    width: int = _option(128, "width of the model", at_least=1, at_most=MOST_WIDTH)
+    heads: int = _option(4, "H: query heads", at_least=1, at_most=MOST_WIDTH)
+    head_width: int = _option(32, "D: width of a head", at_least=1, at_most=MOST_WIDTH)
+    kv_heads: int = _option(1, "G: key and value heads", at_least=1, at_most=MOST_WIDTH)
     memory: int = _option(4096, "M: entries of a document's memory; 0 for no memory layer", at_least=0)
     memory_layers: tuple[int, ...] | None = _option(None, "layers with a memory, from 1 (default: the middle one)")
-    memory_heads: int | None = _option(None, "query heads of memory layers (default: --heads)", at_least=1)
+    memory_heads: int | None = _option(
+        None, "query heads of memory layers (default: --heads)", at_least=1, at_most=MOST_WIDTH
+    )
     neighbours: int = _option(32, "K: entries that a query retrieves", at_least=1)
     memory_offset: float | None = _option(None, "start of a learned offset on retrieved logits (default: none)")
-    combine: str = _option(
-        "softmax", "one softmax over retrieved and local keys, or one each and a learned gate", choices=COMBINATIONS
+    combine: Literal["softmax", "gate"] = _option(
+        "softmax", "one softmax over retrieved and local keys, or one each and a learned gate"
     )
     temperature: float = _option(20.0, "start of the learned factor on the cosine of memory layers", above=0)
     position_start: float | None = _option(
@@ -81,20 +75,20 @@ class Settings:
     xl_layers: tuple[int, ...] | None = _option(None, "layers with an XL cache, from 1 (default: all)")
     dropout: float = _option(0.0, "dropout of attention weights and feed-forward layers", at_least=0, below=1)
     keep_memory: bool = _option(False, "keep a row's memory when its document ends, instead of clearing it")
-    optimizer: str = _option("adamw", "what moves the weights", choices=OPTIMIZERS)
+    optimizer: Literal["adamw", "adafactor"] = _option("adamw", "what moves the weights")
     learning_rate: float = _option(
         1e-3, "highest learning rate, relative to each weight's size for adafactor; a factor with inverse-sqrt", above=0
     )
-    schedule: str = _option(
-        "cosine", "decay after the warm-up: a cosine, or 1 / sqrt(step), which has no end", choices=SCHEDULES
+    schedule: Literal["cosine", "inverse-sqrt"] = _option(
+        "cosine", "decay after the warm-up: a cosine, or 1 / sqrt(step), which has no end"
     )
     warmup: int = _option(100, "steps of the linear warm-up", at_least=0)
     final_rate: float = _option(0.1, "the cosine's end, as a part of the highest learning rate", at_least=0)
     weight_decay: float = _option(0.01, "weight decay of matrices", at_least=0)
     clip: float | None = _option(1.0, "largest norm of the gradient (presets may have none)", above=0)
     device: str = _option("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU where there is one")
-    dtype: str | None = _option(
-        None, "what matrix products compute in (default: bfloat16 on a GPU, float32 elsewhere)", choices=DTYPES
+    dtype: Literal["float32", "bfloat16"] | None = _option(
+        None, "what matrix products compute in (default: bfloat16 on a GPU, float32 elsewhere)"
     )
     compile: bool | None = _option(
         None, "compile the model, and replay each step as a CUDA graph on a GPU (default: on a GPU)"
@@ -115,8 +109,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _check_kind(field.name, getattr(self, field.name), str(field.type))
-            _check(field.name, getattr(self, field.name), field.metadata)
+            _check_kind(field.name, getattr(self, field.name))
+            _check_limits(field.name, getattr(self, field.name), field.metadata)
+        self._check_step()
         if self.fsdp and self.compile:
             raise ValueError("compile must be off with fsdp, whose parameters come and go, got True")
         if self.fsdp and self.optimizer != "adamw":
@@ -129,12 +124,23 @@ class Settings:
             if (getattr(self, name) or self.heads) % self.kv_heads:
                 raise ValueError(f"{name} must be a multiple of kv_heads={self.kv_heads}, got {getattr(self, name)}")
 
+    def _check_step(self) -> None:
+        """Refuses steps of so many rows or tokens that no machine would end one."""
+        rows = self.batch * self.segments * self.accumulate
+        if rows > MOST_ROWS:
+            raise ValueError(f"batch, segments and accumulate must make at most {MOST_ROWS} rows a step, got {rows}")
+        if rows * self.segment > MOST_TOKENS:
+            raise ValueError(f"segment must make at most {MOST_TOKENS} tokens a step, got {rows * self.segment}")
+
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         """What matrix products compute in on a device; weights stay float32.
 
+        >>> import torch
         >>> Settings().compute_dtype(torch.device("cpu")), Settings().compute_dtype(torch.device("cuda"))
         (torch.float32, torch.bfloat16)
         """
+        import torch
+
         default = "bfloat16" if device.type == "cuda" else "float32"
         return getattr(torch, self.dtype or default)
 
@@ -154,70 +160,32 @@ class Settings:
         return cls(**fields)
 
 
-def _check_kind(name: str, value: Any, annotation: str) -> None:
-    names = annotation.split(" | ")
-    kind = "bool" if isinstance(value, bool) else next((kind for kind in names if isinstance(value, KINDS[kind])), None)
-    if kind not in names:
-        raise ValueError(f"{name} must be of type {annotation}, got {value!r}")
+@cache
+def hints() -> dict[str, Any]:
+    """The annotation of each setting, by name: the one table that checks and command line read."""
+    return get_type_hints(Settings)
 
 
-def _check(name: str, value: Any, limits: Mapping[str, Any]) -> None:
+def _check_kind(name: str, value: Any) -> None:
+    annotation = hints()[name]
+    if isinstance(value, list) or not allows(annotation, value):
+        choices = kind_of(annotation).choices
+        expected = f"one of {', '.join(choices)}" if choices else f"of type {described(annotation)}"
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+
+def _check_limits(name: str, value: Any, limits: Mapping[str, Any]) -> None:
     if value is None:
         return
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError(f"{name} must be below {2**63}, got {value}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
     if "below" in limits and not value < limits["below"]:
         raise ValueError(f"{name} must be below {limits['below']}, got {value}")
     if "at_least" in limits and not value >= limits["at_least"]:
         raise ValueError(f"{name} must be at least {limits['at_least']}, got {value}")
+    if "at_most" in limits and not value <= limits["at_most"]:
+        raise ValueError(f"{name} must be at most {limits['at_most']}, got {value}")
     if "above" in limits and not value > limits["above"]:
         raise ValueError(f"{name} must be above {limits['above']}, got {value}")
-    if "choices" in limits and value not in limits["choices"]:
-        raise ValueError(f"{name} must be one of {', '.join(limits['choices'])}, got {value!r}")
-
-
-def build_model(settings: Settings) -> MemorizingTransformer:
-    """The model of a run; draws its weights from torch's generator.
-
-    >>> model = build_model(Settings(layers=2, width=16, heads=2, head_width=8))
-    >>> model.memorizing_layers
-    (1,)
-    """
-    layers: tuple[int, ...] | None = settings.memory_layers
-    model = MemorizingTransformer(
-        num_tokens=settings.vocabulary,
-        dim=settings.width,
-        depth=settings.layers,
-        dim_head=settings.head_width,
-        heads=settings.heads,
-        knn_attn_heads=settings.memory_heads,
-        attn_dropout=settings.dropout,
-        ff_dropout=settings.dropout,
-        memorizing_layers=(layers or max(1, settings.layers // 2)) if settings.memory else (),
-        max_knn_memories=max(1, settings.memory),
-        num_retrieved_memories=settings.neighbours,
-        pad_id=-1,
-        xl_max_memories=settings.xl,
-        xl_memory_layers=settings.xl_layers,
-        kv_heads=settings.kv_heads,
-        attn_scale_init=settings.temperature,
-        memory_offset=settings.memory_offset,
-        combine=settings.combine,
-    )
-    if settings.position_start is not None:
-        _look_back(model, settings.position_start)
-    return model
-
-
-def _look_back(model: MemorizingTransformer, strength: float) -> None:
-    """Starts local head h at distance h + 1, and memory layers at no preference.
-
-    The default start, N(0, 1) times the root of the head's width, points heads at random distances; none may point at
-    the one that a task needs, and so strong a preference is slow to move.
-    """
-    local, with_memory = model.rel_pos_bias, model.knn_rel_pos_bias
-    for bias in (local, with_memory):
-        bias.relative_attention_bias.weight.data.mul_(0.1 / bias.scale)
-    table = local.relative_attention_bias.weight.data  # (buckets, H); a bucket for each small distance
-    for head in range(table.shape[1]):
-        table[(head + 1) % table.shape[0], head] += strength / local.scale

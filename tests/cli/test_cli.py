@@ -16,7 +16,7 @@ from helpers.tiny_runs import TINY, checkpoint_files, last_line, train, without_
 from memtrans.cli.main import main
 from memtrans.presets import PRESETS
 from memtrans.training.checkpoint import load_checkpoint, save_checkpoint
-from memtrans.training.run import checkpoint_of
+from memtrans.training.directory import checkpoint_of
 from memtrans.training.settings import Settings
 
 REPORTED = {
@@ -173,6 +173,32 @@ def test_a_list_whose_reader_has_gone_ends_quietly():
     command = f"{sys.executable} -m memtrans presets | head -c 1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("d", "")
+
+
+@pytest.mark.parametrize("command", [["presets"], ["info"], ["eval"]])
+def test_a_full_disk_behind_standard_output_is_one_line_that_claims_no_more(tmp_path, text, command):
+    if command == ["eval"]:
+        assert train(tmp_path / "run", "--data", text, "--steps", "1") == 0
+        command = ["eval", "--out", str(tmp_path / "run")]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "memtrans", *command], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr == f"memtrans {command[0]}: writing failed: [Errno 28] No space left on device\n"
+
+
+def test_a_run_that_cannot_write_at_all_claims_no_checkpoint(tmp_path, text, capsys, monkeypatch):
+    from memtrans.training import checkpoint
+
+    def fail(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_atomically", fail)
+    assert train(tmp_path / "run", "--data", text, "--steps", "2") == 1
+    error = capsys.readouterr().err
+    message = f"writing to {tmp_path / 'run'} failed: [Errno 28] No space left on device; no checkpoint is saved yet"
+    assert error == f"memtrans train: {message}\n"
 
 
 # ------------------------------------------------------------------------------------------------------ eval and info

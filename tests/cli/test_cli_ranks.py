@@ -7,8 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,14 @@ import torch
 from helpers import tiny_runs
 from helpers.processes import ended, started
 
-from memtrans.cli import main as cli
+from memtrans.cli import outcome, train
+from memtrans.cli.ending import EndedError
 from memtrans.cli.main import main
-from memtrans.distributed.ranks import Ranks
+from memtrans.distributed.ranks import LostRankError, Ranks
 from memtrans.training.checkpoint import exists, load_checkpoint
+from memtrans.training.directory import checkpoint_of
 from memtrans.training.metrics import Metrics
-from memtrans.training.run import checkpoint_of
+from memtrans.training.signals import StoppedError
 
 pytestmark = pytest.mark.cpu
 
@@ -47,20 +48,85 @@ def test_the_first_rank_alone_prints_and_writes_and_all_end_well(text: str, tmp_
     assert load_checkpoint(checkpoint_of(out)).values["step"] == 4
 
 
-def test_a_rank_that_alone_has_too_little_memory_says_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_eval_and_generate_print_on_the_first_rank_alone(text: str, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "run"
+    assert tiny_runs.train(out, "--data", text, "--steps", "2", "--batch", "4") == 0
+    assert main(["eval", "--out", str(out)]) == 0
+    alone = json.loads(capsys.readouterr().out.splitlines()[-1])
+    evaluated, generated = started(2, "eval", "--out", str(out)), started(2, "generate", "--checkpoint", str(out))
+    first, second = ended(evaluated)
+    assert (first[0], second[0], second[1], second[2]) == (0, 0, "", ""), (first, second)
+    report = json.loads(first[1])
+    assert report.pop("ranks") == 2
+    assert report == {name: pytest.approx(value, rel=1e-5) for name, value in alone.items()}
+    first, second = ended(generated)
+    assert first[0] == 0 and first[1]
+    assert second == (0, "", "")
+
+
+@pytest.mark.parametrize("command", [["presets"], ["info"], ["generate", "--checkpoint", "none"]])
+def test_what_ranks_do_not_share_the_first_one_does_alone(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    @contextmanager
-    def second() -> Iterator[Ranks]:
-        yield Ranks(1, 2)
+    monkeypatch.setattr(outcome, "launched", lambda: Ranks(1, 2))
+    assert main(command) == 0
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(outcome, "launched", lambda: Ranks(0, 2))
+    assert main(command) == (2 if "none" in command else 0)
+    assert any(capsys.readouterr())
 
-    def exhausted(*arguments: Any) -> int:
-        raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(cli, "joined", second)
-    monkeypatch.setattr(cli, "_train_on", exhausted)
-    assert main(["train"]) == 1
-    assert "memtrans train: the device has too little memory for these sizes" in capsys.readouterr().err
+STOPPED = StoppedError(signal.SIGTERM)
+ENDINGS = {
+    "bad input": (EndedError("no such data", 2), 2, "no such data"),
+    "out of memory": (
+        torch.OutOfMemoryError("of 1 GB"),
+        1,
+        "the device has too little memory for these sizes: of 1 GB",
+    ),
+    "a full disk": (OSError(28, "No space left on device"), 1, "[Errno 28] No space left on device"),
+    "an early Ctrl-C": (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),
+    "SIGTERM": (STOPPED, 143, "stopped by SIGTERM"),
+    "a lost rank": (LostRankError("rank 1 of 2 lost another one"), 1, "rank 1 of 2 lost another one"),
+    "a fault": (KeyError("fault"), 1, "KeyError: 'fault'"),
+}
+SAID_BY_ALL = ("out of memory", "a lost rank", "a fault")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_whatever_ends_a_rank_its_process_ends_at_once(
+    ending: str, rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By `end_process`: the interpreter's own end waits for groups and GPUs, which may wait for a rank that is gone."""
+    error, status, message = ENDINGS[ending]
+
+    def fail(*_: object) -> None:
+        raise error
+
+    def end(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr(outcome, "launched", lambda: Ranks(rank, 2))
+    monkeypatch.setattr(outcome, "joined", nullcontext)
+    monkeypatch.setattr(outcome, "end_process", end)
+    monkeypatch.setattr(train, "run", fail)
+    with pytest.raises(SystemExit) as stopped:
+        main(["train"])
+    assert stopped.value.code == status
+    printed = capsys.readouterr().err
+    assert (message in printed) == (rank == 0 or ending in SAID_BY_ALL)
+    assert printed.count("\n") <= 1 or ending == "a fault"
+
+
+@pytest.mark.slow
+def test_ranks_that_cannot_write_end_with_one_message(text: str, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").mkdir()  # in the way of the record
+    first, second = ended(started(2, "train", "--data", text, "--out", str(tmp_path / "run"), "--steps", "4", *TINY))
+    assert first[0] == second[0] == 1, (first, second)
+    assert f"memtrans train: writing to {tmp_path / 'run'} failed: " in first[2]
+    assert "no checkpoint is saved yet" in first[2]
 
 
 @pytest.mark.slow

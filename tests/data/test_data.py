@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from memtrans.data.documents import NOT_SCORED, Batch, Document, DocumentStream, InOrder, RandomWindows, Shuffled
+from memtrans.data.documents import Document, InOrder, RandomWindows, Shuffled
+from memtrans.data.stream import NOT_SCORED, Batch, DocumentStream
 
 
 def documents_of(*lengths: int) -> list[Document]:

@@ -15,12 +15,14 @@ from helpers.processes import Processes
 from helpers.tiny_runs import uneven_documents
 
 from memtrans.cli.main import main
-from memtrans.data.documents import Document, DocumentStream, InOrder
+from memtrans.data.documents import Document, InOrder
+from memtrans.data.stream import DocumentStream
 from memtrans.distributed.ranks import ALONE, Ranks, joined
 from memtrans.training.checkpoint import load_checkpoint, save_checkpoint
+from memtrans.training.data import open_data
 from memtrans.training.evaluate import evaluate_both
 from memtrans.training.settings import Settings
-from memtrans.training.trainer import Trainer, check_shares, open_data
+from memtrans.training.trainer import Trainer, check_shares
 
 pytestmark = pytest.mark.cpu
 

@@ -21,10 +21,11 @@ from memtrans import KNNAttention, KNNMemory
 from memtrans.distributed import gradient_sum
 from memtrans.distributed.ranks import ALONE, Ranks
 from memtrans.training.checkpoint import exists, load_checkpoint
+from memtrans.training.data import open_data
+from memtrans.training.directory import checkpoint_of
 from memtrans.training.metrics import Metrics
-from memtrans.training.run import checkpoint_of
 from memtrans.training.settings import Settings
-from memtrans.training.trainer import Trainer, open_data
+from memtrans.training.trainer import Trainer
 
 pytestmark = [
     pytest.mark.gpu,

@@ -19,6 +19,9 @@ ATTENTION = {torch.float32: 2e-6, torch.float16: 2.5e-3, torch.bfloat16: 2e-2}
 DRAWN_ATTENTION = {**ATTENTION, torch.float32: 1.7e-5}
 LSE = 1e-6  # in float32 whatever the inputs
 
+# Bytes a thread that kernels of the CUDA module store to the stack for want of registers, by a part of their names.
+MOST_SPILLED = {"knn_scan": 216, "knn_redo": 32}
+
 PREDICTION = 0.25  # a step's predicted time against a measured one, which moves with each faster kernel
 
 # Two runs are the same curve when their losses agree so closely over the first steps, and their final losses, means of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -10,7 +11,9 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 def benchmark_script(name: str) -> ModuleType:
-    """benchmarks/<name>.py, loaded under its own name without a place in `sys.modules`."""
+    """benchmarks/<name>.py, without a place in `sys.modules`; it may import its neighbours."""
+    if str(BENCHMARKS) not in sys.path:
+        sys.path.append(str(BENCHMARKS))
     specification = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
     assert specification and specification.loader
     module = importlib.util.module_from_spec(specification)

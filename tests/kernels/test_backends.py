@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from memtrans_kernels import backends, knn_search, native
+from memtrans_kernels.attention_inputs import AttentionInputs
 from memtrans_kernels.backends import Implementation, backends_info, resolve
-from memtrans_kernels.impl.reference import reference
+from memtrans_kernels.impl.reference import cosine, knn_add
+from memtrans_kernels.impl.reference import knn_search as reference_search
 
 SEARCH = (
     torch.zeros(1, 2, 3, 64, dtype=torch.float16),
@@ -25,15 +27,23 @@ UNALIGNED = "keys must be contiguous and begin at a multiple of 16 bytes"
 
 
 @pytest.fixture
-def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def _forgotten() -> Iterator[None]:
+    """What can run here is asked anew, and again after the test."""
+    backends._candidates.cache_clear()
+    backends._warn_once.cache_clear()
+    yield
+    backends._candidates.cache_clear()
+
+
+@pytest.fixture
+def nothing_compiled(_forgotten: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "status", lambda module="cpu": (False, f"the {module} module is not built"))
 
 
 @pytest.fixture
-def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+def on_a_gpu(_forgotten: None, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Stands for a CUDA tensor: `resolve` looks at its device alone."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    backends._warn_slow_path.cache_clear()
     return SimpleNamespace(device=torch.device("cuda"))
 
 
@@ -56,8 +66,8 @@ def test_an_operator_runs_on_the_gpu_of_its_tensors(
 
 
 def test_auto_passes_on_to_the_next_one_when_the_first_is_missing(nothing_compiled: None) -> None:
-    assert resolve("knn_search", "auto", *SEARCH, 8, 4) is reference.knn_search_on_host
-    assert resolve("knn_add_", "auto", SEARCH[1]) is reference.knn_add_
+    assert resolve("knn_search", "auto", *SEARCH, 8, 4) is reference_search.knn_search_on_host
+    assert resolve("knn_add_", "auto", SEARCH[1]) is knn_add.knn_add_
 
 
 def test_a_named_backend_that_cannot_run_says_why(nothing_compiled: None) -> None:
@@ -73,9 +83,9 @@ def test_a_named_backend_that_cannot_run_says_why(nothing_compiled: None) -> Non
 
 def test_the_environment_stands_in_for_auto(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEMTRANS_BACKEND", "reference")
-    assert resolve("knn_add_", "auto", SEARCH[1]) is reference.knn_add_
+    assert resolve("knn_add_", "auto", SEARCH[1]) is knn_add.knn_add_
     monkeypatch.setenv("MEMTRANS_BACKEND", "native")
-    assert resolve("cosine", "auto", SEARCH[0]) is reference.cosine, "native has no cosine"
+    assert resolve("cosine", "auto", SEARCH[0]) is cosine.cosine, "native has no cosine"
     monkeypatch.setenv("MEMTRANS_BACKEND", "fastest")
     with pytest.raises(
         ValueError, match="backend must be one of auto, reference, triton, native, faiss, got 'fastest'"
@@ -90,6 +100,32 @@ def test_plain_pytorch_on_a_gpu_is_announced_once(nothing_compiled: None, on_a_g
         warnings.simplefilter("error")
         resolve("knn_search", "auto", on_a_gpu)
         resolve("knn_search", "reference", on_a_gpu)
+
+
+def test_a_cpu_without_the_extension_says_so_once_with_the_command_that_mends_it(nothing_compiled: None) -> None:
+    with pytest.warns(
+        RuntimeWarning, match=r"which is slow, because .* \(the cpu module is not built\); `.*` builds it"
+    ):
+        resolve("knn_search", "auto", *SEARCH, 8, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resolve("knn_search", "auto", *SEARCH, 8, 4)
+        resolve("knn_add_", "auto", SEARCH[1])
+
+
+def test_what_was_asked_for_and_what_has_no_faster_version_is_no_warning(nothing_compiled: None) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resolve("knn_search", "reference", *SEARCH, 8, 4)
+        resolve("cosine", "auto", SEARCH[0])
+
+
+@pytest.mark.usefixtures("_forgotten")
+def test_float64_on_a_cpu_with_the_extension_is_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "status", lambda module="cpu": (True, "loaded"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resolve("knn_search", "auto", SEARCH[0].double(), SEARCH[1].double(), *SEARCH[2:], 8, 4)
 
 
 @pytest.mark.parametrize(
@@ -122,14 +158,15 @@ def test_info_has_a_line_for_each_and_names_the_limits() -> None:
     assert {"reference"} == {line.backend for line in lines if line.operator == "cosine" and line.live} - {"triton"}
 
 
-@pytest.mark.parametrize(("operator", "before"), [("memory_attention", 0), ("memory_attention_backward", 4)])
-def test_attention_kernels_leave_what_no_tile_holds_to_the_reference(operator: str, before: int) -> None:
+@pytest.mark.parametrize(("operator", "of_backward"), [("memory_attention", 0), ("memory_attention_backward", 4)])
+def test_attention_kernels_leave_what_no_tile_holds_to_the_reference(operator: str, of_backward: int) -> None:
     kernel = backends.IMPLEMENTATIONS[operator][0]
     assert (kernel.backend, kernel.device) == ("triton", "cuda")
 
     def unfit(width: int, neighbours: int, dtype: torch.dtype) -> str | None:
         query, slots = torch.zeros(1, 1, 1, width, dtype=dtype), torch.zeros(1, 1, 1, neighbours, dtype=torch.int32)
-        return kernel.unfit(*[query] * (before + 7), slots)
+        inputs = AttentionInputs(query, query, query, query[0], query[0], slots, query, slots, query)
+        return kernel.unfit(inputs, *[query] * of_backward)
 
     assert unfit(128, 128, torch.float16) is None
     assert unfit(129, 32, torch.float16) == "D and K must be at most 128, got 129 and 32"

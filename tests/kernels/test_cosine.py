@@ -47,6 +47,26 @@ def test_a_zero_vector_stays_zero_with_a_finite_gradient(backend):
     assert torch.equal(unit, torch.zeros_like(unit)) and query.grad.isfinite().all()
 
 
+@on_every_backend
+@pytest.mark.parametrize("size", [1e-22, 1e22, 1e37])
+def test_21_13_no_square_leaves_the_range_of_its_dtype(backend, size):
+    direction = torch.randn(1, 2, 3, 8, dtype=torch.float64)
+    tensor = (size * direction).float().requires_grad_()
+    unit, _ = cosine(tensor, torch.ones(1, 8), backend=backend)
+    (grad,) = torch.autograd.grad(unit, tensor, torch.ones_like(unit))
+    wide = tensor.detach().double().requires_grad_()
+    expected = wide / (wide.detach() if size < 1e-12 else wide).norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    torch.testing.assert_close(unit, expected.float())
+    torch.testing.assert_close(
+        size * grad.double(), size * torch.autograd.grad(expected.sum(), wide)[0], rtol=1e-5, atol=1e-5
+    )
+
+
+def test_21_13_no_square_leaves_the_range_of_float64():
+    tensor = torch.tensor([[3e200, 4e200]], dtype=torch.float64)
+    torch.testing.assert_close(cosine(tensor, tensor)[0], torch.tensor([[0.6, 0.8]], dtype=torch.float64))
+
+
 def test_gradcheck():
     query, key = torch.randn(2, 2, 3, 4, dtype=torch.float64), torch.randn(2, 1, 5, 4, dtype=torch.float64)
     assert torch.autograd.gradcheck(cosine, (query.requires_grad_(), key.requires_grad_()))

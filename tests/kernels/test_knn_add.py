@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from memtrans_kernels import knn_add_
+from memtrans_kernels.backends import resolve
 
 pytestmark = pytest.mark.device
 
@@ -325,6 +326,39 @@ def test_the_memory_is_never_differentiated(backend: str) -> None:
     assert not ring.values.requires_grad
 
 
+@on_every_backend
+@pytest.mark.parametrize("argument", ["at", "cursor", "count", "rows"])
+@pytest.mark.parametrize("number", [-(2**63), -1, 2**62 + 1, 2**63 - 1])
+def test_21_1_no_number_however_large_leads_outside_the_ring(backend: str, argument: str, number: int) -> None:
+    """An implementation alone, as on a GPU, where nobody looks: the row stays as it is, the next is written."""
+    if argument == "rows" and backend == "reference":
+        pytest.skip("PyTorch's own indexing refuses it")
+    around = torch.full((2, 9, 4, 2), 7.0)  # rows 3 to 5 are the ring
+    ring = Rings(*around[:, 3:6], torch.tensor([6, 6, 6]))
+    arguments = {"rows": torch.tensor([0, 2]), "count": torch.tensor([2, 2]), "at": ring.cursor.clone()}
+    {**arguments, "cursor": ring.cursor}[argument][0] = number
+    expected = ring.clone()._replace(cursor=torch.tensor([6, 6, 6]))
+    given = (*ring, arguments["rows"], NEW[:2] + 1, NEW[:2] + 1, arguments["count"], arguments["at"])
+    write = resolve("knn_add_", backend, *given)
+    if backend == "native":
+        with pytest.raises(RuntimeError, match=f"{argument} must .*, got {number}"):
+            write(*given)
+    else:
+        write(*given)
+        knn_add_(*expected, torch.tensor([2]), NEW[:1] + 1, NEW[:1] + 1)
+    expected.cursor[0] = number if argument == "cursor" else 6
+    assert_same_bits(ring, expected)
+    assert (around[:, [0, 1, 2, 6, 7, 8]] == 7.0).all()
+
+
+@on_every_backend
+def test_the_highest_entry_number_is_written_where_it_belongs(backend: str) -> None:
+    ring, at = rings(rows=1), torch.tensor([2**62])
+    knn_add_(*ring, torch.tensor([0]), numbered(1, 1, 3), numbered(1, 1, 3), at=at, backend=backend)
+    assert ring.keys[0, :, 0].tolist() == [1.0, 3.0, 5.0, 0.0]  # 2^62 mod 4 is 0
+    assert ring.cursor.tolist() == [2**62 + 3]
+
+
 ROWS, NEW = torch.tensor([0, 1, 2]), torch.zeros(3, 1, 2, 2)
 INT = torch.zeros(3, dtype=torch.int64)
 
@@ -360,6 +394,20 @@ INT = torch.zeros(3, dtype=torch.int64)
         ({"rows": torch.tensor([0, 1, 0])}, ValueError, r"rows must be different numbers, got \[0, 1, 0\]"),
         ({"cursor": INT - 1}, ValueError, r"cursor must be at least 0, got \[-1, -1, -1\]"),
         ({"at": INT - 1}, ValueError, r"at must be at least 0, got \[-1, -1, -1\]"),
+        ({"cursor": INT + 2**62 + 1}, ValueError, r"cursor must be at most 2\^62 = 4611686018427387904, got 461.*905"),
+        (
+            {"at": torch.tensor([0, 0, 2**63 - 1])},
+            ValueError,
+            r"at must be at most 2\^62 = .*, got 9223372036854775807",
+        ),
+        ({"keys": torch.zeros(3, 4, 2, requires_grad=True)}, ValueError, "keys must not require a gradient"),
+        (
+            {"values": torch.zeros(3, 1, 2).expand(3, 4, 2)},
+            ValueError,
+            r"values must have a place .* strides \(2, 0, 1\)",
+        ),
+        ({"keys": torch.zeros(20).as_strided((3, 4, 2), (4, 2, 1))}, ValueError, "keys must have a place in memory"),
+        ({"cursor": INT[:1].expand(3)}, ValueError, "cursor must have a place in memory for each of its numbers"),
         ({"keys": torch.zeros(3, 4, 2).tolist()}, TypeError, "keys must be a torch.Tensor, got list"),
         ({"backend": "cuda"}, ValueError, r"backend must be one of auto, .*got 'cuda'"),
         (

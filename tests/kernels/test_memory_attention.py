@@ -254,3 +254,18 @@ def test_errors_of_attention_without_a_memory_name_them_too(change, error, messa
     local = {"query": torch.zeros(1, 2, 3, 4), "key": torch.zeros(1, 1, 3, 4), "value": torch.zeros(1, 1, 3, 4)}
     with pytest.raises(error, match=message):
         local_attention(**{**local, "scale": torch.ones(2), **change})
+
+
+@on_every_backend
+@pytest.mark.parametrize(
+    "form", ["table inside one tile, groups", "table over two tiles, masked", "no neighbours at all"]
+)
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_21_13_no_query_sees_a_local_key_after_it_that_is_not_finite(backend, form, number):
+    shape, last = SHAPES[form]._replace(local_length=False), 3
+    inputs = random_attention(shape, torch.float32, seeded(0))
+    expected = memory_attention(**inputs, backend=backend)
+    inputs["key"][:, :, shape.local - shape.length + last] = number
+    for actual, wanted in zip(memory_attention(**inputs, backend=backend), expected, strict=True):
+        assert torch.equal(actual[:, :, :last], wanted[:, :, :last])
+        assert not actual[:, :, last:].isfinite().all()

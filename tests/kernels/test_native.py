@@ -204,7 +204,7 @@ def test_operators_pass_opcheck() -> None:
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in which the loader looks for libraries instead of its own."""
-    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
     return tmp_path
 
 
@@ -268,3 +268,26 @@ def test_the_cuda_module_needs_the_schemas_of_the_cpu_module(elsewhere: Path) ->
 def test_an_unknown_module_is_named() -> None:
     with pytest.raises(ValueError, match="module must be one of cpu, cuda, faiss, got 'gpu'"):
         native.status("gpu")
+
+
+def test_a_library_that_the_last_build_did_not_replace_is_in_use_and_says_so(elsewhere: Path) -> None:
+    built = next(library for library in torch.ops.loaded_libraries if "_native_cpu" in library)
+    (elsewhere / "_native_cpu.abi3.so").symlink_to(built)
+    (elsewhere / "_native_cpu.txt").write_text("no C++ compiler was found\n")
+    older = "which an earlier build left; the last one did not: no C++ compiler was found"
+    assert native.status() == (True, f"loaded from _native_cpu.abi3.so, {older}")
+
+
+def test_a_verdict_says_whether_a_module_was_built_and_whether_it_is_live(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (elsewhere / "_native_cuda.txt").write_text("no nvcc was found\n")
+    (elsewhere / "_native_cpu.abi3.so").write_bytes(b"not a library")
+    assert native.verdict("cpu").startswith("built, not loaded: _native_cpu.abi3.so cannot be loaded")
+    assert native.verdict("cuda") == "not built: no nvcc was found"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    native._open.cache_clear()
+    (elsewhere / "_native_cuda.abi3.so").write_bytes(b"not a library")
+    assert native.verdict("cuda") == "built, no GPU here"
+    monkeypatch.setattr(native, "status", lambda module: (True, "loaded"))
+    assert native.verdict("cpu") == "built, loaded"

@@ -17,16 +17,13 @@ from helpers.devices import seeded, threads
 from torch import Tensor
 
 from memtrans_kernels import native
+from memtrans_kernels.attention_inputs import AttentionInputs
 from memtrans_kernels.backends import resolve
 from memtrans_kernels.impl.reference import memory_attention as reference_attention
 
 WIDE = Shape(
     batch=3, heads=4, groups=2, length=150, local=170, width=40, neighbours=9, distances=33, offset=True,
     local_length=True, dropout_p=0.2,
-)  # fmt: skip
-ARGUMENTS = (
-    "query", "key", "value", "memory_keys", "memory_values", "rows", "scores", "slots", "scale", "bias_table",
-    "bias_dense", "memory_offset", "local_length", "dropout_p", "seed",
 )  # fmt: skip
 
 
@@ -85,12 +82,12 @@ def test_nan_shows() -> None:
     for name in ("query", "key", "value"):
         inputs = random_attention(Shape(), torch.float32, seeded(0))
         inputs[name][0, 0, 0, 0] = torch.nan
-        out, _ = native.memory_attention(*(inputs[argument] for argument in ARGUMENTS))
+        out, _ = native.memory_attention(AttentionInputs(**inputs))
         assert out[0, 0, 0].isnan().any(), name
         assert out[1].isfinite().all(), name
     inputs = random_attention(SHAPES["no local keys"], torch.float32, seeded(0))
     inputs["scale"][0] = torch.nan
-    out, lse = native.memory_attention(*(inputs[argument] for argument in ARGUMENTS))
+    out, lse = native.memory_attention(AttentionInputs(**inputs))
     found = (inputs["slots"][:, 0] >= 0).any(dim=-1)
     assert torch.equal(out[:, 0].isnan().any(dim=-1), found) and torch.equal(lse[:, 0].isnan(), found)
 
@@ -99,17 +96,17 @@ def test_no_heads_are_no_error() -> None:
     inputs = random_attention(Shape(), torch.float32, seeded(0))
     of_heads = {"query": (2, 0, 5, 32), "scores": (2, 0, 5, 5), "scale": (0,)}
     inputs |= {name: torch.zeros(shape) for name, shape in of_heads.items()} | {"slots": inputs["slots"][:, :0]}
-    out, lse = native.memory_attention(*(inputs[argument] for argument in ARGUMENTS))
+    out, lse = native.memory_attention(AttentionInputs(**inputs))
     assert out.shape == (2, 0, 5, 32) and lse.shape == (2, 0, 5)
 
 
 def test_auto_leaves_float64_to_the_reference() -> None:
     inputs = random_attention(Shape(), torch.float32, seeded(0))
-    given, wide = ([tensors[name] for name in ARGUMENTS] for tensors in (inputs, in_float64(inputs)))
-    assert resolve("memory_attention", "auto", *given) is native.memory_attention
-    assert resolve("memory_attention", "auto", *wide) is reference_attention.memory_attention
+    given, wide = AttentionInputs(**inputs), AttentionInputs(**in_float64(inputs))
+    assert resolve("memory_attention", "auto", given) is native.memory_attention
+    assert resolve("memory_attention", "auto", wide) is reference_attention.memory_attention
     with pytest.raises(RuntimeError, match="native: it computes in float32, not in float64"):
-        resolve("memory_attention", "native", *wide)
+        resolve("memory_attention", "native", wide)
 
 
 @pytest.mark.parametrize(
@@ -129,20 +126,22 @@ def test_auto_leaves_float64_to_the_reference() -> None:
         ({"bias_dense": torch.zeros(3, 2, 5, 5)}, "bias_dense must have shape (1 or B, H, N, L) = (2, 2, 5, 5)"),
         ({"local_length": torch.tensor([6, 0])}, "local_length must lie in 0..5, got 6"),
         ({"dropout_p": 0.5, "seed": None}, "seed must be given when dropout_p > 0"),
+        ({"dropout_p": 0.5, "seed": torch.zeros(0, dtype=torch.int64)}, "seed must have shape (), got (0)"),
+        ({"dropout_p": 0.5, "seed": torch.zeros(3, dtype=torch.int64)}, "seed must have shape (), got (3)"),
     ],
 )
 def test_misuse_raises_instead_of_reading_elsewhere(change: dict[str, Any], message: str) -> None:
     inputs = {**random_attention(Shape(), torch.float32, seeded(0)), **change}
     with pytest.raises(RuntimeError, match=re.escape(message)):
-        native.memory_attention(*(inputs[argument] for argument in ARGUMENTS))
+        native.memory_attention(AttentionInputs(**inputs))
 
 
 def test_operators_pass_opcheck() -> None:
     inputs = random_attention(Shape(distances=3), torch.float32, seeded(0))
-    given = tuple(inputs[argument] for argument in ARGUMENTS)
-    out, lse = native.memory_attention(*given)
+    given = AttentionInputs(**inputs)
+    out, lse = native.memory_attention(given)
     operators = torch.ops.memtrans
-    torch.library.opcheck(operators.native_memory_attention.default, given, test_utils="test_schema")
+    torch.library.opcheck(operators.native_memory_attention.default, tuple(given), test_utils="test_schema")
     backward = (out, lse, out, lse, *given)
     torch.library.opcheck(operators.native_memory_attention_backward.default, backward, test_utils="test_schema")
 

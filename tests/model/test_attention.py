@@ -8,7 +8,7 @@ from helpers.checks import SAME_GRAPH, assert_close
 from torch.utils.checkpoint import checkpoint
 
 from memtrans import KNNAttention, KNNMemory
-from memtrans.knn_attention import leaving_range
+from memtrans.memory.leaving import leaving_range
 from memtrans.position import T5RelativePositionBias
 
 DIM, HEADS, WIDTH, LENGTH = 16, 4, 8, 6

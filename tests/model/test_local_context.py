@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy
 import pytest
 import torch
-from helpers.checks import SAME_GRAPH, assert_close
+from helpers.checks import SAME_FORMULA, SAME_GRAPH, assert_close
 
 from memtrans import Attention, KNNAttention, KNNMemory
 from memtrans.position import expand_table
@@ -154,3 +154,36 @@ def test_an_input_that_the_weights_cannot_read_is_refused(kind, x, error, messag
     extra = {"knn_memory": KNNMemory(WIDTH, 9)} if kind is KNNAttention else {}
     with pytest.raises(error, match=message):
         attention(x, **extra)
+
+
+def softmax_attention(query, key, value, mask, scale):
+    """The formula of PyTorch's attention; what a query gets that sees no key is not a number."""
+    return (query @ key.transpose(-2, -1) * scale + mask).softmax(dim=-1) @ value
+
+
+@pytest.mark.parametrize("kind", [Attention, KNNAttention])
+def test_one_query_that_a_dense_bias_hides_every_key_from_attends_to_nothing(kind, monkeypatch):
+    """In `eval()` as in training, whatever PyTorch's attention gives such a query."""
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", softmax_attention)
+    torch.manual_seed(0)
+    attention = kind(dim=DIM, heads=HEADS, dim_head=WIDTH, xl_max_memories=1)
+    extra = {"knn_memory": KNNMemory(WIDTH, 9, 2), "add_knn_memory": False} if kind is KNNAttention else {}
+    x, cache, bias = torch.randn(2, 1, DIM), torch.randn(2, 1, 2, WIDTH), torch.zeros(2, HEADS, 1, 2)
+    bias[0] = -torch.inf
+    in_training, _ = attention(x, xl_memory=cache, rel_pos_bias=bias, **extra)
+    out, _ = attention.eval()(x, xl_memory=cache, rel_pos_bias=bias, **extra)
+    assert_close(out[0], attention.to_out(torch.zeros(1, HEADS * WIDTH)), SAME_GRAPH)
+    assert torch.equal(out, in_training)
+
+
+def test_a_plain_layer_in_float64_is_the_formula_in_float64():
+    """Its 1 / sqrt(D) too, of a D whose root is no float32."""
+    torch.manual_seed(0)
+    attention = Attention(dim=DIM, heads=HEADS, dim_head=7).double()
+    x = torch.randn(2, LENGTH, DIM, dtype=torch.float64)
+    query = attention.to_q(x).unflatten(2, (HEADS, 7)).transpose(1, 2)
+    key, value = attention.to_kv(x)[:, None].chunk(2, dim=-1)
+    heads = torch.nn.functional.scaled_dot_product_attention(
+        query, key.expand_as(query), value.expand_as(query), is_causal=True
+    )
+    assert_close(attention(x)[0], attention.to_out(heads.transpose(1, 2).flatten(2)), SAME_FORMULA)

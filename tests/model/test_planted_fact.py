@@ -13,8 +13,9 @@ from memtrans import MemorizingTransformer
 from memtrans.data.recall import LETTERS, NAME_LENGTH
 from memtrans.generation.decoder import Decoder
 from memtrans.presets import PRESETS
-from memtrans.training.settings import build_model
-from memtrans.training.trainer import Trainer, open_data
+from memtrans.training.data import open_data
+from memtrans.training.model import build_model
+from memtrans.training.trainer import Trainer
 
 DOCUMENTS, LENGTH, DISTANCE = 8, 8, 20_000
 SETTINGS = PRESETS["recall"]

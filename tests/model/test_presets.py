@@ -11,8 +11,10 @@ import torch
 from helpers.checks import PREDICTION
 
 from memtrans.presets import PRESETS, TABLE_4, figures, paper, paper_name
-from memtrans.training.settings import Settings, build_model
-from memtrans.training.trainer import Trainer, open_data
+from memtrans.training.data import open_data
+from memtrans.training.model import build_model
+from memtrans.training.settings import Settings
+from memtrans.training.trainer import Trainer
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 

@@ -13,8 +13,9 @@ from memtrans.data.documents import Document
 from memtrans.data.recall import CHANCE, FAR, RecallDocuments, RecallTask
 from memtrans.inspection.sample import sample_retrievals
 from memtrans.training.evaluate import evaluate, evaluate_both, held_out_stream
+from memtrans.training.model import build_model
 from memtrans.training.reader import DocumentReader
-from memtrans.training.settings import Settings, build_model
+from memtrans.training.settings import Settings
 
 SMALL = Settings(layers=2, width=16, heads=2, head_width=8, memory=64, neighbours=4, dropout=0.5)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from memtrans.data.documents import NOT_SCORED, Batch, Document, DocumentStream, Shuffled
+from memtrans.data.documents import Document, Shuffled
+from memtrans.data.stream import NOT_SCORED, Batch, DocumentStream
 from memtrans.training.loader import StepInputs, StepLoader
 
 BATCH, SEGMENT, ACCUMULATE, SEGMENTS = 3, 8, 2, 2

@@ -7,9 +7,11 @@ import dataclasses
 import pytest
 import torch
 
-from memtrans.data.documents import Document, DocumentStream, InOrder
+from memtrans.data.documents import Document, InOrder
+from memtrans.data.stream import DocumentStream
+from memtrans.training.model import build_model
 from memtrans.training.reader import DocumentReader
-from memtrans.training.settings import Settings, build_model
+from memtrans.training.settings import Settings
 
 SMALL = Settings(layers=3, width=16, heads=2, head_width=8, memory=32, memory_layers=(2,), neighbours=4)
 VARIANTS = {

@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from memtrans.training.settings import Settings, build_model
+from memtrans.training.model import build_model
+from memtrans.training.settings import Settings
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,12 @@ import pytest
 import torch
 from helpers.checks import SAME_CURVE
 
-from memtrans.data.documents import DocumentStream
+from memtrans.data.stream import DocumentStream
 from memtrans.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from memtrans.training.data import TrainingData, open_data
+from memtrans.training.device import pick_device
 from memtrans.training.settings import Settings
-from memtrans.training.trainer import HOPELESS, NonFiniteLossError, Trainer, TrainingData, open_data, pick_device
+from memtrans.training.trainer import HOPELESS, NonFiniteLossError, Trainer
 
 SMALL = Settings(
     data="recall",
@@ -373,7 +375,7 @@ def test_a_gpu_has_a_number(monkeypatch, name, expected):
     """As `torch.cuda.set_device` asks for one."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    monkeypatch.setattr("memtrans.training.trainer.usable_device", torch.device)
+    monkeypatch.setattr("memtrans.training.device.usable_device", torch.device)
     assert pick_device(name) == torch.device(expected)
 
 

@@ -20,8 +20,8 @@ from helpers.checks import PARITY, assert_close
 from torch import Tensor
 
 import memtrans
-from memtrans.data.documents import NOT_SCORED
 from memtrans.data.sources import load_corpus
+from memtrans.data.stream import NOT_SCORED
 from memtrans.training.evaluate import held_out_stream
 
 WIDTH = 16

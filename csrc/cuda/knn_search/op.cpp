@@ -20,15 +20,15 @@ void* current_stream(int32_t device) {
 }
 
 void check_status(int status, int64_t width, int64_t k) {
-  STD_TORCH_CHECK(status != -1, "D must be 32, 64, 96, 128 or 256 on CUDA, got ", width);
-  STD_TORCH_CHECK(status != -2, "k must be from 1 to 128 on CUDA, got ", k);
-  STD_TORCH_CHECK(status != -3, "the CUDA driver could not describe query and keys to the copy engine");
-  STD_TORCH_CHECK(status == 0, "the search could not be launched: CUDA error ", status);
+  MEMTRANS_CHECK(status != -1, "D must be 32, 64, 96, 128 or 256 on CUDA, got ", width);
+  MEMTRANS_CHECK(status != -2, "k must be from 1 to 128 on CUDA, got ", k);
+  MEMTRANS_CHECK(status != -3, "the CUDA driver could not describe query and keys to the copy engine");
+  MEMTRANS_CHECK(status == 0, "the search could not be launched: CUDA error ", status);
 }
 
 // The kernels take addresses; they load query and keys 16 bytes at a time.
 void check_packed(const Tensor& tensor, const char* name, uintptr_t alignment = 1) {
-  STD_TORCH_CHECK(
+  MEMTRANS_CHECK(
       tensor.is_contiguous() && reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % alignment == 0, name,
       " must be contiguous on CUDA and begin at a multiple of ", alignment, " bytes");
 }
@@ -38,11 +38,11 @@ QueryType query_type(const Tensor& query, ScalarType keys, int64_t per_row) {
   if (query.scalar_type() == keys) {
     return kSameAsKeys;
   }
-  STD_TORCH_CHECK(
+  MEMTRANS_CHECK(
       per_row <= kFewQueries, "query must be of the keys' dtype where a row has more than ", kFewQueries,
       " queries on CUDA, got ", per_row);
   const bool narrow = query.scalar_type() == ScalarType::Half || query.scalar_type() == ScalarType::BFloat16;
-  STD_TORCH_CHECK(
+  MEMTRANS_CHECK(
       narrow || query.scalar_type() == ScalarType::Float, "query must be float16, bfloat16 or float32 on CUDA");
   return narrow ? kOtherHalfPrecision : kFloat32;
 }
@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor> knn_search(
     Tensor query, Tensor keys, Tensor rows, Tensor start, Tensor cursor, int64_t capacity, int64_t k) {
   check_knn_search(query, keys, rows, start, cursor, capacity, k);
   const bool bfloat16 = keys.scalar_type() == ScalarType::BFloat16;
-  STD_TORCH_CHECK(bfloat16 || keys.scalar_type() == ScalarType::Half, "keys must be float16 or bfloat16 on CUDA");
+  MEMTRANS_CHECK(bfloat16 || keys.scalar_type() == ScalarType::Half, "keys must be float16 or bfloat16 on CUDA");
   check_packed(query, "query", 16);
   check_packed(keys, "keys", 16);
   check_packed(rows, "rows");

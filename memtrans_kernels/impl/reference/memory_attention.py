@@ -1,7 +1,13 @@
-"""What attention to a memory means, in plain PyTorch: the oracle of all tests, and the last-resort kernel.
+"""memory_attention in plain PyTorch: the oracle of all tests, and the last-resort kernel.
 
-Arithmetic is float32, or float64 where the inputs are (tests call it so); on CPU and CUDA tensors alike, without a host
-round trip. Shapes in the letters of `memtrans_kernels`. The other operators stand in `reference.py`.
+    out = softmax([scale · scores + offset, scale · q kᵀ + bias]) · [memory values, values]
+
+    query (B, H, N, D) · key, value (B, G, L, D) · memory_keys, memory_values (R, M + S, D) · rows (B·G,)
+    scores, slots (B, H, N, K) · scale, memory_offset (H,) · bias_table (H, distances) · bias_dense (1 or B, H, N, L)
+    -> out (B, H, N, D), lse (B, H, N)
+
+Source: Wu et al. 2022, section 3.1. Arithmetic is float32, or float64 where the inputs are (tests call it so); on CPU
+and CUDA tensors alike, without a host round trip.
 """
 
 from __future__ import annotations
@@ -10,132 +16,130 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memtrans_kernels.attention_inputs import AttentionInputs
 from memtrans_kernels.impl.reference.philox import keep_mask
 from memtrans_kernels.precision import arithmetic_dtype
 
 
-def memory_attention(
-    query: Tensor,  # (B, H, N, D)
-    key: Tensor,  # (B, G, L, D)
-    value: Tensor,  # (B, G, L, D)
-    memory_keys: Tensor,  # (R, M + S, D)
-    memory_values: Tensor,  # (R, M + S, D)
-    rows: Tensor,  # (B·G,)
-    scores: Tensor,  # (B, H, N, K)
-    slots: Tensor,  # (B, H, N, K)
-    scale: Tensor,  # (H,)
-    bias_table: Tensor | None = None,  # (H, distances)
-    bias_dense: Tensor | None = None,  # (1 or B, H, N, L)
-    memory_offset: Tensor | None = None,  # (H,)
-    local_length: Tensor | None = None,  # (B,)
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,  # ()
-) -> tuple[Tensor, Tensor]:
+def memory_attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """One softmax over K retrieved and L local logits; `memory_keys` is read by the backward pass alone."""
-    dtype = arithmetic_dtype(query)
-    local = scale.to(dtype)[:, None, None] * _dot(query, key, dtype)
-    logits = _joint_logits(local, scores, slots, scale, bias_table, bias_dense, memory_offset, local_length)
+    dtype = arithmetic_dtype(inputs.query)
+    local = inputs.scale.to(dtype)[:, None, None] * _dot(inputs.query, inputs.key, dtype)
+    logits = _joint_logits(local, inputs)
     lse = logits.logsumexp(dim=-1)  # (B, H, N)
     weights = logits.sub_(_finite(lse)[..., None]).exp_()  # (B, H, N, K + L)
-    if dropout_p > 0.0:
-        assert seed is not None
-        weights = weights * keep_mask(seed, dropout_p, weights.shape) / (1.0 - dropout_p)
-    to_memory, to_local = weights.split([slots.shape[-1], key.shape[-2]], dim=-1)
-    gathered = _gather(memory_values, rows, slots, dtype)  # (B, H, N, K, D)
-    out = _weighted_sum(to_local, value, dtype) + torch.einsum("bhnk,bhnkd->bhnd", to_memory, gathered)
-    return out.to(query.dtype).contiguous(), lse
+    return _attended(weights, inputs), lse
+
+
+def formula(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """The same, for PyTorch to differentiate as often and in whatever mode it likes.
+
+    The scores handed in are constants; here they depend on the query as what they are, <query, retrieved key>.
+    """
+    dtype = arithmetic_dtype(inputs.query)
+    retrieved_keys = _gather(inputs.memory_keys.detach(), inputs.rows, inputs.slots, dtype)
+    scores = torch.einsum("bhnd,bhnkd->bhnk", inputs.query.to(dtype), retrieved_keys)
+    given = inputs.scores.detach().to(dtype).masked_fill(inputs.slots < 0, 0.0)
+    inputs = inputs._replace(scores=given + (scores - scores.detach()), memory_values=inputs.memory_values.detach())
+    local = inputs.scale.to(dtype)[:, None, None] * _dot(inputs.query, inputs.key, dtype)
+    logits = _joint_logits(local, inputs)
+    nothing = (logits == -torch.inf).all(dim=-1)  # queries whose softmax has no derivative
+    safe = logits.masked_fill(nothing[..., None], 0.0)
+    weights = safe.softmax(dim=-1).masked_fill(nothing[..., None], 0.0)
+    return _attended(weights, inputs), safe.logsumexp(dim=-1).masked_fill(nothing, -torch.inf)
+
+
+def _attended(weights: Tensor, inputs: AttentionInputs) -> Tensor:
+    """Values summed by weights (B, H, N, K + L), of which dropout takes some."""
+    dtype, slots = weights.dtype, inputs.slots
+    if inputs.dropout_p > 0.0:
+        assert inputs.seed is not None
+        weights = weights * keep_mask(inputs.seed, inputs.dropout_p, weights.shape) / (1.0 - inputs.dropout_p)
+    to_memory, to_local = weights.split([slots.shape[-1], inputs.key.shape[-2]], dim=-1)
+    gathered = _gather(inputs.memory_values, inputs.rows, slots, dtype)  # (B, H, N, K, D)
+    out = _weighted_sum(to_local, inputs.value, dtype) + torch.einsum("bhnk,bhnkd->bhnd", to_memory, gathered)
+    return out.to(inputs.query.dtype).contiguous()
 
 
 def memory_attention_backward(
+    inputs: AttentionInputs,
     grad_out: Tensor,  # (B, H, N, D)
     grad_lse: Tensor,  # (B, H, N)
-    out: Tensor,
-    lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    memory_keys: Tensor,
-    memory_values: Tensor,
-    rows: Tensor,
-    scores: Tensor,
-    slots: Tensor,
-    scale: Tensor,
-    bias_table: Tensor | None,
-    bias_dense: Tensor | None,
-    memory_offset: Tensor | None,
-    local_length: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
+    out: Tensor,  # (B, H, N, D)
+    lse: Tensor,  # (B, H, N)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, scale, bias_table, bias_dense, memory_offset (empty where there is none).
 
     With P the softmax, P' = P after dropout, dP' = <grad_out, values> and delta = <grad_out, out> = sum P' dP':
     d logits = P (keep / (1 - p) dP' - delta + grad_lse).
     """
+    query, key, value, scale = inputs.query, inputs.key, inputs.value, inputs.scale
     dtype = arithmetic_dtype(query)
     grad_out, scale_wide = grad_out.to(dtype), scale.to(dtype)[:, None, None]
     dot = _dot(query, key, dtype)
-    logits = _joint_logits(scale_wide * dot, scores, slots, scale, bias_table, bias_dense, memory_offset, local_length)
-    weights = logits.sub_(_finite(lse.to(dtype))[..., None]).exp_()  # P
+    weights = _joint_logits(scale_wide * dot, inputs).sub_(_finite(lse.to(dtype))[..., None]).exp_()  # P
 
-    sizes = [slots.shape[-1], key.shape[-2]]
-    gathered = _gather(memory_values, rows, slots, dtype)
+    sizes = [inputs.neighbours, key.shape[-2]]
+    gathered = _gather(inputs.memory_values, inputs.rows, inputs.slots, dtype)
     grad_weights = torch.cat((torch.einsum("bhnd,bhnkd->bhnk", grad_out, gathered), _dot(grad_out, value, dtype)), -1)
     dropped = weights  # P'
-    if dropout_p > 0.0:
-        assert seed is not None
-        factor = keep_mask(seed, dropout_p, weights.shape).to(dtype) / (1.0 - dropout_p)
+    if inputs.dropout_p > 0.0:
+        assert inputs.seed is not None
+        factor = keep_mask(inputs.seed, inputs.dropout_p, weights.shape).to(dtype) / (1.0 - inputs.dropout_p)
         dropped, grad_weights = weights * factor, grad_weights * factor
     delta = (grad_out * out.to(dtype)).sum(dim=-1, keepdim=True) - grad_lse.to(dtype)[..., None]
     grad_logits = grad_weights.sub_(delta).mul_(weights)
     grad_memory, grad_local = grad_logits.split(sizes, dim=-1)
 
-    retrieved_keys = _gather(memory_keys, rows, slots, dtype)
+    retrieved_keys = _gather(inputs.memory_keys, inputs.rows, inputs.slots, dtype)
     grad_query = _weighted_sum(grad_local, key, dtype) + torch.einsum("bhnk,bhnkd->bhnd", grad_memory, retrieved_keys)
     grad_key = _sum_over_queries(grad_local * scale_wide, query, key, dtype)
     grad_value = _sum_over_queries(dropped.split(sizes, dim=-1)[1], grad_out, value, dtype)
-    found_scores = scores.to(dtype).masked_fill(slots < 0, 0.0)
+    found_scores = inputs.scores.to(dtype).masked_fill(inputs.slots < 0, 0.0)
     grad_scale = (grad_local * dot).sum(dim=(0, 2, 3)) + (grad_memory * found_scores).sum(dim=(0, 2, 3))
-    nothing = query.new_empty
     return (
         (grad_query * scale_wide).to(query.dtype).contiguous(),
         grad_key.to(key.dtype).contiguous(),
         grad_value.to(value.dtype).contiguous(),
         grad_scale.to(scale.dtype),
-        nothing(0) if bias_table is None else _grad_bias_table(grad_local, bias_table),
-        nothing(0) if bias_dense is None else grad_local.sum_to_size(bias_dense.shape).to(bias_dense.dtype, copy=True),
-        nothing(0) if memory_offset is None else grad_memory.sum(dim=(0, 2, 3)).to(memory_offset.dtype),
+        *_grad_biases(grad_memory, grad_local, inputs),
     )
 
 
-def _joint_logits(
-    local: Tensor,  # (B, H, N, L), scaled; becomes logits in place
-    scores: Tensor,
-    slots: Tensor,
-    scale: Tensor,
-    bias_table: Tensor | None,
-    bias_dense: Tensor | None,
-    memory_offset: Tensor | None,
-    local_length: Tensor | None,
-) -> Tensor:
-    """The K retrieved logits, then the L local ones; -inf where there is nothing to attend to."""
+def _grad_biases(grad_memory: Tensor, grad_local: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Of bias_table, bias_dense and memory_offset, from the gradients of the logits; empty where there is none."""
+    table, dense, offset = inputs.bias_table, inputs.bias_dense, inputs.memory_offset
+    nothing = inputs.query.new_empty
+    return (
+        nothing(0) if table is None else _grad_bias_table(grad_local, table),
+        nothing(0) if dense is None else grad_local.sum_to_size(dense.shape).to(dense.dtype, copy=True),
+        nothing(0) if offset is None else grad_memory.sum(dim=(0, 2, 3)).to(offset.dtype),
+    )
+
+
+def _joint_logits(local: Tensor, inputs: AttentionInputs) -> Tensor:
+    """The K retrieved logits, then the L local ones; -inf where there is nothing to attend to.
+
+    local: (B, H, N, L), scaled; they become logits in place.
+    """
     length, local_keys = local.shape[-2:]
     distance = _distance(length, local_keys, local.device)
-    if bias_table is not None:
-        local += bias_table.to(local.dtype)[:, distance.clamp(0, bias_table.shape[-1] - 1)]
-    if bias_dense is not None:
-        local += bias_dense.to(local.dtype)
+    if inputs.bias_table is not None:
+        local += inputs.bias_table.to(local.dtype)[:, distance.clamp(0, inputs.distances - 1)]
+    if inputs.bias_dense is not None:
+        local += inputs.bias_dense.to(local.dtype)
     hidden = distance < 0
-    if local_length is not None:
-        oldest = local_keys - local_length[:, None, None, None]  # keys before it are not this document's
+    if inputs.local_length is not None:
+        oldest = local_keys - inputs.local_length[:, None, None, None]  # keys before it are not this document's
         hidden = hidden | (torch.arange(local_keys, device=local.device) < oldest)
     local.masked_fill_(hidden, -torch.inf)
-    if slots.shape[-1] == 0:
+    if inputs.neighbours == 0:
         return local
-    retrieved = scale.to(local.dtype)[:, None, None] * scores.to(local.dtype).masked_fill(slots < 0, 0.0)
-    if memory_offset is not None:
-        retrieved = retrieved + memory_offset.to(local.dtype)[:, None, None]
-    return torch.cat((retrieved.masked_fill_(slots < 0, -torch.inf), local), dim=-1)
+    missing = inputs.slots < 0
+    retrieved = inputs.scale.to(local.dtype)[:, None, None] * inputs.scores.to(local.dtype).masked_fill(missing, 0.0)
+    if inputs.memory_offset is not None:
+        retrieved = retrieved + inputs.memory_offset.to(local.dtype)[:, None, None]
+    return torch.cat((retrieved.masked_fill_(missing, -torch.inf), local), dim=-1)
 
 
 def _distance(length: int, local_keys: int, device: torch.device) -> Tensor:

@@ -18,12 +18,11 @@ Source: Wu et al. 2022, section 3.1; split keys after Flash-Decoding (Dao et al.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from memtrans_kernels.attention_inputs import AttentionInputs
 from memtrans_kernels.impl.triton import configs
 from memtrans_kernels.impl.triton.attention_softmax import attend_to_local
 from memtrans_kernels.impl.triton.attention_tiles import (
@@ -32,6 +31,7 @@ from memtrans_kernels.impl.triton.attention_tiles import (
     gather_rows,
     load_rows,
     oldest_key,
+    packed,
     strides_of_dense,
 )
 
@@ -178,42 +178,27 @@ def merge_parts_kernel(
     tl.store(lse + bh, (peak + tl.log2(total)) * LN2)
 
 
-class Retrieved(NamedTuple):
-    """The memory's part of the arguments of `memory_attention`."""
+def attend_once(inputs: AttentionInputs, out: Tensor, lse: Tensor) -> None:
+    """Fills out and lse: in one launch where the local keys are one tile, else in two: parts, and merging.
 
-    memory_values: Tensor
-    rows: Tensor
-    scores: Tensor
-    slots: Tensor
-    memory_offset: Tensor | None
-
-
-class Local(NamedTuple):
-    """The local context's part."""
-
-    key: Tensor
-    value: Tensor
-    bias_table: Tensor | None
-    bias_dense: Tensor | None
-    local_length: Tensor | None
-
-
-def attend_once(query: Tensor, scale: Tensor, retrieved: Retrieved, local: Local, out: Tensor, lse: Tensor) -> None:
-    """Fills out and lse: in one launch where the local keys are one tile, else in two: parts, and merging."""
+    The last axis of query, key, value and memory_values is contiguous.
+    """
+    query, key, value, memory_values = inputs.query, inputs.key, inputs.value, inputs.memory_values
     batch, heads, _, width = query.shape
-    groups, local_keys, neighbours = local.key.shape[1], local.key.shape[2], retrieved.slots.shape[3]
+    groups, local_keys, neighbours = key.shape[1], key.shape[2], inputs.neighbours
     if batch * heads == 0:
         return
     launch = configs.attention_one_query(query.dtype.itemsize, local_keys)
     sharing, parts = heads // groups, triton.cdiv(local_keys, launch.of_part)
-    inputs = (
-        query, local.key, local.value, *retrieved[:4], scale, local.bias_table, local.bias_dense,
-        retrieved.memory_offset, local.local_length,
+    tensors = (
+        query, key, value, memory_values, packed(inputs.rows), packed(inputs.scores), packed(inputs.slots),
+        packed(inputs.scale), packed(inputs.bias_table), inputs.bias_dense, packed(inputs.memory_offset),
+        packed(inputs.local_length),
     )  # fmt: skip
-    sizes = groups, sharing, local_keys, 1 if local.bias_table is None else local.bias_table.shape[1]
+    sizes = groups, sharing, local_keys, inputs.distances
     strides = (
-        query.stride()[:3], local.key.stride()[:3], local.value.stride()[:3], retrieved.memory_values.stride()[:2],
-        strides_of_dense(local.bias_dense),
+        query.stride()[:3], key.stride()[:3], value.stride()[:3], memory_values.stride()[:2],
+        strides_of_dense(inputs.bias_dense),
     )  # fmt: skip
     shared = {
         "NEIGHBOURS": neighbours,
@@ -226,14 +211,14 @@ def attend_once(query: Tensor, scale: Tensor, retrieved: Retrieved, local: Local
         "num_stages": launch.stages,
     }
     if parts <= 1:
-        attend_whole_kernel[(batch * heads,)](*inputs, out, lse, *sizes, *strides, **shared)
+        attend_whole_kernel[(batch * heads,)](*tensors, out, lse, *sizes, *strides, **shared)
         return
     all_parts = parts + (1 if neighbours else 0)
     partial = lse.new_empty(all_parts, batch, heads, width)
     partial_lse = lse.new_empty(all_parts, batch, heads)
     head_blocks = triton.cdiv(sharing, BLOCK_HEADS)
     attend_in_parts_kernel[(batch * groups, parts * head_blocks + (sharing if neighbours else 0))](
-        *inputs, partial, partial_lse, *sizes, parts, launch.of_part, head_blocks, *strides, **shared
+        *tensors, partial, partial_lse, *sizes, parts, launch.of_part, head_blocks, *strides, **shared
     )
     merge_parts_kernel[(batch * heads,)](
         partial, partial_lse, out, lse, all_parts, WIDTH=width, BLOCK_WIDTH=shared["BLOCK_WIDTH"],

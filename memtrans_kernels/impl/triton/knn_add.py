@@ -6,6 +6,8 @@ at least base + count.
 
     keys, values (R, M + S, D) · cursor, at (R,) · rows, count (B·G,) · new_keys, new_values (B, G, N, D)
 
+A row with a number out of range (row, count, entry below 0 or beyond 2^62) stays as it is.
+
 Source: Wu et al. 2022, section 3.2. Limits: none of shape; keys, values and cursor, which are written in place, must be
 contiguous, as `backends` checks; of the rest, what the kernel takes no strides of is made so. Precision: through
 float32; finite numbers saturate at the ring's largest, infinite values too, infinite keys stay infinite. One program
@@ -19,7 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from memtrans_kernels.checks import MOST_ENTRIES as MOST
 from memtrans_kernels.impl.triton import configs
+
+MOST_ENTRIES = tl.constexpr(MOST)
 
 
 @triton.jit
@@ -29,6 +34,12 @@ def saturated(x, LIMIT: tl.constexpr, KEEP_INFINITE: tl.constexpr):
     if KEEP_INFINITE:
         above, below = above & (x != float("inf")), below & (x != float("-inf"))
     return tl.where(above, LIMIT, tl.where(below, -LIMIT, x))
+
+
+@triton.jit
+def is_entry(number):
+    """Whether entries may be counted on from this one: no sum with a segment's length overflows."""
+    return (number >= 0) & (number <= MOST_ENTRIES)
 
 
 @triton.jit
@@ -52,6 +63,7 @@ def knn_add_kernel(
     new_values,
     count,
     at,
+    ring_rows,
     groups,
     length,
     size,
@@ -70,9 +82,18 @@ def knn_add_kernel(
     program = tl.program_id(0).to(tl.int64)
     b, g = program // groups, program % groups
     row = tl.load(rows + program)
+    inside = (row >= 0) & (row < ring_rows)
+    row = tl.where(inside, row, 0)
     stored = tl.load(cursor + row)
     base = stored if at is None else tl.load(at + row)
-    end = base + (length if count is None else tl.load(count + program))
+    # A number that nobody could look at before the launch, and that fits nowhere, leaves its row as it is.
+    sound = inside & is_entry(stored) & is_entry(base)
+    end = base + length
+    if count is not None:
+        entries = tl.load(count + program)
+        sound = sound & (entries >= 0) & (entries <= length)
+        end = base + entries
+    given = tl.where(sound, length, 0)
     keys += row * size * WIDTH
     values += row * size * WIDTH
     new_keys += b * key_stride_b + g * key_stride_g
@@ -81,12 +102,13 @@ def knn_add_kernel(
     for first in range(0, length, BLOCK):
         source = first + tl.arange(0, BLOCK).to(tl.int64)  # (BLOCK,)
         entry = base + source
-        fresh = (source < length) & (entry >= stored) & (entry < end) & (entry >= end - size)
+        fresh = (source < given) & (entry >= stored) & (entry < end) & (entry >= end - size)
         slot = entry % size
         write(keys, new_keys, slot, source, column, fresh, key_stride_n, WIDTH, KEY_LIMIT, True)
         write(values, new_values, slot, source, column, fresh, value_stride_n, WIDTH, VALUE_LIMIT, False)
     tl.debug_barrier()  # every warp has read the cursor before one of them moves it
-    tl.store(cursor + row, tl.maximum(stored, end))
+    if sound:
+        tl.store(cursor + row, tl.maximum(stored, end))
 
 
 def knn_add_(
@@ -114,6 +136,7 @@ def knn_add_(
         new_values,
         None if count is None else count.contiguous(),
         None if at is None else at.contiguous(),
+        keys.shape[0],
         groups,
         length,
         keys.shape[1],

@@ -22,8 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from memtrans_kernels.attention_inputs import AttentionInputs
 from memtrans_kernels.impl.triton import configs
-from memtrans_kernels.impl.triton.attention_one_query import Local, Retrieved, attend_once
+from memtrans_kernels.impl.triton.attention_one_query import attend_once
 from memtrans_kernels.impl.triton.attention_softmax import attend_to_local, attend_to_neighbours, retrieved_softmax
 from memtrans_kernels.impl.triton.attention_tiles import (
     LN2,
@@ -101,45 +102,27 @@ def memory_attention_kernel(
     tl.store(lse + at, (peak + tl.log2(total)) * LN2, mask=inside)
 
 
-def memory_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    memory_keys: Tensor,
-    memory_values: Tensor,
-    rows: Tensor,
-    scores: Tensor,
-    slots: Tensor,
-    scale: Tensor,
-    bias_table: Tensor | None = None,
-    bias_dense: Tensor | None = None,
-    memory_offset: Tensor | None = None,
-    local_length: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def memory_attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """One program per document, head and block of queries; of one query, unless weights are dropped, several."""
-    batch, heads, length, width = query.shape
-    groups, local_keys, neighbours = key.shape[1], key.shape[2], slots.shape[3]
-    query, key, value, memory_values = (rows_of(tensor) for tensor in (query, key, value, memory_values))
+    batch, heads, length, width = inputs.query.shape
+    groups, local_keys = inputs.key.shape[1:3]
+    neighbours, dropout_p = inputs.neighbours, inputs.dropout_p
+    query, key, value = rows_of(inputs.query), rows_of(inputs.key), rows_of(inputs.value)
+    memory_values, bias_dense = rows_of(inputs.memory_values), inputs.bias_dense
     out = query.new_empty(batch, heads, length, width)
     lse = query.new_empty(batch, heads, length, dtype=torch.float32)
     if length == 1 and dropout_p == 0.0:
-        found = rows.contiguous(), scores.contiguous(), slots.contiguous()
-        retrieved = Retrieved(memory_values, *found, packed(memory_offset))
-        local = Local(key, value, packed(bias_table), bias_dense, packed(local_length))
-        attend_once(query, scale.contiguous(), retrieved, local, out, lse)
+        attend_once(inputs._replace(query=query, key=key, value=value, memory_values=memory_values), out, lse)
         return out, lse
     launch = configs.attention_forward(query.dtype.itemsize, width, length, local_keys, neighbours)
     programs = batch * heads * triton.cdiv(length, launch.queries)
     if programs:
         memory_attention_kernel[(programs,)](
-            query, key, value, memory_values, packed(rows), packed(scores), packed(slots), packed(scale),
-            packed(bias_table), bias_dense, packed(memory_offset), packed(local_length),
-            seed if dropout_p > 0.0 else None, out, lse, heads, groups, length, local_keys,
-            1 if bias_table is None else bias_table.shape[1],
-            query.stride()[:3], key.stride()[:3], value.stride()[:3], memory_values.stride()[:2],
-            strides_of_dense(bias_dense),
+            query, key, value, memory_values, packed(inputs.rows), packed(inputs.scores), packed(inputs.slots),
+            packed(inputs.scale), packed(inputs.bias_table), bias_dense, packed(inputs.memory_offset),
+            packed(inputs.local_length), inputs.seed if dropout_p > 0.0 else None, out, lse, heads, groups, length,
+            local_keys, inputs.distances, query.stride()[:3], key.stride()[:3], value.stride()[:3],
+            memory_values.stride()[:2], strides_of_dense(bias_dense),
             NEIGHBOURS=neighbours,
             BLOCK_NEIGHBOURS=configs.power_of_two(neighbours),
             WIDTH=width,

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from memtrans_kernels.attention_inputs import AttentionInputs
 from memtrans_kernels.impl.triton import attention_bias, configs
 from memtrans_kernels.impl.triton.attention_tiles import (
     LOG2E,
@@ -272,68 +273,63 @@ def _key_gradient(batch: int, shared: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def memory_attention_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    memory_keys: Tensor,
-    memory_values: Tensor,
-    rows: Tensor,
-    scores: Tensor,
-    slots: Tensor,
-    scale: Tensor,
-    bias_table: Tensor | None,
-    bias_dense: Tensor | None,
-    memory_offset: Tensor | None,
-    local_length: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
+    inputs: AttentionInputs, grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, scale, bias_table, bias_dense, memory_offset (empty where there is none)."""
-    batch, heads, length, width = query.shape
-    groups, local_keys = key.shape[1:3]
-    query, key, value, memory_keys, memory_values, grad_out, out = (
-        rows_of(tensor) for tensor in (query, key, value, memory_keys, memory_values, grad_out, out)
-    )
-    shared = {
-        "grad_out": grad_out, "lse": packed(lse), "query": query, "key": key, "value": value, "scale": packed(scale),
-        "bias_table": packed(bias_table), "bias_dense": bias_dense, "local_length": packed(local_length),
-        "seed": seed if dropout_p > 0.0 else None,
-        "delta": query.new_empty(batch, heads, length, dtype=torch.float32),
-        "heads": heads, "groups": groups, "length": length, "local_keys": local_keys,
-        "distances": 1 if bias_table is None else bias_table.shape[1],
-        "grad_strides": grad_out.stride()[:3], "query_strides": query.stride()[:3], "key_strides": key.stride()[:3],
-        "value_strides": value.stride()[:3], "dense_strides": strides_of_dense(bias_dense),
-        "NEIGHBOURS": slots.shape[3], "WIDTH": width, "BLOCK_WIDTH": max(16, configs.power_of_two(width)),
-        **dropout_constants(dropout_p),
-    }  # fmt: skip
-
-    launch = configs.attention_query_gradient(query.dtype.itemsize, width, length, slots.shape[3])
-    blocks = triton.cdiv(length, launch.queries)
-    grad_query = query.new_empty(query.shape)
-    sums = query.new_empty(3, heads, batch * blocks, dtype=torch.float32)  # parts of scale, offset and far biases
-    if sums.numel():
-        query_gradient_kernel[(batch * heads * blocks,)](
-            grad_lse=grad_lse, out=out, memory_keys=memory_keys, memory_values=memory_values, rows=packed(rows),
-            scores=packed(scores), slots=packed(slots), memory_offset=packed(memory_offset), grad_query=grad_query,
-            sums=sums, lse_strides=grad_lse.stride(), out_strides=out.stride()[:3],
-            memory_key_strides=memory_keys.stride()[:2], memory_value_strides=memory_values.stride()[:2],
-            BLOCK_QUERIES=launch.queries, BLOCK_KEYS=launch.keys, UNROLL=launch.unroll,
-            num_warps=launch.warps, num_stages=launch.stages, **shared,
-        )  # fmt: skip
+    batch = inputs.query.shape[0]
+    shared = _shared(inputs, rows_of(grad_out), lse)
+    grad_query, sums = _query_gradient(inputs, shared, grad_lse, rows_of(out))
     of_scale, of_offset, far = sums.sum(dim=-1)
-
     grad_key, grad_value = _key_gradient(batch, shared)
-    nothing = query.new_empty
+    table, dense, offset = inputs.bias_table, inputs.bias_dense, inputs.memory_offset
+    nothing = inputs.query.new_empty
     return (
         grad_query,
         grad_key,
         grad_value,
-        of_scale.to(scale.dtype, copy=True),  # outputs must not share storage
-        nothing(0) if bias_table is None else attention_bias.grad_table(bias_table, far, batch, shared),
-        nothing(0) if bias_dense is None else attention_bias.grad_dense(bias_dense, batch, shared),
-        nothing(0) if memory_offset is None else of_offset.to(memory_offset.dtype, copy=True),
+        of_scale.to(inputs.scale.dtype, copy=True),  # outputs must not share storage
+        nothing(0) if table is None else attention_bias.grad_table(table, far, batch, shared),
+        nothing(0) if dense is None else attention_bias.grad_dense(dense, batch, shared),
+        nothing(0) if offset is None else of_offset.to(offset.dtype, copy=True),
     )
+
+
+def _shared(inputs: AttentionInputs, grad_out: Tensor, lse: Tensor) -> dict[str, Any]:
+    """What all kernels of the backward pass are given."""
+    query, key, value = rows_of(inputs.query), rows_of(inputs.key), rows_of(inputs.value)
+    batch, heads, length, width = query.shape
+    return {
+        "grad_out": grad_out, "lse": packed(lse), "query": query, "key": key, "value": value,
+        "scale": packed(inputs.scale), "bias_table": packed(inputs.bias_table), "bias_dense": inputs.bias_dense,
+        "local_length": packed(inputs.local_length), "seed": inputs.seed if inputs.dropout_p > 0.0 else None,
+        "delta": query.new_empty(batch, heads, length, dtype=torch.float32),
+        "heads": heads, "groups": key.shape[1], "length": length, "local_keys": key.shape[2],
+        "distances": inputs.distances,
+        "grad_strides": grad_out.stride()[:3], "query_strides": query.stride()[:3], "key_strides": key.stride()[:3],
+        "value_strides": value.stride()[:3], "dense_strides": strides_of_dense(inputs.bias_dense),
+        "NEIGHBOURS": inputs.neighbours, "WIDTH": width, "BLOCK_WIDTH": max(16, configs.power_of_two(width)),
+        **dropout_constants(inputs.dropout_p),
+    }  # fmt: skip
+
+
+def _query_gradient(
+    inputs: AttentionInputs, shared: dict[str, Any], grad_lse: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradient of query, and parts of those of scale, offset and the farthest bias, (3, H, parts); fills delta."""
+    query, length = shared["query"], shared["length"]
+    batch, heads = query.shape[:2]
+    launch = configs.attention_query_gradient(query.dtype.itemsize, inputs.width, length, inputs.neighbours)
+    blocks = triton.cdiv(length, launch.queries)
+    memory_keys, memory_values = rows_of(inputs.memory_keys), rows_of(inputs.memory_values)
+    grad_query = query.new_empty(query.shape)
+    sums = query.new_empty(3, heads, batch * blocks, dtype=torch.float32)
+    if sums.numel():
+        query_gradient_kernel[(batch * heads * blocks,)](
+            grad_lse=grad_lse, out=out, memory_keys=memory_keys, memory_values=memory_values, rows=packed(inputs.rows),
+            scores=packed(inputs.scores), slots=packed(inputs.slots), memory_offset=packed(inputs.memory_offset),
+            grad_query=grad_query, sums=sums, lse_strides=grad_lse.stride(), out_strides=out.stride()[:3],
+            memory_key_strides=memory_keys.stride()[:2], memory_value_strides=memory_values.stride()[:2],
+            BLOCK_QUERIES=launch.queries, BLOCK_KEYS=launch.keys, UNROLL=launch.unroll,
+            num_warps=launch.warps, num_stages=launch.stages, **shared,
+        )  # fmt: skip
+    return grad_query, sums

@@ -1,0 +1,101 @@
+"""The options of every command. Nothing here imports PyTorch: `--help` and a wrong option are answered at once."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from memtrans.annotations import kind_of
+from memtrans.presets import PRESETS
+from memtrans.training.settings import Settings, hints
+
+SEGMENT = 512  # of `generate`, where the checkpoint does not say what the model was trained with
+OVERRIDDEN_BY_EVAL = ("data", "batch", "segment", "memory", "keep_memory", "neighbours", "device", "eval_bytes")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Of `python -m memtrans`. What it parses has `verb`, the module of `memtrans.cli` that runs the command, and
+    `name`, the command's."""
+    parser = argparse.ArgumentParser(prog="python -m memtrans", description="Memorizing Transformers on real text.")
+    commands = parser.add_subparsers(required=True, metavar="{train,eval,generate,presets,info}")
+    _add_train(commands)
+    _add_eval(commands)
+    _add_generate(commands)
+    presets = commands.add_parser("presets", help="what `train --preset` takes, and what each would cost")
+    presets.set_defaults(verb="presets", name="presets")
+    presets.description = (
+        "A line for each preset: parameters, bytes of a batch's memories, and the time of a step on one H100 as a "
+        "simple model of its arithmetic predicts it (too low for small models, which wait for launches)."
+    )
+    info = commands.add_parser("info", help="versions, devices, and which backend of each operator is live")
+    info.set_defaults(verb="info", name="info")
+    return parser
+
+
+def _add_train(commands: Any) -> None:
+    train = commands.add_parser("train", help="train a model", formatter_class=argparse.RawDescriptionHelpFormatter)
+    train.set_defaults(verb="train", name="train")
+    train.description = "Trains a model on documents read from beginning to end, with a memory of each."
+    train.epilog = "A preset sets every option; options that are given override it."
+    train.add_argument("--preset", choices=sorted(PRESETS), default="demo", help="set of values to begin with (demo)")
+    train.add_argument(
+        "--out", type=Path, help="directory of the run (default: the first free of runs/PRESET, -2, ...)"
+    )
+    train.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    train.add_argument("--plain", action="store_true", help="lines instead of a progress bar")
+    _add_settings(train, [field.name for field in dataclasses.fields(Settings)])
+
+
+def _add_eval(commands: Any) -> None:
+    evaluate = commands.add_parser("eval", help="evaluate a run's checkpoint, with its memory and without")
+    evaluate.set_defaults(verb="evaluate", name="eval")
+    evaluate.add_argument("--out", type=Path, required=True, help="directory of the run")
+    evaluate.add_argument("--split", choices=("validation", "test"), default="validation", help="held-out documents")
+    _add_settings(evaluate, OVERRIDDEN_BY_EVAL)
+
+
+def _add_generate(commands: Any) -> None:
+    generate = commands.add_parser("generate", help="continue a prompt of any length with a trained model")
+    generate.set_defaults(verb="generate", name="generate")
+    add = generate.add_argument
+    add("--checkpoint", type=Path, required=True, help="a run's directory, or one that save_pretrained wrote")
+    prompt = generate.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", default="", help="text to continue (default: none, which stands for a line's end)")
+    prompt.add_argument("--prompt-file", type=Path, help="file to continue, read as bytes, of any length")
+    add("--tokens", type=int, default=256, help="bytes to write (256)")
+    add("--temperature", type=float, default=1.0, help="divides the logits; 0 or less is greedy (1)")
+    add("--top-k", type=int, help="draw among so many likeliest bytes")
+    add("--top-p", type=float, help="draw among the fewest likeliest bytes that together have this probability")
+    add("--seed", type=int, default=0, help="of the draws (0)")
+    add("--segment", type=int, help=f"N: tokens of a segment (default: the run's, or {SEGMENT})")
+    add("--memory", type=int, help="M: entries of the memory (default: the model's)")
+    add("--memories", type=Path, help="begin with memories that were saved")
+    add("--save-memories", type=Path, help="save the memories at the end")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one")
+    add("--dtype", choices=kind_of(hints()["dtype"]).choices, help="of the weights (default: as they were saved)")
+
+
+def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    """One option for each setting; what is not given does not appear among the parsed options."""
+    fields = {field.name: field for field in dataclasses.fields(Settings)}
+    for name in names:
+        keywords: dict[str, Any] = {"default": argparse.SUPPRESS, "help": fields[name].metadata["help"]}
+        kind = kind_of(hints()[name])
+        if kind.base is bool:
+            keywords["action"] = argparse.BooleanOptionalAction
+        elif kind.several:
+            keywords |= {"type": kind.base, "nargs": "+", "metavar": "LAYER"}
+        else:
+            choices = "{" + ",".join(kind.choices) + "}"  # shown only: what is none of them is refused by `Settings`
+            keywords |= {"type": kind.base, "metavar": choices if kind.choices else kind.base.__name__.upper()}
+        parser.add_argument("--" + name.replace("_", "-"), **keywords)
+
+
+def given_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings that stand on the command line."""
+    names = {field.name for field in dataclasses.fields(Settings)}
+    given = {name: value for name, value in vars(options).items() if name in names}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}

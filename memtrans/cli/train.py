@@ -1,0 +1,61 @@
+"""`python -m memtrans train`: a run from its beginning, or from its checkpoint on."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from memtrans.cli.ending import EndedError, reading_input, show_json
+from memtrans.cli.parser import given_settings
+from memtrans.distributed.ranks import LostRankError, Ranks
+from memtrans.presets import PRESETS
+from memtrans.training.checkpoint import exists
+from memtrans.training.directory import checkpoint_of, newest
+from memtrans.training.evaluate import NonFiniteLossError
+from memtrans.training.run import Run
+from memtrans.training.settings import Settings
+from memtrans.training.signals import StoppedError
+from memtrans.training.start import resumed_settings, start
+
+SHARED = True
+
+
+def run(options: argparse.Namespace, ranks: Ranks) -> None:
+    """Trains to the end and prints the summary."""
+    try:
+        with reading_input():
+            out = options.out or (newest(options.preset) if options.resume else None)
+            settings = ranks.together(lambda: _settings(options, out))
+            trainer, options.out, lock = start(settings, out, options.resume, ranks, options.preset)
+        try:
+            summary = _trained(Run(trainer, options.out, options.plain))
+        finally:
+            if lock is not None:
+                lock.release()
+    except LostRankError as error:
+        has_checkpoint = options.out is not None and exists(checkpoint_of(options.out))
+        kept = "the last checkpoint is kept, --resume goes on from there" if has_checkpoint else "nothing is saved yet"
+        raise EndedError(f"{error}; {kept}", everywhere=True) from error
+    if ranks.first:
+        show_json(summary)
+
+
+def _trained(run: Run) -> dict[str, object]:
+    try:
+        return run.train()
+    except KeyboardInterrupt as error:
+        stopped = error if isinstance(error, StoppedError) else StoppedError()
+        kept = f"step {run.saved_step} is saved, --resume --out {run.out} goes on from there"
+        saved = kept if run.saved_step >= 0 else "nothing is saved yet"
+        raise EndedError(f"{stopped}; {saved}", stopped.status) from error
+    except NonFiniteLossError as error:
+        raise EndedError(f"{error}; the last good checkpoint is kept") from error
+
+
+def _settings(options: argparse.Namespace, out: Path | None) -> Settings:
+    given = given_settings(options)
+    if options.resume:
+        assert out is not None
+        return resumed_settings(out, given)
+    return dataclasses.replace(PRESETS[options.preset], **given)

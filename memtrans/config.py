@@ -1,0 +1,126 @@
+"""The arguments of a `MemorizingTransformer`, checked once, and what they come to: sizes, and which layer is what.
+
+Layers are counted from 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from memtrans.checks import check_number, sizes, whole_number
+from memtrans_kernels import checks
+
+# Arguments of the model that go to the attention of memorizing layers as they are, and are checked there.
+OF_MEMORY = ("num_retrieved_memories", "attn_scale_init", "memory_offset", "combine")
+
+
+class Architecture(NamedTuple):
+    """What the arguments of a model come to.
+
+    Attributes:
+        num_tokens: V.
+        dim: model width.
+        depth: layers.
+        dim_head: D.
+        heads: H of plain layers.
+        knn_attn_heads: H of memorizing layers.
+        max_knn_memories: M.
+        xl_max_memories: X of caching layers.
+        pad_id: labels equal to it are not scored.
+        start_token, end_token: clear a row's memory before and after its segment; None for none.
+        shift_knn, shift_xl: how many memorizing, or caching, layers above a layer reads.
+        memorizing: layers with a memory, ascending.
+        caching: layers that have an XL cache where X > 0, ascending.
+    """
+
+    num_tokens: int
+    dim: int
+    depth: int
+    dim_head: int
+    heads: int
+    knn_attn_heads: int
+    max_knn_memories: int
+    xl_max_memories: int
+    pad_id: int
+    start_token: int | None
+    end_token: int | None
+    shift_knn: int
+    shift_xl: int
+    memorizing: tuple[int, ...]
+    caching: tuple[int, ...]
+
+
+def architecture_of(arguments: Mapping[str, Any]) -> Architecture:
+    """Checks the arguments of a `MemorizingTransformer`, but for those that its layers check, and fills in defaults.
+
+    Raises:
+        ValueError, TypeError: a size that is no integer or too small, a rate outside [0, 1), a layer or token that does
+            not exist.
+    """
+    of_memory = arguments["heads"] if arguments["knn_attn_heads"] is None else arguments["knn_attn_heads"]
+    num_tokens, dim, depth = sizes(1, **{name: arguments[name] for name in ("num_tokens", "dim", "depth")})
+    dim_head, heads, knn_attn_heads, max_knn_memories = sizes(
+        1,
+        dim_head=arguments["dim_head"],
+        heads=arguments["heads"],
+        knn_attn_heads=of_memory,
+        max_knn_memories=arguments["max_knn_memories"],
+    )
+    xl_max_memories = whole_number("xl_max_memories", arguments["xl_max_memories"], low=0)
+    checks.probability("attn_dropout", arguments["attn_dropout"])
+    checks.probability("ff_dropout", arguments["ff_dropout"])
+    check_number("ff_mult", arguments["ff_mult"], above=0)
+    middle = (depth // 2,) if depth > 1 else ()
+    return Architecture(
+        num_tokens=num_tokens,
+        dim=dim,
+        depth=depth,
+        dim_head=dim_head,
+        heads=heads,
+        knn_attn_heads=knn_attn_heads,
+        max_knn_memories=max_knn_memories,
+        xl_max_memories=xl_max_memories,
+        pad_id=checks.integer("pad_id", arguments["pad_id"]),
+        start_token=clearing_token("sos", arguments["clear_memories_on_sos_token_id"], num_tokens),
+        end_token=clearing_token("eos", arguments["clear_memories_on_eos_token_id"], num_tokens),
+        shift_knn=whole_number("shift_knn_memories_down", arguments["shift_knn_memories_down"]),
+        shift_xl=whole_number("shift_xl_memories_down", arguments["shift_xl_memories_down"]),
+        memorizing=layer_numbers("memorizing_layers", arguments["memorizing_layers"], middle, depth),
+        caching=layer_numbers("xl_memory_layers", arguments["xl_memory_layers"], range(1, depth + 1), depth),
+    )
+
+
+def layer_numbers(name: str, layers: int | Sequence[int] | None, default: Sequence[int], depth: int) -> tuple[int, ...]:
+    """Layer numbers in ascending order, each once; raises TypeError or ValueError where one is of no layer."""
+    given = default if layers is None else layers if isinstance(layers, Iterable) else (layers,)
+    chosen = [checks.integer(name, layer) for layer in given]
+    unknown = [layer for layer in chosen if not 1 <= layer <= depth]
+    if unknown:
+        raise ValueError(f"{name} must name layers from 1 to depth={depth}, got {unknown}")
+    return tuple(sorted(set(chosen)))
+
+
+def clearing_token(which: str, token_id: int | None, vocabulary: int) -> int | None:
+    """The token that clears memories, None for none; raises ValueError unless it is in [0, V).
+
+    which: `sos` or `eos`.
+    """
+    name = f"clear_memories_on_{which}_token_id"
+    if token_id is not None and not 0 <= checks.integer(name, token_id) < vocabulary:
+        raise ValueError(f"{name} must be a token id in [0, {vocabulary}), got {token_id}")
+    return token_id
+
+
+def attention_arguments(arguments: Mapping[str, Any], number: int, layers: Architecture) -> dict[str, Any]:
+    """What the attention of layer `number` is made with, of the model's arguments; a memorizing layer's has more."""
+    of_layer: dict[str, Any] = {
+        "dim": layers.dim,
+        "dim_head": layers.dim_head,
+        "kv_heads": arguments["kv_heads"],
+        "dropout": arguments["attn_dropout"],
+        "xl_max_memories": layers.xl_max_memories if number in layers.caching else 0,
+    }
+    if number not in layers.memorizing:
+        return {**of_layer, "heads": layers.heads}
+    return {**of_layer, "heads": layers.knn_attn_heads, **{name: arguments[name] for name in OF_MEMORY}}

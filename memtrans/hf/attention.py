@@ -1,0 +1,170 @@
+"""The attention function of a layer with a memory, in the form that transformers' AttentionInterface asks for.
+
+query (B, H, N, D), key and value (B, G, L, D), rotated and with what a cache holds: what `memory_attention` takes.
+Shapes: the letters of `memtrans_kernels`.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from memtrans.hf.families import file_of
+from memtrans.hf.state import ForwardState, kept
+from memtrans_kernels import memory_attention
+
+NAME = "memtrans"
+BASE = "_memtrans_base"  # of a layer's own configuration: the one that it stands for
+
+
+def configured(config: Any, name: str = NAME) -> Any:
+    """A copy of a configuration for one attention module, which chooses the attention function of that name."""
+    own = copy.copy(config)
+    setattr(own, BASE, config)
+    own._attn_implementation = name
+    return own
+
+
+def base_of(module: nn.Module) -> Any:
+    """The attention function that the model has chosen for its other layers."""
+    implementation = getattr(module.config, BASE)._attn_implementation
+    eager = file_of(module).eager_attention_forward
+    return eager if implementation in (None, "eager") else ALL_ATTENTION_FUNCTIONS[implementation]
+
+
+class Call(NamedTuple):
+    """What transformers hands to an attention function; mask and arguments are the model's own."""
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Any
+    arguments: dict[str, Any]
+
+    @property
+    def layer(self) -> int:
+        """The number of the layer."""
+        return int(self.module.layer_idx)  # type: ignore[arg-type]
+
+    def offset(self, state: ForwardState) -> Tensor:
+        """What is added to the logits of the memory (H,)."""
+        return self.module.memtrans(state.entries)  # type: ignore[operator]
+
+    def base(self) -> tuple[Tensor, Tensor | None]:
+        """What the model's own function gives: (B, N, H, D), and weights if it has them."""
+        return base_of(self.module)(self.module, self.query, self.key, self.value, self.mask, **self.arguments)
+
+
+def memory_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    memtrans_state: ForwardState | None = None,
+    **arguments: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Searches, attends, stores; without a state it is the model's own function."""
+    call = Call(module, query, key, value, attention_mask, arguments)
+    if memtrans_state is None:
+        return call.base()
+    memtrans_state.seen.add(call.layer)
+    attend = _attend_by_gate if memtrans_state.combine == "gate" else _attend
+    result = attend(call, memtrans_state)
+    if memtrans_state.writes:
+        _store(call, memtrans_state)
+    return result
+
+
+def _store(call: Call, state: ForwardState) -> None:
+    """Adds the segment's keys, turned to where they are to stand, and values; a recomputed pass adds the same."""
+    length = call.query.shape[2]
+    key, value = call.key[:, :, -length:].detach(), call.value[:, :, -length:].detach()
+    if call.layer in state.turns:
+        rotation, angles = state.turns[call.layer]
+        key = rotation.turned(key, angles)
+    (key, count), (value, _) = kept(key, state.sink, state.padding), kept(value, state.sink, state.padding)
+    state.snapshots[call.layer].append(key, value, count)
+
+
+def _retrieved(call: Call, state: ForwardState) -> dict[str, Any]:
+    """What both forms of attention hand to the operator: the neighbours, and how logits are scaled."""
+    query, snapshot = call.query, state.snapshots[call.layer]
+    scores, slots = snapshot.nearest(query, state.k)
+    if state.blind is not None:
+        blind = state.blind.to(query.device)[:, None, :, None]
+        scores, slots = scores.masked_fill(blind, -torch.inf), slots.masked_fill(blind, -1)
+    scaling = call.arguments.get("scaling")
+    factor = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return {
+        "query": query,
+        "memory_keys": snapshot.keys,
+        "memory_values": snapshot.values,
+        "rows": snapshot.rows,
+        "scores": scores,
+        "slots": slots,
+        "scale": torch.full((query.shape[1],), factor, device=query.device, dtype=wide),
+        "ledger": snapshot.ledger,
+        **_dropout(call.arguments.get("dropout", 0.0), query),
+    }
+
+
+def _dropout(probability: float, query: Tensor) -> dict[str, Any]:
+    if not probability:
+        return {}
+    return {"dropout_p": probability, "seed": torch.randint(2**31, (), device=query.device)}
+
+
+def _attend(call: Call, state: ForwardState) -> tuple[Tensor, None]:
+    """One softmax over neighbours and local keys; (B, N, H, D)."""
+    length, keys = call.query.shape[2], call.key.shape[2]
+    if call.mask is None and keys > length > 1:
+        keys = length  # a static cache that is being filled: transformers' own functions look at its first N
+    out, _ = memory_attention(
+        key=call.key[:, :, :keys],
+        value=call.value[:, :, :keys],
+        memory_offset=call.offset(state),
+        **_retrieved(call, state),
+        **_local_mask(call.mask, call.query, keys, call.arguments.get("sliding_window")),
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _attend_by_gate(call: Call, state: ForwardState) -> tuple[Tensor, Tensor | None]:
+    """The model's own attention and one over the neighbours, mixed; (B, N, H, D). Found nothing: the local part."""
+    to_local, weights = call.base()
+    nothing, retrieved = call.key[:, :, :0].detach(), _retrieved(call, state)
+    to_memory, _ = memory_attention(key=nothing, value=nothing, **retrieved)
+    found = retrieved["slots"][..., 0] >= 0  # the best come first
+    gate = torch.where(found, call.offset(state).sigmoid()[:, None], 0.0).transpose(1, 2)[..., None]
+    return (gate * to_memory.transpose(1, 2) + (1.0 - gate) * to_local).to(to_local.dtype), weights
+
+
+def _local_mask(mask: Any, query: Tensor, keys: int, window: int | None) -> dict[str, Any]:
+    """The model's mask in the operator's words, which is causal by itself.
+
+    mask: None, (B, L) of flash attention, which knows of windows by itself, or dense, bool or added to logits.
+    """
+    if mask is not None and not isinstance(mask, Tensor):
+        raise TypeError(
+            f"attention_mask must be a tensor in a layer with a memory, got {type(mask).__name__}: choose another "
+            f"attn_implementation than flex_attention"
+        )
+    if mask is not None and mask.dim() == 4:
+        dense = mask[..., -query.shape[2] :, :keys]
+        if dense.dtype == torch.bool:
+            dense = torch.zeros_like(dense, dtype=query.dtype).masked_fill(~dense, -torch.inf)
+        return {"bias_dense": dense.expand(dense.shape[0], query.shape[1], *dense.shape[2:])}
+    said: dict[str, Tensor] = {}
+    if mask is not None:
+        said["local_length"] = keys - (mask.cumsum(-1) == 0).sum(-1)
+    if window is not None and keys > window:
+        table = query.new_zeros(query.shape[1], window + 1, dtype=torch.float32)
+        said["bias_table"] = table.index_fill(1, torch.tensor([window], device=query.device), -torch.inf)
+    return said

@@ -1,0 +1,282 @@
+"""The memory of a pretrained model: what it is told between forward passes.
+
+Shapes: the letters of `memtrans_kernels`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memtrans.generation.generate import reading_bar
+from memtrans.hf.attention import BASE
+from memtrans.hf.entries import Entries, read_entries
+from memtrans.hf.hooks import COUNT, after_decoder, before_decoder
+from memtrans.hf.probe import Layer
+from memtrans.hf.settings import MemorySettings
+from memtrans.hf.state import padding_of
+from memtrans.memory.ring import MemorySnapshot
+from memtrans.storage import load_tensors, save_tensors
+from memtrans_kernels import checks
+
+WEIGHTS, ENTRIES = "memtrans.safetensors", "memories.safetensors"
+KIND = "memtrans.hf.ModelMemory"
+READ, EVALUATED = "read", "evaluated"  # entries of what is read, and of what an evaluation amid training reads
+LARGE = 1 << 30  # bytes from which a memory is announced as a warning
+
+log = logging.getLogger("memtrans.hf")
+
+
+class ModelMemory:
+    """The memories of the layers of a pretrained model, made by `add_memory`.
+
+    A forward pass, `model.generate` too, searches them; only `read` and passes inside `writing()` add to them.
+
+    Attributes:
+        settings: what `add_memory` was asked for. layers: what is known of each chosen layer, by number.
+
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from memtrans.hf import add_memory
+    >>> sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, max_position_embeddings=64, **sizes)).eval()
+    >>> memory = add_memory(model, max_memories=100, segment=16)
+    >>> memory.read(torch.arange(40)[None])   # segments of 16, 16 and 8 tokens, whose first are sinks
+    >>> memory.lengths.tolist(), memory.ids(0)[:3].tolist()
+    ([37], [1, 2, 3])
+    >>> logits = model(torch.arange(5)[None]).logits
+    >>> memory.remove()
+    """
+
+    def __init__(self, decoder: nn.Module, layers: Mapping[int, Layer], settings: MemorySettings) -> None:
+        self.decoder, self.layers, self.settings = decoder, dict(layers), settings
+        self.numbers = list(layers)
+        self.is_rotary = any(layer.rotation is not None for layer in layers.values())
+        self.is_off = self.is_writing = False
+        self._questions, self._newest = 1, 0
+        self._splits = False
+        self._held: dict[str, Entries] = {}
+        self._handles = [
+            decoder.register_forward_pre_hook(partial(before_decoder, self), with_kwargs=True),
+            decoder.register_forward_hook(partial(after_decoder, self), with_kwargs=True),
+        ]
+
+    # ------------------------------------------------------------------------------------------------------ entries
+
+    @property
+    def _entries(self) -> Entries | None:
+        return self._held.get(READ)
+
+    @property
+    def _place(self) -> str:
+        """Which entries a pass looks at."""
+        return EVALUATED if self._splits and not self.decoder.training else READ
+
+    @property
+    def lengths(self) -> Tensor:
+        """How many entries each document holds (B,); of no document before the first was read."""
+        return torch.zeros(0, dtype=torch.int64) if self._entries is None else self._entries.lengths
+
+    def ids(self, document: int) -> Tensor:
+        """The ids of the tokens that a document holds, old to new (n,) int64. Raises ValueError without keep_ids."""
+        if self._entries is None:
+            raise ValueError(f"document must be one that was read, got {document} of none")
+        return self._entries.ids_of(document)
+
+    @property
+    def bytes_per_document(self) -> int:
+        """Bytes that the memories of one document take, spare slots included."""
+        slots = self.settings.max_memories + max(self.settings.spare, self.settings.segment)
+        widths = [
+            2 * layer.kv_heads * layer.width * (self.settings.dtype or layer.dtype).itemsize
+            for layer in self.layers.values()
+        ]
+        return slots * sum(widths)
+
+    def entries_for(self, batch: int, writes: bool) -> Entries | None:
+        """What a pass of so many rows looks at; None where nothing was ever read and the pass adds nothing.
+
+        Raises ValueError for a batch of other documents than those that the memory holds.
+        """
+        if writes and self._questions > 1:
+            raise ValueError("a pass that writes must not be inside expand(), where several rows share a document")
+        held = self._held.get(self._place)
+        if held is not None and held.documents * self._questions == batch:
+            return held
+        if held is not None and int(held.lengths.max()) > 0:
+            raise ValueError(
+                f"a pass must have {self._questions} rows for each of the {held.documents} documents that the memory "
+                f"holds, got {batch} rows: reset() forgets them, inside expand(n) a document has n rows"
+            )
+        if not writes:
+            return None
+        self.reset(batch)
+        return self._held[self._place]
+
+    def views(self, entries: Entries) -> dict[int, MemorySnapshot]:
+        """Every layer's memory as this pass sees it: rows repeated by `expand`, and no more entries than `newest`."""
+        snapshots = entries.snapshots()
+        if self._newest:
+            snapshots = {
+                number: replace(view, start=torch.maximum(view.start, view.cursor - self._newest))
+                for number, view in snapshots.items()
+            }
+        if self._questions > 1:
+            snapshots = {number: _repeated(view, self._questions) for number, view in snapshots.items()}
+        return snapshots
+
+    def reset(self, documents: int | None = None) -> None:
+        """Forgets everything, and frees it.
+
+        documents: B, lays out empty memories for so many at once, as a compiled model needs them before its first call.
+        """
+        if documents is not None:
+            documents = checks.integer("documents", documents, low=1)
+        self._held.pop(self._place, None)
+        if documents is not None:
+            size = documents * self.bytes_per_document
+            text = f"a memory of {documents} documents in {len(self.layers)} layers takes {size / 1e9:.2f} GB"
+            log.log(logging.WARNING if size >= LARGE else logging.INFO, text)
+            self._held[self._place] = Entries(self.layers, self.settings, documents)
+
+    def clear_rows(self, mask: Tensor) -> None:
+        """Forgets the documents where mask (B,) bool is True; for a memory that holds none, nothing."""
+        if self._entries is not None:
+            self._entries.clear_rows(mask)
+
+    # ------------------------------------------------------------------------------------------------------- passes
+
+    @torch.no_grad()
+    def read(self, ids: Tensor, attention_mask: Tensor | None = None, *, progress: bool = True) -> None:
+        """Reads documents into the memory, segment by segment; positions begin again in each.
+
+        Args:
+            ids: (B, any length) int64; what the memory holds goes on with them.
+            attention_mask: (B, any length), 1 for real tokens: padding on either side. Default: all are.
+            progress: a bar on standard error, where that is a terminal.
+
+        Raises:
+            ValueError: another shape, a hole in the mask, another batch than the memory's.
+        """
+        if ids.dim() != 2 or (attention_mask is not None and attention_mask.shape != ids.shape):
+            of_mask = None if attention_mask is None else tuple(attention_mask.shape)
+            raise ValueError(f"ids must be (B, N), and attention_mask too, got {tuple(ids.shape)} and {of_mask}")
+        real = torch.full_like(ids[:, 0], ids.shape[1])
+        padding = padding_of(attention_mask, ids.shape[1])
+        if padding is not None:  # to the right, where no real token sees it
+            at = (padding.left[:, None] + torch.arange(ids.shape[1], device=ids.device)).clamp(max=ids.shape[1] - 1)
+            ids, real = ids.gather(1, at), padding.real
+        segment = self.settings.segment
+        with self.writing(), reading_bar(ids.numel(), progress) as read:
+            for begin in range(0, ids.shape[1], segment):
+                part = ids[:, begin : begin + segment]
+                count = {} if padding is None else {COUNT: (real - begin).clamp(0, part.shape[1])}
+                self.decoder(input_ids=part, use_cache=False, **count)
+                read(part.numel())
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Inside, a forward pass takes a segment without a cache: it searches, attends, and adds what it saw.
+
+        Give `model(segment, new_document=flags)`, flags (B,) bool, where rows begin another document.
+        """
+        yield from self._with(is_writing=True)
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Like `writing()`, but passes in `eval()` mode have memories of their own: an evaluation amid training."""
+        yield from self._with(is_writing=True, _splits=True)
+
+    def forget_evaluation(self) -> None:
+        """Frees what passes in `eval()` mode wrote inside `training()`."""
+        self._held.pop(EVALUATED, None)
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Inside, the model is what it was without a memory, bit for bit."""
+        yield from self._with(is_off=True)
+
+    @contextmanager
+    def expand(self, questions: int) -> Iterator[None]:
+        """Inside, each document stands behind so many rows that follow each other: questions, beams, return sequences.
+
+        questions: n; a pass has B·n rows, row i looks at document i // n, and nothing is written.
+        """
+        yield from self._with(_questions=checks.integer("questions", questions, low=1))
+
+    @contextmanager
+    def newest(self, entries: int) -> Iterator[None]:
+        """Inside, a pass sees only so many of the newest entries of each document: as if the memory were that small."""
+        yield from self._with(_newest=checks.integer("entries", entries, low=1))
+
+    def _with(self, **fields: Any) -> Iterator[None]:
+        before = {name: getattr(self, name) for name in fields}
+        self.__dict__.update(fields)
+        try:
+            yield
+        finally:
+            self.__dict__.update(before)
+
+    # -------------------------------------------------------------------------------------------- parameters, files
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What the memory learns: an offset and a slope for each head of each layer; see `LayerMemory`."""
+        return [parameter for layer in self.layers.values() for parameter in layer.learned.parameters()]
+
+    def save(self, directory: str | Path) -> None:
+        """Writes memtrans.safetensors, settings and what was learned, and memories.safetensors, what is held.
+
+        directory: made if missing; each file takes the place of an older one at once and whole.
+        """
+        place = Path(directory)
+        place.mkdir(parents=True, exist_ok=True)
+        learned = {
+            f"{number}.{name}": tensor
+            for number, layer in self.layers.items()
+            for name, tensor in layer.learned.state_dict().items()
+        }
+        configuration = {**self.settings.to_json(), "layers": self.numbers}
+        save_tensors(place / WEIGHTS, learned, KIND, configuration)
+        if self._entries is not None:
+            self._entries.save(place / ENTRIES)
+
+    def load(self, directory: str | Path) -> None:
+        """Takes up what `save` wrote of a memory in the same layers: what it learned and, if anything, what it held.
+
+        Raises FileNotFoundError, or ValueError for a file that is damaged or of other layers; nothing changed then.
+        """
+        place = Path(directory)
+        learned, configuration = load_tensors(place / WEIGHTS, KIND)
+        if configuration["layers"] != self.numbers:
+            raise ValueError(f"directory must hold a memory of layers {self.numbers}, got {configuration['layers']}")
+        if (place / ENTRIES).exists():
+            state, documents = read_entries(place / ENTRIES)
+            entries = Entries(self.layers, self.settings, documents)
+            entries.load(state)
+            self._held[READ] = entries
+        for number, layer in self.layers.items():
+            own = {name: learned[f"{number}.{name}"] for name in ("memory_offset", "memory_slope")}
+            layer.learned.load_state_dict(own)
+
+    def remove(self) -> None:
+        """Takes the memory out of the model, which is then what it was, bit for bit."""
+        for handle in self._handles:
+            handle.remove()
+        for layer in self.layers.values():
+            layer.attention.config = getattr(layer.attention.config, BASE)
+            del layer.attention.memtrans
+        self._held.clear()
+
+
+def _repeated(view: MemorySnapshot, times: int) -> MemorySnapshot:
+    """Each document's rows so many times, one after the other."""
+    rows = view.rows.reshape(view.documents, -1).repeat_interleave(times, dim=0).flatten()
+    return replace(view, rows=rows, documents=view.documents * times)

@@ -1,0 +1,102 @@
+"""A document with facts planted in it, at depths that serve every size of memory, and what is asked of it.
+
+Shapes: Q questions, N tokens, T tokens of running text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from memtrans.hf.facts import Fact
+
+Encode = Callable[[str], list[int]]
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A document and its facts.
+
+    Attributes:
+        ids: (1, tokens), the document. facts: each with how many tokens before the document's end it begins.
+    """
+
+    ids: Tensor
+    facts: tuple[tuple[int, Fact], ...]
+
+    def within(self, tokens: int) -> list[Fact]:
+        """The facts that stand in the last so many tokens."""
+        return [fact for distance, fact in self.facts if distance <= tokens]
+
+
+def plant(text: Sequence[int], facts: Sequence[Fact], sizes: Sequence[int], encode: Encode) -> Planted:
+    """Plants facts in the last of a text's tokens: equally many within each size and beyond the one before it.
+
+    The document has as many tokens as the largest size asks for.
+    """
+    sentences = [encode(fact.sentence) for fact in facts]
+    wanted = _distances(len(facts), sorted(sizes))
+    pieces: list[list[int]] = []
+    distance, left, placed = 0, list(text), []
+    for fact, sentence, want in zip(facts, sentences, wanted, strict=True):  # from the end of the document on
+        between = max(0, min(want - distance - len(sentence), len(left)))
+        pieces.append(left[len(left) - between :])
+        left = left[: len(left) - between]
+        pieces.append(sentence)
+        distance += between + len(sentence)
+        placed.append((distance, fact))
+    pieces.append(left[max(0, len(left) - max(0, max(sizes) - distance)) :])
+    ids = [token for piece in reversed(pieces) for token in piece]
+    return Planted(torch.tensor([ids], dtype=torch.int64), tuple(placed))
+
+
+def _distances(count: int, sizes: Sequence[int]) -> list[int]:
+    """Where facts are to begin, as distances from the end, rising."""
+    wanted = []
+    for index, (low, high) in enumerate(zip((0, *sizes[:-1]), sizes, strict=True)):
+        here = count // len(sizes) + (index < count % len(sizes))
+        wanted += [low + (place + 1) * (high - low) // (here + 1) for place in range(here)]
+    return wanted
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Questions with their answers behind them.
+
+    Attributes:
+        ids: (Q, N), padded at the end. answers: (Q, N) bool, which of them are an answer's.
+    """
+
+    ids: Tensor
+    answers: Tensor
+
+    def to(self, device: torch.device) -> Questions:
+        """The same on a device."""
+        return Questions(self.ids.to(device), self.answers.to(device))
+
+    def losses(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Of logits (Q, N, vocabulary): nats of each answer (Q,), and whether its first token is the likeliest (Q,)."""
+        ids, answers = self.ids[:, 1:], self.answers[:, 1:]
+        nats = cross_entropy(logits[:, :-1].float().transpose(1, 2), ids, reduction="none")
+        first = answers & (answers.cumsum(-1) == 1)
+        right = ((logits[:, :-1].argmax(-1) == ids) & first).any(-1)
+        return (nats * answers).sum(-1), right
+
+
+def questions(facts: Sequence[Fact], encode: Encode) -> Questions:
+    """The facts as questions."""
+    parts = [(encode(fact.question), encode(fact.answer)) for fact in facts]
+    longest = max(len(question) + len(answer) for question, answer in parts)
+    ids, answers = (
+        torch.zeros(len(parts), longest, dtype=torch.int64),
+        torch.zeros(len(parts), longest, dtype=torch.bool),
+    )
+    for row, (question, answer) in enumerate(parts):
+        end = len(question) + len(answer)
+        ids[row, :end] = torch.tensor(question + answer)
+        answers[row, len(question) : end] = True
+    return Questions(ids, answers)

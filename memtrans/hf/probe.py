@@ -1,0 +1,151 @@
+"""What a forward pass of three tokens shows of a model, before anything of it is changed for good.
+
+Three rows: tokens (a, b, c) at positions 0, 1, 2; the same `turn` positions later; and (a, b, d) at 0, 1, 2. A chosen
+layer that is never asked, a model whose earlier tokens see later ones, and keys that do not turn back are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from memtrans.hf.attention import base_of, configured
+from memtrans.hf.families import rotary_function
+from memtrans.hf.layer_memory import LayerMemory
+from memtrans.hf.rotation import Rotation, angles_back, rotations_of
+
+NAME = "memtrans_probe"
+SAME = {torch.float64: 1e-3, torch.float32: 1e-3}  # of the keys' norm: a pass at other positions rounds otherwise
+SAME_IN_HALF = 0.1
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What is known of a chosen layer.
+
+    Attributes:
+        attention: the module. heads: H. kv_heads: G. width: D. dtype: of its keys.
+        rotation: how its keys turn; None where they have no rotary positions.
+    """
+
+    attention: nn.Module
+    heads: int
+    kv_heads: int
+    width: int
+    dtype: torch.dtype
+    rotation: Rotation | None
+
+    @property
+    def learned(self) -> LayerMemory:
+        """What the layer learns, once it has a memory."""
+        return self.attention.memtrans  # type: ignore[return-value]
+
+
+def probed(decoder: PreTrainedModel, chosen: Mapping[int, nn.Module], combine: str, turn: int) -> dict[int, Layer]:
+    """The chosen layers of a model, which is as it was afterwards. Raises ValueError for what cannot have a memory."""
+    name = type(decoder).__name__
+    rotary = any(rotary_function(attention) is not None for attention in chosen.values())
+    seen = _asked(decoder, chosen, turn if rotary else None)
+    unseen = [number for number in chosen if number not in seen]
+    if unseen:
+        raise ValueError(f"model must hand keyword arguments on to its attention, {name} does not in layers {unseen}")
+    return {
+        number: _layer(decoder, attention, seen[number], number, combine, turn) for number, attention in chosen.items()
+    }
+
+
+def _layer(decoder: Any, attention: nn.Module, seen: dict[str, Any], number: int, combine: str, turn: int) -> Layer:
+    name, key, value, arguments = type(decoder).__name__, seen["key"], seen["value"], seen["arguments"]
+    if value.shape != key.shape:
+        raise ValueError(
+            f"layers must have keys and values of one shape, got {tuple(key.shape)} and {tuple(value.shape)} in layer "
+            f"{number} of {name}"
+        )
+    if combine == "softmax" and arguments.get("softcap") is not None:
+        raise ValueError(
+            f"combine must be 'gate' for {name}: memory_attention does not know the soft cap of its logits yet, "
+            f"{arguments['softcap']}"
+        )
+    if combine == "softmax" and arguments.get("position_bias") is not None:
+        raise ValueError(f"combine must be 'gate' for {name}, whose attention has a position_bias")
+    if not _same(key[0, :, :2], key[2, :, :2]):
+        raise ValueError(f"model must be causal, got {name}, whose tokens see later ones")
+    rotation = None
+    if rotary_function(attention) is not None:
+        rotation = _rotation(decoder, attention, key, number, turn)
+    heads, kv_heads, width = seen["query"].shape[1], key.shape[1], key.shape[3]
+    return Layer(attention, heads, kv_heads, width, key.dtype, rotation)
+
+
+def _rotation(decoder: Any, attention: nn.Module, key: Tensor, number: int, turn: int) -> Rotation | None:
+    """How the keys (3, G, N, D) of the second row turn back to those of the first; None where they are the same."""
+    first, later = key[0, :, :2], key[1, :, :2]
+    if _same(first, later):
+        return None
+    for rotation in rotations_of(decoder, attention):
+        try:
+            turned = rotation.turned(later[None], angles_back(decoder, key, turn, rotation.kind))[0]
+        except (TypeError, RuntimeError):  # the family's function wants other components
+            continue
+        if turned.shape == first.shape and _same(first, turned):
+            return rotation
+    raise ValueError(
+        f"model must have rotary positions that can be undone, {type(decoder).__name__} has others in layer {number}"
+    )
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    """Whether two keys are the same up to rounding."""
+    off = (first.float() - second.float()).norm() / first.float().norm().clamp(min=1e-9)
+    return bool(off <= SAME.get(first.dtype, SAME_IN_HALF))
+
+
+@torch.no_grad()
+def _asked(decoder: PreTrainedModel, chosen: Mapping[int, nn.Module], turn: int | None) -> dict[int, dict[str, Any]]:
+    """What the attention function of each chosen layer was handed; turn: None for a model without rotary positions."""
+    seen: dict[int, dict[str, Any]] = {}
+    device = decoder.get_input_embeddings().weight.device
+    tokens = torch.tensor([[0, 1, 2], [0, 1, 2], [0, 1, 0]], device=device)
+    arguments: dict[str, Any] = {"input_ids": tokens, "use_cache": False, "memtrans_seen": seen}
+    if turn is not None:
+        later = torch.tensor([[0], [turn], [0]], device=device)
+        arguments["position_ids"] = torch.arange(3, device=device) + later
+    ALL_ATTENTION_FUNCTIONS.register(NAME, _note)
+    with _configured(chosen.values()), torch.random.fork_rng(enabled=decoder.training):
+        was_training = [module for module in decoder.modules() if module.training]
+        decoder.eval()
+        try:
+            decoder(**arguments)
+        finally:
+            for module in was_training:
+                module.training = True
+    return seen
+
+
+def _note(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, memtrans_seen: Any = None, **arguments: Any
+) -> Any:
+    if memtrans_seen is not None:
+        memtrans_seen[module.layer_idx] = {"query": query, "key": key, "value": value, "arguments": arguments}
+    return base_of(module)(module, query, key, value, mask, **arguments)
+
+
+@contextmanager
+def _configured(attentions: Any) -> Iterator[None]:
+    """The attention modules choose the noting function for as long as this lasts."""
+    modules = list(attentions)
+    before: list[Any] = [module.config for module in modules]
+    try:
+        for module in modules:
+            module.config = configured(module.config, NAME)
+        yield
+    finally:
+        for module, config in zip(modules, before, strict=True):
+            module.config = config

@@ -1,0 +1,80 @@
+"""What one forward pass of a model with a memory knows; the same object in a recomputed pass.
+
+Shapes: the letters of `memtrans_kernels`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from memtrans.hf.rotation import Angles, Rotation
+from memtrans.memory.ring import MemorySnapshot
+from memtrans_kernels.checks import may_look
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Which of a pass's tokens are real.
+
+    Attributes:
+        left: (B,) int64, padding before the real tokens. real: (B,) int64, how many there are.
+    """
+
+    left: Tensor
+    real: Tensor
+
+
+@dataclass(eq=False)
+class ForwardState:
+    """What the attention function of every chosen layer is handed.
+
+    Attributes:
+        snapshots: by layer. k: K. combine: as in `add_memory`. writes: whether this pass's keys are stored.
+        entries: () int64, of the longest document, which the offsets depend on.
+        blind: (1 or B, N) bool, the tokens that look at no memory; None for none.
+        sink: how many of the first real tokens are not stored. padding: None where all tokens are real.
+        turns: by layer, how a key is turned before it is stored; none for a layer without rotary positions.
+        seen: layers whose attention function was handed this.
+    """
+
+    snapshots: Mapping[int, MemorySnapshot]
+    k: int
+    combine: str
+    writes: bool
+    entries: Tensor
+    blind: Tensor | None
+    sink: int
+    padding: Padding | None
+    turns: Mapping[int, tuple[Rotation, Angles]]
+    seen: set[int] = field(default_factory=set)
+
+
+def padding_of(mask: Tensor | None, length: int) -> Padding | None:
+    """What a mask (B, L) says of the last N tokens. Raises ValueError for one with a hole between real tokens."""
+    if mask is None or mask.dim() != 2:
+        return None
+    new = mask[:, -length:].bool()
+    left, real = (new.cumsum(-1) == 0).sum(-1), new.sum(-1)
+    if may_look(mask):
+        last = (new * torch.arange(1, length + 1, device=mask.device)).amax(-1)
+        holes = (last - left != real) & (real > 0)
+        if bool(holes.any()):
+            raise ValueError(
+                f"attention_mask must be 1 for tokens that follow each other, got holes in rows "
+                f"{holes.nonzero().flatten().tolist()}"
+            )
+    return Padding(left, real)
+
+
+def kept(tokens: Tensor, state_sink: int, padding: Padding | None) -> tuple[Tensor, Tensor | None]:
+    """The part of tokens (B, G, N, D) that is stored, and how many of it for each document: no padding, no sinks."""
+    if padding is None:
+        return tokens[:, :, state_sink:], None
+    first = padding.left + state_sink
+    at = (first[:, None] + torch.arange(tokens.shape[2], device=tokens.device)).clamp(max=tokens.shape[2] - 1)
+    at = at[:, None, :, None].expand(-1, tokens.shape[1], -1, tokens.shape[3])
+    return tokens.gather(2, at), (padding.real - state_sink).clamp(min=0)

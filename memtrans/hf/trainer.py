@@ -1,0 +1,147 @@
+"""Training a model with a memory in transformers' Trainer: rows that go on, and what would silently break them.
+
+A row of a batch continues the document of the same row of the batch before; the memory follows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, RandomSampler
+from transformers import TrainerCallback
+
+from memtrans.hf.model_memory import ModelMemory
+from memtrans_kernels import checks
+
+DIRECTORY = "memory"  # of a checkpoint: what `ModelMemory.save` writes
+
+
+def document_rows(documents: Iterable[Sequence[int]], batch: int, segment: int) -> IterableDataset:
+    """Documents as rows of a Trainer's dataset: row i of each batch goes on where row i of the last one stopped.
+
+    A row whose document ended takes the next one, with `new_document` True; the dataset ends when there is none left
+    for a row. A document's last segment is padded, and its padding has no label.
+
+    Args:
+        documents: ids of their tokens. batch: B, rows that the Trainer takes at a time, over all its processes.
+        segment: N, tokens of a row.
+
+    Returns:
+        A dataset of input_ids, attention_mask, labels (N,) int64 and new_document () bool.
+
+    Raises:
+        ValueError: fewer documents than rows, found when it is read. TypeError: a size that is no integer.
+
+    >>> rows = document_rows([[1, 2, 3], [4, 5, 6, 7], [8]], batch=2, segment=2)
+    >>> [(row["input_ids"].tolist(), bool(row["new_document"])) for row in rows]
+    [([1, 2], True), ([4, 5], True), ([3, 0], False), ([6, 7], False)]
+    """
+    return _DocumentRows(documents, checks.integer("batch", batch, low=1), checks.integer("segment", segment, low=1))
+
+
+class _DocumentRows(IterableDataset):
+    def __init__(self, documents: Iterable[Sequence[int]], batch: int, segment: int) -> None:
+        super().__init__()
+        self.documents, self.batch, self.segment = documents, batch, segment
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        waiting = iter(self.documents)
+        rows: list[list[Tensor]] = [[] for _ in range(self.batch)]
+        begun = 0
+        while True:
+            fresh = [not row for row in rows]
+            for row in rows:
+                if not row:
+                    document = next((d for d in waiting if len(d)), None)
+                    if document is None:
+                        if begun < self.batch:
+                            raise ValueError(f"documents must be at least batch={self.batch} with tokens, got {begun}")
+                        return
+                    row.extend(torch.as_tensor(document, dtype=torch.int64).split(self.segment))
+                    begun += 1
+            yield from (self._row(row.pop(0), new) for row, new in zip(rows, fresh, strict=True))
+
+    def _row(self, ids: Tensor, new: bool) -> dict[str, Tensor]:
+        missing = self.segment - len(ids)
+        return {
+            "input_ids": torch.nn.functional.pad(ids, (0, missing)),
+            "attention_mask": torch.nn.functional.pad(torch.ones_like(ids), (0, missing)),
+            "labels": torch.nn.functional.pad(ids, (0, missing), value=-100),
+            "new_document": torch.tensor(new),
+        }
+
+
+def _shuffles(loader: Any) -> bool:
+    """Whether a DataLoader draws its rows; what Trainer makes of one keeps the sampler of rows in that of batches."""
+    while loader is not None and not isinstance(loader, RandomSampler):
+        inner = getattr(loader, "batch_sampler", None)
+        loader = getattr(loader, "sampler", None) if inner is None else inner
+    return loader is not None
+
+
+class MemoryCallback(TrainerCallback):
+    """Lets a Trainer's passes write into a memory, and refuses what would mix its documents up.
+
+    The memory is empty when training begins and when it ends. Evaluations during training have a memory of their own,
+    which each one begins anew. Beside each checkpoint a directory `memory` holds what `ModelMemory.save` writes.
+
+    Args:
+        memory: of the model that is trained.
+
+    Raises:
+        ValueError: when training begins, with remove_unused_columns=True, which drops `new_document` without a word,
+            data that is shuffled, or more than one worker that loads it.
+
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+    >>> sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    >>> from memtrans.hf import add_memory
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, max_position_embeddings=64, **sizes))
+    >>> callback = MemoryCallback(add_memory(model, max_memories=100, segment=16))
+    >>> # Trainer(model, ..., callbacks=[callback])
+    >>> callback.on_train_begin(TrainingArguments(report_to=[]), None, None)
+    Traceback (most recent call last):
+        ...
+    ValueError: remove_unused_columns must be False with a memory, got True: it drops new_document
+    """
+
+    def __init__(self, memory: ModelMemory) -> None:
+        self.memory = memory
+        self._passes: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Checks how the data comes, and lets passes write from now on."""
+        if args.remove_unused_columns:
+            raise ValueError("remove_unused_columns must be False with a memory, got True: it drops new_document")
+        if args.dataloader_num_workers > 1:
+            raise ValueError(
+                f"dataloader_num_workers must be 0 or 1 with a memory, got {args.dataloader_num_workers}: rows would "
+                f"not go on where they stopped"
+            )
+        if _shuffles(kwargs.get("train_dataloader")):
+            raise ValueError(
+                "train_dataset must come in its own order with a memory, got one that is shuffled: give a Trainer "
+                "document_rows(...)"
+            )
+        self.memory.reset()
+        self._passes = self.memory.training()
+        self._passes.__enter__()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Passes write no more, and what training read is forgotten."""
+        if self._passes is not None:
+            self._passes.__exit__(None, None, None)
+            self._passes = None
+            self.memory.reset()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The next evaluation begins with an empty memory."""
+        self.memory.forget_evaluation()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Saves the memory beside the checkpoint."""
+        if state.is_world_process_zero:
+            self.memory.save(f"{args.output_dir}/checkpoint-{state.global_step}/{DIRECTORY}")

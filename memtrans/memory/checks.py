@@ -1,0 +1,87 @@
+"""What a memory refuses before it changes: an error names the argument, its value and what was expected.
+
+Shapes: B documents in scope, H query heads, G key/value heads, N entries, D width. Values are looked at on CPU tensors
+alone: on a GPU a look is a host round trip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from memtrans_kernels import checks
+from memtrans_kernels.checks import may_look
+
+
+def check_memories(memories: Tensor, batch: int, kv_heads: int, width: int) -> None:
+    """Raises ValueError unless `memories` holds key/value pairs (B, N, 2, D), or (B, G, N, 2, D) if G > 1."""
+    heads = () if kv_heads == 1 else (kv_heads,)
+    expected = (batch, *heads, memories.shape[-3] if memories.dim() >= 3 else 0, 2, width)
+    if tuple(memories.shape) != expected:
+        groups = "" if kv_heads == 1 else f"{kv_heads}, "
+        raise ValueError(
+            f"memories must have shape ({batch}, {groups}N, 2, {width}) for {batch} documents in scope, "
+            f"got {tuple(memories.shape)}"
+        )
+
+
+def check_queries(queries: Tensor, batch: int, kv_heads: int, width: int) -> None:
+    """Raises ValueError unless `queries` has shape (B, ..., D), or (B, H, ..., D) with H a multiple of G if G > 1."""
+    if queries.dim() < 2 or queries.shape[0] != batch or queries.shape[-1] != width:
+        raise ValueError(
+            f"queries must have shape ({batch}, ..., {width}) for {batch} documents in scope, "
+            f"got {tuple(queries.shape)}"
+        )
+    if kv_heads > 1 and (queries.dim() < 3 or queries.shape[1] % kv_heads):
+        raise ValueError(
+            f"queries must have shape (B, H, ..., D), H a multiple of kv_heads={kv_heads}, got {tuple(queries.shape)}"
+        )
+
+
+def check_mask(mask: Tensor, documents: int, device: torch.device | None = None) -> None:
+    """Raises TypeError or ValueError unless `mask` is a bool tensor (B,), on that device if one is given."""
+    checks.tensors(mask=mask)
+    if mask.dtype != torch.bool or mask.shape != (documents,):
+        raise ValueError(f"mask must be a bool tensor of shape ({documents},), got {mask.dtype} {tuple(mask.shape)}")
+    if device is not None:
+        checks.same_device(device, mask=mask)
+
+
+def check_numbers(name: str, tensor: Tensor) -> None:
+    """Raises ValueError if `tensor` has a NaN component, where values may be looked at."""
+    if may_look(tensor) and bool(tensor.isnan().any()):
+        raise ValueError(f"{name} must be numbers, got NaN components")
+
+
+def document_numbers(name: str, documents: Iterable[int], batch: int) -> list[int]:
+    """`documents` as a list; raises TypeError or ValueError unless they are different integers in [0, B)."""
+    if not isinstance(documents, Iterable):
+        raise TypeError(f"{name} must be a sequence of numbers of documents, got {documents!r}")
+    numbers = [checks.integer(name, document) for document in documents]
+    if len(set(numbers)) != len(numbers) or not all(0 <= number < batch for number in numbers):
+        raise ValueError(f"{name} must be different numbers in [0, {batch}), got {numbers}")
+    return numbers
+
+
+def running_backward() -> int:
+    """The number of the backward pass that runs here; -1 outside of one, and where a graph is traced."""
+    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
+def check_no_recomputation(name: str, made_in: int) -> None:
+    """Raises RuntimeError where activation checkpointing runs a forward pass again with a memory made outside of it.
+
+    The memory has gone on since the first forward pass: the second one would search it as it is now, and add to it
+    twice.
+
+    Args:
+        name: of the argument that is the memory.
+        made_in: `running_backward()` when the memory was made.
+    """
+    if running_backward() not in (-1, made_in):
+        raise RuntimeError(
+            f"{name} must be a snapshot under activation checkpointing, got a KNNMemory in a backward pass: "
+            f"call memory.snapshot() once, before the checkpointed call, and give that"
+        )

@@ -1,0 +1,133 @@
+"""The directory of a run, and the lock by which one run at a time writes to it.
+
+OUT/checkpoint/     see `checkpoint.py`
+OUT/metrics.jsonl   a line every `log_every` steps and at every evaluation
+OUT/loss.png        its curves
+OUT/.lock           locked while a run writes; the operating system unlocks it when the process ends, however it ends
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from itertools import count
+from pathlib import Path
+
+from memtrans.training.checkpoint import exists
+from memtrans.training.metrics import Metrics
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+RUNS = Path("runs")  # where runs without --out go
+
+
+def checkpoint_of(out: str | Path) -> Path:
+    """Where a run keeps its checkpoint."""
+    return Path(out) / "checkpoint"
+
+
+def metrics_of(out: str | Path) -> Metrics:
+    """The record of a run."""
+    return Metrics(Path(out) / "metrics.jsonl")
+
+
+def check_directory(out: str | Path, resume: bool) -> None:
+    """Raises ValueError when a run cannot write there: a file is in the way, or there is a checkpoint already."""
+    blocked = next((path for path in (Path(out), *Path(out).parents) if path.exists() and not path.is_dir()), None)
+    if blocked:
+        raise ValueError(f"out must be a directory or not exist, got {str(out)!r}, where {str(blocked)!r} is a file")
+    if not resume and exists(checkpoint_of(out)):
+        raise ValueError(f"out must be a directory without a checkpoint, or come with --resume, got {str(out)!r}")
+
+
+def numbered(name: str, number: int) -> Path:
+    """A directory of `runs/`.
+
+    >>> print(numbered("demo", 1), numbered("demo", 2))
+    runs/demo runs/demo-2
+    """
+    return RUNS / (name if number == 1 else f"{name}-{number}")
+
+
+def newest(name: str) -> Path:
+    """The last of runs/NAME, runs/NAME-2, ... that exists; the first one where none does."""
+    last = next(number for number in count(1) if not numbered(name, number).exists()) - 1
+    return numbered(name, max(1, last))
+
+
+class Lock:
+    """Makes a directory this process's own until `release`, or until the process ends.
+
+    directory: made if missing.
+
+    Raises ValueError when another process has locked it.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     lock = Lock(directory)
+    ...     lock.release()
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._handle = os.open(self.directory / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            self._take()
+        except BaseException:
+            self.release()
+            raise
+
+    def _take(self) -> None:
+        try:
+            if fcntl is None:
+                raise OSError("this system has no flock")
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(self._handle, 20).decode(errors="replace").strip()
+            raise ValueError(
+                f"out must be a directory that no other run writes to, got {str(self.directory)!r}, where process "
+                f"{holder or 'unknown'} trains"
+            ) from error
+        except OSError as error:
+            warnings.warn(
+                f"{self.directory} cannot be locked ({error}): a second run in it would not be refused", stacklevel=4
+            )
+        os.ftruncate(self._handle, 0)
+        os.write(self._handle, f"{os.getpid()}\n".encode())
+
+    def release(self) -> None:
+        """Lets other processes lock the directory."""
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+
+def lock(out: str | Path | None, name: str, resume: bool) -> Lock:
+    """Locks a run's directory; without `out` a new one, the first of runs/NAME, runs/NAME-2, ... that does not exist.
+
+    Raises ValueError when the directory is another run's or will not do.
+    """
+    if out is None:
+        return _lock_new(name)
+    taken = Lock(out)
+    try:
+        check_directory(out, resume)  # again: another run may have ended in it meanwhile
+    except ValueError:
+        taken.release()
+        raise
+    return taken
+
+
+def _lock_new(name: str) -> Lock:
+    RUNS.mkdir(exist_ok=True)
+    for number in count(1):
+        try:
+            numbered(name, number).mkdir()  # fails where another run has just made it
+        except FileExistsError:
+            continue
+        return Lock(numbered(name, number))
+    raise AssertionError("numbers have no end")

@@ -1,0 +1,63 @@
+"""What moves the weights of a run, and how fast in each step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from memtrans.distributed.dtensors import is_sharded
+from memtrans.training.adafactor import Adafactor, initial_state
+from memtrans.training.settings import Settings
+
+
+def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """The optimiser of a run, with weight decay on matrices of linear layers alone.
+
+    Both kinds can be captured, read the learning rate from the device on a GPU, and leave a step out where their
+    attribute `found_inf` is 1.
+    """
+    decayed = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if id(p) in decayed], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
+    ]
+    on_gpu = parameters[0].is_cuda and not is_sharded(parameters[0])  # spread parameters are never captured
+    rate = torch.tensor(settings.learning_rate, device=parameters[0].device) if on_gpu else settings.learning_rate
+    if settings.optimizer == "adafactor":
+        return Adafactor(groups, lr=rate)
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True, capturable=on_gpu)
+
+
+def state_shapes(optimizer: torch.optim.Optimizer, weight: Tensor) -> dict[str, tuple[int, ...]]:
+    """What an optimiser of `make_optimizer` keeps for a weight, by name."""
+    if isinstance(optimizer, Adafactor):
+        return {name: tuple(tensor.shape) for name, tensor in initial_state(weight).items()}
+    return {"step": (), "exp_avg": tuple(weight.shape), "exp_avg_sq": tuple(weight.shape)}
+
+
+def learning_rate(settings: Settings, step: int) -> float:
+    """Of the optimiser step after `step` others: a linear warm-up, then a decay.
+
+    A cosine ends at `final_rate` of the highest rate. The inverse square root of the number of the step, constant
+    during the warm-up but for its ramp, is the paper's: highest at the warm-up's end, `learning_rate` / sqrt(`warmup`).
+
+    >>> settings = Settings(steps=100, warmup=10, learning_rate=1.0, final_rate=0.0)
+    >>> [round(learning_rate(settings, step), 2) for step in (0, 9, 10, 55, 99)]
+    [0.1, 1.0, 1.0, 0.5, 0.0]
+    >>> settings = Settings(schedule="inverse-sqrt", warmup=100, learning_rate=1.0)
+    >>> [round(learning_rate(settings, step), 3) for step in (0, 49, 99, 399)]
+    [0.001, 0.05, 0.1, 0.05]
+    """
+    highest = settings.learning_rate
+    if settings.schedule == "inverse-sqrt":
+        highest /= math.sqrt(max(step + 1, settings.warmup))
+    if step < settings.warmup:
+        return highest * (step + 1) / settings.warmup
+    if settings.schedule == "inverse-sqrt":
+        return highest
+    progress = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    share = settings.final_rate + (1 - settings.final_rate) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+    return highest * share

@@ -1,0 +1,69 @@
+"""Whether a call only has to run, so that an operator can go straight to its implementation.
+
+PyTorch's dispatcher, with the Python around a custom operator, costs 30 to 200 us of host time a call, more than many
+kernels run. What it is for are compilers, transforms, modes and tensors with ideas of their own; without any of these
+the implementation alone does the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+_OWN = (Tensor, Parameter)
+
+
+def is_plain(*arguments: Any) -> bool:
+    """True where nothing compiles, traces, transforms or watches, and every tensor is one of PyTorch's own.
+
+    Args:
+        arguments: of the operator; what is no tensor does not count.
+
+    >>> is_plain(torch.ones(1), None, 3)
+    True
+    >>> torch.func.vmap(lambda x: x * is_plain(x))(torch.ones(1))
+    tensor([0.])
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
+        and all(type(tensor) in _OWN and not tensor.is_meta for tensor in arguments if isinstance(tensor, Tensor))
+    )
+
+
+def is_differentiated_by_transform(*arguments: Any) -> bool:
+    """True inside torch.func.grad, vjp, jvp and what is made of them, and for duals of forward-mode differentiation.
+
+    A custom operator has no part in these: left alone it refuses the first and gives zeros in the second.
+
+    >>> x = torch.ones(1)
+    >>> is_differentiated_by_transform(x)
+    False
+    >>> torch.func.jvp(lambda x: x * is_differentiated_by_transform(x), (x,), (x,))[1]
+    tensor([1.])
+    """
+    if torch.compiler.is_compiling():
+        return False
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    if torch._C._are_functorch_transforms_active():
+        return any(_is_tracked(tensor) for tensor in tensors)
+    if forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def _is_tracked(tensor: Tensor) -> bool:
+    """Whether one of the transforms around `tensor` differentiates."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_gradtrackingtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False

@@ -1,0 +1,108 @@
+"""Bad input is a clear error, and what it was given to stays as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.hf_families import made, tokens
+
+from memtrans.hf import add_memory
+
+SIZES: dict[str, Any] = {"max_memories": 100, "k": 8, "segment": 16}
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"layers": [0, 2]}, r"layers must be among the attention layers \[0, 1\], got \[2\]"),
+    ({"layers": [0, -1]}, r"layers must be among the attention layers \[0, 1\], got \[-1\]"),
+    ({"layers": [1, 1]}, r"layers must be .* none twice, got \[1, 1\]"),
+    ({"layers": []}, r"layers must be at least one number"),
+    ({"layers": "some"}, "layers must be 'all' or numbers"),
+    ({"layers": [0.5]}, "layers must be an integer, got 0.5"),
+    ({"max_memories": 0}, "max_memories must be at least 1, got 0"),
+    ({"k": 0}, "k must be at least 1, got 0"),
+    ({"distance": "start"}, "distance must be 'previous' or a number of positions, got 'start'"),
+    ({"distance": -1}, "distance must be at least 0, got -1"),
+    ({"segment": 65}, "segment must be at most half of the model's 128 positions, got 65"),
+    ({"segment": 16, "distance": 113}, "segment must be .* keys that are stored 113 further back"),
+    ({"sink": 16}, "sink must be less than segment=16, got 16"),
+    ({"combine": "sum"}, "combine must be one of softmax, gate, got 'sum'"),
+    ({"offset": "none"}, "offset must be 'auto' or a number, got 'none'"),
+    ({"offset": float("nan")}, "offset must be"),
+    ({"dtype": torch.int8}, "dtype must be one of"),
+    ({"spare": -1}, "spare must be at least 0, got -1"),
+    ({"backend": "gpu"}, "backend must be one of"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG, ids=[str(given) for given, _ in WRONG])
+def test_an_argument_that_will_not_do_changes_nothing(arguments: dict[str, Any], message: str) -> None:
+    model = made("llama")
+    configurations = [layer.self_attn.config for layer in model.model.layers]
+    with pytest.raises((ValueError, TypeError), match=message):
+        add_memory(model, **{**SIZES, **arguments})
+    assert [layer.self_attn.config for layer in model.model.layers] == configurations
+    assert all(layer.self_attn.config is model.config for layer in model.model.layers)
+    assert not any("memtrans" in name for name, _ in model.named_modules())
+
+
+def test_a_layer_has_one_memory_at_most() -> None:
+    model = made("llama")
+    first = add_memory(model, layers=[1], **SIZES)
+    with pytest.raises(ValueError, match=r"got \[1\], which have one: call remove"):
+        add_memory(model, **SIZES)
+    assert not hasattr(model.model.layers[0].self_attn, "memtrans")
+    first.remove()
+    add_memory(model, **SIZES)
+
+
+def test_what_is_no_pretrained_model_is_refused() -> None:
+    with pytest.raises(TypeError, match="model must be a transformers model, got Linear"):
+        add_memory(torch.nn.Linear(1, 1))
+
+
+def test_a_batch_of_other_documents_is_refused() -> None:
+    model = made("llama")
+    memory = add_memory(model, **SIZES)
+    memory.read(tokens())
+    with pytest.raises(ValueError, match=r"1 rows for each of the 2 documents .* got 3 rows: reset"):
+        model(tokens(batch=3))
+    assert memory.lengths.tolist() == [22, 22]
+    memory.clear_rows(torch.tensor([True, True]))
+    memory.read(tokens(batch=3))  # nothing is lost now
+    assert memory.lengths.tolist() == [22, 22, 22]
+
+
+def test_holes_in_a_mask_are_refused_before_anything_is_stored() -> None:
+    model = made("llama")
+    memory, mask = add_memory(model, **SIZES), torch.ones(2, 16, dtype=torch.int64)
+    mask[1, 4] = 0
+    with memory.writing(), pytest.raises(ValueError, match=r"got holes in rows \[1\]"):
+        model(tokens(length=16), attention_mask=mask)
+    with pytest.raises(ValueError, match=r"got holes in rows \[1\]"):
+        memory.read(tokens(length=16), mask)
+    assert memory.lengths.sum() == 0
+
+
+def test_a_writing_pass_is_a_segment_without_a_cache() -> None:
+    model = made("llama")
+    memory = add_memory(model, **SIZES)
+    cache = model(tokens(length=8), use_cache=True).past_key_values
+    with memory.writing():
+        with pytest.raises(ValueError, match="at most segment=16 tokens, got 17: read"):
+            model(tokens(length=17))
+        with pytest.raises(ValueError, match="must have no cache"):
+            model(tokens(length=8), past_key_values=cache)
+    with pytest.raises(ValueError, match="new_document must be given inside writing"):
+        model(tokens(length=8), new_document=torch.tensor([True, False]))
+    assert memory.lengths.tolist() == []
+
+
+def test_a_layer_that_is_not_handed_the_memory_is_an_error() -> None:
+    model = made("llama")
+    memory = add_memory(model, **SIZES)
+    memory.read(tokens())
+    layer = model.model.layers[1]
+    handed_on = layer.forward
+    layer.forward = lambda *args, **kwargs: handed_on(*args, **{**kwargs, "memtrans_state": None})
+    with pytest.raises(RuntimeError, match=r"layers \[1\] of LlamaModel were not handed the memory"):
+        model(tokens())

@@ -1,0 +1,178 @@
+"""Gradients through a pass that searches a memory, and the ways in which people train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.checks import SAME_GRAPH, assert_close
+from helpers.hf_families import made, tokens
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from memtrans.hf import MemoryCallback, add_memory, document_rows
+
+SIZES: dict[str, Any] = {"max_memories": 100, "k": 8, "segment": 16}
+FINITE_DIFFERENCE, AGREES = 1e-6, 1e-6
+
+
+def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
+    """Of the next token, in the logits' own dtype: transformers' goes through float32."""
+    return cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+class Norm(nn.Module):
+    """Llama's, without its detour through float32, in which finite differences drown."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().clone())
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.weight * hidden * (hidden.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+
+
+def in_float64() -> PreTrainedModel:
+    model = made("llama", torch.float64)
+    model.model.norm = Norm(model.model.norm.weight)
+    for layer in model.model.layers:
+        layer.input_layernorm = Norm(layer.input_layernorm.weight)
+        layer.post_attention_layernorm = Norm(layer.post_attention_layernorm.weight)
+    return model
+
+
+@pytest.mark.parametrize("combine", ["softmax", "gate"])
+def test_gradients_are_those_of_finite_differences(combine: str) -> None:
+    model = in_float64()
+    memory = add_memory(model, combine=combine, offset=0.0, **SIZES)
+    memory.read(tokens(length=30))
+    for parameter in memory.parameters():
+        parameter.data = parameter.data.double()
+    ids, attention = tokens(length=12, seed=1), model.model.layers[1].self_attn
+    asked = [
+        (attention.memtrans.memory_offset, (1,)),
+        (attention.q_proj.weight, (2, 3)),
+        (attention.k_proj.weight, (1, 1)),
+    ]
+    loss_of(model, ids).backward()
+    with torch.no_grad():
+        for parameter, at in asked:
+            losses = []
+            for step in (FINITE_DIFFERENCE, -FINITE_DIFFERENCE):
+                before = parameter[at].clone()
+                parameter[at] += step
+                losses.append(loss_of(model, ids))
+                parameter[at] = before
+            difference = (losses[0] - losses[1]) / (2 * FINITE_DIFFERENCE)
+            assert parameter.grad is not None
+            assert abs(float(difference - parameter.grad[at])) <= AGREES * max(1.0, abs(float(difference)))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_recomputes_the_same_and_stores_once(reentrant: bool) -> None:
+    def gradients(change: Callable[[PreTrainedModel], Any]) -> tuple[list[Tensor], list[int]]:
+        model = made("llama")
+        memory = add_memory(model, **SIZES)
+        memory.read(tokens(length=30))
+        change(model.train())
+        with memory.writing():
+            loss_of(model, tokens(length=12, seed=1)).backward()
+        return [p.grad for p in model.parameters() if p.grad is not None], memory.lengths.tolist()
+
+    plain, lengths = gradients(lambda model: None)
+    again, stored = gradients(
+        lambda model: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    )
+    assert stored == lengths == [28 + 11] * 2
+    assert len(plain) == len(again) and all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+@pytest.mark.slow
+def test_the_model_compiles_without_a_break() -> None:
+    segments = tokens(length=12), tokens(length=12, seed=1)
+
+    def logits(change: Callable[[PreTrainedModel], Any]) -> tuple[list[Tensor], list[int]]:
+        torch._dynamo.reset()
+        model = made("llama")
+        memory = add_memory(model, **SIZES)
+        memory.reset(2)
+        called = change(model)
+        with torch.no_grad(), memory.writing():
+            return [called(ids, use_cache=False).logits for ids in segments], memory.lengths.tolist()
+
+    plain, lengths = logits(lambda model: model)
+    compiled, stored = logits(lambda model: torch.compile(model, fullgraph=True, backend="aot_eager"))
+    assert stored == lengths == [22, 22]
+    for one, other in zip(compiled, plain, strict=True):
+        assert_close(one, other, SAME_GRAPH, "logits")
+
+
+@pytest.mark.parametrize("first", ["memory", "lora"])
+def test_low_rank_adapters_come_before_or_after(first: str) -> None:
+    model, ids = made("llama"), tokens(length=12, seed=1)
+    lora = LoraConfig(target_modules=["q_proj"], modules_to_save=["memtrans"] if first == "memory" else None)
+    memory = add_memory(model, **SIZES) if first == "memory" else None
+    adapted = get_peft_model(model, lora)
+    memory = memory or add_memory(adapted, **SIZES)
+    memory.read(tokens(length=30))
+    loss_of(adapted, ids).backward()
+    trained = {name for name, p in adapted.named_parameters() if p.grad is not None and bool(p.grad.abs().sum() > 0)}
+    assert sum("lora_B" in name for name in trained) == 2
+    assert sum("memory_offset" in name for name in trained) == 2
+    assert memory.lengths.tolist() == [28, 28]
+
+
+def arguments(directory: Path, **changed: Any) -> TrainingArguments:
+    given = {"remove_unused_columns": False, "max_steps": 6, "per_device_train_batch_size": 2, "use_cpu": True}
+    given |= {"per_device_eval_batch_size": 1, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
+    return TrainingArguments(output_dir=str(directory), **{**given, **changed})
+
+
+def test_a_trainer_reads_documents_to_their_end(tmp_path: Path) -> None:
+    model, lengths = made("llama"), []
+    memory = add_memory(model, **{**SIZES, "sink": 0})
+
+    class Watched(MemoryCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            lengths.append(memory.lengths.tolist())
+
+    documents = [tokens(1, 64)[0].tolist(), tokens(1, 24)[0].tolist(), tokens(1, 64)[0].tolist()]
+    rows = document_rows(documents, batch=2, segment=16)
+    evaluation = document_rows(documents[:1], batch=1, segment=16)
+    said = arguments(tmp_path, max_steps=4, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=4)
+    trainer = Trainer(model, said, train_dataset=rows, eval_dataset=evaluation, callbacks=[Watched(memory)])
+    before = [parameter.detach().clone() for parameter in memory.parameters()]
+    trainer.train()
+    assert lengths == [[16, 16], [32, 24], [48, 16], [64, 32]]
+    assert any(not torch.equal(p, old) for p, old in zip(memory.parameters(), before, strict=True))
+    assert (memory.is_writing, memory.lengths.tolist()) == (False, [])
+    evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(evaluated) == 2
+    assert (tmp_path / "checkpoint-4" / "memory" / "memories.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"remove_unused_columns": True}, "remove_unused_columns must be False"),
+        ({"dataloader_num_workers": 2}, "dataloader_num_workers must be 0 or 1 with a memory, got 2"),
+        ({}, "train_dataset must come in its own order .* shuffled"),
+    ],
+)
+def test_a_trainer_that_would_mix_documents_up_is_refused(tmp_path: Path, changed: Any, message: str) -> None:
+    model, rows = made("llama"), list(document_rows([tokens(1, 64)[0].tolist()] * 2, batch=2, segment=16))
+    memory = add_memory(model, **SIZES)
+    trainer = Trainer(model, arguments(tmp_path, **changed), train_dataset=rows, callbacks=[MemoryCallback(memory)])
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert not memory.is_writing
+
+
+def test_too_few_documents_for_the_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match="documents must be at least batch=3 with tokens, got 2"):
+        list(document_rows([[1, 2], [3], []], batch=3, segment=2))
