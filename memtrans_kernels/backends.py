@@ -126,7 +126,7 @@ def _unfit_for_triton_search(
     if keys.shape[-1] > TRITON_SEARCH_MOST or sizes[1] > TRITON_SEARCH_MOST:
         return f"D and K must be at most {TRITON_SEARCH_MOST}, got {keys.shape[-1]} and {sizes[1]}"
     if not keys.is_contiguous():
-        return "keys must be contiguous"
+        return "keys must be contiguous, as `keys.contiguous()` is"
     return _no_float64_keys(query, keys)
 
 
@@ -183,15 +183,21 @@ def _reference(operator: str, function: str | None = None, on_host: str | None =
     module, function = f"impl.reference.{operator.rstrip('_')}", function or operator
     return (
         Implementation("reference", "cpu", module, on_host or function),
-        Implementation("reference", "cuda", module, function),
+        Implementation("reference", "cuda", module, function, limits="slow on every GPU"),
     )
+
+
+# Those for which `make test-targets` compiles every kernel; measured is an H100 alone.
+TRITON_GPUS = "fast on NVIDIA GPUs from compute capability 8.0 on and AMD's gfx90a, gfx942, gfx950 and gfx1100"
 
 
 def _triton(
     module: str, function: str, unfit: Callable[..., str | None] = _no_float64, limits: str = NARROW
 ) -> tuple[Implementation, ...]:
     return (
-        Implementation("triton", "cuda", f"impl.triton.{module}", function, _triton_missing, unfit, limits),
+        Implementation(
+            "triton", "cuda", f"impl.triton.{module}", function, _triton_missing, unfit, f"{limits}; {TRITON_GPUS}"
+        ),
         Implementation("triton", "cpu", f"impl.triton.{module}", function, _not_interpreting, unfit, limits),
     )
 
@@ -335,7 +341,10 @@ def _warn_slow_path(operator: str, device: str, reasons: str) -> None:
     A CPU takes the plain version for float64 too, which is what it is for.
     """
     if device == "cuda":
-        _warn_once(f"{operator} runs in plain PyTorch, which is slow: {reasons}")
+        _warn_once(
+            f"{operator} runs in plain PyTorch, which is slow: {reasons}. Mend one of these reasons, or pass "
+            "backend='reference' to have it so without a warning"
+        )
     elif reason := _native_missing():
         _warn_once(
             "search and attention run in plain PyTorch, which is slow, because the C++ extension is missing "
