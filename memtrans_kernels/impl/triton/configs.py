@@ -246,7 +246,9 @@ def search_precision(target: Target, itemsize: int, width: int) -> str:
     """Three products lose up to eight units in the last place of each, one float32 accumulation D + 2 of them."""
     if target.vendor == "interpreter":
         return "elements"
-    return "three" if itemsize == 4 and width > 16 and target.vendor == "nvidia" and target.architecture >= 80 else "ieee"
+    return (
+        "three" if itemsize == 4 and width > 16 and target.vendor == "nvidia" and target.architecture >= 80 else "ieee"
+    )
 
 
 def search_splits(target: Target, blocks: int, tiles: int) -> int:
