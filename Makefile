@@ -9,7 +9,8 @@
 #   make test-install   every way to install, each in a fresh environment; writes CONTRIBUTING.md's table
 #   make test-plain     `pip install .` in a fresh environment: the extension has to be live
 #   make test-torch TORCH=2.10.0   the suite in a fresh environment of another PyTorch
-#   make check       lint, format, types, import directions
+#   make check       lint, format, types, import directions, and whether the site can be built
+#   make docs        site/: README, docs/ and the reference, from the docstrings
 #   make check-cuda  compiles the CUDA code, without a GPU: no warnings, no new spills
 #   make wheel       dist/: one wheel with the CPU and the CUDA module, and an sdist
 #   make bench       benchmarks
@@ -42,7 +43,7 @@ CSRC := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 FORMATTED = $(filter-out csrc/cuda/knn_search/%,$(CSRC))
 
 .PHONY: demo test test-slow test-gpu test-gpu-slow test-gpu-sanitizer check bench bench-against stations clean \
-  test-install test-plain test-torch check-cuda wheel
+  test-install test-plain test-torch check-cuda wheel docs
 .DEFAULT_GOAL := test
 
 demo: $(PACKAGE_READY)
@@ -76,6 +77,12 @@ check: $(TESTS_READY)
 	$(PYTHON_BIN) -m mypy
 	$(PYTHON_BIN) -c "import clang_format as f; f.clang_format()" --dry-run --Werror $(FORMATTED)
 	$(PYTHON_BIN) -c "from importlinter.cli import lint_imports_command; lint_imports_command()"
+	$(SITE)
+
+# A site in site/; nothing in it is fetched from elsewhere when it is read.
+SITE = NO_MKDOCS_2_WARNING=1 $(PYTHON_BIN) -m mkdocs build --strict --quiet
+docs: $(TESTS_READY)
+	$(SITE)
 
 # nvcc comes from PyPI where there is none.
 check-cuda: $(TESTS_READY) $(NVCC_READY)
@@ -126,7 +133,7 @@ stations: $(TESTS_READY)
 	$(PYTHON_BIN) benchmarks/stations.py
 
 clean:
-	rm -rf .against .venv .venv-plain .venv-torch-* build dist *.egg-info memtrans_kernels/_native_*
+	rm -rf .against .venv .venv-plain .venv-torch-* build dist site *.egg-info memtrans_kernels/_native_*
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -137,7 +144,7 @@ clean:
 	@touch $@
 
 .venv/.package: .venv/.torch pyproject.toml setup.py $(wildcard building/*.py) $(CSRC)
-	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable .
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[train]'
 	@.venv/bin/python -c "from memtrans_kernels import native; \
 	  print(*(f'memtrans extension, {m}: {native.status(m)[1]}' for m in native.MODULES), sep='\n')"
 	@touch $@
@@ -145,7 +152,7 @@ clean:
 # The extras are those of the package just installed, so that nothing is built twice. memorizing-transformers-pytorch is
 # compared with; it goes without its own requirements, of which an index library for the CPU would be one.
 .venv/.tests: .venv/.package
-	$(PIP) install --quiet --constraint constraints.txt "memtrans[test,dev]"
+	$(PIP) install --quiet --constraint constraints.txt "memtrans[test,dev,docs]"
 	$(PIP) install --quiet joblib filelock
 	$(PIP) install --quiet --no-deps memorizing-transformers-pytorch==0.4.1 einops-exts==0.0.4
 	@touch $@

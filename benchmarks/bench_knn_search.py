@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -35,6 +36,12 @@ MOST_SCORE_BYTES = 2**31  # of one row in float16: beyond it a matrix of all sco
 def ours(sizes: Case, ring: Ring, query: Tensor) -> Callable[[], Any]:
     arguments = (query, ring.keys, ring.rows, ring.start, ring.cursor, sizes.capacity, sizes.neighbours)
     return lambda: knn_search(*arguments)
+
+
+def ours_in_triton(sizes: Case, ring: Ring, query: Tensor) -> Callable[[], Any]:
+    """What every GPU but a Hopper runs, and a Hopper without the compiled module."""
+    arguments = (query, ring.keys, ring.rows, ring.start, ring.cursor, sizes.capacity, sizes.neighbours)
+    return lambda: knn_search(*arguments, backend="triton")
 
 
 def faiss_bridge(sizes: Case, ring: Ring, query: Tensor) -> Callable[[], Any]:
@@ -111,6 +118,7 @@ def by_row(sizes: Case, ring: Ring, query: Tensor) -> tuple[Tensor, Tensor]:
 
 RIVALS = {
     "memtrans": ours,
+    "memtrans-triton": ours_in_triton,
     "faiss-gpu": faiss_bridge,
     "faiss-cpu": faiss_on_the_cpu,
     "flashlib": flashlib,
@@ -123,8 +131,8 @@ def runs_here(impl: str, sizes: Case) -> bool:
     """Whether an implementation belongs to this machine and this case."""
     if impl == "faiss-gpu":
         return any(line.live for line in backends_info() if (line.backend, line.device) == ("faiss", "cuda"))
-    if impl in ("flashlib", "faiss-cpu"):
-        return (impl == "flashlib") == (DEVICE == "cuda")
+    if impl in ("memtrans-triton", "flashlib", "faiss-cpu"):
+        return (impl != "faiss-cpu") == (DEVICE == "cuda")
     score_bytes = sizes.capacity * sizes.length * sizes.heads // sizes.groups * 2
     return impl != "torch" or score_bytes <= MOST_SCORE_BYTES
 
@@ -151,6 +159,22 @@ def test_knn_search(benchmark: Any, name: str, impl: str) -> None:
 
 
 @pytest.mark.rival
+@pytest.mark.skipif(DEVICE == "cpu", reason="on a CPU every case is in float32")
+def test_knn_search_of_float32_keys(benchmark: Any) -> None:
+    sizes, ring, query = problem("d64-64k")
+    wide = replace(ring, keys=ring.keys.float())
+    measure(
+        benchmark,
+        ours_in_triton(sizes, wide, query),
+        op="knn_search",
+        impl="memtrans-triton",
+        case="d64-64k",
+        dtype=torch.float32,
+        capturable=not TOY,
+        flop=2 * query.numel() * sizes.capacity,
+    )
+
+
 @pytest.mark.parametrize("ceiling", ["matrix-product", "copy"])
 def test_ceilings(benchmark: Any, ceiling: str) -> None:
     """What the machine does at best: square matrices multiplied (8192 rows on a GPU, 1024 on a CPU), and copied."""

@@ -17,7 +17,9 @@ class Replay:
     effects once: the first ones run as they are, and capturing runs nothing.
 
     Args:
-        function: what to run. device: of its tensors. capture: False runs it as it is on every device.
+        function: what to run.
+        device: of its tensors.
+        capture: False runs it as it is on every device.
     """
 
     def __init__(self, function: Callable[[], None], device: torch.device, capture: bool = True) -> None:

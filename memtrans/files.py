@@ -23,7 +23,7 @@ def _opened(name: str, path: str | Path, pipes: bool) -> BinaryIO:
 
     Raises ValueError for what is neither a regular file nor, where `pipes` is true, a pipe; OSError as `open` does.
     """
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     mode = os.fstat(handle).st_mode
     if stat.S_ISREG(mode) or (pipes and stat.S_ISFIFO(mode)):
         return os.fdopen(handle, "rb")

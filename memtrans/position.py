@@ -18,7 +18,9 @@ class T5RelativePositionBias(nn.Module):
     """A learned bias for each head and bucket of distances; exact up to num_buckets / 2, logarithmic beyond.
 
     Args:
-        scale: factor of the learned values. num_buckets, max_distance: T5's; beyond max_distance all is one bucket.
+        scale: factor of the learned values.
+        num_buckets: buckets of distances, half of them for one distance each.
+        max_distance: the distance from which on all is one bucket.
         heads: H.
 
     Raises:

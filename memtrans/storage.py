@@ -53,8 +53,8 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"path must name a file written as {kind}, got {str(path)!r}, which does not exist")
-    check_file("path", path)
     try:
+        check_file("path", path)
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -116,6 +116,20 @@ def _unfit_for_hopper(
     return None
 
 
+TRITON_SEARCH_MOST = 256  # head width, and neighbours: SEARCH_MOST in impl/triton/configs.py
+TRITON_SEARCH_LIMITS = f"{NARROW}, contiguous keys, D and K up to {TRITON_SEARCH_MOST}"
+
+
+def _unfit_for_triton_search(
+    query: Tensor, keys: Tensor, rows: Tensor, start: Tensor, cursor: Tensor, *sizes: int
+) -> str | None:
+    if keys.shape[-1] > TRITON_SEARCH_MOST or sizes[1] > TRITON_SEARCH_MOST:
+        return f"D and K must be at most {TRITON_SEARCH_MOST}, got {keys.shape[-1]} and {sizes[1]}"
+    if not keys.is_contiguous():
+        return "keys must be contiguous, as `keys.contiguous()` is"
+    return _no_float64_keys(query, keys)
+
+
 ATTENTION_MOST = 128  # head width, and neighbours: a tile of either is in registers
 ATTENTION_LIMITS = f"{NARROW}, D and K up to {ATTENTION_MOST}"
 
@@ -169,15 +183,21 @@ def _reference(operator: str, function: str | None = None, on_host: str | None =
     module, function = f"impl.reference.{operator.rstrip('_')}", function or operator
     return (
         Implementation("reference", "cpu", module, on_host or function),
-        Implementation("reference", "cuda", module, function),
+        Implementation("reference", "cuda", module, function, limits="slow on every GPU"),
     )
+
+
+# Those for which `make test-targets` compiles every kernel; measured is an H100 alone.
+TRITON_GPUS = "fast on NVIDIA GPUs from compute capability 8.0 on and AMD's gfx90a, gfx942, gfx950 and gfx1100"
 
 
 def _triton(
     module: str, function: str, unfit: Callable[..., str | None] = _no_float64, limits: str = NARROW
 ) -> tuple[Implementation, ...]:
     return (
-        Implementation("triton", "cuda", f"impl.triton.{module}", function, _triton_missing, unfit, limits),
+        Implementation(
+            "triton", "cuda", f"impl.triton.{module}", function, _triton_missing, unfit, f"{limits}; {TRITON_GPUS}"
+        ),
         Implementation("triton", "cpu", f"impl.triton.{module}", function, _not_interpreting, unfit, limits),
     )
 
@@ -209,6 +229,7 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
                 "native", "cuda", "native", "knn_search_cuda", _native_cuda_missing, _unfit_for_hopper, SEARCH_LIMITS
             ),
         ),
+        _triton("knn_search", "knn_search", _unfit_for_triton_search, TRITON_SEARCH_LIMITS),
         _reference("knn_search", on_host="knn_search_on_host"),
         (  # behind the reference, so that `auto` never takes them: equal keys come in any order
             Implementation(
@@ -328,7 +349,10 @@ def _warn_slow_path(operator: str, device: str, reasons: str) -> None:
     A CPU takes the plain version for float64 too, which is what it is for.
     """
     if device == "cuda":
-        _warn_once(f"{operator} runs in plain PyTorch, which is slow: {reasons}")
+        _warn_once(
+            f"{operator} runs in plain PyTorch, which is slow: {reasons}. Mend one of these reasons, or pass "
+            "backend='reference' to have it so without a warning"
+        )
     elif reason := _native_missing():
         _warn_once(
             "search and attention run in plain PyTorch, which is slow, because the C++ extension is missing "

@@ -38,7 +38,7 @@ START = ord("\n")
 def run(options: argparse.Namespace, ranks: Ranks) -> None:
     """Reads the prompt and writes its continuation."""
     del ranks
-    with reading_input(IndexError):
+    with reading_input(IndexError, TypeError):
         generation = Generation.open(options)
     generation.run()
 

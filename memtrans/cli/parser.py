@@ -6,8 +6,9 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from memtrans import __version__
 from memtrans.annotations import kind_of
 from memtrans.presets import PRESETS
 from memtrans.training.settings import Settings, hints
@@ -16,37 +17,64 @@ SEGMENT = 512  # of `generate`, where the checkpoint does not say what the model
 OVERRIDDEN_BY_EVAL = ("data", "batch", "segment", "memory", "keep_memory", "neighbours", "device", "eval_bytes")
 
 
+class Parser(argparse.ArgumentParser):
+    """One line for what is wrong, instead of a page of usage above it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; `{self.prog} --help` lists what there is\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Of `python -m memtrans`. What it parses has `verb`, the module of `memtrans.cli` that runs the command, and
     `name`, the command's."""
-    parser = argparse.ArgumentParser(prog="python -m memtrans", description="Memorizing Transformers on real text.")
-    commands = parser.add_subparsers(required=True, metavar="{train,eval,generate,presets,info}")
+    parser = Parser(prog="memtrans", description="Memorizing Transformers on real text.")
+    parser.add_argument("--version", action="version", version=f"memtrans {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="{train,eval,generate,presets,info,completion}")
     _add_train(commands)
     _add_eval(commands)
     _add_generate(commands)
     presets = commands.add_parser("presets", help="what `train --preset` takes, and what each would cost")
     presets.set_defaults(verb="presets", name="presets")
+    presets.add_argument(
+        "preset", nargs="?", choices=sorted(PRESETS), metavar="NAME", help="print all of its settings, for --config"
+    )
     presets.description = (
         "A line for each preset: parameters, bytes of a batch's memories, and the time of a step on one H100 as a "
         "simple model of its arithmetic predicts it (too low for small models, which wait for launches)."
     )
     info = commands.add_parser("info", help="versions, devices, and which backend of each operator is live")
     info.set_defaults(verb="info", name="info")
+    info.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    completion = commands.add_parser("completion", help="a script that completes this command in a shell")
+    completion.set_defaults(verb="completion", name="completion")
+    completion.add_argument("shell", choices=("bash", "zsh"), help="the script goes to standard output")
     return parser
 
 
 def _add_train(commands: Any) -> None:
     train = commands.add_parser("train", help="train a model", formatter_class=argparse.RawDescriptionHelpFormatter)
     train.set_defaults(verb="train", name="train")
+    train.usage = "memtrans train [option ...]"  # all of them take a page, and are listed below
     train.description = "Trains a model on documents read from beginning to end, with a memory of each."
-    train.epilog = "A preset sets every option; options that are given override it."
-    train.add_argument("--preset", choices=sorted(PRESETS), default="demo", help="set of values to begin with (demo)")
+    train.epilog = (
+        "A preset sets every option, --config overrides it, and options that are given override both. The values in\n"
+        "brackets are those of the preset demo; `memtrans presets NAME` prints those of another."
+    )
+    names = ", ".join(sorted(PRESETS))
+    train.add_argument(
+        "--preset",
+        choices=sorted(PRESETS),
+        default="demo",
+        metavar="NAME",
+        help=f"values to begin with (demo): {names}",
+    )
+    train.add_argument("--config", type=Path, help="file of settings, TOML or JSON")
     train.add_argument(
         "--out", type=Path, help="directory of the run (default: the first free of runs/PRESET, -2, ...)"
     )
     train.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     train.add_argument("--plain", action="store_true", help="lines instead of a progress bar")
-    _add_settings(train, [field.name for field in dataclasses.fields(Settings)])
+    _add_settings(train, [field.name for field in dataclasses.fields(Settings)], PRESETS["demo"])
 
 
 def _add_eval(commands: Any) -> None:
@@ -78,11 +106,19 @@ def _add_generate(commands: Any) -> None:
     add("--dtype", choices=kind_of(hints()["dtype"]).choices, help="of the weights (default: as they were saved)")
 
 
-def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
-    """One option for each setting; what is not given does not appear among the parsed options."""
+def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str], preset: Settings | None = None) -> None:
+    """One option for each setting; what is not given does not appear among the parsed options.
+
+    preset: whose values the help shows; None where they are the run's.
+    """
     fields = {field.name: field for field in dataclasses.fields(Settings)}
+
+    def default(name: str) -> str:
+        value = getattr(preset, name, None)
+        return "" if value is None or isinstance(value, bool) else f" ({value})"
+
     for name in names:
-        keywords: dict[str, Any] = {"default": argparse.SUPPRESS, "help": fields[name].metadata["help"]}
+        keywords: dict[str, Any] = {"default": argparse.SUPPRESS, "help": fields[name].metadata["help"] + default(name)}
         kind = kind_of(hints()[name])
         if kind.base is bool:
             keywords["action"] = argparse.BooleanOptionalAction

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from memtrans.cli.ending import EndedError, reading_input, show_json
 from memtrans.cli.parser import given_settings
+from memtrans.cli.settings_file import read_settings
 from memtrans.distributed.ranks import LostRankError, Ranks
 from memtrans.presets import PRESETS
 from memtrans.training.checkpoint import exists
@@ -54,7 +55,7 @@ def _trained(run: Run) -> dict[str, object]:
 
 
 def _settings(options: argparse.Namespace, out: Path | None) -> Settings:
-    given = given_settings(options)
+    given = (read_settings(options.config) if options.config else {}) | given_settings(options)
     if options.resume:
         assert out is not None
         return resumed_settings(out, given)

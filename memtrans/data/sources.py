@@ -73,7 +73,8 @@ def load_corpus(data: str) -> Corpus:
     elif data and path.exists():
         documents = list(_unpacked(path.name, path))
     else:
-        raise FileNotFoundError(f"data must be {STANDARD_LIBRARY!r} or the path of a file or directory, got {data!r}")
+        expected = f"data must be {STANDARD_LIBRARY!r} or the path of a file or directory"
+        raise FileNotFoundError(f"no such file: {expected}, got {data!r}")
     documents = [document for document in documents if len(document) >= 2]
     if not documents:
         raise ValueError(f"data must hold text of at least 2 bytes, got none in {data!r}")

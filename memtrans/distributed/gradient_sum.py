@@ -1,11 +1,11 @@
 """Gradients summed over all ranks while the backward pass still computes the next ones.
 
-Parameters form pieces in the order in which their gradients come, the last layer's first. A piece leaves as soon as all
-of its gradients are there and the piece before it has left, so that every rank sends them in one order. Each gradient
-is summed where it lies. Source: Li et al. 2020, "PyTorch Distributed" (VLDB), section 3.2.
+The parameters are grouped into pieces in the order in which their gradients come, the last layer's first. A piece is
+sent as soon as all of its gradients are there and the piece before it was sent, so that every rank sends the pieces in
+one order. Each gradient is summed in place. Source: Li et al. 2020, "PyTorch Distributed" (VLDB), section 3.2.
 
-A compiled function's backward pass is one graph, which gives all gradients at its end; `compiled_in_parts` makes it
-several.
+The backward pass of a compiled function is one graph, which gives all gradients at its end; `compiled_in_parts` cuts it
+into several.
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ FIRST_SUMS = EAGER_CALLS - 1
 
 
 class GradientSum:
-    """Of one model, in every step: `begin`, the step's last backward pass, `finish`.
+    """Sums the gradients of one model over all ranks in every step.
+
+    A step calls `begin` before its last backward pass and `finish` after it.
 
     Args:
-        parameters: of the model, float32 on one device; those that FSDP spreads are left to it.
-        ranks: which take part; one that is alone sends nothing.
+        parameters: of the model, float32 on one device. FSDP sums those that it shards, which are left out.
+        ranks: the processes that take part. A process that is alone sends nothing.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
@@ -51,13 +53,16 @@ class GradientSum:
                     parameter.register_post_accumulate_grad_hook(partial(self._arrived, place))
 
     def begin(self, total: Tensor) -> None:
-        """total: a float32 scalar that is summed too; the loss, say."""
+        """Prepares for the step's last backward pass.
+
+        total: a float32 scalar, such as the loss, to sum with the gradients.
+        """
         self._total, self._under_way, self._left = total.clone(), [], 0
         early = self.ranks.size > 1 and self._sums >= FIRST_SUMS
         self._missing = [len(piece) for piece in self._pieces] if early else []
 
     def finish(self) -> Tensor:
-        """Gradients are the sums over all ranks now, bit for bit the same on each; returns the sum of the totals."""
+        """Waits until each gradient is its sum over all ranks, bit for bit the same; returns the sum of the totals."""
         if self.ranks.size > 1:
             self._missing = []
             with self.ranks.listening():
@@ -71,14 +76,14 @@ class GradientSum:
         return self._total
 
     def _arrived(self, place: int, _: Tensor) -> None:
-        """A gradient of that piece is complete."""
+        """Notes that a gradient of a piece is complete, and sends the pieces that can go."""
         if self._missing:
             self._missing[place] -= 1
             while self._left < len(self._pieces) and self._missing[self._left] == 0:
                 self._send()
 
     def _send(self) -> None:
-        """Lets the next piece go. On a GPU the host does not wait, and a CUDA graph may capture it."""
+        """Starts the sum of the next piece. On a GPU the host does not wait, and a CUDA graph may capture it."""
         numbers = [parameter.grad for parameter in self._pieces[self._left] if parameter.grad is not None]
         self._left += 1
         if self._left == len(self._pieces):

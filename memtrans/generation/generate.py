@@ -50,8 +50,10 @@ def generate(
         prompt: one text, or a sequence of B: token ids (a tensor, an array or a list), bytes, or a string, read as its
             UTF-8 bytes. A tensor (B, P) is B texts. An empty text stands for the token `start`.
         tokens: how many to generate, at most.
-        temperature: divides the logits; 0 or less is greedy. top_k: draw among so many. top_p: among the fewest that
-            together have this probability. seed: of the draws; row b draws as seed + b would alone.
+        temperature: divides the logits; 0 or less is greedy.
+        top_k: draw among so many of the likeliest tokens. Default: all.
+        top_p: draw among the fewest likeliest tokens that together have this probability. Default: all.
+        seed: of the draws; row b draws as seed + b would alone.
         stop: a row that generates this token is finished; the rest of it is filled up with the token.
         start: what an empty text begins with. Default: the model's `clear_memories_on_sos_token_id`, or 0 without one.
         segment: N; give what the model was trained with.
@@ -103,8 +105,11 @@ def stream(
     the one before `stop`.
 
     Args:
-        decoder: its model is in `eval()` mode. tokens: at most so many. sampling: Default: `Sampling()`.
-        stop: as in `generate`. capture: on CUDA, replay the step as a captured graph.
+        decoder: its model is in `eval()` mode.
+        tokens: at most so many.
+        sampling: how they are chosen. Default: `Sampling()`.
+        stop: as in `generate`.
+        capture: on CUDA, replay the step as a captured graph.
     """
     sampling = sampling or Sampling()
     decoder.locate()

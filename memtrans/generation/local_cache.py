@@ -24,7 +24,13 @@ class LocalCache:
     """Local keys and values of one layer, for B documents that are read and continued.
 
     Args:
-        documents, kv_heads, width: B, G, D. cached: X. segment: N. dtype, device: of the storage.
+        documents: B.
+        kv_heads: G.
+        width: D.
+        cached: X.
+        segment: N.
+        dtype: of keys and values.
+        device: of keys and values.
     """
 
     def __init__(
@@ -60,7 +66,9 @@ class ReadingView(LocalView):
     """Some documents read a piece of text at one place: the new tokens are the last of the L local keys.
 
     Attributes:
-        rows: the documents, counted in the cache. position: of the first new token, from the segment's beginning.
+        cache: of the layer.
+        rows: the documents, counted in the cache.
+        position: of the first new token, from the segment's beginning.
         cached: how many XL tokens the documents have.
     """
 
@@ -73,9 +81,9 @@ class ReadingView(LocalView):
         cache = self.cache
         first, new = cache.cached - min(self.cached, cache.cached), cache.cached + self.position
         end = new + key.shape[2]
-        cache.keys[self.rows, :, new:end] = key.to(cache.keys.dtype)
+        cache.keys[self.rows, :, new:end] = key.to(cache.keys.dtype)  # (rows, G, N, D)
         cache.values[self.rows, :, new:end] = value.to(cache.values.dtype)
-        keys, values = cache.keys[self.rows, :, first:end], cache.values[self.rows, :, first:end]
+        keys, values = cache.keys[self.rows, :, first:end], cache.values[self.rows, :, first:end]  # (rows, G, L, D)
         return keys.to(key.dtype), values.to(value.dtype)
 
 
@@ -86,6 +94,7 @@ class WritingView(LocalView):
     A bias hides what lies behind the place.
 
     Attributes:
+        cache: of the layer.
         slot: (B, 1, 1, 1) int64, where the cache keeps the token of each document.
     """
 

@@ -28,6 +28,7 @@ from memtrans.memory.checks import (
     document_numbers,
     running_backward,
 )
+from memtrans.memory.files import check_configuration
 from memtrans.memory.ring import MemorySnapshot, Ring
 from memtrans.memory.sharded import ShardedRing
 from memtrans.memory.state import check_state, dtype_names, holds_nothing, memory_arguments, state_parts
@@ -383,6 +384,7 @@ class KNNMemory:
         """
         state, configuration = load_tensors(path, "memtrans.KNNMemory")
         keys, values, _ = state_parts(state)
+        check_configuration(configuration, keys)
         memory = cls(**{**memory_arguments(configuration, keys, values), **overrides}, device=device)
         memory.load_state_dict(state)
         return memory

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from memtrans.compatibility import UNUSED, warn_unused
+from memtrans.memory.files import check_configuration, check_layers
 from memtrans.memory.knn_memory import KNNMemory
 from memtrans.memory.state import memory_arguments
 from memtrans.storage import load_tensors, save_tensors
@@ -126,7 +127,8 @@ class KNNMemoryList(list[KNNMemory]):
         Raises ValueError when the file is damaged or holds something else, FileNotFoundError when there is none.
         """
         state, configuration = load_tensors(path, KIND)
-        layers = configuration.pop("layers")
+        layers = check_layers(configuration.pop("layers", None), state)
+        check_configuration(configuration, state["0.keys"])
         arguments = {**memory_arguments(configuration, state["0.keys"], state["0.values"]), **overrides}
         memories = cls(KNNMemory(**arguments, device=device) for _ in range(layers))
         memories.load_state_dict(state)

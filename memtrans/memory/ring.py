@@ -45,8 +45,13 @@ class Ring:
     """The slots of R memory rows on one device; see the module's docstring for its fields.
 
     Args:
-        rows: R. capacity: M. spare: S. dim: D.
-        key_dtype, value_dtype, device: of the storage.
+        rows: R.
+        capacity: M.
+        spare: S.
+        dim: D.
+        key_dtype: of the keys.
+        value_dtype: of the values.
+        device: of both.
         backend: passed to search, and to add where that backend implements it.
     """
 
@@ -134,8 +139,13 @@ class MemorySnapshot:
     the same neighbours and stores the same entries in the same slots.
 
     Attributes:
-        ring: the storage. rows: (B·G,) int64, the ring rows in scope. start, cursor: (R,) int64, as they stood.
-        keys, values: (R, M + S, D), to read; a ring that was laid out again since no longer holds all that this sees.
+        ring: the storage.
+        rows: (B·G,) int64, the ring rows in scope.
+        documents: B.
+        start: (R,) int64, as it stood.
+        cursor: (R,) int64, as it stood.
+        keys: (R, M + S, D), to read; a ring that was laid out again since no longer holds all that this sees.
+        values: (R, M + S, D), likewise.
         ticket: (R,) int64 on the host, the counts as they stood.
     """
 

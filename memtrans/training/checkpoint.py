@@ -1,13 +1,12 @@
 """Checkpoints: safetensors for tensors, JSON for everything else, nothing that executes when read.
 
-A checkpoint is a directory. `checkpoint.json` is the checkpoint: it names the tensor files that belong to it, with
-their SHA-256. A new checkpoint first writes tensor files of its own under new names and forces them to disk;
-renaming the new `checkpoint.json` over the old one is the one moment at which the new checkpoint takes the place of
-the old; files that no `checkpoint.json` names are then removed. So a kill or a full disk at any moment leaves a
-whole checkpoint.
+A checkpoint is a directory. Its `checkpoint.json`, the index, names the tensor files that belong to the checkpoint and
+their SHA-256. `save_checkpoint` writes tensor files under new names and forces them to disk, then renames a new index
+over the old one, then removes the files that the new index does not name. The renaming replaces the old checkpoint by
+the new one at once, so a kill or a full disk at any moment leaves one of them whole.
 
-Of several ranks each writes the tensors that it holds, in parts of its own (`part_name`), and the first one writes
-`checkpoint.json` when all have; they share the directory.
+Where several ranks share a run they share the directory too. Each rank writes its own tensors to files of its own
+(`part_name`); the first rank writes the index when all files are on disk.
 """
 
 from __future__ import annotations
@@ -38,7 +37,11 @@ Parts = Mapping[str, Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds: named parts of named tensors (`model`, `optimizer`, ...) and JSON values."""
+    """The content of a checkpoint.
+
+    Attributes:
+        parts: named tensors by part (`model`, `optimizer`, ...). values: what JSON can hold.
+    """
 
     parts: Parts
     values: dict[str, Any]
@@ -50,7 +53,7 @@ def exists(directory: str | Path) -> bool:
 
 
 def part_name(part: str, rank: int) -> str:
-    """Of the part that a rank writes of what each rank holds its own share of.
+    """The name under which a rank writes its rows of a part, such as `memories`, of which every rank holds some rows.
 
     >>> part_name("memories", 0), part_name("memories", 3)
     ('memories', 'memories.3')
@@ -62,11 +65,13 @@ def save_checkpoint(directory: str | Path, parts: Parts, values: Mapping[str, An
     """Writes a checkpoint in the place of the one that is there, if any.
 
     Args:
-        directory: made if missing. parts: tensors by part and name, each part a file; of several ranks each gives parts
-            of other names. values: anything that JSON holds; the first rank's count. ranks: that write together.
+        directory: where to write; it is made if it is missing.
+        parts: tensors by part and name. Each part becomes a file. Two ranks must not give parts of one name.
+        values: anything that JSON can hold. Those of the first rank are written.
+        ranks: the processes that write together.
 
     Raises:
-        OSError: the disk is full, or the like, on whatever rank; the previous checkpoint is whole.
+        OSError: a rank could not write, because the disk is full, say. The previous checkpoint is whole.
 
     >>> import tempfile, torch
     >>> with tempfile.TemporaryDirectory() as directory:
@@ -90,7 +95,7 @@ def save_checkpoint(directory: str | Path, parts: Parts, values: Mapping[str, An
 
 
 def _write_parts(directory: Path, parts: Parts) -> dict[str, dict[str, str]]:
-    """Writes files under names of their own; returns the name and the SHA-256 of each part's."""
+    """Writes each part to a new file; returns the name and the SHA-256 of the file of each part."""
     directory.mkdir(parents=True, exist_ok=True)
     files = {}
     for part, tensors in parts.items():
@@ -103,7 +108,7 @@ def _write_parts(directory: Path, parts: Parts) -> dict[str, dict[str, str]]:
 
 
 def _write_index(directory: Path, files: Mapping[str, Mapping[str, str]], values: Mapping[str, Any]) -> None:
-    """The moment at which the new checkpoint takes the place of the old one."""
+    """Replaces the index, and with it the checkpoint."""
     index = {"kind": KIND, "version": VERSION, "files": files, "values": dict(values)}
     index["sha256"] = _digest(index)
     write_atomically(directory / INDEX, (json.dumps(index, indent=1) + "\n").encode())
@@ -111,7 +116,7 @@ def _write_index(directory: Path, files: Mapping[str, Mapping[str, str]], values
 
 
 def require(checkpoint: Checkpoint, *values: str) -> Checkpoint:
-    """Returns the checkpoint, or raises ValueError when it lacks one of the named values."""
+    """Returns the checkpoint. Raises ValueError when it lacks one of the values named."""
     missing = [name for name in values if name not in checkpoint.values]
     if missing:
         raise ValueError(f"checkpoint must be a training run's, got one without {', '.join(missing)}")
@@ -123,7 +128,7 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Reads and verifies a checkpoint.
 
-    wanted: whether to read a part, told its name and the checkpoint's values. Default: all.
+    wanted: a function of a part's name and the checkpoint's values that says whether to read the part. Default: all.
 
     Raises:
         FileNotFoundError: there is none. ValueError: it is damaged, or something else.
@@ -171,7 +176,7 @@ def _read_index(path: Path) -> dict[str, Any]:
 
 
 def _is_file(file: Any) -> bool:
-    """Whether it is what an index says of a file in its own directory."""
+    """Whether an index's entry names a file in its own directory."""
     if not isinstance(file, dict) or not isinstance(file.get("name"), str) or not isinstance(file.get("sha256"), str):
         return False
     return Path(file["name"]).name == file["name"] and file["name"].endswith(".safetensors")
@@ -190,7 +195,7 @@ def _force_to_disk(directory: Path) -> None:
 
 
 def _remove_unnamed(directory: Path) -> None:
-    """Removes what earlier checkpoints, and interrupted ones, left behind."""
+    """Removes the files of earlier and of interrupted checkpoints."""
     if not exists(directory):
         named = set()
     else:

@@ -20,7 +20,7 @@ EVALUATED = "eval_bits_per_byte"  # the field that tells the line of an evaluati
 class Metrics:
     """Appends to a file; each line is in the file when `append` returns.
 
-    path: of the file. kept: False reads only, as ranks do whose run another one records.
+    path: of the file. kept: False makes `append` and `truncate` do nothing, on ranks whose run another one records.
     """
 
     def __init__(self, path: str | Path, kept: bool = True) -> None:

@@ -24,7 +24,7 @@ def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimize
         {"params": [p for p in parameters if id(p) in decayed], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
     ]
-    on_gpu = parameters[0].is_cuda and not is_sharded(parameters[0])  # spread parameters are never captured
+    on_gpu = parameters[0].is_cuda and not is_sharded(parameters[0])  # no graph captures sharded ones
     rate = torch.tensor(settings.learning_rate, device=parameters[0].device) if on_gpu else settings.learning_rate
     if settings.optimizer == "adafactor":
         return Adafactor(groups, lr=rate)

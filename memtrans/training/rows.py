@@ -1,7 +1,7 @@
-"""The rows of a batch as several ranks saved them, put together again for however many read them.
+"""A batch's rows in a checkpoint: a run may go on with another number of ranks than wrote it.
 
-A run of W ranks saves, for each rank, the memories and XL caches of the rows that it owns; a rank of another run takes
-those of its own rows out of them.
+Each rank of the saved run wrote the memories and XL caches of the rows that it owned. A rank of the resumed run picks
+its own rows out of those parts and puts them together.
 
 Shapes: B rows that are saved together, G key/value heads, entries: of the longest row, D head width.
 """
@@ -17,13 +17,13 @@ from torch import Tensor
 from memtrans.distributed.ranks import Ranks
 from memtrans.training.checkpoint import Parts, part_name
 
-ROW_PARTS = ("memories", "xl")  # what every rank saves of its own rows
+ROW_PARTS = ("memories", "xl")  # the parts of which each rank saves its own rows
 
 State = Mapping[str, Tensor]
 
 
 def overlapping(rows: range, batch: int, saved_by: int) -> list[int]:
-    """Which of the ranks of a saved run owned some of these rows.
+    """The ranks of a saved run that owned some of these rows.
 
     >>> overlapping(range(2, 6), batch=8, saved_by=4)
     [1, 2]

@@ -21,6 +21,7 @@ from memtrans.training.plot import plot_metrics
 from memtrans.training.progress import Progress
 from memtrans.training.reader import DocumentReader
 from memtrans.training.signals import Interruption, StoppedError
+from memtrans.training.step import compiles
 from memtrans.training.trainer import Trainer
 
 
@@ -74,6 +75,8 @@ class Run:
         trainer, settings = self.trainer, self.settings
         evaluation: dict[str, Any] = {}
         self._save()
+        if trainer.device.type == "cuda" and compiles(settings, trainer.reader):
+            self.progress.say("compiling the step, about 40 s, once")
         if trainer.step and self._is_due(settings.eval_every):
             evaluation = self._evaluate(interruption.check)
         while trainer.step < settings.steps:

@@ -93,7 +93,7 @@ def knn_search(
         cursor: (R,) int64, one past the last entry that a row holds.
         capacity: M, how many entries are visible at most.
         k: K, at least 1; may exceed what a row holds.
-        backend: one of `auto`, `reference`, `native`, `faiss`.
+        backend: one of `auto`, `reference`, `triton`, `native`, `faiss`.
 
     Returns:
         scores (B, H, N, K) float32 (float64 for float64 keys) and slots (B, H, N, K) int32, best first, then -inf, -1.

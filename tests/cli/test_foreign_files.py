@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers.tiny_runs import train, written_text
 
-from memtrans import MemorizingTransformer
+from memtrans import KNNMemory, KNNMemoryList, MemorizingTransformer
 from memtrans.cli.main import main
+from memtrans.storage import save_tensors
 from memtrans.training import checkpoint
 from memtrans.training.checkpoint import INDEX
 
@@ -194,6 +196,64 @@ def test_a_model_whose_file_is_none_or_nests_without_end_is_refused(
     else:
         place.write_text(DEEP)
     assert_refused(capsys, ["generate", "--checkpoint", str(model)], name)
+
+
+# ----------------------------------------------------------------------------------------------------------- memories
+
+
+def save_memories(path: Path, changed: dict[str, Any], state: dict[str, torch.Tensor] | None = None) -> None:
+    memories = MemorizingTransformer(**SMALL).create_knn_memories(batch_size=1, device="cpu")
+    configuration = {"layers": 1, **memories[0].configuration(), **changed}
+    left = {name: value for name, value in configuration.items() if value != "left out"}
+    save_tensors(path, {**memories.state_dict(), **(state or {})}, "memtrans.KNNMemoryList", left)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"layers": 10**9}, "layers must be as many as the file holds memories, 1, got 1000000000"),
+        ({"layers": "left out"}, "layers must be as many as the file holds memories, 1, got None"),
+        ({"num_indices": 10**9}, "the file must hold keys of 1000000000 rows, as it says, got shape (1, 0, 8)"),
+        ({"num_indices": "1"}, "num_indices must be of type int, got '1' in the file"),
+        ({"max_memories": True}, "max_memories must be of type int, got True in the file"),
+        ({"spare": 10**30}, "spare must be in [0, 9223372036854775808), got 10"),
+        ({"dtype": 32}, "dtype must be of type str | None, got 32 in the file"),
+        ({"dtype": "int3"}, "configuration must name dtypes of"),
+        ({"dim": "left out"}, "configuration must hold dim, got none"),
+        ({"device": "cpu"}, "configuration must hold dim, max_memories, num_indices, kv_heads, spare"),
+    ],
+)
+def test_memories_that_say_what_cannot_be_are_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: dict[str, Any], message: str
+) -> None:
+    save_memories(tmp_path / "memories", changed)
+    command = ["generate", "--checkpoint", str(model), "--memories", str(tmp_path / "memories")]
+    assert_refused(capsys, command, message)
+
+
+@pytest.mark.parametrize("state", [{"0.keys": torch.ones(1, 2, 8).long()}, {"0.lengths": torch.tensor([9])}])
+def test_memories_that_hold_what_cannot_be_are_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], state: dict[str, torch.Tensor]
+) -> None:
+    save_memories(tmp_path / "memories", {}, state)
+    command = ["generate", "--checkpoint", str(model), "--memories", str(tmp_path / "memories")]
+    assert_refused(capsys, command, next(iter(state)).partition(".")[2])
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "nested"])
+def test_a_memory_whose_file_is_none_is_refused(tmp_path: Path, kind: str) -> None:
+    place = tmp_path / "memory"
+    if kind == "pipe":
+        os.mkfifo(place)
+    elif kind == "device":
+        place.symlink_to("/dev/zero")
+    else:
+        save_tensors(place, {"keys": torch.zeros(1)}, "memtrans.KNNMemory", {})
+        header = json.dumps({"__metadata__": {"kind": "memtrans.KNNMemory", "configuration": DEEP}}).encode()
+        place.write_bytes(len(header).to_bytes(8, "little") + header)
+    for load in (KNNMemory.load, KNNMemoryList.load):
+        with pytest.raises(ValueError, match=r"path must (be a regular file|name a file)"):
+            load(place)
 
 
 # ------------------------------------------------------------------------------------------------------------ records

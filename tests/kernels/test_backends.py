@@ -76,7 +76,7 @@ def test_a_named_backend_that_cannot_run_says_why(nothing_compiled: None) -> Non
     ):
         knn_search(*SEARCH, capacity=8, k=4, backend="native")
     with pytest.raises(
-        RuntimeError, match="backend='triton' cannot run knn_search on cpu: triton does not implement it"
+        RuntimeError, match="backend='triton' cannot run knn_search on cpu: triton: Triton runs on CPU tensors only in"
     ):
         knn_search(*SEARCH, capacity=8, k=4, backend="triton")
 
@@ -94,12 +94,37 @@ def test_the_environment_stands_in_for_auto(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_plain_pytorch_on_a_gpu_is_announced_once(nothing_compiled: None, on_a_gpu: SimpleNamespace) -> None:
-    with pytest.warns(RuntimeWarning, match="knn_search runs in plain PyTorch, which is slow: native: the cuda module"):
-        resolve("knn_search", "auto", on_a_gpu)
+    wide = (on_a_gpu, SEARCH[1].double(), *SEARCH[2:], 8, 4)
+    slow = "which is slow: native: the cuda module .* not in float64. Mend one of these reasons, or pass backend="
+    with pytest.warns(RuntimeWarning, match=slow):
+        resolve("knn_search", "auto", *wide)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        resolve("knn_search", "auto", on_a_gpu)
-        resolve("knn_search", "reference", on_a_gpu)
+        resolve("knn_search", "auto", *wide)
+        resolve("knn_search", "reference", *wide)
+
+
+def test_any_gpu_searches_in_triton_where_the_compiled_module_is_missing(
+    nothing_compiled: None, on_a_gpu: SimpleNamespace
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for keys in (SEARCH[1], SEARCH[1].bfloat16(), SEARCH[1].float()):
+            found = resolve("knn_search", "auto", on_a_gpu, keys, *SEARCH[2:], 8, 4)
+            assert found.__module__ == "memtrans_kernels.impl.triton.knn_search"
+
+
+@pytest.mark.parametrize(
+    ("keys", "k", "reason"),
+    [
+        (torch.zeros(1, 8, 264), 4, "D and K must be at most 256, got 264 and 4"),
+        (torch.zeros(1, 8, 64), 257, "D and K must be at most 256, got 64 and 257"),
+        (torch.zeros(1, 64, 8).transpose(1, 2), 4, "keys must be contiguous, as `keys.contiguous()` is"),
+        (torch.zeros(1, 8, 64).double(), 4, "it computes in float32, not in float64"),
+    ],
+)
+def test_what_the_triton_search_does_not_take_is_a_reason(keys: torch.Tensor, k: int, reason: str) -> None:
+    assert backends._unfit_for_triton_search(SEARCH[0], keys, *SEARCH[2:], 8, k) == reason
 
 
 def test_a_cpu_without_the_extension_says_so_once_with_the_command_that_mends_it(nothing_compiled: None) -> None:

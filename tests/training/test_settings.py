@@ -77,3 +77,30 @@ def test_the_seed_determines_the_weights():
     torch.manual_seed(3)
     second = build_model(Settings())
     assert all(torch.equal(left, right) for left, right in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_the_choices_are_those_of_what_they_choose():
+    from memtrans.annotations import kind_of
+    from memtrans.knn_attention import COMBINATIONS
+    from memtrans.training.settings import hints
+
+    assert kind_of(hints()["combine"]).choices == COMBINATIONS
+    assert all(hasattr(torch, name) for name in kind_of(hints()["dtype"]).choices)
+    for optimizer in kind_of(hints()["optimizer"]).choices:
+        assert Settings(optimizer=optimizer).optimizer == optimizer
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch": 2**17}, "batch must be at most 65536, got 131072"),
+        ({"batch": 2**9, "segments": 2**9}, "batch, segments and accumulate must make at most 65536 rows a step, got"),
+        ({"segment": 2**28, "batch": 8}, "segment must make at most 1073741824 tokens a step, got 2147483648"),
+        ({"layers": 10_001}, "layers must be at most 10000, got 10001"),
+        ({"memory": 2**63}, f"memory must be below {2**63}, got {2**63}"),
+        ({"clip": 10**400}, "clip must be below"),
+    ],
+)
+def test_sizes_that_no_machine_would_end_a_step_of_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**settings)

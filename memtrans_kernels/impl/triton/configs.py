@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from memtrans_kernels.impl.triton.targets import Target
+
 
 class Launch(NamedTuple):
     """Rows that one program handles at a time, and its warps."""
@@ -126,3 +128,135 @@ def attention_bias_gradient(itemsize: int, width: int) -> AttentionLaunch:
     at D 128, in 133 KB of shared memory, which few GPUs have."""
     block = 32 if itemsize > 2 else 64
     return AttentionLaunch(queries=block, keys=block, warps=4, stages=2 if itemsize == 2 and width <= 64 else 1)
+
+
+class SearchLaunch(NamedTuple):
+    """Of the search: how its steps are cut."""
+
+    queries: int  # of a program that computes maxima
+    keys: int  # of a tile
+    chunk: int  # columns of D that are multiplied together
+    warps: int
+    stages: int
+    run: int  # entries of which only the largest product is kept
+    scored: int  # keys of a tile that is scored again
+    scored_queries: int  # of so many queries
+    score_warps: int
+    score_stages: int
+    columns: int  # columns beside these keys, each a query: as few as tensor cores multiply
+    neighbours: int  # K up to a power of two
+    selected: int  # queries of a program that selects
+    held: int  # maxima of a query that one program holds
+    shown: bool  # whether a step of its own looks for what must not be found
+    precision: str  # "ieee", "three" products of tensor-float-32 parts, or "elements" in the interpreter
+    options: dict[str, int]  # of Triton's compiler for this vendor
+
+
+KNOWN_VENDORS = ("nvidia", "amd")
+SEARCH_MOST = 256  # D and K: a program holds a tile of keys, or the numbers it chooses from
+SEARCH_FAN = 8  # children of a run of a level beyond the second
+SEARCH_BLOCK = 128  # runs of a program that coarsens
+SEARCH_FEW_QUERIES = 64  # of a memory row: one program sees each key
+
+
+class SearchTile(NamedTuple):
+    """Queries and keys of a tile of products, warps, tiles in flight; the columns of D that are multiplied together."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    columns: int = 256
+
+
+# For each size of shared memory that targets have, in KB: the bytes of a key up to which a tile serves, and the tile.
+# 160 KB: H100, B=16 H=8 N=512 K=32, 64k entries, the maxima alone in ms. fp16, D 64: 1.34; with 3 stages 1.37, with 2
+# 1.86, 8 warps 1.88, 64 queries 1.47. D 128: 2.42 to 2.60; with 3 stages 2.76. float32, D 64: 7.2; 128 keys 8.3, 64
+# queries of 128 keys 13.4.
+SEARCH_TILES: dict[int, dict[tuple[int, int], SearchTile]] = {
+    160: {
+        (2, 128): SearchTile(128, 128, 4, 4),
+        (2, 256): SearchTile(128, 128, 8, 2),
+        (2, 512): SearchTile(64, 64, 4, 2),
+        (4, 256): SearchTile(128, 64, 8, 2),
+        (4, 1024): SearchTile(64, 64, 4, 1, columns=64),
+    },
+    99: {
+        (2, 128): SearchTile(64, 128, 4, 2),
+        (2, 256): SearchTile(64, 64, 4, 2),
+        (2, 512): SearchTile(64, 64, 4, 1, columns=128),
+        (4, 1024): SearchTile(64, 64, 4, 1, columns=64),
+    },
+    0: {
+        (2, 128): SearchTile(64, 128, 4, 2),
+        (2, 512): SearchTile(64, 64, 4, 1, columns=128),
+        (4, 1024): SearchTile(64, 64, 4, 1, columns=32),
+    },
+}
+
+
+SEARCH_INTERPRETED = SearchTile(16, 256, 1, 1, columns=64)  # few steps: the interpreter is slow at each, not at numbers
+
+
+def search_tile(target: Target, itemsize: int, width: int) -> SearchTile:
+    """The largest that fits; the smallest where nobody knows the GPU."""
+    if target.vendor == "interpreter":
+        return SEARCH_INTERPRETED
+    room = target.shared_memory // 1024 if target.vendor in KNOWN_VENDORS else 0
+    tiles = next(tiles for least, tiles in SEARCH_TILES.items() if room >= least)
+    return next(tile for (size, most), tile in tiles.items() if size == itemsize and width * itemsize <= most)
+
+
+def search(
+    target: Target, itemsize: int, width: int, capacity: int, neighbours: int, queries_of_row: int
+) -> SearchLaunch:
+    """Runs of 16 halve what the maxima write, those of 8 what is scored again: H100, D 64, 2.3 ms against 2.5 with 64k
+    entries, 0.97 against 0.83 with 8k; D 128, 64k, 4.1 against 3.8.
+
+    One warp scores a tile quickest (0.55 ms; four 0.59, without a second tile in flight 0.71), but on a GPU that has
+    another unit for products of large tiles, four must, or their bits differ.
+    """
+    tile = search_tile(target, itemsize, width)
+    few = queries_of_row <= SEARCH_FEW_QUERIES
+    interpreted = target.vendor == "interpreter"
+    large_only = target.vendor == "nvidia" and target.architecture // 10 in (10, 11)
+    thin = itemsize == 2 and not large_only
+    return SearchLaunch(
+        queries=min(tile.queries, 64) if few else tile.queries,
+        keys=tile.keys,
+        chunk=min(power_of_two(max(width, 16)), tile.columns),
+        warps=min(tile.warps, 4) if few else tile.warps,
+        stages=tile.stages,
+        run=16 if width * itemsize <= 128 and capacity > 16384 and tile.keys >= 128 else 8,
+        scored=1024 if interpreted else 64 if thin else 128,
+        scored_queries=8 if interpreted else 1,
+        score_warps=(1 if width <= 64 else 2) if thin else 4,
+        score_stages=min(tile.stages, 2),
+        columns=16 if target.vendor == "amd" or large_only else 8,
+        neighbours=max(16, power_of_two(neighbours)),
+        selected=16 if interpreted else 1,
+        held=512,
+        shown=not few,
+        precision=search_precision(target, itemsize, width),
+        options={"matrix_instr_nonkdim": 16} if target.vendor == "amd" else {},
+    )
+
+
+def search_precision(target: Target, itemsize: int, width: int) -> str:
+    """Three products lose up to eight units in the last place of each, one float32 accumulation D + 2 of them."""
+    if target.vendor == "interpreter":
+        return "elements"
+    return (
+        "three" if itemsize == 4 and width > 16 and target.vendor == "nvidia" and target.architecture >= 80 else "ieee"
+    )
+
+
+def search_splits(target: Target, blocks: int, tiles: int) -> int:
+    """Programs that share the tiles of a block of queries: about eight rounds of all multiprocessors."""
+    wanted = -(-8 * target.multiprocessors // blocks)
+    return power_of_two(max(1, min(wanted, tiles // 4)))
+
+
+def selection_warps(held: int) -> int:
+    """One warp a query needs no barriers; 32 numbers a lane are in registers."""
+    return max(1, min(8, held // 1024))

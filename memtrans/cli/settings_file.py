@@ -1,0 +1,57 @@
+"""Settings in a file: TOML or JSON, read for `train --config` and written by `presets NAME`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from memtrans.training.settings import Settings
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """The settings that a file has, by name; dashes in a name are as good as underscores.
+
+    Raises:
+        ValueError: neither .toml nor .json, not the language that its name promises, or a name that is no setting.
+        OSError: it cannot be read.
+    """
+    if file.suffix not in (".toml", ".json"):
+        raise ValueError(f"--config must end in .toml or .json, got {file}")
+    text = file.read_text(encoding="utf-8")
+    try:
+        values = json.loads(text) if file.suffix == ".json" else _toml(text)
+    except ValueError as error:  # of both languages
+        raise ValueError(f"--config {file} is no {file.suffix[1:].upper()}: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {file} must hold names with values, got {type(values).__name__}")
+    names = {field.name for field in dataclasses.fields(Settings)}
+    values = {name.replace("-", "_"): value for name, value in values.items()}
+    if unknown := sorted(values.keys() - names):
+        raise ValueError(f"--config {file} has {unknown[0]}, which is no setting: `presets demo` prints all of them")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def written(settings: Settings) -> str:
+    """`settings` in TOML, each with what it means; what is None is left out, for TOML has no word for it.
+
+    >>> written(Settings()).splitlines()[3]
+    'window_segments = 5  # segments of a window, with --windows'
+    """
+    lines = []
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        value = list(value) if isinstance(value, tuple) else value
+        start = f"# {field.name} is not set" if value is None else f"{field.name} = {json.dumps(value)}"
+        lines.append(f"{start}  # {field.metadata['help']}")
+    return "\n".join(lines)
+
+
+def _toml(text: str) -> Any:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    return tomllib.loads(text)
