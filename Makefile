@@ -101,8 +101,9 @@ wheel: $(TESTS_READY) $(NVCC_READY)
 	  --exclude libc10.so --wheel-dir dist dist/*-linux_*.whl
 	rm dist/*-linux_*.whl
 
+OTHER_PYTHON ?= python3.12
 test-wheel: wheel
-	$(PYTHON_BIN) -m pytest tests/install/test_wheel.py
+	MEMTRANS_OTHER_PYTHON=$(OTHER_PYTHON) $(PYTHON_BIN) -m pytest tests/install/test_wheel.py
 
 # As a user has it; PyTorch is pinned here and in pip's build environment alike.
 PINNED = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
