@@ -1,6 +1,6 @@
 # The project's verbs. The first one to run sets up .venv; later ones start at once.
 #
-#   make demo        train a small model on real text and show what its memory retrieves
+#   make demo        what a memory is for: facts asked for later; then real text, and what it retrieves
 #   make test        every test but the slow ones and those that need a GPU
 #   make test-slow   the slow ones
 #   make test-gpu    those that need a GPU
@@ -12,6 +12,7 @@
 #   make check       lint, format, types, import directions, and whether the site can be built
 #   make docs        site/: README, docs/ and the reference, from the docstrings
 #   make check-cuda  compiles the CUDA code, without a GPU: no warnings, no new spills
+#   make test-wheel  that wheel in fresh environments of other PyTorch versions and Pythons
 #   make wheel       dist/: one wheel with the CPU and the CUDA module, and an sdist
 #   make bench       benchmarks
 #   make bench-against REF=48195b5 K=enwik8  those of them that K names, in rounds that alternate with that commit's
@@ -43,10 +44,11 @@ CSRC := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 FORMATTED = $(filter-out csrc/cuda/knn_search/%,$(CSRC))
 
 .PHONY: demo test test-slow test-gpu test-gpu-slow test-gpu-sanitizer check bench bench-against stations clean \
-  test-install test-plain test-torch check-cuda wheel docs
+  test-install test-plain test-torch check-cuda wheel test-wheel docs
 .DEFAULT_GOAL := test
 
 demo: $(PACKAGE_READY)
+	$(PYTHON_BIN) -m memtrans train --preset recall
 	$(PYTHON_BIN) -m memtrans train --preset demo
 
 # One thread a process: beside another process the threads of one wait for each other, and a test of 1 s took 19.
@@ -54,7 +56,7 @@ test: $(TESTS_READY)
 	OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu" $(TESTS)
 
 test-slow: $(TESTS_READY) $(NVCC_READY)
-	$(PYTHON_BIN) -m pytest -m "slow and not gpu"
+	$(PYTHON_BIN) -m pytest -m "slow and not gpu" --ignore tests/install/test_wheel.py
 
 test-gpu: $(TESTS_READY)
 	MEMTRANS_TEST_DEVICE=cuda $(PYTHON_BIN) -m pytest -m "(gpu or device) and not slow" \
@@ -98,6 +100,10 @@ wheel: $(TESTS_READY) $(NVCC_READY)
 	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PYTHON_BIN) -m auditwheel repair --plat $(PLATFORM) --exclude 'libtorch*.so' \
 	  --exclude libc10.so --wheel-dir dist dist/*-linux_*.whl
 	rm dist/*-linux_*.whl
+
+OTHER_PYTHON ?= python3.12
+test-wheel: wheel
+	MEMTRANS_OTHER_PYTHON=$(OTHER_PYTHON) $(PYTHON_BIN) -m pytest tests/install/test_wheel.py
 
 # As a user has it; PyTorch is pinned here and in pip's build environment alike.
 PINNED = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt

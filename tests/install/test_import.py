@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
 import memtrans
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 # Each takes from 0.2 to over a second.
 HEAVY = ("matplotlib", "sympy", "torch._dynamo", "torch._inductor", "tqdm", "transformers", "triton")
 
@@ -23,5 +24,10 @@ def test_importing_brings_no_compiler_and_no_plotting(module: str) -> None:
     assert not set(HEAVY) & set(json.loads(done.stdout))
 
 
-def test_the_version_is_that_of_the_installed_package() -> None:
-    assert memtrans.__version__ == version("memtrans")
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [("pyproject.toml", 'version = "{}"'), ("CITATION.cff", "version: {}"), ("CHANGELOG.md", "## [{}]")],
+)
+def test_every_file_says_the_same_version(file: str, line: str) -> None:
+    lines = (REPOSITORY / file).read_text(encoding="utf-8").splitlines()
+    assert any(found.startswith(line.format(memtrans.__version__)) for found in lines)
