@@ -5,6 +5,7 @@ Layers are counted from 1.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -55,8 +56,8 @@ def architecture_of(arguments: Mapping[str, Any]) -> Architecture:
     """Checks the arguments of a `MemorizingTransformer`, but for those that its layers check, and fills in defaults.
 
     Raises:
-        ValueError, TypeError: a size that is no integer or too small, a rate outside [0, 1), a layer or token that does
-            not exist.
+        ValueError, TypeError: a size that is no integer or too small, a rate outside [0, 1), a token that is not in
+            the vocabulary.
     """
     of_memory = arguments["heads"] if arguments["knn_attn_heads"] is None else arguments["knn_attn_heads"]
     num_tokens, dim, depth = sizes(1, **{name: arguments[name] for name in ("num_tokens", "dim", "depth")})
@@ -92,13 +93,16 @@ def architecture_of(arguments: Mapping[str, Any]) -> Architecture:
 
 
 def layer_numbers(name: str, layers: int | Sequence[int] | None, default: Sequence[int], depth: int) -> tuple[int, ...]:
-    """Layer numbers in ascending order, each once; raises TypeError or ValueError where one is of no layer."""
+    """The numbers that are of layers, in ascending order, each once; raises TypeError where one is no integer.
+
+    Numbers of no layer are left out, with a warning: upstream passes over them in silence.
+    """
     given = default if layers is None else layers if isinstance(layers, Iterable) else (layers,)
     chosen = [checks.integer(name, layer) for layer in given]
     unknown = [layer for layer in chosen if not 1 <= layer <= depth]
     if unknown:
-        raise ValueError(f"{name} must name layers from 1 to depth={depth}, got {unknown}")
-    return tuple(sorted(set(chosen)))
+        warnings.warn(f"{name} must name layers from 1 to depth={depth}, got {unknown}: left out", stacklevel=4)
+    return tuple(sorted(set(chosen) - set(unknown)))
 
 
 def clearing_token(which: str, token_id: int | None, vocabulary: int) -> int | None:

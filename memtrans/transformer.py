@@ -96,8 +96,10 @@ class MemorizingTransformer(Pretrained):
         config: these arguments, as `save_pretrained` writes and `from_pretrained` reads them.
 
     Raises:
-        ValueError, TypeError: a size that is no integer or too small, a layer or token that does not exist, heads that
-            do not divide.
+        ValueError, TypeError: a size that is no integer or too small, a token that does not exist, heads that do not
+            divide.
+
+    Warns of layers that do not exist.
 
     >>> model = MemorizingTransformer(num_tokens=256, dim=32, depth=2, dim_head=8, heads=4, memorizing_layers=2)
     >>> memories = model.create_knn_memories(batch_size=1)

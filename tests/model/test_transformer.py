@@ -318,6 +318,9 @@ def test_an_option_out_of_range_is_refused(options, error, message):
         build(**options)
 
 
-def test_a_layer_that_does_not_exist_is_an_error_that_says_what_does():
-    with pytest.raises(ValueError, match=r"memorizing_layers must name layers from 1 to depth=4, got \[9\]"):
-        build(memorizing_layers=(2, 9))
+@pytest.mark.parametrize(("given", "left"), [((2, 9), (2,)), (9, ()), ((0, 3), (3,))])
+def test_22_3_layers_that_do_not_exist_are_left_out_with_a_warning_that_says_what_does(given, left):
+    with pytest.warns(UserWarning, match=r"memorizing_layers must name layers from 1 to depth=4, got \[(9|0)\]"):
+        model = build(memorizing_layers=given)
+    assert model.memorizing_layers == left
+    assert len(model.create_knn_memories(batch_size=1)) == len(left)
