@@ -60,7 +60,7 @@ def _signature(argument: Any) -> tuple[Any, ...]:
 
 
 class Letters:
-    """Binds the legend's shape letters to sizes, argument by argument, and refuses a size that disagrees.
+    """Binds the legend's shape letters to sizes, argument by argument; a size that disagrees raises ValueError.
 
     >>> import torch
     >>> letters = Letters()
@@ -92,13 +92,13 @@ class Letters:
 
 
 def groups(letters: Letters) -> None:
-    """Refuses rows that are not B·G, and query heads that are no multiple of G."""
+    """Raises ValueError unless the rows are B·G for some G, and the query heads H a multiple of G."""
     divides(letters["B"], "B", letters["B·G"], "the number of rows")
     divides(letters["B·G"] // letters["B"], "G", letters["H"], "the number of query heads")
 
 
 def writable(name: str, tensor: Tensor) -> None:
-    """Refuses what cannot be written in place: a gradient would not know of it, or one number stands in many places."""
+    """Raises ValueError if `tensor` cannot be written in place: it needs a gradient, or two numbers share a place."""
     if tensor.requires_grad:
         raise ValueError(f"{name} must not require a gradient, for it is written in place: give {name}.detach()")
     if not tensor.is_contiguous() and _overlaps(tensor):
@@ -120,13 +120,13 @@ def _overlaps(tensor: Tensor) -> bool:
 
 
 def few_slots(name: str, slots: int) -> None:
-    """Refuses rows of more slots, M + S, than kernels can number."""
+    """Raises ValueError if a row has more slots, M + S, than kernels can number."""
     if slots > MOST_SLOTS:
         raise ValueError(f"{name} must have at most {MOST_SLOTS} slots in a row, got {slots}")
 
 
 def tensors(**arguments: Any) -> None:
-    """Refuses what is no tensor: a list, an array of numpy."""
+    """Raises TypeError unless every argument is a tensor; a list or an array of NumPy is none."""
     for name, argument in arguments.items():
         if not isinstance(argument, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(argument).__name__}")
@@ -141,21 +141,21 @@ def _given(arguments: Mapping[str, Tensor | None]) -> Iterator[tuple[str, Tensor
 
 
 def floating(**arguments: Tensor | None) -> None:
-    """Refuses tensors that do not hold floating-point numbers; None is an argument that was not given."""
+    """Raises TypeError unless every tensor holds floating-point numbers; None stands for an argument not given."""
     for name, tensor in _given(arguments):
         if not tensor.dtype.is_floating_point:
             raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
 
 
 def typed(dtype: torch.dtype, **arguments: Tensor | None) -> None:
-    """Refuses tensors of another dtype than `dtype`."""
+    """Raises TypeError unless every tensor has this dtype; None stands for an argument not given."""
     for name, tensor in _given(arguments):
         if tensor.dtype != dtype:
             raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
 
 
 def same_device(device: torch.device, **arguments: Tensor | None) -> None:
-    """Refuses tensors that live on another device than `device`."""
+    """Raises ValueError unless every tensor is on this device; None stands for an argument not given."""
     for name, tensor in _given(arguments):
         if tensor.device != device:
             raise ValueError(f"{name} must be on {device} like the other tensors, got {tensor.device}")
@@ -167,7 +167,7 @@ def may_look(tensor: Tensor, validate: bool = False) -> bool:
 
 
 def within(name: str, tensor: Tensor | None, low: int, high: int | None = None) -> None:
-    """Refuses numbers outside [low, high], where values may be looked at; no `high`, no upper limit."""
+    """Raises ValueError if a number is outside [low, high], where `may_look` allows to look; `high` may be None."""
     if tensor is None or not may_look(tensor):
         return
     least, most = _range(tensor)
@@ -178,7 +178,7 @@ def within(name: str, tensor: Tensor | None, low: int, high: int | None = None) 
 
 
 def entries(name: str, tensor: Tensor | None) -> None:
-    """Refuses numbers of entries that no sum with a segment's length may be made of, where values may be looked at."""
+    """Raises ValueError if a number of entries is negative or above MOST_ENTRIES, where `may_look` allows to look."""
     within(name, tensor, 0)
     if tensor is not None and may_look(tensor) and (most := _range(tensor)[1]) > MOST_ENTRIES:
         raise ValueError(f"{name} must be at most 2^62 = {MOST_ENTRIES}, got {most}")
@@ -190,19 +190,19 @@ def _range(tensor: Tensor) -> tuple[int, int]:
 
 
 def distinct(name: str, tensor: Tensor) -> None:
-    """Refuses a number that comes twice, where values may be looked at."""
+    """Raises ValueError if a number comes twice, where `may_look` allows to look."""
     if may_look(tensor) and tensor.unique().numel() < tensor.numel():
         raise ValueError(f"{name} must be different numbers, got {tensor.tolist()}")
 
 
 def best_first(name: str, tensor: Tensor) -> None:
-    """Refuses a number larger than the one before it along the last axis, where values may be looked at."""
+    """Raises ValueError unless numbers fall along the last axis, where `may_look` allows to look."""
     if may_look(tensor) and bool((tensor[..., 1:] > tensor[..., :-1]).any()):
         raise ValueError(f"{name} must be best first along the last axis, got larger ones behind smaller ones")
 
 
 def integer(name: str, value: Any, low: int | None = None) -> int:
-    """The integer that `value` is, of whatever kind; refuses everything else, and what is below `low`.
+    """Returns `value` as an int. Raises TypeError if it is no integer, ValueError if it is below `low`.
 
     >>> integer("k", 3, low=1)
     3
@@ -230,20 +230,20 @@ def _index(name: str, value: Any) -> int:
 
 
 def probability(name: str, value: Any) -> None:
-    """Refuses what is no number in [0, 1)."""
+    """Raises ValueError unless `value` is a number in [0, 1)."""
     if not isinstance(value, Real) or not 0.0 <= float(value) < 1.0:
         raise ValueError(f"{name} must be in [0, 1), got {value!r}")
 
 
 def stored(**dtypes: torch.dtype | None) -> None:
-    """Refuses what a memory cannot store its entries as."""
+    """Raises TypeError unless a memory can store its entries in each of these dtypes."""
     for name, dtype in dtypes.items():
         if dtype is not None and dtype not in STORED:
             raise TypeError(f"{name} must be one of {', '.join(map(str, STORED))}, got {dtype!r}")
 
 
 def divides(divisor: int, divisor_name: str, number: int, number_name: str) -> None:
-    """Refuses a `number` that is no positive multiple of `divisor`.
+    """Raises ValueError unless `number` is a positive multiple of `divisor`.
 
     >>> divides(2, "G", 0, "H")
     Traceback (most recent call last):

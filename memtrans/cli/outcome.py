@@ -16,7 +16,8 @@ from memtrans.training.evaluate import NonFiniteLossError
 from memtrans.training.run import NotWrittenError
 from memtrans.training.signals import StoppedError
 
-NO_MEMORY = ("DefaultCPUAllocator", "Storage size calculation overflowed")
+# of host memory; the last is what the CPU library says
+NO_MEMORY = ("DefaultCPUAllocator", "Storage size calculation overflowed", "aten::new_empty")
 
 
 def outcome(verb: ModuleType, options: argparse.Namespace) -> int:

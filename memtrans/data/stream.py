@@ -85,6 +85,7 @@ class DocumentStream:
     Raises:
         ValueError: a size below 1.
 
+    >>> from memtrans.data.documents import InOrder
     >>> stream = DocumentStream(InOrder([Document.of("a", b"abcd")]), batch=1, segment=2)
     >>> first, second = stream.next(), stream.next()
     >>> bytes(first.labels[0].tolist()), second.labels.tolist(), second.lengths.tolist()

@@ -130,8 +130,9 @@ def test_out_must_not_be_a_file_nor_lie_in_one(tmp_path, text, capsys, below):
     assert Path(text).read_bytes() == before
 
 
-def test_sizes_that_no_machine_can_hold_end_with_one_line_and_status_1(tmp_path, text, capsys):
-    assert train(tmp_path / "run", "--data", text, "--memory", str(10**15)) == 1
+@pytest.mark.parametrize("option", ["--memory", "--neighbours", "--xl", "--vocabulary"])
+def test_sizes_that_no_machine_can_hold_end_with_one_line_and_status_1(tmp_path, text, capsys, option):
+    assert train(tmp_path / "run", "--data", text, option, str(10**15)) == 1
     error = capsys.readouterr().err
     assert "the device has too little memory for these sizes: " in error
     assert len(error.splitlines()) == 1

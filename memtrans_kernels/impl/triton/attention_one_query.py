@@ -86,7 +86,7 @@ def attend_to_keys_of_group(
 @triton.jit
 def store_state(acc, peak, total, out, lse, at, inside, unit, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
     """Writes softmax states, acc (BLOCK, D), as results number `at` (BLOCK,); lse times `unit`."""
-    total = tl.where(total > 0.0, total, 1.0)  # nothing to attend to: out is 0, lse is the peak, -inf
+    total = tl.where(total == 0.0, 1.0, total)  # nothing to attend to: out is 0, lse is the peak, -inf
     column = tl.arange(0, BLOCK_WIDTH)
     mask = inside[:, None] & (column < WIDTH)[None, :]
     tl.store(out + at[:, None] * WIDTH + column[None, :], (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
@@ -172,7 +172,7 @@ def merge_parts_kernel(
     peak = tl.max(of_part, axis=0)
     weights = tl.exp2(of_part - tl.where(peak == float("-inf"), 0.0, peak))
     total = tl.sum(weights, axis=0)
-    total = tl.where(total > 0.0, total, 1.0)  # nothing to attend to: out is 0, lse is the peak, -inf
+    total = tl.where(total == 0.0, 1.0, total)  # nothing to attend to: out is 0, lse is the peak, -inf
     merged = tl.sum(weights[:, None] * values, axis=0) / total
     tl.store(out + bh * WIDTH + column, merged.to(out.dtype.element_ty), mask=column < WIDTH)
     tl.store(lse + bh, (peak + tl.log2(total)) * LN2)

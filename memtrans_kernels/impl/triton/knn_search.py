@@ -2,7 +2,8 @@
 
     scores[b, h, n, :], slots[b, h, n, :] = the K best <query[b, h, n], key> over the visible slots of row rows[b·G + g]
 
-    query (B, H, N, D) · keys (R, M + S, D) · rows (B·G,) · start, cursor (R,) -> scores float32, slots int32 (B, H, N, K)
+    query (B, H, N, D) · keys (R, M + S, D) · rows (B·G,) · start, cursor (R,)
+    -> scores float32, slots int32 (B, H, N, K)
 
 Its work depends on the sizes alone, not on what the keys hold:
 
@@ -13,10 +14,10 @@ Its work depends on the sizes alone, not on what the keys hold:
     score     the products of K runs once more, bit for bit the same
     best      the K best of these
 
-Queries go in chunks, so that what is kept between the steps stays within WORKSPACE_BYTES. No number is read on the host.
+Queries go in chunks, so that what is kept between the steps stays within WORKSPACE_BYTES. The host reads no number.
 
-Source: Wu et al. 2022, section 3.1. Limits: keys float16, bfloat16 or float32, D and K up to 256. Precision: one float32
-accumulation; float32 keys by three products of tensor-float-32 parts on NVIDIA GPUs, never by one.
+Source: Wu et al. 2022, section 3.1. Limits: keys float16, bfloat16 or float32, D and K up to 256. Precision: one
+float32 accumulation; float32 keys by three products of tensor-float-32 parts on NVIDIA GPUs, never by one.
 """
 
 from __future__ import annotations

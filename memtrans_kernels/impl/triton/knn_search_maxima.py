@@ -5,8 +5,8 @@
 
 Entries are counted by age, from the oldest visible one on, so a run never wraps and older runs have smaller numbers.
 A program owns QUERIES queries of one memory row and one of SPLITS shares of its tiles of keys. `maxima` is laid out as
-(tiles, queries, KEYS / RUN), so that a program writes whole lines; `tops` is (queries, tiles). Within a tile keys are loaded
-in the order that leaves the products of a run in one thread of a tensor core's result: the columns 8j + c, whatever j.
+(tiles, queries, KEYS / RUN), so that a program writes whole lines; `tops` is (queries, tiles). Within a tile keys are
+loaded in the order that leaves a run's products in one thread of a tensor core's result: columns 8j + c, whatever j.
 
 What must not be found never counts: `shown` says it key by key where many programs share a tile, `whole` for a tile.
 Where one program sees a tile alone, it looks at the numbers itself. NaN is ignored by `tl.max`.

@@ -110,8 +110,8 @@ def knn_coarsen_kernel(
 
 @triton.jit(do_not_specialize=["stride"])
 def knn_best_kernel(
-    candidates, chosen, scores, slots, rows, start, cursor, first_query, queries, queries_of_row, size, capacity, stride,
-    RUN: tl.constexpr, K: tl.constexpr, LIST: tl.constexpr, BLOCK: tl.constexpr,
+    candidates, chosen, scores, slots, rows, start, cursor, first_query, queries, queries_of_row, size, capacity,
+    stride, RUN: tl.constexpr, K: tl.constexpr, LIST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """scores, slots (all queries, K), best first, older first among equals, then -inf and -1."""
     N: tl.constexpr = LIST * RUN

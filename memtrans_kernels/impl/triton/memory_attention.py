@@ -94,7 +94,7 @@ def memory_attention_kernel(
         WIDTH, BLOCK_WIDTH, BLOCK_KEYS, THRESHOLD,
     )  # fmt: skip
 
-    total = tl.where(total > 0.0, total, 1.0)  # nothing to attend to: out is 0, lse is the peak, -inf
+    total = tl.where(total == 0.0, 1.0, total)  # nothing to attend to: out is 0, lse is the peak, -inf
     acc *= (REST / total)[:, None]
     column = tl.arange(0, BLOCK_WIDTH)
     mask = inside[:, None] & (column < WIDTH)[None, :]
