@@ -11,6 +11,8 @@ from helpers.checks import MOST_SPILLED
 
 from building import backend, cuda
 
+pytestmark = pytest.mark.timeout(1200)  # a minute and a half of one core, which may have other work
+
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
