@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
 import subprocess
 from pathlib import Path
@@ -11,6 +10,8 @@ import pytest
 from helpers.checks import MOST_SPILLED
 
 from building import backend, cuda
+
+pytestmark = pytest.mark.timeout(1200)  # a minute and a half of one core, which may have other work
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +53,9 @@ def test_no_kernel_spills_more_than_it_did(built: tuple[Path, str]) -> None:
 
 @pytest.mark.slow
 def test_the_library_asks_for_no_cuda_runtime_of_its_own(built: tuple[Path, str]) -> None:
-    with pytest.raises(OSError, match=r"libtorch_cuda\.so|libc10\.so|libtorch"):  # which PyTorch brings, and only that
-        ctypes.CDLL(str(built[0]))
-    assert b"libcudart.so" not in built[0].read_bytes()
+    needed = set(re.findall(rb"lib\w+\.so[.\d]*", built[0].read_bytes()))
+    assert b"libtorch_cuda.so" in needed
+    assert not [name for name in needed if name.startswith(b"libcudart")]
 
 
 def test_spills_are_read_from_what_the_compiler_says() -> None:
