@@ -9,6 +9,7 @@
 #   make test-install   every way to install, each in a fresh environment; writes CONTRIBUTING.md's table
 #   make test-plain     `pip install .` in a fresh environment: the extension has to be live
 #   make test-torch TORCH=2.10.0   the suite in a fresh environment of another PyTorch
+#   make test-targets  Triton kernels compiled for GPUs that are not here
 #   make check       lint, format, types, import directions, and whether the site can be built
 #   make docs        site/: README, docs/ and the reference, from the docstrings
 #   make check-cuda  compiles the CUDA code, without a GPU: no warnings, no new spills
@@ -43,7 +44,7 @@ endif
 CSRC := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 FORMATTED = $(filter-out csrc/cuda/knn_search/%,$(CSRC))
 
-.PHONY: demo test test-slow test-gpu test-gpu-slow test-gpu-sanitizer check bench bench-against stations clean \
+.PHONY: demo test test-slow test-gpu test-gpu-slow test-gpu-sanitizer test-targets check bench bench-against stations clean \
   test-install test-plain test-torch check-cuda wheel test-wheel docs
 .DEFAULT_GOAL := test
 
@@ -72,6 +73,10 @@ test-gpu-sanitizer: $(TESTS_READY)
 	for tool in memcheck racecheck; do MEMTRANS_TEST_DEVICE=cuda \
 	  compute-sanitizer --tool $$tool --target-processes all --error-exitcode 1 $(PYTHON_BIN) -m pytest -m "gpu or device" \
 	  -k "(every or writes or unit or picked) and not large and not reference" $(SANITIZED) || exit 1; done
+
+# Those of the search in float16, which `make test` runs too; all the others are `make test-slow`'s.
+test-targets: $(TESTS_READY)
+	$(PYTHON_BIN) -m pytest -n $(WORKERS) -m "not slow" tests/kernels/test_targets.py tests/kernels/test_search_configs.py
 
 check: $(TESTS_READY)
 	$(PYTHON_BIN) -m ruff check .

@@ -9,6 +9,7 @@ large matrix product or of a copy, whichever it is nearer to. A third word asks 
   outputs take · `tokens`: tokens a second of training · `against`: today's times beside another commit's (against.py)
 - `gain`: held-out bits per byte of memory_gain.py's runs · `start`, `run`: runs of the command line
 - `measured`, `held`, `scaled`: several GPUs (scaling.py)
+- `compiled`, `roofline`: what compilers say of GPUs that are not here, and what is calculated (portability.py)
 - `figures`: the README's five, each from a file of its own
 """
 
@@ -20,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import portability
 import scaling
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -239,6 +241,8 @@ KINDS: dict[str | None, Callable[[str, str], str]] = {
     "figures": lambda machine, op: figures_table(machine),
     "measured": lambda machine, op: scaling.measured_table(by_case(results(machine, op))),
     "held": lambda machine, op: scaling.memory_table(),
+    "compiled": lambda machine, op: portability.compiled_table(results(machine, op)),
+    "roofline": lambda machine, op: portability.roofline_table(),
     "scaled": lambda machine, op: scaling.throughput_table(by_case(results(machine, op))),
 }
 

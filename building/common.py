@@ -8,11 +8,13 @@ import shutil
 from pathlib import Path
 
 try:
+    from torch import version
     from torch.utils import cpp_extension
 
-    torch_missing = ""
+    torch_missing, torch_cuda = "", version.cuda
 except Exception as error:  # a broken PyTorch fails in many ways, and none of them may stop the installation
     torch_missing = f"PyTorch could not be imported during installation ({error}): without --no-build-isolation it can"
+    torch_cuda = None
 
 ROOT = Path(__file__).resolve().parents[1]
 # LibTorch's stable ABI as of 2.10: one build works with every later PyTorch (and, through abi3, every Python >= 3.10).

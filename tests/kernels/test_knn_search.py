@@ -23,8 +23,10 @@ pytestmark = pytest.mark.device
 # The Hopper search takes few widths and dtypes, Faiss on a GPU finite keys only: they have tests of their own.
 BACKENDS = [backend for backend in live_backends("knn_search") if DEVICE == "cpu" or backend not in ("native", "faiss")]
 ORDERED = [backend for backend in BACKENDS if backend != "faiss"]  # exempt from the order of equal keys and from bits
-# Launches of a few microseconds' work take the time on a GPU, and every step of a kernel in Triton's interpreter.
-EXAMPLES = 100 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1" else 10
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # where every step of a kernel takes milliseconds
+# Launches of a few microseconds' work take the time on a GPU.
+EXAMPLES = 100 if DEVICE == "cpu" and not INTERPRETED else 10
+COUNTS, LENGTHS = ([0, 4, 10, 100], [1, 5]) if INTERPRETED else ([0, 1, 3, 4, 5, 8, 9, 10, 11, 100], [1, 2, 5, 64])
 COMPILED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DTYPES = (*COMPILED_DTYPES, torch.float64)
 NAN = float("nan")
@@ -83,7 +85,7 @@ def test_random_searches_are_exact(backend: str, data: st.DataObject) -> None:
 
 
 @on_every_backend
-@pytest.mark.parametrize("count", [0, 1, 3, 4, 5, 8, 9, 10, 11, 100])
+@pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("spare", [0, 3])
 @pytest.mark.parametrize("start", [0, 2])
 def test_lengths_around_k_around_m_and_just_wrapped(backend: str, count: int, spare: int, start: int) -> None:
@@ -111,7 +113,7 @@ def test_a_cleared_row_shows_only_what_came_after(backend: str) -> None:
 
 @on_ordered_backends
 @pytest.mark.parametrize("width", [1, 3, 17, 64, 128])
-@pytest.mark.parametrize("length", [1, 2, 5, 64])
+@pytest.mark.parametrize("length", LENGTHS)
 def test_equal_keys_have_equal_scores_and_come_older_first(backend: str, width: int, length: int) -> None:
     """However a product of matrices rounds at the edges of its tiles. Five different keys, 257 entries."""
     generator = seeded(width)
@@ -152,8 +154,12 @@ def test_a_score_that_is_not_a_number_is_never_retrieved(backend: str) -> None:
     """Two products that overflow to opposite infinities, between finite keys."""
     held = memory([(0, torch.tensor([[1e30, 1e30], [1.0, 1.0]]))], capacity=2)
     scores, slots = search(torch.tensor([[[[1e30, -1e30]]]]), held, 2, backend)
-    assert slots.flatten().tolist() == [1, -1]
-    assert scores.flatten().tolist()[1] == -INF
+    assert not scores.isnan().any()
+    if scores[0, 0, 0, 0] == INF:  # a fused multiply-add stays at the first infinity: its product never overflows
+        assert slots.flatten().tolist() == [0, 1]
+    else:
+        assert slots.flatten().tolist() == [1, -1]
+        assert scores.flatten().tolist()[1] == -INF
 
 
 @on_ordered_backends
@@ -167,7 +173,7 @@ def test_zero_scores_of_either_sign_tie(backend: str) -> None:
 @on_every_backend
 def test_the_same_inputs_give_the_same_bits(backend: str) -> None:
     held = memory([(0, torch.randn(300, 24, generator=seeded(0)))] * 2, capacity=200)
-    query = torch.randn(2, 4, 33, 24, generator=seeded(1))
+    query = torch.randn(2, 4, 3 if INTERPRETED else 33, 24, generator=seeded(1))
     first, again = search(query, held, 16, backend), search(query.clone(), held, 16, backend)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 

@@ -17,6 +17,7 @@ TESTS = Path(__file__).parent
 MODULES = [  # those that take longest first
     "test_memory_attention_backward.py",
     "test_memory_attention_drawn.py",
+    "test_knn_search.py",
     "test_knn_merge.py",
     "test_memory_attention.py",
     "test_knn_add.py",
