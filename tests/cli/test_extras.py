@@ -16,9 +16,9 @@ from memtrans import MemorizingTransformer, generate
 
 pytestmark = pytest.mark.cpu
 
-# Nothing that is installed here but torch (with what it needs itself), einops, numpy and safetensors.
+# Nothing that is installed here but torch (with what it needs itself), numpy and safetensors.
 WITHOUT_EXTRAS = "import sys; sys.modules.update(dict.fromkeys({blocked!r}))\n{then}"
-BLOCKED = ("matplotlib", "tqdm", "huggingface_hub", "transformers", "triton", "faiss", "pandas", "scipy")
+BLOCKED = ("einops", "matplotlib", "tqdm", "huggingface_hub", "transformers", "triton", "faiss", "pandas", "scipy")
 
 
 def ended(then: str, *arguments: str) -> subprocess.CompletedProcess[str]:

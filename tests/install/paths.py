@@ -101,7 +101,7 @@ def no_compiler(place: Place) -> None:
 def no_network(place: Place) -> None:
     """Everything that it needs is there already."""
     place.with_build_tools()
-    place.pip("einops", "safetensors", "tqdm", "matplotlib")
+    place.pip("safetensors")
     place.pip("--no-build-isolation", "--no-index", place.source, PIP_NO_INDEX="1", PIP_FIND_LINKS="")
 
 
