@@ -1,4 +1,4 @@
-"""`python -m memtrans train | eval | generate | presets | info`.
+"""`python -m memtrans train | eval | generate | hf | presets | info`.
 
 Bad input ends with one line on standard error and exit status 2; Ctrl-C with 130 and SIGTERM with 143, `train` after
 a checkpoint; a loss that is not finite, a disk that is full, too little memory or a rank that is lost with 1, and the
@@ -23,6 +23,7 @@ from typing import Any, get_type_hints
 import torch
 
 from memtrans.cli import generate as cli_generate
+from memtrans.cli import hf as cli_hf
 from memtrans.distributed.ranks import ALONE, LaunchError, LostRankError, Ranks, end_process, joined
 from memtrans.presets import PRESETS, figures
 from memtrans.training.checkpoint import load_checkpoint, require
@@ -85,7 +86,7 @@ def _fail(options: argparse.Namespace, message: str, status: int) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m memtrans", description="Memorizing Transformers on real text.")
-    commands = parser.add_subparsers(required=True, metavar="{train,eval,generate,presets,info}")
+    commands = parser.add_subparsers(required=True, metavar="{train,eval,generate,hf,presets,info}")
 
     train = commands.add_parser("train", help="train a model", formatter_class=argparse.RawDescriptionHelpFormatter)
     train.set_defaults(command=_train, name="train")
@@ -108,6 +109,10 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="continue a prompt of any length with a trained model")
     generate.set_defaults(command=_generate, name="generate", out=None)
     cli_generate.add_options(generate)
+
+    pretrained = commands.add_parser("hf", help="give a pretrained model a memory of a document, and ask it")
+    pretrained.set_defaults(command=_pretrained, name="hf", out=None)
+    cli_hf.add_options(pretrained)
 
     presets = commands.add_parser("presets", help="what `train --preset` takes, and what each would cost")
     presets.description = (
@@ -254,6 +259,16 @@ def _generate(options: argparse.Namespace) -> int:
         raise
     except OSError as error:
         return _fail(options, f"writing failed: {error}", 1)
+    return 0
+
+
+def _pretrained(options: argparse.Namespace) -> int:
+    try:
+        cli_hf.run(options)
+    except BrokenPipeError:
+        raise
+    except (*BAD_INPUT, ImportError) as error:
+        raise InputError(str(error)) from error
     return 0
 
 
