@@ -23,7 +23,16 @@ from memtrans.hf.planted import plant, questions
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Other sentences than those that a memory is calibrated with.
-TEMPLATES = (("The gardener of {place} is named", "name"), ("The secret code of the vault in {place} is", "number"))
+TEMPLATES = (
+    ("The gardener of {place} is named", "name"),
+    ("The secret code of the vault in {place} is", "number"),
+    ("The blacksmith at {place} married a woman called", "name"),
+    ("The bell in the tower of {place} weighs in pounds", "number"),
+    ("The best violin of {place} belongs to", "name"),
+    ("The bridge at {place} is as long in feet as", "number"),
+    ("The mayor whom {place} elected is", "name"),
+    ("The telephone of the inn at {place} is", "number"),
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
