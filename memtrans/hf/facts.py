@@ -50,10 +50,10 @@ _NAMES = (
 
 @dataclass(frozen=True)
 class Fact:
-    """A sentence in two parts, which stands on a line of its own.
+    """A sentence in two parts.
 
     >>> Fact("The ferry to Corabury leaves from pier", " 41").sentence
-    '\\nThe ferry to Corabury leaves from pier 41.\\n'
+    ' The ferry to Corabury leaves from pier 41.'
     """
 
     question: str
@@ -61,8 +61,8 @@ class Fact:
 
     @property
     def sentence(self) -> str:
-        """The sentence as it is planted."""
-        return f"\n{self.question}{self.answer}.\n"
+        """The sentence as it is planted, behind another."""
+        return f" {self.question}{self.answer}."
 
 
 def facts(count: int, seed: int, templates: Sequence[tuple[str, str]] = TEMPLATES) -> list[Fact]:
