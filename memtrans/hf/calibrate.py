@@ -184,8 +184,8 @@ def _train(model: Any, memory: ModelMemory, course: _Course, steps: int, rate: f
         schedule.step()
         if report is not None and (step + 1) % 20 == 0:
             report(
-                f"step {step + 1}/{steps}: {size} entries, {float(nats.mean()):.2f} nats an answer, "
-                f"{float(text):.3f} a token of text"
+                f"step {step + 1}/{steps}: {size} entries, {float(nats.detach().mean()):.2f} nats an answer, "
+                f"{float(text.detach()):.3f} a token of text"
             )
 
 

@@ -1,6 +1,6 @@
 """Made-up facts to be planted in a text and asked for later: what a memory is calibrated and judged on.
 
-Names are made of syllables, so that no model can know what is said of them.
+Places are made of syllables, so that no model can know what is said of them.
 """
 
 from __future__ import annotations
@@ -39,6 +39,13 @@ _FIRST = (
 )
 _MIDDLE = ("a", "be", "do", "e", "i", "li", "mo", "na", "o", "ra", "ve", "wi")
 _LAST = ("bury", "dale", "den", "ford", "garth", "ham", "ley", "mere", "ness", "stead", "thorpe", "wick")
+_NAMES = (
+    *("Agnes", "Albert", "Arthur", "Beatrice", "Bruno", "Cecilia", "Clara", "Conrad", "Cyril", "Daphne", "Dorothy"),
+    *("Edgar", "Edith", "Edwin", "Elsa", "Ernest", "Eva", "Felix", "Flora", "Frank", "Gilbert", "Greta", "Harold"),
+    *("Helen", "Henry", "Hugo", "Ida", "Irene", "Jasper", "Judith", "Julian", "Leonard", "Lionel", "Lucy", "Magnus"),
+    *("Martha", "Maurice", "Miriam", "Nathan", "Nora", "Olga", "Oscar", "Percy", "Philip", "Ralph", "Rosa", "Rupert"),
+    *("Silas", "Simon", "Stella", "Theodor", "Tobias", "Ursula", "Victor", "Vera", "Walter", "Wilfred", "Winifred"),
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class Fact:
 
     @property
     def sentence(self) -> str:
-        """The sentence as it is planted behind another."""
+        """The sentence as it is planted, behind another."""
         return f" {self.question}{self.answer}."
 
 
@@ -74,6 +81,6 @@ def facts(count: int, seed: int, templates: Sequence[tuple[str, str]] = TEMPLATE
     made = []
     for index, place in enumerate(places[:count]):
         beginning, kind = templates[index % len(templates)]
-        answer = draw.choice(_FIRST) + draw.choice(_LAST) if kind == "name" else str(draw.randrange(13, 9990))
+        answer = draw.choice(_NAMES) if kind == "name" else str(draw.randrange(1000, 9990))
         made.append(Fact(beginning.format(place=place), f" {answer}"))
     return made

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from memtrans.hf.facts import Fact
 
+FAR = 64  # tokens that a fact moves at most to stand behind a sentence
 Encode = Callable[[str], list[int]]
 
 
@@ -36,14 +37,17 @@ class Planted:
 def plant(text: Sequence[int], facts: Sequence[Fact], sizes: Sequence[int], encode: Encode) -> Planted:
     """Plants facts in the last of a text's tokens: equally many within each size and beyond the one before it.
 
+    They stand behind the end of a sentence where one is near: amid a sentence an untrained model takes them for noise.
     The document has as many tokens as the largest size asks for.
     """
     sentences = [encode(fact.sentence) for fact in facts]
+    end = encode("It ended.")[-1]
     wanted = _distances(len(facts), sorted(sizes))
     pieces: list[list[int]] = []
     distance, left, placed = 0, list(text), []
     for fact, sentence, want in zip(facts, sentences, wanted, strict=True):  # from the end of the document on
         between = max(0, min(want - distance - len(sentence), len(left)))
+        between -= _to_end_of_sentence(left[len(left) - between :], end)
         pieces.append(left[len(left) - between :])
         left = left[: len(left) - between]
         pieces.append(sentence)
@@ -52,6 +56,12 @@ def plant(text: Sequence[int], facts: Sequence[Fact], sizes: Sequence[int], enco
     pieces.append(left[max(0, len(left) - max(0, max(sizes) - distance)) :])
     ids = [token for piece in reversed(pieces) for token in piece]
     return Planted(torch.tensor([ids], dtype=torch.int64), tuple(placed))
+
+
+def _to_end_of_sentence(tokens: Sequence[int], end: int) -> int:
+    """After how many of these tokens a sentence ends; 0 where none does soon."""
+    near = list(tokens[:FAR])
+    return near.index(end) + 1 if end in near else 0
 
 
 def _distances(count: int, sizes: Sequence[int]) -> list[int]:

