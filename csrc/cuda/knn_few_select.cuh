@@ -13,7 +13,6 @@ constexpr int kSelectThreads = 512;  // of few_select
 constexpr int kSelectWarps = kSelectThreads / 32;
 constexpr int kSmallestSelection = 8192;  // slots that are worth a block of few_select
 constexpr int kHeldMaxima = 8;  // of a thread, in registers: those of 65,536 slots are read once, what is more twice
-constexpr int kBoundSlack = 8;  // values beyond K that may reach a bound: half of the steps to find it, and a tenth more groups
 constexpr int kListedGroups = 1024;  // groups that it lists at a time
 constexpr int kScoredGroups = 192;  // of those, groups whose slots it scores at a time: all of them, but for ties
 constexpr int kRankedEntries = WarpTopK::kCapacity;  // entries that are worth ranking by comparing all pairs

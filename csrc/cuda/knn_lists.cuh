@@ -6,29 +6,40 @@
 
 namespace memtrans {
 
-// Where the result of one query against one part goes.
+// Where the K best of one query go: to the outputs, or, as entries, to a place of their own where they are but those of a
+// part of the window.
 struct ScanResult {
   const ScanArguments& arguments;
   Window window;
   int64_t query;
   int part;
+  uint64_t* entries;  // null: the outputs
 
+  __device__ ScanResult(const ScanArguments& arguments, const Window& window, int64_t query, int part, uint64_t* entries = nullptr)
+      : arguments(arguments), window(window), query(query), part(part), entries(entries) {
+    if (entries == nullptr && arguments.parts > 1)
+      this->entries = arguments.entries + (query * arguments.parts + part) * arguments.k;
+  }
   __device__ void put(int rank, uint64_t entry) const {
-    if (arguments.parts > 1) {
-      arguments.entries[(query * arguments.parts + part) * arguments.k + rank] = entry;
+    if (entries != nullptr) {
+      entries[rank] = entry;
       return;
     }
     arguments.scores[query * arguments.k + rank] = entry ? entry_score(entry) : -INFINITY;
-    arguments.slots[query * arguments.k + rank] = entry ? window.slot(entry_age(entry)) : -1;
+    arguments.slots[query * arguments.k + rank] = entry ? window.slot(entry_age(entry) - window.offset) : -1;
   }
   __device__ void pad(int from) const {
     for (int rank = from + threadIdx.x % 32; rank < arguments.k; rank += 32) put(rank, 0);
   }
-  // The whole query, once: parts that were scored in different ways would order equal keys by how they were rounded.
+  // Leaves the query to knn_redo, in tiles of queries of the same stretch.
   __device__ void redo() const {
     if (threadIdx.x % 32 != 0) return;
-    if (arguments.parts > 1 && atomicExch(arguments.redo_claimed + query, 1u)) return;
-    arguments.redo[atomicAdd(arguments.redo_count, 1)] = static_cast<uint32_t>(query);
+    const uint32_t in_row = static_cast<uint32_t>(query % arguments.queries_per_row);
+    const uint32_t stretch = static_cast<uint32_t>(query / arguments.queries_per_row) * arguments.parts + part;
+    const uint32_t place = atomicAdd(arguments.redo_count + stretch, 1u);
+    arguments.redo[static_cast<int64_t>(stretch) * arguments.queries_per_row + place] = in_row;
+    if (place % arguments.redo_queries == 0)
+      arguments.redo_tile[atomicAdd(arguments.redo_tiles, 1u)] = {stretch, place / arguments.redo_queries};
   }
 };
 
@@ -45,7 +56,7 @@ struct ListSelection {
   struct Lists {
     const char* place;   // of the lane's first record; the next ones are 8 records on
     int count;           // records of the lane's list, less those before its first
-    float threshold;
+    float floor;         // scores below it do not count
 
     // Record i of the lane, or its first again where there is none: reading on past a list fetched lines from DRAM and drove
     // out written ones (d64-8k on an H100: 0.480 against 0.422 ms).
@@ -57,14 +68,12 @@ struct ListSelection {
     }
   };
 
-  // Any number of records, any ties, non-finite keys. Out of line, with everything by value: what it takes by address would
-  // live in memory on the common path too.
-  static __device__ __noinline__ void select_slowly(ListSelection self, Lists lists, ScanResult result) {
-    WarpTopK best(self.buffer, self.arguments.k);
+  // Offers all records to a selection: any number of them, any ties, non-finite keys.
+  __device__ void offer_all(const Lists& lists, WarpTopK& best) const {
     const auto offer = [&](float score, int slot) {
-      bool counted = score >= lists.threshold;
-      if (counted && score == INFINITY) counted = key_is_finite(self.keys + static_cast<int64_t>(slot) * dim, dim);
-      best.push(counted, make_entry(score, self.window.age(slot) + self.window.offset));
+      bool counted = score >= lists.floor;
+      if (counted && score == INFINITY) counted = key_is_finite(keys + static_cast<int64_t>(slot) * dim, dim);
+      best.push(counted, make_entry(score, window.age(slot) + window.offset));
     };
     for (int i = 0; __any_sync(kAllLanes, 8 * i < lists.count); ++i) {
       float4 record = lists.record(i);
@@ -73,31 +82,68 @@ struct ListSelection {
       offer(record.x, slot);
       offer(record.y, slot + 1);
     }
-    if (best.count < min(self.arguments.k, self.window.length) && lists.threshold > kLowest) return result.redo();
+  }
+
+  // Out of line, with everything by value: what it takes by address would live in memory on the common path too.
+  static __device__ __noinline__ void select_slowly(ListSelection self, Lists lists, ScanResult result) {
+    WarpTopK best(self.buffer, self.arguments.k);
+    self.offer_all(lists, best);
+    if (best.count < min(self.arguments.k, self.window.length) && lists.floor > kLowest) return result.redo();
     best.finish([&](int rank, uint64_t entry) { result.put(rank, entry); });
     result.pad(best.count);
   }
 
+  struct Shortened {
+    int count;        // entries that are left in the lists, dealt out to one after the other
+    float threshold;  // what a key that is scored later must reach
+    float floor;      // what the entries in the lists reach, and K of them if so many have been found
+  };
+
+  // Leaves the K best in the lists. Keys that are scored later are no older than next_age.
+  static __device__ __noinline__ Shortened shorten(ListSelection self, Lists lists, float threshold, int next_age) {
+    WarpTopK best(self.buffer, self.arguments.k);
+    self.offer_all(lists, best);
+    best.prune();
+    const int lane = threadIdx.x % 32;
+    char* const base = const_cast<char*>(lists.place) - (lane / 8 * kListBytes + lane % 8 * 16);
+    uint64_t worst = ~uint64_t{0};
+    for (int i = lane; i < best.count; i += 32) {
+      const uint64_t entry = self.buffer[i];
+      worst = min(worst, entry);
+      const int slot = self.window.slot(entry_age(entry) - self.window.offset);
+      const float score = entry_score(entry);
+      *reinterpret_cast<float4*>(base + i % 4 * kListBytes + i / 4 * 16) = {
+          slot % 2 ? -INFINITY : score, slot % 2 ? score : -INFINITY, __int_as_float(slot / 2), 0.0f};
+    }
+    __syncwarp();
+    if (best.count < self.arguments.k) return {best.count, threshold, lists.floor};
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) worst = min(worst, __shfl_xor_sync(kAllLanes, worst, offset));
+    const uint32_t score = static_cast<uint32_t>(worst >> 32);
+    const bool ties_lose = entry_age(worst) < next_age + self.window.offset && entry_score(worst) < INFINITY;
+    return {best.count, unsortable(score + ties_lose), unsortable(score)};
+  }
+
   // Up to kLoads records a lane, already loaded; reload() may overwrite them once the best are in shared memory.
   template <typename Reload>
-  __device__ void select(const Lists& lists, float4 (&records)[kLoads], const ScanResult& result, Reload reload) const {
+  __device__ void select(const Lists& lists, bool given_up, float4 (&records)[kLoads], const ScanResult& result,
+                         Reload reload) const {
     #pragma unroll
     for (int i = 0; i < kLoads; ++i) lists.hide_missing(records[i], i);
     int mine;  // the lane's scores from the bound up
-    const int found = reaching(records, lists.threshold, mine);
+    const int found = reaching(records, lists.floor, mine);
     const float largest = warp_largest(records);
-    const bool full = __any_sync(kAllLanes, lists.count + static_cast<int>(threadIdx.x % 8) >= kListFull);
     const bool hard = __any_sync(kAllLanes, lists.count > 8 * kLoads) || largest == INFINITY;
-    const bool is_short = !hard && found < min(arguments.k, window.length) && lists.threshold > kLowest;
+    const bool is_short = !hard && found < min(arguments.k, window.length) && lists.floor > kLowest;
     int kept = 0;
-    if (!full && !hard && !is_short) {
-      float bound = lists.threshold;
-      if (found > arguments.k) bound = kth_score(records, lists.threshold, largest, found, mine);
+    if (!given_up && !hard && !is_short) {
+      float bound = lists.floor;
+      if (found > arguments.k) bound = kth_score(records, lists.floor, largest, found, mine);
       kept = compact(records, bound, mine);
     }
     const Lists current = lists;
     reload();
-    if (full || is_short) result.redo();
+    if (given_up || is_short) result.redo();
     else if (hard || kept > kMostKept) select_slowly(*this, current, result);  // kept: ties
     else rank(kept, result);
   }
@@ -171,8 +217,8 @@ struct ListSelection {
 
   // A score that k records reach; more only where scores tie. The first guesses assume that counts fall exponentially.
   // `mine` are the lane's scores that reach it.
-  __device__ float kth_score(const float4 (&records)[kLoads], float threshold, float largest, int found, int& mine) const {
-    float low = threshold == kLowest ? warp_smallest(records) : threshold, high = largest;
+  __device__ float kth_score(const float4 (&records)[kLoads], float floor, float largest, int found, int& mine) const {
+    float low = floor == kLowest ? warp_smallest(records) : floor, high = largest;
     float at_low = static_cast<float>(found), at_high = 0.7f;
     const float k = static_cast<float>(arguments.k);
     for (int step = 0; step < 64; ++step) {

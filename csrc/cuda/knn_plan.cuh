@@ -9,11 +9,15 @@ constexpr int kScanTile = 128;           // keys of one stage
 constexpr int kSampleBlock = 8 * kScanTile;  // slots that one sample tile represents
 constexpr int kMaxima = 64;              // group maxima per query
 constexpr int kListRecords = 128;        // records of one thread's list for one query
-constexpr int kListFull = 123;           // a visit appends at most 4 records to a list
+constexpr int kTileRecords = 16;         // that one tile may append to it
+constexpr int kLongList = 96;            // records of a list that is shortened as soon as another one has no room for a tile
 constexpr int kListBytes = kListRecords * 16;
 constexpr int kListAlignment = 16 * 4 * kListBytes;  // the lists of a warp: no 4 GB boundary among them
 constexpr float kMostCandidates = 440;   // of a query, six deviations above the mean: what its lists hold
 constexpr int kUnsampledLength = 640;    // so few visible keys, and the rest of their tiles, fit the lists whole
+constexpr int kSampleBox = 16;           // sampled keys that lie 8 slots apart: a piece of a sample tile
+constexpr int kSampleBoxes = kScanTile / kSampleBox;
+constexpr int kMostShortened = 8;        // times that knn_scan shortens the lists of a query before it leaves it to knn_redo
 constexpr float kHitCost = 120.0f;     // of one candidate, in scanned keys
 
 struct ScanArguments {
@@ -25,11 +29,12 @@ struct ScanArguments {
   int32_t* slots;
   uint64_t* entries;    // (queries, parts, k), where there are several parts: few_merge makes scores and slots of them
   char* lists;          // kListAlignment-aligned; 4 lists a query, kQueries queries a block of the grid
-  uint32_t* redo_count;
-  uint32_t* redo;       // queries
-  uint32_t* redo_claimed;  // (queries,), where there are several parts: 1 for those on the list
-  uint32_t* redo_done;  // (kSpreadQueries,): parts of a redone query that are ready
-  uint64_t* redo_entries;  // (kSpreadQueries, kRedoParts, k)
+  uint32_t* redo_tiles; // how many tiles of queries knn_redo has to search
+  uint2* redo_tile;     // {stretch, number of the tile in it}; a stretch is a part of a row of the batch: row * parts + part
+  uint32_t* redo_count; // (row_count * parts,): queries that are searched again there
+  uint32_t* redo;       // (row_count * parts, queries_per_row): which ones of the row
+  uint32_t* redo_done;  // (blocks of the grid,): slices of a tile that are ready
+  uint64_t* redo_entries;  // (blocks of the grid, kQueries, k)
   int64_t row_count;
   int queries_per_row;
   int parts;            // pieces of a row's window, searched by different blocks
@@ -37,6 +42,14 @@ struct ScanArguments {
   int capacity;
   int k;
   int one;              // 1
+  int redo_queries;     // of a tile of knn_redo
+};
+
+// Shared memory of one consumer warp, which searches for 16 queries.
+struct alignas(16) WarpScratch {
+  uint64_t buffer[WarpTopK::kCapacity];
+  float floor[16];             // scores of the lists' entries below it do not count
+  unsigned char shortened[16]; // how often the lists of a query were shortened; more than allowed: given up
 };
 
 template <int dim>
@@ -50,7 +63,7 @@ struct ScanShape {
   static constexpr int kRowBytes = kColumns * 2;
   static constexpr int kQueryBytes = kQueries * dim * 2;
   static constexpr int kStageBytes = kScanTile * dim * 2;
-  static constexpr int kSelectBytes = 4 * kGroups * WarpTopK::kCapacity * 8;
+  static constexpr int kSelectBytes = 4 * kGroups * sizeof(WarpScratch);
   static constexpr int kStagesThatFit = (232448 - 1024 - 256 - kSelectBytes - kQueryBytes) / kStageBytes;
   static constexpr int kStages = kStagesThatFit < 6 ? kStagesThatFit : 6;
   static constexpr int kSharedBytes = 1024 + 256 + kSelectBytes + kQueryBytes + kStages * kStageBytes;
@@ -79,13 +92,13 @@ struct ScanJob {
   }
 };
 
-// What one block streams for one job: sample tiles, then tiles of all visible keys.
+// What one block streams for one job: sample tiles, if a sample was chosen, then tiles of all visible keys.
 struct ScanPlan {
   Window window;
-  int first_block, blocks, block_count, phase_bits, skip_bits, rank;  // the sample; rank 0: none
+  int first_block, blocks, block_count, phase_bits = 0, skip_bits = 0, rank = 0;  // the sample; rank 0: none
   int first_tile, tiles, tile_count;
 
-  __device__ ScanPlan(Window window, int k) : window(window) {
+  __device__ explicit ScanPlan(Window window) : window(window) {
     tile_count = (window.slots + kScanTile - 1) / kScanTile;
     first_tile = window.first / kScanTile;
     tiles = span(kScanTile, tile_count);
@@ -96,7 +109,6 @@ struct ScanPlan {
       first_block = first_block + 1 < block_count ? first_block + 1 : 0;
       blocks -= 2;
     }
-    choose_sample(k);
   }
 
   __device__ int span(int size, int count) const {
@@ -110,7 +122,6 @@ struct ScanPlan {
   // in the sample, which fall into so many distinct groups; rank is what that number reaches about once in a million queries
   // of independent keys (4.6 deviations and a little, within 1 of the exact number for K from 1 to 128).
   __device__ void choose_sample(int k) {
-    phase_bits = skip_bits = rank = 0;
     if (window.length <= kUnsampledLength) return;
     float best = 3e38f;
     const float covered = fminf(1.0f, static_cast<float>(blocks) * kSampleBlock / window.length);
@@ -136,16 +147,33 @@ struct ScanPlan {
     const int block = first_block + (i >> phase_bits << skip_bits);
     return block < block_count ? block : block - block_count;
   }
-  __device__ int sample_phase(int i) const { return (sample_block(i) * 5 + 3 + (i << (3 - phase_bits))) & 7; }
+  // Which of 8 slots a box of sample tile i takes, and where in the tile it goes: at random, so that no pattern among the
+  // keys is sampled more or less often than others, nor equal keys into one group again and again.
+  __device__ int sample_phase(int i, int box) const {
+    return (scrambled(sample_block(i) * kSampleBoxes + box) + (i << (3 - phase_bits))) & 7;
+  }
+  __device__ int sample_place(int i, int box) const { return (box + scrambled(~sample_block(i))) % kSampleBoxes; }
+  __device__ int box_at(int i, int place) const {
+    return (place + kSampleBoxes - scrambled(~sample_block(i))) % kSampleBoxes;
+  }
+  static __device__ int scrambled(int number) {  // 0 to 7
+    uint32_t bits = static_cast<uint32_t>(number) * 0x9E3779B1u;
+    bits = (bits ^ bits >> 15) * 0x85EBCA77u;
+    return static_cast<int>(bits >> 29);
+  }
   __device__ int tile_slot(int i) const {
     const int tile = first_tile + i;
     return (tile < tile_count ? tile : tile - tile_count) * kScanTile;
   }
-  // Are all of `count` slots from `slot` on, in steps of `step`, visible?
-  __device__ bool shows_all(int slot, int step, int limit) const {
-    const int span = step * (kScanTile - 1);
-    return slot + span < limit && window.age(slot) + span < window.length;
+  // Are all of `count` slots from `slot` on below the limit and visible?
+  __device__ bool shows_all(int slot, int count, int limit) const {
+    return slot + count <= limit && window.age(slot) + count <= window.length;
   }
+  // Tiles of which the window may hide a part: the first, the last, and the one at the end of the ring.
+  __device__ int ring_end() const { return tile_count - 1 - first_tile; }
+  __device__ bool is_edge(int tile) const { return tile == 0 || tile == tiles - 1 || tile == ring_end(); }
+  // The age of the oldest key of the tiles after `tile`, of which there are some.
+  __device__ int age_after(int tile) const { return window.age(tile_slot(tile + 1)); }
 };
 
 }  // namespace memtrans

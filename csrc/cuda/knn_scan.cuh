@@ -74,30 +74,90 @@ struct ScanConsumer {
     for (int i = 0; i < 32; ++i) maxima[i / 16][i % 16] = -INFINITY;
     const int limit = slot_count / 8 * 8;
     stream(plan.sample_tiles(), [&](const float(&scores)[64], int tile) {
-      const int slot = plan.sample_block(tile) * kSampleBlock + plan.sample_phase(tile);
-      if (plan.shows_all(slot, 8, limit)) take_maxima(scores, maxima);
-      else take_visible_maxima(scores, maxima, plan.window, slot, limit);
+      if (plan.shows_all(plan.sample_block(tile) * kSampleBlock, kSampleBlock, limit)) take_maxima(scores, maxima);
+      else take_visible_maxima(scores, maxima, plan, tile, limit);
     });
 #pragma unroll
     for (int e = 0; e < 2; ++e) threshold[e] = group_threshold(maxima[e], plan.rank);
   }
 
-  // Phase 2: all keys, into the thread's lists.
-  __device__ void collect(const ScanPlan& plan, const float (&threshold)[2], HitLists& hits) {
+  // Phase 2: all keys, into the thread's lists. make_room(tile) is called before a list is full.
+  template <typename MakeRoom>
+  __device__ void collect(const ScanPlan& plan, const float (&threshold)[2], HitLists& hits, MakeRoom make_room) {
     const bool positive = __all_sync(kAllLanes, threshold[0] > 0.0f && threshold[1] > 0.0f);
+    const int ring_end = plan.ring_end(), last = plan.tiles - 1;
     int pair = plan.first_tile * (kScanTile / 2) + threadIdx.x % 4;
-    int careful = 0;  // the next tile that needs care: the first, that at the end of the ring, the last; or each
+    int careful = 0;  // the next tile of which the window may hide a part
+    hits.set_room(0);
     stream(plan.tiles, [&](const float(&scores)[64], int tile) {
-      if (__all_sync(kAllLanes, tile != careful)) {
-        collect_hits(scores, threshold, hits, pair);
-      } else {
-        collect_carefully(scores, threshold, hits, pair, plan.window);
-        const int ring_end = plan.tile_count - 1 - plan.first_tile, last = plan.tiles - 1;
-        careful = !positive ? tile + 1 : tile < ring_end && ring_end < last ? ring_end : last;
+      if (__any_sync(kAllLanes, tile == careful)) {
+        collect_visible_hits(scores, threshold, hits, pair, plan.window);
+        careful = tile < ring_end && ring_end < last ? ring_end : last;
         if (tile == ring_end) pair = static_cast<int>(threadIdx.x % 4) - kScanTile / 2;
+      } else if (positive) {
+        collect_hits<true>(scores, threshold, hits, pair);
+      } else {
+        collect_hits<false>(scores, threshold, hits, pair);
       }
       pair += kScanTile / 2;
+      if (__any_sync(kAllLanes, hits.room < 0) && tile != last) make_room(tile);
     });
+  }
+};
+
+// A tile of keys from a slot on.
+template <int dim>
+__device__ void load_keys(uint32_t target, const CUtensorMap* map, uint32_t barrier, int slot, int row) {
+  using Shape = ScanShape<dim>;
+  for (int chunk = 0; chunk < Shape::kChunks; ++chunk)
+    load_tile_3d(target + chunk * kScanTile * Shape::kRowBytes, map, barrier, chunk * Shape::kColumns, slot, row);
+}
+
+// A tile of sampled keys, box by box.
+template <int dim>
+__device__ void load_sample(uint32_t target, const CUtensorMap* map, uint32_t barrier, const ScanPlan& plan, int tile, int row) {
+  using Shape = ScanShape<dim>;
+  const int first = plan.sample_block(tile) * kScanTile;
+  for (int box = 0; box < kSampleBoxes; ++box) {
+    const uint32_t place = target + plan.sample_place(tile, box) * kSampleBox * Shape::kRowBytes;
+    for (int chunk = 0; chunk < Shape::kChunks; ++chunk)
+      load_tile_4d(place + chunk * kScanTile * Shape::kRowBytes, map, barrier, chunk * Shape::kColumns,
+                   plan.sample_phase(tile, box), first + box * kSampleBox, row);
+  }
+}
+
+// A block's dynamic shared memory: queries | stages | a scratch for each warp | barriers. Tiles are 1024-byte aligned, as the
+// swizzle asks.
+template <int dim>
+struct ScanMemory {
+  using Shape = ScanShape<dim>;
+  char* shared;
+  uint32_t queries, stages, scratches, full, empty, query_full, query_empty;  // shared addresses
+
+  __device__ explicit ScanMemory(char* shared) : shared(shared) {
+    queries = (shared_address(shared) + 1023) & ~1023u;
+    stages = queries + Shape::kQueryBytes;
+    scratches = stages + Shape::kStages * Shape::kStageBytes;
+    full = scratches + Shape::kSelectBytes;
+    empty = full + 8 * Shape::kStages;
+    query_full = empty + 8 * Shape::kStages;
+    query_empty = query_full + 8;
+  }
+  __device__ void init_barriers() const {
+    if (threadIdx.x > 0) return;
+    for (int stage = 0; stage < Shape::kStages; ++stage) {
+      barrier_init(full + 8 * stage, 1);
+      barrier_init(empty + 8 * stage, 4 * Shape::kGroups);
+    }
+    barrier_init(query_full, 1);
+    barrier_init(query_empty, 4 * Shape::kGroups);
+    barrier_init_fence();
+  }
+  __device__ char* pointer(uint32_t address) const { return shared + (address - shared_address(shared)); }
+  __device__ WarpScratch* scratch() const { return reinterpret_cast<WarpScratch*>(pointer(scratches)) + threadIdx.x / 32; }
+  template <typename T>
+  __device__ ScanConsumer<T, dim> consumer(int group) const {
+    return {matrix_low_word(queries + group * (Shape::kQueryBytes / Shape::kGroups)), matrix_low_word(stages), full, empty, {}};
   }
 };
 
@@ -111,7 +171,8 @@ __device__ void produce(const CUtensorMap* query_map, const CUtensorMap* key_map
   const int64_t jobs = ScanJob::count(arguments, Shape::kQueries);
   for (int64_t number = blockIdx.x; number < jobs; number += gridDim.x, query_phase ^= 1) {
     const ScanJob job(arguments, number, Shape::kQueries);
-    const ScanPlan plan(job.window, arguments.k);
+    ScanPlan plan(job.window);
+    plan.choose_sample(arguments.k);
     const int query = static_cast<int>(job.index * arguments.queries_per_row + job.first_query);
     barrier_wait_idly(query_empty, query_phase);
     barrier_expect_bytes(query_full, Shape::kQueryBytes);
@@ -124,77 +185,134 @@ __device__ void produce(const CUtensorMap* query_map, const CUtensorMap* key_map
       const uint32_t target = stages + cursor.index() * Shape::kStageBytes, barrier = full + 8 * cursor.index();
       barrier_wait_idly(empty + 8 * cursor.index(), cursor.phase() ^ 1);
       barrier_expect_bytes(barrier, Shape::kStageBytes);
-      for (int chunk = 0; chunk < Shape::kChunks; ++chunk) {
-        const uint32_t part = target + chunk * kScanTile * Shape::kRowBytes;
-        if (i < sample_tiles)
-          load_tile_4d(part, sample_map, barrier, chunk * Shape::kColumns, plan.sample_phase(i),
-                       plan.sample_block(i) * kScanTile, job.row);
-        else
-          load_tile_3d(part, key_map, barrier, chunk * Shape::kColumns, plan.tile_slot(i - sample_tiles), job.row);
-      }
+      if (i < sample_tiles) load_sample<dim>(target, sample_map, barrier, plan, i, job.row);
+      else load_keys<dim>(target, key_map, barrier, plan.tile_slot(i - sample_tiles), job.row);
     }
   }
 }
 
-// Phase 3: a warp selects for its 16 queries, one after the other; the next one's records load while it ranks.
+// What a consumer warp knows about the lists of its 16 queries; query i of them belongs to lanes i % 8 * 4 and the next three,
+// as their first one (i < 8) or second one.
 template <typename T, int dim>
-__device__ void select_all(const ScanArguments& arguments, const ScanJob& job, const Window& window, const char* lists,
-                           const int (&records)[2], const float (&threshold)[2], uint64_t* buffer) {
+struct WarpLists {
   using Selection = ListSelection<T, dim>;
-  const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16;
-  const T* keys = static_cast<const T*>(arguments.keys) + static_cast<int64_t>(job.row) * arguments.slot_count * dim;
-  const Selection selection{arguments, window, keys, buffer};
-  const auto lists_of = [&](int i) {  // the lists of the warp's query i
-    typename Selection::Lists found;
-    found.place = lists + (static_cast<int64_t>(first + i) * 4 + lane / 8) * kListBytes + lane % 8 * 16;
-    found.count = __shfl_sync(kAllLanes, i < 8 ? records[0] : records[1], i % 8 * 4 + lane / 8) - lane % 8;
-    found.threshold = __shfl_sync(kAllLanes, i < 8 ? threshold[0] : threshold[1], i % 8 * 4);
-    return found;
-  };
-  const int queries = min(16, arguments.queries_per_row - job.first_query - first);
-  typename Selection::Lists current = lists_of(0);
-  float4 loaded[Selection::kLoads];
-  const auto load = [&] {
-#pragma unroll
-    for (int i = 0; i < Selection::kLoads; ++i) loaded[i] = current.record(i);
-  };
-  load();
-#pragma unroll 1
-  for (int i = 0; i < queries; ++i) {
-    const int64_t query = job.index * arguments.queries_per_row + job.first_query + first + i;
-    selection.select(current, loaded, {arguments, window, query, job.part}, [&] {
-      current = lists_of(min(i + 1, 15));
-      load();
-    });
+  Selection selection;
+  WarpScratch* scratch;
+  char* lists;  // of the warp's first query
+
+  __device__ WarpLists(const ScanArguments& arguments, const Window& window, int row, WarpScratch* scratch, char* lists)
+      : selection{arguments, window, static_cast<const T*>(arguments.keys) + static_cast<int64_t>(row) * arguments.slot_count * dim,
+                  scratch->buffer},
+        scratch(scratch), lists(lists) {}
+
+  __device__ HitLists open(const float (&threshold)[2]) const {
+    const int lane = threadIdx.x % 32;
+    const uint64_t own = reinterpret_cast<uint64_t>(lists) + lane * kListBytes;
+    if (lane < 16) scratch->shortened[lane] = 0;
+    if (lane % 4 == 0) {
+      scratch->floor[lane / 4] = threshold[0];
+      scratch->floor[lane / 4 + 8] = threshold[1];
+    }
+    __syncwarp();
+    return {{static_cast<uint32_t>(own), static_cast<uint32_t>(own) + 32 * kListBytes}, static_cast<uint32_t>(own >> 32),
+            selection.arguments.one};
   }
-  __syncwarp();
-}
+
+  // The lists of the warp's query i, of which each thread's two have so many records.
+  __device__ typename Selection::Lists of_query(int i, int first_length, int second_length) const {
+    const int lane = threadIdx.x % 32, length = __shfl_sync(kAllLanes, i < 8 ? first_length : second_length, i % 8 * 4 + lane / 8);
+    return {lists + (static_cast<int64_t>(i) * 4 + lane / 8) * kListBytes + lane % 8 * 16, length - lane % 8, scratch->floor[i]};
+  }
+
+  // Leaves their K best in the lists that are long, and raises their thresholds. A query whose lists were shortened more
+  // than `most` times collects no more.
+  __device__ void make_room(HitLists& hits, float (&threshold)[2], int next_age, int most) const {
+    int longest = hits.longest();
+    if (longest > kLongList) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int length = hits.length(e);
+        unsigned with_long = __ballot_sync(kAllLanes, length > kLongList);
+        while (with_long) {
+          const int quad = (__ffs(with_long) - 1) / 4;
+          with_long &= ~(0xFu << quad * 4);
+          const float old = __shfl_sync(kAllLanes, threshold[e], quad * 4);
+          const typename Selection::Shortened left = shorten(8 * e + quad, of_query(8 * e + quad, length, length), old, next_age, most);
+          const int lane = threadIdx.x % 32;
+          if (lane / 4 != quad) continue;
+          hits.next[e] = (hits.next[e] & ~(kListBytes - 1u)) + (left.count - lane % 4 + 3) / 4 * 16;
+          threshold[e] = left.threshold;
+        }
+      }
+      __syncwarp();
+      longest = hits.longest();
+    }
+    hits.set_room(longest);
+  }
+
+  __device__ typename Selection::Shortened shorten(int i, const typename Selection::Lists& found, float threshold, int next_age,
+                                                   int most) const {
+    typename Selection::Shortened left = Selection::shorten(selection, found, threshold, next_age);
+    const int times = min(scratch->shortened[i] + 1, 255);
+    if (times > most) left.threshold = INFINITY;
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) {
+      scratch->shortened[i] = static_cast<unsigned char>(times);
+      scratch->floor[i] = left.floor;
+    }
+    __syncwarp();
+    return left;
+  }
+
+  // Phase 3: selects for the first `queries`, one after the other; the next one's records load while it ranks.
+  // result_of(i): where the neighbours of query i go.
+  template <typename ResultOf>
+  __device__ void select_all(const HitLists& hits, int queries, int most, ResultOf result_of) const {
+    const int first_length = hits.length(0), second_length = hits.length(1);
+    typename Selection::Lists current = of_query(0, first_length, second_length);
+    float4 loaded[Selection::kLoads];
+    const auto load = [&] {
+#pragma unroll
+      for (int i = 0; i < Selection::kLoads; ++i) loaded[i] = current.record(i);
+    };
+    load();
+#pragma unroll 1
+    for (int i = 0; i < queries; ++i) {
+      selection.select(current, scratch->shortened[i] > most, loaded, result_of(i), [&] {
+        current = of_query(min(i + 1, 15), first_length, second_length);
+        load();
+      });
+    }
+    __syncwarp();
+  }
+};
 
 template <typename T, int dim>
-__device__ void consume(const ScanArguments& arguments, ScanConsumer<T, dim>& consumer, uint64_t* buffer, uint32_t query_full,
+__device__ void consume(const ScanArguments& arguments, ScanConsumer<T, dim>& consumer, WarpScratch* scratch, uint32_t query_full,
                         uint32_t query_empty) {
   using Shape = ScanShape<dim>;
   const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16;  // this warp's first query in the block
-  char* const lists = arguments.lists + static_cast<int64_t>(blockIdx.x) * Shape::kQueries * 4 * kListBytes;
-  const uint64_t own = reinterpret_cast<uint64_t>(lists) + ((first + lane / 4) * 4 + lane % 4) * kListBytes;
-  const uint32_t own_low[2] = {static_cast<uint32_t>(own), static_cast<uint32_t>(own) + 8 * 4 * kListBytes};
+  char* const lists = arguments.lists + (static_cast<int64_t>(blockIdx.x) * Shape::kQueries + first) * 4 * kListBytes;
   const int64_t jobs = ScanJob::count(arguments, Shape::kQueries);
   uint32_t query_phase = 0;
   for (int64_t number = blockIdx.x; number < jobs; number += gridDim.x, query_phase ^= 1) {
     const ScanJob job(arguments, number, Shape::kQueries);
-    const ScanPlan plan(job.window, arguments.k);
+    ScanPlan plan(job.window);
+    plan.choose_sample(arguments.k);
     barrier_wait(query_full, query_phase);
     float threshold[2];
     consumer.sample(plan, arguments.slot_count, threshold);
 #pragma unroll
     for (int e = 0; e < 2; ++e)  // a block may have queries to spare: what they hold is another row's, or zeros
       if (job.first_query + first + lane / 4 + 8 * e >= arguments.queries_per_row) threshold[e] = INFINITY;
-    HitLists hits{{own_low[0], own_low[1]}, static_cast<uint32_t>(own >> 32), arguments.one};
-    consumer.collect(plan, threshold, hits);
+    const WarpLists<T, dim> of_warp(arguments, plan.window, job.row, scratch, lists);
+    HitLists hits = of_warp.open(threshold);
+    consumer.collect(plan, threshold, hits, [&](int tile) { of_warp.make_room(hits, threshold, plan.age_after(tile), kMostShortened); });
     if (lane == 0) barrier_arrive(query_empty);
     __syncwarp();
-    const int records[2] = {static_cast<int>(hits.next[0] - own_low[0]) / 16, static_cast<int>(hits.next[1] - own_low[1]) / 16};
-    select_all<T, dim>(arguments, job, plan.window, lists, records, threshold, buffer);
+    const int64_t query = job.index * arguments.queries_per_row + job.first_query + first;
+    of_warp.select_all(hits, min(16, arguments.queries_per_row - job.first_query - first), kMostShortened,
+                       [&](int i) { return ScanResult{arguments, plan.window, query + i, job.part}; });
   }
 }
 
@@ -204,34 +322,19 @@ __global__ void __launch_bounds__(ScanShape<dim>::kThreads, 1)
              const __grid_constant__ CUtensorMap sample_map, const __grid_constant__ ScanArguments arguments) {
   using Shape = ScanShape<dim>;
   extern __shared__ char shared[];
-  // queries | stages | selection buffers | barriers; tiles are 1024-byte aligned, as the swizzle asks
-  const uint32_t base = (shared_address(shared) + 1023) & ~1023u;
-  const uint32_t stages = base + Shape::kQueryBytes;
-  const uint32_t select = stages + Shape::kStages * Shape::kStageBytes;
-  const uint32_t full = select + Shape::kSelectBytes, empty = full + 8 * Shape::kStages;
-  const uint32_t query_full = empty + 8 * Shape::kStages, query_empty = query_full + 8;
-  if (threadIdx.x == 0) {
-    for (int stage = 0; stage < Shape::kStages; ++stage) {
-      barrier_init(full + 8 * stage, 1);
-      barrier_init(empty + 8 * stage, 4 * Shape::kGroups);
-    }
-    barrier_init(query_full, 1);
-    barrier_init(query_empty, 4 * Shape::kGroups);
-    barrier_init_fence();
-  }
+  const ScanMemory<dim> memory(shared);
+  memory.init_barriers();
   __syncthreads();
   const int group = __shfl_sync(kAllLanes, threadIdx.x / 128, 0);  // uniform, as wgmma's branches must be
   if (group == Shape::kGroups) {
     registers_down<24>();
     if (threadIdx.x % 128 == 0)
-      produce<dim>(&query_map, &key_map, &sample_map, arguments, base, stages, full, empty, query_full, query_empty);
+      produce<dim>(&query_map, &key_map, &sample_map, arguments, memory.queries, memory.stages, memory.full, memory.empty,
+                   memory.query_full, memory.query_empty);
   } else {
     registers_up<Shape::kConsumerRegisters>();
-    ScanConsumer<T, dim> consumer{matrix_low_word(base + group * (Shape::kQueryBytes / Shape::kGroups)),
-                                  matrix_low_word(stages), full, empty, {}};
-    uint64_t* buffer = reinterpret_cast<uint64_t*>(shared + (select - shared_address(shared))) +
-                       threadIdx.x / 32 * WarpTopK::kCapacity;
-    consume<T, dim>(arguments, consumer, buffer, query_full, query_empty);
+    ScanConsumer<T, dim> consumer = memory.template consumer<T>(group);
+    consume<T, dim>(arguments, consumer, memory.scratch(), memory.query_full, memory.query_empty);
   }
 }
 

@@ -52,30 +52,38 @@ bool takes_few_queries(const KnnSearchShape& shape) {
          (shape.queries_per_row <= kMostFewQueries && shape.row_count * shape.queries_per_row * shape.slots <= kFewProducts);
 }
 
+// Queries of a block of knn_scan and knn_redo.
+int64_t queries_at_once(const KnnSearchShape& shape) {
+  return shape.dim > 128 ? ScanShape<256>::kQueries : ScanShape<128>::kQueries;
+}
+
 // Pieces of a row's window, so that few queries still occupy all multiprocessors.
 int64_t scan_parts(const KnnSearchShape& shape) {
-  const int64_t queries = shape.dim > 128 ? ScanShape<256>::kQueries : ScanShape<128>::kQueries;
+  const int64_t queries = queries_at_once(shape);
   const int64_t jobs = shape.row_count * ((shape.queries_per_row + queries - 1) / queries);
   const int64_t wanted = multiprocessors() / jobs, sensible = shape.capacity / kSmallestPart;
   const int64_t parts = wanted < sensible ? wanted : sensible;
   return parts < 1 ? 1 : parts;
 }
 
-// Scratch memory of knn_scan and knn_redo: counters | entries of redone queries | redo list | entries of the parts | lists.
-// The counters are zero at the start: redo_count, redo_done and, where there are several parts, redo_claimed.
+// Scratch memory of knn_scan and knn_redo: counters | tiles of queries that are redone | those queries | what was found of
+// them in slices | entries of the parts | lists. The counters are zero at the start: redo_tiles, redo_done and redo_count.
 struct ScanWorkspace {
-  static constexpr int64_t kClaims = 4 + 4 * kSpreadQueries;  // where redo_claimed begins
-  int64_t counter_bytes, redo_entries, redo, entries, lists, bytes;
+  int64_t done, count, counter_bytes, tile, redo, slices, entries, lists, bytes;
 
   explicit ScanWorkspace(const KnnSearchShape& shape) {
-    const int64_t at_once = shape.dim > 128 ? ScanShape<256>::kQueries : ScanShape<128>::kQueries;
+    const int64_t at_once = queries_at_once(shape), blocks = multiprocessors();
     const int64_t queries = shape.row_count * shape.queries_per_row, parts = scan_parts(shape);
-    counter_bytes = kClaims + (parts > 1 ? queries * 4 : 0);
-    redo_entries = round_up(counter_bytes, 256);
-    redo = redo_entries + round_up(int64_t{kSpreadQueries} * kRedoParts * shape.k * 8, 256);
-    entries = redo + round_up(queries * 4, 256);
+    const int64_t stretches = shape.row_count * parts;
+    done = 4;
+    count = done + blocks * 4;
+    counter_bytes = count + stretches * 4;
+    tile = round_up(counter_bytes, 256);
+    redo = tile + round_up(stretches * ((shape.queries_per_row + at_once - 1) / at_once) * 8, 256);
+    slices = redo + round_up(queries * parts * 4, 256);
+    entries = slices + blocks * at_once * shape.k * 8;
     lists = round_up(entries + (parts > 1 ? queries * parts * shape.k * 8 : 0), kListAlignment);
-    bytes = lists + multiprocessors() * at_once * 4 * kListBytes + kListAlignment;
+    bytes = lists + blocks * at_once * 4 * kListBytes + kListAlignment;
   }
 };
 
@@ -119,28 +127,29 @@ int launch_scan(const KnnSearchShape& shape, const KnnSearchTensors& tensors, cu
       make_map<T, 3>(key_map, tensors.keys, {dim, slots, static_cast<cuuint64_t>(shape.memory_rows)}, {width, slots * width},
                      {static_cast<cuuint32_t>(columns), kScanTile, 1}) &&
       make_map<T, 4>(sample_map, tensors.keys, {dim, phases, blocks, static_cast<cuuint64_t>(shape.memory_rows)},
-                     {width, 8 * width, slots * width}, {static_cast<cuuint32_t>(columns), 1, kScanTile, 1});
+                     {width, 8 * width, slots * width}, {static_cast<cuuint32_t>(columns), 1, kSampleBox, 1});
   if (!mapped) return -3;
 
   const ScanWorkspace places(shape);
   char* const workspace = reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(tensors.workspace), kListAlignment));
   const int parts = static_cast<int>(scan_parts(shape));
+  const auto at = [&](int64_t place) { return reinterpret_cast<uint32_t*>(workspace + place); };
   uint64_t* const entries = reinterpret_cast<uint64_t*>(workspace + places.entries);
   const ScanArguments arguments{tensors.rows, tensors.start, tensors.cursor, tensors.keys, tensors.scores, tensors.slots,
-                                entries, workspace + places.lists, reinterpret_cast<uint32_t*>(workspace),
-                                reinterpret_cast<uint32_t*>(workspace + places.redo),
-                                reinterpret_cast<uint32_t*>(workspace + ScanWorkspace::kClaims),
-                                reinterpret_cast<uint32_t*>(workspace) + 1,
-                                reinterpret_cast<uint64_t*>(workspace + places.redo_entries), shape.row_count,
+                                entries, workspace + places.lists, at(0), reinterpret_cast<uint2*>(workspace + places.tile),
+                                at(places.count), at(places.redo), at(places.done),
+                                reinterpret_cast<uint64_t*>(workspace + places.slices), shape.row_count,
                                 static_cast<int>(shape.queries_per_row), parts, static_cast<int>(shape.slots),
-                                static_cast<int>(shape.capacity), static_cast<int>(shape.k), 1};
+                                static_cast<int>(shape.capacity), static_cast<int>(shape.k), 1, Shape::kQueries};
   const int64_t queries = shape.row_count * shape.queries_per_row;
   const int64_t jobs = shape.row_count * parts * ((shape.queries_per_row + Shape::kQueries - 1) / Shape::kQueries);
   const unsigned blocks_in_grid = static_cast<unsigned>(jobs < multiprocessors() ? jobs : multiprocessors());
   cudaMemsetAsync(workspace, 0, places.counter_bytes, stream);
   cudaFuncSetAttribute(knn_scan<T, dim>, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes);
   knn_scan<T, dim><<<blocks_in_grid, Shape::kThreads, Shape::kSharedBytes, stream>>>(query_map, key_map, sample_map, arguments);
-  knn_redo<T, dim><<<2 * multiprocessors(), kRedoThreads, 0, stream>>>(arguments, static_cast<const T*>(tensors.query));
+  cudaFuncSetAttribute(knn_redo<T, dim>, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes);
+  knn_redo<T, dim><<<multiprocessors(), Shape::kThreads, Shape::kSharedBytes, stream>>>(
+      key_map, arguments, static_cast<const T*>(tensors.query));
   if (parts > 1) {
     const FewArguments merge{tensors.rows, tensors.start, tensors.cursor, nullptr, kSameAsKeys, nullptr, nullptr, entries,
                              tensors.scores, tensors.slots, static_cast<int>(shape.queries_per_row),

@@ -11,6 +11,7 @@ namespace memtrans {
 
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 constexpr float kLowest = -3.402823466e+38f;
+constexpr int kBoundSlack = 8;  // values beyond K that may reach a bound: half of the steps to find it, and a tenth more groups
 
 // Visible entries of one memory row: `length` slots from slot `first` on, wrapping round after slot slots - 1. `offset`
 // entries of the row are older than these.
