@@ -15,21 +15,31 @@ __device__ inline void take_maxima(const float (&scores)[64], float (&maxima)[2]
   for (int i = 0; i < 64; ++i) maxima[i / 2 % 2][group_of(i)] = fmaxf(maxima[i / 2 % 2][group_of(i)], scores[i]);
 }
 
-// The same for a sample tile that may hold slots out of sight.
-__device__ inline void take_visible_maxima(const float (&scores)[64], float (&maxima)[2][16], const ScanPlan& plan, int tile,
-                                           int limit) {
-#pragma unroll
-  for (int i = 0; i < 64; i += 4) {
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const int column = i * 2 + (threadIdx.x & 3) * 2 + c, box = plan.box_at(tile, column / kSampleBox);
-      const int slot = plan.sample_block(tile) * kSampleBlock + (box * kSampleBox + column % kSampleBox) * 8 +
-                       plan.sample_phase(tile, box);
-      if (slot >= limit || !plan.window.shows(slot)) continue;
-      maxima[0][group_of(i + c)] = fmaxf(maxima[0][group_of(i + c)], scores[i + c]);
-      maxima[1][group_of(i + c)] = fmaxf(maxima[1][group_of(i + c)], scores[i + 2 + c]);
-    }
+// Of a tile, which column the thread's column c of 32 is.
+__device__ inline int column(int c) { return c / 2 * 8 + threadIdx.x % 4 * 2 + c % 2; }
+
+// Which of the thread's 32 columns of a tile from `slot` on the window hides: a bit each. Out of line, and before the tile's
+// products are made: what few tiles need would take registers from all.
+static __device__ __noinline__ uint32_t hidden_columns(Window window, int slot) {
+  uint32_t hidden = 0;
+  for (int c = 0; c < 32; ++c) hidden |= static_cast<uint32_t>(!window.shows(slot + column(c))) << c;
+  return hidden;
+}
+
+// The same for sample tile i.
+static __device__ __noinline__ uint32_t hidden_samples(SamplePlan plan, int i) {
+  uint32_t hidden = 0;
+  for (int c = 0; c < 32; ++c) {
+    const int slot = plan.sample_slot(i, column(c));
+    hidden |= static_cast<uint32_t>(slot >= plan.window.slots / 8 * 8 || !plan.window.shows(slot)) << c;
   }
+  return hidden;
+}
+
+__device__ inline void hide(float (&scores)[64], uint32_t hidden) {
+#pragma unroll
+  for (int c = 0; c < 32; ++c)
+    if (hidden >> c & 1) scores[c / 2 * 4 + c % 2] = scores[c / 2 * 4 + c % 2 + 2] = -INFINITY;
 }
 
 // The largest t (to a thousandth of the spread) that at least rank of the 64 maxima of a query reach. Its 4 lanes call.
@@ -60,59 +70,57 @@ __device__ inline float group_threshold(float (&maxima)[16], int rank) {
   return fmaxf(low, kLowest);  // where no maximum is finite, the steps lead to -inf, which hidden slots would reach
 }
 
-#define MEMTRANS_APPEND(compare, type, value, threshold)                                        \
-  asm volatile(                                                                                 \
-      "{\n"                                                                                     \
-      ".reg .pred hit;\n"                                                                       \
-      ".reg .b64 address;\n"                                                                    \
-      ".reg .b32 id;\n"                                                                         \
-      compare " hit, %1, %2;\n"                                                                 \
-      "mov.b64 address, {%0, %6};\n"                                                            \
-      "mad.lo.u32 id, %7, %8, %5;\n"                                                            \
-      "@hit st.global.v2.f32 [address], {%3, %4};\n"                                            \
-      "@hit st.global.u32 [address + 8], id;\n"                                                 \
-      "@hit mad.lo.u32 %0, %7, 16, %0;\n"                                                       \
-      "}\n"                                                                                     \
-      : "+r"(next[e])                                                                           \
-      : type(value), type(threshold), "f"(first), "f"(second), "r"(pair), "r"(high), "r"(one), "r"(step) \
-      : "memory")
-
 // A thread's lists, one for each of its two queries: where the next record {score, score of the next slot, slot / 2} goes.
-// `one` is 1, unknown to the compiler: sums through it use the multiply pipe and leave the adder to the comparisons.
 struct HitLists {
   uint32_t next[2];  // low words of the addresses
   uint32_t high;     // high word of all of them
-  int one;
   int room = 0;      // how often 4 records more can be appended to any list of the warp, beside those of one tile
 
-  // Appends the scores of two slots if the larger one reaches the threshold. positive: floats that compare as their bits
-  // do. The record's slot / 2 is pair + step.
+  // Appends those of four pairs of scores, 4 slots / 2 apart, of which one reaches the threshold. All places are known before
+  // the first is written to: a store reads its address late, and a register that it reads cannot change before.
   template <bool positive>
-  __device__ void append(int e, float first, float second, float threshold, int pair, int step) {
-    if constexpr (positive)
-      MEMTRANS_APPEND("setp.ge.s32", "r", max(__float_as_int(first), __float_as_int(second)), __float_as_int(threshold));
-    else
-      MEMTRANS_APPEND("setp.ge.f32", "f", fmaxf(first, second), threshold);
+  __device__ void append(int e, const float (&s)[8], float threshold, int pair) {
+    bool hit[4];
+    uint32_t place[5] = {next[e]};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      hit[i] = positive ? max(__float_as_int(s[2 * i]), __float_as_int(s[2 * i + 1])) >= __float_as_int(threshold)
+                        : fmaxf(s[2 * i], s[2 * i + 1]) >= threshold;
+      place[i + 1] = place[i] + (hit[i] ? 16 : 0);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      asm volatile(
+          "{\n"
+          ".reg .pred hit;\n"
+          ".reg .b64 address;\n"
+          "setp.ne.s32 hit, %0, 0;\n"
+          "mov.b64 address, {%1, %2};\n"
+          "@hit st.global.v2.f32 [address], {%3, %4};\n"
+          "@hit st.global.u32 [address + 8], %5;\n"
+          "}\n" ::"r"(static_cast<int>(hit[i])),
+          "r"(place[i]), "r"(high), "f"(s[2 * i]), "f"(s[2 * i + 1]), "r"(pair + 4 * i)
+          : "memory");
+    next[e] = place[4];
   }
   __device__ int length(int e) const { return static_cast<int>(next[e] & (kListBytes - 1)) / 16; }
   __device__ int longest() const { return __reduce_max_sync(kAllLanes, max(length(0), length(1))); }
   __device__ void set_room(int longest) { room = (kListRecords - 4 - kTileRecords - longest) / 4; }
 };
 
-// Does any of 8 scores reach the threshold? Above 0 three floats compare at once, as their bits.
+// Does any of 8 scores reach the threshold?
 template <bool positive>
 __device__ inline bool any_reaches(const float (&s)[8], float threshold) {
   if constexpr (positive) {
-    int largest = __vimax3_s32(__float_as_int(s[0]), __float_as_int(s[1]), __float_as_int(s[2]));
-    largest = __vimax3_s32(largest, __float_as_int(s[3]), __float_as_int(s[4]));
-    largest = max(__vimax3_s32(largest, __float_as_int(s[5]), __float_as_int(s[6])), __float_as_int(s[7]));
-    return largest >= __float_as_int(threshold);
+    const auto number = [&](int i) { return __float_as_int(s[i]); };
+    const int most = __vimax3_s32(__vimax3_s32(number(0), number(1), number(2)), number(3), number(4));
+    return max(__vimax3_s32(most, number(5), number(6)), number(7)) >= __float_as_int(threshold);
   }
   return fmaxf(fmaxf(fmaxf(s[0], s[1]), fmaxf(s[2], s[3])), fmaxf(fmaxf(s[4], s[5]), fmaxf(s[6], s[7]))) >= threshold;
 }
 
-// One 64 x 128 accumulator against the thresholds of the thread's two queries; positive: all of the warp's are above 0.
-// pair is half the slot of the thread's first column.
+// One 64 x 128 accumulator against the thresholds of the thread's two queries. positive: all of the warp's are above 0, where
+// floats compare as their bits do, three at once. pair is half the slot of the thread's first column.
 template <bool positive>
 __device__ inline void collect_hits(const float (&scores)[64], const float (&threshold)[2], HitLists& lists, int pair) {
 #pragma unroll
@@ -123,40 +131,16 @@ __device__ inline void collect_hits(const float (&scores)[64], const float (&thr
 #pragma unroll
       for (int i = 0; i < 8; ++i) eight[i] = scores[16 * g + i / 2 * 4 + 2 * e + i % 2];
       if (!__any_sync(kAllLanes, any_reaches<positive>(eight, threshold[e]))) continue;
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        lists.append<positive>(e, eight[2 * i], eight[2 * i + 1], threshold[e], pair, 16 * g + 4 * i);
+      lists.append<positive>(e, eight, threshold[e], pair + 16 * g);
       --lists.room;
     }
   }
-}
-
-// The same for tiles of which the window hides a part.
-__device__ inline void collect_visible_hits(const float (&scores)[64], const float (&threshold)[2], HitLists& lists, int pair,
-                                            const Window& window) {
-#pragma unroll
-  for (int i = 0; i < 64; i += 4) {
-    const int slot = 2 * (pair + i);
-    const bool first_shown = window.shows(slot), second_shown = window.shows(slot + 1);
-#pragma unroll
-    for (int e = 0; e < 2; ++e)
-      lists.append<false>(e, first_shown ? scores[i + 2 * e] : -INFINITY, second_shown ? scores[i + 2 * e + 1] : -INFINITY,
-                          threshold[e], pair, i);
-  }
-  lists.room -= kTileRecords / 4;
 }
 
 // The largest score of each of the thread's two queries in one 64 x 128 accumulator.
 __device__ inline void take_largest(const float (&scores)[64], float (&largest)[2]) {
 #pragma unroll
   for (int i = 0; i < 64; ++i) largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], scores[i]);
-}
-
-// The same for tiles of which the window hides a part; pair is half the slot of the thread's first column.
-__device__ inline void take_visible_largest(const float (&scores)[64], float (&largest)[2], int pair, const Window& window) {
-#pragma unroll
-  for (int i = 0; i < 64; ++i)
-    if (window.shows(2 * (pair + i / 4 * 4) + i % 2)) largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], scores[i]);
 }
 
 }  // namespace memtrans

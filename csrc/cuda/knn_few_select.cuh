@@ -26,11 +26,12 @@ struct SelectShared {
   uint64_t reaching[kScoredGroups * kFewGroup];  // entries of the slots that reach the bound, `scored` of them
   int listed[kListedGroups];  // groups that reach the bound, `found` of them
   int found, scored, kept;
-  Extremes of_maxima, of_scores;
+  Extremes of_maxima, of_scores, of_groups, of_ages;
+  int count[3];  // of the block, taken in turns
 
   __device__ void reset() {
     found = scored = kept = 0;
-    of_maxima = of_scores = {0xFFFFFFFFu, 0};
+    of_maxima = of_scores = of_groups = of_ages = {0xFFFFFFFFu, 0};
   }
 };
 
@@ -102,6 +103,69 @@ __device__ inline int list_reaching(float bound, SelectShared& shared, VisitGrou
   });
   __syncthreads();
   return shared.found;
+}
+
+// A value that k of the groups' values reach and few more, but for ties; 0, which stands for no value, if fewer do.
+// value_of(largest score, group).
+template <typename ValueOf>
+__device__ inline uint32_t reached_by_groups(const GroupMaxima& groups, int k, Extremes& extremes, SelectShared& shared,
+                                             ValueOf value_of) {
+  __syncthreads();
+  if (threadIdx.x < 3) shared.count[threadIdx.x] = 0;
+  __syncthreads();
+  int turn = 0;
+  const auto in_block = [&](int mine) {
+    mine = __reduce_add_sync(kAllLanes, mine);
+    if (threadIdx.x % 32 == 0) atomicAdd(&shared.count[turn], mine);
+    __syncthreads();
+    const int total = shared.count[turn];
+    turn = (turn + 1) % 3;
+    if (threadIdx.x == 0) shared.count[(turn + 1) % 3] = 0;  // the next but one: others may still read the last one
+    return total;
+  };
+  uint32_t smallest = 0xFFFFFFFFu, largest = 0;
+  int present = 0;
+  groups.visit_all([&](float score, int group) {
+    const uint32_t value = value_of(score, group);
+    if (value == 0) return;
+    smallest = min(smallest, value);
+    largest = max(largest, value);
+    ++present;
+  });
+  atomicMin(&extremes.smallest, smallest);
+  atomicMax(&extremes.largest, largest);
+  present = in_block(present);
+  if (present < k) return 0;
+  return reached_by(k, kBoundSlack, extremes.smallest, extremes.largest, present, [&](uint32_t value) {
+    int reached = 0;
+    groups.visit_all([&](float score, int group) { reached += value_of(score, group) >= value; });
+    return in_block(reached);
+  });
+}
+
+// Lists the groups that may hold one of the K best slots, however many reach the bound: of those whose largest score is the
+// K-th only the oldest matter, since each has a slot that wins over all slots of younger ones. The oldest group of all may
+// also hold the youngest slots, so it does not count as one of them. Returns how many there are and raises the bound.
+__device__ inline int list_needed(const GroupMaxima& groups, const Window& window, int group_count, int k, float& bound,
+                                  SelectShared& shared) {
+  __syncthreads();
+  if (threadIdx.x == 0) shared.found = 0;
+  const uint32_t kth = reached_by_groups(groups, k, shared.of_groups, shared, [](float score, int) {
+    return score > -INFINITY && score < INFINITY ? sortable(score) : 0;  // an infinite one may be of a key that does not count
+  });
+  if (kth != 0) bound = unsortable(kth);
+  const auto age_of = [&](int group) {
+    const int after_first = group - window.first / kFewGroup;
+    return static_cast<uint32_t>(after_first >= 0 ? after_first : after_first + group_count);
+  };
+  const uint32_t oldest = reached_by_groups(groups, k, shared.of_ages, shared, [&](float score, int group) {
+    return score == bound && age_of(group) > 0 ? ~age_of(group) : 0;
+  });
+  return list_reaching(bound, shared, [&](auto visit) {
+    groups.visit_all([&](float score, int group) {
+      if (score != bound || age_of(group) == 0 || ~age_of(group) >= oldest) visit(score, group);
+    });
+  });
 }
 
 // Scores listed groups once more, a group a warp, for one of the queries that were multiplied together.
@@ -259,11 +323,12 @@ __global__ void __launch_bounds__(kSelectThreads, 1) few_select(const FewArgumen
   const T* keys = static_cast<const T*>(arguments.keys) + row * arguments.slot_count * dim;
   __syncthreads();
 
-  const float bound = lower_bound(groups, arguments.k, shared);
+  float bound = lower_bound(groups, arguments.k, shared);
+  int listed = list_reaching(bound, shared, [&](auto visit) { groups.visit_all(visit); });
+  if (listed > kScoredGroups) listed = list_needed(groups, window, arguments.groups, arguments.k, bound, shared);
   const GroupScorer<T, dim> scorer{keys, window, queries, column, bound, shared};
   uint64_t* const entries = arguments.entries + (query * arguments.parts + blockIdx.x) * arguments.k;
   const SelectResult result{arguments, window, query, arguments.parts > 1 ? entries : nullptr};
-  const int listed = list_reaching(bound, shared, [&](auto visit) { groups.visit_all(visit); });
   if (listed <= kScoredGroups) {
     scorer.score_listed(0, listed);
     __syncthreads();

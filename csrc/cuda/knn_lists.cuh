@@ -50,13 +50,13 @@ struct ListSelection {
   static constexpr int kMostKept = 192;   // entries that are worth ranking by comparing all pairs
   const ScanArguments& arguments;
   Window window;
-  const T* keys;         // of the row
   uint64_t* buffer;      // of the warp
 
   struct Lists {
     const char* place;   // of the lane's first record; the next ones are 8 records on
     int count;           // records of the lane's list, less those before its first
     float floor;         // scores below it do not count
+    int row;             // of the memory
 
     // Record i of the lane, or its first again where there is none: reading on past a list fetched lines from DRAM and drove
     // out written ones (d64-8k on an H100: 0.480 against 0.422 ms).
@@ -70,6 +70,7 @@ struct ListSelection {
 
   // Offers all records to a selection: any number of them, any ties, non-finite keys.
   __device__ void offer_all(const Lists& lists, WarpTopK& best) const {
+    const T* const keys = static_cast<const T*>(arguments.keys) + static_cast<int64_t>(lists.row) * arguments.slot_count * dim;
     const auto offer = [&](float score, int slot) {
       bool counted = score >= lists.floor;
       if (counted && score == INFINITY) counted = key_is_finite(keys + static_cast<int64_t>(slot) * dim, dim);
@@ -99,21 +100,86 @@ struct ListSelection {
     float floor;      // what the entries in the lists reach, and K of them if so many have been found
   };
 
-  // Leaves the K best in the lists. Keys that are scored later are no older than next_age.
+  // The place of entry i of those that are left in the lists of a query, dealt out to one after the other.
+  static __device__ char* place_of(const Lists& lists, int i) {
+    const int lane = threadIdx.x % 32;
+    return const_cast<char*>(lists.place) - (lane / 8 * kListBytes + lane % 8 * 16) + i % 4 * kListBytes + i / 4 * 16;
+  }
+  static __device__ void leave(const Lists& lists, int i, float score, int slot) {
+    *reinterpret_cast<float4*>(place_of(lists, i)) = {slot % 2 ? -INFINITY : score, slot % 2 ? score : -INFINITY,
+                                                      __int_as_float(slot / 2), 0.0f};
+  }
+
+  // Leaves the K best in the lists, and few more. Keys that are scored later are no older than next_age. All records of a lane are in
+  // registers at once; for what that does not serve, shorten_slowly.
   static __device__ __noinline__ Shortened shorten(ListSelection self, Lists lists, float threshold, int next_age) {
+    constexpr int kAll = kListRecords / 8, kNone = 0;
+    uint32_t score[2 * kAll];  // sortable
+    int pair[kAll], found = 0;
+    bool infinite = false;
+#pragma unroll
+    for (int i = 0; i < kAll; ++i) {
+      float4 record = lists.record(i);
+      lists.hide_missing(record, i);
+      pair[i] = __float_as_int(record.z);
+      score[2 * i] = record.x >= lists.floor ? sortable(record.x) : kNone;
+      score[2 * i + 1] = record.y >= lists.floor ? sortable(record.y) : kNone;
+      found += (score[2 * i] != kNone) + (score[2 * i + 1] != kNone);
+      infinite = infinite || record.x == INFINITY || record.y == INFINITY;
+    }
+    const int k = self.arguments.k;
+    if (__any_sync(kAllLanes, infinite) || __reduce_add_sync(kAllLanes, found) < k)
+      return shorten_slowly(self, lists, threshold, next_age);
+    const int slack = shortened_slack(k);
+    const uint32_t bound = kth_largest(score, k, slack);
+    uint32_t youth[2 * kAll];  // of those that share the bound: larger for older ones
+    int above = 0, equal = 0;
+#pragma unroll
+    for (int i = 0; i < 2 * kAll; ++i) {
+      const bool shares = score[i] == bound;
+      youth[i] = shares ? ~static_cast<uint32_t>(self.window.age(2 * pair[i / 2] + i % 2)) : kNone;
+      above += score[i] > bound;
+      equal += shares;
+    }
+    above = __reduce_add_sync(kAllLanes, above);
+    equal = __reduce_add_sync(kAllLanes, equal);
+    const uint32_t oldest = above < k ? kth_largest(youth, k - above, slack) : 0;
+    int mine = 0;
+#pragma unroll
+    for (int i = 0; i < 2 * kAll; ++i) mine += score[i] > bound || (score[i] == bound && youth[i] >= oldest);
+    int place = mine;
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const int before = __shfl_up_sync(kAllLanes, place, offset);
+      if (static_cast<int>(threadIdx.x % 32) >= offset) place += before;
+    }
+    place -= mine;
+    __syncwarp();  // every lane has its records
+#pragma unroll
+    for (int i = 0; i < 2 * kAll; ++i)
+      if (score[i] > bound || (score[i] == bound && youth[i] >= oldest))
+        leave(lists, place++, unsortable(score[i]), 2 * pair[i / 2] + i % 2);
+    __syncwarp();
+    // K of those that are left reach the bound; do all of them win over a later key that only does the same?
+    uint32_t youngest = 0xFFFFFFFFu;
+#pragma unroll
+    for (int i = 0; i < 2 * kAll; ++i)
+      if (score[i] > bound || (score[i] == bound && youth[i] >= oldest))
+        youngest = min(youngest, ~static_cast<uint32_t>(self.window.age(2 * pair[i / 2] + i % 2)));
+    const bool ties_lose = static_cast<int>(~__reduce_min_sync(kAllLanes, youngest)) < next_age;
+    return {__reduce_add_sync(kAllLanes, mine), unsortable(bound + ties_lose), unsortable(bound)};
+  }
+
+  // The same for any number of infinite scores.
+  static __device__ __noinline__ Shortened shorten_slowly(ListSelection self, Lists lists, float threshold, int next_age) {
     WarpTopK best(self.buffer, self.arguments.k);
     self.offer_all(lists, best);
     best.prune();
-    const int lane = threadIdx.x % 32;
-    char* const base = const_cast<char*>(lists.place) - (lane / 8 * kListBytes + lane % 8 * 16);
     uint64_t worst = ~uint64_t{0};
-    for (int i = lane; i < best.count; i += 32) {
+    for (int i = threadIdx.x % 32; i < best.count; i += 32) {
       const uint64_t entry = self.buffer[i];
       worst = min(worst, entry);
-      const int slot = self.window.slot(entry_age(entry) - self.window.offset);
-      const float score = entry_score(entry);
-      *reinterpret_cast<float4*>(base + i % 4 * kListBytes + i / 4 * 16) = {
-          slot % 2 ? -INFINITY : score, slot % 2 ? score : -INFINITY, __int_as_float(slot / 2), 0.0f};
+      leave(lists, i, entry_score(entry), self.window.slot(entry_age(entry) - self.window.offset));
     }
     __syncwarp();
     if (best.count < self.arguments.k) return {best.count, threshold, lists.floor};

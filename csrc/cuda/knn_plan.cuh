@@ -10,7 +10,9 @@ constexpr int kSampleBlock = 8 * kScanTile;  // slots that one sample tile repre
 constexpr int kMaxima = 64;              // group maxima per query
 constexpr int kListRecords = 128;        // records of one thread's list for one query
 constexpr int kTileRecords = 16;         // that one tile may append to it
-constexpr int kLongList = 96;            // records of a list that is shortened as soon as another one has no room for a tile
+constexpr int kLongList = 96;            // records of a list that is shortened when its length is looked at; fewer at first,
+constexpr int kLongAtFirst = 16;         // beyond what is left then: keys that all tie would fill them all in vain
+constexpr int kRoomAtFirst = 11;         // so that a look is taken before the third tile
 constexpr int kListBytes = kListRecords * 16;
 constexpr int kListAlignment = 16 * 4 * kListBytes;  // the lists of a warp: no 4 GB boundary among them
 constexpr float kMostCandidates = 440;   // of a query, six deviations above the mean: what its lists hold
@@ -19,6 +21,9 @@ constexpr int kSampleBox = 16;           // sampled keys that lie 8 slots apart:
 constexpr int kSampleBoxes = kScanTile / kSampleBox;
 constexpr int kMostShortened = 8;        // times that knn_scan shortens the lists of a query before it leaves it to knn_redo
 constexpr float kHitCost = 120.0f;     // of one candidate, in scanned keys
+
+// Entries beyond K that may be left in lists that were shortened: it saves most of the steps to find the K-th.
+__device__ inline int shortened_slack(int k) { return min(k, 32); }
 
 struct ScanArguments {
   const int64_t* rows;
@@ -41,32 +46,7 @@ struct ScanArguments {
   int slot_count;       // M + S
   int capacity;
   int k;
-  int one;              // 1
   int redo_queries;     // of a tile of knn_redo
-};
-
-// Shared memory of one consumer warp, which searches for 16 queries.
-struct alignas(16) WarpScratch {
-  uint64_t buffer[WarpTopK::kCapacity];
-  float floor[16];             // scores of the lists' entries below it do not count
-  unsigned char shortened[16]; // how often the lists of a query were shortened; more than allowed: given up
-};
-
-template <int dim>
-struct ScanShape {
-  static constexpr int kGroups = dim > 128 ? 2 : 4;  // consumer warpgroups, of 64 queries each
-  static constexpr int kQueries = 64 * kGroups;
-  static constexpr int kThreads = 128 * (kGroups + 1);
-  static constexpr int kConsumerRegisters = kGroups == 4 ? 112 : 208;
-  static constexpr int kColumns = dim % 64 == 0 ? 64 : 32;  // columns of one swizzled chunk
-  static constexpr int kChunks = dim / kColumns;
-  static constexpr int kRowBytes = kColumns * 2;
-  static constexpr int kQueryBytes = kQueries * dim * 2;
-  static constexpr int kStageBytes = kScanTile * dim * 2;
-  static constexpr int kSelectBytes = 4 * kGroups * sizeof(WarpScratch);
-  static constexpr int kStagesThatFit = (232448 - 1024 - 256 - kSelectBytes - kQueryBytes) / kStageBytes;
-  static constexpr int kStages = kStagesThatFit < 6 ? kStagesThatFit : 6;
-  static constexpr int kSharedBytes = 1024 + 256 + kSelectBytes + kQueryBytes + kStages * kStageBytes;
 };
 
 // One unit of work: a block's queries against one piece of one row's window.
@@ -92,23 +72,16 @@ struct ScanJob {
   }
 };
 
-// What one block streams for one job: sample tiles, if a sample was chosen, then tiles of all visible keys.
-struct ScanPlan {
+// The tiles that hold a window's keys, in the order of their ages.
+struct TilePlan {
   Window window;
-  int first_block, blocks, block_count, phase_bits = 0, skip_bits = 0, rank = 0;  // the sample; rank 0: none
   int first_tile, tiles, tile_count;
 
-  __device__ explicit ScanPlan(Window window) : window(window) {
+  TilePlan() = default;
+  __device__ explicit TilePlan(Window window) : window(window) {
     tile_count = (window.slots + kScanTile - 1) / kScanTile;
     first_tile = window.first / kScanTile;
     tiles = span(kScanTile, tile_count);
-    block_count = (window.slots + kSampleBlock - 1) / kSampleBlock;
-    first_block = window.first / kSampleBlock;
-    blocks = span(kSampleBlock, block_count);
-    if (blocks >= 8) {  // the first and the last are partly out of sight
-      first_block = first_block + 1 < block_count ? first_block + 1 : 0;
-      blocks -= 2;
-    }
   }
 
   __device__ int span(int size, int count) const {
@@ -116,6 +89,37 @@ struct ScanPlan {
     const int end = window.first + window.length;
     if (end <= window.slots) return (end - 1) / size - window.first / size + 1;
     return min(count, count - window.first / size + (end - window.slots + size - 1) / size);
+  }
+  __device__ int tile_slot(int i) const {
+    const int tile = first_tile + i;
+    return (tile < tile_count ? tile : tile - tile_count) * kScanTile;
+  }
+  // The first tile after `tile` of which the window may hide a part or whose slot does not follow on the last one's.
+  __device__ int next_edge(int tile) const {
+    const int ring_end = tile_count - 1 - first_tile, last = tiles - 1;
+    return tile < ring_end ? min(ring_end, last) : tile == ring_end ? min(tile + 1, last) : last;
+  }
+  // Records of a list that are too many after tile `tile`.
+  __device__ int long_list(int tile, int k) const {
+    return min(kLongList, kLongAtFirst + (k + shortened_slack(k)) / 4 + kLongList * tile / tiles);
+  }
+  // The age of the oldest key of the tiles after `tile`, of which there are some.
+  __device__ int age_after(int tile) const { return window.age(tile_slot(tile + 1)); }
+};
+
+// What a block streams for one job: sample tiles, if a sample was chosen, then all tiles.
+struct SamplePlan : TilePlan {
+  int first_block, blocks, block_count, phase_bits = 0, skip_bits = 0, rank = 0;  // rank 0: no sample
+
+  __device__ SamplePlan(Window window, int k) : TilePlan(window) {
+    block_count = (window.slots + kSampleBlock - 1) / kSampleBlock;
+    first_block = window.first / kSampleBlock;
+    blocks = span(kSampleBlock, block_count);
+    if (blocks >= 8) {  // the first and the last are partly out of sight
+      first_block = first_block + 1 < block_count ? first_block + 1 : 0;
+      blocks -= 2;
+    }
+    choose_sample(k);
   }
 
   // The fraction of keys to sample: scanning a key costs 1, a candidate kHitCost. The K - 1 best keys have a binomial number
@@ -142,6 +146,11 @@ struct ScanPlan {
     }
   }
 
+  // The slot of column c of sample tile i.
+  __device__ int sample_slot(int i, int c) const {
+    const int box = box_at(i, c / kSampleBox);
+    return sample_block(i) * kSampleBlock + (box * kSampleBox + c % kSampleBox) * 8 + sample_phase(i, box);
+  }
   __device__ int sample_tiles() const { return rank ? ((blocks + (1 << skip_bits) - 1) >> skip_bits) << phase_bits : 0; }
   __device__ int sample_block(int i) const {
     const int block = first_block + (i >> phase_bits << skip_bits);
@@ -161,19 +170,37 @@ struct ScanPlan {
     bits = (bits ^ bits >> 15) * 0x85EBCA77u;
     return static_cast<int>(bits >> 29);
   }
-  __device__ int tile_slot(int i) const {
-    const int tile = first_tile + i;
-    return (tile < tile_count ? tile : tile - tile_count) * kScanTile;
+  // Can every slot of a sample block be sampled, and is it visible?
+  __device__ bool shows_whole_block(int block) const {
+    const int slot = block * kSampleBlock;
+    return slot + kSampleBlock <= window.slots && window.age(slot) + kSampleBlock <= window.length;
   }
-  // Are all of `count` slots from `slot` on below the limit and visible?
-  __device__ bool shows_all(int slot, int count, int limit) const {
-    return slot + count <= limit && window.age(slot) + count <= window.length;
-  }
-  // Tiles of which the window may hide a part: the first, the last, and the one at the end of the ring.
-  __device__ int ring_end() const { return tile_count - 1 - first_tile; }
-  __device__ bool is_edge(int tile) const { return tile == 0 || tile == tiles - 1 || tile == ring_end(); }
-  // The age of the oldest key of the tiles after `tile`, of which there are some.
-  __device__ int age_after(int tile) const { return window.age(tile_slot(tile + 1)); }
+};
+
+// Shared memory of one consumer warp, which searches for 16 queries.
+struct alignas(8) WarpScratch {
+  uint64_t buffer[WarpTopK::kCapacity];
+  float floor[16];             // scores of the lists' entries below it do not count
+  TilePlan plan;               // here and not in registers, which the loop over the tiles needs
+  int row;                     // of the memory
+  unsigned char shortened[16]; // how often the lists of a query were shortened; more than allowed: given up
+};
+
+template <int dim>
+struct ScanShape {
+  static constexpr int kGroups = dim > 128 ? 2 : 4;  // consumer warpgroups, of 64 queries each
+  static constexpr int kQueries = 64 * kGroups;
+  static constexpr int kThreads = 128 * (kGroups + 1);
+  static constexpr int kConsumerRegisters = kGroups == 4 ? 112 : 208;
+  static constexpr int kColumns = dim % 64 == 0 ? 64 : 32;  // columns of one swizzled chunk
+  static constexpr int kChunks = dim / kColumns;
+  static constexpr int kRowBytes = kColumns * 2;
+  static constexpr int kQueryBytes = kQueries * dim * 2;
+  static constexpr int kStageBytes = kScanTile * dim * 2;
+  static constexpr int kSelectBytes = 4 * kGroups * sizeof(WarpScratch);
+  static constexpr int kStagesThatFit = (232448 - 1024 - 256 - kSelectBytes - kQueryBytes) / kStageBytes;
+  static constexpr int kStages = kStagesThatFit < 6 ? kStagesThatFit : 6;
+  static constexpr int kSharedBytes = 1024 + 256 + kSelectBytes + kQueryBytes + kStages * kStageBytes;
 };
 
 }  // namespace memtrans

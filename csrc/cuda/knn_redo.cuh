@@ -161,27 +161,30 @@ struct RedoConsumer {
   }
 
   // Phase 1. Returns how many groups each thread has.
-  __device__ int find_maxima(const ScanPlan& plan) const {
+  __device__ int find_maxima(const TilePlan& plan) const {
     TileMaxima maxima(lists);
     const int tiles_of_group = (plan.tiles + kMostGroups - 2) / kMostGroups;  // the last group may be one larger
     int in_group = 0;
-    scan.stream(plan.tiles, [&](const float(&scores)[64], int tile) {
-      if (plan.is_edge(tile))
-        take_visible_largest(scores, maxima.current, plan.tile_slot(tile) / 2 + threadIdx.x % 4, plan.window);
-      else
-        take_largest(scores, maxima.current);
-      if (++in_group < tiles_of_group || maxima.groups == kMostGroups - 1) return;
+    const auto visit = [&](const float(&scores)[64], int) {
+      take_largest(scores, maxima.current);
+      if (++in_group < tiles_of_group || maxima.groups == kMostGroups - 1) return true;
       in_group = 0;
       maxima.end_group();
-    });
+      return true;
+    };
+    scan.stream_visible(plan, visit, [](int) {});
     return maxima.finish();
   }
 
   __device__ void search(const RedoJob& job) const {
     const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16;
     const int mine = min(16, job.queries - first);
-    const ScanPlan plan(job.window);
-    const int groups = find_maxima(plan);
+    if (lane == 0) {
+      scratch->plan = TilePlan(job.window);
+      scratch->row = job.row;
+    }
+    __syncwarp();
+    const int groups = find_maxima(scratch->plan);
     float threshold[2] = {INFINITY, INFINITY};
 #pragma unroll 1
     for (int i = 0; i < mine; ++i) {
@@ -189,12 +192,12 @@ struct RedoConsumer {
       if (i == lane / 4) threshold[0] = bound;
       if (i == lane / 4 + 8) threshold[1] = bound;
     }
-    const WarpLists<T, dim> of_warp(arguments, plan.window, job.row, scratch, lists);
+    const WarpLists<T, dim> of_warp{arguments, scratch, lists};
     HitLists hits = of_warp.open(threshold);
-    scan.collect(plan, threshold, hits, [&](int tile) { of_warp.make_room(hits, threshold, plan.age_after(tile), kNeverGivenUp); });
+    scan.collect(scratch->plan, threshold, hits, [&](int tile) { of_warp.make_room(hits, threshold, tile, kNeverGivenUp); });
     of_warp.select_all(hits, mine, kNeverGivenUp, [&](int i) {
       const int64_t query = job.index * arguments.queries_per_row + job.query[first + i];
-      return ScanResult{arguments, plan.window, query, job.part, job.slices > 1 ? job.entries(arguments, job.slice, first + i) : nullptr};
+      return ScanResult{arguments, job.window, query, job.part, job.slices > 1 ? job.entries(arguments, job.slice, first + i) : nullptr};
     });
   }
 
@@ -231,7 +234,7 @@ __device__ void produce_again(const CUtensorMap* key_map, const ScanArguments& a
   StageCursor<Shape::kStages> cursor;
   for (int64_t number = blockIdx.x; number < static_cast<int64_t>(tiles) * slices; number += gridDim.x) {
     const RedoJob job(arguments, tiles, number, slices);
-    const ScanPlan plan(job.window);
+    const TilePlan plan(job.window);
     for (int i = 0; i < 2 * plan.tiles; ++i, cursor.advance()) {
       const uint32_t barrier = full + 8 * cursor.index();
       barrier_wait_idly(empty + 8 * cursor.index(), cursor.phase() ^ 1);

@@ -34,7 +34,7 @@ struct ScanConsumer {
   static constexpr int kSteps = dim / 16, kStepsPerChunk = Shape::kColumns / 16;
 
   uint32_t queries, stages;  // matrix_low_word of this warpgroup's queries, of the first stage
-  uint32_t full, empty;      // shared addresses
+  uint32_t full;             // shared address of the stages' barriers: full ones, then empty ones
   StageCursor<Shape::kStages> cursor;
 
   __device__ void multiply(float (&scores)[64]) {
@@ -51,57 +51,78 @@ struct ScanConsumer {
     wgmma_commit();
   }
 
-  // visit(scores, tile) for each tile.
+  // visit(scores, tile) for the tiles [tile, stop), until it returns false; returns the first tile that was not visited.
+  // hidden: a bit for each of the thread's columns that do not count, in all of these tiles. Nothing here or in visit is
+  // called out of line, since the loop's registers would move to memory; what is rare ends the loop.
   template <typename Visit>
-  __device__ void stream(int tiles, Visit visit) {
-    for (int tile = 0; tile < tiles; ++tile) {
+  __device__ int stream(int tile, int stop, uint32_t hidden, Visit visit) {
+    bool more = true;
+    while (more && tile < stop) {
       float scores[64];
       barrier_wait(full + 8 * cursor.index(), cursor.phase());
       multiply(scores);
       wgmma_wait<0>(scores);
-      if (threadIdx.x % 32 == 0) barrier_arrive(empty + 8 * cursor.index());
+      if (threadIdx.x % 32 == 0) barrier_arrive(full + 8 * Shape::kStages + 8 * cursor.index());
       cursor.advance();
-      visit(scores, tile);
+      if (__any_sync(kAllLanes, hidden != 0)) hide(scores, hidden);
+      more = visit(scores, tile);
+      ++tile;
     }
+    return tile;
   }
 
   // Phase 1: the thresholds of the thread's two queries.
-  __device__ void sample(const ScanPlan& plan, int slot_count, float (&threshold)[2]) {
+  __device__ void sample(const SamplePlan& plan, float (&threshold)[2]) {
     threshold[0] = threshold[1] = kLowest;
     if (plan.rank == 0) return;
     float maxima[2][16];
 #pragma unroll
     for (int i = 0; i < 32; ++i) maxima[i / 16][i % 16] = -INFINITY;
-    const int limit = slot_count / 8 * 8;
-    stream(plan.sample_tiles(), [&](const float(&scores)[64], int tile) {
-      if (plan.shows_all(plan.sample_block(tile) * kSampleBlock, kSampleBlock, limit)) take_maxima(scores, maxima);
-      else take_visible_maxima(scores, maxima, plan, tile, limit);
-    });
+    const int tiles = plan.sample_tiles();
+    for (int tile = 0; tile < tiles;) {
+      int stop = tile;
+      while (stop < tiles && plan.shows_whole_block(plan.sample_block(stop))) ++stop;
+      const uint32_t hidden = stop == tile ? hidden_samples(plan, tile) : 0;
+      tile = stream(tile, max(stop, tile + 1), hidden, [&](const float(&scores)[64], int) {
+        take_maxima(scores, maxima);
+        return true;
+      });
+    }
 #pragma unroll
     for (int e = 0; e < 2; ++e) threshold[e] = group_threshold(maxima[e], plan.rank);
   }
 
-  // Phase 2: all keys, into the thread's lists. make_room(tile) is called before a list is full.
+  // All keys: visit(scores, half the slot of the thread's first column), where scores of hidden slots are -inf. When it
+  // returns false, pause(tile) is called before the next tile.
+  template <typename Visit, typename Pause>
+  __device__ void stream_visible(const TilePlan& plan, Visit visit, Pause pause) {
+    int edge = 0;  // the next tile of which the window may hide a part
+    for (int tile = 0; tile < plan.tiles;) {
+      const int slot = plan.tile_slot(tile), stop = tile == edge ? tile + 1 : edge;
+      const uint32_t hidden = tile == edge ? hidden_columns(plan.window, slot) : 0;
+      if (tile == edge) edge = plan.next_edge(tile);
+      int pair = slot / 2 + threadIdx.x % 4;
+      bool more = true;
+      tile = stream(tile, stop, hidden, [&](const float(&scores)[64], int) {
+        more = visit(scores, pair);
+        pair += kScanTile / 2;
+        return more;
+      });
+      if (!more) pause(tile - 1);
+    }
+  }
+
+  // Phase 2: all keys, into the thread's lists. make_room(tile) is called after a tile when a list may be long.
   template <typename MakeRoom>
-  __device__ void collect(const ScanPlan& plan, const float (&threshold)[2], HitLists& hits, MakeRoom make_room) {
+  __device__ void collect(const TilePlan& plan, const float (&threshold)[2], HitLists& hits, MakeRoom make_room) {
     const bool positive = __all_sync(kAllLanes, threshold[0] > 0.0f && threshold[1] > 0.0f);
-    const int ring_end = plan.ring_end(), last = plan.tiles - 1;
-    int pair = plan.first_tile * (kScanTile / 2) + threadIdx.x % 4;
-    int careful = 0;  // the next tile of which the window may hide a part
-    hits.set_room(0);
-    stream(plan.tiles, [&](const float(&scores)[64], int tile) {
-      if (__any_sync(kAllLanes, tile == careful)) {
-        collect_visible_hits(scores, threshold, hits, pair, plan.window);
-        careful = tile < ring_end && ring_end < last ? ring_end : last;
-        if (tile == ring_end) pair = static_cast<int>(threadIdx.x % 4) - kScanTile / 2;
-      } else if (positive) {
-        collect_hits<true>(scores, threshold, hits, pair);
-      } else {
-        collect_hits<false>(scores, threshold, hits, pair);
-      }
-      pair += kScanTile / 2;
-      if (__any_sync(kAllLanes, hits.room < 0) && tile != last) make_room(tile);
-    });
+    hits.room = kRoomAtFirst;
+    const auto visit = [&](const float(&scores)[64], int pair) {
+      if (positive) collect_hits<true>(scores, threshold, hits, pair);
+      else collect_hits<false>(scores, threshold, hits, pair);
+      return __all_sync(kAllLanes, hits.room >= 0) != 0;
+    };
+    stream_visible(plan, visit, make_room);
   }
 };
 
@@ -115,7 +136,7 @@ __device__ void load_keys(uint32_t target, const CUtensorMap* map, uint32_t barr
 
 // A tile of sampled keys, box by box.
 template <int dim>
-__device__ void load_sample(uint32_t target, const CUtensorMap* map, uint32_t barrier, const ScanPlan& plan, int tile, int row) {
+__device__ void load_sample(uint32_t target, const CUtensorMap* map, uint32_t barrier, const SamplePlan& plan, int tile, int row) {
   using Shape = ScanShape<dim>;
   const int first = plan.sample_block(tile) * kScanTile;
   for (int box = 0; box < kSampleBoxes; ++box) {
@@ -157,7 +178,9 @@ struct ScanMemory {
   __device__ WarpScratch* scratch() const { return reinterpret_cast<WarpScratch*>(pointer(scratches)) + threadIdx.x / 32; }
   template <typename T>
   __device__ ScanConsumer<T, dim> consumer(int group) const {
-    return {matrix_low_word(queries + group * (Shape::kQueryBytes / Shape::kGroups)), matrix_low_word(stages), full, empty, {}};
+    uint32_t stages_low = matrix_low_word(stages), barriers = full;
+    asm volatile("" : "+r"(stages_low), "+r"(barriers));  // else they are derived again for each tile
+    return {matrix_low_word(queries + group * (Shape::kQueryBytes / Shape::kGroups)), stages_low, barriers, {}};
   }
 };
 
@@ -171,8 +194,7 @@ __device__ void produce(const CUtensorMap* query_map, const CUtensorMap* key_map
   const int64_t jobs = ScanJob::count(arguments, Shape::kQueries);
   for (int64_t number = blockIdx.x; number < jobs; number += gridDim.x, query_phase ^= 1) {
     const ScanJob job(arguments, number, Shape::kQueries);
-    ScanPlan plan(job.window);
-    plan.choose_sample(arguments.k);
+    const SamplePlan plan(job.window, arguments.k);
     const int query = static_cast<int>(job.index * arguments.queries_per_row + job.first_query);
     barrier_wait_idly(query_empty, query_phase);
     barrier_expect_bytes(query_full, Shape::kQueryBytes);
@@ -196,14 +218,11 @@ __device__ void produce(const CUtensorMap* query_map, const CUtensorMap* key_map
 template <typename T, int dim>
 struct WarpLists {
   using Selection = ListSelection<T, dim>;
-  Selection selection;
+  const ScanArguments& arguments;
   WarpScratch* scratch;
   char* lists;  // of the warp's first query
 
-  __device__ WarpLists(const ScanArguments& arguments, const Window& window, int row, WarpScratch* scratch, char* lists)
-      : selection{arguments, window, static_cast<const T*>(arguments.keys) + static_cast<int64_t>(row) * arguments.slot_count * dim,
-                  scratch->buffer},
-        scratch(scratch), lists(lists) {}
+  __device__ Selection selection() const { return {arguments, scratch->plan.window, scratch->buffer}; }
 
   __device__ HitLists open(const float (&threshold)[2]) const {
     const int lane = threadIdx.x % 32;
@@ -214,45 +233,58 @@ struct WarpLists {
       scratch->floor[lane / 4 + 8] = threshold[1];
     }
     __syncwarp();
-    return {{static_cast<uint32_t>(own), static_cast<uint32_t>(own) + 32 * kListBytes}, static_cast<uint32_t>(own >> 32),
-            selection.arguments.one};
+    return {{static_cast<uint32_t>(own), static_cast<uint32_t>(own) + 32 * kListBytes}, static_cast<uint32_t>(own >> 32)};
   }
 
   // The lists of the warp's query i, of which each thread's two have so many records.
   __device__ typename Selection::Lists of_query(int i, int first_length, int second_length) const {
     const int lane = threadIdx.x % 32, length = __shfl_sync(kAllLanes, i < 8 ? first_length : second_length, i % 8 * 4 + lane / 8);
-    return {lists + (static_cast<int64_t>(i) * 4 + lane / 8) * kListBytes + lane % 8 * 16, length - lane % 8, scratch->floor[i]};
+    return {lists + (static_cast<int64_t>(i) * 4 + lane / 8) * kListBytes + lane % 8 * 16, length - lane % 8, scratch->floor[i], scratch->row};
   }
 
+  struct Progress {
+    HitLists hits;
+    float threshold[2];
+  };
+
   // Leaves their K best in the lists that are long, and raises their thresholds. A query whose lists were shortened more
-  // than `most` times collects no more.
-  __device__ void make_room(HitLists& hits, float (&threshold)[2], int next_age, int most) const {
-    int longest = hits.longest();
-    if (longest > kLongList) {
+  // than `most` times collects no more. Out of line and by value, so that the loop that calls it keeps its registers.
+  static __device__ __noinline__ Progress make_room(WarpLists self, Progress now, int tile, int most) {
+    const TilePlan& plan = self.scratch->plan;
+    const int too_long = plan.long_list(tile, self.arguments.k), next_age = plan.age_after(tile);
+    int longest = now.hits.longest();
+    if (longest > too_long) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int length = hits.length(e);
-        unsigned with_long = __ballot_sync(kAllLanes, length > kLongList);
+        const int length = now.hits.length(e);
+        unsigned with_long = __ballot_sync(kAllLanes, length > too_long);
         while (with_long) {
-          const int quad = (__ffs(with_long) - 1) / 4;
+          const int quad = (__ffs(with_long) - 1) / 4, lane = threadIdx.x % 32;
           with_long &= ~(0xFu << quad * 4);
-          const float old = __shfl_sync(kAllLanes, threshold[e], quad * 4);
-          const typename Selection::Shortened left = shorten(8 * e + quad, of_query(8 * e + quad, length, length), old, next_age, most);
-          const int lane = threadIdx.x % 32;
+          const float old = __shfl_sync(kAllLanes, now.threshold[e], quad * 4);
+          const typename Selection::Shortened left =
+              self.shorten(8 * e + quad, self.of_query(8 * e + quad, length, length), old, next_age, most);
           if (lane / 4 != quad) continue;
-          hits.next[e] = (hits.next[e] & ~(kListBytes - 1u)) + (left.count - lane % 4 + 3) / 4 * 16;
-          threshold[e] = left.threshold;
+          now.hits.next[e] = (now.hits.next[e] & ~(kListBytes - 1u)) + (left.count - lane % 4 + 3) / 4 * 16;
+          now.threshold[e] = left.threshold;
         }
       }
       __syncwarp();
-      longest = hits.longest();
+      longest = now.hits.longest();
     }
-    hits.set_room(longest);
+    now.hits.set_room(longest);
+    return now;
+  }
+  __device__ void make_room(HitLists& hits, float (&threshold)[2], int tile, int most) const {
+    const Progress made = make_room(*this, {hits, {threshold[0], threshold[1]}}, tile, most);
+    hits = made.hits;
+    threshold[0] = made.threshold[0];
+    threshold[1] = made.threshold[1];
   }
 
   __device__ typename Selection::Shortened shorten(int i, const typename Selection::Lists& found, float threshold, int next_age,
                                                    int most) const {
-    typename Selection::Shortened left = Selection::shorten(selection, found, threshold, next_age);
+    typename Selection::Shortened left = Selection::shorten(selection(), found, threshold, next_age);
     const int times = min(scratch->shortened[i] + 1, 255);
     if (times > most) left.threshold = INFINITY;
     __syncwarp();
@@ -269,6 +301,7 @@ struct WarpLists {
   template <typename ResultOf>
   __device__ void select_all(const HitLists& hits, int queries, int most, ResultOf result_of) const {
     const int first_length = hits.length(0), second_length = hits.length(1);
+    const Selection selection = this->selection();
     typename Selection::Lists current = of_query(0, first_length, second_length);
     float4 loaded[Selection::kLoads];
     const auto load = [&] {
@@ -287,6 +320,12 @@ struct WarpLists {
   }
 };
 
+// A number that the compiler does not know to be the same: what is derived from it is derived again, not kept.
+__device__ inline int64_t again(int64_t number) {
+  asm volatile("" : "+l"(number));
+  return number;
+}
+
 template <typename T, int dim>
 __device__ void consume(const ScanArguments& arguments, ScanConsumer<T, dim>& consumer, WarpScratch* scratch, uint32_t query_full,
                         uint32_t query_empty) {
@@ -296,23 +335,30 @@ __device__ void consume(const ScanArguments& arguments, ScanConsumer<T, dim>& co
   const int64_t jobs = ScanJob::count(arguments, Shape::kQueries);
   uint32_t query_phase = 0;
   for (int64_t number = blockIdx.x; number < jobs; number += gridDim.x, query_phase ^= 1) {
-    const ScanJob job(arguments, number, Shape::kQueries);
-    ScanPlan plan(job.window);
-    plan.choose_sample(arguments.k);
-    barrier_wait(query_full, query_phase);
     float threshold[2];
-    consumer.sample(plan, arguments.slot_count, threshold);
+    {
+      const ScanJob job(arguments, number, Shape::kQueries);
+      const SamplePlan plan(job.window, arguments.k);
+      barrier_wait(query_full, query_phase);
+      consumer.sample(plan, threshold);
 #pragma unroll
-    for (int e = 0; e < 2; ++e)  // a block may have queries to spare: what they hold is another row's, or zeros
-      if (job.first_query + first + lane / 4 + 8 * e >= arguments.queries_per_row) threshold[e] = INFINITY;
-    const WarpLists<T, dim> of_warp(arguments, plan.window, job.row, scratch, lists);
+      for (int e = 0; e < 2; ++e)  // a block may have queries to spare: what they hold is another row's, or zeros
+        if (job.first_query + first + lane / 4 + 8 * e >= arguments.queries_per_row) threshold[e] = INFINITY;
+      if (lane == 0) {
+        scratch->plan = plan;
+        scratch->row = job.row;
+      }
+    }
+    const WarpLists<T, dim> of_warp{arguments, scratch, lists};
     HitLists hits = of_warp.open(threshold);
-    consumer.collect(plan, threshold, hits, [&](int tile) { of_warp.make_room(hits, threshold, plan.age_after(tile), kMostShortened); });
+    consumer.collect(scratch->plan, threshold, hits, [&](int tile) { of_warp.make_room(hits, threshold, tile, kMostShortened); });
     if (lane == 0) barrier_arrive(query_empty);
     __syncwarp();
+    const ScanJob job(arguments, again(number), Shape::kQueries);
     const int64_t query = job.index * arguments.queries_per_row + job.first_query + first;
     of_warp.select_all(hits, min(16, arguments.queries_per_row - job.first_query - first), kMostShortened,
-                       [&](int i) { return ScanResult{arguments, plan.window, query + i, job.part}; });
+                       [&](int i) { return ScanResult{arguments, job.window, query + i, job.part}; });
+    __syncwarp();
   }
 }
 

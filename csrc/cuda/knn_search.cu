@@ -140,7 +140,7 @@ int launch_scan(const KnnSearchShape& shape, const KnnSearchTensors& tensors, cu
                                 at(places.count), at(places.redo), at(places.done),
                                 reinterpret_cast<uint64_t*>(workspace + places.slices), shape.row_count,
                                 static_cast<int>(shape.queries_per_row), parts, static_cast<int>(shape.slots),
-                                static_cast<int>(shape.capacity), static_cast<int>(shape.k), 1, Shape::kQueries};
+                                static_cast<int>(shape.capacity), static_cast<int>(shape.k), Shape::kQueries};
   const int64_t queries = shape.row_count * shape.queries_per_row;
   const int64_t jobs = shape.row_count * parts * ((shape.queries_per_row + Shape::kQueries - 1) / Shape::kQueries);
   const unsigned blocks_in_grid = static_cast<unsigned>(jobs < multiprocessors() ? jobs : multiprocessors());

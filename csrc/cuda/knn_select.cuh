@@ -85,10 +85,10 @@ __device__ inline uint32_t reached_by(int rank, int slack, uint32_t low, uint32_
   return low;
 }
 
-// The largest value that at least `rank` of a warp's values reach, or any smaller one that exactly `rank` reach. At least
-// rank values are not 0, which stands for no value.
+// The largest value that at least `rank` of a warp's values reach, or any smaller one that at most rank + slack reach. At
+// least rank values are not 0, which stands for no value.
 template <int count>
-__device__ inline uint32_t kth_largest(const uint32_t (&values)[count], int rank) {
+__device__ inline uint32_t kth_largest(const uint32_t (&values)[count], int rank, int slack = 0) {
   uint32_t smallest = 0xFFFFFFFFu, largest = 0;
   int present = 0;
 #pragma unroll
@@ -98,7 +98,7 @@ __device__ inline uint32_t kth_largest(const uint32_t (&values)[count], int rank
     present += values[i] != 0;
   }
   const uint32_t low = __reduce_min_sync(kAllLanes, smallest), high = __reduce_max_sync(kAllLanes, largest);
-  return reached_by(rank, 0, low, high, __reduce_add_sync(kAllLanes, present), [&](uint32_t value) {
+  return reached_by(rank, slack, low, high, __reduce_add_sync(kAllLanes, present), [&](uint32_t value) {
     int reached = 0;
 #pragma unroll
     for (int i = 0; i < count; ++i) reached += values[i] >= value;
