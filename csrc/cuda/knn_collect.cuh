@@ -70,38 +70,38 @@ __device__ inline float group_threshold(float (&maxima)[16], int rank) {
   return fmaxf(low, kLowest);  // where no maximum is finite, the steps lead to -inf, which hidden slots would reach
 }
 
+#define MEMTRANS_APPEND(compare, type, larger, threshold)                                             \
+  asm volatile(                                                                                      \
+      "{\n"                                                                                          \
+      ".reg .pred hit;\n"                                                                            \
+      ".reg .b64 address;\n"                                                                         \
+      compare " hit, %1, %2;\n"                                                                      \
+      "mov.b64 address, {%0, %6};\n"                                                                 \
+      "@hit st.global.v2.f32 [address], {%3, %4};\n"                                                 \
+      "@hit st.global.u32 [address + 8], %5;\n"                                                      \
+      "@hit add.u32 %0, %0, 16;\n"                                                                   \
+      "}\n"                                                                                          \
+      : "+r"(next[e])                                                                                \
+      : type(larger), type(threshold), "f"(first), "f"(second), "r"(pair + 4 * i), "r"(high)         \
+      : "memory")
+
 // A thread's lists, one for each of its two queries: where the next record {score, score of the next slot, slot / 2} goes.
 struct HitLists {
   uint32_t next[2];  // low words of the addresses
   uint32_t high;     // high word of all of them
   int room = 0;      // how often 4 records more can be appended to any list of the warp, beside those of one tile
 
-  // Appends those of four pairs of scores, 4 slots / 2 apart, of which one reaches the threshold. All places are known before
-  // the first is written to: a store reads its address late, and a register that it reads cannot change before.
+  // Appends those of four pairs of scores, 8 slots apart, of which one reaches the threshold; pair is half the first slot.
   template <bool positive>
   __device__ void append(int e, const float (&s)[8], float threshold, int pair) {
-    bool hit[4];
-    uint32_t place[5] = {next[e]};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      hit[i] = positive ? max(__float_as_int(s[2 * i]), __float_as_int(s[2 * i + 1])) >= __float_as_int(threshold)
-                        : fmaxf(s[2 * i], s[2 * i + 1]) >= threshold;
-      place[i + 1] = place[i] + (hit[i] ? 16 : 0);
+      const float first = s[2 * i], second = s[2 * i + 1];
+      if constexpr (positive)
+        MEMTRANS_APPEND("setp.ge.s32", "r", max(__float_as_int(first), __float_as_int(second)), __float_as_int(threshold));
+      else
+        MEMTRANS_APPEND("setp.ge.f32", "f", fmaxf(first, second), threshold);
     }
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      asm volatile(
-          "{\n"
-          ".reg .pred hit;\n"
-          ".reg .b64 address;\n"
-          "setp.ne.s32 hit, %0, 0;\n"
-          "mov.b64 address, {%1, %2};\n"
-          "@hit st.global.v2.f32 [address], {%3, %4};\n"
-          "@hit st.global.u32 [address + 8], %5;\n"
-          "}\n" ::"r"(static_cast<int>(hit[i])),
-          "r"(place[i]), "r"(high), "f"(s[2 * i]), "f"(s[2 * i + 1]), "r"(pair + 4 * i)
-          : "memory");
-    next[e] = place[4];
   }
   __device__ int length(int e) const { return static_cast<int>(next[e] & (kListBytes - 1)) / 16; }
   __device__ int longest() const { return __reduce_max_sync(kAllLanes, max(length(0), length(1))); }

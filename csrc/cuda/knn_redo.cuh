@@ -192,7 +192,7 @@ struct RedoConsumer {
       if (i == lane / 4) threshold[0] = bound;
       if (i == lane / 4 + 8) threshold[1] = bound;
     }
-    const WarpLists<T, dim> of_warp{arguments, scratch, lists};
+    const WarpLists<T, dim> of_warp(arguments, scratch);
     HitLists hits = of_warp.open(threshold);
     scan.collect(scratch->plan, threshold, hits, [&](int tile) { of_warp.make_room(hits, threshold, tile, kNeverGivenUp); });
     of_warp.select_all(hits, mine, kNeverGivenUp, [&](int i) {

@@ -28,6 +28,13 @@ struct StageCursor {
   __device__ void advance() { position = position + 1 < 2 * stages ? position + 1 : 0; }
 };
 
+// A number that the compiler does not know to be the same: what is derived from it is derived again, and not kept in a
+// register that the loop over the tiles needs.
+__device__ inline int again(int number) {
+  asm volatile("" : "+r"(number));
+  return number;
+}
+
 template <typename T, int dim>
 struct ScanConsumer {
   using Shape = ScanShape<dim>;
@@ -51,13 +58,14 @@ struct ScanConsumer {
     wgmma_commit();
   }
 
-  // visit(scores, tile) for the tiles [tile, stop), until it returns false; returns the first tile that was not visited.
-  // hidden: a bit for each of the thread's columns that do not count, in all of these tiles. Nothing here or in visit is
-  // called out of line, since the loop's registers would move to memory; what is rare ends the loop.
-  template <typename Visit>
-  __device__ int stream(int tile, int stop, uint32_t hidden, Visit visit) {
-    bool more = true;
-    while (more && tile < stop) {
+  // visit(scores, at) for tiles at = begin, begin + step, ... before end, until it returns false; returns the first `at` that
+  // was not visited. hidden: a bit for each of the thread's columns that do not count, in all of these tiles. Nothing here or
+  // in visit is called out of line, since the loop's registers would move to memory; what is rare ends the loop.
+  template <int step, typename Visit>
+  __device__ int stream(int begin, int end, uint32_t hidden, bool& more, Visit visit) {
+    int at = begin;
+    more = true;
+    while (more && at < end) {
       float scores[64];
       barrier_wait(full + 8 * cursor.index(), cursor.phase());
       multiply(scores);
@@ -65,10 +73,10 @@ struct ScanConsumer {
       if (threadIdx.x % 32 == 0) barrier_arrive(full + 8 * Shape::kStages + 8 * cursor.index());
       cursor.advance();
       if (__any_sync(kAllLanes, hidden != 0)) hide(scores, hidden);
-      more = visit(scores, tile);
-      ++tile;
+      more = visit(scores, at);
+      at += step;
     }
-    return tile;
+    return at;
   }
 
   // Phase 1: the thresholds of the thread's two queries.
@@ -83,7 +91,8 @@ struct ScanConsumer {
       int stop = tile;
       while (stop < tiles && plan.shows_whole_block(plan.sample_block(stop))) ++stop;
       const uint32_t hidden = stop == tile ? hidden_samples(plan, tile) : 0;
-      tile = stream(tile, max(stop, tile + 1), hidden, [&](const float(&scores)[64], int) {
+      bool more;
+      tile = stream<1>(tile, max(stop, tile + 1), hidden, more, [&](const float(&scores)[64], int) {
         take_maxima(scores, maxima);
         return true;
       });
@@ -96,18 +105,16 @@ struct ScanConsumer {
   // returns false, pause(tile) is called before the next tile.
   template <typename Visit, typename Pause>
   __device__ void stream_visible(const TilePlan& plan, Visit visit, Pause pause) {
+    constexpr int kPairs = kScanTile / 2;  // of a tile
     int edge = 0;  // the next tile of which the window may hide a part
     for (int tile = 0; tile < plan.tiles;) {
       const int slot = plan.tile_slot(tile), stop = tile == edge ? tile + 1 : edge;
       const uint32_t hidden = tile == edge ? hidden_columns(plan.window, slot) : 0;
       if (tile == edge) edge = plan.next_edge(tile);
-      int pair = slot / 2 + threadIdx.x % 4;
-      bool more = true;
-      tile = stream(tile, stop, hidden, [&](const float(&scores)[64], int) {
-        more = visit(scores, pair);
-        pair += kScanTile / 2;
-        return more;
-      });
+      const int pair = slot / 2 + threadIdx.x % 4;
+      bool more;
+      const int end = stream<kPairs>(pair, pair + (stop - tile) * kPairs, hidden, more, visit);
+      tile += (end - slot / 2) / kPairs;
       if (!more) pause(tile - 1);
     }
   }
@@ -222,6 +229,10 @@ struct WarpLists {
   WarpScratch* scratch;
   char* lists;  // of the warp's first query
 
+  __device__ WarpLists(const ScanArguments& arguments, WarpScratch* scratch)
+      : arguments(arguments), scratch(scratch),
+        lists(arguments.lists + (static_cast<int64_t>(again(blockIdx.x)) * ScanShape<dim>::kQueries + threadIdx.x / 32 * 16) * 4 * kListBytes) {}
+
   __device__ Selection selection() const { return {arguments, scratch->plan.window, scratch->buffer}; }
 
   __device__ HitLists open(const float (&threshold)[2]) const {
@@ -320,21 +331,13 @@ struct WarpLists {
   }
 };
 
-// A number that the compiler does not know to be the same: what is derived from it is derived again, not kept.
-__device__ inline int64_t again(int64_t number) {
-  asm volatile("" : "+l"(number));
-  return number;
-}
-
 template <typename T, int dim>
 __device__ void consume(const ScanArguments& arguments, ScanConsumer<T, dim>& consumer, WarpScratch* scratch, uint32_t query_full,
                         uint32_t query_empty) {
   using Shape = ScanShape<dim>;
   const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16;  // this warp's first query in the block
-  char* const lists = arguments.lists + (static_cast<int64_t>(blockIdx.x) * Shape::kQueries + first) * 4 * kListBytes;
-  const int64_t jobs = ScanJob::count(arguments, Shape::kQueries);
   uint32_t query_phase = 0;
-  for (int64_t number = blockIdx.x; number < jobs; number += gridDim.x, query_phase ^= 1) {
+  for (int number = blockIdx.x; number < ScanJob::count(arguments, Shape::kQueries); number += gridDim.x, query_phase ^= 1) {
     float threshold[2];
     {
       const ScanJob job(arguments, number, Shape::kQueries);
@@ -349,11 +352,13 @@ __device__ void consume(const ScanArguments& arguments, ScanConsumer<T, dim>& co
         scratch->row = job.row;
       }
     }
-    const WarpLists<T, dim> of_warp{arguments, scratch, lists};
-    HitLists hits = of_warp.open(threshold);
-    consumer.collect(scratch->plan, threshold, hits, [&](int tile) { of_warp.make_room(hits, threshold, tile, kMostShortened); });
+    HitLists hits = WarpLists<T, dim>(arguments, scratch).open(threshold);
+    consumer.collect(scratch->plan, threshold, hits, [&](int tile) {
+      WarpLists<T, dim>(arguments, scratch).make_room(hits, threshold, tile, kMostShortened);
+    });
     if (lane == 0) barrier_arrive(query_empty);
     __syncwarp();
+    const WarpLists<T, dim> of_warp(arguments, scratch);
     const ScanJob job(arguments, again(number), Shape::kQueries);
     const int64_t query = job.index * arguments.queries_per_row + job.first_query + first;
     of_warp.select_all(hits, min(16, arguments.queries_per_row - job.first_query - first), kMostShortened,
