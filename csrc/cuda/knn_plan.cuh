@@ -200,7 +200,7 @@ struct ScanShape {
   static constexpr int kSelectBytes = 4 * kGroups * sizeof(WarpScratch);
   static constexpr int kStagesThatFit = (232448 - 1024 - 256 - kSelectBytes - kQueryBytes) / kStageBytes;
   static constexpr int kStages = kStagesThatFit < 6 ? kStagesThatFit : 6;
-  static constexpr int kSharedBytes = 1024 + 256 + kSelectBytes + kQueryBytes + kStages * kStageBytes;
+  static constexpr int kSharedBytes = 1024 + 256 + kSelectBytes + kQueryBytes + kStages * kStageBytes;  // all that there is, at D 96 and 128
 };
 
 }  // namespace memtrans

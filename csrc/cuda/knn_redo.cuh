@@ -252,7 +252,6 @@ __global__ void __launch_bounds__(ScanShape<dim>::kThreads, 1)
   if (tiles == 0) return;
   extern __shared__ char shared[];
   const ScanMemory<dim> memory(shared);
-  __shared__ int is_last;
   memory.init_barriers();
   __syncthreads();
   const int slices = RedoJob::slices_of(arguments, tiles);
@@ -271,7 +270,7 @@ __global__ void __launch_bounds__(ScanShape<dim>::kThreads, 1)
       const RedoJob job(arguments, tiles, number, slices);
       consumer.load_queries(job, queries);
       consumer.search(job);
-      if (slices > 1) consumer.merge(job, &is_last);
+      if (slices > 1) consumer.merge(job, reinterpret_cast<int*>(memory.pointer(memory.word)));
     }
   }
 }

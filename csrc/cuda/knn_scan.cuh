@@ -154,13 +154,13 @@ __device__ void load_sample(uint32_t target, const CUtensorMap* map, uint32_t ba
   }
 }
 
-// A block's dynamic shared memory: queries | stages | a scratch for each warp | barriers. Tiles are 1024-byte aligned, as the
+// A block's dynamic shared memory: queries | stages | a scratch for each warp | barriers | a word. Tiles are 1024-byte aligned, as the
 // swizzle asks.
 template <int dim>
 struct ScanMemory {
   using Shape = ScanShape<dim>;
   char* shared;
-  uint32_t queries, stages, scratches, full, empty, query_full, query_empty;  // shared addresses
+  uint32_t queries, stages, scratches, full, empty, query_full, query_empty, word;  // shared addresses
 
   __device__ explicit ScanMemory(char* shared) : shared(shared) {
     queries = (shared_address(shared) + 1023) & ~1023u;
@@ -170,6 +170,7 @@ struct ScanMemory {
     empty = full + 8 * Shape::kStages;
     query_full = empty + 8 * Shape::kStages;
     query_empty = query_full + 8;
+    word = query_empty + 8;
   }
   __device__ void init_barriers() const {
     if (threadIdx.x > 0) return;
