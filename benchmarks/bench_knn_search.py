@@ -1,7 +1,7 @@
 """Exact top-K search against its rivals, all in one run, over memories that are full and have wrapped.
 
 Keys and queries are random; those of `trained-*` are what a small model made of text, whose neighbours cluster in time,
-those of `hard-<kind>-*` are of hard_keys.py.
+those of `hard-<kind>-*` are of hard_rings.py.
 `sdpa-dense` is the rival that matters: plain attention to the whole memory, which finds no neighbours but needs none.
 """
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 from bench_train import text
 from common import DEVICE, TOY, Case, Ring, case, full_ring, measure, peak_bytes
-from hard_keys import KINDS, hard_problem
+from hard_rings import KINDS, hard_problem
 from torch import Tensor
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
