@@ -44,7 +44,6 @@ PRETRAINED_READY := .venv/.pretrained
 endif
 
 CSRC := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
-FORMATTED = $(filter-out csrc/cuda/knn_search/%,$(CSRC))
 
 .PHONY: demo test test-slow test-gpu test-gpu-slow test-gpu-sanitizer test-targets check bench bench-against stations clean \
   test-install test-plain test-torch check-cuda wheel test-wheel docs
@@ -84,7 +83,7 @@ check: $(TESTS_READY)
 	$(PYTHON_BIN) -m ruff check .
 	$(PYTHON_BIN) -m ruff format --check .
 	$(PYTHON_BIN) -m mypy
-	$(PYTHON_BIN) -c "import clang_format as f; f.clang_format()" --dry-run --Werror $(FORMATTED)
+	$(PYTHON_BIN) -c "import clang_format as f; f.clang_format()" --dry-run --Werror $(CSRC)
 	$(PYTHON_BIN) -c "from importlinter.cli import lint_imports_command; lint_imports_command()"
 	$(SITE)
 

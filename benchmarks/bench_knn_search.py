@@ -1,6 +1,7 @@
 """Exact top-K search against its rivals, all in one run, over memories that are full and have wrapped.
 
-Keys and queries are random; those of `trained-*` are what a small model made of text, whose neighbours cluster in time.
+Keys and queries are random; those of `trained-*` are what a small model made of text, whose neighbours cluster in time,
+those of `hard-<kind>-*` are of hard_rings.py.
 `sdpa-dense` is the rival that matters: plain attention to the whole memory, which finds no neighbours but needs none.
 """
 
@@ -14,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 from bench_train import text
-from common import DEVICE, TOY, Case, Ring, case, full_ring, measure
+from common import DEVICE, TOY, Case, Ring, case, full_ring, measure, peak_bytes
+from hard_rings import KINDS, hard_problem
 from torch import Tensor
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
@@ -28,6 +30,11 @@ GPU_CASES = (
     "d64-8k", "d64-64k", "d64-262k", "d128-8k", "d128-64k", "paper-64k", "decode-d64-64k", "decode-paper-64k",
     "trained-d64-64k",
 )  # fmt: skip
+HARD_SHAPES = ("d64-8k", "d64-64k", "d128-64k", "paper-64k", "decode-d64-64k")
+HARD_CASES = (
+    *(f"hard-{kind}-{shape}" for kind in KINDS for shape in HARD_SHAPES),
+    *(f"hard-mixed-{percent}-d64-64k" for percent in (1, 50)),
+)
 TRAINING_STEPS = 500
 CASES = GPU_CASES if DEVICE == "cuda" else ("cpu-d64-64k",)
 MOST_SCORE_BYTES = 2**31  # of one row in float16: beyond it a matrix of all scores is no rival
@@ -102,10 +109,24 @@ def trained() -> tuple[Ring, Tensor]:
     return Ring(keys, values, snapshot.cursor, snapshot.start, snapshot.rows), found[0].to(DTYPE)
 
 
+def split_hard(name: str) -> tuple[str, str]:
+    """The kind and the shape of `hard-<kind>-<shape>`.
+
+    >>> split_hard("hard-mixed-50-decode-d64-64k")
+    ('mixed-50', 'decode-d64-64k')
+    """
+    words = name.removeprefix("hard-").split("-")
+    kind_words = 2 if words[0] == "mixed" else 1
+    return "-".join(words[:kind_words]), "-".join(words[kind_words:])
+
+
 def problem(name: str) -> tuple[Case, Ring, Tensor]:
     """Sizes, a full ring, and queries of unit length (B, H, N, D)."""
     if name.startswith("trained-"):
         return case(name.removeprefix("trained-")), *trained()
+    if name.startswith("hard-"):
+        kind, shape = split_hard(name)
+        return case(shape), *hard_problem(kind, case(shape), DTYPE)
     sizes = case(name)
     query = torch.randn(sizes.batch, sizes.heads, sizes.length, sizes.width, device=DEVICE)
     return sizes, full_ring(sizes, DTYPE, DEVICE), normalize(query, dim=-1).to(DTYPE)
@@ -172,6 +193,24 @@ def test_knn_search_of_float32_keys(benchmark: Any) -> None:
         dtype=torch.float32,
         capturable=not TOY,
         flop=2 * query.numel() * sizes.capacity,
+    )
+
+
+@pytest.mark.parametrize("name", HARD_CASES if DEVICE == "cuda" or TOY else ())
+def test_hard_keys(benchmark: Any, name: str) -> None:
+    """Beside the entries of dense attention, whose time does not depend on the keys."""
+    sizes, ring, query = problem(name)
+    run = ours(sizes, ring, query)
+    results = 8 * query[..., 0].numel() * sizes.neighbours
+    measure(
+        benchmark,
+        run,
+        op="knn_search",
+        impl="memtrans",
+        case=name,
+        dtype=DTYPE,
+        capturable=not TOY,
+        workspace_bytes=max(0, peak_bytes(run, 0) - results),
     )
 
 

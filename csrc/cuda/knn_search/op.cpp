@@ -70,8 +70,7 @@ std::tuple<Tensor, Tensor> knn_search(
   const int64_t most_rows = std::max<int64_t>(1, kMostQueries / per_row), most = std::min(per_row, kMostQueries);
   KnnSearchShape shape{
       std::min(rows.size(0), most_rows), most, keys.size(0), keys.size(1), capacity, width, k, bfloat16, type};
-  Tensor workspace =
-      torch::stable::new_empty(query, {memtrans_cuda_knn_search_workspace(&shape)}, ScalarType::Byte);
+  Tensor workspace = torch::stable::new_empty(query, {memtrans_cuda_knn_search_workspace(&shape)}, ScalarType::Byte);
   for (int64_t row = 0; row < rows.size(0); row += most_rows) {
     for (int64_t of_row = 0; of_row < per_row; of_row += most) {
       shape.row_count = std::min(rows.size(0) - row, most_rows);
@@ -79,9 +78,13 @@ std::tuple<Tensor, Tensor> knn_search(
       const int64_t first = row * per_row + of_row;
       const KnnSearchTensors tensors{
           static_cast<const char*>(query.const_data_ptr()) + first * width * query.element_size(),
-          keys.const_data_ptr(), rows.const_data_ptr<int64_t>() + row, start.const_data_ptr<int64_t>(),
-          cursor.const_data_ptr<int64_t>(), scores.mutable_data_ptr<float>() + first * k,
-          slots.mutable_data_ptr<int32_t>() + first * k, workspace.mutable_data_ptr()};
+          keys.const_data_ptr(),
+          rows.const_data_ptr<int64_t>() + row,
+          start.const_data_ptr<int64_t>(),
+          cursor.const_data_ptr<int64_t>(),
+          scores.mutable_data_ptr<float>() + first * k,
+          slots.mutable_data_ptr<int32_t>() + first * k,
+          workspace.mutable_data_ptr()};
       check_status(memtrans_cuda_knn_search(&shape, &tensors, current_stream(query.get_device_index())), width, k);
     }
   }

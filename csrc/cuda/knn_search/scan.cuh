@@ -1,16 +1,18 @@
 // Exact top-K for many queries: one persistent, warp-specialised kernel per call.
 //
-//   scores[b, h, n, :], slots[b, h, n, :] = the K best <query[b, h, n], key> over the visible slots of row rows[b * G + g]
+//   scores[b, h, n, :], slots[b, h, n, :] = the K best <query[b, h, n], key> over the visible slots of row rows[b * G +
+//   g]
 //
 // query (B, H, N, D), keys (R, M + S, D), both fp16 or bf16; scores fp32, slots int32, both (B, H, N, K). A block owns
 // kQueries queries of one row and streams the row's keys past them through the tensor cores twice:
 //   1. a strided sample: every thread keeps running maxima of its columns, 64 groups a query. The rank-th largest group
 //      maximum is the query's threshold: about rank / fraction keys are expected to reach it, rarely fewer than K.
 //   2. all visible keys: scores stay in registers; pairs of keys that reach the threshold go to a list private to the
-//      thread. Most groups of 8 scores cost 8 maxima and one comparison.
+//      thread. Most groups of 8 scores cost 8 maxima and one comparison. Where lists get long the warp leaves the K
+//      best of the query in them and raises its threshold.
 //   3. a warp per query selects the K best of its lists.
-// A query with fewer than K keys at its threshold, or with a full list, is put on the redo list (scan_redo.cuh), so the
-// result is exact whatever the keys. Products are exact and accumulate in fp32.
+// A query with fewer than K keys at its threshold, or whose lists were shortened too often, is left to scan_redo.cuh,
+// so the result is exact whatever the keys. Products are exact and accumulate in fp32. docs/search.md explains why.
 #pragma once
 
 #include "cuda/hopper.cuh"
@@ -28,13 +30,20 @@ struct StageCursor {
   __device__ void advance() { position = position + 1 < 2 * stages ? position + 1 : 0; }
 };
 
+// A number that the compiler does not know to be the same: what is derived from it is derived again, and not kept in a
+// register that the loop over the tiles needs.
+__device__ inline int again(int number) {
+  asm volatile("" : "+r"(number));
+  return number;
+}
+
 template <typename T, int dim>
 struct ScanConsumer {
   using Shape = ScanShape<dim>;
   static constexpr int kSteps = dim / 16, kStepsPerChunk = Shape::kColumns / 16;
 
   uint32_t queries, stages;  // matrix_low_word of this warpgroup's queries, of the first stage
-  uint32_t full, empty;      // shared addresses
+  uint32_t full;             // shared address of the stages' barriers: full ones, then empty ones
   StageCursor<Shape::kStages> cursor;
 
   __device__ void multiply(float (&scores)[64]) {
@@ -44,173 +53,146 @@ struct ScanConsumer {
     for (int step = 0; step < kSteps; ++step) {
       const int chunk = step / kStepsPerChunk, offset = step % kStepsPerChunk * 32;
       const uint64_t a = matrix_descriptor<Shape::kRowBytes>(queries + (chunk * 64 * Shape::kRowBytes + offset) / 16);
-      const uint64_t b = matrix_descriptor<Shape::kRowBytes>(keys + (chunk * kScanTile * Shape::kRowBytes + offset) / 16);
-      if (step == 0) wgmma_m64n128k16<T, false>(scores, a, b);
-      else wgmma_m64n128k16<T, true>(scores, a, b);
+      const uint64_t b =
+          matrix_descriptor<Shape::kRowBytes>(keys + (chunk * kScanTile * Shape::kRowBytes + offset) / 16);
+      if (step == 0)
+        wgmma_m64n128k16<T, false>(scores, a, b);
+      else
+        wgmma_m64n128k16<T, true>(scores, a, b);
     }
     wgmma_commit();
   }
 
-  // visit(scores, tile) for each tile.
-  template <typename Visit>
-  __device__ void stream(int tiles, Visit visit) {
-    for (int tile = 0; tile < tiles; ++tile) {
+  // visit(scores, at) for tiles at = begin, begin + step, ... before end, until it returns false; returns the first
+  // `at` that was not visited. hidden: a bit for each of the thread's columns that do not count, in all of these tiles.
+  // Nothing here or in visit is called out of line, since the loop's registers would move to memory; what is rare ends
+  // the loop.
+  template <int step, typename Visit>
+  __device__ int stream(int begin, int end, uint32_t hidden, bool& more, Visit visit) {
+    int at = begin;
+    more = true;
+    while (more && at < end) {
       float scores[64];
       barrier_wait(full + 8 * cursor.index(), cursor.phase());
       multiply(scores);
       wgmma_wait<0>(scores);
-      if (threadIdx.x % 32 == 0) barrier_arrive(empty + 8 * cursor.index());
+      if (threadIdx.x % 32 == 0)
+        barrier_arrive(full + 8 * Shape::kStages + 8 * cursor.index());
       cursor.advance();
-      visit(scores, tile);
+      if (__any_sync(kAllLanes, hidden != 0))
+        hide(scores, hidden);
+      more = visit(scores, at);
+      at += step;
     }
+    return at;
   }
 
   // Phase 1: the thresholds of the thread's two queries.
-  __device__ void sample(const ScanPlan& plan, int slot_count, float (&threshold)[2]) {
+  __device__ void sample(const SamplePlan& plan, float (&threshold)[2]) {
     threshold[0] = threshold[1] = kLowest;
-    if (plan.rank == 0) return;
+    if (plan.rank == 0)
+      return;
     float maxima[2][16];
 #pragma unroll
-    for (int i = 0; i < 32; ++i) maxima[i / 16][i % 16] = -INFINITY;
-    const int limit = slot_count / 8 * 8;
-    stream(plan.sample_tiles(), [&](const float(&scores)[64], int tile) {
-      const int slot = plan.sample_block(tile) * kSampleBlock + plan.sample_phase(tile);
-      if (plan.shows_all(slot, 8, limit)) take_maxima(scores, maxima);
-      else take_visible_maxima(scores, maxima, plan.window, slot, limit);
-    });
+    for (int i = 0; i < 32; ++i)
+      maxima[i / 16][i % 16] = -INFINITY;
+    const int tiles = plan.sample_tiles();
+    for (int tile = 0; tile < tiles;) {
+      int stop = tile;
+      while (stop < tiles && plan.shows_whole_block(plan.sample_block(stop)))
+        ++stop;
+      const uint32_t hidden = stop == tile ? hidden_samples(plan, tile) : 0;
+      bool more;
+      tile = stream<1>(tile, max(stop, tile + 1), hidden, more, [&](const float (&scores)[64], int) {
+        take_maxima(scores, maxima);
+        return true;
+      });
+    }
 #pragma unroll
-    for (int e = 0; e < 2; ++e) threshold[e] = group_threshold(maxima[e], plan.rank);
+    for (int e = 0; e < 2; ++e)
+      threshold[e] = group_threshold(maxima[e], plan.rank);
   }
 
-  // Phase 2: all keys, into the thread's lists.
-  __device__ void collect(const ScanPlan& plan, const float (&threshold)[2], HitLists& hits) {
+  // All keys: visit(scores, half the slot of the thread's first column), where scores of hidden slots are -inf. When it
+  // returns false, pause(tile) is called before the next tile.
+  template <typename Visit, typename Pause>
+  __device__ void stream_visible(const TilePlan& plan, Visit visit, Pause pause) {
+    constexpr int kPairs = kScanTile / 2;  // of a tile
+    int edge = 0;                          // the next tile of which the window may hide a part
+    for (int tile = 0; tile < plan.tiles;) {
+      const int slot = plan.tile_slot(tile), stop = tile == edge ? tile + 1 : edge;
+      const uint32_t hidden = tile == edge ? hidden_columns(plan.window, slot) : 0;
+      if (tile == edge)
+        edge = plan.next_edge(tile);
+      const int pair = slot / 2 + threadIdx.x % 4;
+      bool more;
+      const int end = stream<kPairs>(pair, pair + (stop - tile) * kPairs, hidden, more, visit);
+      tile += (end - slot / 2) / kPairs;
+      if (!more)
+        pause(tile - 1);
+    }
+  }
+
+  // Phase 2: all keys, into the thread's lists. make_room(tile) is called after a tile when a list may be long.
+  template <typename MakeRoom>
+  __device__ void collect(const TilePlan& plan, const float (&threshold)[2], HitLists& hits, MakeRoom make_room) {
     const bool positive = __all_sync(kAllLanes, threshold[0] > 0.0f && threshold[1] > 0.0f);
-    int pair = plan.first_tile * (kScanTile / 2) + threadIdx.x % 4;
-    int careful = 0;  // the next tile that needs care: the first, that at the end of the ring, the last; or each
-    stream(plan.tiles, [&](const float(&scores)[64], int tile) {
-      if (__all_sync(kAllLanes, tile != careful)) {
-        collect_hits(scores, threshold, hits, pair);
-      } else {
-        collect_carefully(scores, threshold, hits, pair, plan.window);
-        const int ring_end = plan.tile_count - 1 - plan.first_tile, last = plan.tiles - 1;
-        careful = !positive ? tile + 1 : tile < ring_end && ring_end < last ? ring_end : last;
-        if (tile == ring_end) pair = static_cast<int>(threadIdx.x % 4) - kScanTile / 2;
-      }
-      pair += kScanTile / 2;
-    });
+    hits.room = kRoomAtFirst;
+    const auto visit = [&](const float (&scores)[64], int pair) {
+      if (positive)
+        collect_hits<true>(scores, threshold, hits, pair);
+      else
+        collect_hits<false>(scores, threshold, hits, pair);
+      return __all_sync(kAllLanes, hits.room >= 0) != 0;
+    };
+    stream_visible(plan, visit, make_room);
   }
 };
 
+// A tile of keys from a slot on.
 template <int dim>
-__device__ void produce(const CUtensorMap* query_map, const CUtensorMap* key_map, const CUtensorMap* sample_map,
-                        const ScanArguments& arguments, uint32_t queries, uint32_t stages, uint32_t full, uint32_t empty,
-                        uint32_t query_full, uint32_t query_empty) {
+__device__ void load_keys(uint32_t target, const CUtensorMap* map, uint32_t barrier, int slot, int row) {
   using Shape = ScanShape<dim>;
-  StageCursor<Shape::kStages> cursor;
-  uint32_t query_phase = 1;
-  const int64_t jobs = ScanJob::count(arguments, Shape::kQueries);
-  for (int64_t number = blockIdx.x; number < jobs; number += gridDim.x, query_phase ^= 1) {
-    const ScanJob job(arguments, number, Shape::kQueries);
-    const ScanPlan plan(job.window, arguments.k);
-    const int query = static_cast<int>(job.index * arguments.queries_per_row + job.first_query);
-    barrier_wait_idly(query_empty, query_phase);
-    barrier_expect_bytes(query_full, Shape::kQueryBytes);
-    for (int group = 0; group < Shape::kGroups; ++group)
-      for (int chunk = 0; chunk < Shape::kChunks; ++chunk)
-        load_tile_2d(queries + (group * Shape::kChunks + chunk) * 64 * Shape::kRowBytes, query_map, query_full,
-                     chunk * Shape::kColumns, query + group * 64);
-    const int sample_tiles = plan.sample_tiles();
-    for (int i = 0; i < sample_tiles + plan.tiles; ++i, cursor.advance()) {
-      const uint32_t target = stages + cursor.index() * Shape::kStageBytes, barrier = full + 8 * cursor.index();
-      barrier_wait_idly(empty + 8 * cursor.index(), cursor.phase() ^ 1);
-      barrier_expect_bytes(barrier, Shape::kStageBytes);
-      for (int chunk = 0; chunk < Shape::kChunks; ++chunk) {
-        const uint32_t part = target + chunk * kScanTile * Shape::kRowBytes;
-        if (i < sample_tiles)
-          load_tile_4d(part, sample_map, barrier, chunk * Shape::kColumns, plan.sample_phase(i),
-                       plan.sample_block(i) * kScanTile, job.row);
-        else
-          load_tile_3d(part, key_map, barrier, chunk * Shape::kColumns, plan.tile_slot(i - sample_tiles), job.row);
-      }
-    }
+  for (int chunk = 0; chunk < Shape::kChunks; ++chunk)
+    load_tile_3d(target + chunk * kScanTile * Shape::kRowBytes, map, barrier, chunk * Shape::kColumns, slot, row);
+}
+
+// A tile of sampled keys, box by box.
+template <int dim>
+__device__ void load_sample(
+    uint32_t target, const CUtensorMap* map, uint32_t barrier, const SamplePlan& plan, int tile, int row) {
+  using Shape = ScanShape<dim>;
+  const int first = plan.sample_block(tile) * kScanTile;
+  for (int box = 0; box < kSampleBoxes; ++box) {
+    const uint32_t place = target + plan.sample_place(tile, box) * kSampleBox * Shape::kRowBytes;
+    for (int chunk = 0; chunk < Shape::kChunks; ++chunk)
+      load_tile_4d(
+          place + chunk * kScanTile * Shape::kRowBytes, map, barrier, chunk * Shape::kColumns,
+          plan.sample_phase(tile, box), first + box * kSampleBox, row);
   }
 }
 
-// Phase 3: a warp selects for its 16 queries, one after the other; the next one's records load while it ranks.
-template <typename T, int dim>
-__device__ void select_all(const ScanArguments& arguments, const ScanJob& job, const Window& window, const char* lists,
-                           const int (&records)[2], const float (&threshold)[2], uint64_t* buffer) {
-  using Selection = ListSelection<T, dim>;
-  const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16;
-  const T* keys = static_cast<const T*>(arguments.keys) + static_cast<int64_t>(job.row) * arguments.slot_count * dim;
-  const Selection selection{arguments, window, keys, buffer};
-  const auto lists_of = [&](int i) {  // the lists of the warp's query i
-    typename Selection::Lists found;
-    found.place = lists + (static_cast<int64_t>(first + i) * 4 + lane / 8) * kListBytes + lane % 8 * 16;
-    found.count = __shfl_sync(kAllLanes, i < 8 ? records[0] : records[1], i % 8 * 4 + lane / 8) - lane % 8;
-    found.threshold = __shfl_sync(kAllLanes, i < 8 ? threshold[0] : threshold[1], i % 8 * 4);
-    return found;
-  };
-  const int queries = min(16, arguments.queries_per_row - job.first_query - first);
-  typename Selection::Lists current = lists_of(0);
-  float4 loaded[Selection::kLoads];
-  const auto load = [&] {
-#pragma unroll
-    for (int i = 0; i < Selection::kLoads; ++i) loaded[i] = current.record(i);
-  };
-  load();
-#pragma unroll 1
-  for (int i = 0; i < queries; ++i) {
-    const int64_t query = job.index * arguments.queries_per_row + job.first_query + first + i;
-    selection.select(current, loaded, {arguments, window, query, job.part}, [&] {
-      current = lists_of(min(i + 1, 15));
-      load();
-    });
-  }
-  __syncwarp();
-}
-
-template <typename T, int dim>
-__device__ void consume(const ScanArguments& arguments, ScanConsumer<T, dim>& consumer, uint64_t* buffer, uint32_t query_full,
-                        uint32_t query_empty) {
+// A block's dynamic shared memory: queries | stages | a scratch for each warp | barriers | a word. Tiles are 1024-byte
+// aligned, as the swizzle asks.
+template <int dim>
+struct ScanMemory {
   using Shape = ScanShape<dim>;
-  const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16;  // this warp's first query in the block
-  char* const lists = arguments.lists + static_cast<int64_t>(blockIdx.x) * Shape::kQueries * 4 * kListBytes;
-  const uint64_t own = reinterpret_cast<uint64_t>(lists) + ((first + lane / 4) * 4 + lane % 4) * kListBytes;
-  const uint32_t own_low[2] = {static_cast<uint32_t>(own), static_cast<uint32_t>(own) + 8 * 4 * kListBytes};
-  const int64_t jobs = ScanJob::count(arguments, Shape::kQueries);
-  uint32_t query_phase = 0;
-  for (int64_t number = blockIdx.x; number < jobs; number += gridDim.x, query_phase ^= 1) {
-    const ScanJob job(arguments, number, Shape::kQueries);
-    const ScanPlan plan(job.window, arguments.k);
-    barrier_wait(query_full, query_phase);
-    float threshold[2];
-    consumer.sample(plan, arguments.slot_count, threshold);
-#pragma unroll
-    for (int e = 0; e < 2; ++e)  // a block may have queries to spare: what they hold is another row's, or zeros
-      if (job.first_query + first + lane / 4 + 8 * e >= arguments.queries_per_row) threshold[e] = INFINITY;
-    HitLists hits{{own_low[0], own_low[1]}, static_cast<uint32_t>(own >> 32), arguments.one};
-    consumer.collect(plan, threshold, hits);
-    if (lane == 0) barrier_arrive(query_empty);
-    __syncwarp();
-    const int records[2] = {static_cast<int>(hits.next[0] - own_low[0]) / 16, static_cast<int>(hits.next[1] - own_low[1]) / 16};
-    select_all<T, dim>(arguments, job, plan.window, lists, records, threshold, buffer);
-  }
-}
+  char* shared;
+  uint32_t queries, stages, scratches, full, empty, query_full, query_empty, word;  // shared addresses
 
-template <typename T, int dim>
-__global__ void __launch_bounds__(ScanShape<dim>::kThreads, 1)
-    knn_scan(const __grid_constant__ CUtensorMap query_map, const __grid_constant__ CUtensorMap key_map,
-             const __grid_constant__ CUtensorMap sample_map, const __grid_constant__ ScanArguments arguments) {
-  using Shape = ScanShape<dim>;
-  extern __shared__ char shared[];
-  // queries | stages | selection buffers | barriers; tiles are 1024-byte aligned, as the swizzle asks
-  const uint32_t base = (shared_address(shared) + 1023) & ~1023u;
-  const uint32_t stages = base + Shape::kQueryBytes;
-  const uint32_t select = stages + Shape::kStages * Shape::kStageBytes;
-  const uint32_t full = select + Shape::kSelectBytes, empty = full + 8 * Shape::kStages;
-  const uint32_t query_full = empty + 8 * Shape::kStages, query_empty = query_full + 8;
-  if (threadIdx.x == 0) {
+  __device__ explicit ScanMemory(char* shared) : shared(shared) {
+    queries = (shared_address(shared) + 1023) & ~1023u;
+    stages = queries + Shape::kQueryBytes;
+    scratches = stages + Shape::kStages * Shape::kStageBytes;
+    full = scratches + Shape::kSelectBytes;
+    empty = full + 8 * Shape::kStages;
+    query_full = empty + 8 * Shape::kStages;
+    query_empty = query_full + 8;
+    word = query_empty + 8;
+  }
+  __device__ void init_barriers() const {
+    if (threadIdx.x > 0)
+      return;
     for (int stage = 0; stage < Shape::kStages; ++stage) {
       barrier_init(full + 8 * stage, 1);
       barrier_init(empty + 8 * stage, 4 * Shape::kGroups);
@@ -219,19 +201,236 @@ __global__ void __launch_bounds__(ScanShape<dim>::kThreads, 1)
     barrier_init(query_empty, 4 * Shape::kGroups);
     barrier_init_fence();
   }
+  __device__ char* pointer(uint32_t address) const { return shared + (address - shared_address(shared)); }
+  __device__ WarpScratch* scratch() const {
+    return reinterpret_cast<WarpScratch*>(pointer(scratches)) + threadIdx.x / 32;
+  }
+  template <typename T>
+  __device__ ScanConsumer<T, dim> consumer(int group) const {
+    uint32_t stages_low = matrix_low_word(stages), barriers = full;
+    asm volatile("" : "+r"(stages_low), "+r"(barriers));  // else they are derived again for each tile
+    return {matrix_low_word(queries + group * (Shape::kQueryBytes / Shape::kGroups)), stages_low, barriers, {}};
+  }
+};
+
+template <int dim>
+__device__ void produce(
+    const CUtensorMap* query_map, const CUtensorMap* key_map, const CUtensorMap* sample_map,
+    const ScanArguments& arguments, uint32_t queries, uint32_t stages, uint32_t full, uint32_t empty,
+    uint32_t query_full, uint32_t query_empty) {
+  using Shape = ScanShape<dim>;
+  StageCursor<Shape::kStages> cursor;
+  uint32_t query_phase = 1;
+  const int64_t jobs = ScanJob::count(arguments, Shape::kQueries);
+  for (int64_t number = blockIdx.x; number < jobs; number += gridDim.x, query_phase ^= 1) {
+    const ScanJob job(arguments, number, Shape::kQueries);
+    const SamplePlan plan(job.window, arguments.k);
+    const int query = static_cast<int>(job.index * arguments.queries_per_row + job.first_query);
+    barrier_wait_idly(query_empty, query_phase);
+    barrier_expect_bytes(query_full, Shape::kQueryBytes);
+    for (int group = 0; group < Shape::kGroups; ++group)
+      for (int chunk = 0; chunk < Shape::kChunks; ++chunk)
+        load_tile_2d(
+            queries + (group * Shape::kChunks + chunk) * 64 * Shape::kRowBytes, query_map, query_full,
+            chunk * Shape::kColumns, query + group * 64);
+    const int sample_tiles = plan.sample_tiles();
+    for (int i = 0; i < sample_tiles + plan.tiles; ++i, cursor.advance()) {
+      const uint32_t target = stages + cursor.index() * Shape::kStageBytes, barrier = full + 8 * cursor.index();
+      barrier_wait_idly(empty + 8 * cursor.index(), cursor.phase() ^ 1);
+      barrier_expect_bytes(barrier, Shape::kStageBytes);
+      if (i < sample_tiles)
+        load_sample<dim>(target, sample_map, barrier, plan, i, job.row);
+      else
+        load_keys<dim>(target, key_map, barrier, plan.tile_slot(i - sample_tiles), job.row);
+    }
+  }
+}
+
+// What a consumer warp knows about the lists of its 16 queries; query i of them belongs to lanes i % 8 * 4 and the next
+// three, as their first one (i < 8) or second one.
+template <typename T, int dim>
+struct WarpLists {
+  using Selection = ListSelection<T, dim>;
+  const ScanArguments& arguments;
+  WarpScratch* scratch;
+  char* lists;  // of the warp's first query
+
+  __device__ WarpLists(const ScanArguments& arguments, WarpScratch* scratch)
+      : arguments(arguments),
+        scratch(scratch),
+        lists(
+            arguments.lists +
+            (static_cast<int64_t>(again(blockIdx.x)) * ScanShape<dim>::kQueries + threadIdx.x / 32 * 16) * 4 *
+                kListBytes) {}
+
+  __device__ Selection selection() const { return {arguments, scratch->plan.window, scratch->buffer}; }
+
+  __device__ HitLists open(const float (&threshold)[2]) const {
+    const int lane = threadIdx.x % 32;
+    const uint64_t own = reinterpret_cast<uint64_t>(lists) + lane * kListBytes;
+    if (lane < 16)
+      scratch->shortened[lane] = 0;
+    if (lane % 4 == 0) {
+      scratch->floor[lane / 4] = threshold[0];
+      scratch->floor[lane / 4 + 8] = threshold[1];
+    }
+    __syncwarp();
+    return {
+        {static_cast<uint32_t>(own), static_cast<uint32_t>(own) + 32 * kListBytes}, static_cast<uint32_t>(own >> 32)};
+  }
+
+  // The lists of the warp's query i, of which each thread's two have so many records.
+  __device__ typename Selection::Lists of_query(int i, int first_length, int second_length) const {
+    const int lane = threadIdx.x % 32,
+              length = __shfl_sync(kAllLanes, i < 8 ? first_length : second_length, i % 8 * 4 + lane / 8);
+    return {
+        lists + (static_cast<int64_t>(i) * 4 + lane / 8) * kListBytes + lane % 8 * 16, length - lane % 8,
+        scratch->floor[i], scratch->row};
+  }
+
+  struct Progress {
+    HitLists hits;
+    float threshold[2];
+  };
+
+  // Leaves their K best in the lists that are long, and raises their thresholds. A query whose lists were shortened
+  // more than `most` times collects no more. Out of line and by value, so that the loop that calls it keeps its
+  // registers.
+  static __device__ __noinline__ Progress make_room(WarpLists self, Progress now, int tile, int most) {
+    const TilePlan& plan = self.scratch->plan;
+    const int too_long = plan.long_list(tile, self.arguments.k), next_age = plan.age_after(tile);
+    int longest = now.hits.longest();
+    if (longest > too_long) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int length = now.hits.length(e);
+        unsigned with_long = __ballot_sync(kAllLanes, length > too_long);
+        while (with_long) {
+          const int quad = (__ffs(with_long) - 1) / 4, lane = threadIdx.x % 32;
+          with_long &= ~(0xFu << quad * 4);
+          const float old = __shfl_sync(kAllLanes, now.threshold[e], quad * 4);
+          const typename Selection::Shortened left =
+              self.shorten(8 * e + quad, self.of_query(8 * e + quad, length, length), old, next_age, most);
+          if (lane / 4 != quad)
+            continue;
+          now.hits.next[e] = (now.hits.next[e] & ~(kListBytes - 1u)) + (left.count - lane % 4 + 3) / 4 * 16;
+          now.threshold[e] = left.threshold;
+        }
+      }
+      __syncwarp();
+      longest = now.hits.longest();
+    }
+    now.hits.set_room(longest);
+    return now;
+  }
+  __device__ void make_room(HitLists& hits, float (&threshold)[2], int tile, int most) const {
+    const Progress made = make_room(*this, {hits, {threshold[0], threshold[1]}}, tile, most);
+    hits = made.hits;
+    threshold[0] = made.threshold[0];
+    threshold[1] = made.threshold[1];
+  }
+
+  __device__ typename Selection::Shortened shorten(
+      int i, const typename Selection::Lists& found, float threshold, int next_age, int most) const {
+    typename Selection::Shortened left = Selection::shorten(selection(), found, threshold, next_age);
+    const int times = min(scratch->shortened[i] + 1, 255);
+    if (times > most)
+      left.threshold = INFINITY;
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) {
+      scratch->shortened[i] = static_cast<unsigned char>(times);
+      scratch->floor[i] = left.floor;
+    }
+    __syncwarp();
+    return left;
+  }
+
+  // Phase 3: selects for the first `queries`, one after the other; the next one's records load while it ranks.
+  // result_of(i): where the neighbours of query i go.
+  template <typename ResultOf>
+  __device__ void select_all(const HitLists& hits, int queries, int most, ResultOf result_of) const {
+    const int first_length = hits.length(0), second_length = hits.length(1);
+    const Selection selection = this->selection();
+    typename Selection::Lists current = of_query(0, first_length, second_length);
+    float4 loaded[Selection::kLoads];
+    const auto load = [&] {
+#pragma unroll
+      for (int i = 0; i < Selection::kLoads; ++i)
+        loaded[i] = current.record(i);
+    };
+    load();
+#pragma unroll 1
+    for (int i = 0; i < queries; ++i) {
+      selection.select(current, scratch->shortened[i] > most, loaded, result_of(i), [&] {
+        current = of_query(min(i + 1, 15), first_length, second_length);
+        load();
+      });
+    }
+    __syncwarp();
+  }
+};
+
+template <typename T, int dim>
+__device__ void consume(
+    const ScanArguments& arguments, ScanConsumer<T, dim>& consumer, WarpScratch* scratch, uint32_t query_full,
+    uint32_t query_empty) {
+  using Shape = ScanShape<dim>;
+  const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16;  // this warp's first query in the block
+  uint32_t query_phase = 0;
+  for (int number = blockIdx.x; number < ScanJob::count(arguments, Shape::kQueries);
+       number += gridDim.x, query_phase ^= 1) {
+    float threshold[2];
+    {
+      const ScanJob job(arguments, number, Shape::kQueries);
+      const SamplePlan plan(job.window, arguments.k);
+      barrier_wait(query_full, query_phase);
+      consumer.sample(plan, threshold);
+#pragma unroll
+      for (int e = 0; e < 2; ++e)  // a block may have queries to spare: what they hold is another row's, or zeros
+        if (job.first_query + first + lane / 4 + 8 * e >= arguments.queries_per_row)
+          threshold[e] = INFINITY;
+      if (lane == 0) {
+        scratch->plan = plan;
+        scratch->row = job.row;
+      }
+    }
+    HitLists hits = WarpLists<T, dim>(arguments, scratch).open(threshold);
+    consumer.collect(scratch->plan, threshold, hits, [&](int tile) {
+      WarpLists<T, dim>(arguments, scratch).make_room(hits, threshold, tile, kMostShortened);
+    });
+    if (lane == 0)
+      barrier_arrive(query_empty);
+    __syncwarp();
+    const WarpLists<T, dim> of_warp(arguments, scratch);
+    const ScanJob job(arguments, again(number), Shape::kQueries);
+    const int64_t query = job.index * arguments.queries_per_row + job.first_query + first;
+    of_warp.select_all(hits, min(16, arguments.queries_per_row - job.first_query - first), kMostShortened, [&](int i) {
+      return ScanResult{arguments, job.window, query + i, job.part};
+    });
+    __syncwarp();
+  }
+}
+
+template <typename T, int dim>
+__global__ void __launch_bounds__(ScanShape<dim>::kThreads, 1) knn_scan(
+    const __grid_constant__ CUtensorMap query_map, const __grid_constant__ CUtensorMap key_map,
+    const __grid_constant__ CUtensorMap sample_map, const __grid_constant__ ScanArguments arguments) {
+  using Shape = ScanShape<dim>;
+  extern __shared__ char shared[];
+  const ScanMemory<dim> memory(shared);
+  memory.init_barriers();
   __syncthreads();
   const int group = __shfl_sync(kAllLanes, threadIdx.x / 128, 0);  // uniform, as wgmma's branches must be
   if (group == Shape::kGroups) {
     registers_down<24>();
     if (threadIdx.x % 128 == 0)
-      produce<dim>(&query_map, &key_map, &sample_map, arguments, base, stages, full, empty, query_full, query_empty);
+      produce<dim>(
+          &query_map, &key_map, &sample_map, arguments, memory.queries, memory.stages, memory.full, memory.empty,
+          memory.query_full, memory.query_empty);
   } else {
     registers_up<Shape::kConsumerRegisters>();
-    ScanConsumer<T, dim> consumer{matrix_low_word(base + group * (Shape::kQueryBytes / Shape::kGroups)),
-                                  matrix_low_word(stages), full, empty, {}};
-    uint64_t* buffer = reinterpret_cast<uint64_t*>(shared + (select - shared_address(shared))) +
-                       threadIdx.x / 32 * WarpTopK::kCapacity;
-    consume<T, dim>(arguments, consumer, buffer, query_full, query_empty);
+    ScanConsumer<T, dim> consumer = memory.template consumer<T>(group);
+    consume<T, dim>(arguments, consumer, memory.scratch(), memory.query_full, memory.query_empty);
   }
 }
 

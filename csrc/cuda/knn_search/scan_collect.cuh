@@ -1,30 +1,49 @@
-// What a consumer of knn_scan does with an accumulator in registers: 64 queries x 128 keys, of which a thread holds 32 columns
-// of two queries (rows lane / 4 and lane / 4 + 8 of its warp's 16; scores[4j + 2e + c] is query e, column 8j + 2 (lane % 4) + c).
+// What a consumer of knn_scan does with an accumulator in registers: 64 queries x 128 keys, of which a thread holds 32
+// columns of two queries (rows lane / 4 and lane / 4 + 8 of its warp's 16; scores[4j + 2e + c] is query e, column 8j +
+// 2 (lane % 4) + c).
 #pragma once
 
 #include "cuda/knn_search/scan_plan.cuh"
 
 namespace memtrans {
 
-// Takes one 64 x 128 accumulator into the running maxima of the thread's two queries: column pair i into group i.
+// The group of a query's 64 that a thread's column belongs to: columns side by side to different ones.
+__device__ constexpr int group_of(int i) { return i / 4 % 8 * 2 + i % 2; }
+
+// Takes one 64 x 128 accumulator into the running maxima of the thread's two queries.
 __device__ inline void take_maxima(const float (&scores)[64], float (&maxima)[2][16]) {
 #pragma unroll
-  for (int i = 0; i < 64; i += 2) maxima[i / 2 % 2][i / 4] = fmaxf(maxima[i / 2 % 2][i / 4], fmaxf(scores[i], scores[i + 1]));
+  for (int i = 0; i < 64; ++i)
+    maxima[i / 2 % 2][group_of(i)] = fmaxf(maxima[i / 2 % 2][group_of(i)], scores[i]);
 }
 
-// The same where column c, slot base + 8 * c, may be out of sight.
-__device__ inline void take_visible_maxima(const float (&scores)[64], float (&maxima)[2][16], const Window& window, int base,
-                                           int limit) {
-#pragma unroll
-  for (int i = 0; i < 64; i += 4) {
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int slot = base + 8 * (i * 2 + (threadIdx.x & 3) * 2 + e);
-      if (slot >= limit || !window.shows(slot)) continue;
-      maxima[0][i / 4] = fmaxf(maxima[0][i / 4], scores[i + e]);
-      maxima[1][i / 4] = fmaxf(maxima[1][i / 4], scores[i + 2 + e]);
-    }
+// Of a tile, which column the thread's column c of 32 is.
+__device__ inline int column(int c) { return c / 2 * 8 + threadIdx.x % 4 * 2 + c % 2; }
+
+// Which of the thread's 32 columns of a tile from `slot` on the window hides: a bit each. Out of line, and before the
+// tile's products are made: what few tiles need would take registers from all.
+static __device__ __noinline__ uint32_t hidden_columns(Window window, int slot) {
+  uint32_t hidden = 0;
+  for (int c = 0; c < 32; ++c)
+    hidden |= static_cast<uint32_t>(!window.shows(slot + column(c))) << c;
+  return hidden;
+}
+
+// The same for sample tile i.
+static __device__ __noinline__ uint32_t hidden_samples(SamplePlan plan, int i) {
+  uint32_t hidden = 0;
+  for (int c = 0; c < 32; ++c) {
+    const int slot = plan.sample_slot(i, column(c));
+    hidden |= static_cast<uint32_t>(slot >= plan.window.slots / 8 * 8 || !plan.window.shows(slot)) << c;
   }
+  return hidden;
+}
+
+__device__ inline void hide(float (&scores)[64], uint32_t hidden) {
+#pragma unroll
+  for (int c = 0; c < 32; ++c)
+    if (hidden >> c & 1)
+      scores[c / 2 * 4 + c % 2] = scores[c / 2 * 4 + c % 2 + 2] = -INFINITY;
 }
 
 // The largest t (to a thousandth of the spread) that at least rank of the 64 maxima of a query reach. Its 4 lanes call.
@@ -46,79 +65,95 @@ __device__ inline float group_threshold(float (&maxima)[16], int rank) {
     const float middle = 0.5f * low + 0.5f * high;
     int reached = 0;
 #pragma unroll
-    for (int i = 0; i < 16; ++i) reached += maxima[i] >= middle;
+    for (int i = 0; i < 16; ++i)
+      reached += maxima[i] >= middle;
     reached += __shfl_xor_sync(kAllLanes, reached, 1);
     reached += __shfl_xor_sync(kAllLanes, reached, 2);
-    if (reached >= rank) low = middle;
-    else high = middle;
+    if (reached >= rank)
+      low = middle;
+    else
+      high = middle;
   }
   return fmaxf(low, kLowest);  // where no maximum is finite, the steps lead to -inf, which hidden slots would reach
 }
 
-// A thread's lists, one for each of its two queries: where the next record {score, score of the next slot, slot / 2} goes.
-// `one` is 1, unknown to the compiler: sums through it use the multiply pipe and leave the adder to the comparisons.
+#define MEMTRANS_APPEND(compare, type, larger, threshold)                                    \
+  asm volatile(                                                                              \
+      "{\n"                                                                                  \
+      ".reg .pred hit;\n"                                                                    \
+      ".reg .b64 address;\n" compare                                                         \
+      " hit, %1, %2;\n"                                                                      \
+      "mov.b64 address, {%0, %6};\n"                                                         \
+      "@hit st.global.v2.f32 [address], {%3, %4};\n"                                         \
+      "@hit st.global.u32 [address + 8], %5;\n"                                              \
+      "@hit add.u32 %0, %0, 16;\n"                                                           \
+      "}\n"                                                                                  \
+      : "+r"(next[e])                                                                        \
+      : type(larger), type(threshold), "f"(first), "f"(second), "r"(pair + 4 * i), "r"(high) \
+      : "memory")
+
+// A thread's lists, one for each of its two queries: where the next record {score, score of the next slot, slot / 2}
+// goes.
 struct HitLists {
   uint32_t next[2];  // low words of the addresses
   uint32_t high;     // high word of all of them
-  int one;
+  int room = 0;      // how often 4 records more can be appended to any list of the warp, beside those of one tile
 
-  // Appends where value >= threshold. The record's slot / 2 is pair + step.
-  __device__ void append(int e, int value, int threshold, float first, float second, int pair, int step) {
-    asm volatile(
-        "{\n"
-        ".reg .pred hit;\n"
-        ".reg .b64 address;\n"
-        ".reg .b32 id;\n"
-        "setp.ge.s32 hit, %1, %2;\n"
-        "mov.b64 address, {%0, %6};\n"
-        "mad.lo.u32 id, %7, %8, %5;\n"
-        "@hit st.global.v2.f32 [address], {%3, %4};\n"
-        "@hit st.global.u32 [address + 8], id;\n"
-        "@hit mad.lo.u32 %0, %7, 16, %0;\n"
-        "}\n"
-        : "+r"(next[e])
-        : "r"(value), "r"(threshold), "f"(first), "f"(second), "r"(pair), "r"(high), "r"(one), "r"(step)
-        : "memory");
+  // Appends those of four pairs of scores, 8 slots apart, of which one reaches the threshold; pair is half the first
+  // slot.
+  template <bool positive>
+  __device__ void append(int e, const float (&s)[8], float threshold, int pair) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float first = s[2 * i], second = s[2 * i + 1];
+      if constexpr (positive)
+        MEMTRANS_APPEND(
+            "setp.ge.s32", "r", max(__float_as_int(first), __float_as_int(second)), __float_as_int(threshold));
+      else
+        MEMTRANS_APPEND("setp.ge.f32", "f", fmaxf(first, second), threshold);
+    }
   }
-  __device__ void stop_at_end(int e) { next[e] = min(next[e], (next[e] | (kListBytes - 1)) - (kListBytes - 1 - kListFull * 16)); }
+  __device__ int length(int e) const { return static_cast<int>(next[e] & (kListBytes - 1)) / 16; }
+  __device__ int longest() const { return __reduce_max_sync(kAllLanes, max(length(0), length(1))); }
+  __device__ void set_room(int longest) { room = (kListRecords - 4 - kTileRecords - longest) / 4; }
 };
 
-// One 64 x 128 accumulator against the thresholds of the thread's two queries, both above 0, where floats compare as their
-// bits do. pair is half the slot of the thread's first column.
+// Does any of 8 scores reach the threshold?
+template <bool positive>
+__device__ inline bool any_reaches(const float (&s)[8], float threshold) {
+  if constexpr (positive) {
+    const auto number = [&](int i) { return __float_as_int(s[i]); };
+    const int most = __vimax3_s32(__vimax3_s32(number(0), number(1), number(2)), number(3), number(4));
+    return max(__vimax3_s32(most, number(5), number(6)), number(7)) >= __float_as_int(threshold);
+  }
+  return fmaxf(fmaxf(fmaxf(s[0], s[1]), fmaxf(s[2], s[3])), fmaxf(fmaxf(s[4], s[5]), fmaxf(s[6], s[7]))) >= threshold;
+}
+
+// One 64 x 128 accumulator against the thresholds of the thread's two queries. positive: all of the warp's are above 0,
+// where floats compare as their bits do, three at once. pair is half the slot of the thread's first column.
+template <bool positive>
 __device__ inline void collect_hits(const float (&scores)[64], const float (&threshold)[2], HitLists& lists, int pair) {
 #pragma unroll
   for (int g = 0; g < 4; ++g) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const auto score = [&](int i) { return scores[16 * g + i / 2 * 4 + 2 * e + i % 2]; };
-      const auto bits = [&](int i) { return __float_as_int(score(i)); };
-      const int limit = __float_as_int(threshold[e]);
-      int largest = __vimax3_s32(bits(0), bits(1), bits(2));
-      largest = __vimax3_s32(largest, bits(3), bits(4));
-      largest = max(__vimax3_s32(largest, bits(5), bits(6)), bits(7));
-      if (!__any_sync(kAllLanes, largest >= limit)) continue;
+      float eight[8];
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        lists.append(e, max(bits(2 * i), bits(2 * i + 1)), limit, score(2 * i), score(2 * i + 1), pair, 16 * g + 4 * i);
-      lists.stop_at_end(e);
+      for (int i = 0; i < 8; ++i)
+        eight[i] = scores[16 * g + i / 2 * 4 + 2 * e + i % 2];
+      if (!__any_sync(kAllLanes, any_reaches<positive>(eight, threshold[e])))
+        continue;
+      lists.append<positive>(e, eight, threshold[e], pair + 16 * g);
+      --lists.room;
     }
   }
 }
 
-// The same for any thresholds and for tiles of which the window hides a part.
-__device__ inline void collect_carefully(const float (&scores)[64], const float (&threshold)[2], HitLists& lists, int pair,
-                                         const Window& window) {
+// The largest score of each of the thread's two queries in one 64 x 128 accumulator.
+__device__ inline void take_largest(const float (&scores)[64], float (&largest)[2]) {
 #pragma unroll
-  for (int i = 0; i < 64; i += 4) {
-    const int slot = 2 * (pair + i);
-    const bool first_shown = window.shows(slot), second_shown = window.shows(slot + 1);
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const float first = first_shown ? scores[i + 2 * e] : -INFINITY, second = second_shown ? scores[i + 2 * e + 1] : -INFINITY;
-      lists.append(e, fmaxf(first, second) >= threshold[e], 1, first, second, pair, i);
-      lists.stop_at_end(e);
-    }
-  }
+  for (int i = 0; i < 64; ++i)
+    largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], scores[i]);
 }
 
 }  // namespace memtrans

@@ -2,7 +2,8 @@
 //
 //   memtrans_cuda_knn_search_workspace   bytes of scratch memory that a search of some queries needs: at most 512 MB
 //                                        for rows of up to 2^28 slots
-//   memtrans_cuda_knn_search             launches a search on a stream: no allocation, no host synchronisation; negative
+//   memtrans_cuda_knn_search             launches a search on a stream: no allocation, no host synchronisation;
+//   negative
 //                                        for what it does not take: D outside {32, 64, 96, 128, 256}, K outside 1..128
 #include <cstdio>
 
@@ -14,11 +15,11 @@
 namespace memtrans {
 namespace {
 
-constexpr int kMostFewQueries = 32;              // of a row, for the path that reads the keys once ...
-constexpr int64_t kFewProducts = 22'000'000;     // ... while this many products are cheaper than a scan's fixed costs
-constexpr int64_t kMaximaBytes = 64ll << 20;     // maxima that a few-query launch may hold
-constexpr int64_t kGridHeight = 65535;           // of CUDA
-constexpr int64_t kSmallestPart = 4096;          // keys that are worth a block of their own
+constexpr int kMostFewQueries = 32;           // of a row, for the path that reads the keys once ...
+constexpr int64_t kFewProducts = 22'000'000;  // ... while this many products are cheaper than a scan's fixed costs
+constexpr int64_t kMaximaBytes = 64ll << 20;  // maxima that a few-query launch may hold
+constexpr int64_t kGridHeight = 65535;        // of CUDA
+constexpr int64_t kSmallestPart = 4096;       // keys that are worth a block of their own
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -49,33 +50,43 @@ int64_t few_parts(const KnnSearchShape& shape) {
 
 bool takes_few_queries(const KnnSearchShape& shape) {
   return shape.queries_per_row <= kFewQueries ||
-         (shape.queries_per_row <= kMostFewQueries && shape.row_count * shape.queries_per_row * shape.slots <= kFewProducts);
+         (shape.queries_per_row <= kMostFewQueries &&
+          shape.row_count * shape.queries_per_row * shape.slots <= kFewProducts);
+}
+
+// Queries of a block of knn_scan and knn_redo.
+int64_t queries_at_once(const KnnSearchShape& shape) {
+  return shape.dim > 128 ? ScanShape<256>::kQueries : ScanShape<128>::kQueries;
 }
 
 // Pieces of a row's window, so that few queries still occupy all multiprocessors.
 int64_t scan_parts(const KnnSearchShape& shape) {
-  const int64_t queries = shape.dim > 128 ? ScanShape<256>::kQueries : ScanShape<128>::kQueries;
+  const int64_t queries = queries_at_once(shape);
   const int64_t jobs = shape.row_count * ((shape.queries_per_row + queries - 1) / queries);
   const int64_t wanted = multiprocessors() / jobs, sensible = shape.capacity / kSmallestPart;
   const int64_t parts = wanted < sensible ? wanted : sensible;
   return parts < 1 ? 1 : parts;
 }
 
-// Scratch memory of knn_scan and knn_redo: counters | entries of redone queries | redo list | entries of the parts | lists.
-// The counters are zero at the start: redo_count, redo_done and, where there are several parts, redo_claimed.
+// Scratch memory of knn_scan and knn_redo: counters | tiles of queries that are redone | those queries | what was found
+// of them in slices | entries of the parts | lists. The counters are zero at the start: redo_tiles, redo_done and
+// redo_count.
 struct ScanWorkspace {
-  static constexpr int64_t kClaims = 4 + 4 * kSpreadQueries;  // where redo_claimed begins
-  int64_t counter_bytes, redo_entries, redo, entries, lists, bytes;
+  int64_t done, count, counter_bytes, tile, redo, slices, entries, lists, bytes;
 
   explicit ScanWorkspace(const KnnSearchShape& shape) {
-    const int64_t at_once = shape.dim > 128 ? ScanShape<256>::kQueries : ScanShape<128>::kQueries;
+    const int64_t at_once = queries_at_once(shape), blocks = multiprocessors();
     const int64_t queries = shape.row_count * shape.queries_per_row, parts = scan_parts(shape);
-    counter_bytes = kClaims + (parts > 1 ? queries * 4 : 0);
-    redo_entries = round_up(counter_bytes, 256);
-    redo = redo_entries + round_up(int64_t{kSpreadQueries} * kRedoParts * shape.k * 8, 256);
-    entries = redo + round_up(queries * 4, 256);
+    const int64_t stretches = shape.row_count * parts;
+    done = 4;
+    count = done + blocks * 4;
+    counter_bytes = count + stretches * 4;
+    tile = round_up(counter_bytes, 256);
+    redo = tile + round_up(stretches * ((shape.queries_per_row + at_once - 1) / at_once) * 8, 256);
+    slices = redo + round_up(queries * parts * 4, 256);
+    entries = slices + blocks * at_once * shape.k * 8;
     lists = round_up(entries + (parts > 1 ? queries * parts * shape.k * 8 : 0), kListAlignment);
-    bytes = lists + multiprocessors() * at_once * 4 * kListBytes + kListAlignment;
+    bytes = lists + blocks * at_once * 4 * kListBytes + kListAlignment;
   }
 };
 
@@ -97,14 +108,16 @@ EncodeTiled encode_tiled() {
 }
 
 template <typename T, int rank>
-bool make_map(CUtensorMap& map, const void* data, const cuuint64_t (&sizes)[rank], const cuuint64_t (&strides)[rank - 1],
-              const cuuint32_t (&box)[rank]) {
+bool make_map(
+    CUtensorMap& map, const void* data, const cuuint64_t (&sizes)[rank], const cuuint64_t (&strides)[rank - 1],
+    const cuuint32_t (&box)[rank]) {
   const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
   return encode_tiled() &&
-         encode_tiled()(&map, std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                        rank, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                        box[0] == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
-                        CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+         encode_tiled()(
+             &map, std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, rank,
+             const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             box[0] == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 template <typename T, int dim>
@@ -114,38 +127,75 @@ int launch_scan(const KnnSearchShape& shape, const KnnSearchTensors& tensors, cu
   const cuuint64_t blocks = slots >= 8 ? slots / 8 : 1, phases = slots >= 8 ? 8 : slots;
   CUtensorMap query_map, key_map, sample_map;
   const bool mapped =
-      make_map<T, 2>(query_map, tensors.query, {dim, static_cast<cuuint64_t>(shape.row_count * shape.queries_per_row)},
-                     {width}, {static_cast<cuuint32_t>(columns), 64}) &&
-      make_map<T, 3>(key_map, tensors.keys, {dim, slots, static_cast<cuuint64_t>(shape.memory_rows)}, {width, slots * width},
-                     {static_cast<cuuint32_t>(columns), kScanTile, 1}) &&
-      make_map<T, 4>(sample_map, tensors.keys, {dim, phases, blocks, static_cast<cuuint64_t>(shape.memory_rows)},
-                     {width, 8 * width, slots * width}, {static_cast<cuuint32_t>(columns), 1, kScanTile, 1});
-  if (!mapped) return -3;
+      make_map<T, 2>(
+          query_map, tensors.query, {dim, static_cast<cuuint64_t>(shape.row_count * shape.queries_per_row)}, {width},
+          {static_cast<cuuint32_t>(columns), 64}) &&
+      make_map<T, 3>(
+          key_map, tensors.keys, {dim, slots, static_cast<cuuint64_t>(shape.memory_rows)}, {width, slots * width},
+          {static_cast<cuuint32_t>(columns), kScanTile, 1}) &&
+      make_map<T, 4>(
+          sample_map, tensors.keys, {dim, phases, blocks, static_cast<cuuint64_t>(shape.memory_rows)},
+          {width, 8 * width, slots * width}, {static_cast<cuuint32_t>(columns), 1, kSampleBox, 1});
+  if (!mapped)
+    return -3;
 
   const ScanWorkspace places(shape);
-  char* const workspace = reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(tensors.workspace), kListAlignment));
+  char* const workspace =
+      reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(tensors.workspace), kListAlignment));
   const int parts = static_cast<int>(scan_parts(shape));
+  const auto at = [&](int64_t place) { return reinterpret_cast<uint32_t*>(workspace + place); };
   uint64_t* const entries = reinterpret_cast<uint64_t*>(workspace + places.entries);
-  const ScanArguments arguments{tensors.rows, tensors.start, tensors.cursor, tensors.keys, tensors.scores, tensors.slots,
-                                entries, workspace + places.lists, reinterpret_cast<uint32_t*>(workspace),
-                                reinterpret_cast<uint32_t*>(workspace + places.redo),
-                                reinterpret_cast<uint32_t*>(workspace + ScanWorkspace::kClaims),
-                                reinterpret_cast<uint32_t*>(workspace) + 1,
-                                reinterpret_cast<uint64_t*>(workspace + places.redo_entries), shape.row_count,
-                                static_cast<int>(shape.queries_per_row), parts, static_cast<int>(shape.slots),
-                                static_cast<int>(shape.capacity), static_cast<int>(shape.k), 1};
+  const ScanArguments arguments{
+      tensors.rows,
+      tensors.start,
+      tensors.cursor,
+      tensors.keys,
+      tensors.scores,
+      tensors.slots,
+      entries,
+      workspace + places.lists,
+      at(0),
+      reinterpret_cast<uint2*>(workspace + places.tile),
+      at(places.count),
+      at(places.redo),
+      at(places.done),
+      reinterpret_cast<uint64_t*>(workspace + places.slices),
+      shape.row_count,
+      static_cast<int>(shape.queries_per_row),
+      parts,
+      static_cast<int>(shape.slots),
+      static_cast<int>(shape.capacity),
+      static_cast<int>(shape.k),
+      Shape::kQueries};
   const int64_t queries = shape.row_count * shape.queries_per_row;
   const int64_t jobs = shape.row_count * parts * ((shape.queries_per_row + Shape::kQueries - 1) / Shape::kQueries);
   const unsigned blocks_in_grid = static_cast<unsigned>(jobs < multiprocessors() ? jobs : multiprocessors());
   cudaMemsetAsync(workspace, 0, places.counter_bytes, stream);
   cudaFuncSetAttribute(knn_scan<T, dim>, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes);
-  knn_scan<T, dim><<<blocks_in_grid, Shape::kThreads, Shape::kSharedBytes, stream>>>(query_map, key_map, sample_map, arguments);
-  knn_redo<T, dim><<<2 * multiprocessors(), kRedoThreads, 0, stream>>>(arguments, static_cast<const T*>(tensors.query));
+  knn_scan<T, dim>
+      <<<blocks_in_grid, Shape::kThreads, Shape::kSharedBytes, stream>>>(query_map, key_map, sample_map, arguments);
+  cudaFuncSetAttribute(knn_redo<T, dim>, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes);
+  knn_redo<T, dim><<<multiprocessors(), Shape::kThreads, Shape::kSharedBytes, stream>>>(
+      key_map, arguments, static_cast<const T*>(tensors.query));
   if (parts > 1) {
-    const FewArguments merge{tensors.rows, tensors.start, tensors.cursor, nullptr, kSameAsKeys, nullptr, nullptr, entries,
-                             tensors.scores, tensors.slots, static_cast<int>(shape.queries_per_row),
-                             static_cast<int>(shape.slots), 0, parts, 0, static_cast<int>(shape.capacity),
-                             static_cast<int>(shape.k)};
+    const FewArguments merge{
+        tensors.rows,
+        tensors.start,
+        tensors.cursor,
+        nullptr,
+        kSameAsKeys,
+        nullptr,
+        nullptr,
+        entries,
+        tensors.scores,
+        tensors.slots,
+        static_cast<int>(shape.queries_per_row),
+        static_cast<int>(shape.slots),
+        0,
+        parts,
+        0,
+        static_cast<int>(shape.capacity),
+        static_cast<int>(shape.k)};
     few_merge<<<static_cast<unsigned>((queries + 3) / 4), 128, 0, stream>>>(merge, queries);
   }
   return static_cast<int>(cudaGetLastError());
@@ -160,19 +210,35 @@ int launch_few(const KnnSearchShape& shape, const KnnSearchTensors& tensors, cud
   const int64_t query_bytes = shape.query_type == kFloat32 ? 4 : 2;
   for (int64_t first = 0; first < shape.row_count; first += rows) {
     const int64_t count = shape.row_count - first < rows ? shape.row_count - first : rows, query = first * per_row;
-    const FewArguments arguments{tensors.rows + first, tensors.start, tensors.cursor,
-                                 static_cast<const char*>(tensors.query) + query * dim * query_bytes, shape.query_type,
-                                 tensors.keys, maxima, entries, tensors.scores + query * shape.k,
-                                 tensors.slots + query * shape.k, static_cast<int>(per_row),
-                                 static_cast<int>(shape.slots), static_cast<int>(groups), static_cast<int>(parts),
-                                 static_cast<int>((groups + parts - 1) / parts), static_cast<int>(shape.capacity),
-                                 static_cast<int>(shape.k)};
+    const FewArguments arguments{
+        tensors.rows + first,
+        tensors.start,
+        tensors.cursor,
+        static_cast<const char*>(tensors.query) + query * dim * query_bytes,
+        shape.query_type,
+        tensors.keys,
+        maxima,
+        entries,
+        tensors.scores + query * shape.k,
+        tensors.slots + query * shape.k,
+        static_cast<int>(per_row),
+        static_cast<int>(shape.slots),
+        static_cast<int>(groups),
+        static_cast<int>(parts),
+        static_cast<int>((groups + parts - 1) / parts),
+        static_cast<int>(shape.capacity),
+        static_cast<int>(shape.k)};
     const int64_t wanted = (dim > 128 ? 1 : kFewBlocks) * multiprocessors() / count;
-    const dim3 grid(static_cast<unsigned>(wanted < 1 ? 1 : tiles < wanted ? tiles : wanted), static_cast<unsigned>(count),
-                    static_cast<unsigned>((per_row + 7) / 8));
+    const dim3 grid(
+        static_cast<unsigned>(
+            wanted < 1       ? 1
+            : tiles < wanted ? tiles
+                             : wanted),
+        static_cast<unsigned>(count), static_cast<unsigned>((per_row + 7) / 8));
     few_maxima<T, dim><<<grid, kFewThreads, 0, stream>>>(arguments);
-    few_select<T, dim><<<dim3(static_cast<unsigned>(parts), static_cast<unsigned>(count * per_row)), kSelectThreads, 0, stream>>>(
-        arguments);
+    few_select<T, dim>
+        <<<dim3(static_cast<unsigned>(parts), static_cast<unsigned>(count * per_row)), kSelectThreads, 0, stream>>>(
+            arguments);
     if (parts > 1)
       few_merge<<<static_cast<unsigned>((count * per_row + 3) / 4), 128, 0, stream>>>(arguments, count * per_row);
   }
@@ -186,12 +252,18 @@ int launch(const KnnSearchShape& shape, const KnnSearchTensors& tensors, cudaStr
                                     : launch_scan<T, dim.value>(shape, tensors, stream);
   };
   switch (shape.dim) {
-    case 32: return with(std::integral_constant<int, 32>{});
-    case 64: return with(std::integral_constant<int, 64>{});
-    case 96: return with(std::integral_constant<int, 96>{});
-    case 128: return with(std::integral_constant<int, 128>{});
-    case 256: return with(std::integral_constant<int, 256>{});
-    default: return -1;
+    case 32:
+      return with(std::integral_constant<int, 32>{});
+    case 64:
+      return with(std::integral_constant<int, 64>{});
+    case 96:
+      return with(std::integral_constant<int, 96>{});
+    case 128:
+      return with(std::integral_constant<int, 128>{});
+    case 256:
+      return with(std::integral_constant<int, 256>{});
+    default:
+      return -1;
   }
 }
 
@@ -203,8 +275,10 @@ extern "C" int64_t memtrans_cuda_knn_search_workspace(const KnnSearchShape* shap
 }
 
 extern "C" int memtrans_cuda_knn_search(const KnnSearchShape* shape, const KnnSearchTensors* tensors, void* stream) {
-  if (shape->k < 1 || shape->k > 128) return -2;
-  if (shape->row_count == 0 || shape->queries_per_row == 0) return 0;
+  if (shape->k < 1 || shape->k > 128)
+    return -2;
+  if (shape->row_count == 0 || shape->queries_per_row == 0)
+    return 0;
   const auto launch = shape->bfloat16 ? memtrans::launch<__nv_bfloat16> : memtrans::launch<__half>;
   return launch(*shape, *tensors, static_cast<cudaStream_t>(stream));
 }

@@ -1,8 +1,8 @@
 // Exact selection of the k best of any number of scored slots, by one warp, with shared memory for 256 of them.
 //
-// An entry is 64 bits: the score made sortable in the high word, the complement of the slot's age rank in the low word, so
-// that a larger entry is a better neighbour and, between equal scores, the older slot wins. Entries are distinct, so the
-// result does not depend on the order in which they come.
+// An entry is 64 bits: the score made sortable in the high word, the complement of the slot's age rank in the low word,
+// so that a larger entry is a better neighbour and, between equal scores, the older slot wins. Entries are distinct, so
+// the result does not depend on the order in which they come.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +11,8 @@ namespace memtrans {
 
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 constexpr float kLowest = -3.402823466e+38f;
+constexpr int kBoundSlack =
+    8;  // values beyond K that may reach a bound: half of the steps to find it, and a tenth more groups
 
 // Visible entries of one memory row: `length` slots from slot `first` on, wrapping round after slot slots - 1. `offset`
 // entries of the row are older than these.
@@ -32,7 +34,8 @@ struct Window {
   }
 };
 
-__device__ inline Window visible_window(const int64_t* start, const int64_t* cursor, int64_t row, int capacity, int slots) {
+__device__ inline Window visible_window(
+    const int64_t* start, const int64_t* cursor, int64_t row, int capacity, int slots) {
   const int64_t end = cursor[row];
   const int64_t oldest = end - capacity > start[row] ? end - capacity : start[row];
   return {static_cast<int>(oldest % slots), static_cast<int>(end > oldest ? end - oldest : 0), slots, 0};
@@ -52,17 +55,19 @@ __device__ inline uint64_t make_entry(float score, int age) {
 __device__ inline float entry_score(uint64_t entry) { return unsortable(static_cast<uint32_t>(entry >> 32)); }
 __device__ inline int entry_age(uint64_t entry) { return static_cast<int>(0xFFFFFFFFu - static_cast<uint32_t>(entry)); }
 
-// A score of +inf is a finite key whose score overflowed, or a key with an infinite component, which is never retrieved.
+// A score of +inf is a finite key whose score overflowed, or a key with an infinite component, which is never
+// retrieved.
 template <typename T>
 __device__ inline bool key_is_finite(const T* key, int dim) {
   bool finite = true;
-  for (int i = 0; i < dim; ++i) finite = finite && isfinite(static_cast<float>(key[i]));
+  for (int i = 0; i < dim; ++i)
+    finite = finite && isfinite(static_cast<float>(key[i]));
   return finite;
 }
 
-// A value that at least `rank` of some values reach and at most rank + slack, or the largest that at least rank reach if ties
-// leave nothing else. Of the values, at_low >= rank reach low, and none exceeds high; count(value) says how many reach one, and
-// the same in every calling thread. The first probes assume that counts fall exponentially.
+// A value that at least `rank` of some values reach and at most rank + slack, or the largest that at least rank reach
+// if ties leave nothing else. Of the values, at_low >= rank reach low, and none exceeds high; count(value) says how
+// many reach one, and the same in every calling thread. The first probes assume that counts fall exponentially.
 template <typename Count>
 __device__ inline uint32_t reached_by(int rank, int slack, uint32_t low, uint32_t high, int at_low, Count count) {
   float reach_low = static_cast<float>(at_low), reach_high = 0.5f;  // of values above high: fewer than rank
@@ -84,10 +89,10 @@ __device__ inline uint32_t reached_by(int rank, int slack, uint32_t low, uint32_
   return low;
 }
 
-// The largest value that at least `rank` of a warp's values reach, or any smaller one that exactly `rank` reach. At least
-// rank values are not 0, which stands for no value.
+// The largest value that at least `rank` of a warp's values reach, or any smaller one that at most rank + slack reach.
+// At least rank values are not 0, which stands for no value.
 template <int count>
-__device__ inline uint32_t kth_largest(const uint32_t (&values)[count], int rank) {
+__device__ inline uint32_t kth_largest(const uint32_t (&values)[count], int rank, int slack = 0) {
   uint32_t smallest = 0xFFFFFFFFu, largest = 0;
   int present = 0;
 #pragma unroll
@@ -97,10 +102,11 @@ __device__ inline uint32_t kth_largest(const uint32_t (&values)[count], int rank
     present += values[i] != 0;
   }
   const uint32_t low = __reduce_min_sync(kAllLanes, smallest), high = __reduce_max_sync(kAllLanes, largest);
-  return reached_by(rank, 0, low, high, __reduce_add_sync(kAllLanes, present), [&](uint32_t value) {
+  return reached_by(rank, slack, low, high, __reduce_add_sync(kAllLanes, present), [&](uint32_t value) {
     int reached = 0;
 #pragma unroll
-    for (int i = 0; i < count; ++i) reached += values[i] >= value;
+    for (int i = 0; i < count; ++i)
+      reached += values[i] >= value;
     return __reduce_add_sync(kAllLanes, reached);
   });
 }
@@ -121,16 +127,20 @@ struct WarpTopK {
   __device__ void push(bool offered, uint64_t entry) {
     const bool taken = offered && entry > floor;
     const unsigned takers = __ballot_sync(kAllLanes, taken);
-    if (takers == 0) return;
-    if (count + 32 > kCapacity) prune();
-    if (taken) buffer[count + __popc(takers & ((1u << (threadIdx.x & 31)) - 1))] = entry;
+    if (takers == 0)
+      return;
+    if (count + 32 > kCapacity)
+      prune();
+    if (taken)
+      buffer[count + __popc(takers & ((1u << (threadIdx.x & 31)) - 1))] = entry;
     count += __popc(takers);
     __syncwarp();
   }
 
   // Keeps the k best of the buffer.
   __device__ void prune() {
-    if (count <= k) return;
+    if (count <= k)
+      return;
     const int lane = threadIdx.x & 31;
     uint64_t mine[kPerLane];
     uint32_t high[kPerLane];
@@ -152,7 +162,8 @@ struct WarpTopK {
     if (above + equal > k) {  // the k-th score is shared: the oldest of those that share it
       uint32_t low[kPerLane];
 #pragma unroll
-      for (int i = 0; i < kPerLane; ++i) low[i] = high[i] == score ? static_cast<uint32_t>(mine[i]) : 0;
+      for (int i = 0; i < kPerLane; ++i)
+        low[i] = high[i] == score ? static_cast<uint32_t>(mine[i]) : 0;
       low_bound = kth_largest(low, k - above);
     }
     const uint64_t bound = static_cast<uint64_t>(score) << 32 | low_bound;
@@ -163,22 +174,27 @@ struct WarpTopK {
     for (int i = 0; i < kPerLane; ++i) {
       const bool kept = mine[i] >= bound && mine[i] != 0;
       const unsigned keepers = __ballot_sync(kAllLanes, kept);
-      if (kept) buffer[count + __popc(keepers & ((1u << lane) - 1))] = mine[i];
+      if (kept)
+        buffer[count + __popc(keepers & ((1u << lane) - 1))] = mine[i];
       count += __popc(keepers);
     }
     __syncwarp();
   }
 
-  // Gives visit(rank, entry) for the k best, each from one lane; ranks count from 0, the best. Afterwards count is how many.
+  // Gives visit(rank, entry) for the k best, each from one lane; ranks count from 0, the best. Afterwards count is how
+  // many.
   template <typename Visit>
   __device__ void finish(Visit visit) {
-    if (count > kRankedWhole) prune();
+    if (count > kRankedWhole)
+      prune();
     for (int i = threadIdx.x & 31; i < count; i += 32) {
       const uint64_t entry = buffer[i];
       int rank = 0;
 #pragma unroll 8
-      for (int other = 0; other < count; ++other) rank += buffer[other] > entry;
-      if (rank < k) visit(rank, entry);
+      for (int other = 0; other < count; ++other)
+        rank += buffer[other] > entry;
+      if (rank < k)
+        visit(rank, entry);
     }
     count = min(count, k);
     __syncwarp();

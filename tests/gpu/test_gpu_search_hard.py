@@ -1,0 +1,128 @@
+"""The Hopper search is exact, and puts equal keys in order, whatever the keys: on its fast path and on its worst."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from helpers.devices import seeded
+from helpers.hard_keys import KINDS, hard_keys, queries_near
+from helpers.rings import assert_exact, memory, search
+
+from memtrans_kernels.backends import SEARCH_WIDTHS
+
+pytestmark = pytest.mark.gpu
+
+NAN, INF = float("nan"), float("inf")
+SAMPLE_BLOCK, BOX = 1024, 128  # slots of which one in eight at most is sampled, and of a box of them that share a phase
+
+
+def check(entries, capacity, k, queries, *, spare=0, hidden=INF) -> torch.Tensor:
+    """Searches every row of a ring for queries (rows, N, D), checks each answer and returns the slots."""
+    held = memory(entries, capacity, spare, hidden=hidden)
+    query, rows = queries[:, None], list(range(held.rows))
+    scores, slots = search(query, held, k, "native")
+    assert_exact(query, held, rows, scores, slots, k)
+    again = search(query, held, k, "native")
+    assert torch.equal(scores, again[0]) and torch.equal(slots, again[1]), "the same inputs give the same bits"
+    return slots
+
+
+@pytest.mark.parametrize("length", [1, 80])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_keys_in_a_ring_that_has_wrapped(kind: str, length: int) -> None:
+    keys = [hard_keys(kind, count, 64, torch.float16, count) for count in (7000, 9100)]
+    queries = torch.stack([queries_near(rows, length) for rows in keys])
+    check([(0, keys[0]), (6000, keys[1])], 5000, 32, queries, spare=70)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("width", SEARCH_WIDTHS)
+@pytest.mark.parametrize("kind", ["periodic", "equal", "late"])
+def test_every_width_and_dtype_of_hard_keys(kind: str, width: int, dtype: torch.dtype) -> None:
+    keys = hard_keys(kind, 6000, width, dtype)
+    check([(0, keys)], 5500, 32, queries_near(keys, 60)[None], spare=9)
+
+
+@pytest.mark.parametrize("k", [1, 2, 31, 33, 64, 100, 128])
+@pytest.mark.parametrize("kind", ["vocabulary", "equal", "ascending", "late"])
+def test_every_number_of_neighbours_of_hard_keys(kind: str, k: int) -> None:
+    keys = hard_keys(kind, 12000, 64, torch.float16)
+    check([(0, keys)], 12000, k, queries_near(keys, 50)[None])
+
+
+def sampled_slots(slots: int) -> torch.Tensor:
+    """Which slots of a ring the search samples at most: those of each box's phase and of three phases after it."""
+    window = torch.arange(slots) // BOX
+    bits = (window * 0x9E3779B1) & 0xFFFFFFFF
+    bits = ((bits ^ (bits >> 15)) * 0x85EBCA77) & 0xFFFFFFFF
+    return (torch.arange(slots) - (bits >> 29)) % 8 % 2 == 0
+
+
+@pytest.mark.parametrize("k", [32, 128])
+@pytest.mark.parametrize("count", [16384, 70000])
+@pytest.mark.parametrize("better", ["sampled", "others"])
+def test_keys_that_deceive_the_sample(better: str, count: int, k: int) -> None:
+    """Thresholds are too high for every query, or so low that most keys reach them and lists fill again and again."""
+    direction = hard_keys("random", 1, 64, torch.float32)
+    lifted = sampled_slots(count) if better == "sampled" else ~sampled_slots(count)
+    if better == "sampled":  # few of them, so that fewer than K keys reach a threshold that takes them for a sample
+        lifted &= torch.arange(count) // SAMPLE_BLOCK % 16 == 5
+        lifted &= torch.rand(count, generator=seeded(1)) < 0.1
+    rise = torch.linspace(1, 3, count) * lifted
+    keys = rise[:, None] * direction + 0.02 * hard_keys("random", count, 64, torch.float32, 2)
+    queries = (direction + 0.05 * hard_keys("random", 300, 64, torch.float32, 3)).half()
+    check([(0, keys.half())], count, k, queries[None])
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5])
+def test_some_queries_that_are_hard_among_others(share: float) -> None:
+    keys = hard_keys("random", 20000, 64, torch.float16)
+    keys[7000:15000] = hard_keys("ascending", 8000, 64, torch.float16, 5)
+    near = queries_near(keys[7000:15000], 700, 2)
+    others = queries_near(keys[:7000], 700, 3)
+    hard = torch.rand(700, generator=seeded(4)) < share
+    check([(0, keys)], 20000, 32, torch.where(hard[:, None], near, others)[None])
+
+
+@pytest.mark.parametrize("length", [1, 64])
+@pytest.mark.parametrize("kind", ["random", "equal", "late"])
+def test_hard_keys_that_are_not_finite_are_never_retrieved(kind: str, length: int) -> None:
+    keys = hard_keys(kind, 9000, 64, torch.float16)
+    for number, seed in ((NAN, 3), (INF, 4), (-INF, 5)):
+        keys[torch.rand(9000, generator=seeded(seed)) < 0.3, seed] = number
+    finite = keys[keys.isfinite().all(dim=-1)]
+    check([(0, keys)], 8000, 32, queries_near(finite, length)[None], spare=5, hidden=NAN)
+
+
+def test_equal_keys_stay_in_order_when_one_of_two_ranks_finds_a_query_hard() -> None:
+    """Each rank holds half of the keys; scores of equal keys must be the same bits, however hard the rest is there."""
+    shared = hard_keys("random", 40, 64, torch.float16)
+    queries = queries_near(shared, 100)[None, None]
+    halves = [hard_keys(kind, 8192, 64, torch.float16, 7) for kind in ("random", "equal")]
+    found = []
+    for half in halves:
+        half[100:140] = shared
+        scores, slots = (tensor[0, 0].cpu() for tensor in search(queries, memory([(0, half)], 8192), 128, "native"))
+        of_shared = (slots >= 100) & (slots < 140)
+        query = torch.arange(100, device="cpu")[:, None].expand_as(slots)
+        places = zip(query[of_shared].tolist(), slots[of_shared].tolist(), strict=True)
+        found.append(dict(zip(places, scores[of_shared].tolist(), strict=True)))
+    both = found[0].keys() & found[1].keys()
+    assert len(both) >= 100
+    assert all(found[0][place] == found[1][place] for place in both)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_drawn_kinds_and_shapes(seed: int) -> None:
+    draw = random.Random(seed)
+    capacity, width = draw.randint(1, 9000), draw.choice(SEARCH_WIDTHS)
+    dtype, k = draw.choice([torch.float16, torch.bfloat16]), draw.randint(1, 128)
+    rows = []
+    for _ in range(draw.randint(1, 3)):
+        count, kind = draw.randint(1, 2 * capacity), draw.choice(list(KINDS))
+        rows.append((draw.choice([0, 0, count // 2]), hard_keys(kind, count, width, dtype, seed)))
+    length = draw.choice([1, 9, 40, 200])
+    queries = torch.stack([queries_near(keys, length) for _, keys in rows])
+    check(rows, capacity, k, queries, spare=draw.randint(0, 300))
