@@ -41,7 +41,7 @@ class Level(NamedTuple):
     """Maxima of so many entries each, so many of them for one query."""
 
     run: int
-    count: int
+    runs: int
 
 
 class Problem(NamedTuple):
@@ -96,8 +96,8 @@ def _levels(capacity: int, launch: configs.SearchLaunch) -> list[Level]:
     tiles = triton.cdiv(capacity, launch.keys)
     levels = [Level(launch.run, tiles * (launch.keys // launch.run))]
     fan = launch.keys // launch.run
-    while levels[-1].count > launch.held:
-        levels.append(Level(levels[-1].run * fan, triton.cdiv(levels[-1].count, fan)))
+    while levels[-1].runs > launch.held:
+        levels.append(Level(levels[-1].run * fan, triton.cdiv(levels[-1].runs, fan)))
         fan = configs.SEARCH_FAN
     return levels
 
@@ -108,7 +108,7 @@ def _chunks(problem: Problem, launch: configs.SearchLaunch, levels: list[Level])
     blocks_of_row = triton.cdiv(of_row, launch.queries)
     blocks = total // of_row * blocks_of_row
     row_bytes = triton.cdiv(problem.capacity, launch.keys) * (launch.keys + 4)
-    query_bytes = 4 * sum(level.count for level in levels) + launch.neighbours * (4 * launch.run + 8)
+    query_bytes = 4 * sum(level.runs for level in levels) + launch.neighbours * (4 * launch.run + 8)
     block_bytes = min(launch.queries, of_row) * query_bytes + triton.cdiv(row_bytes, blocks_of_row)
     most = max(1, WORKSPACE_BYTES // block_bytes)
     chunks = []
@@ -147,7 +147,7 @@ def _maxima(
 ) -> list[Tensor]:
     """The numbers of each level: (queries of the chunk, runs), but those of the first in pieces, tile after tile."""
     tiles = triton.cdiv(problem.capacity, launch.keys)
-    of_level = [problem.keys.new_empty((chunk.queries, level.count), dtype=torch.float32) for level in levels]
+    of_level = [problem.keys.new_empty((chunk.queries, level.runs), dtype=torch.float32) for level in levels]
     splits = configs.search_splits(target_of(problem.keys.device), chunk.blocks, tiles)
     knn_maxima_kernel[(chunk.blocks, splits)](
         problem.query, problem.keys, *problem.window, *(shown or (problem.keys, problem.keys)),
@@ -159,9 +159,9 @@ def _maxima(
         num_warps=launch.warps, num_stages=launch.stages, **launch.options,
     )  # fmt: skip
     for fine, coarse, level, above in zip(of_level[1:], of_level[2:], levels[1:], levels[2:], strict=False):
-        knn_coarsen_kernel[(chunk.queries, triton.cdiv(above.count, configs.SEARCH_BLOCK))](
+        knn_coarsen_kernel[(chunk.queries, triton.cdiv(above.runs, configs.SEARCH_BLOCK))](
             fine, coarse, *problem.window, chunk.first_query, problem.queries_of_row, *problem.sizes,
-            level.count, above.count,
+            level.runs, above.runs,
             RUN=level.run, FAN=configs.SEARCH_FAN, BLOCK=configs.SEARCH_BLOCK, num_warps=4,
         )  # fmt: skip
     return of_level
@@ -175,9 +175,9 @@ def _choose(
     for number in range(len(levels) - 1, -1, -1):
         level = levels[number]
         of_tile = launch.keys // launch.run
-        part, stride, tile_stride = (1 << 30, level.count, 0) if number else (of_tile, of_tile, chunk.queries * of_tile)
+        part, stride, tile_stride = (1 << 30, level.runs, 0) if number else (of_tile, of_tile, chunk.queries * of_tile)
         chosen = torch.empty((chunk.queries, launch.neighbours), dtype=torch.int32, device=problem.keys.device)
-        held = launch.neighbours * fan if fan else max(configs.power_of_two(level.count), launch.neighbours)
+        held = launch.neighbours * fan if fan else max(configs.power_of_two(level.runs), launch.neighbours)
         knn_choose_kernel[(triton.cdiv(chunk.queries, launch.selected),)](
             maxima[number], parents, chosen, *problem.window, chunk.first_query, chunk.queries,
             problem.queries_of_row, *problem.sizes, stride, tile_stride,
