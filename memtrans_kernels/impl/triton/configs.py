@@ -188,8 +188,7 @@ SEARCH_TILES: dict[int, dict[tuple[int, int], SearchTile]] = {
         (4, 1024): SearchTile(64, 64, 4, 1, columns=64),
     },
     0: {
-        (2, 128): SearchTile(64, 128, 4, 2),
-        (2, 512): SearchTile(64, 64, 4, 1, columns=128),
+        (2, 512): SearchTile(64, 64, 4, 1, columns=128),  # of 128 keys 684 bytes a thread spill on a gfx1100
         (4, 1024): SearchTile(64, 64, 4, 1, columns=32),
     },
 }
