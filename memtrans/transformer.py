@@ -181,12 +181,8 @@ class MemorizingTransformer(Pretrained):
 
     @contextmanager
     def knn_memories_context(self, **kwargs: Any) -> Iterator[KNNMemoryList]:
-        """Memories for a `with`; their storage is freed at its end, also after an exception."""
-        memories = self.create_knn_memories(**kwargs)
-        try:
-            yield memories
-        finally:
-            memories.cleanup()
+        """Memories for a `with`, as upstream has it; they stay readable behind it, and go with the last reference."""
+        yield self.create_knn_memories(**kwargs)
 
     # ------------------------------------------------------------------------------------------------- forward
 

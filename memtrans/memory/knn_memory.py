@@ -28,7 +28,7 @@ from memtrans.memory.checks import (
     document_numbers,
     running_backward,
 )
-from memtrans.memory.files import check_configuration
+from memtrans.memory.files import check_configuration, of_class_alone
 from memtrans.memory.ring import MemorySnapshot, Ring
 from memtrans.memory.sharded import ShardedRing
 from memtrans.memory.state import check_state, dtype_names, holds_nothing, memory_arguments, state_parts
@@ -324,8 +324,7 @@ class KNNMemory:
             check_mask(mask, len(self.scoped_indices))
 
     def cleanup(self) -> None:
-        """Frees the storage; the memory is empty afterwards and can be used again."""
-        self._ring, self._rows = None, None
+        """Changes nothing, as upstream's; `clear()` empties, and storage goes with the last reference to the memory."""
 
     # ---------------------------------------------------------------------------------------- state and files
 
@@ -352,7 +351,7 @@ class KNNMemory:
         if self._ring is None and holds_nothing(state):
             return
         device = self.device or state["keys"].device
-        self.cleanup()
+        self._ring = None
         self._prepare(device, 0)
         assert self._ring is not None
         self._ring.load(state)
@@ -369,9 +368,13 @@ class KNNMemory:
         return {name: getattr(self, name) for name in names} | dtypes
 
     def save(self, path: str | Path) -> None:
-        """Writes the memory as one safetensors file, atomically: a file that was there before survives a failure."""
+        """Writes the memory as one safetensors file, atomically: a file that was there before survives a failure.
+
+        Directories that are missing are made.
+        """
         save_tensors(path, self.state_dict(), "memtrans.KNNMemory", self.configuration())
 
+    @of_class_alone
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str | None = None, **overrides: Any) -> KNNMemory:
         """Reads a memory that `save` wrote; keyword arguments of the constructor override what the file says.
@@ -381,6 +384,7 @@ class KNNMemory:
         whether it had: theirs stay what they are, and dtype=None, value_dtype=None gives the default.
 
         Raises ValueError when the file is damaged or not a saved memory, FileNotFoundError when there is none.
+        TypeError when called on an instance, whose own entries `load_state_dict` replaces.
         """
         state, configuration = load_tensors(path, "memtrans.KNNMemory")
         keys, values, _ = state_parts(state)
@@ -398,7 +402,7 @@ class KNNMemory:
     def __setstate__(self, pickled: dict[str, Any]) -> None:
         self.__dict__.update(pickled["fields"])
         self.made_in = running_backward()
-        self.cleanup()
+        self._ring, self._rows = None, None
         if pickled["state"] is not None:
             self._prepare(pickled["device"], 0)
             self.load_state_dict(pickled["state"])

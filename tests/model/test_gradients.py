@@ -294,12 +294,12 @@ def test_a_ring_laid_out_again_does_not_hide_that_a_recomputed_forward_comes_too
         retrieved_gradient(add_then_read_a_longer_segment)
 
 
-def test_clearing_and_freeing_the_memory_before_the_backward_change_no_gradient() -> None:
-    def clear_and_free(layer: KNNAttention, memory: KNNMemory) -> None:
+def test_clearing_and_cleaning_up_before_the_backward_change_no_gradient() -> None:
+    def clear_and_clean_up(layer: KNNAttention, memory: KNNMemory) -> None:
         memory.clear()
         memory.cleanup()
 
-    assert torch.equal(retrieved_gradient(clear_and_free), retrieved_gradient(lambda *_: None))
+    assert torch.equal(retrieved_gradient(clear_and_clean_up), retrieved_gradient(lambda *_: None))
 
 
 # ---------------------------------------------------------------------------------------------------------- operators

@@ -324,3 +324,13 @@ def test_22_3_layers_that_do_not_exist_are_left_out_with_a_warning_that_says_wha
         model = build(memorizing_layers=given)
     assert model.memorizing_layers == left
     assert len(model.create_knn_memories(batch_size=1)) == len(left)
+
+
+def test_memories_of_a_context_stay_readable_behind_it_also_after_an_exception():
+    model = MemorizingTransformer(num_tokens=9, dim=16, depth=2, dim_head=8, heads=2, memorizing_layers=2)
+    with pytest.raises(KeyError), model.knn_memories_context(batch_size=1) as memories:
+        model(torch.arange(9)[None], memories)
+        raise KeyError
+    assert memories[0].lengths.tolist() == [9]
+    model(torch.arange(9)[None], memories)
+    assert memories[0].lengths.tolist() == [18]
