@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 from torch import Tensor
 
@@ -12,7 +12,8 @@ from memtrans.annotations import allows, described
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 ARGUMENTS: dict[str, Any] = {
-    **dict.fromkeys(("dim", "max_memories", "num_indices", "kv_heads", "spare"), int),
+    **dict.fromkeys(("dim", "max_memories", "num_indices", "kv_heads"), int),
+    "spare": int | Literal["grow"],
     **dict.fromkeys(("dtype", "value_dtype"), str | None),
 }
 
