@@ -14,7 +14,6 @@ from torch import Tensor
 from memtrans.checks import check_cache
 from memtrans_kernels.checks import may_look
 
-
 LENGTH = "xl_length"  # of a cache: how many of its newest tokens are the row's document, (B,) int64; None for all
 
 
