@@ -40,7 +40,8 @@ def write_atomically(path: str | Path, content: bytes) -> None:
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], kind: str, configuration: Mapping[str, Any]) -> None:
-    """Saves tensors and a JSON configuration under the name of what they are."""
+    """Saves tensors and a JSON configuration under the name of what they are; makes directories that are missing."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     metadata = {"kind": kind, "configuration": json.dumps(dict(configuration))}
     write_atomically(path, save(contiguous, metadata=metadata))

@@ -27,7 +27,16 @@ from memtrans.memory.ring import MemorySnapshot
 from memtrans.memory.snapshots import snapshots_for
 from memtrans.position import T5RelativePositionBias
 from memtrans.pretrained import Pretrained, configuration_of
-from memtrans.xl_memories import XLMemories, caches_of, check_caches, length_after, length_of, longest_of
+from memtrans.xl_memories import (
+    XLMemories,
+    caches_of,
+    check_caches,
+    check_said,
+    length_after,
+    length_of,
+    longest_of,
+    mark,
+)
 
 
 class PreNormResidual(nn.Module):
@@ -181,12 +190,8 @@ class MemorizingTransformer(Pretrained):
 
     @contextmanager
     def knn_memories_context(self, **kwargs: Any) -> Iterator[KNNMemoryList]:
-        """Memories for a `with`; their storage is freed at its end, also after an exception."""
-        memories = self.create_knn_memories(**kwargs)
-        try:
-            yield memories
-        finally:
-            memories.cleanup()
+        """Memories for a `with`, as upstream has it; they stay readable behind it, and go with the last reference."""
+        yield self.create_knn_memories(**kwargs)
 
     # ------------------------------------------------------------------------------------------------- forward
 
@@ -217,17 +222,18 @@ class MemorizingTransformer(Pretrained):
             lengths: (B,) int64, how many tokens of each row are real; padding at the tail is neither cached nor stored,
                 and start and end tokens there mean nothing. The row may go on in the next segment. Default: all.
             xl_length: (B,) int64, how many of the newest cached tokens belong to each row's document. Default: what
-                `xl_memories` say, as long as they are the list that was returned; else all. Positions under `legacy`
-                leave out a whole cache, also for a row that fills less of it.
+                the caches say that were returned, in whatever list; else all. Positions under `legacy` leave out a
+                whole cache, also for a row that fills less of it.
 
         Returns:
             logits (B, N, V), or the loss with `labels`, or embeddings (B, N, dim); paired with the new XL memories if
             the model has any: a list, with `lengths` or `xl_length` one whose attribute `length` (B,) is the next
-            segment's `xl_length`.
+            segment's `xl_length`, which each cache carries too.
 
         Raises:
             ValueError, IndexError: ids outside the vocabulary (checked on the CPU, or with `validate`), wrong numbers
-            of memories, wrong batch sizes.
+            of memories, wrong batch sizes; without `xl_length`, caches that lost what they said, beside `lengths` that
+            differ.
         """
         if (x is None) == (inputs_embeds is None):
             raise ValueError("exactly one of x and inputs_embeds must be given")
@@ -263,7 +269,9 @@ class MemorizingTransformer(Pretrained):
         if not self.num_xl_memory_layers:
             return result
         held = length_after(caches, length, lengths, xl_length)  # (B,)
-        if held is not None:
+        if held is None and checked:
+            mark(new_caches, None)  # a compiled graph has nothing to say
+        elif held is not None:
             new_caches = XLMemories(new_caches, held.clamp(max=new_caches[0].shape[-3]))
         return result, new_caches
 
@@ -358,6 +366,7 @@ class MemorizingTransformer(Pretrained):
         check_count("lengths", lengths, batch, device, length)
         check_count("xl_length", xl_length, batch, device)
         check_caches(caches, batch, self.kv_heads, self.dim_head, device)
+        check_said(caches, lengths, xl_length)
 
     def snapshots(
         self, memories: Sequence[KNNMemory | MemorySnapshot], batch: int, longest: int

@@ -6,32 +6,55 @@ Shapes: B documents, N tokens of the segment, X cached XL tokens, G key/value he
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from memtrans.checks import check_cache
+from memtrans_kernels.checks import may_look
+
+LENGTH = "xl_length"  # of a cache: how many of its newest tokens are the row's document, (B,) int64; None for all
 
 
 class XLMemories(list[Tensor]):
     """The XL caches of all caching layers, of rows that hold different numbers of tokens of their documents.
 
-    A list like any other, which also says how many, so that the next segment need not be told. A copy made cache by
-    cache, `[cache.clone() for cache in xl_memories]`, says nothing any more: `xl_length=xl_memories.length` goes with
-    it.
+    A list like any other. Each cache says how many in an attribute of its own, `xl_length`, which stays when the list
+    is sliced, copied, or taken apart and put together again, as FSDP and DDP do, so that the next segment need not be
+    told. A copy of a cache, `cache.clone()`, says nothing any more: `xl_length=xl_memories.length` goes with those.
 
     Attributes:
         length: (B,) int64, how many of the newest cached tokens are the row's document; before them comes what another
             document left, or nothing.
 
     >>> import torch
-    >>> XLMemories([torch.zeros(2, 4, 2, 8)], length=torch.tensor([4, 1])).length.tolist()
-    [4, 1]
+    >>> caches = XLMemories([torch.zeros(2, 4, 2, 8)], length=torch.tensor([4, 1]))
+    >>> caches.length.tolist(), length_of(caches[:]).tolist()
+    ([4, 1], [4, 1])
     """
 
     def __init__(self, caches: Iterable[Tensor] = (), length: Tensor | None = None) -> None:
         super().__init__(caches)
-        self.length = length
+        if length is not None:
+            mark(self, length)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A pickle of old has the length beside the caches."""
+        if state.get("length") is not None:
+            mark(self, state["length"])
+
+    @property
+    def length(self) -> Tensor | None:
+        """See the class; None where its caches say nothing."""
+        said = [getattr(cache, LENGTH, None) for cache in self]
+        return said[0] if said else None
+
+
+def mark(caches: Iterable[Tensor], length: Tensor | None) -> None:
+    """Lets each cache say how many of its newest tokens are each row's document: (B,) int64, or None for all."""
+    for cache in caches:
+        setattr(cache, LENGTH, length)
 
 
 def longest_of(xl_memories: Sequence[Tensor | None]) -> int:
@@ -40,12 +63,29 @@ def longest_of(xl_memories: Sequence[Tensor | None]) -> int:
 
 
 def length_of(xl_memories: Sequence[Tensor | None] | None) -> Tensor | None:
-    """How many cached tokens are each row's document (B,); None where all are."""
-    if not isinstance(xl_memories, XLMemories):
-        return None
-    if xl_memories.length is None:
+    """How many cached tokens are each row's document (B,); None where all are.
+
+    Raises ValueError where some caches say it and others do not, or all of what the model returned forgot it.
+    """
+    caches = [cache for cache in xl_memories or () if cache is not None]
+    said = [getattr(cache, LENGTH, None) for cache in caches]
+    known = [length for length in said if length is not None]
+    if len(known) < len(said) and (known or isinstance(xl_memories, XLMemories)):
         raise ValueError("xl_length must be given with XL memories that were taken apart since the model returned them")
-    return xl_memories.length
+    return known[0] if known else None
+
+
+def check_said(caches: Sequence[Tensor | None], lengths: Tensor | None, xl_length: Tensor | None) -> None:
+    """Raises ValueError where rows differ in what is real of them and the caches do not say how they were filled.
+
+    The model marks what it returns; copies, and caches that moved to another device or dtype, have lost it.
+    """
+    silent = [cache for cache in caches if cache is not None and cache.shape[-3] and not hasattr(cache, LENGTH)]
+    if xl_length is None and lengths is not None and silent and may_look(lengths) and len(lengths.unique()) > 1:
+        raise ValueError(
+            f"xl_length must be given with xl_memories that do not say how much of them each row filled, for rows of "
+            f"different lengths {lengths.tolist()}: xl_length=xl_memories.length of the list that the model returned"
+        )
 
 
 def length_after(

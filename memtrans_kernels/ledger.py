@@ -5,13 +5,17 @@ the rows that its forward retrieved, after the same step added new entries; whet
 of counting. The counts live in a small CPU tensor, never on the GPU, so that asking costs no host round trip; they
 travel through custom operators, so that a compiled graph counts like an eager one.
 
+What a backward pass will still read is known by its ticket, which autograd saves with it: weak references to such
+tickets say how many spare slots are enough.
+
     written (R,)  int64, CPU   entries ever given to each row (an upper bound where `count` stored fewer)
     ticket  (R,)  int64, CPU   `written` when a forward pass took its snapshot; OUT_OF_SCOPE for rows it does not read
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,9 +25,14 @@ from memtrans_kernels.eager import is_plain
 
 OUT_OF_SCOPE = torch.iinfo(torch.int64).max // 2
 
+# By the address of `written`: the tickets of forward passes whose backward may come, by their identity.
+_SAVED: dict[int, dict[int, weakref.ref[Tensor]]] = {}
+
 
 class StaleMemoryError(RuntimeError):
-    """A backward pass came after more than `spare` new entries: the rows that it must read may be overwritten.
+    """A search or a backward pass came after more than `spare` new entries: what it must read may be overwritten.
+
+    Or one snapshot was given to a second segment, whose entries would take the place of the first one's.
 
     >>> check_not_stale(written=torch.tensor([9]), ticket=torch.tensor([4]), spare=3)
     Traceback (most recent call last):
@@ -78,14 +87,15 @@ def ledger_ticket(written: Tensor, rows: Sequence[int]) -> Tensor:
 def ledger_advance_(written: Tensor, ticket: Tensor, length: int) -> Tensor:
     """Notes in `written` (R,) that the rows of `ticket` were given `length` entries; returns the ticket after them.
 
-    Noting the same twice (activation checkpointing recomputes the forward) counts once.
+    Noting the same again in a backward pass (activation checkpointing recomputes the forward) counts once.
+
+    Raises StaleMemoryError where a row was given entries since the ticket was made, outside of a backward pass: the
+    new ones would be written over them.
 
     >>> written = torch.tensor([5, 6])
     >>> ticket = ledger_ticket(written, [0, 1])
-    >>> ledger_advance_(written, ticket, 4), ledger_advance_(written, ticket, 4)
+    >>> ledger_advance_(written, ticket, 4), written
     (tensor([ 9, 10]), tensor([ 9, 10]))
-    >>> written
-    tensor([ 9, 10])
     """
     if is_plain(written, ticket):
         return _advance_(written, ticket, length)
@@ -99,7 +109,17 @@ def _ticket(written: Tensor, rows: Sequence[int]) -> Tensor:
     return ticket
 
 
+def stored_since(written: Tensor, ticket: Tensor) -> bool:
+    """Whether a row of `ticket` was given entries since: in a backward pass those that it is about to store again."""
+    return bool((written > ticket).any())
+
+
 def _advance_(written: Tensor, ticket: Tensor, length: int) -> Tensor:
+    if torch._C._current_graph_task_id() == -1 and stored_since(written, ticket):
+        raise StaleMemoryError(
+            f"a snapshot must be given to one segment alone, got entries to store behind it although "
+            f"{_added(written, ticket)} were added since it was made: take a snapshot for each segment, in its turn"
+        )
     in_scope = ticket != OUT_OF_SCOPE
     after = torch.where(in_scope, ticket + length, ticket)
     written.copy_(torch.where(in_scope, torch.maximum(written, after), written))
@@ -139,13 +159,60 @@ def _(written: Tensor, ticket: Tensor, length: int) -> Tensor:
     return torch.empty_like(ticket)
 
 
+# --------------------------------------------------------------------------------------- what a backward pass may need
+
+
+def note_saved(written: Tensor | None, ticket: Tensor | None) -> None:
+    """Remembers, weakly, that a forward pass saved `ticket` for a backward pass."""
+    if type(ticket) is not Tensor or type(written) is not Tensor:
+        return  # none, or one that only stands for it while a graph is traced
+    place, number = written.data_ptr(), id(ticket)
+
+    def forget(_: weakref.ref[Tensor]) -> None:
+        of_place = _SAVED.get(place, {})
+        of_place.pop(number, None)
+        if not of_place:
+            _SAVED.pop(place, None)
+
+    _SAVED.setdefault(place, {})[number] = weakref.ref(ticket, forget)
+
+
+def _saved(written: Tensor) -> Iterator[Tensor]:
+    for reference in list(_SAVED.get(written.data_ptr(), {}).values()):
+        ticket = reference()
+        if ticket is not None and ticket.shape == written.shape:
+            yield ticket
+
+
+def _added(written: Tensor, ticket: Tensor) -> int:
+    return int((written - ticket).max())
+
+
+def room_needed(written: Tensor, ticket: Tensor, length: int) -> int:
+    """How many spare slots outstanding backward passes need when the rows of `ticket` are given `length` more entries.
+
+    0 where none is outstanding.
+
+    >>> written = torch.tensor([5])
+    >>> saved = ledger_ticket(written, [0])
+    >>> note_saved(written, saved)
+    >>> later = ledger_advance_(written, saved, 4)
+    >>> room_needed(written, later, 4)
+    8
+    """
+    after = torch.where(ticket == OUT_OF_SCOPE, written, torch.maximum(written, ticket + length))
+    return max((_added(after, saved) for saved in _saved(written)), default=0)
+
+
 def check_not_stale(written: Tensor | None, ticket: Tensor | None, spare: int) -> None:
     """Raises StaleMemoryError when a row of `ticket` was given more than `spare` entries since."""
     if written is None or ticket is None:
         return
-    added = int((written - ticket).max())
+    added = _added(written, ticket)
     if added > spare:
+        enough = max([added, *(_added(written, saved) for saved in _saved(written))])
+        what = "search" if torch._C._current_graph_task_id() == -1 else "backward pass"
         raise StaleMemoryError(
             f"spare={spare} slots keep what a forward pass retrieved until {spare} more entries were added, but this "
-            f"backward pass comes after {added}: create the memory with spare={added} or more, or call backward earlier"
+            f"{what} comes after {added}: create the memory with spare={enough} or more, or call it earlier"
         )

@@ -19,7 +19,7 @@ from memtrans.distributed.ranks import Ranks
 from memtrans.files import read_input
 from memtrans.generation.decoder import Decoder
 from memtrans.generation.generate import as_texts, reading_bar, stream
-from memtrans.generation.sampling import Sampling
+from memtrans.generation.sampling import Sampling, check_chosen
 from memtrans.pretrained import CONFIG
 from memtrans.training import checkpoint
 from memtrans.training.checkpoint import Checkpoint
@@ -80,7 +80,8 @@ class Generation:
     def text(self) -> Iterator[str]:
         """What the model writes, in pieces that are whole characters; bytes that are none become U+FFFD."""
         characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for token in stream(self.decoder, self.tokens, self.sampling):
+        for number, token in enumerate(stream(self.decoder, self.tokens, self.sampling)):
+            check_chosen(token[:, None], number)
             yield characters.decode(bytes(token.tolist()))
         yield characters.decode(b"", final=True)
 

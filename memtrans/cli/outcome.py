@@ -12,6 +12,7 @@ import torch
 
 from memtrans.cli.ending import EndedError
 from memtrans.distributed.ranks import ALONE, LaunchError, LostRankError, Ranks, end_process, joined, launched
+from memtrans.generation.sampling import NoTokenError
 from memtrans.training.evaluate import NonFiniteLossError
 from memtrans.training.run import NotWrittenError
 from memtrans.training.signals import StoppedError
@@ -69,7 +70,7 @@ def _ending(error: BaseException) -> EndedError | None:
         return EndedError("stopped by Ctrl-C", 130)
     if isinstance(error, LostRankError):
         return EndedError(str(error), everywhere=True)
-    if isinstance(error, (NonFiniteLossError, NotWrittenError)):
+    if isinstance(error, (NonFiniteLossError, NoTokenError, NotWrittenError)):
         return EndedError(str(error))
     if _is_out_of_memory(error):  # the others have memory enough, and hear of a lost rank only
         reason = next(iter(str(error).splitlines()), type(error).__name__)

@@ -16,7 +16,7 @@ from torch import Tensor
 from memtrans.checks import check_ids, sizes
 from memtrans.cuda_graph import Replay
 from memtrans.generation.decoder import Decoder, check_model
-from memtrans.generation.sampling import Sampling
+from memtrans.generation.sampling import Sampling, check_chosen
 from memtrans.memory.memory_list import KNNMemoryList
 from memtrans.transformer import MemorizingTransformer
 from memtrans_kernels import checks
@@ -68,6 +68,7 @@ def generate(
         ValueError, IndexError, TypeError: ids outside the vocabulary, an option out of range or of another kind,
             memories that are not this model's, a prompt that is no text, a model inside a wrapper or spread over
             ranks.
+        NoTokenError: NaN or infinite logits, or -inf for every token: the token and its rows are named.
 
     >>> model = MemorizingTransformer(num_tokens=256, dim=16, depth=2, dim_head=8, heads=2, memorizing_layers=2)
     >>> generate(model, ["once upon a time", "hello"], tokens=5, segment=8).shape
@@ -89,6 +90,7 @@ def generate(
         result = torch.stack(list(stream(decoder, tokens, sampling, stop)), dim=1)
     finally:
         model.train(was_training)
+    check_chosen(result)
     if stop is None:
         return result
     finished = (result == stop).all(dim=0).nonzero().flatten().tolist()  # columns where every row has stopped
@@ -99,6 +101,8 @@ def stream(
     decoder: Decoder, tokens: int, sampling: Sampling | None = None, stop: int | None = None, *, capture: bool = True
 ) -> Iterator[Tensor]:
     """Yields the next token of every row, (B,) int64 on the device, for a decoder that has read its prompts.
+
+    A row whose logits name no token (NaN, infinity, -inf for all) gives -1, and nothing of use behind it.
 
     Nothing here waits for the device, but for a look now and then whether every row has stopped, if `stop` is given.
     The decoder may read or write on afterwards: a row that stopped goes on behind the last token that it read, which is
@@ -126,7 +130,7 @@ def stream(
         chosen.copy_(new)
 
     def step() -> None:
-        decoder.advance(chosen, going_on)
+        decoder.advance(chosen.clamp(min=0), going_on)  # behind NO_TOKEN goes on whatever will be refused
         choose()
 
     replay = Replay(step, decoder.device, capture)

@@ -15,6 +15,31 @@ from torch import Tensor
 
 from memtrans_kernels import checks
 
+NO_TOKEN = -1  # in place of a token id, where logits are no numbers, infinite, or -inf for every token
+COLDEST = 1e-30  # a temperature below it gives what it gives, but divides finite logits to infinite ones
+
+
+class NoTokenError(RuntimeError):
+    """Logits that name no next token."""
+
+
+def check_chosen(tokens: Tensor, first: int = 0) -> None:
+    """Raises NoTokenError where tokens (B, T), the first of them number `first`, hold NO_TOKEN. Waits for the device.
+
+    >>> check_chosen(torch.tensor([[3, 4], [5, NO_TOKEN]]))
+    Traceback (most recent call last):
+        ...
+    memtrans.generation.sampling.NoTokenError: logits must name a next token, got NaN, infinity, or -inf for all ...
+    """
+    missing = tokens == NO_TOKEN
+    if bool(missing.any()):
+        column = int(missing.any(dim=0).int().argmax())
+        rows = missing[:, column].nonzero().flatten().tolist()
+        raise NoTokenError(
+            f"logits must name a next token, got NaN, infinity, or -inf for all tokens, at token {first + column} of "
+            f"rows {rows}: weights or memories that are not finite, or a bias that bans every token"
+        )
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -58,16 +83,19 @@ class Sampling:
         return torch.stack([torch.rand(tokens, generator=row, device="cpu") for row in rows]).to(device)
 
     def choose(self, logits: Tensor, draw: Tensor) -> Tensor:
-        """Token ids (B,) int64 of logits (B, V) and uniform numbers draw (B,)."""
+        """Token ids (B,) int64 of logits (B, V) and uniform numbers draw (B,); NO_TOKEN where logits name none."""
         if self.temperature <= 0:
-            return logits.argmax(dim=-1)
+            likeliest = logits.argmax(dim=-1)  # a NaN, if there is one
+            chosen = logits.gather(1, likeliest[:, None])[:, 0]
+            return torch.where(chosen.abs() < torch.inf, likeliest, NO_TOKEN)
         best, ids = logits.float().topk(min(self.top_k or logits.shape[-1], logits.shape[-1]), dim=-1)
-        probability = (best / self.temperature).softmax(dim=-1)
+        probability = (best / max(self.temperature, COLDEST)).softmax(dim=-1)
         before = probability.cumsum(dim=-1) - probability  # of all that are likelier
         kept = before < (1.0 if self.top_p is None else self.top_p)
         total = (probability * kept).sum(dim=-1)
         place = (kept & (before <= (draw * total)[:, None])).sum(dim=-1) - 1  # the first one begins at 0
-        return ids.gather(1, place.clamp(min=0)[:, None])[:, 0]
+        # no probability of such logits is a number, and nothing is kept
+        return torch.where(place >= 0, ids.gather(1, place.clamp(min=0)[:, None])[:, 0], NO_TOKEN)
 
 
 def _is_number(value: Any) -> bool:

@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NoReturn, TypeVar
 
 from torch import Tensor
 
 from memtrans.annotations import allows, described
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
 ARGUMENTS: dict[str, Any] = {
-    **dict.fromkeys(("dim", "max_memories", "num_indices", "kv_heads", "spare"), int),
+    **dict.fromkeys(("dim", "max_memories", "num_indices", "kv_heads"), int),
+    "spare": int | Literal["grow"],
     **dict.fromkeys(("dtype", "value_dtype"), str | None),
 }
+
+
+class _OfClassAlone(classmethod):
+    """A classmethod that an instance refuses to call: what it makes would be lost."""
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Callable[..., Any]:
+        if instance is None:
+            return super().__get__(None, owner)
+        kind, name = type(instance).__name__, self.__func__.__name__
+
+        def refuse(*_: Any, **__: Any) -> NoReturn:
+            raise TypeError(
+                f"{name} must be called on the class, which makes a new object, got a {kind}: write "
+                f"{kind}.{name}(path), or load_state_dict(state) to replace what this one holds"
+            )
+
+        return refuse
+
+
+def of_class_alone(method: Method) -> Method:
+    """Lets a classmethod be called on the class alone; on an instance it raises TypeError."""
+    return _OfClassAlone(method.__func__)  # type: ignore[attr-defined, return-value]
 
 
 def check_configuration(configuration: Mapping[str, Any], keys: Tensor) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,7 @@ from memtrans.memory.checks import (
     document_numbers,
     running_backward,
 )
-from memtrans.memory.files import check_configuration
+from memtrans.memory.files import check_configuration, of_class_alone
 from memtrans.memory.ring import MemorySnapshot, Ring
 from memtrans.memory.sharded import ShardedRing
 from memtrans.memory.state import check_state, dtype_names, holds_nothing, memory_arguments, state_parts
@@ -60,7 +60,10 @@ class KNNMemory:
         value_dtype: of values. Default: `dtype`.
         kv_heads: G, key/value heads with a memory of their own each.
         spare: S, entries that may be added between a forward pass and its backward. It grows to the longest segment
-            added; give N times the number of segments when several come before one backward.
+            added; give N times the number of segments when several come before one backward. In eager mode the ring
+            doubles, with a warning, for a backward pass that would come too late, up to 8 times its first size;
+            "grow" is 0 with no such limit. A sharded memory, compiled and captured steps raise StaleMemoryError
+            instead, which names the number that is enough.
         backend: of search: one of `auto`, `reference`, `triton`, `native`, `faiss`.
         process_group: ranks that hold this memory together, each a share of every document's entries; M is of all of
             them, so it grows with their number. Each rank reads a segment of its own of the same documents; what one
@@ -99,7 +102,7 @@ class KNNMemory:
         dtype: torch.dtype | None = None,
         value_dtype: torch.dtype | None = None,
         kv_heads: int = 1,
-        spare: int = 0,
+        spare: int | Literal["grow"] = 0,
         backend: str = "auto",
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
@@ -111,7 +114,8 @@ class KNNMemory:
         heads = () if self.kv_heads == 1 else (self.kv_heads,)
         self.shape = (self.num_indices, *heads, self.max_memories, 2, self.dim)
         self.dtype, self.value_dtype = dtype, value_dtype
-        self.spare, self.backend = checks.integer("spare", spare, low=0), check_name(backend)
+        self.grows, self.backend = spare == "grow", check_name(backend)
+        self.spare = 0 if self.grows else checks.integer("spare", spare, low=0)
         self.scoped_indices = list(range(self.num_indices))
         self._ranks = None if process_group is None else ranks_of(process_group)
         self.made_in = running_backward()
@@ -138,6 +142,9 @@ class KNNMemory:
             self._ring.widen(longest)
         self.spare = max(self.spare, longest)
 
+    def _forget_storage(self) -> None:
+        self._ring, self._rows = None, None
+
     def _new_ring(self, device: torch.device, spare: int) -> Ring:
         if device.type == "meta":
             raise ValueError(f"device must be one that keeps values, got {str(device)!r}")
@@ -145,7 +152,7 @@ class KNNMemory:
         value_dtype = self.value_dtype or dtype
         size = (self.num_indices * self.kv_heads, self.max_memories, spare, self.dim)
         storage: dict[str, Any] = {"key_dtype": dtype, "value_dtype": value_dtype}
-        storage |= {"device": device, "backend": self.backend}
+        storage |= {"device": device, "backend": self.backend, "unbounded": self.grows}
         if self._ranks is None:
             return Ring(*size, **storage)
         resolved = {"dtype": dtype, "value_dtype": value_dtype, "device": device.type}
@@ -324,8 +331,7 @@ class KNNMemory:
             check_mask(mask, len(self.scoped_indices))
 
     def cleanup(self) -> None:
-        """Frees the storage; the memory is empty afterwards and can be used again."""
-        self._ring, self._rows = None, None
+        """Changes nothing, as upstream's; `clear()` empties, and storage goes with the last reference to the memory."""
 
     # ---------------------------------------------------------------------------------------- state and files
 
@@ -352,7 +358,7 @@ class KNNMemory:
         if self._ring is None and holds_nothing(state):
             return
         device = self.device or state["keys"].device
-        self.cleanup()
+        self._forget_storage()
         self._prepare(device, 0)
         assert self._ring is not None
         self._ring.load(state)
@@ -366,12 +372,17 @@ class KNNMemory:
         """The arguments that make a memory like this on any device, as JSON can say them."""
         names = ("dim", "max_memories", "num_indices", "kv_heads", "spare")
         dtypes = dtype_names(dtype=self.dtype, value_dtype=self.value_dtype)
-        return {name: getattr(self, name) for name in names} | dtypes
+        arguments = {name: getattr(self, name) for name in names} | dtypes
+        return {**arguments, "spare": "grow"} if self.grows else arguments
 
     def save(self, path: str | Path) -> None:
-        """Writes the memory as one safetensors file, atomically: a file that was there before survives a failure."""
+        """Writes the memory as one safetensors file, atomically: a file that was there before survives a failure.
+
+        Directories that are missing are made.
+        """
         save_tensors(path, self.state_dict(), "memtrans.KNNMemory", self.configuration())
 
+    @of_class_alone
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str | None = None, **overrides: Any) -> KNNMemory:
         """Reads a memory that `save` wrote; keyword arguments of the constructor override what the file says.
@@ -381,6 +392,7 @@ class KNNMemory:
         whether it had: theirs stay what they are, and dtype=None, value_dtype=None gives the default.
 
         Raises ValueError when the file is damaged or not a saved memory, FileNotFoundError when there is none.
+        TypeError when called on an instance, whose own entries `load_state_dict` replaces.
         """
         state, configuration = load_tensors(path, "memtrans.KNNMemory")
         keys, values, _ = state_parts(state)
@@ -396,9 +408,10 @@ class KNNMemory:
         return {"fields": fields, "device": self.device, "state": None if self._ring is None else self.state_dict()}
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
+        self.grows = False  # of a pickle that does not say so
         self.__dict__.update(pickled["fields"])
         self.made_in = running_backward()
-        self.cleanup()
+        self._forget_storage()
         if pickled["state"] is not None:
             self._prepare(pickled["device"], 0)
             self.load_state_dict(pickled["state"])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from memtrans.compatibility import UNUSED, warn_unused
-from memtrans.memory.files import check_configuration, check_layers
+from memtrans.memory.files import check_configuration, check_layers, of_class_alone
 from memtrans.memory.knn_memory import KNNMemory
 from memtrans.memory.state import memory_arguments
 from memtrans.storage import load_tensors, save_tensors
@@ -79,9 +79,7 @@ class KNNMemoryList(list[KNNMemory]):
             memory.clear_rows(mask)
 
     def cleanup(self) -> None:
-        """Frees the storage of every memory."""
-        for memory in self:
-            memory.cleanup()
+        """Changes nothing; see `KNNMemory.cleanup`."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of what the memories hold, names prefixed by the layer's place in the list."""
@@ -106,7 +104,7 @@ class KNNMemoryList(list[KNNMemory]):
             memory.load_state_dict(part)
 
     def save(self, path: str | Path) -> None:
-        """Writes all memories as one safetensors file, atomically.
+        """Writes all memories as one safetensors file, atomically; directories that are missing are made.
 
         Raises ValueError when there is none, or they differ in more than what they hold.
         """
@@ -115,6 +113,7 @@ class KNNMemoryList(list[KNNMemory]):
             raise ValueError(f"the list must hold memories of one configuration to be saved, got {configurations}")
         save_tensors(path, self.state_dict(), KIND, {"layers": len(self), **configurations[0]})
 
+    @of_class_alone
     @classmethod
     def load(
         cls: type[MemoryType], path: str | Path, *, device: torch.device | str | None = None, **overrides: Any
@@ -125,6 +124,7 @@ class KNNMemoryList(list[KNNMemory]):
         and dtypes.
 
         Raises ValueError when the file is damaged or holds something else, FileNotFoundError when there is none.
+        TypeError when called on an instance, whose own entries `load_state_dict` replaces.
         """
         state, configuration = load_tensors(path, KIND)
         layers = check_layers(configuration.pop("layers", None), state)

@@ -2,7 +2,9 @@
 
 Entry i of a row lives in slot i mod (M + S). Visible to a search are the entries [max(start, cursor - M), cursor); the
 S spare slots keep what a forward pass retrieved readable for its backward, until S more entries were added. Clearing
-moves `start`; nothing is rewritten. Nothing here asks the device for a value, so nothing here waits for it.
+moves `start`; nothing is rewritten. Where a backward pass that is outstanding would lose what it must read, the ring is
+laid out anew (`growth.py`); the old storage stays as it is, with host counts of its own. Nothing here asks the device
+for a value, so nothing here waits for it.
 
     keys, values   (R, M + S, D)  written by `knn_add_` alone
     cursor, start  (R,) int64     on the device
@@ -23,7 +25,8 @@ import torch
 from torch import Tensor
 
 from memtrans.attention import LocalKeys, seed_of
-from memtrans.memory.checks import check_mask
+from memtrans.memory.checks import check_mask, running_backward
+from memtrans.memory.growth import Growth
 from memtrans_kernels import (
     Ledger,
     knn_add_,
@@ -35,6 +38,7 @@ from memtrans_kernels import (
     read_cursors,
 )
 from memtrans_kernels.backends import implements
+from memtrans_kernels.ledger import OUT_OF_SCOPE, check_not_stale, room_needed, stored_since
 
 
 def _alias(tensor: Tensor) -> Tensor:
@@ -53,6 +57,7 @@ class Ring:
         value_dtype: of the values.
         device: of both.
         backend: passed to search, and to add where that backend implements it.
+        unbounded: whether it grows as far as outstanding backward passes need it.
     """
 
     def __init__(
@@ -66,13 +71,16 @@ class Ring:
         value_dtype: torch.dtype,
         device: torch.device,
         backend: str,
+        unbounded: bool = False,
     ) -> None:
         self.capacity = capacity
         self.backend = backend
+        self.growth = Growth(capacity, spare, unbounded)
         self.cursor = torch.zeros(rows, dtype=torch.int64, device=device)
         self.start = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.written = torch.zeros(rows, dtype=torch.int64, device="cpu")
-        self.written_read = _alias(self.written)
+        self._count_on(torch.zeros(rows, dtype=torch.int64, device="cpu"))
+        self.carried = 0  # spare slots of the storage before this one, and what was written when it was laid out anew
+        self.laid_out = self.written.clone()
         self._hold(
             torch.zeros(rows, capacity + spare, dim, dtype=key_dtype, device=device),
             torch.zeros(rows, capacity + spare, dim, dtype=value_dtype, device=device),
@@ -83,14 +91,33 @@ class Ring:
         self.keys_read, self.values_read = _alias(keys), _alias(values)
         self.spare = keys.shape[1] - self.capacity
 
+    def _count_on(self, written: Tensor) -> None:
+        self.written, self.written_read = written, _alias(written)
+
     def window(self, newest: int) -> tuple[Tensor, Tensor]:
         """Which the newest so many entries of each row are, old to new (R, newest), and their slots (R, newest)."""
         entry = self.cursor[:, None] - newest + torch.arange(newest, device=self.cursor.device)
         return entry, entry % self.keys.shape[1]
 
     def widen(self, spare: int) -> None:
-        """Lays the ring out again with more spare slots; snapshots and pending backwards keep reading the old one."""
-        entry, old_slot = self.window(self.capacity)
+        """Lays the ring out again for longer segments; snapshots and pending backwards keep reading the old one."""
+        self._lay_out(spare)
+        self.growth.begin_with(spare)
+
+    @torch.inference_mode(False)  # what an evaluation lets grow can be trained with later
+    def make_room(self, ticket: Tensor, length: int) -> None:
+        """Grows if `length` more entries for the rows of `ticket` would overwrite what a backward pass must read.
+
+        Raises StaleMemoryError where it would become too large.
+        """
+        needed = room_needed(self.written, ticket, length)
+        captured = self.keys.is_cuda and torch.cuda.is_current_stream_capturing()
+        if needed > self.spare and not captured:
+            bytes_of_slot = (self.keys.nbytes + self.values.nbytes) // self.keys.shape[1]
+            self._lay_out(self.growth.room(self.spare, needed, bytes_of_slot))
+
+    def _lay_out(self, spare: int) -> None:
+        entry, old_slot = self.window(self.keys.shape[1])
         new_slot = entry % (self.capacity + spare)
 
         def moved(old: Tensor) -> Tensor:
@@ -98,13 +125,17 @@ class Ring:
             index = old_slot[..., None].expand(-1, -1, old.shape[2])
             return new.scatter_(1, new_slot[..., None].expand_as(index), old.gather(1, index))
 
+        self.carried, self.laid_out = self.spare, self.written.clone()
         self._hold(moved(self.keys), moved(self.values))
+        self._count_on(self.written.clone())
 
     def snapshot(self, rows: Tensor, host_rows: Sequence[int], documents: int) -> MemorySnapshot:
         """The memory as it stands. rows, host_rows: (B·G,) in scope, of so many documents."""
         ticket = ledger_ticket(self.written, host_rows)
         start, cursor = read_cursors(self.start, self.cursor)
-        return MemorySnapshot(self, rows, documents, start, cursor, self.keys_read, self.values_read, ticket)
+        return MemorySnapshot(
+            self, rows, documents, start, cursor, self.keys_read, self.values_read, ticket, self.written_read
+        )
 
     def lengths(self) -> Tensor:
         """How many entries each row holds (R,)."""
@@ -147,6 +178,7 @@ class MemorySnapshot:
         keys: (R, M + S, D), to read; a ring that was laid out again since no longer holds all that this sees.
         values: (R, M + S, D), likewise.
         ticket: (R,) int64 on the host, the counts as they stood.
+        written: (R,) int64 on the host, the counts of this storage, which go on.
     """
 
     ring: Ring
@@ -157,6 +189,7 @@ class MemorySnapshot:
     keys: Tensor
     values: Tensor
     ticket: Tensor
+    written: Tensor
 
     def check_fits(self, name: str, documents: int, kv_heads: int, width: int) -> None:
         """Raises ValueError unless the snapshot is of so many documents, key/value heads and components."""
@@ -174,16 +207,26 @@ class MemorySnapshot:
         For a step that adds nothing and is replayed: it finds the memory where it lies, for as long as no longer
         segment makes it lay itself out again.
         """
-        return replace(self, start=self.ring.start, cursor=self.ring.cursor)
+        ticket = torch.full_like(self.ticket, OUT_OF_SCOPE)  # it is never late
+        return replace(self, start=self.ring.start, cursor=self.ring.cursor, ticket=ticket)
 
     @property
     def ledger(self) -> Ledger:
         """What attention's backward needs to notice that it comes too late."""
-        return Ledger(self.ring.written_read, self.ticket, self.keys.shape[1] - self.ring.capacity)
+        return Ledger(self.written, self.ticket, self.keys.shape[1] - self.ring.capacity)
+
+    def check_current(self) -> None:
+        """Raises StaleMemoryError where what this sees may be overwritten; a compiled graph asks in attention."""
+        if not torch.compiler.is_compiling():
+            check_not_stale(*self.ledger)
 
     def nearest(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Scores and slots (B, H, N, K) of the nearest keys of query (B, H, N, D)."""
+        """Scores and slots (B, H, N, K) of the nearest keys of query (B, H, N, D).
+
+        Raises StaleMemoryError where more than `spare` entries were added since, and may stand in their places.
+        """
         ring = self.ring
+        self.check_current()
         return knn_search(query, self.keys, self.rows, self.start, self.cursor, ring.capacity, k, backend=ring.backend)
 
     def pairs(self, query: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -249,19 +292,48 @@ class MemorySnapshot:
     def append(self, keys: Tensor, values: Tensor, count: Tensor | None = None) -> MemorySnapshot:
         """Stores keys and values (B, G, N, D) after the snapshot's entries; returns the state after them.
 
+        A forward pass that a backward pass runs again has stored them: nothing is written then.
+
         count: (B,) int64, how many of the N each document stores. Default: all.
+
+        Raises StaleMemoryError where entries were added since the snapshot was made, or the ring would grow too large.
         """
         ring, length = self.ring, keys.shape[2]
         if length == 0:
             return self
         groups = keys.shape[1]
         count = None if count is None else count.repeat_interleave(groups)
-        backend = ring.backend if implements("knn_add_", ring.backend) else "auto"
-        knn_add_(ring.keys, ring.values, ring.cursor, self.rows, keys, values, count, at=self.cursor, backend=backend)
+        ticket, again = self.advance(length)
+        if not again:
+            backend = ring.backend if implements("knn_add_", ring.backend) else "auto"
+            knn_add_(
+                ring.keys, ring.values, ring.cursor, self.rows, keys, values, count, at=self.cursor, backend=backend
+            )
         added = torch.full_like(self.rows, length) if count is None else count
         cursor = self.cursor.index_add(0, self.rows, added)
-        ticket = ledger_advance_(ring.written, self.ticket, length)
-        return replace(self, cursor=cursor, keys=ring.keys_read, values=ring.values_read, ticket=ticket)
+        return self.behind(cursor, ticket, again)
+
+    def advance(self, length: int) -> tuple[Tensor, bool]:
+        """Counts `length` more entries, for which the ring makes room; the ticket after them, and whether they are
+        there already, because a backward pass runs a forward pass again."""
+        ring, again = self.ring, False
+        if not torch.compiler.is_compiling():
+            again = running_backward() != -1 and stored_since(ring.written, self.ticket)
+            if not again:
+                ring.make_room(self.ticket, length)
+        return ledger_advance_(ring.written, self.ticket, length), again
+
+    def behind(self, cursor: Tensor, ticket: Tensor, again: bool) -> MemorySnapshot:
+        """The memory after entries were added: its cursors (R,) and its ticket (R,); see `advance`."""
+        ring = self.ring
+        if again:
+            if bool(((ticket == OUT_OF_SCOPE) | (ticket <= self.written)).all()):
+                return replace(self, cursor=cursor, ticket=ticket)  # as the first forward pass left this storage
+            if int((ring.laid_out - ticket).max()) > ring.carried:
+                ticket = ticket - ring.spare  # the new storage did not take over all of it: a search is too late
+        return replace(
+            self, cursor=cursor, keys=ring.keys_read, values=ring.values_read, ticket=ticket, written=ring.written_read
+        )
 
     def clear_rows(self, mask: Tensor) -> MemorySnapshot:
         """Forgets all entries of the documents where mask (B,) is True; returns the state after that."""

@@ -47,7 +47,6 @@ from memtrans_kernels import (
     knn_add_,
     knn_merge,
     knn_search,
-    ledger_advance_,
     ledger_ticket,
     memory_attention,
     merge_attention,
@@ -74,6 +73,9 @@ class ShardedRing(Ring):
         self.ranks, self.visible = ranks, capacity
         self.total = torch.zeros_like(self.cursor)
 
+    def make_room(self, ticket: Tensor, length: int) -> None:
+        """Does nothing: all ranks lay their shares out alike, and each knows of its own backward passes alone."""
+
     def own(self, entries: Tensor) -> Tensor:
         """How many of the first `entries` entries of a row are on this rank."""
         return held(entries, self.ranks.rank, self.ranks.size)
@@ -86,7 +88,9 @@ class ShardedRing(Ring):
         """A snapshot of the memory as it stands on all ranks."""
         ticket = ledger_ticket(self.written, host_rows)
         start, total = read_cursors(self.start, self.total)
-        return ShardedSnapshot(self, rows, documents, start, total, self.keys_read, self.values_read, ticket)
+        return ShardedSnapshot(
+            self, rows, documents, start, total, self.keys_read, self.values_read, ticket, self.written_read
+        )
 
     def state(self) -> dict[str, Tensor]:
         """The state of this rank's shard, in copies; `memtrans.memory.state` describes it."""
@@ -151,11 +155,12 @@ class ShardedSnapshot(MemorySnapshot):
 
     def live(self) -> MemorySnapshot:
         """See `MemorySnapshot.live`."""
-        return replace(self, start=self.ring.start, cursor=self.ring.total)
+        return replace(super().live(), cursor=self.ring.total)
 
     def find(self, query: Tensor, k: int) -> Neighbours:
         """Finds the K nearest entries of query (B, H, N, D) on all ranks, and this rank's candidates for all others."""
         ring, ranks = self.ring, self.ring.ranks
+        self.check_current()
         queries = side_by_side(from_all(query, ranks))
         first = ring.own(torch.maximum(self.start, self.cursor - ring.visible))
         own_scores, slots = knn_search(
@@ -301,6 +306,7 @@ class ShardedSnapshot(MemorySnapshot):
         batch, groups, length, _ = keys.shape
         if length == 0:
             return self
+        ticket, again = self.advance(length)
         if count is None:
             count = torch.full((batch,), length, dtype=torch.int64, device=keys.device)
         ends = from_all(count, ranks).cumsum(dim=0).repeat_interleave(groups, dim=1).T.contiguous()  # (B·G, W)
@@ -313,11 +319,11 @@ class ShardedSnapshot(MemorySnapshot):
         index = place.reshape(batch, groups, length, 1).expand_as(keys)
         keys, values = (side_by_side(from_all(new.detach(), ranks)).gather(2, index) for new in (keys, values))
         here = (added - first + ranks.size - 1).div(ranks.size, rounding_mode="floor").clamp(min=0)
-        ring.add(self.rows, keys, values, count=here, at=ring.own(self.cursor))
+        if not again:
+            ring.add(self.rows, keys, values, count=here, at=ring.own(self.cursor))
         after = self.cursor.index_add(0, self.rows, added)
         ring.total.copy_(torch.maximum(ring.total, after))  # a recomputed forward adds nothing
-        ticket = ledger_advance_(ring.written, self.ticket, length)
-        return replace(self, cursor=after, keys=ring.keys_read, values=ring.values_read, ticket=ticket)
+        return self.behind(after, ticket, again)
 
     def clear_rows(self, mask: Tensor) -> MemorySnapshot:
         """Forgets the documents where mask (B,) is True on one rank at least; returns the state after that."""

@@ -14,6 +14,8 @@ from memtrans.memory.checks import check_no_recomputation
 from memtrans.memory.knn_memory import KNNMemory
 from memtrans.memory.ring import MemorySnapshot
 
+PASSED_BY = ("search", "add", "clear_rows", "snapshot")  # what layers do through snapshots
+
 
 def snapshot_for(
     name: str,
@@ -28,17 +30,36 @@ def snapshot_for(
     """The snapshot given, or one of the memory given, for segments of at most `longest` tokens on that device.
 
     Raises:
-        TypeError: `memory` is something else.
+        TypeError: `memory` is something else, or has a method of its own that no layer would call.
         ValueError: it is not of B = `batch` documents in scope, G = `kv_heads` and D = `width`.
         RuntimeError: it is a memory, and activation checkpointing runs a forward pass again.
     """
     if isinstance(memory, KNNMemory):
+        check_methods(name, memory)
         check_no_recomputation(name, memory.made_in)
         memory = memory.as_it_stands(device, longest)
     elif not isinstance(memory, MemorySnapshot):
-        raise TypeError(f"{name} must be a KNNMemory or a snapshot of one, got {type(memory).__name__}")
+        raise TypeError(f"{name} must be a KNNMemory or a snapshot of one, got {_named(type(memory))}")
     memory.check_fits(name, batch, kv_heads, width)
     return memory
+
+
+def check_methods(name: str, memory: KNNMemory) -> None:
+    """Raises TypeError for a memory whose subclass or user replaced a method that layers go past."""
+    kind = type(memory)
+    own = [method for method in PASSED_BY if getattr(kind, method) is not getattr(KNNMemory, method)]
+    if not torch.compiler.is_compiling():
+        own += [method for method in PASSED_BY if method in memory.__dict__]
+    if own:
+        raise TypeError(
+            f"{name} must have the methods of KNNMemory, because layers read and write its snapshots, got a "
+            f"{_named(kind)} with {', '.join(own)} of its own"
+        )
+
+
+def _named(kind: type) -> str:
+    """A class with its module: another package has a `KNNMemory` too."""
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
 
 def snapshots_for(

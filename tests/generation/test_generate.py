@@ -10,7 +10,7 @@ from helpers.devices import DEVICE, seeded
 from memtrans import MemorizingTransformer, generate
 from memtrans.generation.decoder import Decoder
 from memtrans.generation.generate import stream
-from memtrans.generation.sampling import Sampling
+from memtrans.generation.sampling import NoTokenError, Sampling, check_chosen
 
 pytestmark = pytest.mark.device
 
@@ -258,3 +258,50 @@ def test_a_wrong_option_names_argument_value_and_expectation(options, error, mes
     with pytest.raises(error, match=message):
         generate(model, **{"prompt": [1, 2], "tokens": 3, **options})
     assert model.training
+
+
+def broken(how: str) -> MemorizingTransformer:
+    model = build()
+    with torch.no_grad():
+        if how == "a weight that is no number":
+            model.layers[0][1].fn.net[0].weight[0, 0] = float("nan")
+        elif how == "an infinite logit":
+            model.to_logits[1].bias[3] = float("inf")
+        else:
+            model.to_logits[1].bias.fill_(-float("inf"))
+    return model
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("how", ["a weight that is no number", "an infinite logit", "every token banned"])
+def test_logits_that_name_no_token_are_refused_with_the_token(how, options):
+    with pytest.raises(NoTokenError, match=r"logits must name a next token, .* at token 0 of rows \[0, 1, 2\]"):
+        generate(broken(how).to(DEVICE), PROMPTS, 5, segment=SEGMENT, **options)
+
+
+def test_a_memory_that_holds_no_numbers_is_refused_for_its_row_alone():
+    model = build().to(DEVICE)
+    memories = model.create_knn_memories(batch_size=3, device=DEVICE, dtype=torch.float32, spare=SEGMENT)
+    Decoder(model.eval(), 3, segment=SEGMENT, memories=memories).read([torch.arange(2, 31)] * 3)
+    memories[0]._ring.values[1] = float("nan")
+    with pytest.raises(NoTokenError, match=r"at token 0 of rows \[1\]"):
+        generate(model, PROMPTS, 20, segment=SEGMENT, memories=memories)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_token_that_fails_later_is_named_by_its_number(options):
+    decoder = Decoder(build().eval().to(DEVICE), 2, segment=SEGMENT)
+    decoder.read([torch.arange(2, 7)] * 2)
+    tokens = []
+    for token in stream(decoder, 6, Sampling(**options)):
+        tokens.append(token)
+        if len(tokens) == 3:
+            decoder.model.token_emb.weight.data.fill_(float("nan"))
+    with pytest.raises(NoTokenError, match=r"at token 3 of rows \[0, 1\]"):
+        check_chosen(torch.stack(tokens, dim=1))
+
+
+def test_some_banned_tokens_and_the_coldest_temperature_are_fine():
+    logits = torch.tensor([[-float("inf"), 3.0, 1.0]])
+    for sampling in (Sampling(temperature=0), Sampling(temperature=1e-40), Sampling(temperature=5e-324)):
+        assert sampling.choose(logits, torch.tensor([0.5])).tolist() == [1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.recomputation import in_backward
 from torch import Tensor
 
 from memtrans_kernels import (
@@ -63,7 +64,7 @@ def test_the_same_segment_noted_twice_counts_once() -> None:
     written = counts(10)
     ticket = ledger_ticket(written, [0])
     first = ledger_advance_(written, ticket, 4)
-    assert torch.equal(ledger_advance_(written, ticket, 4), first)
+    assert torch.equal(in_backward(lambda: ledger_advance_(written, ticket, 4)), first)
     assert written.tolist() == [14]
 
 
@@ -71,8 +72,18 @@ def test_noting_an_older_segment_again_forgets_nothing_newer() -> None:
     written = counts(0)
     ticket = ledger_ticket(written, [0])
     ledger_advance_(written, ledger_advance_(written, ticket, 4), 4)
-    ledger_advance_(written, ticket, 4)
+    in_backward(lambda: ledger_advance_(written, ticket, 4))
     assert written.tolist() == [8]
+
+
+def test_a_ticket_is_spent_by_the_first_segment() -> None:
+    written = counts(0, 0)
+    both, second = ledger_ticket(written, [0, 1]), ledger_ticket(written, [1])
+    ledger_advance_(written, both, 4)
+    for ticket in (both, second):
+        with pytest.raises(StaleMemoryError, match=r"one segment alone, .* although 4 were added since"):
+            ledger_advance_(written, ticket, 4)
+    assert written.tolist() == [4, 4]
 
 
 def test_without_a_ledger_nothing_is_checked() -> None:

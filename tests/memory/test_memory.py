@@ -6,6 +6,7 @@ import inspect
 import os
 import re
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -274,12 +275,22 @@ def test_a_list_clears_the_memories_and_documents_named() -> None:
     assert [memory.lengths.tolist() for memory in memories] == [[0, 0]] * 3
 
 
-def test_cleanup_frees_and_the_memory_can_be_used_again() -> None:
+def test_cleanup_leaves_the_memories_readable_and_clear_empties_them() -> None:
     memories = KNNMemoryList([filled()])
     memories.cleanup()
-    assert memories[0].device is None
+    assert held(memories[0]) == [[1, 2, 3]] * 2
     memories[0].add(pairs(5, batch=2))
-    assert held(memories[0]) == [[5], [5]]
+    assert held(memories[0]) == [[1, 2, 3, 5]] * 2
+    memories[0].clear()
+    assert held(memories[0]) == [[], []]
+
+
+def test_storage_goes_with_the_last_reference() -> None:
+    memory = filled()
+    storage = weakref.ref(memory._ring)
+    memory.cleanup()
+    del memory
+    assert storage() is None
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input

@@ -221,3 +221,23 @@ def test_a_saved_file_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None
     plain.write_bytes(b"")
     filled().save(saved)
     assert saved.stat().st_mode == plain.stat().st_mode
+
+
+def test_load_on_an_instance_names_what_was_meant(tmp_path: Path) -> None:
+    memory = filled()
+    memory.save(tmp_path / "memory")
+    memories = KNNMemoryList([filled()])
+    memories.save(tmp_path / "list")
+    with pytest.raises(TypeError, match=r"write KNNMemory\.load\(path\), or load_state_dict\(state\)"):
+        memory.load(tmp_path / "memory")
+    with pytest.raises(TypeError, match=r"write KNNMemoryList\.load\(path\), or load_state_dict\(state\)"):
+        memories.load(tmp_path / "list", device="cpu")
+    assert held(KNNMemory.load(tmp_path / "memory")) == held(memory)
+    assert isinstance(KNNMemoryList.load(tmp_path / "list"), KNNMemoryList)
+
+
+def test_save_makes_directories_that_are_missing(tmp_path: Path) -> None:
+    filled().save(tmp_path / "one" / "more" / "memory")
+    KNNMemoryList([filled()]).save(str(tmp_path / "another" / "list"))
+    assert held(KNNMemory.load(tmp_path / "one" / "more" / "memory")) == [[1, 2, 3]] * 2
+    assert len(KNNMemoryList.load(tmp_path / "another" / "list")) == 1

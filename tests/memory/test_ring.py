@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from helpers.memories import filled, held, pairs
+from helpers.recomputation import in_backward
 from torch import Tensor
 
 from memtrans import KNNMemory
 from memtrans.memory.ring import MemorySnapshot
+from memtrans_kernels import StaleMemoryError
 
 
 def segment(*numbers: float, batch: int = 2) -> tuple[Tensor, Tensor]:
@@ -35,13 +38,50 @@ def test_a_snapshot_sees_nothing_that_is_added_or_cleared_later() -> None:
     assert held(memory) == [[], [2, 3, 4, 5]]
 
 
-def test_appending_twice_through_a_snapshot_stores_once_and_gives_the_same_state() -> None:
+def test_appending_again_in_a_backward_pass_stores_once_and_gives_the_same_state() -> None:
     memory = filled(spare=4)
     snapshot = memory.snapshot()
-    after = [snapshot.append(*segment(4, 5)) for _ in range(2)]
+    after = [snapshot.append(*segment(4, 5)), in_backward(lambda: snapshot.append(*segment(4, 5)))]
     assert held(memory) == [[2, 3, 4, 5]] * 2
     assert [seen(state) for state in after] == [[[2, 3, 4, 5]] * 2] * 2
     assert torch.equal(after[0].ticket, after[1].ticket)
+
+
+def test_appending_again_in_a_backward_pass_writes_over_nothing_newer() -> None:
+    memory = filled(spare=4)
+    snapshot = memory.snapshot()
+    for numbers in ((4, 5, 6, 7), (8, 9, 10, 11), (12, 13, 14, 15)):
+        memory.snapshot().append(*segment(*numbers))
+    in_backward(lambda: snapshot.append(*segment(4, 5, 6, 7)))
+    assert held(memory) == [[12, 13, 14, 15]] * 2
+
+
+def test_one_snapshot_for_several_segments_is_refused_before_anything_is_lost() -> None:
+    memory = filled(spare=4)
+    snapshot, other = memory.snapshot(), memory.snapshot()
+    snapshot.append(*segment(4))
+    for spent in (snapshot, other):
+        with pytest.raises(StaleMemoryError, match="a snapshot must be given to one segment alone"):
+            spent.append(*segment(5))
+    assert held(memory) == [[1, 2, 3, 4]] * 2
+
+
+@pytest.mark.parametrize("grown", [False, True])
+def test_a_snapshot_searched_after_more_than_spare_entries_is_refused(grown: bool) -> None:
+    """Unless the ring was laid out anew: then its storage stays as it was."""
+    memory = filled(spare=3)
+    snapshot = memory.snapshot()
+    if grown:
+        memory.snapshot(like=torch.ones(1), longest=9)
+    memory.add(pairs(4, 5, 6, batch=2))
+    assert seen(snapshot) == [[1, 2, 3]] * 2
+    memory.add(pairs(7, batch=2))
+    if grown:
+        assert seen(snapshot) == [[1, 2, 3]] * 2
+        return
+    for search in (snapshot.nearest, snapshot.pairs, snapshot.attend_to_retrieved):
+        with pytest.raises(StaleMemoryError, match=r"^spare=3 .* this search comes after 4: .* spare=4 or more"):
+            search(torch.ones(2, 1, 1, 2), 1, *([torch.ones(1)] if search == snapshot.attend_to_retrieved else []))
 
 
 def test_a_count_stores_the_first_so_many_of_each_document() -> None:

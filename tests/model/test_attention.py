@@ -304,3 +304,44 @@ def evaluate_then_train(mode):
 def test_a_memory_that_first_met_an_evaluation_trains_like_any_other():
     """No backward may read what was made in inference mode."""
     assert torch.equal(evaluate_then_train(torch.inference_mode()), evaluate_then_train(torch.no_grad()))
+
+
+class OwnSearch(KNNMemory):
+    def search(self, queries, topk, *_, **__):
+        raise AssertionError("no layer calls it")
+
+
+class OwnAdd(KNNMemory):
+    def add(self, memories, count=None):
+        raise AssertionError("no layer calls it")
+
+
+class OwnName(KNNMemory):
+    """Changes nothing that a layer goes past."""
+
+    def __repr__(self) -> str:
+        return "mine"
+
+
+@pytest.mark.parametrize(("kind", "named"), [(OwnSearch, "OwnSearch with search"), (OwnAdd, "OwnAdd with add")])
+def test_a_memory_whose_methods_no_layer_would_call_is_refused_by_name(kind, named):
+    attention, memory = layer(), kind(WIDTH, 50, 2)
+    for given in ({"knn_memory": memory}, {"knn_memory": KNNMemory(WIDTH, 50, 2), "add_to": memory}):
+        with pytest.raises(TypeError, match=f"must have the methods of KNNMemory, .* got a .*{named} of its own"):
+            attention(torch.randn(2, 3, DIM), **given)
+    patched = KNNMemory(WIDTH, 50, 2)
+    patched.search = memory.search
+    with pytest.raises(TypeError, match="KNNMemory with search of its own"):
+        attention(torch.randn(2, 3, DIM), knn_memory=patched)
+
+
+def test_a_subclass_with_other_methods_of_its_own_is_a_memory():
+    memory = OwnName(WIDTH, 50, 2)
+    layer()(torch.randn(2, 3, DIM), knn_memory=memory)
+    assert memory.lengths.tolist() == [3, 3]
+
+
+def test_a_foreign_memory_of_the_same_name_is_named_with_its_module():
+    foreign = type("KNNMemory", (), {"__module__": "elsewhere.knn_memory"})()
+    with pytest.raises(TypeError, match=r"must be a KNNMemory or .*, got elsewhere\.knn_memory\.KNNMemory"):
+        layer()(torch.randn(2, 3, DIM), knn_memory=foreign)

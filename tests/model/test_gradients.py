@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from memtrans import KNNAttention, KNNMemory
-from memtrans_kernels import StaleMemoryError, knn_add_, knn_search, memory_attention
+from memtrans_kernels import knn_add_, knn_search, memory_attention
 
 pytestmark = pytest.mark.device
 
@@ -228,12 +228,12 @@ def test_a_dense_bias_has_its_gradient_too() -> None:
 # -------------------------------------------------------------------------------------------------- too late, or not
 
 
+@pytest.mark.filterwarnings("ignore:a memory of .* bytes grows to")
 @pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize(("spare", "named"), [(4, 8), (11, 12), (15, 16), (16, None)])
-def test_four_segments_before_one_backward_need_spare_slots_for_them(
-    checkpointed: bool, spare: int, named: int | None
+@pytest.mark.parametrize("spare", [4, 11, 15, 16])
+def test_four_segments_before_one_backward_have_the_gradients_of_a_cloned_memory(
+    checkpointed: bool, spare: int
 ) -> None:
-    """Autograd comes to the newest segment first: the first error names what the one before it needs."""
     story = Story(segments=4, before_backward=4)
     layer, table, _ = make(story)
     memory = KNNMemory(WIDTH, CAPACITY, BATCH, spare=spare, dtype=torch.float64)
@@ -242,11 +242,7 @@ def test_four_segments_before_one_backward_need_spare_slots_for_them(
         arguments = {"knn_memory": memory.snapshot(like=x, longest=4), "rel_pos_bias": table}
         return checkpoint(layer, x, use_reentrant=False, **arguments) if checkpointed else layer(x, **arguments)
 
-    if named is None:
-        assert_same(tell(story, layer, table, attend, clearing(memory)), told_plainly(story))
-    else:
-        with pytest.raises(StaleMemoryError, match=f"spare={spare} .* create the memory with spare={named} or more"):
-            tell(story, layer, table, attend, clearing(memory))
+    assert_same(tell(story, layer, table, attend, clearing(memory)), told_plainly(story))
 
 
 def test_rows_out_of_scope_do_not_make_a_backward_late() -> None:
@@ -285,21 +281,22 @@ def test_a_ring_laid_out_again_for_a_longer_segment_keeps_what_a_recomputed_forw
     assert torch.equal(retrieved_gradient(read_a_longer_segment), retrieved_gradient(lambda *_: None))
 
 
-def test_a_ring_laid_out_again_does_not_hide_that_a_recomputed_forward_comes_too_late() -> None:
-    def add_then_read_a_longer_segment(layer: KNNAttention, memory: KNNMemory) -> None:
-        layer(torch.randn(BATCH, 4, DIM), knn_memory=memory)
+def test_what_is_added_after_a_ring_was_laid_out_again_makes_no_recomputed_forward_late() -> None:
+    def read_a_longer_segment_then_add(layer: KNNAttention, memory: KNNMemory) -> None:
         layer(torch.randn(BATCH, 50, DIM), knn_memory=memory, add_knn_memory=False)
+        with torch.no_grad():
+            for _ in range(30):
+                layer(torch.randn(BATCH, 4, DIM), knn_memory=memory)
 
-    with pytest.raises(StaleMemoryError, match=r"spare=4 .* comes after 8"):
-        retrieved_gradient(add_then_read_a_longer_segment)
+    assert torch.equal(retrieved_gradient(read_a_longer_segment_then_add), retrieved_gradient(lambda *_: None))
 
 
-def test_clearing_and_freeing_the_memory_before_the_backward_change_no_gradient() -> None:
-    def clear_and_free(layer: KNNAttention, memory: KNNMemory) -> None:
+def test_clearing_and_cleaning_up_before_the_backward_change_no_gradient() -> None:
+    def clear_and_clean_up(layer: KNNAttention, memory: KNNMemory) -> None:
         memory.clear()
         memory.cleanup()
 
-    assert torch.equal(retrieved_gradient(clear_and_free), retrieved_gradient(lambda *_: None))
+    assert torch.equal(retrieved_gradient(clear_and_clean_up), retrieved_gradient(lambda *_: None))
 
 
 # ---------------------------------------------------------------------------------------------------------- operators

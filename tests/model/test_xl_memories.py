@@ -105,7 +105,8 @@ def test_what_they_say_is_what_the_next_segment_takes_for_granted():
     """Until `xl_length` says otherwise; also where the next segment has no padding."""
     model, texts = build(xl_max_memories=10), tokens()
     results, _ = read(model, texts[:2], lengths=REAL[:2])
-    xl_memories, plain = results[-1][1], list(results[-1][1])
+    xl_memories = results[-1][1]
+    plain = [cache.clone() for cache in xl_memories]
 
     def logits(caches, **options):
         return model(texts[4], model.create_knn_memories(batch_size=BATCH), caches, **options)
@@ -114,7 +115,7 @@ def test_what_they_say_is_what_the_next_segment_takes_for_granted():
     explicit, _ = logits(plain, xl_length=REAL[:2].sum(dim=0))
     assert torch.equal(said, explicit)
     assert after.length.tolist() == (REAL[:2].sum(dim=0) + LENGTH).tolist()
-    assert not torch.equal(said, logits(plain)[0]), "a plain list is full"
+    assert not torch.equal(said, logits(plain)[0]), "a list of copies is full"
     none, after = logits(xl_memories, xl_length=torch.zeros(BATCH, dtype=torch.int64))
     assert_close(none, logits(None)[0], SAME_GRAPH)
     assert after.length.tolist() == [LENGTH] * BATCH
@@ -141,3 +142,43 @@ def test_copies_keep_what_they_say_and_lists_that_lost_it_are_refused():
         model(texts[1], memories, rebuilt)
     assert [memory.lengths.tolist() for memory in memories] == [[0] * BATCH] * 2
     model(texts[1], memories, rebuilt, xl_length=xl_memories.length)
+
+
+def moved_by_ddp(caches):
+    """As DistributedDataParallel and FSDP1 move the arguments of a call."""
+    from torch.distributed.utils import _to_kwargs
+
+    (arguments,), _ = _to_kwargs((caches,), {}, torch.device("cpu"), False)
+    return arguments[0]
+
+
+@pytest.mark.parametrize("pick", [list, tuple, lambda caches: caches[:], copy.copy, copy.deepcopy, moved_by_ddp])
+def test_the_length_stays_whatever_list_the_caches_are_put_in(pick):
+    model, texts = build(xl_max_memories=10), tokens()
+    results, _ = read(model, texts[:2], lengths=REAL[:2])
+    xl_memories = results[-1][1]
+    memories = [model.create_knn_memories(batch_size=BATCH) for _ in range(2)]
+    (expected, left), (actual, right) = (
+        model(texts[2], of, caches, lengths=REAL[2])
+        for of, caches in zip(memories, (xl_memories, pick(xl_memories)), strict=True)
+    )
+    assert torch.equal(actual, expected) and torch.equal(left.length, right.length)
+    for memory, other in zip(*memories, strict=True):
+        assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in memory.state_dict().items())
+
+
+def test_caches_that_say_nothing_are_refused_where_rows_differ():
+    model, texts = build(xl_max_memories=6), tokens()
+    (_, ragged), (_, full) = (
+        model(texts[0], model.create_knn_memories(batch_size=BATCH), lengths=lengths) for lengths in (REAL[0], None)
+    )
+    memories = model.create_knn_memories(batch_size=BATCH)
+    for caches in (ragged, full):
+        copies = [cache.clone() for cache in caches]
+        with pytest.raises(ValueError, match=r"xl_length must be given with xl_memories .* lengths \[4, 1, 3\]"):
+            model(texts[1], memories, copies, lengths=REAL[1])
+    with pytest.raises(ValueError, match="xl_length must be given with XL memories that were taken apart"):
+        model(texts[1], memories, [ragged[0], *(cache.clone() for cache in ragged[1:])], lengths=REAL[1])
+    assert [memory.lengths.tolist() for memory in memories] == [[0] * BATCH] * 2
+    model(texts[1], memories, list(full), lengths=REAL[1])
+    model(texts[1], memories, [cache.clone() for cache in ragged], lengths=REAL[1], xl_length=ragged.length)
