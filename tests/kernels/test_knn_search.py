@@ -155,7 +155,7 @@ def test_a_score_that_is_not_a_number_is_never_retrieved(backend: str) -> None:
     held = memory([(0, torch.tensor([[1e30, 1e30], [1.0, 1.0]]))], capacity=2)
     scores, slots = search(torch.tensor([[[[1e30, -1e30]]]]), held, 2, backend)
     assert not scores.isnan().any()
-    if scores[0, 0, 0, 0] == INF:  # a fused multiply-add stays at the first infinity: its product never overflows
+    if backend == "triton" and scores[0, 0, 0, 0] == INF:  # a fused multiply-add stays at the first infinity
         assert slots.flatten().tolist() == [0, 1]
     else:
         assert slots.flatten().tolist() == [1, -1]
