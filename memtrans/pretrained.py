@@ -63,7 +63,12 @@ class Pretrained(nn.Module):
         Of a model that FSDP2 (`fully_shard`) has spread over ranks every rank has to call it: the weights are gathered,
         and the first rank writes them, and its memories.
 
-        Raises OSError when the disk is full, or the like; ValueError when the memories are not this model's.
+        A vocabulary that was grown is saved as it is now; weights that are tied, or of a layer in two places, are saved
+        for each place.
+
+        Raises OSError when the disk is full, or the like; ValueError, before anything is written, when the memories are
+        not this model's, or `from_pretrained` could not load it: a PEFT that is not merged, a parametrised weight, a
+        parameter or buffer of one's own.
 
         >>> import tempfile
         >>> from memtrans import MemorizingTransformer
@@ -79,9 +84,13 @@ class Pretrained(nn.Module):
         """
         if memories is not None:
             self._check_memories(memories, "memories")
-        config = {"model_type": MODEL_TYPE, "architectures": [type(self).__name__], **self.config}
+        state = {
+            name.replace("_orig_mod.", ""): tensor for name, tensor in self.state_dict().items()
+        }  # compiled blocks
+        arguments = {**self.config, **_vocabulary_of(state)}
+        config = {"model_type": MODEL_TYPE, "architectures": [type(self).__name__], **arguments}
         described = (json.dumps(config, indent=2) + "\n").encode()  # fails, if it does, before anything is written
-        state = self.state_dict()
+        _check_loads(type(self), arguments, state)
         ranks = holders_of(state.values())
         weights = _whole_weights(state, kept=ranks.first)
 
@@ -185,12 +194,42 @@ class Pretrained(nn.Module):
 
 def _whole_weights(state: Mapping[str, torch.Tensor], kept: bool) -> dict[str, torch.Tensor]:
     """A model's weights on the CPU; kept: False takes part in gathering them, one at a time, and keeps none."""
-    weights = {}
+    weights: dict[str, torch.Tensor] = {}
+    places: set[int] = set()
     for name, tensor in state.items():
         weight = gathered(tensor.detach())
         if kept:
-            weights[name] = weight.cpu().contiguous()
+            whole = weight.cpu().contiguous()
+            place = whole.untyped_storage().data_ptr()
+            weights[name] = whole.clone() if place in places else whole  # the file has no two names for one tensor
+            places.add(place)
     return weights
+
+
+def _vocabulary_of(state: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """The number of tokens that embedding and logits have now, where both have the same."""
+    found = {len(state[name]) for name in ("token_emb.weight", "to_logits.1.weight") if name in state}
+    return {"num_tokens": found.pop()} if len(found) == 1 else {}
+
+
+def _check_loads(kind: type[Pretrained], arguments: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> None:
+    """Raises ValueError unless a model made of these arguments takes the weights up."""
+    try:
+        with torch.device("meta"):
+            expected = kind(**arguments).state_dict()
+    except TypeError as error:
+        raise ValueError(f"config must hold arguments of {kind.__name__}, got others: {error}") from error
+    wrong = sorted(set(expected) ^ set(state))
+    wrong += [
+        f"{name} of shape {tuple(state[name].shape)}"
+        for name, weight in expected.items()
+        if name in state and (state[name].shape != weight.shape or not state[name].is_floating_point())
+    ]
+    if wrong:
+        raise ValueError(
+            f"a model must have the weights of its arguments to be saved so that it loads, got others: "
+            f"{', '.join(wrong[:6])}: merge adapters, remove parametrisations, or save its state_dict yourself"
+        )
 
 
 def _check_types(kind: type[Pretrained], config: Mapping[str, Any], path: Path) -> None:

@@ -261,6 +261,7 @@ class MemorizingTransformer(Pretrained):
         if ids is not None and start is not None:
             snapshots = self._clear(snapshots, ids, lengths, start)
         inputs = self._layer_inputs(length, caches, lengths, xl_length)
+        hidden = self._with_every_parameter(hidden)
         hidden, stored, new_caches = self.run_layers(hidden, inputs, snapshots, add_knn_memory)
         if ids is not None and end is not None:
             self._clear(stored, ids, lengths, end)
@@ -285,6 +286,16 @@ class MemorizingTransformer(Pretrained):
         if labels is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten().long(), ignore_index=self.pad_id)
+
+    def _with_every_parameter(self, hidden: Tensor) -> Tensor:
+        """The same numbers, with a gradient of zero for the bias of the kind of layer that this model has none of.
+
+        DistributedDataParallel waits for the gradient of every parameter.
+        """
+        if self.memorizing_layers and self.num_memory_layers < len(self.layers):
+            return hidden
+        unused = self.rel_pos_bias if self.memorizing_layers else self.knn_rel_pos_bias
+        return hidden + 0.0 * unused.table(0).sum() if torch.is_grad_enabled() else hidden
 
     def _layer_inputs(
         self, length: int, caches: list[Tensor | None], lengths: Tensor | None, xl_length: Tensor | None

@@ -177,6 +177,18 @@ def note_saved(written: Tensor | None, ticket: Tensor | None) -> None:
     _SAVED.setdefault(place, {})[number] = weakref.ref(ticket, forget)
 
 
+def to_save(written: Tensor | None, ticket: Tensor | None) -> Tensor | None:
+    """The ticket that a forward pass saves for its backward pass: noted, and alive as long as autograd keeps it.
+
+    Under hooks on saved tensors autograd need not keep any (activation checkpointing drops all); what was handed in
+    then stands for it, alive as long as the snapshot that a recomputation will need.
+    """
+    hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    saved = ticket if hooked or type(ticket) is not Tensor else ticket.detach()
+    note_saved(written, saved)
+    return saved
+
+
 def _saved(written: Tensor) -> Iterator[Tensor]:
     for reference in list(_SAVED.get(written.data_ptr(), {}).values()):
         ticket = reference()

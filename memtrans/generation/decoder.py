@@ -93,7 +93,7 @@ class Decoder:
         self._ended = torch.zeros(batch, dtype=torch.bool, device=self.device)  # an end token in the open segment
         self._positions, self._cached = [0] * batch, [0] * batch  # the same on the host, where all rows have gone on
         self._located = True  # whether that is so
-        self.logits = torch.zeros(batch, model.num_tokens, device=self.device)
+        self.logits = torch.zeros(batch, model.num_tokens, dtype=torch.float32, device=self.device)
         of_kinds = [model.rel_pos_bias, model.knn_rel_pos_bias][: 2 if model.memorizing_layers else 1]
         self._biases = [_with_hidden_column(bias) for bias in of_kinds]
         self._behind = self._longest_cache - torch.arange(self._longest_cache + segment, device=self.device)

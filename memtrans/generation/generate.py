@@ -118,7 +118,7 @@ def stream(
     sampling = sampling or Sampling()
     decoder.locate()
     draws = sampling.draws(decoder.batch, tokens, decoder.device)
-    draw = torch.zeros(decoder.batch, device=decoder.device)
+    draw = torch.zeros(decoder.batch, dtype=torch.float32, device=decoder.device)
     chosen = torch.zeros(decoder.batch, dtype=torch.int64, device=decoder.device)
     going_on = torch.ones_like(chosen, dtype=torch.bool)
 

@@ -80,7 +80,9 @@ class Sampling:
     def draws(self, batch: int, tokens: int, device: torch.device) -> Tensor:
         """Uniform numbers in [0, 1), (B, tokens) float32; drawn on the host, so that every device gets the same."""
         rows = (torch.Generator("cpu").manual_seed((self.seed + row) % 2**63) for row in range(batch))
-        return torch.stack([torch.rand(tokens, generator=row, device="cpu") for row in rows]).to(device)
+        return torch.stack([torch.rand(tokens, generator=row, dtype=torch.float32, device="cpu") for row in rows]).to(
+            device
+        )
 
     def choose(self, logits: Tensor, draw: Tensor) -> Tensor:
         """Token ids (B,) int64 of logits (B, V) and uniform numbers draw (B,); NO_TOKEN where logits name none."""

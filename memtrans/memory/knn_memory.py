@@ -200,6 +200,9 @@ class KNNMemory:
                 f"with device={str(device)!r}"
             )
         assert device is None or longest <= ring.spare  # a compiled graph asks it of every memory that it is given
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):  # what an evaluation takes can be trained with later
+                return ring.snapshot(rows, self._host_rows(), len(self.scoped_indices))
         return ring.snapshot(rows, self._host_rows(), len(self.scoped_indices))
 
     def still_holds(self, snapshot: MemorySnapshot) -> bool:
@@ -413,5 +416,5 @@ class KNNMemory:
         self.made_in = running_backward()
         self._forget_storage()
         if pickled["state"] is not None:
-            self._prepare(pickled["device"], 0)
+            self._prepare(pickled["state"]["keys"].device, 0)  # where `map_location` put them
             self.load_state_dict(pickled["state"])

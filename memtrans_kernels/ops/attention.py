@@ -11,7 +11,7 @@ from torch import Tensor
 from memtrans_kernels import backends
 from memtrans_kernels.attention_inputs import AttentionInputs
 from memtrans_kernels.eager import is_differentiated_by_transform, is_plain
-from memtrans_kernels.ledger import Ledger, check_not_stale, note_saved
+from memtrans_kernels.ledger import Ledger, check_not_stale, note_saved, to_save
 from memtrans_kernels.ops.derivatives import formula, second, through_formula
 from memtrans_kernels.precision import arithmetic_dtype
 
@@ -132,8 +132,7 @@ def _(
 
 def _setup(ctx: Any, inputs: tuple, output: Output) -> None:
     *tensors, ctx.dropout_p, seed, written, ticket, ctx.spare, ctx.backend = inputs
-    note_saved(written, ticket)
-    ctx.save_for_backward(*output, *tensors, seed, written, ticket)
+    ctx.save_for_backward(*output, *tensors, seed, written, to_save(written, ticket))
 
 
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:

@@ -305,3 +305,14 @@ def test_some_banned_tokens_and_the_coldest_temperature_are_fine():
     logits = torch.tensor([[-float("inf"), 3.0, 1.0]])
     for sampling in (Sampling(temperature=0), Sampling(temperature=1e-40), Sampling(temperature=5e-324)):
         assert sampling.choose(logits, torch.tensor([0.5])).tolist() == [1]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_default_dtype_of_bfloat16_generates_what_the_model_in_bfloat16_does(options):
+    model = build().to(DEVICE, torch.bfloat16)
+    expected = generate(model, PROMPTS, 12, segment=SEGMENT, **options)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(generate(model, PROMPTS, 12, segment=SEGMENT, **options), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -112,6 +112,17 @@ def test_several_segments_in_one_recomputation_find_what_they_found() -> None:
         assert_close(grad, wanted, SAME_FORMULA)
 
 
+def test_a_snapshot_that_is_kept_holds_nothing_once_its_backward_is_done() -> None:
+    attention, memory, kept = layer(), memory_of(LENGTH), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(9):
+            x = torch.randn(2, LENGTH, DIM, dtype=torch.float64)
+            kept.append(memory.snapshot(like=x, longest=LENGTH))
+            attention(x, knn_memory=kept[-1])[0].sum().backward()
+    assert memory._ring.spare == LENGTH
+
+
 @pytest.mark.parametrize("how", ["dropped", "backward", "no gradient"])
 def test_a_loss_that_is_gone_holds_nothing(how: str) -> None:
     """Dropped, or with a backward pass behind it although the loss itself is kept."""

@@ -241,3 +241,13 @@ def test_save_makes_directories_that_are_missing(tmp_path: Path) -> None:
     KNNMemoryList([filled()]).save(str(tmp_path / "another" / "list"))
     assert held(KNNMemory.load(tmp_path / "one" / "more" / "memory")) == [[1, 2, 3]] * 2
     assert len(KNNMemoryList.load(tmp_path / "another" / "list")) == 1
+
+
+def test_a_pickled_memory_lives_where_its_tensors_are_loaded_to() -> None:
+    """`torch.load(path, map_location="cpu")` of what a GPU held moves the tensors, not what is said beside them."""
+    memory = filled()
+    pickled = {**memory.__getstate__(), "device": torch.device("cuda")}
+    moved = KNNMemory.__new__(KNNMemory)
+    moved.__setstate__(pickled)
+    assert moved.device == torch.device("cpu")
+    assert held(moved) == held(memory)

@@ -252,3 +252,61 @@ def test_no_memories_and_a_file_of_something_else_are_refused(tmp_path):
         model.load_memories(tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="must hold memories of one configuration to be saved"):
         KNNMemoryList().save(tmp_path / "none")
+
+
+def grown(model):
+    size = model.num_tokens + 5
+    token_emb, to_logits = torch.nn.Embedding(size, model.dim), torch.nn.Linear(model.dim, size)
+    model.token_emb, model.to_logits[1], model.num_tokens = token_emb, to_logits, size
+
+
+def tied(model):
+    model.to_logits[1].weight = model.token_emb.weight
+
+
+def shared(model):
+    model.layers[0][1] = model.layers[1][1]
+
+
+def compiled(model):
+    model.layers[0][1] = torch.compile(model.layers[0][1], backend="eager")
+
+
+@pytest.mark.parametrize("change", [grown, tied, shared, compiled])
+def test_a_changed_model_is_saved_so_that_it_loads(tmp_path, change):
+    model = build().eval()
+    change(model)
+    model.save_pretrained(tmp_path)
+    loaded = MemorizingTransformer.from_pretrained(tmp_path)
+    assert loaded.num_tokens == model.num_tokens
+    assert torch.equal(logits_of(loaded), logits_of(model))
+
+
+def half_grown(model):
+    model.token_emb = torch.nn.Embedding(model.num_tokens + 5, model.dim)
+
+
+def adapted(model):
+    """As an adapter that is not merged wraps a layer."""
+    attention = model.layers[0][0].fn
+    attention.to_q = torch.nn.Sequential(attention.to_q, torch.nn.Identity())
+
+
+def parametrised(model):
+    torch.nn.utils.parametrizations.weight_norm(model.to_logits[1])
+
+
+def with_a_buffer(model):
+    model.register_buffer("mean", torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [(half_grown, "token_emb.weight"), (adapted, "to_q"), (parametrised, "parametrizations"), (with_a_buffer, "mean")],
+)
+def test_a_changed_model_that_would_not_load_is_refused_before_anything_is_written(tmp_path, change, named):
+    model = build()
+    change(model)
+    with pytest.raises(ValueError, match=f"a model must have the weights of its arguments .* got others: .*{named}"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()

@@ -341,3 +341,28 @@ def test_memories_of_a_context_stay_readable_behind_it_also_after_an_exception()
     assert memories[0].lengths.tolist() == [9]
     model(torch.arange(9)[None], memories)
     assert memories[0].lengths.tolist() == [18]
+
+
+@pytest.mark.parametrize("memorizing", [(), (1, 2), (2,)])
+def test_every_parameter_has_a_gradient_whichever_layers_have_a_memory(memorizing):
+    """DistributedDataParallel with its defaults waits for all of them."""
+    model = MemorizingTransformer(num_tokens=9, dim=16, depth=2, dim_head=8, heads=2, memorizing_layers=memorizing)
+    x, memories = torch.arange(9)[None], model.create_knn_memories(batch_size=1)
+    for _ in range(2):
+        model(x, memories, labels=x).backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+def test_a_snapshot_made_under_inference_mode_can_be_trained_with():
+    model = MemorizingTransformer(num_tokens=9, dim=16, depth=2, dim_head=8, heads=2, memorizing_layers=2)
+    x, memories = torch.arange(9)[None], model.create_knn_memories(batch_size=1)
+    model(x, memories)
+    with torch.inference_mode():
+        snapshots = [memory.snapshot() for memory in memories]
+    model(x, snapshots, labels=x).backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    memories.clear_memory()
+    model(x, memories)
+    model(x, [memory.snapshot() for memory in memories], labels=x).backward()
+    assert all(torch.equal(parameter.grad, grad) for parameter, grad in zip(model.parameters(), expected, strict=True))
