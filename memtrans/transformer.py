@@ -261,7 +261,8 @@ class MemorizingTransformer(Pretrained):
         if ids is not None and start is not None:
             snapshots = self._clear(snapshots, ids, lengths, start)
         inputs = self._layer_inputs(length, caches, lengths, xl_length)
-        hidden = self._with_every_parameter(hidden)
+        unused = self._nothing_of_unused_bias()
+        hidden = hidden if unused is None else hidden + unused
         hidden, stored, new_caches = self.run_layers(hidden, inputs, snapshots, add_knn_memory)
         if ids is not None and end is not None:
             self._clear(stored, ids, lengths, end)
@@ -287,15 +288,15 @@ class MemorizingTransformer(Pretrained):
             return logits
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten().long(), ignore_index=self.pad_id)
 
-    def _with_every_parameter(self, hidden: Tensor) -> Tensor:
-        """The same numbers, with a gradient of zero for the bias of the kind of layer that this model has none of.
+    def _nothing_of_unused_bias(self) -> Tensor | None:
+        """0 () that gives the bias of the kind of layer that this model has none of a gradient; None without such.
 
         DistributedDataParallel waits for the gradient of every parameter.
         """
-        if self.memorizing_layers and self.num_memory_layers < len(self.layers):
-            return hidden
+        if not torch.is_grad_enabled() or 0 < self.num_memory_layers < len(self.layers):
+            return None
         unused = self.rel_pos_bias if self.memorizing_layers else self.knn_rel_pos_bias
-        return hidden + 0.0 * unused.table(0).sum() if torch.is_grad_enabled() else hidden
+        return 0.0 * unused.table(0).sum()
 
     def _layer_inputs(
         self, length: int, caches: list[Tensor | None], lengths: Tensor | None, xl_length: Tensor | None
