@@ -68,7 +68,7 @@ CASES = {
     "memory_attention_backward": _attention_backward,
     "read_cursors": lambda: (torch.tensor([3, 4, 5]), torch.tensor([6, 6, 6])),
     "ledger_ticket": lambda: (torch.tensor([3, 4, 5]), [0, 2]),
-    "ledger_advance_": lambda: (torch.tensor([3, 4, 5]), torch.tensor([3, 4, 4]), 6),
+    "ledger_advance_": lambda: (torch.tensor([3, 4, 5]), torch.tensor([3, 4, 5]), 6),
 }
 
 

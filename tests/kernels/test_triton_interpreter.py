@@ -33,7 +33,7 @@ def runs(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Ended]]]:
     )
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("module", MODULES)
 def test_interpreted(module: str, runs: dict[str, Future[Ended]]) -> None:
     result = runs[module].result()

@@ -353,7 +353,7 @@ def test_a_checkpoint_whose_parts_are_not_a_runs_is_refused(text, part, changed,
     ("changed", "message"),
     [
         ({"step": "3"}, "got another: TypeError: step must be an integer, got '3'"),
-        ({"stream": {}}, "got another: KeyError: 'rows'"),
+        ({"stream": {}}, "got another: KeyError: 'taken'"),
         ({"stream": {"taken": 3, "rows": [[0, 10**9]] * 3}}, r"places in documents of \d+ bytes, got 1000000000"),
     ],
 )

@@ -85,7 +85,8 @@ def test_logits_loss_and_gradients_equal_upstreams(configuration, tmp_path):
     memories = ours.create_knn_memories(batch_size=BATCH, spare=5 * SEGMENT)
     actual = read_document(ours, memories, tokens, read_only_after)
 
-    assert actual.keys() == expected.keys()
+    assert actual.keys() >= expected.keys()
+    assert not any(actual[name].any() for name in actual.keys() - expected.keys())  # of biases that no layer uses
     for name, tensor in expected.items():
         assert_close(actual[name], tensor, PARITY, name)
 
