@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from memtrans.attention import LocalKeys, seed_of
+from memtrans.attention import LocalKeys, attend_to_local, seed_of
 from memtrans.memory.checks import check_mask, running_backward
 from memtrans.memory.growth import Growth
 from memtrans_kernels import (
@@ -33,7 +33,6 @@ from memtrans_kernels import (
     knn_search,
     ledger_advance_,
     ledger_ticket,
-    local_attention,
     memory_attention,
     read_cursors,
 )
@@ -261,29 +260,43 @@ class MemorySnapshot:
             dropout_p: probability of dropping a weight.
         """
         if memory_gate is not None:
-            to_memory, _, found = self.attend_to_retrieved(query, k, scale, dropout_p)
+            to_memory, _, found = self.attend_to_retrieved(query, k, scale, dropout_p, local.query_mask, local.soft_cap)
             to_local, _ = attend_to_local(query, local, scale, dropout_p)
             return mixed(to_memory, to_local, found, memory_gate)
-        scores, slots = self.nearest(query, k)
+        scores, slots = self._nearest_seen(query, k, local.query_mask)
         return memory_attention(
             query, local.key, local.value, self.keys, self.values, self.rows, scores, slots, scale,
             local.bias_table, local.bias_dense, memory_offset, local.local_length,
             dropout_p, seed_of(dropout_p, query.device), ledger=self.ledger,
+            causal=local.causal, first=local.first, soft_cap=local.soft_cap, sink=local.sink,
         )[0]  # fmt: skip
 
+    def _nearest_seen(self, query: Tensor, k: int, query_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`nearest`, without any for queries where the mask (B, N) is False: their slots are -1."""
+        scores, slots = self.nearest(query, k)
+        return scores, slots if query_mask is None else slots.masked_fill(~query_mask[:, None, :, None], -1)
+
     def attend_to_retrieved(
-        self, query: Tensor, k: int, scale: Tensor, dropout_p: float = 0.0
+        self,
+        query: Tensor,
+        k: int,
+        scale: Tensor,
+        dropout_p: float = 0.0,
+        query_mask: Tensor | None = None,
+        soft_cap: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Attention of query (B, H, N, D) to its K nearest entries alone, with logits scale[h] · score.
+
+        query_mask: (B, N) bool, False for queries that see none. soft_cap: what bounds a logit.
 
         Returns out (B, H, N, D) and lse (B, H, N), differentiable in query and scale, and which queries found any
         entry, (B, H, N) bool.
         """
-        scores, slots = self.nearest(query, k)
+        scores, slots = self._nearest_seen(query, k, query_mask)
         nothing = query.new_empty(self.documents, self.rows.numel() // self.documents, 0, query.shape[-1])
         out, lse = memory_attention(
             query, nothing, nothing, self.keys, self.values, self.rows, scores, slots, scale,
-            dropout_p=dropout_p, seed=seed_of(dropout_p, query.device), ledger=self.ledger,
+            dropout_p=dropout_p, seed=seed_of(dropout_p, query.device), soft_cap=soft_cap, ledger=self.ledger,
         )  # fmt: skip
         return out, lse, slots[..., 0] >= 0  # the best come first
 
@@ -343,13 +356,6 @@ class MemorySnapshot:
         start = torch.where(cleared, self.cursor, self.start)
         self.ring.start.copy_(torch.maximum(self.ring.start, start))  # a recomputed forward clears nothing newer
         return replace(self, start=start)
-
-
-def attend_to_local(query: Tensor, local: LocalKeys, scale: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
-    """Attention of query (B, H, N, D) to the local keys alone: out (B, H, N, D) and lse (B, H, N)."""
-    key, value, bias_table, bias_dense, local_length = local
-    seed = seed_of(dropout_p, query.device)
-    return local_attention(query, key, value, scale, bias_table, bias_dense, local_length, dropout_p, seed)
 
 
 def mixed(to_memory: Tensor, to_local: Tensor, found: Tensor, memory_gate: Tensor) -> Tensor:
