@@ -82,7 +82,11 @@ def _add_eval(commands: Any) -> None:
     evaluate = commands.add_parser("eval", help="evaluate a run's checkpoint, with its memory and without")
     evaluate.set_defaults(verb="evaluate", name="eval")
     evaluate.add_argument("--out", type=Path, required=True, help="directory of the run")
-    evaluate.add_argument("--split", choices=("validation", "test"), default="validation", help="held-out documents")
+    evaluate.add_argument(
+        "--split",
+        choices=("validation", "test"),
+        help="held-out documents (default: validation of the run's own data, all of other data)",
+    )
     _add_settings(evaluate, OVERRIDDEN_BY_EVAL)
 
 

@@ -9,6 +9,8 @@ A token is a byte; byte 0 is a byte like any other.
 
 from __future__ import annotations
 
+import hashlib
+import heapq
 import random
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -18,6 +20,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+UNEVEN = 0.25  # of a stretch's length: so much shorter than the average is the shortest, and longer the longest
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +53,15 @@ class Document:
     def __len__(self) -> int:
         return self.content.numel()
 
+    def digest(self) -> bytes:
+        """The SHA-256 of the tokens."""
+        return hashlib.sha256(self.content.contiguous().view(torch.uint8).numpy().data).digest()
+
+    def part(self, name: str, start: int, end: int) -> Document:
+        """The document that these tokens are by themselves, without a copy of them."""
+        distances = None if self.distances is None else self.distances[start:end]
+        return Document(name, self.content[start:end], distances)
+
 
 class DocumentOrder(Protocol):
     """Which documents rows take, one after another; the same number always names the same document."""
@@ -69,6 +82,42 @@ def check_documents(documents: Sequence[Document]) -> Sequence[Document]:
         if len(document) < 2:
             raise ValueError(f"documents must have at least 2 bytes each, got {len(document)} in {document.name!r}")
     return documents
+
+
+def stretches(documents: Sequence[Document], rows: int) -> list[Document]:
+    """At least so many documents, by cutting the longest: each row of a batch then reads another text.
+
+    A stretch begins with the last token of the one before it, which was only a label there, so that every token but a
+    document's first is asked for. The stretches of a document differ in length: their rows do not all end at once.
+
+    Returns fewer than `rows` where the documents have too few tokens for stretches of two.
+
+    >>> [part.content.tolist() for part in stretches([Document.of("text", b"abcdef")], rows=2)]
+    [[97, 98, 99, 100], [100, 101, 102]]
+    """
+    pieces = [1] * len(documents)
+    longest = [(-len(document), place) for place, document in enumerate(documents)]
+    heapq.heapify(longest)
+    while sum(pieces) < rows and longest:
+        _, place = heapq.heappop(longest)
+        length = len(documents[place])
+        if length // (pieces[place] + 1) >= 2:
+            pieces[place] += 1
+            heapq.heappush(longest, (-(length // pieces[place]), place))
+    return [part for document, count in zip(documents, pieces, strict=True) for part in _cut(document, count)]
+
+
+def _cut(document: Document, count: int) -> list[Document]:
+    """A document in so many stretches, or the document itself where that is one."""
+    if count == 1:
+        return [document]
+    length = len(document)
+    uneven = UNEVEN if length // count >= 8 else 0.0  # shorter ones would have no two tokens
+    weights = [1 + uneven * (2 * place / (count - 1) - 1) for place in range(count)]
+    ends = [round(length * total / count) for total in accumulate(weights)]
+    begins = [0, *(end - 1 for end in ends[:-1])]
+    names = [f"{document.name} (stretch {number} of {count})" for number in range(1, count + 1)]
+    return [document.part(name, begin, end) for name, begin, end in zip(names, begins, ends, strict=True)]
 
 
 class InOrder:

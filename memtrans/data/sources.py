@@ -7,9 +7,10 @@ import hashlib
 import io
 import lzma
 import sysconfig
+import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
@@ -19,6 +20,7 @@ from memtrans.data.documents import Document
 from memtrans.files import read_input
 
 STANDARD_LIBRARY = "stdlib"
+READING = 2  # how documents are held out and shared out to rows; a checkpoint keeps the number of its run
 ENWIK8_SPLIT = (90_000_000, 5_000_000, 5_000_000)
 HELD_OUT_SHARE = 0.05  # of the bytes of several documents
 HELD_OUT_END = 0.1  # of a single document
@@ -43,23 +45,27 @@ class Corpus:
 
     Attributes:
         name: what was asked for. train, validation, test: the documents; test is empty but for enwik8.
-        fingerprint: of every name and byte; two corpora with the same one are the same.
+        documents: all of them, whole. fingerprint: of every name and byte; two corpora with the same one are the same.
     """
 
     name: str
     train: Sequence[Document]
     validation: Sequence[Document]
     test: Sequence[Document]
+    documents: Sequence[Document]
     fingerprint: str
 
 
-def load_corpus(data: str) -> Corpus:
+def load_corpus(data: str, reading: int = READING) -> Corpus:
     """Reads all documents of a source and holds some out, always the same ones.
+
+    Documents of the same text are held out together, or not at all.
 
     Args:
         data: `stdlib`; or a file (.gz and .xz are unpacked, and of a .zip each member that is text is a document); or a
             directory: each of its text files is a document, and so is each directory in it, all text files below it in
             path order. A file called enwik8 (or enwik8.zip, ...) gets the standard split of 90, 5 and 5 million.
+        reading: 1 reads as runs did whose checkpoints name no way: it holds documents out by their names alone.
 
     Raises:
         FileNotFoundError: no such path. ValueError: no bytes in it, a damaged archive, or an enwik8 of the wrong
@@ -78,10 +84,12 @@ def load_corpus(data: str) -> Corpus:
     documents = [document for document in documents if len(document) >= 2]
     if not documents:
         raise ValueError(f"data must hold text of at least 2 bytes, got none in {data!r}")
-    fingerprint = _fingerprint(documents)
+    digests = [document.digest() for document in documents]
+    fingerprint = _fingerprint(documents, digests) if reading > 1 else _first_fingerprint(documents)
     if path.name.split(".")[0] == "enwik8" and not path.is_dir():
-        return Corpus(data, *_enwik8(data, documents), fingerprint)
-    return Corpus(data, *_split(documents), fingerprint)
+        return Corpus(data, *_enwik8(data, documents), documents, fingerprint)
+    alike = digests if reading > 1 else [str(index).encode() for index in range(len(documents))]
+    return Corpus(data, *_split(documents, alike), documents, fingerprint)
 
 
 def standard_library() -> list[Document]:
@@ -150,7 +158,17 @@ def _members(archive: zipfile.ZipFile) -> list[str]:
     return [name for name in sorted(archive.namelist()) if not name.endswith("/") and not _is_hidden(PurePath(name))]
 
 
-def _fingerprint(documents: Sequence[Document]) -> str:
+def _fingerprint(documents: Sequence[Document], digests: Sequence[bytes]) -> str:
+    """Of names and contents, whose digests are known."""
+    digest = hashlib.sha256()
+    for document, of_content in zip(documents, digests, strict=True):
+        digest.update(f"{document.name}\0{len(document)}\0".encode(errors="surrogateescape"))
+        digest.update(of_content)
+    return digest.hexdigest()
+
+
+def _first_fingerprint(documents: Sequence[Document]) -> str:
+    """As checkpoints hold it that name no way of reading."""
     digest = hashlib.sha256()
     for document in documents:
         digest.update(f"{document.name}\0{len(document)}\0".encode(errors="surrogateescape"))
@@ -167,26 +185,45 @@ def _enwik8(data: str, documents: Sequence[Document]) -> tuple[list[Document], l
     return [Document("train", train)], [Document("validation", validation)], [Document("test", test)]
 
 
-def _split(documents: Sequence[Document]) -> tuple[list[Document], list[Document], list[Document]]:
-    """Holds out whole documents, drawn by the hash of their names; of a single document its end."""
-    if len(documents) == 1:
-        only = documents[0]
-        end = max(2, int(len(only) * HELD_OUT_END))
-        if len(only) < end + 2:
-            raise ValueError(f"data must hold at least 4 bytes, got {len(only)} in {only.name!r}")
-        kept, held_out = only.content[:-end], only.content[-end:]
-        return [Document(only.name, kept)], [Document(f"{only.name} (its end)", held_out)], []
-    drawn = sorted(range(len(documents)), key=lambda index: _draw(documents[index]))
+def _split(
+    documents: Sequence[Document], alike: Sequence[bytes]
+) -> tuple[list[Document], list[Document], list[Document]]:
+    """Holds out whole documents, drawn by the hash of their names; of a single document its end.
+
+    alike: of each document; those with the same one stay together.
+    """
+    groups: dict[bytes, list[int]] = {}
+    for index, key in enumerate(alike):
+        groups.setdefault(key, []).append(index)
+    if len(groups) == 1:
+        return _split_single(documents)
+    drawn = sorted(groups.values(), key=lambda group: min(_draw(documents[index]) for index in group))
     share = int(sum(map(len, documents)) * HELD_OUT_SHARE)
+
+    def size_of(group: Iterable[int]) -> int:
+        return sum(len(documents[index]) for index in group)
+
     chosen: set[int] = set()
     size = 0
-    for index in drawn:
-        if size < share and size + len(documents[index]) <= 2 * share:
-            chosen.add(index)
-            size += len(documents[index])
-    chosen = chosen or {min(drawn, key=lambda index: len(documents[index]))}
+    for group in drawn:
+        if size < share and size + size_of(group) <= 2 * share:
+            chosen.update(group)
+            size += size_of(group)
+    chosen = chosen or set(min(drawn, key=size_of))
     train = [document for index, document in enumerate(documents) if index not in chosen]
     return train, [documents[index] for index in sorted(chosen)], []
+
+
+def _split_single(documents: Sequence[Document]) -> tuple[list[Document], list[Document], list[Document]]:
+    """Holds out the end of a document; of copies of it the first one is read."""
+    only = documents[0]
+    if len(documents) > 1:
+        warnings.warn(f"data holds one text {len(documents)} times, of which {only.name!r} is read", stacklevel=4)
+    end = max(2, int(len(only) * HELD_OUT_END))
+    if len(only) < end + 2:
+        raise ValueError(f"data must hold at least 4 bytes, got {len(only)} in {only.name!r}")
+    held_out = only.part(f"{only.name} (its end)", len(only) - end, len(only))
+    return [only.part(only.name, 0, len(only) - end)], [held_out], []
 
 
 def _draw(document: Document) -> bytes:

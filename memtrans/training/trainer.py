@@ -16,7 +16,7 @@ from memtrans.data.stream import DocumentStream
 from memtrans.distributed.fsdp import shard
 from memtrans.distributed.ranks import ALONE, LostRankError, Ranks
 from memtrans.training.checkpoint import Checkpoint, part_name, require
-from memtrans.training.data import TrainingData
+from memtrans.training.data import TrainingData, reading_of
 from memtrans.training.evaluate import NonFiniteLossError
 from memtrans.training.loader import StepLoader
 from memtrans.training.model import build_model
@@ -157,6 +157,7 @@ class Trainer:
             "tokens": self.tokens,
             "stream": self.loader.state_dict(),
             "fingerprint": self.data.fingerprint,
+            "reading": self.data.reading,
             "ranks": self.ranks.size,
         }
         return parts, values
@@ -201,6 +202,8 @@ class Trainer:
             raise ValueError(
                 f"data must be what the checkpoint was trained on, got {self.settings.data!r} changed since"
             )
+        if reading_of(values) != self.data.reading:
+            raise ValueError(f"reading must be {reading_of(values)}, as the checkpoint's, got {self.data.reading}")
         with self.ranks.listening():
             load_weights(self.model, checkpoint)
             load_moments(self.model, self.optimizer, parts["optimizer"])
