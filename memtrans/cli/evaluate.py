@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import warnings
-from collections.abc import Mapping
-from typing import Any
 
 from memtrans.annotations import allows
 from memtrans.cli.ending import reading_input, show_json
 from memtrans.cli.parser import given_settings
 from memtrans.distributed.ranks import Ranks
-from memtrans.training.checkpoint import load_checkpoint, require
-from memtrans.training.data import ALL, HeldOut, open_held_out, reading_of
+from memtrans.training.checkpoint import Checkpoint, load_checkpoint, require
+from memtrans.training.data import ALL, HeldOut, open_held_out, reading_of, tokenizer_in
 from memtrans.training.device import pick_device
 from memtrans.training.directory import checkpoint_of
 from memtrans.training.evaluate import evaluate_both
@@ -69,7 +67,7 @@ def _opened(options: argparse.Namespace, ranks: Ranks) -> tuple[Settings, int, H
     settings = dataclasses.replace(trained, **given_settings(options))
     check_memory(settings.memory, trained.memory)
     check_settings(settings, checkpoint)
-    held_out = _held_out(settings, options, checkpoint.values)
+    held_out = _held_out(settings, options, checkpoint)
     if held_out.split == ALL and not hasattr(options, "eval_bytes"):
         settings = dataclasses.replace(settings, eval_bytes=MOST)
     model = build_model(settings).to(pick_device(settings.device, ranks))
@@ -77,11 +75,12 @@ def _opened(options: argparse.Namespace, ranks: Ranks) -> tuple[Settings, int, H
     return settings, step, held_out, model
 
 
-def _held_out(settings: Settings, options: argparse.Namespace, values: Mapping[str, Any]) -> HeldOut:
+def _held_out(settings: Settings, options: argparse.Namespace, checkpoint: Checkpoint) -> HeldOut:
     """The documents to evaluate on: of the data that were named, or of the run's own, changed since or not."""
-    trained_on, split = str(values["fingerprint"]), options.split
-    named = hasattr(options, "data")
-    held_out = open_held_out(settings, split or (None if named else "validation"), trained_on, reading_of(values))
+    trained_on, named = str(checkpoint.values["fingerprint"]), hasattr(options, "data")
+    split = options.split or (None if named else "validation")
+    reading, tokenizer = reading_of(checkpoint.values), tokenizer_in(checkpoint)
+    held_out = open_held_out(settings, split, trained_on, reading, tokenizer)
     if not named and held_out.fingerprint != trained_on:
         warnings.warn(
             f"data {settings.data!r} changed since the run read them: it may have learned from what is evaluated here",

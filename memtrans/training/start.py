@@ -10,7 +10,7 @@ import torch
 
 from memtrans.distributed.ranks import ALONE, Ranks
 from memtrans.training.checkpoint import load_checkpoint, require
-from memtrans.training.data import TrainingData, open_data, reading_of
+from memtrans.training.data import TOKENIZER_PART, TrainingData, open_data, reading_of, tokenizer_in
 from memtrans.training.device import pick_device
 from memtrans.training.directory import Lock, check_directory, checkpoint_of, lock, metrics_of
 from memtrans.training.settings import Settings
@@ -98,5 +98,5 @@ def _prepared(settings: Settings, ranks: Ranks, saved: Path | None) -> Trainer:
 def _data(settings: Settings, saved: Path | None) -> TrainingData:
     if saved is None:
         return open_data(settings)
-    checkpoint = load_checkpoint(saved, wanted=lambda part, values: False)
-    return open_data(settings, reading=reading_of(checkpoint.values))
+    checkpoint = load_checkpoint(saved, wanted=lambda part, values: part == TOKENIZER_PART)
+    return open_data(settings, reading=reading_of(checkpoint.values), tokenizer=tokenizer_in(checkpoint))

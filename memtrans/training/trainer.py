@@ -5,6 +5,7 @@ A step never asks the device for a value; losses stay on the device until they a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,11 +14,12 @@ from torch import Tensor
 
 from memtrans.annotations import allows
 from memtrans.data.stream import DocumentStream
+from memtrans.data.tokens import BYTES
 from memtrans.distributed.fsdp import shard
 from memtrans.distributed.ranks import ALONE, LostRankError, Ranks
 from memtrans.training.checkpoint import Checkpoint, part_name, require
-from memtrans.training.data import TrainingData, reading_of
-from memtrans.training.evaluate import NonFiniteLossError
+from memtrans.training.data import TOKENIZER_PART, TrainingData, reading_of, tokenizer_part
+from memtrans.training.evaluate import NonFiniteLossError, perplexity
 from memtrans.training.loader import StepLoader
 from memtrans.training.model import build_model
 from memtrans.training.optimizer import learning_rate, make_optimizer
@@ -65,7 +67,7 @@ class Trainer:
         self.loader = StepLoader(stream, settings.accumulate, settings.segments, device)
         self._step = Step(self.reader, self.optimizer, settings, ranks)
         self.step = self.tokens = 0
-        self._pending: list[Tensor] = []  # (2,) each: bits per byte and gradient norm of the steps since `report`
+        self._pending: list[Tensor] = []  # (3,) each, see `Step`, of the steps since `report`
         self._reached: list[torch.cuda.Event] = []  # of the same steps, where a rank may wait for another in vain
 
     @property
@@ -85,19 +87,19 @@ class Trainer:
         self.tokens += real
 
     def check(self) -> Tensor:
-        """Losses and gradient norms (steps, 2) since the last report, on the host.
+        """What `Step` returned (steps, 3) since the last report, on the host.
 
         Raises NonFiniteLossError if one is infinite or NaN, and such steps are not skipped: then the model is lost.
         """
         if not self._pending:
-            return torch.zeros(0, 2)
+            return torch.zeros(0, 3)
         self.ranks.wait(self._reached)
         self._reached = []
         pending = torch.stack(self._pending).cpu()
         wrong = (~pending.isfinite().all(dim=1)).nonzero().flatten().tolist()
         if wrong and not self.settings.skip_nonfinite:
             step = self.step - len(pending) + wrong[0] + 1
-            loss, norm = pending[wrong[0]].tolist()
+            loss, norm, _ = pending[wrong[0]].tolist()
             raise NonFiniteLossError(
                 f"the loss must stay finite, got {loss} bits per byte with a gradient of norm {norm} in step {step}; "
                 "a lower learning rate may help, and --skip-nonfinite goes on without such steps"
@@ -118,12 +120,14 @@ class Trainer:
                 )
             return None
         self._pending = []
-        losses, norms = finite.mean(dim=0).tolist()
+        losses, norms, nats = finite.mean(dim=0).tolist()
         skipped = {"skipped": len(pending) - len(finite)} if self.settings.skip_nonfinite else {}
         return {
             "step": self.step,
             "tokens": self.tokens,
             "bits_per_byte": losses,
+            "nats_per_token": nats,
+            "perplexity": perplexity(nats),
             "gradient_norm": norms,
             "learning_rate": learning_rate(self.settings, self.step - 1),
             **skipped,
@@ -150,7 +154,7 @@ class Trainer:
         }
         parts = {part_name(part, self.ranks.rank): tensors for part, tensors in own.items()}
         if self.ranks.first:
-            parts = {"model": weights, "optimizer": moments, **parts}
+            parts = {"model": weights, "optimizer": moments, **parts, **tokenizer_part(self.data.tokenizer)}
         values = {
             "settings": self.settings.to_json(),
             "step": self.step,
@@ -158,6 +162,7 @@ class Trainer:
             "stream": self.loader.state_dict(),
             "fingerprint": self.data.fingerprint,
             "reading": self.data.reading,
+            "tokenizer": self.data.tokenizer.digest,
             "ranks": self.ranks.size,
         }
         return parts, values
@@ -170,7 +175,7 @@ class Trainer:
         rank = int(number or 0)
         if name in ROW_PARTS:
             return owns_some(self.rows, self.settings.batch, self._saved_by(values.get("ranks", 1)), rank)
-        return rank in (0, self.ranks.rank)
+        return part != TOKENIZER_PART and rank in (0, self.ranks.rank)
 
     def _saved_by(self, ranks: Any) -> int:
         """How many ranks wrote a checkpoint. Raises ValueError when so many cannot have shared the batch."""
@@ -202,6 +207,10 @@ class Trainer:
             raise ValueError(
                 f"data must be what the checkpoint was trained on, got {self.settings.data!r} changed since"
             )
+        if values.get("tokenizer", BYTES.digest) != self.data.tokenizer.digest:
+            raise ValueError(
+                f"tokenizer must be the checkpoint's, {values['tokenizer']}, got {self.data.tokenizer.digest}"
+            )
         if reading_of(values) != self.data.reading:
             raise ValueError(f"reading must be {reading_of(values)}, as the checkpoint's, got {self.data.reading}")
         with self.ranks.listening():
@@ -210,7 +219,7 @@ class Trainer:
         self.reader.load_state_dict(parts_of_rows(parts, self.rows, self.settings.batch, saved_by))
         self.loader.load_state_dict(values["stream"])
         self.step, self.tokens = (checks.integer(name, values[name], low=0) for name in ("step", "tokens"))
-        self._pending = list(parts["loop"]["pending"].reshape(-1, 2).to(self.device, torch.float32))
+        self._pending = list(_with_nats(parts["loop"]["pending"]).to(self.device, torch.float32))
         if saved_by == self.ranks.size:
             self._restore_random(parts[part_name("loop", self.ranks.rank)])
         else:
@@ -220,6 +229,14 @@ class Trainer:
         torch.set_rng_state(saved["random.cpu"])
         if self.device.type == "cuda" and "random.cuda" in saved:
             torch.cuda.set_rng_state(saved["random.cuda"], self.device)
+
+
+def _with_nats(pending: Tensor) -> Tensor:
+    """Steps that wait for a report (steps, 3); earlier checkpoints hold no nats, of models over bytes (steps, 2)."""
+    if pending.shape[-1] == 3:
+        return pending.reshape(-1, 3)
+    pending = pending.reshape(-1, 2)
+    return torch.cat((pending, pending[:, :1] * math.log(2)), dim=1)
 
 
 def check_shares(settings: Settings, ranks: Ranks) -> None:
