@@ -114,6 +114,9 @@ class Settings:
     eval_every: int = _option(0, "steps between evaluations; 0 for one at the end", at_least=0)
     checkpoint_every: int = _option(250, "steps between checkpoints", at_least=1)
     log_every: int = _option(10, "steps between reports (the losses stay on the device until then)", at_least=1)
+    log: Literal["tensorboard"] | None = _option(
+        None, "also write tensorboard's files to OUT/tensorboard, with the memory's fill and its share of attention"
+    )
     sample: int = _option(0, "tokens for which to show, at the end, what the memory retrieved", at_least=0)
 
     def __post_init__(self) -> None:

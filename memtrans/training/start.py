@@ -13,13 +13,14 @@ from memtrans.training.checkpoint import load_checkpoint, require
 from memtrans.training.data import TOKENIZER_PART, TrainingData, open_data, reading_of, tokenizer_in
 from memtrans.training.device import pick_device
 from memtrans.training.directory import Lock, check_directory, checkpoint_of, lock, metrics_of
+from memtrans.training.events import check_events
 from memtrans.training.settings import Settings
 from memtrans.training.state import check_settings
 from memtrans.training.trainer import Trainer, check_shares
 
 MAY_CHANGE = (
     *("steps", "memory", "device", "compile", "fsdp", "skip_nonfinite"),
-    *("eval_bytes", "eval_every", "checkpoint_every", "log_every", "sample"),
+    *("eval_bytes", "eval_every", "checkpoint_every", "log_every", "log", "sample"),
 )
 
 
@@ -87,6 +88,8 @@ def start(
 def _prepared(settings: Settings, ranks: Ranks, saved: Path | None) -> Trainer:
     """The trainer of a run's first step; its data are read as by the run that wrote the checkpoint `saved`, if any."""
     ranks.together(lambda: check_shares(settings, ranks))
+    if settings.log is not None:
+        ranks.together(check_events)
     data = ranks.together(lambda: _data(settings, saved))
     device = ranks.together(lambda: pick_device(settings.device, ranks))
     ranks.agree(data=data.fingerprint, device=device.type)

@@ -6,7 +6,7 @@ A step never asks the device for a value; losses stay on the device until they a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +17,11 @@ from memtrans.data.stream import DocumentStream
 from memtrans.data.tokens import BYTES
 from memtrans.distributed.fsdp import shard
 from memtrans.distributed.ranks import ALONE, LostRankError, Ranks
+from memtrans.inspection.share import measured_share, memory_fill
 from memtrans.training.checkpoint import Checkpoint, part_name, require
 from memtrans.training.data import TOKENIZER_PART, TrainingData, reading_of, tokenizer_part
 from memtrans.training.evaluate import NonFiniteLossError, perplexity
-from memtrans.training.loader import StepLoader
+from memtrans.training.loader import StepInputs, StepLoader
 from memtrans.training.model import build_model
 from memtrans.training.optimizer import learning_rate, make_optimizer
 from memtrans.training.reader import DocumentReader
@@ -67,6 +68,7 @@ class Trainer:
         self.loader = StepLoader(stream, settings.accumulate, settings.segments, device)
         self._step = Step(self.reader, self.optimizer, settings, ranks)
         self.step = self.tokens = 0
+        self._looked: dict[str, float | None] = {}
         self._pending: list[Tensor] = []  # (3,) each, see `Step`, of the steps since `report`
         self._reached: list[torch.cuda.Event] = []  # of the same steps, where a rank may wait for another in vain
 
@@ -75,9 +77,14 @@ class Trainer:
         """How many numbers the model learns."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
-    def advance(self) -> None:
-        """Has the device do the next step, and draws the inputs of the one after it meanwhile."""
+    def advance(self, looks: bool = False) -> None:
+        """Has the device do the next step, and draws the inputs of the one after it meanwhile.
+
+        looks: first measure, for the report, how full the memories are and what share of attention they get.
+        """
         inputs, real = self.loader.take()
+        if looks:
+            self._looked = self._look(inputs)
         with self.ranks.listening():
             self._pending.append(self._step(inputs, learning_rate(self.settings, self.step)))
         if self.ranks.size > 1 and self.device.type == "cuda":
@@ -85,6 +92,17 @@ class Trainer:
         self.loader.prepare()
         self.step += 1
         self.tokens += real
+
+    def _look(self, inputs: StepInputs) -> dict[str, float | None]:
+        """The memories before a step, and their share of attention in its first segment, in rows that read on."""
+        tokens, _, lengths, fresh = inputs.rounds()[0][0]
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        counted = (places < lengths[:, None]) & ~fresh[:, None]
+        share = measured_share(self.model, lambda: self.reader.look(tokens, lengths), counted)
+        with self.ranks.listening():
+            found = self.ranks.gather((memory_fill(self.reader.memories), share))
+        names = ("memory_fill", "memory_share")
+        return {name: _mean(values) for name, values in zip(names, zip(*found, strict=True), strict=True)}
 
     def check(self) -> Tensor:
         """What `Step` returned (steps, 3) since the last report, on the host.
@@ -130,6 +148,7 @@ class Trainer:
             "perplexity": perplexity(nats),
             "gradient_norm": norms,
             "learning_rate": learning_rate(self.settings, self.step - 1),
+            **self._looked,
             **skipped,
         }
 
@@ -229,6 +248,12 @@ class Trainer:
         torch.set_rng_state(saved["random.cpu"])
         if self.device.type == "cuda" and "random.cuda" in saved:
             torch.cuda.set_rng_state(saved["random.cuda"], self.device)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Of what is known; None where nothing is."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _with_nats(pending: Tensor) -> Tensor:
