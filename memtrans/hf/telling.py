@@ -44,7 +44,9 @@ def tell(
     if watched is None or running_backward() != -1:
         return
     if watched.wants_local and local is None:
-        raise ValueError("local must be False in tracing() with combine='gate', where the model itself attends, got True")
+        raise ValueError(
+            "local must be False in tracing() with combine='gate', where the model itself attends, got True"
+        )
     snapshot = state.snapshots[layer]
     positions, tokens = snapshot.positions(slots), None
     if watched.ids is not None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-FEWEST = 3  # queries; the median of fewer is one of their own numbers
+FEWEST = 8  # queries that a background is made of; the median of a few is one of their own numbers
 
 
 class Shares(NamedTuple):
@@ -43,12 +43,16 @@ class Shares(NamedTuple):
     def of(self, query: int) -> Shares:
         """The pairs of one query."""
         begin, end = torch.searchsorted(self.query, torch.tensor([query, query + 1], device="cpu")).tolist()
-        return Shares(*(column[begin:end] for column in self[:4]), self.queries)
+        return self._picked(slice(begin, end))
 
     def among(self, queries: Sequence[int]) -> Shares:
         """The pairs of some queries."""
         kept = torch.isin(self.query, torch.tensor(list(queries), dtype=torch.int64, device="cpu"))
-        return Shares(*(column[kept] for column in self[:4]), self.queries)
+        return self._picked(kept)
+
+    def _picked(self, index: slice | Tensor) -> Shares:
+        query, position, share, background = (column[index] for column in self[:4])
+        return Shares(query, position, share, background, self.queries)
 
     def best(self, top: int) -> list[int]:
         """Which pairs stand out most, so many at most, best first."""
@@ -67,20 +71,23 @@ def shares_of(parts: Sequence[tuple[Tensor, Tensor]]) -> Shares:
 
     parts: positions and weights (H, Q, K) of each layer, on the CPU; -1 for no entry.
 
-    >>> positions = torch.tensor([[[7, 2], [7, -1], [7, 4], [7, 3]]])
-    >>> weights = torch.tensor([[[0.2, 0.5], [0.2, 0.0], [0.2, 0.1], [0.6, 0.1]]])
-    >>> shares = shares_of([(positions, weights)])
-    >>> shares.position.tolist(), [round(share, 3) for share in shares.background.tolist()]
-    ([2, 7, 7, 4, 7, 3, 7], [0.0, 0.2, 0.2, 0.0, 0.2, 0.0, 0.2])
-    >>> last = shares.of(3)
-    >>> last.position[last.best(2)].tolist(), last.usual(2)
-    ([7, 3], [])
+    >>> positions = torch.stack((torch.full((8,), 7), 20 + torch.arange(8)), dim=1)[None]  # 7, and one of its own
+    >>> weights = torch.tensor([0.2, 0.5]).expand(1, 8, 2)
+    >>> of_query = shares_of([(positions, weights)]).of(3)
+    >>> of_query.position.tolist(), [round(share, 3) for share in of_query.background.tolist()]
+    ([7, 23], [0.2, 0.0])
+    >>> of_query.position[of_query.best(2)].tolist(), of_query.position[of_query.usual(2)].tolist()
+    ([23], [7])
     """
     queries = parts[0][0].shape[1] if parts else 0
     heads = [positions.shape[0] for positions, _ in parts]
-    at = torch.cat([torch.arange(queries, device="cpu")[None, :, None].expand_as(p).flatten() for p, _ in parts] or [_NONE])
+    at = torch.cat(
+        [torch.arange(queries, device="cpu")[None, :, None].expand_as(p).flatten() for p, _ in parts] or [_NONE]
+    )
     position = torch.cat([positions.flatten() for positions, _ in parts] or [_NONE])
-    weight = torch.cat([w.flatten().double() / (h * len(parts)) for (_, w), h in zip(parts, heads, strict=True)] or [_NONE])
+    weight = torch.cat(
+        [w.flatten().double() / (h * len(parts)) for (_, w), h in zip(parts, heads, strict=True)] or [_NONE]
+    )
     there = (position >= 0) & (weight > 0)
     at, position, weight = at[there], position[there], weight[there]
     beyond = int(position.max()) + 1 if len(position) else 1
@@ -94,10 +101,10 @@ _NONE = torch.zeros(0, dtype=torch.int64, device="cpu")
 
 
 def _medians(position: Tensor, share: Tensor, queries: int) -> Tensor:
-    """For each pair the lower median of its place's share over all queries, most of which have none of it."""
+    """For each pair the lower median of its place's share over all queries; 0 where they are too few."""
     if queries < FEWEST or not len(position):
         return torch.zeros_like(share)
-    places, inverse, count = torch.unique(position, return_inverse=True, return_counts=True)
+    _, inverse, count = torch.unique(position, return_inverse=True, return_counts=True)
     by_share = torch.argsort(share, stable=True)
     ordered = share[by_share[torch.argsort(inverse[by_share], stable=True)]]  # by place, then rising
     rank = (queries - 1) // 2 - (queries - count)  # among those that are there; the others come first, as zeros

@@ -53,8 +53,8 @@ class Trace:
     1. They are those before dropout.
 
     A row is a document of the memory, or of the batch where several rows look at one. Its queries are counted through
-    all passes, padding included. Layers are counted as in the memory: from 0, or by the numbers of the model's layers in
-    `memtrans.hf`. A memory that was loaded without the ids of its entries counts positions from the oldest it holds.
+    all passes, padding included. Layers are numbered as in the memory: from 0, or in `memtrans.hf` as the model's are. A
+    memory that was loaded without the ids of its entries counts positions from the oldest it holds.
 
     >>> from memtrans import MemorizingTransformer
     >>> model = MemorizingTransformer(num_tokens=50, dim=32, depth=2, dim_head=8, heads=4, memorizing_layers=2).eval()
@@ -126,7 +126,9 @@ class Trace:
                 raise ValueError(f"row must stand once in a pass, got row {row} in {len(at)} places")
             if len(at):
                 place = int(at)
-                found.append(Observation(seen.documents[at], *(None if x is None else x[place] for x in seen[1:])))
+                local, tokens = (None if x is None else x[place] for x in (seen.local, seen.tokens))
+                own = Observation(seen.documents[at], seen.positions[place], seen.weights[place], local, tokens)
+                found.append(own)
         if not found:
             raise ValueError(f"row must be one that was read while the memory was traced, got {row}")
         return found

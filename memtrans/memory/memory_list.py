@@ -65,8 +65,8 @@ class KNNMemoryList(list[KNNMemory]):
     def tracing(self, *, local: bool = False) -> Iterator[Trace]:
         """Inside a `with`, notes for each query, layer and head which entries were found and what weight they had.
 
-        A graph's inside cannot be watched: `generate` captures none meanwhile; a captured step, and a model compiled with
-        fullgraph=True, raise RuntimeError.
+        A graph's inside cannot be watched: `generate` captures none meanwhile; a captured step, and a model compiled
+        with fullgraph=True, raise RuntimeError.
 
         local: also keep the weights of the local keys, (B, H, N, L) for each pass.
 

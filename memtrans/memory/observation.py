@@ -38,7 +38,7 @@ class Watch:
     """Who watches a memory, and for what; nobody at first. A memory's rings share it, however often it is laid out.
 
     Attributes:
-        tell: is called with an `Observation` for each call of attention. wants_local: whether for its local weights too.
+        tell: is called with an `Observation` for each call of attention. wants_local: whether with local weights.
     """
 
     def __init__(self) -> None:
@@ -60,8 +60,8 @@ class Watch:
     def looks(self) -> bool:
         """Whether somebody watches; a forward pass that a backward pass runs again was seen the first time.
 
-        Raises RuntimeError while a CUDA graph is captured, whose replays nobody would see, and where the whole of a pass
-        is one compiled graph; one that may be cut runs this part as it is.
+        Raises RuntimeError while a CUDA graph is captured, whose replays nobody would see, and where the whole of a
+        pass is one compiled graph; one that may be cut runs this part as it is.
         """
         if self.tell is None:
             return False
@@ -89,9 +89,7 @@ def retrieved_weights(
 
 
 @torch.no_grad()
-def local_weights(
-    query: Tensor, local: LocalKeys, scale: Tensor, lse: Tensor, share: Tensor | None = None
-) -> Tensor:
+def local_weights(query: Tensor, local: LocalKeys, scale: Tensor, lse: Tensor, share: Tensor | None = None) -> Tensor:
     """exp(scale · <q, k> + bias - lse), the weights of the causal local keys (B, H, N, L); 0 for what is not seen.
 
     Args:

@@ -407,8 +407,8 @@ def attend_to_local(query: Tensor, local: LocalKeys, scale: Tensor, dropout_p: f
 
 
 def memory_share(slots: Tensor, memory_gate: Tensor) -> Tensor:
-    """sigmoid(memory_gate (H,)) for each query (B, H, N); 0 where slots (B, H, N, K) hold nothing: the best come first."""
-    return torch.where(slots[..., 0] >= 0, memory_gate.sigmoid()[:, None], 0.0)
+    """sigmoid(memory_gate (H,)) for each query (B, H, N); 0 where slots (B, H, N, K) hold nothing."""
+    return torch.where(slots[..., 0] >= 0, memory_gate.sigmoid()[:, None], 0.0)  # the best come first
 
 
 def mixed(to_memory: Tensor, to_local: Tensor, share: Tensor) -> Tensor:

@@ -99,13 +99,13 @@ def test_weights_are_those_of_the_definition(form: dict[str, Any], groups: int, 
         query, key = cosine(query, key)
         held = torch.tensor([len(document.cached) for document in documents]) + N
         with memories.tracing(local=True) as trace:
-            _, xl_memory = layer(
-                x, knn_memory=memories[0], xl_memory=xl_memory, rel_pos_bias=table, local_length=held
-            )
+            _, xl_memory = layer(x, knn_memory=memories[0], xl_memory=xl_memory, rel_pos_bias=table, local_length=held)
         for row, document in enumerate(documents):
             to_memory, to_local = document.weights(layer, query[row], key[row], table)
             positions = trace.positions(row, 0)
-            found = dense(positions.where(positions < 0, positions + before[row]), trace.weights(row, 0), len(document.stored))
+            found = dense(
+                positions.where(positions < 0, positions + before[row]), trace.weights(row, 0), len(document.stored)
+            )
             assert_close(found, to_memory, SAME_FORMULA, f"weights in segment {segment}")
             local = trace.local_weights(row, 0)[0]
             assert_close(local[..., -int(held[row]) :], to_local, SAME_FORMULA, "local weights")
@@ -220,7 +220,7 @@ def test_a_memory_has_one_trace_at_a_time_and_none_behind_an_error() -> None:
 
 def test_what_every_query_finds_stands_apart() -> None:
     """Entry 3 is near every query, entry 20 + i near query i alone."""
-    trace, queries = Trace(), 5
+    trace, queries = Trace(), 9
     positions = torch.stack((torch.full((queries,), 3), 20 + torch.arange(queries)), dim=1)
     weights = torch.tensor([[0.25, 0.5]]).repeat(queries, 1)
     weights[0, 1] = 0.75
@@ -230,5 +230,5 @@ def test_what_every_query_finds_stands_apart() -> None:
         assert [citation.position for citation in cited.usual] == [3]
         assert cited.usual[0].background == pytest.approx(0.25)
         assert cited.share == pytest.approx(0.75 if query else 1.0)
-    assert [(passage.begin, passage.end) for passage in trace.passages(0, top=3)] == [(20, 25)]
+    assert [(passage.begin, passage.end) for passage in trace.passages(0, top=3)] == [(20, 29)]
     assert trace.passages(0, queries=[4])[0].positions == (24,)
