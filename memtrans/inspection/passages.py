@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 LONGEST = 32  # tokens of a passage
+SMALL = 0.05  # of the largest: what has less of the share neither begins a passage nor is named in it
 
 
 class Passage(NamedTuple):
@@ -44,7 +45,7 @@ def passages_of(position: Tensor, share: Tensor, top: int, longest: int = LONGES
         if not len(places) or float(of_stretch[begin]) <= 1e-9:
             break
         inside = slice(begin, int(last[begin]))
-        here = places[inside][left[inside] > 0.0].tolist()
+        here = places[inside][left[inside] > SMALL * left[inside].max()].tolist()
         found.append(Passage(here[0], here[-1] + 1, float(left[inside].sum()), tuple(here)))
         left[inside] = 0.0
     return found

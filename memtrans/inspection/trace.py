@@ -53,7 +53,7 @@ class Trace:
     1. They are those before dropout.
 
     A row is a document of the memory, or of the batch where several rows look at one. Its queries are counted through
-    all passes, padding included. Layers are numbered as in the memory: from 0, or in `memtrans.hf` as the model's are. A
+    all passes, padding included. Layers are numbered as in the memory: from 0; in `memtrans.hf` as in the model. A
     memory that was loaded without the ids of its entries counts positions from the oldest it holds.
 
     >>> from memtrans import MemorizingTransformer
