@@ -59,7 +59,7 @@ def _write(records: Records, options: argparse.Namespace) -> None:
     show(str(options.out))
 
 
-# --------------------------------------------------------------------------------------------------- models of one's own
+# -------------------------------------------------------------------------------------------------- models of one's own
 
 
 def _of_checkpoint(options: argparse.Namespace) -> Records:
@@ -76,7 +76,7 @@ def _of_checkpoint(options: argparse.Namespace) -> Records:
     if model.num_tokens > BYTES or not model.memorizing_layers:
         kind = f"one of {model.num_tokens} tokens and memories in layers {model.memorizing_layers}"
         raise ValueError(f"checkpoint must be of a model over bytes with a memory, got {kind}")
-    device = pick_device(options.device)
+    device = pick_device(options.device or "auto")
     model = model.to(device).eval()
     if options.memory is not None:
         checks.integer("memory", options.memory, low=1)

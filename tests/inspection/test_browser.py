@@ -23,7 +23,9 @@ WIDE, NARROW = (1280, 900), (420, 800)
 
 def missing() -> list[str]:
     """Packages that have to be installed first, by the command that does it."""
-    needed = [] if shutil.which("chromium") and shutil.which("chromedriver") else ["apt install chromium chromium-driver"]
+    needed = (
+        [] if shutil.which("chromium") and shutil.which("chromedriver") else ["apt install chromium chromium-driver"]
+    )
     return needed + ([] if importlib.util.find_spec("selenium") else ["pip install selenium"])
 
 

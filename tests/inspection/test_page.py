@@ -52,7 +52,9 @@ def test_nothing_leads_out_of_the_page() -> None:
         assert not [name for name in attributes if name.startswith("on") or name == "style"]
     policy = next(a["content"] for _, a in Elements(page).found if a.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'; script-src 'sha256-") and "unsafe" not in policy
-    assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest|innerHTML|insertAdjacentHTML|document\.write|eval\(", page)
+    assert not re.search(
+        r"@import|url\(|fetch\(|XMLHttpRequest|innerHTML|insertAdjacentHTML|document\.write|eval\(", page
+    )
 
 
 def test_a_token_has_its_passages_its_layers_and_apart_what_is_usual() -> None:
