@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from memtrans.attention import LocalKeys
 from memtrans.hf.families import file_of
 from memtrans.hf.state import ForwardState, kept
+from memtrans.hf.telling import tell
+from memtrans.memory.ring import memory_share
 from memtrans_kernels import memory_attention
 
 NAME = "memtrans"
@@ -126,13 +129,14 @@ def _attend(call: Call, state: ForwardState) -> tuple[Tensor, None]:
     length, keys = call.query.shape[2], call.key.shape[2]
     if call.mask is None and keys > length > 1:
         keys = length  # a static cache that is being filled: transformers' own functions look at its first N
-    out, _ = memory_attention(
-        key=call.key[:, :, :keys],
-        value=call.value[:, :, :keys],
-        memory_offset=call.offset(state),
-        **_retrieved(call, state),
-        **_local_mask(call.mask, call.query, keys, call.arguments.get("sliding_window")),
-    )
+    retrieved, offset = _retrieved(call, state), call.offset(state)
+    mask = _local_mask(call.mask, call.query, keys, call.arguments.get("sliding_window"))
+    key, value = call.key[:, :, :keys], call.value[:, :, :keys]
+    out, lse = memory_attention(key=key, value=value, memory_offset=offset, **retrieved, **mask)
+    if state.watched is not None:
+        names = ("bias_table", "bias_dense", "local_length")
+        local = LocalKeys(key, value, *(mask.get(name) for name in names))
+        tell(state, call.layer, retrieved, lse, offset=offset, local=local)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -140,9 +144,11 @@ def _attend_by_gate(call: Call, state: ForwardState) -> tuple[Tensor, Tensor | N
     """The model's own attention and one over the neighbours, mixed; (B, N, H, D). Found nothing: the local part."""
     to_local, weights = call.base()
     nothing, retrieved = call.key[:, :, :0].detach(), _retrieved(call, state)
-    to_memory, _ = memory_attention(key=nothing, value=nothing, **retrieved)
-    found = retrieved["slots"][..., 0] >= 0  # the best come first
-    gate = torch.where(found, call.offset(state).sigmoid()[:, None], 0.0).transpose(1, 2)[..., None]
+    to_memory, lse = memory_attention(key=nothing, value=nothing, **retrieved)
+    share = memory_share(retrieved["slots"], call.offset(state))  # (B, H, N)
+    if state.watched is not None:
+        tell(state, call.layer, retrieved, lse, share=share)
+    gate = share.transpose(1, 2)[..., None]
     return (gate * to_memory.transpose(1, 2) + (1.0 - gate) * to_local).to(to_local.dtype), weights
 
 

@@ -29,6 +29,7 @@ from memtrans.memory.checks import (
     running_backward,
 )
 from memtrans.memory.files import check_configuration, of_class_alone
+from memtrans.memory.observation import Watch
 from memtrans.memory.ring import MemorySnapshot, Ring
 from memtrans.memory.sharded import ShardedRing
 from memtrans.memory.state import check_state, dtype_names, holds_nothing, memory_arguments, state_parts
@@ -77,6 +78,7 @@ class KNNMemory:
         scoped_indices: the documents that `add` and `search` speak of.
         shape: (num_indices, max_memories, 2, dim), with kv_heads after num_indices if there are several.
         made_in: the number of the backward pass in which the memory was made; -1 outside of one.
+        watch: who watches what is retrieved; see `KNNMemoryList.tracing`.
 
     Raises:
         ValueError, TypeError: a size that is no integer or below 1, another dtype, a device that this torch cannot use
@@ -119,6 +121,7 @@ class KNNMemory:
         self.scoped_indices = list(range(self.num_indices))
         self._ranks = None if process_group is None else ranks_of(process_group)
         self.made_in = running_backward()
+        self.watch = Watch()
         self._ring: Ring | None = None
         self._rows: Tensor | None = None
         if device is not None:
@@ -152,7 +155,7 @@ class KNNMemory:
         value_dtype = self.value_dtype or dtype
         size = (self.num_indices * self.kv_heads, self.max_memories, spare, self.dim)
         storage: dict[str, Any] = {"key_dtype": dtype, "value_dtype": value_dtype}
-        storage |= {"device": device, "backend": self.backend, "unbounded": self.grows}
+        storage |= {"device": device, "backend": self.backend, "unbounded": self.grows, "watch": self.watch}
         if self._ranks is None:
             return Ring(*size, **storage)
         resolved = {"dtype": dtype, "value_dtype": value_dtype, "device": device.type}
@@ -407,13 +410,14 @@ class KNNMemory:
     def __getstate__(self) -> dict[str, Any]:
         if self._ranks is not None:
             raise TypeError("a sharded memory must be copied by its state_dict, got a copy that has no process group")
-        fields = {name: value for name, value in self.__dict__.items() if name not in ("_ring", "_rows")}
+        fields = {name: value for name, value in self.__dict__.items() if name not in ("_ring", "_rows", "watch")}
         return {"fields": fields, "device": self.device, "state": None if self._ring is None else self.state_dict()}
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
         self.grows = False  # of a pickle that does not say so
         self.__dict__.update(pickled["fields"])
         self.made_in = running_backward()
+        self.watch = Watch()
         self._forget_storage()
         if pickled["state"] is not None:
             self._prepare(pickled["state"]["keys"].device, 0)  # where `map_location` put them

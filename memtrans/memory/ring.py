@@ -27,6 +27,7 @@ from torch import Tensor
 from memtrans.attention import LocalKeys, seed_of
 from memtrans.memory.checks import check_mask, running_backward
 from memtrans.memory.growth import Growth
+from memtrans.memory.observation import Observation, Watch, local_weights, retrieved_weights
 from memtrans_kernels import (
     Ledger,
     knn_add_,
@@ -58,6 +59,7 @@ class Ring:
         device: of both.
         backend: passed to search, and to add where that backend implements it.
         unbounded: whether it grows as far as outstanding backward passes need it.
+        watch: who watches what is retrieved. Default: nobody.
     """
 
     def __init__(
@@ -72,8 +74,9 @@ class Ring:
         device: torch.device,
         backend: str,
         unbounded: bool = False,
+        watch: Watch | None = None,
     ) -> None:
-        self.capacity = capacity
+        self.capacity, self.watch = capacity, watch or Watch()
         self.backend = backend
         self.growth = Growth(capacity, spare, unbounded)
         self.cursor = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -261,23 +264,74 @@ class MemorySnapshot:
             dropout_p: probability of dropping a weight.
         """
         if memory_gate is not None:
-            to_memory, _, found = self.attend_to_retrieved(query, k, scale, dropout_p)
-            to_local, _ = attend_to_local(query, local, scale, dropout_p)
-            return mixed(to_memory, to_local, found, memory_gate)
+            to_memory, memory_lse, scores, slots = self.attend_to_retrieved(query, k, scale, dropout_p)
+            to_local, local_lse = attend_to_local(query, local, scale, dropout_p)
+            share = memory_share(slots, memory_gate)
+            if self.ring.watch.looks:
+                self.tell(query, local, scores, slots, scale, (memory_lse, local_lse), share=share)
+            return mixed(to_memory, to_local, share)
         scores, slots = self.nearest(query, k)
-        return memory_attention(
+        out, lse = memory_attention(
             query, local.key, local.value, self.keys, self.values, self.rows, scores, slots, scale,
             local.bias_table, local.bias_dense, memory_offset, local.local_length,
             dropout_p, seed_of(dropout_p, query.device), ledger=self.ledger,
-        )[0]  # fmt: skip
+        )  # fmt: skip
+        if self.ring.watch.looks:
+            self.tell(query, local, scores, slots, scale, (lse, lse), memory_offset)
+        return out
+
+    @torch.no_grad()
+    def tell(
+        self,
+        query: Tensor,
+        local: LocalKeys,
+        scores: Tensor,
+        slots: Tensor,
+        scale: Tensor,
+        lses: tuple[Tensor, Tensor],
+        memory_offset: Tensor | None = None,
+        share: Tensor | None = None,
+    ) -> None:
+        """Tells who watches the memory what `attend` did with scores and slots (B, H, N, K).
+
+        lses: (B, H, N) each, of the softmax of the retrieved entries and of that of the local keys. share: (B, H, N),
+        of the retrieved part, with a gate.
+        """
+        watch = self.ring.watch
+        assert watch.tell is not None
+        local_share = None if share is None else 1.0 - share
+        watch.tell(
+            Observation(
+                documents=self.rows.reshape(self.documents, -1)[:, 0] * self.documents // self.rows.numel(),
+                positions=self.positions(slots),
+                weights=retrieved_weights(scores, scale, lses[0], memory_offset, share),
+                local=local_weights(query, local, scale, lses[1], local_share) if watch.wants_local else None,
+            )
+        )
+
+    def of_heads(self, counts: Tensor, heads: int) -> Tensor:
+        """Looks up numbers of rows (R,) for each document and query head in scope: (B, H)."""
+        of_rows = counts[self.rows].reshape(self.documents, -1)
+        return of_rows.repeat_interleave(heads // of_rows.shape[1], dim=1)
+
+    def entries_in(self, slots: Tensor) -> Tensor:
+        """The numbers of the entries in slots (B, H, N, K), int64; -1 for none."""
+        newest = self.of_heads(self.cursor, slots.shape[1])[:, :, None, None] - 1
+        entries = newest - (newest - slots) % self.keys.shape[1]
+        return entries.masked_fill(slots < 0, -1)
+
+    def positions(self, slots: Tensor) -> Tensor:
+        """Where the entries in slots (B, H, N, K) stood among all that their document stored, int64; -1 for none."""
+        entries, first = self.entries_in(slots), self.of_heads(self.start, slots.shape[1])
+        return (entries - first[:, :, None, None]).masked_fill(entries < 0, -1)
 
     def attend_to_retrieved(
         self, query: Tensor, k: int, scale: Tensor, dropout_p: float = 0.0
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Attention of query (B, H, N, D) to its K nearest entries alone, with logits scale[h] · score.
 
-        Returns out (B, H, N, D) and lse (B, H, N), differentiable in query and scale, and which queries found any
-        entry, (B, H, N) bool.
+        Returns out (B, H, N, D) and lse (B, H, N), differentiable in query and scale, and scores and slots as
+        `nearest` does.
         """
         scores, slots = self.nearest(query, k)
         nothing = query.new_empty(self.documents, self.rows.numel() // self.documents, 0, query.shape[-1])
@@ -285,7 +339,7 @@ class MemorySnapshot:
             query, nothing, nothing, self.keys, self.values, self.rows, scores, slots, scale,
             dropout_p=dropout_p, seed=seed_of(dropout_p, query.device), ledger=self.ledger,
         )  # fmt: skip
-        return out, lse, slots[..., 0] >= 0  # the best come first
+        return out, lse, scores, slots
 
     # ------------------------------------------------------------------------------------------------------ add, clear
 
@@ -352,10 +406,12 @@ def attend_to_local(query: Tensor, local: LocalKeys, scale: Tensor, dropout_p: f
     return local_attention(query, key, value, scale, bias_table, bias_dense, local_length, dropout_p, seed)
 
 
-def mixed(to_memory: Tensor, to_local: Tensor, found: Tensor, memory_gate: Tensor) -> Tensor:
-    """g · to_memory + (1 - g) · to_local, g = sigmoid(memory_gate); a query that found nothing takes the local part.
+def memory_share(slots: Tensor, memory_gate: Tensor) -> Tensor:
+    """sigmoid(memory_gate (H,)) for each query (B, H, N); 0 where slots (B, H, N, K) hold nothing."""
+    return torch.where(slots[..., 0] >= 0, memory_gate.sigmoid()[:, None], 0.0)  # the best come first
 
-    to_memory, to_local: (B, H, N, D). found: (B, H, N) bool. memory_gate: (H,).
-    """
-    gate = torch.where(found[..., None], memory_gate.sigmoid()[:, None, None], 0.0)  # (B, H, N, 1)
+
+def mixed(to_memory: Tensor, to_local: Tensor, share: Tensor) -> Tensor:
+    """share · to_memory + (1 - share) · to_local, of (B, H, N, D), (B, H, N, D) and (B, H, N)."""
+    gate = share[..., None]  # (B, H, N, 1)
     return (gate * to_memory + (1.0 - gate) * to_local).to(to_local.dtype)

@@ -176,11 +176,6 @@ class ShardedSnapshot(MemorySnapshot):
         answers = (found.places < found.scores.shape[-1]).to(torch.uint8)
         return side_by_side(exchange(answers, self.ring.ranks)).bool()
 
-    def _of_heads(self, counts: Tensor, heads: int) -> Tensor:
-        """Looks up numbers of rows (R,) for each document and query head in scope: (B, H)."""
-        of_rows = counts[self.rows].reshape(self.documents, -1)
-        return of_rows.repeat_interleave(heads // of_rows.shape[1], dim=1)
-
     def nearest(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Scores and numbers of entries, (B, H, N, K) each; a slot would say nothing without its rank."""
         found = self.find(query, k)
@@ -202,7 +197,7 @@ class ShardedSnapshot(MemorySnapshot):
         """
         ranks, (_, width) = self.ring.ranks, self.keys.shape[1:]
         won, slots = (by_rank(tensor, ranks.size) for tensor in (self.won(found), found.candidates))
-        row = self._of_heads(torch.arange(self.start.shape[0], device=slots.device), slots.shape[2])
+        row = self.of_heads(torch.arange(self.start.shape[0], device=slots.device), slots.shape[2])
         row, slot = row[:, :, None, None].expand_as(slots)[won], slots[won].long()
         mine = found.places < found.scores.shape[-1]
         sent, received = ([int(n) for n in mask.flatten(1).sum(dim=1).tolist()] for mask in (won, mine))
@@ -232,16 +227,23 @@ class ShardedSnapshot(MemorySnapshot):
         """See `MemorySnapshot.attend`. The neighbours are on several ranks: one softmax is merged from two parts."""
         if memory_gate is not None:
             return super().attend(query, k, local, scale, None, memory_gate, dropout_p)
-        to_memory, memory_lse, found = self.attend_to_retrieved(query, k, scale, dropout_p)
+        to_memory, memory_lse, scores, entries = self.attend_to_retrieved(query, k, scale, dropout_p)
         to_local, local_lse = attend_to_local(query, local, scale, dropout_p)
         if memory_offset is not None:
             memory_lse = memory_lse + memory_offset[:, None]
-        memory_lse = memory_lse.masked_fill(~found, -torch.inf)
-        return merge_attention(torch.stack((to_memory, to_local)), torch.stack((memory_lse, local_lse)))[0]
+        memory_lse = memory_lse.masked_fill(entries[..., 0] < 0, -torch.inf)
+        out, lse = merge_attention(torch.stack((to_memory, to_local)), torch.stack((memory_lse, local_lse)))
+        if self.ring.watch.looks:
+            self.tell(query, local, scores, entries, scale, (lse, lse), memory_offset)
+        return out
+
+    def entries_in(self, slots: Tensor) -> Tensor:
+        """What `nearest` gives here are numbers of entries."""
+        return slots
 
     def attend_to_retrieved(
         self, query: Tensor, k: int, scale: Tensor, dropout_p: float = 0.0
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """See `MemorySnapshot.attend_to_retrieved`.
 
         The winners travel, or the partial results: what is fewer bytes; the module has the count.
@@ -256,7 +258,7 @@ class ShardedSnapshot(MemorySnapshot):
             out, lse = self._attend_in_parts(found, scale, dropout)
         else:
             out, lse = self._attend_to_fetched(query, found, scale, dropout)
-        return out, lse, found.entries[..., 0] >= 0
+        return out, lse, found.scores, found.entries
 
     def _attend_in_parts(self, found: Neighbours, scale: Tensor, dropout: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Each rank attends, for the queries of all, to the neighbours that it holds; who asked merges the parts.
