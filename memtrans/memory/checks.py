@@ -15,6 +15,13 @@ from memtrans_kernels import checks
 from memtrans_kernels.checks import may_look
 
 
+def scoping(documents: int, wanted: int) -> str:
+    """What an error adds where a memory has other documents in scope than wanted."""
+    if documents == wanted:
+        return ""
+    return "; at_batch_indices chooses among its documents, expand(rows) lends them to many rows that only read"
+
+
 def check_memories(memories: Tensor, batch: int, kv_heads: int, width: int) -> None:
     """Raises ValueError unless `memories` holds key/value pairs (B, N, 2, D), or (B, G, N, 2, D) if G > 1."""
     heads = () if kv_heads == 1 else (kv_heads,)
@@ -23,7 +30,7 @@ def check_memories(memories: Tensor, batch: int, kv_heads: int, width: int) -> N
         groups = "" if kv_heads == 1 else f"{kv_heads}, "
         raise ValueError(
             f"memories must have shape ({batch}, {groups}N, 2, {width}) for {batch} documents in scope, "
-            f"got {tuple(memories.shape)}"
+            f"got {tuple(memories.shape)}{scoping(batch, memories.shape[0] if memories.dim() else 0)}"
         )
 
 
@@ -32,7 +39,7 @@ def check_queries(queries: Tensor, batch: int, kv_heads: int, width: int) -> Non
     if queries.dim() < 2 or queries.shape[0] != batch or queries.shape[-1] != width:
         raise ValueError(
             f"queries must have shape ({batch}, ..., {width}) for {batch} documents in scope, "
-            f"got {tuple(queries.shape)}"
+            f"got {tuple(queries.shape)}{scoping(batch, queries.shape[0] if queries.dim() else 0)}"
         )
     if kv_heads > 1 and (queries.dim() < 3 or queries.shape[1] % kv_heads):
         raise ValueError(

@@ -185,6 +185,28 @@ class KNNMemory(SavedMemory):
         snapshot = self.snapshot()
         return entries_of(self._ring, snapshot.rows, snapshot.documents)
 
+    def expand(self, rows: int | Iterable[int]) -> KNNMemory:
+        """A view of the documents in scope for many questions: beams, or several questions on one document.
+
+        The view is to read alone. It finds what the memory holds whenever it is searched; nothing is copied. A model or
+        layer reads it with add_knn_memory=False.
+
+        rows: how many rows, a multiple of the documents in scope, of which neighbours read the same document; or for
+        each row its document, counted among those in scope.
+
+        Raises ValueError or TypeError for other rows.
+
+        >>> memory = KNNMemory(dim=1, max_memories=3)
+        >>> memory.add(torch.tensor([[[[1.0], [5.0]], [[2.0], [6.0]]]]))
+        >>> key_values, _ = memory.expand(4).search(torch.tensor([[1.0], [-1.0], [2.0], [-2.0]]), topk=1)
+        >>> key_values[:, 0, 1].flatten().tolist()
+        [6.0, 5.0, 6.0, 5.0]
+        """
+        # a view is a memory, so its class stands on this one
+        from memtrans.memory.expanded import ExpandedMemory, documents_of_rows
+
+        return ExpandedMemory(self, documents_of_rows(rows, self.scoped_indices))
+
     def remove(self, mask: Tensor) -> None:
         """Removes entries: they are never retrieved again, and make room for others.
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from memtrans.attention import LocalKeys, seed_of
-from memtrans.memory.checks import check_mask, running_backward
+from memtrans.memory.checks import check_mask, running_backward, scoping
 from memtrans.memory.growth import Growth
 from memtrans.memory.ids import KeptIds, check_kept, positions, read_ids
 from memtrans.memory.layout import laid_out, visible, without
@@ -236,6 +236,7 @@ class MemorySnapshot:
         written: (R,) int64 on the host, the counts of this storage, which go on.
         ids: (R, M + S) int64, to read, where ids are kept.
         origin: (R,) int64, the entry that each row's document began with, as it stood, where ids are kept.
+        read_only: whether it is of a view, in which rows may repeat.
     """
 
     ring: Ring
@@ -249,6 +250,7 @@ class MemorySnapshot:
     written: Tensor
     ids: Tensor | None = None
     origin: Tensor | None = None
+    read_only: bool = False
 
     def check_fits(self, name: str, documents: int, kv_heads: int, width: int) -> None:
         """Raises ValueError unless the snapshot is of so many documents, key/value heads and components."""
@@ -257,7 +259,7 @@ class MemorySnapshot:
         if found != expected:
             raise ValueError(
                 f"{name} must have the batch's {documents} documents in scope, kv_heads={kv_heads} and dim={width}, "
-                f"got {found[0]} documents, kv_heads={found[1]} and dim={found[2]}"
+                f"got {found[0]} documents, kv_heads={found[1]} and dim={found[2]}{scoping(found[0], documents)}"
             )
 
     def live(self) -> MemorySnapshot:
@@ -267,7 +269,19 @@ class MemorySnapshot:
         segment makes it lay itself out again.
         """
         ticket = torch.full_like(self.ticket, OUT_OF_SCOPE)  # it is never late
-        return replace(self, start=self.ring.start, cursor=self.ring.cursor, ticket=ticket)
+        origin = None if self.ring.ids is None else self.ring.ids.origin
+        return replace(self, start=self.ring.start, cursor=self.ring.cursor, ticket=ticket, origin=origin)
+
+    def to_read(self) -> MemorySnapshot:
+        """The same, to search alone: adding to it or clearing it raises TypeError."""
+        return replace(self, read_only=True)
+
+    def _check_writable(self) -> None:
+        if self.read_only:
+            raise TypeError(
+                "the memory must be its owner's to change, got a view that `expand` made, to read alone: "
+                "pass add_knn_memory=False, or give the memory itself"
+            )
 
     @property
     def ledger(self) -> Ledger:
@@ -399,6 +413,7 @@ class MemorySnapshot:
     def advance(self, length: int) -> tuple[Tensor, bool]:
         """Counts `length` more entries, for which the ring makes room; the ticket after them, and whether they are
         there already, because a backward pass runs a forward pass again."""
+        self._check_writable()
         ring, again = self.ring, False
         if not torch.compiler.is_compiling():
             again = running_backward() != -1 and stored_since(ring.written, self.ticket)
@@ -422,6 +437,7 @@ class MemorySnapshot:
 
     def clear_rows(self, mask: Tensor) -> MemorySnapshot:
         """Forgets all entries of the documents where mask (B,) is True; returns the state after that."""
+        self._check_writable()
         check_mask(mask, self.documents, self.start.device)
         of_rows = mask.repeat_interleave(self.rows.numel() // self.documents)
         cleared = torch.zeros_like(self.start, dtype=torch.bool).index_copy(0, self.rows, of_rows)

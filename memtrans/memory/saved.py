@@ -9,17 +9,49 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from memtrans.devices import usable_device
 from memtrans.memory.checks import running_backward
 from memtrans.memory.files import check_configuration, of_class_alone
+from memtrans.memory.moving import Movable, device_and_dtype
 from memtrans.memory.state import check_state, holds_nothing, memory_arguments, state_parts, with_ids, without_ids
 from memtrans.memory.stored import StoredMemory
 from memtrans.storage import load_tensors, save_tensors
+from memtrans_kernels import checks
 
 MemoryType = TypeVar("MemoryType", bound="SavedMemory")
 
 
-class SavedMemory(StoredMemory):
-    """A memory that can be saved and loaded."""
+class SavedMemory(StoredMemory, Movable):
+    """A memory that can be saved, loaded and moved."""
+
+    def to(self: MemoryType, *args: Any, **kwargs: Any) -> MemoryType:
+        """Moves what the memory holds to another device, or stores it in another dtype, in place; returns the memory.
+
+        The arguments are those of `torch.nn.Module.to`: a device, a dtype, both, or a tensor that has them. A dtype is
+        for keys and values. On another device a memory whose dtype nobody chose has that device's default. Snapshots
+        and pending backward passes keep what they read.
+
+        Raises ValueError or TypeError, and changes nothing, for a device or dtype that no memory can have.
+
+        >>> memory = SavedMemory(dim=2, max_memories=4, device="cpu")
+        >>> memory.half().to("cpu").dtype
+        torch.float16
+        """
+        device, dtype = device_and_dtype(*args, **kwargs)
+        checks.stored(dtype=dtype)
+        device = None if device is None else usable_device(device)
+        chosen = (self.dtype, self.value_dtype) if dtype is None else (dtype, dtype)
+        if device in (None, self.device) and chosen == (self.dtype, self.value_dtype):
+            return self
+        state = None if self._ring is None else self.state_dict()
+        self.dtype, self.value_dtype = chosen
+        device = device or self.device
+        self._forget_storage()
+        if device is not None:
+            self._prepare(device, 0)
+        if state is not None:
+            self.load_state_dict(state)
+        return self
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of what the memory holds: keys and values (R, longest row, D), old to new and ending with the newest
