@@ -21,6 +21,7 @@ from memtrans.storage import write_atomically
 from memtrans_kernels import checks
 
 SHARED = False
+MOST = 65536  # entries of a pretrained model's memory, where nothing is said; a shorter document needs fewer
 
 
 def run(options: argparse.Namespace, ranks: Ranks) -> None:
@@ -35,7 +36,9 @@ def run(options: argparse.Namespace, ranks: Ranks) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     """Refuses what would fail only when everything is read and written."""
-    checks.integer("tokens", options.tokens, low=1)
+    for name in ("tokens", "memory", "segment"):
+        if getattr(options, name) is not None:
+            checks.integer(name, getattr(options, name), low=1)
     for name in ("out", "json"):
         path = getattr(options, name)
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
@@ -78,11 +81,8 @@ def _of_checkpoint(options: argparse.Namespace) -> Records:
         raise ValueError(f"checkpoint must be of a model over bytes with a memory, got {kind}")
     device = pick_device(options.device or "auto")
     model = model.to(device).eval()
-    if options.memory is not None:
-        checks.integer("memory", options.memory, low=1)
-    memories = model.create_knn_memories(
-        batch_size=1, device=device, max_memories=options.memory or model.max_knn_memories
-    )
+    entries = options.memory or model.max_knn_memories
+    memories = model.create_knn_memories(batch_size=1, device=device, max_memories=entries)
     decoder = Decoder(model, 1, segment=options.segment or segment, memories=memories)
     content, (prompt,) = read_input("document", options.document), as_texts(os.fsencode(options.prompt), model)
     decoder.read(as_texts(content, model))
@@ -123,6 +123,8 @@ def _of_pretrained(options: argparse.Namespace) -> Records:
     model, tokenizer = open_model(options.model, options.dtype, options.device)
     sizes: dict[str, Any] = {"max_memories": options.memory, "segment": options.segment}
     given = {name: value for name, value in sizes.items() if value is not None}
+    if options.memory is None and options.load is None:
+        given["max_memories"] = max(1, min(MOST, len(tokenizer(text)["input_ids"])))
     memory = add_memory(model, **given) if options.load is None else load_memory(model, options.load, **given)
     memory.reset()
     torch.manual_seed(options.seed)

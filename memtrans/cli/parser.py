@@ -146,7 +146,11 @@ def _add_inspect(commands: Any) -> None:
     add("--json", type=Path, help="file for all entries of all layers and heads (default: none)")
     add("--temperature", type=float, default=0.0, help="of the draws; 0 is greedy (0)")
     add("--seed", type=int, default=0, help="of the draws (0)")
-    add("--memory", type=int, help="M: entries of the memory (default: the model's; with --model 65536)")
+    add(
+        "--memory",
+        type=int,
+        help="M: entries (default: the model's; with --model the document's tokens, at most 65536)",
+    )
     add("--segment", type=int, help="N: tokens read at a time (default: what it was trained with; with --model 512)")
     add("--load", type=Path, help="with --model, directory that `hf --save` wrote: settings and what was learned")
     add("--dtype", default="auto", help="of --model: auto (that of its weights), float32, bfloat16, float16 (auto)")

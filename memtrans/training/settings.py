@@ -105,7 +105,9 @@ class Settings:
     eval_every: int = _option(0, "steps between evaluations; 0 for one at the end", at_least=0)
     checkpoint_every: int = _option(250, "steps between checkpoints", at_least=1)
     log_every: int = _option(10, "steps between reports (the losses stay on the device until then)", at_least=1)
-    sample: int = _option(0, "tokens for which to show, at the end, what the memory retrieved", at_least=0)
+    sample: int = _option(
+        0, "tokens for which to say, at the end, what the memory retrieved; OUT/retrieved.html shows all", at_least=0
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
