@@ -16,7 +16,7 @@ from memtrans.distributed.ranks import Ranks
 from memtrans.files import read_input
 from memtrans.inspection.page import LEVELS, write_page
 from memtrans.inspection.records import Records, Written, to_json
-from memtrans.inspection.texts import texts_of_bytes
+from memtrans.inspection.texts import texts_of_tokens
 from memtrans.storage import write_atomically
 from memtrans_kernels import checks
 
@@ -66,44 +66,44 @@ def _write(records: Records, options: argparse.Namespace) -> None:
 
 
 def _of_checkpoint(options: argparse.Namespace) -> Records:
-    """Of a model over bytes, which stores its prompt too."""
-    from memtrans.cli.generate import open_model
+    """Of a model of one's own, which stores its prompt too."""
+    from memtrans.cli.generate import open_with_tokenizer
     from memtrans.generation.decoder import Decoder
     from memtrans.generation.generate import as_texts, stream
     from memtrans.generation.sampling import Sampling, check_chosen
     from memtrans.training.device import pick_device
-    from memtrans.training.settings import BYTES
 
     sampling = Sampling(temperature=options.temperature, seed=options.seed)
-    model, segment = open_model(options.checkpoint)
-    if model.num_tokens > BYTES or not model.memorizing_layers:
+    model, segment, tokenizer = open_with_tokenizer(options.checkpoint)
+    if model.num_tokens > max(256, tokenizer.vocabulary) or not model.memorizing_layers:
         kind = f"one of {model.num_tokens} tokens and memories in layers {model.memorizing_layers}"
-        raise ValueError(f"checkpoint must be of a model over bytes with a memory, got {kind}")
+        raise ValueError(f"checkpoint must be of a model with a memory over the tokens of its text, got {kind}")
     device = pick_device(options.device or "auto")
     model = model.to(device).eval()
     entries = options.memory or model.max_knn_memories
     memories = model.create_knn_memories(batch_size=1, device=device, max_memories=entries)
     decoder = Decoder(model, 1, segment=options.segment or segment, memories=memories)
-    content, (prompt,) = read_input("document", options.document), as_texts(os.fsencode(options.prompt), model)
-    decoder.read(as_texts(content, model))
+    content, asked = read_input("document", options.document), os.fsencode(options.prompt)
+    (document,), (prompt,) = (
+        as_texts(torch.from_numpy(tokenizer.encode(text).astype("int64")), model) for text in (content, asked)
+    )
+    decoder.read([document])
     with memories.tracing() as trace:
         decoder.read([prompt])
         new = torch.stack(list(stream(decoder, options.tokens, sampling)), dim=1)
     check_chosen(new)
     if any(int(memory.snapshot().start[0]) for memory in memories):
-        raise ValueError(
-            "document and prompt must not hold the token that clears the memory: places would not be theirs"
-        )
-    given, written = bytes(prompt.tolist()), bytes(new[0].tolist())
-    texts = [*texts_of_bytes(content), *texts_of_bytes(given), *texts_of_bytes(written)]
-    first = len(given) - 1  # the query of the prompt's last token wrote the first one
+        raise ValueError("document and prompt must not hold the token that clears the memory, whose places would move")
+    all_ids = torch.cat((document, prompt, new[0].cpu())).numpy()
+    texts = texts_of_tokens(tokenizer.decode(all_ids), tokenizer.sizes[all_ids].tolist())
+    first = len(prompt) - 1  # the query of the prompt's last token wrote the first one
     shift, count = model.shift_knn_memories_down, model.num_memory_layers
     return Records(
         trace=trace,
         row=0,
         document=texts,
-        prompt=given.decode(errors="replace"),
-        written=[Written(text, first + place) for place, text in enumerate(texts[-len(written) :])],
+        prompt="".join(texts[len(document) : len(document) + len(prompt)]),
+        written=[Written(text, first + place) for place, text in enumerate(texts[len(document) + len(prompt) :])],
         names={place: f"layer {model.memorizing_layers[(place - shift) % count]}" for place in range(count)},
         source=options.document.name,
         model=_name(options.checkpoint),

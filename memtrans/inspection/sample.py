@@ -10,28 +10,28 @@ import torch
 from memtrans.data.documents import Document, InOrder
 from memtrans.data.stream import NOT_SCORED, Batch, DocumentStream
 from memtrans.inspection.records import Records, Written
-from memtrans.inspection.texts import texts_of_bytes
+from memtrans.inspection.texts import texts_of_tokens
 from memtrans.inspection.trace import Trace
 from memtrans.memory.memory_list import KNNMemoryList
 from memtrans.transformer import MemorizingTransformer
 
-BEFORE, AFTER = 24, 8  # bytes shown on either side
-PROMPT = 240  # bytes of the text before, on the page
-LONGEST = 16384  # bytes of the document that are read
+BEFORE, AFTER = 24, 8  # tokens shown on either side
+PROMPT = 240  # tokens before, on the page
+LONGEST = 16384  # tokens of the document that are read
 
 
 class Sample(NamedTuple):
-    """What was looked up for the last bytes of a document.
+    """What was looked up for the last tokens of a document.
 
     Attributes:
-        records: of all of them, for the page. asked: which of the written bytes are scored.
+        records: of all of them, for the page. asked: which of the written tokens are scored.
     """
 
     records: Records
     asked: tuple[int, ...]
 
     def lines(self, tokens: int) -> list[str]:
-        """A few of the scored bytes, so many at most, in words."""
+        """A few of the scored tokens, so many at most, in words."""
         chosen = self.asked[:: max(1, len(self.asked) // tokens)][:tokens] if tokens else ()
         return [described(self.records, self.records.written[place]) for place in chosen]
 
@@ -48,15 +48,14 @@ def sample_retrievals(
     """What the memory layers retrieve in the last segments of the longest document, where its memory is fullest.
 
     Args:
-        documents: the longest is read, at most 16384 bytes of it. segment: N. name: of the model.
+        documents: the longest is read, at most 16384 tokens of it. segment: N. name: of the model.
         read: reads the next segment with the model. memories: that it reads into, of one document, empty yet.
 
     Returns:
         None where the model has no memory or the document ends with its first segment.
     """
     longest = max(documents, key=len)
-    distances = None if longest.distances is None else longest.distances[:LONGEST]
-    document = Document(longest.name, longest.content[:LONGEST], distances)
+    document = longest.part(longest.name, 0, LONGEST)
     segments = -(-(len(document) - 1) // segment)
     if not model.memorizing_layers or segments < 2:
         return None
@@ -67,7 +66,7 @@ def sample_retrievals(
         trace, asked = _read_to_the_end(model, document, segment, first, read, memories)
     finally:
         model.train(was_training)
-    texts = texts_of_bytes(bytes(document.content.tolist()))
+    texts = texts_of_tokens(document.text(), document.tokenizer.sizes[document.content.numpy()].tolist())
     begin = first * segment
     shift, count = model.shift_knn_memories_down, model.num_memory_layers
     names = {place: f"layer {model.memorizing_layers[(place - shift) % count]}" for place in range(count)}
@@ -100,7 +99,7 @@ def _read_to_the_end(
 
 
 def described(records: Records, token: Written) -> str:
-    """A written byte and where most of it came from, in a line."""
+    """A written token and where most of it came from, in a line."""
     place = len(records.document) - len(records.written) + records.written.index(token)
     share = f"{records.from_memory[token.query]:.0%} of the weight came from the memory"
     said = f"{_shown(records, place)} was written: {share}"
@@ -109,12 +108,12 @@ def described(records: Records, token: Written) -> str:
     if not best:
         return said
     position, lift = int(own.position[best[0]]), float(own.lift[best[0]])
-    return f"{said}, {lift:.0%} from {_shown(records, position)}, {place - position} bytes before"
+    return f"{said}, {lift:.0%} from {_shown(records, position)}, {place - position} tokens before"
 
 
 def _shown(records: Records, place: int) -> str:
-    """A byte in brackets amid the text around it, on one line."""
+    """A token in brackets amid the text around it, on one line."""
     texts: Any = records.document
     before, after = texts[max(0, place - BEFORE) : place], texts[place + 1 : place + 1 + AFTER]
-    left, byte, right = (repr("".join(part))[1:-1] for part in (before, texts[place], after))
-    return f'"{left}[{byte}]{right}"'
+    left, token, right = (repr("".join(part))[1:-1] for part in (before, texts[place], after))
+    return f'"{left}[{token}]{right}"'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 
 def texts_of_bytes(content: bytes) -> list[str]:
@@ -20,6 +21,16 @@ def texts_of_bytes(content: bytes) -> list[str]:
         else:
             texts += [character, *[""] * (len(character.encode()) - 1)]
     return texts
+
+
+def texts_of_tokens(content: bytes, sizes: Sequence[int]) -> list[str]:
+    """A text for each token, of the bytes of all of them and how many are each one's: a character is its first byte's.
+
+    >>> texts_of_tokens("né!".encode(), [2, 1, 1])
+    ['né', '', '!']
+    """
+    texts, ends = texts_of_bytes(content), list(accumulate(sizes, initial=0))
+    return ["".join(texts[begin:end]) for begin, end in pairwise(ends)]
 
 
 def texts_of_offsets(text: str, offsets: Sequence[tuple[int, int]]) -> list[str]:
