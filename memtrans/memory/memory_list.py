@@ -14,6 +14,7 @@ from torch import Tensor
 from memtrans.compatibility import UNUSED, warn_unused
 from memtrans.memory.files import check_configuration, check_layers, of_class_alone
 from memtrans.memory.knn_memory import KNNMemory
+from memtrans.memory.moving import Movable
 from memtrans.memory.state import memory_arguments
 from memtrans.storage import load_tensors, save_tensors
 from memtrans_kernels import checks
@@ -25,7 +26,7 @@ KIND = "memtrans.KNNMemoryList"
 MemoryType = TypeVar("MemoryType", bound="KNNMemoryList")
 
 
-class KNNMemoryList(list[KNNMemory]):
+class KNNMemoryList(list[KNNMemory], Movable):
     """One `KNNMemory` per memorizing layer; clearing, scoping and saving speak of all of them.
 
     >>> memories = KNNMemoryList.create_memories(batch_size=2, num_memory_layers=3)(dim=8, max_memories=16)
@@ -84,6 +85,22 @@ class KNNMemoryList(list[KNNMemory]):
             for layer, memory in enumerate(self):
                 stack.enter_context(memory.watch.by(trace.watcher(layer), local))
             yield trace
+
+    def expand(self: MemoryType, rows: int | Iterable[int]) -> MemoryType:
+        """Views of all memories for many questions; see `KNNMemory.expand`.
+
+        >>> memories = KNNMemoryList.create_memories(batch_size=1, num_memory_layers=2)(dim=8, max_memories=16)
+        >>> [view.num_indices for view in memories.expand(4)]
+        [4, 4]
+        """
+        rows = list(rows) if isinstance(rows, Iterable) else rows
+        return type(self)(memory.expand(rows) for memory in self)
+
+    def to(self: MemoryType, *args: Any, **kwargs: Any) -> MemoryType:
+        """Moves or casts all memories in place; returns the list. See `KNNMemory.to`."""
+        for memory in self:
+            memory.to(*args, **kwargs)
+        return self
 
     def clear_memory(
         self, batch_indices: int | Sequence[int] | None = None, memory_indices: Iterable[int] | None = None
