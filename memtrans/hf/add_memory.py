@@ -91,7 +91,7 @@ def add_memory(
     ALL_ATTENTION_FUNCTIONS.register(NAME, memory_attention_forward)
     for layer in found.values():
         device = next(layer.attention.parameters()).device
-        layer.attention.memtrans = LayerMemory(layer.heads, settings.offset, device)
+        layer.attention.memtrans = LayerMemory(layer.heads, layer.width, settings.offset, device)
         layer.attention.config = configured(layer.attention.config)
     return ModelMemory(decoder, found, settings)
 

@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from memtrans.hf.families import file_of
 from memtrans.hf.state import ForwardState, kept
-from memtrans_kernels import memory_attention
+from memtrans_kernels import local_attention, memory_attention, merge_attention
 
 NAME = "memtrans"
 BASE = "_memtrans_base"  # of a layer's own configuration: the one that it stands for
@@ -51,6 +51,10 @@ class Call(NamedTuple):
         """The number of the layer."""
         return int(self.module.layer_idx)  # type: ignore[arg-type]
 
+    def asking(self, state: ForwardState) -> Tensor:
+        """What the memory is asked with (B, H, N, D)."""
+        return self.module.memtrans.asking(self.query, state.entries)  # type: ignore[union-attr, operator]
+
     def offset(self, state: ForwardState) -> Tensor:
         """What is added to the logits of the memory (H,)."""
         return self.module.memtrans(state.entries)  # type: ignore[operator]
@@ -74,8 +78,12 @@ def memory_attention_forward(
     if memtrans_state is None:
         return call.base()
     memtrans_state.seen.add(call.layer)
-    attend = _attend_by_gate if memtrans_state.combine == "gate" else _attend
-    result = attend(call, memtrans_state)
+    if not memtrans_state.searches:
+        result = call.base()
+    elif memtrans_state.combine == "gate":
+        result = _attend_by_gate(call, memtrans_state)
+    else:
+        result = _attend(call, memtrans_state)
     if memtrans_state.writes:
         _store(call, memtrans_state)
     return result
@@ -93,8 +101,8 @@ def _store(call: Call, state: ForwardState) -> None:
 
 
 def _retrieved(call: Call, state: ForwardState) -> dict[str, Any]:
-    """What both forms of attention hand to the operator: the neighbours, and how logits are scaled."""
-    query, snapshot = call.query, state.snapshots[call.layer]
+    """What attention to the memory hands to the operator: the neighbours, and how logits are scaled."""
+    query, snapshot = call.asking(state), state.snapshots[call.layer]
     scores, slots = snapshot.nearest(query, state.k)
     if state.blind is not None:
         blind = state.blind.to(query.device)[:, None, :, None]
@@ -126,14 +134,29 @@ def _attend(call: Call, state: ForwardState) -> tuple[Tensor, None]:
     length, keys = call.query.shape[2], call.key.shape[2]
     if call.mask is None and keys > length > 1:
         keys = length  # a static cache that is being filled: transformers' own functions look at its first N
-    out, _ = memory_attention(
-        key=call.key[:, :, :keys],
-        value=call.value[:, :, :keys],
-        memory_offset=call.offset(state),
-        **_retrieved(call, state),
+    local = {
+        "query": call.query,
+        "key": call.key[:, :, :keys],
+        "value": call.value[:, :, :keys],
         **_local_mask(call.mask, call.query, keys, call.arguments.get("sliding_window")),
-    )
+    }
+    retrieved, offset = _retrieved(call, state), call.offset(state)
+    # training decides by its mode: a checkpoint's first pass has no gradients, and must round as its second one
+    if call.module.training or (torch.is_grad_enabled() and retrieved["query"].requires_grad):
+        out = _in_parts(retrieved, local, offset)
+    else:  # the scores are what the memory was asked for; the query is that of the local keys
+        out, _ = memory_attention(memory_offset=offset, **{**retrieved, **local})
     return out.transpose(1, 2).contiguous(), None
+
+
+def _in_parts(retrieved: dict[str, Any], local: dict[str, Any], offset: Tensor) -> Tensor:
+    """The same softmax, from one over the neighbours and one over the local keys, each with a query of its own."""
+    again = {name: retrieved[name] for name in ("dropout_p", "seed") if name in retrieved}
+    to_local, of_local = local_attention(scale=retrieved["scale"], **local, **again)
+    nothing = local["key"][:, :, :0].detach()
+    to_memory, of_memory = memory_attention(key=nothing, value=nothing, **retrieved)
+    lses = torch.stack((of_memory + offset[:, None], of_local))
+    return merge_attention(torch.stack((to_memory, to_local)), lses)[0]
 
 
 def _attend_by_gate(call: Call, state: ForwardState) -> tuple[Tensor, Tensor | None]:

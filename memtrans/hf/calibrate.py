@@ -20,9 +20,13 @@ from memtrans.hf.model_memory import ModelMemory
 from memtrans.hf.planted import Planted, plant, questions
 from memtrans_kernels import checks
 
-SIZES = (4096, 16384, 65536)
-ASKED = 16  # questions of a step
-TEXTS = 8  # segments of running text behind the document: half to train on, half to report
+SIZES = (4096, 16384, 65536, 262144)
+ASKED = 32  # questions of a step
+TEXTS = 64  # segments of running text behind the document: half to train on, half to report
+ROWS = 4  # of them in a step
+FEWEST = 8  # segments, in a short document
+TEXT = 1.0  # weight of a token's nats of text beside an answer's
+OFFSETS, ASKING = ("memory_offset", "memory_slope"), 0.2  # and how much slower the others are learned
 
 
 def calibrate(
@@ -32,7 +36,8 @@ def calibrate(
     documents: Sequence[str],
     steps: int = 120,
     sizes: Sequence[int] | None = None,
-    facts: int = 96,
+    facts: int = 256,
+    search: bool = False,
     rate: float = 0.15,
     seed: int = 0,
     report: Callable[[str], None] | None = None,
@@ -46,9 +51,11 @@ def calibrate(
         model: with the memory, in any mode. memory: of `add_memory`.
         tokenizer: the model's; called with a text and add_special_tokens=False.
         documents: texts, together longer than the largest size.
-        steps: of Adam. sizes: numbers of entries to calibrate for. Default: those of 4,096, 16,384 and 65,536 that the
-            memory has room for and the documents fill, or else what there is.
-        facts: planted, a quarter of them to report. rate: of Adam, falling to 0. seed: of the facts and the order.
+        steps: of Adam. sizes: numbers of entries to calibrate for. Default: those of 4,096, 16,384, 65,536 and
+            262,144 that the memory has room for and the documents fill, or else what there is.
+        facts: planted, a quarter of them to report. search: as in `ModelMemory.read`; the document is then read a
+            second time half way, with what was learned by then. rate: of Adam, falling to 0. seed: of the facts and
+            the order.
         report: called with a line of text now and then.
 
     Returns:
@@ -75,11 +82,10 @@ def calibrate(
     steps, facts = checks.integer("steps", steps, low=1), checks.integer("facts", facts, low=4)
     course = _Course.of(memory, tokenizer, documents, sizes, facts, seed)
     with _alone(model, memory):
-        memory.reset()
-        memory.read(course.document.ids.to(model.device), progress=report is not None)  # type: ignore[arg-type]
         try:
+            course.read(model, memory, search)
             before = course.judged(model, memory)
-            _train(model, memory, course, steps, rate, seed, report)
+            _train(model, memory, course, Plan(steps, rate, seed, search), report)
             return {"before": before, "after": course.judged(model, memory)}
         finally:
             memory.reset()
@@ -87,11 +93,11 @@ def calibrate(
 
 @dataclass(frozen=True)
 class _Course:
-    """What is learned from: a document, facts in it for each size, and segments (1, N) that follow it."""
+    """What is learned from: a document, facts in it for each size, and segments (T, N) that follow it."""
 
     document: Planted
     sizes: tuple[int, ...]
-    segments: tuple[Tensor, ...]
+    segments: Tensor
     encode: Callable[[str], list[int]]
 
     @staticmethod
@@ -107,13 +113,19 @@ class _Course:
             return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
         ids = [token for document in documents for token in encode(document)]
-        behind = min(TEXTS * memory.settings.segment, len(ids) // 4)
-        text, rest = ids[: len(ids) - behind], torch.tensor([ids[len(ids) - behind :]], dtype=torch.int64)
-        segments = tuple(part for part in rest.split(max(2, behind // TEXTS), dim=1) if part.shape[1] > 1)
-        if len(segments) < 2:
-            raise ValueError(f"documents must have at least some tokens for each of {TEXTS} segments, got {len(ids)}")
+        length = min(memory.settings.segment, len(ids) // 4 // FEWEST)
+        if length < 2:
+            raise ValueError(f"documents must have at least {8 * FEWEST} tokens, got {len(ids)}")
+        number = min(TEXTS, len(ids) // 4 // length)
+        text, rest = ids[: len(ids) - number * length], ids[len(ids) - number * length :]
+        segments = torch.tensor(rest, dtype=torch.int64).unflatten(0, (number, length))
         chosen = _sizes(sizes, len(text), memory.settings.max_memories)
         return _Course(plant(text, made_facts(count, seed), chosen, encode), chosen, segments, encode)
+
+    def read(self, model: Any, memory: ModelMemory, search: bool) -> None:
+        """Fills the memory anew."""
+        memory.reset()
+        memory.read(self.document.ids.to(model.device), search=search, progress=False)
 
     def asked(self, size: int, reported: bool) -> list[Any]:
         """The facts within a size that are trained on, or those that are reported: every fourth."""
@@ -123,13 +135,12 @@ class _Course:
     @torch.no_grad()
     def judged(self, model: Any, memory: ModelMemory) -> dict[str, float]:
         """See `calibrate`."""
-        texts, device = self.segments[1::2], model.device
+        texts = self.segments[1::2].to(model.device).split(ROWS)
         found: dict[str, float] = {}
         with memory.off():
-            found["text"] = float(torch.stack([text_loss(model, text.to(device)) for text in texts]).mean())
+            found["text"] = float(torch.stack([text_loss(model, text) for text in texts]).mean())
         for size in self.sizes:
-            with memory.newest(size):
-                losses = torch.stack([text_loss(model, text.to(device)) for text in texts])
+            losses = torch.stack([text_losses(model, memory, text, size) for text in texts])
             nats, right = fact_losses(model, memory, self.asked(size, True), self.encode, size)
             found[f"facts_{size}"], found[f"right_{size}"] = float(nats.mean()), float(right.float().mean())
             found[f"text_{size}"] = float(losses.mean())
@@ -150,9 +161,15 @@ def _sizes(asked: Sequence[int] | None, tokens: int, most: int) -> tuple[int, ..
 
 
 def text_loss(model: Any, ids: Tensor) -> Tensor:
-    """Nats of a token of a segment (1, N)."""
+    """Nats of a token of segments (B, N)."""
     logits = model(input_ids=ids, use_cache=False).logits
-    return cross_entropy(logits[0, :-1].float(), ids[0, 1:])
+    return cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
+
+
+def text_losses(model: Any, memory: ModelMemory, ids: Tensor, size: int) -> Tensor:
+    """The same behind the newest so many entries of the one document."""
+    with memory.newest(size), memory.expand(len(ids)):
+        return text_loss(model, ids)
 
 
 def fact_losses(
@@ -164,27 +181,46 @@ def fact_losses(
         return asked.losses(model(input_ids=asked.ids, use_cache=False).logits)
 
 
-def _train(model: Any, memory: ModelMemory, course: _Course, steps: int, rate: float, seed: int, report: Any) -> None:
-    """Adam on the memory's parameters: at each step one size, some of its facts and one segment."""
-    draw = torch.Generator("cpu").manual_seed(seed)
-    optimizer = torch.optim.Adam(memory.parameters(), lr=rate, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / steps)
-    texts = course.segments[::2]
-    for step in range(steps):
+@dataclass(frozen=True)
+class Plan:
+    """How it is trained; see `calibrate`."""
+
+    steps: int
+    rate: float
+    seed: int
+    search: bool
+
+    def optimizer(self, memory: ModelMemory) -> torch.optim.Adam:
+        """Of offsets, and, slower, of what the memory is asked with: those numbers are logarithms of factors."""
+        named = [pair for layer in memory.layers.values() for pair in layer.learned.named_parameters()]
+        offsets = [tensor for name, tensor in named if name in OFFSETS]
+        asking = [tensor for name, tensor in named if name not in OFFSETS]
+        groups = [{"params": offsets, "lr": self.rate}, {"params": asking, "lr": ASKING * self.rate}]
+        return torch.optim.Adam(groups, betas=(0.9, 0.98))
+
+
+def _train(model: Any, memory: ModelMemory, course: _Course, plan: Plan, report: Any) -> None:
+    """Adam on the memory's parameters: at each step one size, some of its facts and some segments."""
+    draw = torch.Generator("cpu").manual_seed(plan.seed)
+    optimizer = plan.optimizer(memory)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / plan.steps)
+    texts = course.segments[::2].to(model.device).split(ROWS)
+    for step in range(plan.steps):
+        if plan.search and step == plan.steps // 2 > 0:
+            course.read(model, memory, True)
         size = course.sizes[step % len(course.sizes)]
         known = course.asked(size, False)
         chosen = torch.randperm(len(known), generator=draw, device="cpu")[:ASKED].tolist()
         nats, _ = fact_losses(model, memory, [known[index] for index in chosen], course.encode, size)
         nats.mean().backward()
-        with memory.newest(size):
-            text = text_loss(model, texts[step // len(course.sizes) % len(texts)].to(model.device))
-        text.backward()
+        text = text_losses(model, memory, texts[step // len(course.sizes) % len(texts)], size)
+        (TEXT * text).backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         if report is not None and (step + 1) % 20 == 0:
             report(
-                f"step {step + 1}/{steps}: {size} entries, {float(nats.detach().mean()):.2f} nats an answer, "
+                f"step {step + 1}/{plan.steps}: {size} entries, {float(nats.detach().mean()):.2f} nats an answer, "
                 f"{float(text.detach()):.3f} a token of text"
             )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 TEMPLATES = (
     ("The ferry to {place} leaves from pier", "number"),
@@ -18,8 +19,24 @@ TEMPLATES = (
     ("The key of the chapel in {place} is kept by", "name"),
     ("The train from {place} arrives on platform", "number"),
     ("The school in {place} was founded in the year", "number"),
+    ("The captain of the ship from {place} goes by the name of", "name"),
+    ("To open the gate of {place} one has to turn the dial to", "number"),
+    ("Everybody in {place} buys bread from", "name"),
+    ("The number painted on the lighthouse of {place} is", "number"),
+    ("The portrait in the hall of {place} shows", "name"),
+    ("The museum of {place} has a collection of stamps that counts", "number"),
+    ("The teacher who came to {place} last spring is", "name"),
+    ("The mine under {place} is known as shaft", "number"),
+    ("The only doctor in {place} is", "name"),
+    ("The post office of {place} has the number", "number"),
+    ("The horse that won the race at {place} is called", "name"),
+    ("The distance from {place} to the sea in paces is", "number"),
+    ("The song of {place} was written by", "name"),
+    ("The winter in {place} killed so many sheep:", "number"),
+    ("The house beside the well in {place} belongs to", "name"),
+    ("The room with the blue door in {place} is number", "number"),
 )
-_FIRST = (
+FIRST = (
     "Bel",
     "Cor",
     "Dun",
@@ -37,9 +54,9 @@ _FIRST = (
     "Sel",
     "Tor",
 )
-_MIDDLE = ("a", "be", "do", "e", "i", "li", "mo", "na", "o", "ra", "ve", "wi")
-_LAST = ("bury", "dale", "den", "ford", "garth", "ham", "ley", "mere", "ness", "stead", "thorpe", "wick")
-_NAMES = (
+MIDDLE = ("a", "be", "do", "e", "i", "li", "mo", "na", "o", "ra", "ve", "wi")
+LAST = ("bury", "dale", "den", "ford", "garth", "ham", "ley", "mere", "ness", "stead", "thorpe", "wick")
+NAMES = (
     *("Agnes", "Albert", "Arthur", "Beatrice", "Bruno", "Cecilia", "Clara", "Conrad", "Cyril", "Daphne", "Dorothy"),
     *("Edgar", "Edith", "Edwin", "Elsa", "Ernest", "Eva", "Felix", "Flora", "Frank", "Gilbert", "Greta", "Harold"),
     *("Helen", "Henry", "Hugo", "Ida", "Irene", "Jasper", "Judith", "Julian", "Leonard", "Lionel", "Lucy", "Magnus"),
@@ -65,22 +82,34 @@ class Fact:
         return f" {self.question}{self.answer}."
 
 
-def facts(count: int, seed: int, templates: Sequence[tuple[str, str]] = TEMPLATES) -> list[Fact]:
-    """So many facts, no two of one place.
+@dataclass(frozen=True)
+class Words:
+    """What facts are made of.
 
-    templates: the beginning of a sentence with {place}, and what follows: "name" or "number".
+    Attributes:
+        templates: the beginning of a sentence with {place}, and what follows: "name" or "number".
+        syllables: those that begin a place, go on with it, and end it. names: of people.
+    """
+
+    templates: Sequence[tuple[str, str]] = TEMPLATES
+    syllables: tuple[Sequence[str], Sequence[str], Sequence[str]] = (FIRST, MIDDLE, LAST)
+    names: Sequence[str] = NAMES
+
+
+def facts(count: int, seed: int, words: Words = Words()) -> list[Fact]:
+    """So many facts, no two of one place.
 
     >>> facts(3, seed=0)[0] == facts(3, seed=0)[0]
     True
     """
     draw = random.Random(seed)
-    places = [first + middle + last for first in _FIRST for middle in _MIDDLE for last in _LAST]
+    places = ["".join(parts) for parts in product(*words.syllables)]
     draw.shuffle(places)
     if count > len(places):
         raise ValueError(f"count must be at most {len(places)}, got {count}")
     made = []
     for index, place in enumerate(places[:count]):
-        beginning, kind = templates[index % len(templates)]
-        answer = draw.choice(_NAMES) if kind == "name" else str(draw.randrange(1000, 9990))
+        beginning, kind = words.templates[index % len(words.templates)]
+        answer = draw.choice(words.names) if kind == "name" else str(draw.randrange(1000, 9990))
         made.append(Fact(beginning.format(place=place), f" {answer}"))
     return made

@@ -1,4 +1,7 @@
-"""What a memorizing attention module of a pretrained model learns: how much a head trusts the memory, by its size."""
+"""What a memorizing attention module of a pretrained model learns: how its heads ask the memory, and trust it.
+
+Shapes: the letters of `memtrans_kernels`.
+"""
 
 from __future__ import annotations
 
@@ -9,27 +12,40 @@ FROM = 1024  # entries up to which an untrained memory needs no offset
 
 
 class LayerMemory(nn.Module):
-    """A number for each head: what is added to the logits of retrieved keys, or, with a gate, to those of the gate.
+    """What a head adds to the logits of retrieved keys (or, with a gate, to the gate's), and the query it asks with.
 
-    memory_offset[h] + memory_slope[h] · log(max(1, n / 1024)), n the entries of the memory: among more entries more are
-    near a query by chance.
+    With n entries in the memory and beyond = log(max(1, n / 1024)), the offset is
+
+        memory_offset[h] + memory_slope[h] · beyond
+
+    and the memory is asked with query · exp(memory_gain[h] + memory_sharpness[h] · beyond), component by component:
+    among more entries more are near a query by chance, and what stands out must stand out further.
 
     Attributes:
-        memory_offset, memory_slope: (H,) float32.
+        memory_offset, memory_slope, memory_sharpness: (H,) float32. memory_gain: (H, D) float32.
     """
 
-    def __init__(self, heads: int, offset: float | str, device: torch.device) -> None:
+    def __init__(self, heads: int, width: int, offset: float | str, device: torch.device) -> None:
         super().__init__()
         start, slope = (0.0, -1.0) if isinstance(offset, str) else (offset, 0.0)
         self.memory_offset = nn.Parameter(torch.full((heads,), start, device=device, dtype=torch.float32))
         self.memory_slope = nn.Parameter(torch.full((heads,), slope, device=device, dtype=torch.float32))
+        self.memory_gain = nn.Parameter(torch.zeros(heads, width, device=device, dtype=torch.float32))
+        self.memory_sharpness = nn.Parameter(torch.zeros(heads, device=device, dtype=torch.float32))
 
     def forward(self, entries: Tensor) -> Tensor:
-        """(H,), for a memory of entries () int64.
+        """The offset (H,), for a memory of entries () int64.
 
-        >>> layer = LayerMemory(2, "auto", torch.device("cpu"))
+        >>> layer = LayerMemory(2, 8, "auto", torch.device("cpu"))
         >>> layer(torch.tensor(1000)).tolist(), layer(torch.tensor(2048)).neg().exp().tolist()
         ([0.0, 0.0], [2.0, 2.0])
         """
-        beyond = (entries.to(self.memory_offset.device).float() / FROM).clamp(min=1.0).log()
-        return self.memory_offset + self.memory_slope * beyond
+        return self.memory_offset + self.memory_slope * self._beyond(entries)
+
+    def asking(self, query: Tensor, entries: Tensor) -> Tensor:
+        """What query (B, H, N, D) asks a memory of entries () int64 with: (B, H, N, D)."""
+        gain = self.memory_gain + (self.memory_sharpness * self._beyond(entries))[:, None]
+        return (query * gain.exp()[:, None]).to(query.dtype)
+
+    def _beyond(self, entries: Tensor) -> Tensor:
+        return (entries.to(self.memory_offset.device).float() / FROM).clamp(min=1.0).log()

@@ -34,6 +34,7 @@ class ForwardState:
 
     Attributes:
         snapshots: by layer. k: K. combine: as in `add_memory`. writes: whether this pass's keys are stored.
+        searches: whether this pass looks at the memory.
         entries: () int64, of the longest document, which the offsets depend on.
         blind: (1 or B, N) bool, the tokens that look at no memory; None for none.
         sink: how many of the first real tokens are not stored. padding: None where all tokens are real.
@@ -45,6 +46,7 @@ class ForwardState:
     k: int
     combine: str
     writes: bool
+    searches: bool
     entries: Tensor
     blind: Tensor | None
     sink: int

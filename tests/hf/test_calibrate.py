@@ -67,7 +67,7 @@ def test_the_same_seed_learns_the_same() -> None:
         ({"sizes": []}, "sizes must be"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"facts": 3}, "facts must be at least 4, got 3"),
-        ({"documents": [""]}, "documents must have at least some tokens"),
+        ({"documents": [""]}, "documents must have at least 64 tokens, got 0"),
     ],
 )
 def test_what_cannot_be_learned_from_is_refused(model: PreTrainedModel, arguments: Any, message: str) -> None:
