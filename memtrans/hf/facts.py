@@ -10,31 +10,37 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
+_OF_PEOPLE = (
+    "The {one} of {{place}} is called",
+    "In {{place}} the {one} goes by the name of",
+    "The {one} who lives in {{place}} signs as",
+    "Whoever needs a {one} in {{place}} asks for",
+    "The new {one} in {{place}} was introduced as",
+    "At {{place}}, they say, no {one} was ever better than",
+    "{{place}} owes much to its {one},",
+    "The letter from {{place}} was written by a {one} with the name of",
+)
+_PEOPLE = (
+    *("librarian", "ferryman", "captain", "teacher", "doctor", "miller", "baker", "judge", "painter", "shepherd"),
+    *("watchmaker", "lawyer", "fisherman", "tailor", "organist", "pilot", "cook", "chemist", "carpenter", "poet"),
+)
+_OF_THINGS = (
+    "The {one} in {{place}} was built in the year",
+    "The {one} of {{place}} has the number",
+    "The price of a {one} in {{place}} is",
+    "From {{place}} to the {one} it takes so many steps:",
+    "{{place}} paid for its {one} a sum of",
+    "On the map of {{place}} the {one} is marked with",
+    "The books of {{place}} list the {one} under",
+    "To open the {one} at {{place}} one has to dial",
+)
+_THINGS = (
+    *("school", "lighthouse", "ferry", "mine", "museum", "post office", "well", "gate", "market", "chapel"),
+    *("train", "windmill", "library", "harbour", "statue", "garden", "theatre", "prison", "stable", "observatory"),
+)
 TEMPLATES = (
-    ("The ferry to {place} leaves from pier", "number"),
-    ("The librarian of {place} is called", "name"),
-    ("The oldest tree in {place} was planted by", "name"),
-    ("In {place}, the price of a lantern is", "number"),
-    ("The river that runs through {place} is the", "name"),
-    ("The key of the chapel in {place} is kept by", "name"),
-    ("The train from {place} arrives on platform", "number"),
-    ("The school in {place} was founded in the year", "number"),
-    ("The captain of the ship from {place} goes by the name of", "name"),
-    ("To open the gate of {place} one has to turn the dial to", "number"),
-    ("Everybody in {place} buys bread from", "name"),
-    ("The number painted on the lighthouse of {place} is", "number"),
-    ("The portrait in the hall of {place} shows", "name"),
-    ("The museum of {place} has a collection of stamps that counts", "number"),
-    ("The teacher who came to {place} last spring is", "name"),
-    ("The mine under {place} is known as shaft", "number"),
-    ("The only doctor in {place} is", "name"),
-    ("The post office of {place} has the number", "number"),
-    ("The horse that won the race at {place} is called", "name"),
-    ("The distance from {place} to the sea in paces is", "number"),
-    ("The song of {place} was written by", "name"),
-    ("The winter in {place} killed so many sheep:", "number"),
-    ("The house beside the well in {place} belongs to", "name"),
-    ("The room with the blue door in {place} is number", "number"),
+    *((form.format(one=one), "name") for form in _OF_PEOPLE for one in _PEOPLE),
+    *((form.format(one=one), "number") for form in _OF_THINGS for one in _THINGS),
 )
 FIRST = (
     "Bel",
@@ -69,8 +75,8 @@ NAMES = (
 class Fact:
     """A sentence in two parts.
 
-    >>> Fact("The ferry to Corabury leaves from pier", " 41").sentence
-    ' The ferry to Corabury leaves from pier 41.'
+    >>> Fact("The well of Corabury has the number", " 41").sentence
+    ' The well of Corabury has the number 41.'
     """
 
     question: str
@@ -107,9 +113,10 @@ def facts(count: int, seed: int, words: Words = Words()) -> list[Fact]:
     draw.shuffle(places)
     if count > len(places):
         raise ValueError(f"count must be at most {len(places)}, got {count}")
+    templates = draw.sample(list(words.templates), len(words.templates))
     made = []
     for index, place in enumerate(places[:count]):
-        beginning, kind = words.templates[index % len(words.templates)]
+        beginning, kind = templates[index % len(templates)]
         answer = draw.choice(words.names) if kind == "name" else str(draw.randrange(1000, 9990))
         made.append(Fact(beginning.format(place=place), f" {answer}"))
     return made
