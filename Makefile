@@ -68,7 +68,7 @@ test-gpu-slow: $(TESTS_READY)
 	MEMTRANS_TEST_DEVICE=cuda $(PYTHON_BIN) -m pytest -m "gpu and slow" tests
 
 # Without a filter by kernel: PyTorch's own kernels are checked too, which takes longer and hides nothing.
-SANITIZED = tests/gpu/test_gpu_search.py $(addprefix tests/kernels/,test_knn_add.py test_cosine.py \
+SANITIZED = tests/gpu/test_gpu_search.py tests/gpu/test_gpu_search_hard.py $(addprefix tests/kernels/,test_knn_add.py test_cosine.py \
   test_memory_attention_backward.py)
 test-gpu-sanitizer: $(TESTS_READY)
 	for tool in memcheck racecheck; do MEMTRANS_TEST_DEVICE=cuda \

@@ -12,6 +12,7 @@ from memtrans.cli.settings_file import read_settings
 from memtrans.distributed.ranks import LostRankError, Ranks
 from memtrans.presets import PRESETS
 from memtrans.training.checkpoint import exists
+from memtrans.training.data import fitted
 from memtrans.training.directory import checkpoint_of, newest
 from memtrans.training.evaluate import NonFiniteLossError
 from memtrans.training.run import Run
@@ -59,4 +60,5 @@ def _settings(options: argparse.Namespace, out: Path | None) -> Settings:
     if options.resume:
         assert out is not None
         return resumed_settings(out, given)
-    return dataclasses.replace(PRESETS[options.preset], **given)
+    settings = dataclasses.replace(PRESETS[options.preset], **given)
+    return settings if "vocabulary" in given else fitted(settings)

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from memtrans.data.documents import Document, InOrder
 from memtrans.data.stream import NOT_SCORED, Batch, DocumentStream
+from memtrans.data.tokens import BYTES
 from memtrans.knn_attention import KNNAttention
 from memtrans.transformer import MemorizingTransformer
 from memtrans_kernels import cosine
 
 BEFORE, AFTER = 24, 8  # bytes shown on either side
-LONGEST = 16384  # bytes of the document that are read
+LONGEST = 16384  # tokens of the document that are read
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,12 @@ class Retrieved:
     cosine: float
     query_text: str
     neighbour_text: str
+    unit: str = "bytes"
 
     def __str__(self) -> str:
         distance = self.place - self.neighbour
-        return f"{self.query_text}\n  retrieved {self.neighbour_text}  ({distance} bytes ago, cosine {self.cosine:.2f})"
+        where = f"{distance} {self.unit} ago, cosine {self.cosine:.2f}"
+        return f"{self.query_text}\n  retrieved {self.neighbour_text}  ({where})"
 
 
 class _Spy:
@@ -76,8 +79,7 @@ def sample_retrievals(
     if tokens < 1 or not model.memorizing_layers:
         return []
     longest = max(documents, key=len)
-    distances = None if longest.distances is None else longest.distances[:LONGEST]
-    document = Document(longest.name, longest.content[:LONGEST], distances)
+    document = longest.part(longest.name, 0, LONGEST)
     spy = _Spy()
     attention = next(module for module in model.modules() if isinstance(module, KNNAttention))
     handle = attention.register_forward_pre_hook(spy, with_kwargs=True)
@@ -110,12 +112,13 @@ def _read_to_the_end(
 
 
 def _show(document: Document, place: int, neighbour: int, score: float) -> Retrieved:
-    return Retrieved(place, neighbour, score, _around(document, place), _around(document, neighbour))
+    unit = "bytes" if document.tokenizer is BYTES else "tokens"
+    return Retrieved(place, neighbour, score, _around(document, place), _around(document, neighbour), unit)
 
 
 def _around(document: Document, place: int) -> str:
     """The text before and at a place, a mark, and what follows, on one line."""
-    before = bytes(document.content[max(0, place + 1 - BEFORE) : place + 1].tolist())
-    after = bytes(document.content[place + 1 : place + 1 + AFTER].tolist())
+    before = document.text(max(0, place + 1 - BEFORE), place + 1)[-BEFORE:]
+    after = document.text(place + 1, place + 1 + AFTER)[:AFTER]
     left, right = (repr(part.decode(errors="replace"))[1:-1] for part in (before, after))
     return f"[{left:>{BEFORE}} | {right}]"

@@ -94,6 +94,19 @@ class DocumentReader:
         logits, caches = result
         return logits, Carried([cache.to(self.dtype).contiguous() for cache in caches], caches.length)
 
+    @torch.no_grad()
+    def look(self, tokens: Tensor, lengths: Tensor) -> None:
+        """Reads a segment as `forward` would, in rows that go on, for whoever watches the layers; nothing changes."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            self.model(
+                tokens,
+                knn_memories=self.memories,
+                xl_memories=self.carried.xl_memories or None,
+                add_knn_memory=False,
+                lengths=lengths,
+                xl_length=self.carried.xl_length,
+            )
+
     def carry(self, carried: Carried) -> None:
         """Takes what `forward` returned, once nothing needs the old caches for a backward pass any more."""
         for place, cache in zip(self.carried.xl_memories, carried.xl_memories, strict=True):

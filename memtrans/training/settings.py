@@ -43,7 +43,14 @@ class Settings:
     ValueError: batch must be at least 1, got 0
     """
 
-    data: str = _option("stdlib", "stdlib (the sources of Python's standard library), recall, or a file or directory")
+    data: str = _option(
+        "stdlib", "stdlib (the sources of Python's standard library), recall, a store of tokens, or a file or directory"
+    )
+    tokenizer: str | None = _option(
+        None, "bytes, or a tokenizer.json or a directory with one (default: bytes, or the tokenizer of a store)"
+    )
+    text_field: str = _option("text", "field of a record (.jsonl, .parquet, a saved dataset) that holds its text")
+    join_by: str | None = _option(None, "records side by side with the same value of this field are one document")
     windows: bool = _option(False, "read random windows, each with a fresh memory, instead of whole documents")
     window_segments: int = _option(5, "segments of a window, with --windows", at_least=1)
     steps: int = _option(1000, "optimiser steps", at_least=1)
@@ -51,7 +58,9 @@ class Settings:
     segment: int = _option(256, "N: tokens of a segment", at_least=1, at_most=MOST_TOKENS)
     segments: int = _option(1, "segments before one backward pass", at_least=1, at_most=MOST_ROWS)
     accumulate: int = _option(1, "backward passes before one optimiser step", at_least=1, at_most=MOST_ROWS)
-    vocabulary: int = _option(BYTES, "V: tokens of the model; text is read as bytes, the first 256", at_least=BYTES)
+    vocabulary: int = _option(
+        BYTES, "V: tokens of the model, at least the tokenizer's, and those if not given", at_least=BYTES
+    )
     layers: int = _option(4, "layers of the model", at_least=1, at_most=MOST_LAYERS)
     width: int = _option(128, "width of the model", at_least=1, at_most=MOST_WIDTH)
     heads: int = _option(4, "H: query heads", at_least=1, at_most=MOST_WIDTH)
@@ -105,6 +114,9 @@ class Settings:
     eval_every: int = _option(0, "steps between evaluations; 0 for one at the end", at_least=0)
     checkpoint_every: int = _option(250, "steps between checkpoints", at_least=1)
     log_every: int = _option(10, "steps between reports (the losses stay on the device until then)", at_least=1)
+    log: Literal["tensorboard"] | None = _option(
+        None, "also write tensorboard's files to OUT/tensorboard, with the memory's fill and its share of attention"
+    )
     sample: int = _option(0, "tokens for which to show, at the end, what the memory retrieved", at_least=0)
 
     def __post_init__(self) -> None:

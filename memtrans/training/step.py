@@ -57,7 +57,10 @@ class Step:
         return self._graph.captured
 
     def __call__(self, inputs: StepInputs, rate: float) -> Tensor:
-        """Does the step at that learning rate. Returns bits per byte and the gradient's norm (2,), on the device."""
+        """Does the step at that learning rate.
+
+        Returns bits per byte, the gradient's norm and nats per token (3,), on the device.
+        """
         self._set_rate(rate)
         self._place(inputs)
         self._graph()
@@ -100,7 +103,7 @@ class Step:
         total = self._gradients.finish()
         norm, carried = self._update(total, carried)
         self.reader.carry(carried)
-        self._result = torch.stack((total / math.log(2), norm))
+        self._result = torch.stack((total / math.log(2) * self._inputs.per_byte, norm, total))
 
     def _update(self, total: Tensor, carried: Carried) -> tuple[Tensor, Carried]:
         """Clips the gradient and moves the weights. Returns the gradient's norm, and what the rows carry on."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.devices import seeded
+from helpers.devices import about_the_cuda_module, seeded
 from helpers.rings import assert_exact, memory, search
 
 from memtrans_kernels import knn_search
 from memtrans_kernels.backends import SEARCH_WIDTHS
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, about_the_cuda_module]
 
 NAN, INF = float("nan"), float("inf")
 DTYPES = (torch.float16, torch.bfloat16)

@@ -6,13 +6,13 @@ import random
 
 import pytest
 import torch
-from helpers.devices import seeded
+from helpers.devices import about_the_cuda_module, seeded
 from helpers.hard_keys import KINDS, hard_keys, queries_near
 from helpers.rings import assert_exact, memory, search
 
 from memtrans_kernels.backends import SEARCH_WIDTHS
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, about_the_cuda_module]
 
 NAN, INF = float("nan"), float("inf")
 SAMPLE_BLOCK, BOX = 1024, 128  # slots of which one in eight at most is sampled, and of a box of them that share a phase

@@ -133,17 +133,19 @@ struct ScanConsumer {
     }
   }
 
-  // Phase 2: all keys, into the thread's lists. make_room(tile) is called after a tile when a list may be long.
+  // Phase 2: all keys, into the thread's lists. make_room(tile) is called after a tile that left one of the warp's
+  // lists long. It is rare, and has to be: while a warp is busy with it, the other three of its warpgroup wait.
   template <typename MakeRoom>
-  __device__ void collect(const TilePlan& plan, const float (&threshold)[2], HitLists& hits, MakeRoom make_room) {
+  __device__ void collect(
+      const TilePlan& plan, int k, const float (&threshold)[2], HitLists& hits, MakeRoom make_room) {
     const bool positive = __all_sync(kAllLanes, threshold[0] > 0.0f && threshold[1] > 0.0f);
-    hits.room = kRoomAtFirst;
+    hits.set_limit(long_list(0, k));
     const auto visit = [&](const float (&scores)[64], int pair) {
       if (positive)
         collect_hits<true>(scores, threshold, hits, pair);
       else
         collect_hits<false>(scores, threshold, hits, pair);
-      return __all_sync(kAllLanes, hits.room >= 0) != 0;
+      return !hits.some_are_long();
     };
     stream_visible(plan, visit, make_room);
   }
@@ -298,7 +300,7 @@ struct WarpLists {
   // registers.
   static __device__ __noinline__ Progress make_room(WarpLists self, Progress now, int tile, int most) {
     const TilePlan& plan = self.scratch->plan;
-    const int too_long = plan.long_list(tile, self.arguments.k), next_age = plan.age_after(tile);
+    const int too_long = long_list(tile, self.arguments.k), next_age = plan.age_after(tile);
     int longest = now.hits.longest();
     if (longest > too_long) {
 #pragma unroll
@@ -320,7 +322,7 @@ struct WarpLists {
       __syncwarp();
       longest = now.hits.longest();
     }
-    now.hits.set_room(longest);
+    now.hits.set_limit(max(longest, too_long));
     return now;
   }
   __device__ void make_room(HitLists& hits, float (&threshold)[2], int tile, int most) const {
@@ -395,7 +397,7 @@ __device__ void consume(
       }
     }
     HitLists hits = WarpLists<T, dim>(arguments, scratch).open(threshold);
-    consumer.collect(scratch->plan, threshold, hits, [&](int tile) {
+    consumer.collect(scratch->plan, arguments.k, threshold, hits, [&](int tile) {
       WarpLists<T, dim>(arguments, scratch).make_room(hits, threshold, tile, kMostShortened);
     });
     if (lane == 0)

@@ -97,7 +97,7 @@ __device__ inline float group_threshold(float (&maxima)[16], int rank) {
 struct HitLists {
   uint32_t next[2];  // low words of the addresses
   uint32_t high;     // high word of all of them
-  int room = 0;      // how often 4 records more can be appended to any list of the warp, beside those of one tile
+  int limit = 0;     // bytes of a list that are worth a look at the warp's lists: after a tile more there is still room
 
   // Appends those of four pairs of scores, 8 slots apart, of which one reaches the threshold; pair is half the first
   // slot.
@@ -113,9 +113,11 @@ struct HitLists {
         MEMTRANS_APPEND("setp.ge.f32", "f", fmaxf(first, second), threshold);
     }
   }
-  __device__ int length(int e) const { return static_cast<int>(next[e] & (kListBytes - 1)) / 16; }
+  __device__ int bytes(int e) const { return static_cast<int>(next[e] & (kListBytes - 1)); }
+  __device__ int length(int e) const { return bytes(e) / 16; }
   __device__ int longest() const { return __reduce_max_sync(kAllLanes, max(length(0), length(1))); }
-  __device__ void set_room(int longest) { room = (kListRecords - 4 - kTileRecords - longest) / 4; }
+  __device__ bool some_are_long() const { return __any_sync(kAllLanes, max(bytes(0), bytes(1)) > limit); }
+  __device__ void set_limit(int records) { limit = 16 * records; }
 };
 
 // Does any of 8 scores reach the threshold?
@@ -144,7 +146,6 @@ __device__ inline void collect_hits(const float (&scores)[64], const float (&thr
       if (!__any_sync(kAllLanes, any_reaches<positive>(eight, threshold[e])))
         continue;
       lists.append<positive>(e, eight, threshold[e], pair + 16 * g);
-      --lists.room;
     }
   }
 }

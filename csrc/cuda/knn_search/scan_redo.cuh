@@ -203,8 +203,9 @@ struct RedoConsumer {
     }
     const WarpLists<T, dim> of_warp(arguments, scratch);
     HitLists hits = of_warp.open(threshold);
-    scan.collect(
-        scratch->plan, threshold, hits, [&](int tile) { of_warp.make_room(hits, threshold, tile, kNeverGivenUp); });
+    scan.collect(scratch->plan, arguments.k, threshold, hits, [&](int tile) {
+      of_warp.make_room(hits, threshold, tile, kNeverGivenUp);
+    });
     of_warp.select_all(hits, mine, kNeverGivenUp, [&](int i) {
       const int64_t query = job.index * arguments.queries_per_row + job.query[first + i];
       return ScanResult{
