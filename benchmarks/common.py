@@ -146,7 +146,8 @@ def measure(
 ) -> None:
     """Times `function` and writes the entry down, with a rate a second for each of `bytes`, `flop` and `tokens`.
 
-    graph_below: ms; a call that takes longer is not captured. calls: of what is timed, in one call of `function`; the time and the rates are those of one of them.
+    graph_below: ms; a call that takes longer is not captured. calls: of what is timed, in one call of `function`; the
+        time and the rates are those of one of them.
     """
     labels = {"op": op, "impl": impl, "case": case, "mode": mode, "dtype": dtype_name(dtype)}
     benchmark.extra_info.update(labels, **environment(), **extra)

@@ -160,9 +160,7 @@ def main() -> None:
     print("untrained", untrained, flush=True)
     begin = time.perf_counter()
     text = options.calibration.read_text()
-    learned = calibrate(
-        model, memory, tokenizer, [text], options.steps, options.calibration_sizes, search=options.search, report=print
-    )
+    learned = calibrate(model, memory, tokenizer, [text], options.steps, options.calibration_sizes, report=print)
     seconds = time.perf_counter() - begin
     print(seconds, learned, flush=True)
     if options.save is not None:

@@ -142,7 +142,8 @@ def _attend(call: Call, state: ForwardState) -> tuple[Tensor, None]:
     }
     retrieved, offset = _retrieved(call, state), call.offset(state)
     # training decides by its mode: a checkpoint's first pass has no gradients, and must round as its second one
-    if call.module.training or (torch.is_grad_enabled() and retrieved["query"].requires_grad):
+    learns = call.module.training or (torch.is_grad_enabled() and retrieved["query"].requires_grad)
+    if retrieved["query"] is not call.query and learns:
         out = _in_parts(retrieved, local, offset)
     else:  # the scores are what the memory was asked for; the query is that of the local keys
         out, _ = memory_attention(memory_offset=offset, **{**retrieved, **local})

@@ -266,8 +266,9 @@ class ModelMemory:
             entries.load(state)
             self._held[READ] = entries
         for number, layer in self.layers.items():
-            own = {name: learned[f"{number}.{name}"] for name in layer.learned.state_dict()}
-            layer.learned.load_state_dict(own)
+            prefix = f"{number}."
+            own = {name.removeprefix(prefix): tensor for name, tensor in learned.items() if name.startswith(prefix)}
+            layer.learned.take(own)
 
     def remove(self) -> None:
         """Takes the memory out of the model, which is then what it was, bit for bit."""

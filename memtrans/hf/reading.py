@@ -24,7 +24,7 @@ def to_the_right(ids: Tensor, padding: Padding) -> Tensor:
 
 
 def read_segments(
-    decoder: nn.Module, ids: Tensor, segment: int, real: Tensor | None, keyword: str, read: Callable[[int], None]
+    decoder: nn.Module, ids: Tensor, segment: int, real: Tensor | None, keyword: str, read: Callable[[int], object]
 ) -> None:
     """Passes of so many tokens of ids (B, any length), and of what is left of them.
 

@@ -76,7 +76,7 @@ def test_an_untrained_memory_finds_what_was_said_a_thousand_tokens_ago(
     unknown, _ = asked.losses(model(asked.ids).logits)
     memory = add_memory(model, max_memories=8192, segment=256)
     memory.read(document.ids)
-    nats, right = fact_losses(model, memory, made_up, encode, 8192)
+    nats, right = fact_losses(model, memory, asked, 1)
     memory.remove()
     assert float(unknown.mean()) > 8.0
     # amid the markup of a manual two answers begin with another token; of prose all eight are right
