@@ -74,8 +74,8 @@ class LayerMemory(nn.Module):
         if self.memory_mix is None or self.memory_gain is None or self.memory_sharpness is None:
             return query
         gain = self.memory_gain + (self.memory_sharpness * self._beyond(entries))[:, None]
-        wide = query.to(gain.dtype) * gain.exp()[:, None]
-        return (wide + wide @ self.memory_mix).to(query.dtype)
+        wide = query * gain.exp()[:, None]  # of the wider dtype
+        return (wide + wide @ self.memory_mix.to(wide.dtype)).to(query.dtype)
 
     def take(self, state: Mapping[str, Tensor]) -> None:
         """Takes up what another one learned."""

@@ -27,6 +27,10 @@ class Padding:
     left: Tensor
     real: Tensor
 
+    def to(self, device: torch.device) -> Padding:
+        """The same on a device."""
+        return Padding(self.left.to(device), self.real.to(device))
+
 
 @dataclass(eq=False)
 class ForwardState:
@@ -76,6 +80,7 @@ def kept(tokens: Tensor, state_sink: int, padding: Padding | None) -> tuple[Tens
     """The part of tokens (B, G, N, D) that is stored, and how many of it for each document: no padding, no sinks."""
     if padding is None:
         return tokens[:, :, state_sink:], None
+    padding = padding.to(tokens.device)  # layers may be on several
     first = padding.left + state_sink
     at = (first[:, None] + torch.arange(tokens.shape[2], device=tokens.device)).clamp(max=tokens.shape[2] - 1)
     at = at[:, None, :, None].expand(-1, tokens.shape[1], -1, tokens.shape[3])
