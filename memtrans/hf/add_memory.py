@@ -65,8 +65,7 @@ def add_memory(
     Raises:
         ValueError, TypeError: an argument out of range, a layer that is none or has a memory; a model that is an
             encoder-decoder or not causal, of a family that does not go through AttentionInterface, drops keywords on
-            the way to attention, has rotary positions that cannot be undone, or soft caps or sinks, which the operator
-            does not know yet. The model is as it was then.
+            the way to attention, or has rotary positions that cannot be undone. The model is as it was then.
 
     Source: Wu et al. 2022, section 3.1, for what a memory is.
 

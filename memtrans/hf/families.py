@@ -68,12 +68,6 @@ def chosen_of(model: nn.Module, layers: Sequence[int] | str) -> dict[int, nn.Mod
     taken = [number for number in numbers if hasattr(found[number], "memtrans")]
     if taken:
         raise ValueError(f"layers must be without a memory, got {taken}, which have one: call remove() on it first")
-    sinks = [number for number in numbers if getattr(found[number], "sinks", None) is not None]
-    if sinks:
-        raise ValueError(
-            f"layers must be without learned sinks, which memory_attention does not know yet, got {sinks} "
-            f"of {type(model).__name__}"
-        )
     return {number: found[number] for number in numbers}
 
 

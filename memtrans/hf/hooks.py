@@ -59,6 +59,7 @@ def before_decoder(memory: ModelMemory, decoder: nn.Module, args: Any, kwargs: d
         sink=memory.settings.sink,
         padding=padding,
         turns=_turns(memory, decoder, given) if writes else {},
+        watched=memory.watched(entries),
     )
     if writes:
         entries.note(ids if ids is not None else given.new_zeros(batch, length), memory.settings.sink, padding)

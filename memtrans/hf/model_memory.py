@@ -23,7 +23,8 @@ from memtrans.hf.hooks import COUNT, after_decoder, before_decoder
 from memtrans.hf.probe import Layer
 from memtrans.hf.reading import read_segments, to_the_right
 from memtrans.hf.settings import MemorySettings
-from memtrans.hf.state import padding_of
+from memtrans.hf.state import Watched, padding_of
+from memtrans.inspection.trace import Trace
 from memtrans.memory.ring import MemorySnapshot
 from memtrans.storage import load_tensors, save_tensors
 from memtrans_kernels import checks
@@ -63,6 +64,7 @@ class ModelMemory:
         self.is_rotary = any(layer.rotation is not None for layer in layers.values())
         self.is_off = self.is_writing = False
         self._questions, self._newest = 1, 0
+        self._watched: Watched | None = None
         self._splits = False
         self.searches = True
         self._held: dict[str, Entries] = {}
@@ -134,6 +136,12 @@ class ModelMemory:
         if self._questions > 1:
             snapshots = {number: _repeated(view, self._questions) for number, view in snapshots.items()}
         return snapshots
+
+    def watched(self, entries: Entries) -> Watched | None:
+        """Who watches a pass that looks at these entries; None for nobody."""
+        if self._watched is None:
+            return None
+        return replace(self._watched, ids=None if entries.ids is None else entries.ids.snapshot())
 
     def reset(self, documents: int | None = None) -> None:
         """Forgets everything, and frees it.
@@ -219,6 +227,27 @@ class ModelMemory:
     def newest(self, entries: int) -> Iterator[None]:
         """Inside, a pass sees only so many of the newest entries of each document: as if the memory were that small."""
         yield from self._with(_newest=checks.integer("entries", entries, low=1))
+
+    @contextmanager
+    def tracing(self, *, local: bool = False) -> Iterator[Trace]:
+        """Inside, notes for each query, layer and head which entries were found and what weight they had.
+
+        Rows are those of a pass's batch; layers have the model's numbers. Positions are the tokens' in their document
+        as it was read, unless `keep_ids` is False: then they count what is stored.
+
+        local: also keep the weights of the local keys, (B, H, N, L) for each pass; not with a gate.
+
+        Yields a trace, which `memtrans.inspection.trace.Trace` describes. Raises ValueError inside another `tracing`.
+        """
+        if self._watched is not None:
+            raise ValueError("a memory must be watched by one trace at a time, got a second one inside the first")
+        trace = Trace()
+        tell = {number: trace.watcher(number) for number in self.numbers}
+        self._watched = Watched(lambda layer, observation: tell[layer](observation), local)
+        try:
+            yield trace
+        finally:
+            self._watched = None
 
     def _with(self, **fields: Any) -> Iterator[None]:
         before = {name: getattr(self, name) for name in fields}

@@ -68,11 +68,6 @@ def _layer(decoder: Any, attention: nn.Module, seen: dict[str, Any], number: int
             f"layers must have keys and values of one shape, got {tuple(key.shape)} and {tuple(value.shape)} in layer "
             f"{number} of {name}"
         )
-    if combine == "softmax" and arguments.get("softcap") is not None:
-        raise ValueError(
-            f"combine must be 'gate' for {name}: memory_attention does not know the soft cap of its logits yet, "
-            f"{arguments['softcap']}"
-        )
     if combine == "softmax" and arguments.get("position_bias") is not None:
         raise ValueError(f"combine must be 'gate' for {name}, whose attention has a position_bias")
     if not _same(key[0, :, :2], key[2, :, :2]):

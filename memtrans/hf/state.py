@@ -5,13 +5,14 @@ Shapes: the letters of `memtrans_kernels`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from memtrans.hf.rotation import Angles, Rotation
+from memtrans.memory.observation import Observation
 from memtrans.memory.ring import MemorySnapshot
 from memtrans_kernels.checks import may_look
 
@@ -32,6 +33,20 @@ class Padding:
         return Padding(self.left.to(device), self.real.to(device))
 
 
+@dataclass(frozen=True)
+class Watched:
+    """Who watches a pass.
+
+    Attributes:
+        tell: is called with the number of a layer and what it saw. wants_local: whether for its local weights too.
+        ids: of the tokens that the memory holds (keys), and their positions (values); None where they are not kept.
+    """
+
+    tell: Callable[[int, Observation], object]
+    wants_local: bool
+    ids: MemorySnapshot | None = None
+
+
 @dataclass(eq=False)
 class ForwardState:
     """What the attention function of every chosen layer is handed.
@@ -43,6 +58,7 @@ class ForwardState:
         blind: (1 or B, N) bool, the tokens that look at no memory; None for none.
         sink: how many of the first real tokens are not stored. padding: None where all tokens are real.
         turns: by layer, how a key is turned before it is stored; none for a layer without rotary positions.
+        watched: who watches; None for nobody.
         seen: layers whose attention function was handed this.
     """
 
@@ -56,6 +72,7 @@ class ForwardState:
     sink: int
     padding: Padding | None
     turns: Mapping[int, tuple[Rotation, Angles]]
+    watched: Watched | None = None
     seen: set[int] = field(default_factory=set)
 
 
