@@ -195,6 +195,10 @@ class MemorizingTransformer(Pretrained):
             self.layers.append(nn.ModuleList([attention, feed_forward]))
         self.to_logits = nn.Sequential(nn.LayerNorm(layers.dim), nn.Linear(layers.dim, layers.num_tokens))
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A pickle of old is of a causal model."""
+        super().__setstate__({"causal": True, **state})
+
     # ------------------------------------------------------------------------------------------------ memories
 
     def create_knn_memories(self, *, batch_size: int, **kwargs: Any) -> KNNMemoryList:

@@ -125,6 +125,11 @@ class Decoder:
                 stack.enter_context(memory.at_batch_indices([documents[row] for row in rows]))
             yield
 
+    @property
+    def is_traced(self) -> bool:
+        """Whether somebody watches what is retrieved, and would not see what a captured `advance` replays."""
+        return any(memory.watch.tell is not None for memory in self.memories)
+
     def follow_memories(self) -> bool:
         """Looks where the memories keep their entries, which changes when one is widened or loaded.
 
