@@ -8,6 +8,7 @@ row, S spare slots, K retrieved neighbours.
 from memtrans_kernels.api import (
     cosine,
     gather_logits,
+    gather_pairs,
     knn_add_,
     knn_merge,
     knn_search,
@@ -24,6 +25,7 @@ __all__ = [
     "backends_info",
     "cosine",
     "gather_logits",
+    "gather_pairs",
     "knn_add_",
     "knn_merge",
     "knn_search",
