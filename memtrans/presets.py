@@ -10,8 +10,9 @@ and XL cache; its table 4 compares ten of them. What is known from where:
 - The same issue shows the table's rows (512, 8192, 512), the fourth from its end, and (512, none, none), its first.
   The other rows, 2^17 tokens a step, 500,000 steps and K = 128 in the first version are from memory, not looked up.
 
-What differs from it: documents are read as bytes, which use 256 of the 32,000 tokens (`vocabulary=256` leaves the rest
-out); the search is exact; plain layers do not normalise keys; a key enters the memory when it leaves the XL cache.
+What differs from it: documents are read as bytes unless there is a tokenizer, and bytes use 256 of the 32,000 tokens
+(`vocabulary=256` leaves the rest out); the search is exact; plain layers do not normalise keys; a key enters the memory
+when it leaves the XL cache.
 """
 
 from __future__ import annotations

@@ -67,17 +67,17 @@ def _write(records: Records, options: argparse.Namespace) -> None:
 
 def _of_checkpoint(options: argparse.Namespace) -> Records:
     """Of a model of one's own, which stores its prompt too."""
-    from memtrans.cli.generate import open_with_tokenizer
+    from memtrans.cli.generate import check_vocabulary, open_model
     from memtrans.generation.decoder import Decoder
     from memtrans.generation.generate import as_texts, stream
     from memtrans.generation.sampling import Sampling, check_chosen
     from memtrans.training.device import pick_device
 
     sampling = Sampling(temperature=options.temperature, seed=options.seed)
-    model, segment, tokenizer = open_with_tokenizer(options.checkpoint)
-    if model.num_tokens > max(256, tokenizer.vocabulary) or not model.memorizing_layers:
-        kind = f"one of {model.num_tokens} tokens and memories in layers {model.memorizing_layers}"
-        raise ValueError(f"checkpoint must be of a model with a memory over the tokens of its text, got {kind}")
+    model, segment, tokenizer = open_model(options.checkpoint)
+    check_vocabulary(model, tokenizer)
+    if not model.memorizing_layers:
+        raise ValueError("checkpoint must be of a model with a memory, got one without")
     device = pick_device(options.device or "auto")
     model = model.to(device).eval()
     entries = options.memory or model.max_knn_memories

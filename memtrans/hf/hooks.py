@@ -53,6 +53,7 @@ def before_decoder(memory: ModelMemory, decoder: nn.Module, args: Any, kwargs: d
         k=memory.settings.k,
         combine=memory.settings.combine,
         writes=writes,
+        searches=memory.searches,
         entries=_most(snapshots[memory.numbers[0]]),
         blind=_blind(memory.settings.sink, given, kwargs, cache, padding),
         sink=memory.settings.sink,

@@ -28,6 +28,10 @@ class Padding:
     left: Tensor
     real: Tensor
 
+    def to(self, device: torch.device) -> Padding:
+        """The same on a device."""
+        return Padding(self.left.to(device), self.real.to(device))
+
 
 @dataclass(frozen=True)
 class Watched:
@@ -49,6 +53,7 @@ class ForwardState:
 
     Attributes:
         snapshots: by layer. k: K. combine: as in `add_memory`. writes: whether this pass's keys are stored.
+        searches: whether this pass looks at the memory.
         entries: () int64, of the longest document, which the offsets depend on.
         blind: (1 or B, N) bool, the tokens that look at no memory; None for none.
         sink: how many of the first real tokens are not stored. padding: None where all tokens are real.
@@ -61,6 +66,7 @@ class ForwardState:
     k: int
     combine: str
     writes: bool
+    searches: bool
     entries: Tensor
     blind: Tensor | None
     sink: int
@@ -91,6 +97,7 @@ def kept(tokens: Tensor, state_sink: int, padding: Padding | None) -> tuple[Tens
     """The part of tokens (B, G, N, D) that is stored, and how many of it for each document: no padding, no sinks."""
     if padding is None:
         return tokens[:, :, state_sink:], None
+    padding = padding.to(tokens.device)  # layers may be on several
     first = padding.left + state_sink
     at = (first[:, None] + torch.arange(tokens.shape[2], device=tokens.device)).clamp(max=tokens.shape[2] - 1)
     at = at[:, None, :, None].expand(-1, tokens.shape[1], -1, tokens.shape[3])

@@ -99,7 +99,8 @@ def shares_of(parts: Sequence[tuple[Tensor, Tensor]]) -> Shares:
 
 def _flat(parts: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, ...]]:
     """Of each layer its entries: head, counted through all layers, query, position, weight, and the head's part."""
-    flat, heads_before = list[tuple[Tensor, ...]](), 0
+    flat: list[tuple[Tensor, ...]] = []
+    heads_before = 0
     for positions, weights in parts:
         heads, queries, _ = positions.shape
         head = torch.arange(heads_before, heads_before + heads, device="cpu")[:, None, None].expand_as(positions)
