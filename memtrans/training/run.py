@@ -215,6 +215,9 @@ def describe(step: int, evaluation: Mapping[str, Any]) -> str:
         f"step {step}: held out {evaluation['eval_bits_per_byte']:.3f} bits per byte with memory, "
         f"{evaluation['eval_bits_per_byte_without_memory']:.3f} without"
     )
+    perplexities = [evaluation[f"eval_perplexity{name}"] for name in ("", "_without_memory")]
+    if evaluation["eval_scored_tokens"] != evaluation["eval_scored_bytes"] and None not in perplexities:
+        text += f" (perplexity per token {perplexities[0]:.1f} and {perplexities[1]:.1f})"
     if "recall_accuracy" in evaluation:
         text += (
             f"; far questions answered {evaluation['recall_accuracy']:.1%} with memory, "
