@@ -85,7 +85,9 @@ class Run:
             evaluation = self._evaluate(interruption.check)
         while trainer.step < settings.steps:
             begin, tokens = time.perf_counter(), trainer.tokens
-            trainer.advance(looks=settings.log is not None and self._is_due(settings.log_every, after=1))
+            if settings.log is not None and self._is_due(settings.log_every, after=1):
+                trainer.watch()
+            trainer.advance()
             heard = interruption.heard()  # before anything waits for the GPU, which may wait for a rank that is gone
             line = trainer.report() if self._is_due(settings.log_every) else None
             self._seconds += time.perf_counter() - begin
