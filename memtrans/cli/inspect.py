@@ -21,6 +21,7 @@ from memtrans.storage import write_atomically
 from memtrans_kernels import checks
 
 SHARED = False
+MOST = 65536  # entries of a pretrained model's memory, where nothing is said; a shorter document needs fewer
 
 
 def run(options: argparse.Namespace, ranks: Ranks) -> None:
@@ -35,7 +36,9 @@ def run(options: argparse.Namespace, ranks: Ranks) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     """Refuses what would fail only when everything is read and written."""
-    checks.integer("tokens", options.tokens, low=1)
+    for name in ("tokens", "memory", "segment"):
+        if getattr(options, name) is not None:
+            checks.integer(name, getattr(options, name), low=1)
     for name in ("out", "json"):
         path = getattr(options, name)
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
@@ -77,33 +80,30 @@ def _of_checkpoint(options: argparse.Namespace) -> Records:
         raise ValueError("checkpoint must be of a model with a memory, got one without")
     device = pick_device(options.device or "auto")
     model = model.to(device).eval()
-    if options.memory is not None:
-        checks.integer("memory", options.memory, low=1)
-    memories = model.create_knn_memories(
-        batch_size=1, device=device, max_memories=options.memory or model.max_knn_memories
-    )
+    entries = options.memory or model.max_knn_memories
+    memories = model.create_knn_memories(batch_size=1, device=device, max_memories=entries)
     decoder = Decoder(model, 1, segment=options.segment or segment, memories=memories)
-    content = torch.from_numpy(tokenizer.encode(read_input("document", options.document)).copy())
-    given = torch.from_numpy(tokenizer.encode(os.fsencode(options.prompt)).copy())
-    decoder.read(as_texts(content, model))
-    (prompt,) = as_texts(given, model)
+    content, asked = read_input("document", options.document), os.fsencode(options.prompt)
+    (document,), (prompt,) = (
+        as_texts(torch.from_numpy(tokenizer.encode(text).astype("int64")), model) for text in (content, asked)
+    )
+    decoder.read([document])
     with memories.tracing() as trace:
         decoder.read([prompt])
         new = torch.stack(list(stream(decoder, options.tokens, sampling)), dim=1)
     check_chosen(new)
     if any(int(memory.snapshot().start[0]) for memory in memories):
-        raise ValueError(
-            "document and prompt must not hold the token that clears the memory: places would not be theirs"
-        )
-    pieces = [texts_of_tokens(tokens.cpu().numpy(), tokenizer) for tokens in (content, prompt, new[0])]
+        raise ValueError("document and prompt must not hold the token that clears the memory, whose places would move")
+    all_ids = torch.cat((document, prompt, new[0].cpu())).numpy()
+    texts = texts_of_tokens(tokenizer.decode(all_ids), tokenizer.sizes[all_ids].tolist())
     first = len(prompt) - 1  # the query of the prompt's last token wrote the first one
     shift, count = model.shift_knn_memories_down, model.num_memory_layers
     return Records(
         trace=trace,
         row=0,
-        document=[text for piece in pieces for text in piece],
-        prompt="".join(pieces[1]),
-        written=[Written(text, first + place) for place, text in enumerate(pieces[2])],
+        document=texts,
+        prompt="".join(texts[len(document) : len(document) + len(prompt)]),
+        written=[Written(text, first + place) for place, text in enumerate(texts[len(document) + len(prompt) :])],
         names={place: f"layer {model.memorizing_layers[(place - shift) % count]}" for place in range(count)},
         source=options.document.name,
         model=_name(options.checkpoint),
@@ -123,6 +123,8 @@ def _of_pretrained(options: argparse.Namespace) -> Records:
     model, tokenizer = open_model(options.model, options.dtype, options.device)
     sizes: dict[str, Any] = {"max_memories": options.memory, "segment": options.segment}
     given = {name: value for name, value in sizes.items() if value is not None}
+    if options.memory is None and options.load is None:
+        given["max_memories"] = max(1, min(MOST, len(tokenizer(text)["input_ids"])))
     memory = add_memory(model, **given) if options.load is None else load_memory(model, options.load, **given)
     memory.reset()
     torch.manual_seed(options.seed)

@@ -32,8 +32,9 @@ def build_parser() -> argparse.ArgumentParser:
     `name`, the command's."""
     parser = Parser(prog="memtrans", description="Memorizing Transformers on real text.")
     parser.add_argument("--version", action="version", version=f"memtrans {__version__}")
-    verbs = "train,eval,generate,tokenize,hf,inspect,presets,info,completion"
-    commands = parser.add_subparsers(required=True, metavar=f"{{{verbs}}}")
+    commands = parser.add_subparsers(
+        required=True, metavar="{train,eval,generate,tokenize,hf,inspect,presets,info,completion}"
+    )
     _add_train(commands)
     _add_eval(commands)
     _add_generate(commands)
@@ -171,7 +172,11 @@ def _add_inspect(commands: Any) -> None:
     add("--json", type=Path, help="file for all entries of all layers and heads (default: none)")
     add("--temperature", type=float, default=0.0, help="of the draws; 0 is greedy (0)")
     add("--seed", type=int, default=0, help="of the draws (0)")
-    add("--memory", type=int, help="M: entries of the memory (default: the model's; with --model 65536)")
+    add(
+        "--memory",
+        type=int,
+        help="M: entries (default: the model's; with --model the document's tokens, at most 65536)",
+    )
     add("--segment", type=int, help="N: tokens read at a time (default: what it was trained with; with --model 512)")
     add("--load", type=Path, help="with --model, directory that `hf --save` wrote: settings and what was learned")
     add("--dtype", default="auto", help="of --model: auto (that of its weights), float32, bfloat16, float16 (auto)")

@@ -74,7 +74,7 @@ class Decoder:
         self._documents = [list(memory.scoped_indices) for memory in memories]  # of the rows
 
         self._attentions = [module for module in model.modules() if isinstance(module, LocalContext)]
-        # computed once: each is a launch a token, 2 us on an H100
+        # computed once: each would be a launch a token
         self._temperatures = {
             number: attention.temperature().detach()
             for number, attention in enumerate(self._attentions, start=1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 LONGEST = 32  # tokens of a passage
-SMALL = 0.05  # of the largest: what has less of the share neither begins a passage nor is named in it
+SMALL = 0.01  # of the largest score: what has less neither makes a passage nor is named in one
 
 
 class Passage(NamedTuple):
@@ -16,7 +16,7 @@ class Passage(NamedTuple):
 
     Attributes:
         begin, end: its first token and the one behind its last, counted in the document. share: of the queries' weight,
-            above the background. positions: of the entries in it, in their order.
+            above the background. positions: of the entries in it that count, in their order.
     """
 
     begin: int
@@ -25,27 +25,34 @@ class Passage(NamedTuple):
     positions: tuple[int, ...]
 
 
-def passages_of(position: Tensor, share: Tensor, top: int, longest: int = LONGEST) -> list[Passage]:
-    """The stretches of at most `longest` tokens that have the largest share, largest first; none overlaps another.
+def passages_of(position: Tensor, share: Tensor, score: Tensor, top: int, longest: int = LONGEST) -> list[Passage]:
+    """The stretches of at most `longest` tokens that score highest, highest first; none overlaps another.
 
-    position: (n,) int64. share: (n,), of each of them; a place may come several times.
+    position: (n,) int64. share, score: (n,) of each of them; a place may come several times.
 
-    >>> found = passages_of(torch.tensor([5, 900, 7, 903, 5]), torch.tensor([0.2, 0.2, 0.1, 0.4, 0.0]), top=2)
+    >>> share = torch.tensor([0.2, 0.2, 0.1, 0.4, 0.0])
+    >>> found = passages_of(torch.tensor([5, 900, 7, 903, 5]), share, share, top=2)
     >>> [(passage.begin, passage.end, round(passage.share, 2)) for passage in found]
     [(900, 904, 0.6), (5, 8, 0.3)]
     """
     places, inverse = torch.unique(position, return_inverse=True)
-    left = torch.zeros(len(places), dtype=torch.float64, device=places.device).index_add_(0, inverse, share.double())
+    shares, scores = (
+        torch.zeros(len(places), dtype=torch.float64, device=places.device).index_add_(0, inverse, numbers.double())
+        for numbers in (share, score)
+    )
     last = torch.searchsorted(places, places + longest)  # of a stretch that begins at each place
     found: list[Passage] = []
-    while len(found) < top:
-        sums = torch.nn.functional.pad(left.cumsum(0), (1, 0))
+    highest = 0.0
+    while len(places) and len(found) < top:
+        sums = torch.nn.functional.pad(scores.cumsum(0), (1, 0))
         of_stretch = sums[last] - sums[:-1]
-        begin = int(of_stretch.argmax()) if len(places) else 0
-        if not len(places) or float(of_stretch[begin]) <= 1e-9:
+        begin = int(of_stretch.argmax())
+        score_here = float(of_stretch[begin])
+        highest = max(highest, score_here)
+        if score_here <= SMALL * highest:
             break
         inside = slice(begin, int(last[begin]))
-        here = places[inside][left[inside] > SMALL * left[inside].max()].tolist()
-        found.append(Passage(here[0], here[-1] + 1, float(left[inside].sum()), tuple(here)))
-        left[inside] = 0.0
+        here = places[inside][scores[inside] > SMALL * scores[inside].max()].tolist()
+        found.append(Passage(here[0], here[-1] + 1, float(shares[inside].sum()), tuple(here)))
+        shares[inside], scores[inside] = 0.0, 0.0
     return found

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from memtrans.inspection.passages import SMALL, Passage, passages_of
-from memtrans.inspection.shares import Shares
+from memtrans.inspection.background import Shares
+from memtrans.inspection.passages import Passage, passages_of
 from memtrans.inspection.trace import Trace
 
 PASSAGES = 3  # of a token
@@ -62,9 +62,8 @@ class Records:
 
     def passages(self, token: Written, top: int = PASSAGES) -> list[Passage]:
         """Those that a token came from, largest share first; not those that have next to nothing of it."""
-        own = self.shares.of(token.query)
-        found = passages_of(own.position, own.lift.masked_fill(own.is_usual, 0.0), top)
-        return [passage for passage in found if passage.share > SMALL * found[0].share]
+        own = self.shares.of(token.query).standing_out()
+        return passages_of(own.position, own.lift, own.score, top)
 
     def usual(self, token: Written, top: int) -> list[tuple[int, float]]:
         """Position and share of entries that most queries look up as much."""

@@ -9,15 +9,14 @@ import torch
 
 from memtrans.data.documents import Document, InOrder
 from memtrans.data.stream import NOT_SCORED, Batch, DocumentStream
-from memtrans.data.tokens import BYTES
 from memtrans.inspection.records import Records, Written
 from memtrans.inspection.texts import texts_of_tokens
 from memtrans.inspection.trace import Trace
 from memtrans.memory.memory_list import KNNMemoryList
 from memtrans.transformer import MemorizingTransformer
 
-BEFORE, AFTER = 24, 8  # characters shown on either side
-PROMPT = 240  # tokens of the text before, on the page
+BEFORE, AFTER = 24, 8  # tokens shown on either side
+PROMPT = 240  # tokens before, on the page
 LONGEST = 16384  # tokens of the document that are read
 
 
@@ -26,17 +25,15 @@ class Sample(NamedTuple):
 
     Attributes:
         records: of all of them, for the page. asked: which of the written tokens are scored.
-        unit: what its tokens are.
     """
 
     records: Records
     asked: tuple[int, ...]
-    unit: str = "bytes"
 
     def lines(self, tokens: int) -> list[str]:
         """A few of the scored tokens, so many at most, in words."""
         chosen = self.asked[:: max(1, len(self.asked) // tokens)][:tokens] if tokens else ()
-        return [described(self.records, self.records.written[place], self.unit) for place in chosen]
+        return [described(self.records, self.records.written[place]) for place in chosen]
 
 
 @torch.no_grad()
@@ -69,14 +66,13 @@ def sample_retrievals(
         trace, asked = _read_to_the_end(model, document, segment, first, read, memories)
     finally:
         model.train(was_training)
-    texts = texts_of_tokens(document.content.numpy(), document.tokenizer)
+    texts = texts_of_tokens(document.text(), document.tokenizer.sizes[document.content.numpy()].tolist())
     begin = first * segment
     shift, count = model.shift_knn_memories_down, model.num_memory_layers
     names = {place: f"layer {model.memorizing_layers[(place - shift) % count]}" for place in range(count)}
     written = [Written(text, place) for place, text in enumerate(texts[begin + 1 :])]
     prompt = "".join(texts[max(0, begin + 1 - PROMPT) : begin + 1])
-    records = Records(trace, 0, texts, prompt, written, names, document.name, name)
-    return Sample(records, tuple(asked), "bytes" if document.tokenizer is BYTES else "tokens")
+    return Sample(Records(trace, 0, texts, prompt, written, names, document.name, name), tuple(asked))
 
 
 def _read_to_the_end(
@@ -102,7 +98,7 @@ def _read_to_the_end(
     return trace, asked
 
 
-def described(records: Records, token: Written, unit: str) -> str:
+def described(records: Records, token: Written) -> str:
     """A written token and where most of it came from, in a line."""
     place = len(records.document) - len(records.written) + records.written.index(token)
     share = f"{records.from_memory[token.query]:.0%} of the weight came from the memory"
@@ -112,13 +108,12 @@ def described(records: Records, token: Written, unit: str) -> str:
     if not best:
         return said
     position, lift = int(own.position[best[0]]), float(own.lift[best[0]])
-    return f"{said}, {lift:.0%} from {_shown(records, position)}, {place - position} {unit} before"
+    return f"{said}, {lift:.0%} from {_shown(records, position)}, {place - position} tokens before"
 
 
 def _shown(records: Records, place: int) -> str:
     """A token in brackets amid the text around it, on one line."""
     texts: Any = records.document
-    before = "".join(texts[max(0, place - BEFORE) : place])[-BEFORE:]
-    after = "".join(texts[place + 1 : place + 1 + AFTER])[:AFTER]
-    left, token, right = (repr(part)[1:-1] for part in (before, texts[place], after))
+    before, after = texts[max(0, place - BEFORE) : place], texts[place + 1 : place + 1 + AFTER]
+    left, token, right = (repr("".join(part))[1:-1] for part in (before, texts[place], after))
     return f'"{left}[{token}]{right}"'

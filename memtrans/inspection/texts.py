@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import Any
-
-from memtrans.data.tokens import Tokenizer
+from itertools import accumulate, pairwise
 
 
 def texts_of_bytes(content: bytes) -> list[str]:
@@ -26,16 +23,14 @@ def texts_of_bytes(content: bytes) -> list[str]:
     return texts
 
 
-def texts_of_tokens(tokens: Any, tokenizer: Tokenizer) -> list[str]:
-    """A text for each token (an array of ids): the characters that begin in its bytes.
+def texts_of_tokens(content: bytes, sizes: Sequence[int]) -> list[str]:
+    """A text for each token, of the bytes of all of them and how many are each one's: a character is its first byte's.
 
-    >>> from memtrans.data.tokens import BYTES
-    >>> texts_of_tokens(BYTES.encode("né".encode()), BYTES)
-    ['n', 'é', '']
+    >>> texts_of_tokens("né!".encode(), [2, 1, 1])
+    ['né', '', '!']
     """
-    of_bytes = texts_of_bytes(tokenizer.decode(tokens))
-    ends = [0, *tokenizer.sizes[tokens].cumsum().tolist()]
-    return ["".join(of_bytes[begin:end]) for begin, end in pairwise(ends)]
+    texts, ends = texts_of_bytes(content), list(accumulate(sizes, initial=0))
+    return ["".join(texts[begin:end]) for begin, end in pairwise(ends)]
 
 
 def texts_of_offsets(text: str, offsets: Sequence[tuple[int, int]]) -> list[str]:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from memtrans.inspection.background import Shares, shares_of
 from memtrans.inspection.passages import Passage, passages_of
-from memtrans.inspection.shares import Shares, shares_of
 from memtrans.memory.observation import Observation
 
 
@@ -23,7 +23,7 @@ class Citation(NamedTuple):
 
     Attributes:
         position: of the token, counted in the document. share: of the query's weight, a mean over layers and heads.
-        background: the median of that over all queries. token: its id; None where ids are not kept.
+        background: the same of each head's median over all queries. token: its id; None where ids are not kept.
     """
 
     position: int
@@ -185,6 +185,5 @@ class Trace:
         """
         shares = self.shares(row)
         chosen = range(shares.queries) if queries is None else queries
-        own = shares.among(chosen)
-        lift = own.lift.masked_fill(own.is_usual, 0.0) / max(1, len(chosen))
-        return passages_of(own.position, lift, top)
+        own = shares.among(chosen).standing_out()
+        return passages_of(own.position, own.lift / max(1, len(chosen)), own.score, top)

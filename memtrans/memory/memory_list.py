@@ -62,22 +62,6 @@ class KNNMemoryList(list[KNNMemory], Movable):
                 stack.enter_context(memory.at_batch_indices(indices))
             yield self
 
-    def expand(self: MemoryType, rows: int | Iterable[int]) -> MemoryType:
-        """Views of all memories for many questions; see `KNNMemory.expand`.
-
-        >>> memories = KNNMemoryList.create_memories(batch_size=1, num_memory_layers=2)(dim=8, max_memories=16)
-        >>> [view.num_indices for view in memories.expand(4)]
-        [4, 4]
-        """
-        rows = list(rows) if isinstance(rows, Iterable) else rows
-        return type(self)(memory.expand(rows) for memory in self)
-
-    def to(self: MemoryType, *args: Any, **kwargs: Any) -> MemoryType:
-        """Moves or casts all memories in place; returns the list. See `KNNMemory.to`."""
-        for memory in self:
-            memory.to(*args, **kwargs)
-        return self
-
     @contextmanager
     def tracing(self, *, local: bool = False) -> Iterator[Trace]:
         """Inside a `with`, notes for each query, layer and head which entries were found and what weight they had.
@@ -101,6 +85,22 @@ class KNNMemoryList(list[KNNMemory], Movable):
             for layer, memory in enumerate(self):
                 stack.enter_context(memory.watch.by(trace.watcher(layer), local))
             yield trace
+
+    def expand(self: MemoryType, rows: int | Iterable[int]) -> MemoryType:
+        """Views of all memories for many questions; see `KNNMemory.expand`.
+
+        >>> memories = KNNMemoryList.create_memories(batch_size=1, num_memory_layers=2)(dim=8, max_memories=16)
+        >>> [view.num_indices for view in memories.expand(4)]
+        [4, 4]
+        """
+        rows = list(rows) if isinstance(rows, Iterable) else rows
+        return type(self)(memory.expand(rows) for memory in self)
+
+    def to(self: MemoryType, *args: Any, **kwargs: Any) -> MemoryType:
+        """Moves or casts all memories in place; returns the list. See `KNNMemory.to`."""
+        for memory in self:
+            memory.to(*args, **kwargs)
+        return self
 
     def clear_memory(
         self, batch_indices: int | Sequence[int] | None = None, memory_indices: Iterable[int] | None = None

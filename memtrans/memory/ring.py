@@ -59,12 +59,12 @@ class Ring:
         spare: S.
         dim: D.
         key_dtype: of the keys.
-        watch: who watches what is retrieved. Default: nobody.
         value_dtype: of the values.
         device: of both.
         backend: passed to search, and to add where that backend implements it.
         unbounded: whether it grows as far as outstanding backward passes need it.
         keep_ids: whether it keeps ids.
+        watch: who watches what is retrieved. Default: nobody.
     """
 
     def __init__(
@@ -383,12 +383,18 @@ class MemorySnapshot:
         local_share = None if share is None else 1.0 - share
         watch.tell(
             Observation(
-                documents=self.rows.reshape(self.documents, -1)[:, 0] * self.documents // self.rows.numel(),
+                documents=self.numbers(),
                 positions=self.positions(slots),
                 weights=retrieved_weights(scores, scale, lses[0], memory_offset, share),
                 local=local_weights(query, local, scale, lses[1], local_share) if watch.wants_local else None,
             )
         )
+
+    def numbers(self) -> Tensor:
+        """The numbers of the documents in scope (B,) int64; of a view's rows, in which documents repeat, their own."""
+        if self.read_only:
+            return torch.arange(self.documents, device=self.rows.device)
+        return self.rows.reshape(self.documents, -1)[:, 0] * self.documents // self.rows.numel()
 
     def of_heads(self, counts: Tensor, heads: int) -> Tensor:
         """Looks up numbers of rows (R,) for each document and query head in scope: (B, H)."""
@@ -402,14 +408,14 @@ class MemorySnapshot:
         return entries.masked_fill(slots < 0, -1)
 
     def positions(self, slots: Tensor) -> Tensor:
-        """Where the entries in slots (B, H, N, K) stood in their document, int64; -1 for none.
+        """The ids of the entries in slots (B, H, N, K), which are positions unless somebody gave others, int64; without
+        ids, how many entries the document stored before each. -1 for none."""
+        return self.since(self.start, slots) if self.ids is None else self.ids_of(slots)
 
-        Where ids are kept these are the ids, since entries may have been removed.
-        """
-        if self.ids is not None:
-            return self.ids_of(slots)
-        entries, first = self.entries_in(slots), self.of_heads(self.start, slots.shape[1])
-        return (entries - first[:, :, None, None]).masked_fill(entries < 0, -1)
+    def since(self, first: Tensor, slots: Tensor) -> Tensor:
+        """How many entries came since the first ones (R,) and before those in slots (B, H, N, K); -1 for none."""
+        entries = self.entries_in(slots)
+        return (entries - self.of_heads(first, slots.shape[1])[:, :, None, None]).masked_fill(entries < 0, -1)
 
     def attend_to_retrieved(
         self, query: Tensor, k: int, scale: Tensor, dropout_p: float = 0.0

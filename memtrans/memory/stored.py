@@ -103,8 +103,8 @@ class StoredMemory:
         value_dtype = self.value_dtype or dtype
         size = (self.num_indices * self.kv_heads, self.max_memories, spare, self.dim)
         storage: dict[str, Any] = {"key_dtype": dtype, "value_dtype": value_dtype}
-        storage |= {"device": device, "backend": self.backend, "unbounded": self.grows, "watch": self.watch}
-        storage |= {"keep_ids": self.keep_ids}
+        storage |= {"device": device, "backend": self.backend, "unbounded": self.grows, "keep_ids": self.keep_ids}
+        storage["watch"] = self.watch
         if self._ranks is None:
             return Ring(*size, **storage)
         resolved = {"dtype": dtype, "value_dtype": value_dtype, "device": device.type}

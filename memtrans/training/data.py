@@ -156,7 +156,8 @@ def open_held_out(
         return HeldOut(data.held_out, split or "validation", data.fingerprint)
     corpus = _corpus(settings, reading, tokenizer)
     if split is None and corpus.fingerprint != trained_on:
-        return HeldOut(corpus.documents, ALL, corpus.fingerprint)
+        foreign = corpus if reading == READING else _corpus(settings, READING, tokenizer)
+        return HeldOut(foreign.documents, ALL, foreign.fingerprint)
     split = split or "validation"
     return HeldOut(_held_out(corpus, split), split, corpus.fingerprint)
 

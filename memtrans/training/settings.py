@@ -121,7 +121,9 @@ class Settings:
     log: Literal["tensorboard"] | None = _option(
         None, "also write tensorboard's files to OUT/tensorboard, with the memory's fill and its share of attention"
     )
-    sample: int = _option(0, "tokens for which to show, at the end, what the memory retrieved", at_least=0)
+    sample: int = _option(
+        0, "tokens for which to say, at the end, what the memory retrieved; OUT/retrieved.html shows all", at_least=0
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

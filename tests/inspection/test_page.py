@@ -100,10 +100,11 @@ def test_the_file_of_all_entries_has_every_head() -> None:
 
 def test_passages_do_not_overlap_and_begin_where_something_was_found() -> None:
     position = torch.tensor([100, 110, 131, 132, 200])
-    found = passages_of(position, torch.tensor([0.3, 0.2, 0.3, 0.4, 0.01]), top=9)
+    share = torch.tensor([0.3, 0.2, 0.3, 0.4, 0.02])
+    found = passages_of(position, share, share, top=9)
     assert [(passage.begin, passage.end) for passage in found] == [(110, 133), (100, 101), (200, 201)]
-    assert [round(passage.share, 2) for passage in found] == [0.9, 0.3, 0.01]
-    assert passages_of(torch.zeros(0, dtype=torch.int64), torch.zeros(0), top=2) == []
+    assert [round(passage.share, 2) for passage in found] == [0.9, 0.3, 0.02]
+    assert passages_of(torch.zeros(0, dtype=torch.int64), torch.zeros(0), torch.zeros(0), top=2) == []
 
 
 @pytest.mark.parametrize("text", ["plain", "", "né – 日本 🙂\n", "a\u2028b"])

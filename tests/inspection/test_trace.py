@@ -74,8 +74,11 @@ def memory_of(groups: int, **options: Any) -> KNNMemory:
 @pytest.mark.parametrize("cached", [0, 7])
 @pytest.mark.parametrize("groups", [1, 2, H])
 @pytest.mark.parametrize("form", [{}, {"memory_offset": -0.5}, {"combine": "gate"}])
+@pytest.mark.parametrize("keep_ids", [False, True])
 @torch.no_grad()
-def test_weights_are_those_of_the_definition(form: dict[str, Any], groups: int, cached: int, tmp_path: Path) -> None:
+def test_weights_are_those_of_the_definition(
+    form: dict[str, Any], groups: int, cached: int, keep_ids: bool, tmp_path: Path
+) -> None:
     """Through segments that fill the ring, go round it, clear a row, and read on in a memory that was saved."""
     torch.manual_seed(0)
     layer = KNNAttention(
@@ -84,7 +87,7 @@ def test_weights_are_those_of_the_definition(form: dict[str, Any], groups: int, 
     if layer.memory_gate is not None:
         layer.memory_gate.normal_()
     table, documents = torch.randn(H, 6, dtype=torch.float64), [Document(groups) for _ in range(B)]
-    memories, xl_memory = KNNMemoryList([memory_of(groups)]), None
+    memories, xl_memory = KNNMemoryList([memory_of(groups, keep_ids=keep_ids)]), None
     before = [0] * B  # stored when the memory was saved: there positions begin anew without ids
     for segment in range(9):
         if segment == 5:
@@ -93,7 +96,7 @@ def test_weights_are_those_of_the_definition(form: dict[str, Any], groups: int, 
         if segment == 7:
             memories.save(tmp_path / "memories.safetensors")
             memories = KNNMemoryList.load(tmp_path / "memories.safetensors", device="cpu")
-            before = [max(0, len(document.stored) - M) for document in documents]
+            before = [0 if keep_ids else max(0, len(document.stored) - M) for document in documents]
         x = torch.randn(B, N, DIM, dtype=torch.float64)
         query, key, _ = layer.project(x)
         query, key = cosine(query, key)
@@ -232,3 +235,18 @@ def test_what_every_query_finds_stands_apart() -> None:
         assert cited.share == pytest.approx(0.75 if query else 1.0)
     assert [(passage.begin, passage.end) for passage in trace.passages(0, top=3)] == [(20, 29)]
     assert trace.passages(0, queries=[4])[0].positions == (24,)
+
+
+@torch.no_grad()
+def test_rows_of_a_view_are_its_questions() -> None:
+    model = small_model()
+    memories = memories_of(model, 2)
+    model(torch.arange(16).view(2, 8), memories)
+    questions = torch.arange(12).view(4, 3)
+    with memories.tracing() as trace:
+        model(questions, memories.expand(4), add_knn_memory=False)
+    for row in range(4):
+        with memories.at_batch_indices([row // 2]), memories.tracing() as alone:
+            model(questions[row : row + 1], memories, add_knn_memory=False)
+        assert torch.equal(trace.positions(row, 1), alone.positions(row // 2, 1))
+        assert_close(trace.weights(row, 1), alone.weights(row // 2, 1), SAME_FORMULA, "weights")

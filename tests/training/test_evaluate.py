@@ -110,7 +110,7 @@ def test_a_sample_shows_text_that_the_memory_held_before_the_token(model):
     assert len(lines) == 3
     for line, place in zip(lines, range(first, len(document), len(found.asked) // 3), strict=False):
         written, distance = re.fullmatch(
-            r'"(.*)" was written: \d+% .* memory, \d+% from ".*", (\d+) bytes before', line
+            r'"(.*)" was written: \d+% .* memory, \d+% from ".*", (\d+) tokens before', line
         ).groups()
         assert f"[{whole[place]}]" in written and 0 < int(distance) <= place
 
