@@ -29,7 +29,7 @@ def run(options: argparse.Namespace, ranks: Ranks) -> None:
         settings, steps, data, model = ranks.together(lambda: _opened(options, ranks))
         ranks.agree(**settings.to_json(), out=str(options.out), split=options.split)
         ranks.agree(data=data.fingerprint)
-    device = model.token_emb.weight.device
+    device = model.device
     report = evaluate_both(
         model,
         data.held_out,

@@ -60,8 +60,8 @@ class Generation:
         checks.integer("tokens", options.tokens, low=1)
         device = pick_device(options.device)
         model, segment = open_model(options.checkpoint)
-        if model.num_tokens > BYTES:
-            raise ValueError(f"checkpoint must be of a model over bytes, got one of {model.num_tokens} tokens")
+        if model.vocabulary > BYTES:
+            raise ValueError(f"checkpoint must be of a model over bytes, got one of {model.vocabulary} tokens")
         _check_memory_options(options, model)
         model = model.to(device, getattr(torch, options.dtype) if options.dtype else None).eval()
         sizes = {"max_memories": options.memory} if options.memory is not None else {}

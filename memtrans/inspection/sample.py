@@ -104,7 +104,7 @@ def _read_to_the_end(
     stream = DocumentStream(InOrder([document]), batch=1, segment=segment)
     begin, asked = 0, list[int]()
     for number, batch in enumerate(stream):
-        read(batch.to(model.token_emb.weight.device))
+        read(batch.to(model.device))
         begin, asked = number * segment, (batch.labels[0] != NOT_SCORED).nonzero().flatten().tolist()
     return begin, asked
 

@@ -51,7 +51,7 @@ class DocumentReader:
         keep_memory: bool = False,
     ) -> None:
         self.model, self.retrieval, self.dtype, self.keep_memory = model, retrieval, dtype, keep_memory
-        self.device = model.token_emb.weight.device
+        self.device = model.device
         self.on_gpu = self.device.type == "cuda"
         smallest = {} if retrieval else {"max_memories": 1}  # a memory that stays empty need not be searched at length
         self.memories = model.create_knn_memories(batch_size=batch, device=self.device, spare=spare, **smallest)
