@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memtrans.checks import check_bias, check_cache, check_count, check_hidden, sizes, whole_number
+from memtrans.layers import bare_weight
 from memtrans_kernels import checks, local_attention
 from memtrans_kernels.precision import arithmetic_dtype
 
@@ -100,7 +101,7 @@ class LocalContext(nn.Module):
         """Raises ValueError or TypeError unless x (B, N, dim) and what comes with it fit; where no graph is traced."""
         if torch.compiler.is_compiling():
             return
-        check_hidden("x", x, self.to_q.weight)
+        check_hidden("x", x, getattr(self.to_q, "in_features", None), bare_weight(self.to_q, nn.Linear))
         batch, length, _ = x.shape
         local_keys = length
         if isinstance(inputs.xl_memory, Tensor):
