@@ -104,6 +104,20 @@ def check_count(name: str, count: Tensor | None, batch: int, device: torch.devic
         checks.within(name, count, 0, most)
 
 
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raises ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_tokens(name: str, mask: Tensor | None, batch: int, length: int, device: torch.device) -> None:
+    """Raises ValueError or TypeError unless `mask` is None, or a bool tensor (B, N)."""
+    if mask is not None:
+        checks.Letters(B=batch, N=length).bind(name, mask, "B N")
+        checks.typed(torch.bool, **{name: mask})
+        checks.same_device(device, **{name: mask})
+
+
 def check_cache(name: str, cache: Tensor, batch: int, kv_heads: int, width: int, device: torch.device) -> None:
     """Raises ValueError or TypeError unless `cache` is a floating-point XL cache.
 
