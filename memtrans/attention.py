@@ -22,6 +22,7 @@ from memtrans.checks import (
     sizes,
     whole_number,
 )
+from memtrans.layers import bare_weight
 from memtrans.segments import Beginnings, Padding, leading, mask_of, ordered
 from memtrans_kernels import checks, local_attention
 from memtrans_kernels.precision import arithmetic_dtype
@@ -164,7 +165,7 @@ class LocalContext(nn.Module):
         """Raises ValueError or TypeError unless x (B, N, dim) and what comes with it fit; where no graph is traced."""
         if torch.compiler.is_compiling():
             return
-        check_hidden("x", x, self.to_q.weight)
+        check_hidden("x", x, getattr(self.to_q, "in_features", None), bare_weight(self.to_q, nn.Linear))
         batch, length, _ = x.shape
         local_keys = length
         if isinstance(inputs.xl_memory, Tensor):

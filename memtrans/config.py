@@ -22,7 +22,7 @@ class Architecture(NamedTuple):
     """What the arguments of a model come to.
 
     Attributes:
-        num_tokens: V.
+        num_tokens: V; None without a vocabulary.
         dim: model width.
         depth: layers.
         dim_head: D.
@@ -37,7 +37,7 @@ class Architecture(NamedTuple):
         caching: layers that have an XL cache where X > 0, ascending.
     """
 
-    num_tokens: int
+    num_tokens: int | None
     dim: int
     depth: int
     dim_head: int
@@ -62,7 +62,9 @@ def architecture_of(arguments: Mapping[str, Any]) -> Architecture:
             the vocabulary.
     """
     of_memory = arguments["heads"] if arguments["knn_attn_heads"] is None else arguments["knn_attn_heads"]
-    num_tokens, dim, depth = sizes(1, **{name: arguments[name] for name in ("num_tokens", "dim", "depth")})
+    num_tokens, (dim, depth) = arguments["num_tokens"], sizes(1, dim=arguments["dim"], depth=arguments["depth"])
+    if num_tokens is not None:
+        num_tokens = checks.integer("num_tokens", num_tokens, low=1)
     dim_head, heads, knn_attn_heads, max_knn_memories = sizes(
         1,
         dim_head=arguments["dim_head"],
@@ -116,13 +118,17 @@ def layer_numbers(name: str, layers: int | Sequence[int] | None, default: Sequen
     return tuple(sorted(set(chosen) - set(unknown)))
 
 
-def clearing_token(which: str, token_id: int | None, vocabulary: int) -> int | None:
-    """The token that clears memories, None for none; raises ValueError unless it is in [0, V).
+def clearing_token(which: str, token_id: int | None, vocabulary: int | None) -> int | None:
+    """The token that clears memories, None for none; raises ValueError unless it is in [0, V), where there is one.
 
     which: `sos` or `eos`.
     """
     name = f"clear_memories_on_{which}_token_id"
-    if token_id is not None and not 0 <= checks.integer(name, token_id) < vocabulary:
+    if token_id is None:
+        return None
+    if vocabulary is None:
+        raise ValueError(f"{name} must be None without a vocabulary (num_tokens=None), got {token_id}")
+    if not 0 <= checks.integer(name, token_id) < vocabulary:
         raise ValueError(f"{name} must be a token id in [0, {vocabulary}), got {token_id}")
     return token_id
 

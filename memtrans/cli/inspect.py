@@ -135,4 +135,4 @@ def _of_pretrained(options: argparse.Namespace) -> Records:
 
 
 def _name(directory: Path) -> str:
-    return directory.resolve().name
+    return directory.absolute().name

@@ -27,6 +27,7 @@ from memtrans.checks import check_ids, sizes
 from memtrans.distributed.dtensors import check_whole
 from memtrans.generation.local_cache import LocalCache, ReadingView, WritingView, rows_of
 from memtrans.knn_attention import KNNAttention
+from memtrans.layers import is_bare
 from memtrans.memory.leaving import add_leaving
 from memtrans.memory.memory_list import KNNMemoryList
 from memtrans.memory.ring import MemorySnapshot
@@ -52,8 +53,8 @@ class Decoder:
         position: (B,) int64, tokens in each row's open segment.
 
     Raises:
-        ValueError: sizes below 1, a model that is spread over ranks or not causal, memories of another batch, width,
-            number of heads or of layers. TypeError: a model inside a wrapper.
+        ValueError: sizes below 1, a model that is spread over ranks, not causal or without a vocabulary, memories of
+            another batch, width, number of heads or of layers. TypeError: a model inside a wrapper.
 
     >>> model = MemorizingTransformer(num_tokens=9, dim=16, depth=2, dim_head=8, heads=2, memorizing_layers=2).eval()
     >>> decoder = Decoder(model, batch=2, segment=4)
@@ -69,24 +70,24 @@ class Decoder:
         sizes(1, batch=batch, segment=segment)
         check_model(model)
         self.model, self.batch, self.segment = model, batch, segment
-        self.device = model.token_emb.weight.device
+        self.device, self._dtype = model.of_embeddings()
         if memories is None:
             memories = model.create_knn_memories(batch_size=batch, device=self.device, spare=segment)
         self.memories = memories
-        self._now = [snapshot.live() for snapshot in model.snapshots(memories, batch, segment)]
+        self._now = [snapshot.live() for snapshot in model.snapshots(memories, batch, segment, self.device)]
         self._documents = [list(memory.scoped_indices) for memory in memories]  # of the rows
 
         self._attentions = [module for module in model.modules() if isinstance(module, LocalContext)]
-        # computed once: each is a launch a token, 2 us on an H100
+        # computed once: each would be a launch a token; None where a hook brings the weights for a call
         self._temperatures = {
-            number: attention.temperature().detach()
+            number: attention.temperature().detach() if is_bare(attention) else None
             for number, attention in enumerate(self._attentions, start=1)
             if isinstance(attention, KNNAttention)
         }
         self._caches = [
             LocalCache(
                 batch, model.kv_heads, model.dim_head, cached=attention.xl_max_memories, segment=segment,
-                dtype=self._dtype(), device=self.device,
+                dtype=self._dtype, device=self.device,
             )
             for attention in self._attentions
         ]  # fmt: skip
@@ -103,17 +104,10 @@ class Decoder:
         # the same on the host, where all rows have gone on; of what is cached maybe more than is of a row's document
         self._positions, self._cached = [0] * batch, [0] * batch
         self._located = True  # whether that is so
-        self.logits = torch.zeros(batch, model.num_tokens, dtype=torch.float32, device=self.device)
+        self.logits = torch.zeros(batch, model.vocabulary, dtype=torch.float32, device=self.device)
         of_kinds = [model.rel_pos_bias, model.knn_rel_pos_bias][: 2 if model.memorizing_layers else 1]
-        self._biases = [_with_hidden_column(bias) for bias in of_kinds]
+        self._biases = [_with_hidden_column(bias, self.device) for bias in of_kinds]
         self._behind = self._longest_cache - torch.arange(self._longest_cache + segment, device=self.device)
-
-    def _dtype(self) -> torch.dtype:
-        """Of keys and values: what matrix products give here."""
-        device = self.device.type
-        if torch.is_autocast_enabled(device):
-            return torch.get_autocast_dtype(device)
-        return self.model.token_emb.weight.dtype
 
     # -------------------------------------------------------------------------------------------------- memories
 
@@ -138,7 +132,7 @@ class Decoder:
         if all(memory.still_holds(now) for memory, now in zip(self.memories, self._now, strict=True)):
             return False
         with self._scoped(range(self.batch)):
-            snapshots = self.model.snapshots(self.memories, self.batch, self.segment)
+            snapshots = self.model.snapshots(self.memories, self.batch, self.segment, self.device)
         self._now = [snapshot.live() for snapshot in snapshots]
         return True
 
@@ -161,7 +155,7 @@ class Decoder:
         if len(texts) != self.batch:
             raise ValueError(f"texts must hold one text for each of the {self.batch} rows, got {len(texts)}")
         for text in texts:
-            check_ids("texts", text[None], self.model.num_tokens, None, text.device, validate=True)
+            check_ids("texts", text[None], self.model.vocabulary, None, text.device, validate=True)
         self.locate()
         self.follow_memories()
         unread = [text.to(self.device) for text in texts]
@@ -189,7 +183,7 @@ class Decoder:
         views = [ReadingView(cache, index, position, cached) for cache in self._caches]
         seen = self._seen_by_piece(tokens, index, position)
         free = cached if model.legacy else 0
-        bias = model.rel_pos_bias.table(free), model.knn_rel_pos_bias.table(free)
+        bias = model.rel_pos_bias.table(free, self.device), model.knn_rel_pos_bias.table(free, self.device)
         with self._scoped(rows):
             snapshots = [memory.snapshot() for memory in self.memories]
         self.logits[index] = self._logits(tokens, snapshots, views, bias, seen)  # (rows, V)
@@ -210,8 +204,9 @@ class Decoder:
         inputs = []
         for number, (view, of_layer) in enumerate(zip(views, seen, strict=True), start=1):
             temperature = self._temperatures.get(number)
-            of_kind = plain if temperature is None else of_memory_layers
+            of_kind = of_memory_layers if number in self._temperatures else plain
             inputs.append(of_layer._replace(xl_memory=view, rel_pos_bias=of_kind, temperature=temperature))
+        assert self.model.token_emb is not None
         embeddings = self.model.token_emb(tokens)  # (B, N, dim)
         hidden, _, _ = self.model.run_layers(embeddings, inputs, snapshots, add_knn_memory=False)
         return self.model.head(hidden[:, -1:])[:, 0].float()
@@ -267,7 +262,7 @@ class Decoder:
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
         """Every row reads one token: tokens (B,) int64 on the model's device -> logits (B, V) for the next one."""
-        check_ids("tokens", tokens[None], self.model.num_tokens, None, self.device, self.model.validate)
+        check_ids("tokens", tokens[None], self.model.vocabulary, None, self.device, self.model.validate)
         self.locate()
         self.follow_memories()
         self.advance(tokens, torch.ones_like(self._ended))
@@ -373,16 +368,18 @@ class Decoder:
 
 
 def check_model(model: MemorizingTransformer) -> None:
-    """Refuses a wrapper such as `DistributedDataParallel`, and a model that is not causal or spread over ranks."""
+    """Refuses a wrapper such as `DistributedDataParallel`, and a model that is not causal, spread over ranks or has no
+    vocabulary."""
     if isinstance(getattr(model, "module", None), MemorizingTransformer):
         wrapper = type(model).__name__
         raise TypeError(f"model must be a MemorizingTransformer, got a {wrapper} around one: give its model.module")
+    assert model.vocabulary  # raises where there is none
     if not model.causal:
         raise ValueError("model must be causal to be read by the token, got one with causal=False")
     check_whole("model", model.parameters())
 
 
-def _with_hidden_column(bias: T5RelativePositionBias) -> Tensor:
+def _with_hidden_column(bias: T5RelativePositionBias, device: torch.device) -> Tensor:
     """A bias by distance (H, 1 + distances) behind a column that hides: column 1 + d is distance d."""
-    table = bias.table().detach()
+    table = bias.table(device=device).detach()
     return torch.cat((table.new_full((table.shape[0], 1), -torch.inf), table), dim=1)

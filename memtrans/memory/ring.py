@@ -34,6 +34,7 @@ from memtrans.memory.layout import laid_out, visible, without
 from memtrans.memory.observation import Observation, Watch, local_weights, retrieved_weights
 from memtrans_kernels import (
     Ledger,
+    gather_pairs,
     knn_add_,
     knn_search,
     ledger_advance_,
@@ -311,10 +312,9 @@ class MemorySnapshot:
         """Keys and values (B, H, N, K, 2, D) of the nearest entries in the query's dtype, zeros where there is none;
         and scores and slots, as `nearest` gives them."""
         scores, slots = self.nearest(query, k)
-        of_rows = self.rows.reshape(self.documents, -1)
-        row = of_rows.repeat_interleave(query.shape[1] // of_rows.shape[1], dim=1)[:, :, None, None]
-        slot = slots.clamp(min=0).long()
-        return paired(self.keys[row, slot], self.values[row, slot], slots, query.dtype), scores, slots
+        backend = self.ring.backend if implements("gather_pairs", self.ring.backend) else "auto"
+        pairs = gather_pairs(self.keys, self.values, self.rows, slots, query.dtype, backend=backend)
+        return pairs, scores, slots
 
     def ids_of(self, slots: Tensor) -> Tensor:
         """The ids of entries in slots (B, H, ...) that `nearest` found, -1 where it found none.
@@ -534,12 +534,6 @@ class MemorySnapshot:
         origin = torch.where(cleared, self.cursor, self.origin)
         self.ring.ids.origin.copy_(torch.maximum(self.ring.ids.origin, origin))
         return replace(self, start=start, origin=origin)
-
-
-def paired(keys: Tensor, values: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
-    """Keys and values (B, H, N, K, D) side by side (B, H, N, K, 2, D), zeros where slots (B, H, N, K) are negative."""
-    pairs = torch.stack((keys.to(dtype), values.to(dtype)), dim=-2)
-    return pairs.masked_fill_((slots < 0)[..., None, None], 0.0)
 
 
 def memory_share(slots: Tensor, memory_gate: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ from memtrans.memory.checks import check_mask
 from memtrans.memory.exchange import by_rank, exchange, fetched, from_all, side_by_side
 from memtrans.memory.ids import NOTHING, check_kept
 from memtrans.memory.layout import NO_ENTRY, visible, without
-from memtrans.memory.ring import MemorySnapshot, Ring, paired
+from memtrans.memory.ring import MemorySnapshot, Ring
 from memtrans.memory.state import SHARD, held
 from memtrans_kernels import (
     knn_add_,
@@ -240,7 +240,8 @@ class ShardedSnapshot(MemorySnapshot):
         """
         found = self.find(query, k)
         keys, values = self.fetch(found, [self.keys, self.values])
-        return paired(keys, values, found.entries, query.dtype), found.scores, found.entries
+        pairs = torch.stack((keys.to(query.dtype), values.to(query.dtype)), dim=-2)  # zeros where there is none
+        return pairs, found.scores, found.entries
 
     def fetch(self, found: Neighbours, rings: Sequence[Tensor]) -> list[Tensor]:
         """Fetches the neighbours' keys or values from the ranks that hold them: (B, H, N, K, D) for each of `rings`.
