@@ -64,6 +64,7 @@ class KNNMemory(SavedMemory):
         scoped_indices: the documents that `add` and `search` speak of.
         shape: (num_indices, max_memories, 2, dim), with kv_heads after num_indices if there are several.
         made_in: the number of the backward pass in which the memory was made; -1 outside of one.
+        watch: who watches what is retrieved; see `KNNMemoryList.tracing`.
 
     Raises:
         ValueError, TypeError: a size that is no integer or below 1, another dtype, a device that this torch cannot use

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from memtrans.memory.moving import Movable
 from memtrans.memory.state import memory_arguments
 from memtrans.storage import load_tensors, save_tensors
 from memtrans_kernels import checks
+
+if TYPE_CHECKING:
+    from memtrans.inspection.trace import Trace
 
 KIND = "memtrans.KNNMemoryList"
 MemoryType = TypeVar("MemoryType", bound="KNNMemoryList")
@@ -57,6 +61,30 @@ class KNNMemoryList(list[KNNMemory], Movable):
             for memory in self:
                 stack.enter_context(memory.at_batch_indices(indices))
             yield self
+
+    @contextmanager
+    def tracing(self, *, local: bool = False) -> Iterator[Trace]:
+        """Inside a `with`, notes for each query, layer and head which entries were found and what weight they had.
+
+        A graph's inside cannot be watched: `generate` captures none meanwhile; a captured step, and a model compiled
+        with fullgraph=True, raise RuntimeError.
+
+        local: also keep the weights of the local keys, (B, H, N, L) for each pass.
+
+        Yields a trace, which `memtrans.inspection.trace.Trace` describes. Raises ValueError inside another `tracing`.
+
+        >>> memories = KNNMemoryList.create_memories(batch_size=1, num_memory_layers=2)(dim=8, max_memories=16)
+        >>> with memories.tracing() as trace:
+        ...     pass  # model(tokens, memories), generate(model, prompt, memories=memories)
+        >>> trace.layers
+        [0, 1]
+        """
+        # A room above this one: what is made of the notes is none of a memory's business.
+        trace = import_module("memtrans.inspection.trace").Trace()
+        with ExitStack() as stack:
+            for layer, memory in enumerate(self):
+                stack.enter_context(memory.watch.by(trace.watcher(layer), local))
+            yield trace
 
     def expand(self: MemoryType, rows: int | Iterable[int]) -> MemoryType:
         """Views of all memories for many questions; see `KNNMemory.expand`.

@@ -26,11 +26,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from memtrans.attention import LocalKeys, seed_of
+from memtrans.attention import LocalKeys, attend_to_local, seed_of
 from memtrans.memory.checks import check_mask, running_backward, scoping
 from memtrans.memory.growth import Growth
 from memtrans.memory.ids import KeptIds, check_kept, positions, read_ids
 from memtrans.memory.layout import laid_out, visible, without
+from memtrans.memory.observation import Observation, Watch, local_weights, retrieved_weights
 from memtrans_kernels import (
     Ledger,
     gather_pairs,
@@ -38,7 +39,6 @@ from memtrans_kernels import (
     knn_search,
     ledger_advance_,
     ledger_ticket,
-    local_attention,
     memory_attention,
     read_cursors,
 )
@@ -64,6 +64,7 @@ class Ring:
         backend: passed to search, and to add where that backend implements it.
         unbounded: whether it grows as far as outstanding backward passes need it.
         keep_ids: whether it keeps ids.
+        watch: who watches what is retrieved. Default: nobody.
     """
 
     def __init__(
@@ -79,8 +80,9 @@ class Ring:
         backend: str,
         unbounded: bool = False,
         keep_ids: bool = False,
+        watch: Watch | None = None,
     ) -> None:
-        self.capacity = capacity
+        self.capacity, self.watch = capacity, watch or Watch()
         self.backend = backend
         self.growth = Growth(capacity, spare, unbounded)
         self.cursor = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -342,31 +344,112 @@ class MemorySnapshot:
             dropout_p: probability of dropping a weight.
         """
         if memory_gate is not None:
-            to_memory, _, found = self.attend_to_retrieved(query, k, scale, dropout_p)
-            to_local, _ = attend_to_local(query, local, scale, dropout_p)
-            return mixed(to_memory, to_local, found, memory_gate)
-        scores, slots = self.nearest(query, k)
-        return memory_attention(
+            to_memory, memory_lse, scores, slots = self.attend_to_retrieved(
+                query, k, scale, dropout_p, local.query_mask, local.soft_cap
+            )
+            to_local, local_lse = attend_to_local(query, local, scale, dropout_p)
+            share = memory_share(slots, memory_gate)
+            if self.ring.watch.looks:
+                self.tell(query, local, scores, slots, scale, (memory_lse, local_lse), share=share)
+            return mixed(to_memory, to_local, share)
+        scores, slots = self._nearest_seen(query, k, local.query_mask)
+        out, lse = memory_attention(
             query, local.key, local.value, self.keys, self.values, self.rows, scores, slots, scale,
             local.bias_table, local.bias_dense, memory_offset, local.local_length,
             dropout_p, seed_of(dropout_p, query.device), ledger=self.ledger,
-        )[0]  # fmt: skip
+            causal=local.causal, first=local.first, soft_cap=local.soft_cap, sink=local.sink,
+        )  # fmt: skip
+        if self.ring.watch.looks:
+            self.tell(query, local, scores, slots, scale, (lse, lse), memory_offset)
+        return out
+
+    @torch.no_grad()
+    def tell(
+        self,
+        query: Tensor,
+        local: LocalKeys,
+        scores: Tensor,
+        slots: Tensor,
+        scale: Tensor,
+        lses: tuple[Tensor, Tensor],
+        memory_offset: Tensor | None = None,
+        share: Tensor | None = None,
+    ) -> None:
+        """Tells who watches the memory what `attend` did with scores and slots (B, H, N, K).
+
+        lses: (B, H, N) each, of the softmax of the retrieved entries and of that of the local keys. share: (B, H, N),
+        of the retrieved part, with a gate.
+        """
+        watch = self.ring.watch
+        assert watch.tell is not None
+        local_share = None if share is None else 1.0 - share
+        watch.tell(
+            Observation(
+                documents=self.numbers(),
+                positions=self.positions(slots),
+                weights=retrieved_weights(scores, scale, lses[0], memory_offset, share, local.soft_cap),
+                local=local_weights(query, local, scale, lses[1], local_share) if watch.wants_local else None,
+            )
+        )
+
+    def numbers(self) -> Tensor:
+        """The numbers of the documents in scope (B,) int64; of a view's rows, in which documents repeat, their own."""
+        if self.read_only:
+            return torch.arange(self.documents, device=self.rows.device)
+        return self.rows.reshape(self.documents, -1)[:, 0] * self.documents // self.rows.numel()
+
+    def of_heads(self, counts: Tensor, heads: int) -> Tensor:
+        """Looks up numbers of rows (R,) for each document and query head in scope: (B, H)."""
+        of_rows = counts[self.rows].reshape(self.documents, -1)
+        return of_rows.repeat_interleave(heads // of_rows.shape[1], dim=1)
+
+    def entries_in(self, slots: Tensor) -> Tensor:
+        """The numbers of the entries in slots (B, H, N, K), int64; -1 for none."""
+        newest = self.of_heads(self.cursor, slots.shape[1])[:, :, None, None] - 1
+        entries = newest - (newest - slots) % self.keys.shape[1]
+        return entries.masked_fill(slots < 0, -1)
+
+    def positions(self, slots: Tensor) -> Tensor:
+        """The ids of the entries in slots (B, H, N, K), which are positions unless somebody gave others, int64; without
+        ids, how many entries the document stored before each. -1 for none."""
+        return self.since(self.start, slots) if self.ids is None else self.ids_of(slots)
+
+    def since(self, first: Tensor, slots: Tensor) -> Tensor:
+        """How many entries came since the first ones (R,) and before those in slots (B, H, N, K); -1 for none."""
+        entries = self.entries_in(slots)
+        return (entries - self.of_heads(first, slots.shape[1])[:, :, None, None]).masked_fill(entries < 0, -1)
+
+    def _nearest_seen(self, query: Tensor, k: int, query_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`nearest`, without any for queries where the mask (B, N) is False: their slots are -1."""
+        scores, slots = self.nearest(query, k)
+        if query_mask is None:
+            return scores, slots
+        hidden = ~query_mask[:, None, :, None]
+        return scores.masked_fill(hidden, -torch.inf), slots.masked_fill(hidden, -1)
 
     def attend_to_retrieved(
-        self, query: Tensor, k: int, scale: Tensor, dropout_p: float = 0.0
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self,
+        query: Tensor,
+        k: int,
+        scale: Tensor,
+        dropout_p: float = 0.0,
+        query_mask: Tensor | None = None,
+        soft_cap: float | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Attention of query (B, H, N, D) to its K nearest entries alone, with logits scale[h] · score.
 
-        Returns out (B, H, N, D) and lse (B, H, N), differentiable in query and scale, and which queries found any
-        entry, (B, H, N) bool.
+        query_mask: (B, N) bool, False for queries that see none. soft_cap: what bounds a logit.
+
+        Returns out (B, H, N, D) and lse (B, H, N), differentiable in query and scale, and scores and slots as
+        `nearest` does.
         """
-        scores, slots = self.nearest(query, k)
+        scores, slots = self._nearest_seen(query, k, query_mask)
         nothing = query.new_empty(self.documents, self.rows.numel() // self.documents, 0, query.shape[-1])
         out, lse = memory_attention(
             query, nothing, nothing, self.keys, self.values, self.rows, scores, slots, scale,
-            dropout_p=dropout_p, seed=seed_of(dropout_p, query.device), ledger=self.ledger,
+            dropout_p=dropout_p, seed=seed_of(dropout_p, query.device), soft_cap=soft_cap, ledger=self.ledger,
         )  # fmt: skip
-        return out, lse, slots[..., 0] >= 0  # the best come first
+        return out, lse, scores, slots
 
     # ------------------------------------------------------------------------------------------------------ add, clear
 
@@ -450,17 +533,12 @@ class MemorySnapshot:
         return replace(self, start=start, origin=origin)
 
 
-def attend_to_local(query: Tensor, local: LocalKeys, scale: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
-    """Attention of query (B, H, N, D) to the local keys alone: out (B, H, N, D) and lse (B, H, N)."""
-    key, value, bias_table, bias_dense, local_length = local
-    seed = seed_of(dropout_p, query.device)
-    return local_attention(query, key, value, scale, bias_table, bias_dense, local_length, dropout_p, seed)
+def memory_share(slots: Tensor, memory_gate: Tensor) -> Tensor:
+    """sigmoid(memory_gate (H,)) for each query (B, H, N); 0 where slots (B, H, N, K) hold nothing."""
+    return torch.where(slots[..., 0] >= 0, memory_gate.sigmoid()[:, None], 0.0)  # the best come first
 
 
-def mixed(to_memory: Tensor, to_local: Tensor, found: Tensor, memory_gate: Tensor) -> Tensor:
-    """g · to_memory + (1 - g) · to_local, g = sigmoid(memory_gate); a query that found nothing takes the local part.
-
-    to_memory, to_local: (B, H, N, D). found: (B, H, N) bool. memory_gate: (H,).
-    """
-    gate = torch.where(found[..., None], memory_gate.sigmoid()[:, None, None], 0.0)  # (B, H, N, 1)
+def mixed(to_memory: Tensor, to_local: Tensor, share: Tensor) -> Tensor:
+    """share · to_memory + (1 - share) · to_local, of (B, H, N, D), (B, H, N, D) and (B, H, N)."""
+    gate = share[..., None]  # (B, H, N, 1)
     return (gate * to_memory + (1.0 - gate) * to_local).to(to_local.dtype)

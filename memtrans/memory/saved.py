@@ -13,6 +13,7 @@ from memtrans.devices import usable_device
 from memtrans.memory.checks import running_backward
 from memtrans.memory.files import check_configuration, of_class_alone
 from memtrans.memory.moving import Movable, device_and_dtype
+from memtrans.memory.observation import Watch
 from memtrans.memory.state import check_state, holds_nothing, memory_arguments, state_parts, with_ids, without_ids
 from memtrans.memory.stored import StoredMemory
 from memtrans.storage import load_tensors, save_tensors
@@ -121,13 +122,14 @@ class SavedMemory(StoredMemory, Movable):
     def __getstate__(self) -> dict[str, Any]:
         if self._ranks is not None:
             raise TypeError("a sharded memory must be copied by its state_dict, got a copy that has no process group")
-        fields = {name: value for name, value in self.__dict__.items() if name not in ("_ring", "_rows")}
+        fields = {name: value for name, value in self.__dict__.items() if name not in ("_ring", "_rows", "watch")}
         return {"fields": fields, "device": self.device, "state": None if self._ring is None else self.state_dict()}
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
         self.grows = self.keep_ids = False  # of a pickle that does not say so
         self.__dict__.update(pickled["fields"])
         self.made_in = running_backward()
+        self.watch = Watch()
         self._forget_storage()
         if pickled["state"] is not None:
             self._prepare(pickled["state"]["keys"].device, 0)  # where `map_location` put them

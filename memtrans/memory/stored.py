@@ -18,6 +18,7 @@ from memtrans.compatibility import UNUSED, warn_unused
 from memtrans.devices import usable_device
 from memtrans.distributed.ranks import ranks_of
 from memtrans.memory.checks import check_no_recomputation, document_numbers, running_backward
+from memtrans.memory.observation import Watch
 from memtrans.memory.ring import MemorySnapshot, Ring
 from memtrans.memory.sharded import ShardedRing
 from memtrans.memory.state import dtype_names
@@ -68,6 +69,7 @@ class StoredMemory:
         self.scoped_indices = list(range(self.num_indices))
         self._ranks = None if process_group is None else ranks_of(process_group)
         self.made_in = running_backward()
+        self.watch = Watch()
         self._ring: Ring | None = None
         self._rows: Tensor | None = None
         if device is not None:
@@ -102,6 +104,7 @@ class StoredMemory:
         size = (self.num_indices * self.kv_heads, self.max_memories, spare, self.dim)
         storage: dict[str, Any] = {"key_dtype": dtype, "value_dtype": value_dtype}
         storage |= {"device": device, "backend": self.backend, "unbounded": self.grows, "keep_ids": self.keep_ids}
+        storage["watch"] = self.watch
         if self._ranks is None:
             return Ring(*size, **storage)
         resolved = {"dtype": dtype, "value_dtype": value_dtype, "device": device.type}

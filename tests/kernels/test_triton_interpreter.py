@@ -15,6 +15,7 @@ from helpers.separate import Ended, beside_each_other, selected
 
 TESTS = Path(__file__).parent
 MODULES = [  # those that take longest first
+    "test_attention_arguments.py",
     "test_memory_attention_backward.py",
     "test_memory_attention_drawn.py",
     "test_knn_search.py",

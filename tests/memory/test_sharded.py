@@ -287,7 +287,7 @@ def bytes_of_a_query(rank: int, k: int, learning: bool) -> tuple[float, bool]:
         setattr(dist, name, counted(name))
     try:
         with torch.set_grad_enabled(learning):
-            out, _, _ = sharded.snapshot().attend_to_retrieved(query, k, scale)
+            out, *_ = sharded.snapshot().attend_to_retrieved(query, k, scale)
             if learning:
                 out.sum().backward()
     finally:
