@@ -7,6 +7,7 @@ large matrix product or of a copy, whichever it is nearer to. A third word asks 
 
 - `peak`: the most memory that was allocated, that of the ring aside, in megabytes, and how many times what inputs and
   outputs take · `tokens`: tokens a second of training · `against`: today's times beside another commit's (against.py)
+- `hard`: searches of keys that are not random, beside those of random ones
 - `gain`: held-out bits per byte of memory_gain.py's runs · `start`, `run`: runs of the command line
 - `measured`, `held`, `scaled`: several GPUs (scaling.py)
 - `compiled`, `roofline`: what compilers say of GPUs that are not here, and what is calculated (portability.py)
@@ -91,11 +92,15 @@ def ceilings_of(machine: str) -> dict[str, float]:
 
 def table(entries: Entries, ceilings: dict[str, float], peak: bool = False) -> str:
     """One row for each case, mode and dtype; one column for each implementation, ours first."""
-    entries = [entry for entry in entries if "@" not in entry["impl"]]
+    entries = [e for e in entries if "@" not in e["impl"] and not e["case"].startswith("hard-")]
     impls = sorted({entry["impl"] for entry in entries}, key=lambda impl: (impl != OURS, impl))
     rows: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    first_dtype: dict[tuple[str, str], str] = {}
     for entry in entries:
-        rows.setdefault((entry["case"], entry["mode"]), {})[entry["impl"]] = entry
+        case, mode, dtype = entry["case"], entry["mode"], entry["dtype"]
+        if dtype != first_dtype.setdefault((case, mode), dtype):
+            case = f"{case}, {dtype}"
+        rows.setdefault((case, mode), {})[entry["impl"]] = entry
     ceilings = {rate: most for rate, most in ceilings.items() if any(rate in entry for entry in entries)}
     lines = []
     for labels, found in rows.items():
@@ -103,6 +108,21 @@ def table(entries: Entries, ceilings: dict[str, float], peak: bool = False) -> s
         lines.append([*labels, *cells, *([share_cell(found.get(OURS), ceilings)] if ceilings else [])])
     columns = ["case", "mode", *impls, *(["of the ceiling"] if ceilings else [])]
     return lines_of(columns, lines) + versions(entries[0], "Megabytes" if peak else "Milliseconds")
+
+
+def hard_table(entries: Entries) -> str:
+    """Searches of keys that are not random: a kind of keys a row, with its ratio to random keys of the same shape."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for entry in entries:
+        hard, _, rest = entry["case"].partition("-")
+        if hard == "hard" and entry["impl"] == OURS:
+            place = re.search(r"(decode-)?(d64|d128|paper)-\w+$", rest)
+            assert place is not None, entry["case"]
+            found.setdefault(rest[: place.start() - 1], {})[place[0]] = entry
+    random = found.pop("random")
+    lines = [["random", *(milliseconds(entry["ms"]) for entry in random.values())]]
+    lines += [[kind, *(cell(of.get(shape), random[shape]) for shape in random)] for kind, of in found.items()]
+    return lines_of(["keys", *random], lines) + versions(next(iter(random.values())), "Milliseconds")
 
 
 def against_table(entries: Entries) -> str:
@@ -233,6 +253,7 @@ def by_case(entries: Entries) -> dict[str, dict[str, Any]]:
 KINDS: dict[str | None, Callable[[str, str], str]] = {
     None: lambda machine, op: table(results(machine, op), ceilings_of(machine)),
     "peak": lambda machine, op: table(results(machine, op), {}, peak=True),
+    "hard": lambda machine, op: hard_table(results(machine, op)),
     "tokens": lambda machine, op: tokens_table(results(machine, op)),
     "against": lambda machine, op: against_table(results(machine, op)),
     "gain": lambda machine, op: gain_table(results(machine, op)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import stat
@@ -70,6 +71,20 @@ def read_input(name: str, path: str | Path) -> bytes:
             raise ValueError(f"{name} must be a pipe that somebody writes to, got {str(path)!r}, to which nobody does")
         os.set_blocking(file.fileno(), True)
         return (beginning or b"") + file.read()
+
+
+def open_input(name: str, path: str | Path) -> BinaryIO:
+    """A regular file open for reading, or, as one of its bytes, a pipe that somebody writes to. Raises as `read_input`.
+
+    >>> open_input("data", "/dev/zero")
+    Traceback (most recent call last):
+    ValueError: data must be a regular file or a pipe, got '/dev/zero', a device
+    """
+    file = _opened(name, path, pipes=True)
+    if not stat.S_ISFIFO(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    return io.BytesIO(read_input(name, path))
 
 
 def _what_is_there(handle: int) -> bytes | None:

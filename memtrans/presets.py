@@ -10,8 +10,9 @@ and XL cache; its table 4 compares ten of them. What is known from where:
 - The same issue shows the table's rows (512, 8192, 512), the fourth from its end, and (512, none, none), its first.
   The other rows, 2^17 tokens a step, 500,000 steps and K = 128 in the first version are from memory, not looked up.
 
-What differs from it: documents are read as bytes, which use 256 of the 32,000 tokens (`vocabulary=256` leaves the rest
-out); the search is exact; plain layers do not normalise keys; a key enters the memory when it leaves the XL cache.
+What differs from it: documents are read as bytes unless there is a tokenizer, and bytes use 256 of the 32,000 tokens
+(`vocabulary=256` leaves the rest out); the search is exact; plain layers do not normalise keys; a key enters the memory
+when it leaves the XL cache.
 """
 
 from __future__ import annotations
@@ -116,6 +117,7 @@ PRESETS: dict[str, Settings] = {
         position_start=8.0,
         learning_rate=2e-3,
         eval_bytes=16384,
+        eval_every=100,
         sample=4,
     ),
     # Minutes on one GPU: what docs/results.md trains, on documents of 64 KB and more.
@@ -137,6 +139,7 @@ PRESETS: dict[str, Settings] = {
         warmup=1000,
         eval_bytes=1_000_000,
         eval_every=2000,
+        sample=4,
         checkpoint_every=1000,
         log_every=20,
     ),
@@ -162,6 +165,8 @@ PRESETS: dict[str, Settings] = {
         weight_decay=0.0,
         near_steps=350,
         eval_bytes=65536,
+        eval_every=200,
+        sample=4,
     ),
     # The set-up of memorizing-transformers-pytorch's own train.py: 16 random windows of 5 segments of 512 tokens,
     # a fresh memory each, a constant learning rate, no weight decay (AdamW is then its Adam, but for beta2 = 0.95).

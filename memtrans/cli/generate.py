@@ -15,6 +15,7 @@ import torch
 
 from memtrans.cli.ending import reading_input, show, writing
 from memtrans.cli.parser import SEGMENT
+from memtrans.data.tokens import BYTES, FILE, Tokenizer, open_tokenizer
 from memtrans.distributed.ranks import Ranks
 from memtrans.files import read_input
 from memtrans.generation.decoder import Decoder
@@ -23,16 +24,17 @@ from memtrans.generation.sampling import Sampling, check_chosen
 from memtrans.pretrained import CONFIG
 from memtrans.training import checkpoint
 from memtrans.training.checkpoint import Checkpoint
+from memtrans.training.data import tokenizer_in
 from memtrans.training.device import pick_device
 from memtrans.training.directory import checkpoint_of
 from memtrans.training.model import build_model
-from memtrans.training.settings import BYTES, Settings
+from memtrans.training.settings import Settings
 from memtrans.training.state import check_settings, load_weights
 from memtrans.transformer import MemorizingTransformer
 from memtrans_kernels import checks
 
 SHARED = False
-START = ord("\n")
+START = b"\n"
 
 
 def run(options: argparse.Namespace, ranks: Ranks) -> None:
@@ -52,6 +54,7 @@ class Generation:
     sampling: Sampling
     tokens: int
     save_memories: Path | None
+    tokenizer: Tokenizer = BYTES
 
     @classmethod
     def open(cls, options: argparse.Namespace) -> Generation:
@@ -59,9 +62,8 @@ class Generation:
         sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
         checks.integer("tokens", options.tokens, low=1)
         device = pick_device(options.device)
-        model, segment = open_model(options.checkpoint)
-        if model.vocabulary > BYTES:
-            raise ValueError(f"checkpoint must be of a model over bytes, got one of {model.vocabulary} tokens")
+        model, segment, tokenizer = open_model(options.checkpoint)
+        check_vocabulary(model, tokenizer)
         _check_memory_options(options, model)
         model = model.to(device, getattr(torch, options.dtype) if options.dtype else None).eval()
         sizes = {"max_memories": options.memory} if options.memory is not None else {}
@@ -71,18 +73,18 @@ class Generation:
             memories = model.load_memories(options.memories, **sizes)
         file = options.prompt_file
         text = os.fsencode(options.prompt) if file is None else read_input("prompt_file", file)
-        start = START if model.clear_memories_on_sos_token_id is None else None
-        prompt = as_texts(text, model, start)
+        start = int(tokenizer.encode(START)[0]) if model.clear_memories_on_sos_token_id is None else None
+        prompt = as_texts(text if tokenizer is BYTES else torch.from_numpy(tokenizer.encode(text)), model, start)
         segment = segment if options.segment is None else options.segment
         decoder = Decoder(model, 1, segment=segment, memories=memories)
-        return cls(decoder, prompt, sampling, options.tokens, options.save_memories)
+        return cls(decoder, prompt, sampling, options.tokens, options.save_memories, tokenizer)
 
     def text(self) -> Iterator[str]:
         """What the model writes, in pieces that are whole characters; bytes that are none become U+FFFD."""
         characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for number, token in enumerate(stream(self.decoder, self.tokens, self.sampling)):
             check_chosen(token[:, None], number)
-            yield characters.decode(bytes(token.tolist()))
+            yield characters.decode(self.tokenizer.decode(token.tolist()))
         yield characters.decode(b"", final=True)
 
     def run(self) -> None:
@@ -110,6 +112,13 @@ def _has_tqdm() -> bool:
     return True
 
 
+def check_vocabulary(model: MemorizingTransformer, tokenizer: Tokenizer) -> None:
+    """Raises ValueError where a model may write tokens that its tokenizer does not have."""
+    if model.vocabulary > max(BYTES.vocabulary, tokenizer.vocabulary):
+        known = "bytes" if tokenizer is BYTES else f"the {tokenizer.vocabulary} tokens of its tokenizer"
+        raise ValueError(f"checkpoint must be of a model over {known}, got one of {model.vocabulary} tokens")
+
+
 def _check_memory_options(options: argparse.Namespace, model: MemorizingTransformer) -> None:
     """Refuses what would be ignored, or fail, only when everything is read and written."""
     given = {"memory": options.memory, "save_memories": options.save_memories}
@@ -121,32 +130,36 @@ def _check_memory_options(options: argparse.Namespace, model: MemorizingTransfor
         raise ValueError(f"save_memories must name a file in a directory that exists, got {str(path)!r}")
 
 
-def over_bytes(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A run's weights without the tokens of its vocabulary that its text, read as bytes, never had."""
+def over_tokens(weights: Mapping[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
+    """A run's weights without the tokens of its vocabulary that its tokenizer, of so many tokens, does not have."""
     return {
-        name: tensor[:BYTES] if name.startswith(("token_emb.", "to_logits.1.")) else tensor
+        name: tensor[:count] if name.startswith(("token_emb.", "to_logits.1.")) else tensor
         for name, tensor in weights.items()
     }
 
 
-def open_model(path: Path) -> tuple[MemorizingTransformer, int]:
-    """The model of a training run (its directory, or the checkpoint in it) or of `save_pretrained`; and its N.
+def open_model(path: Path) -> tuple[MemorizingTransformer, int, Tokenizer]:
+    """The model of a training run (its directory, or the checkpoint in it) or of `save_pretrained`; N; its tokenizer.
 
-    Of a run with a vocabulary beyond bytes it is the model over bytes.
+    Of a run with a vocabulary beyond its tokenizer's it is the model over what the tokenizer has. A directory of
+    `save_pretrained` may hold a tokenizer.json.
 
     Raises FileNotFoundError where there is neither, ValueError when it is damaged or does not fit.
     """
     for directory in (path, checkpoint_of(path)):
         if checkpoint.exists(directory):
             saved = checkpoint.require(checkpoint.load_checkpoint(directory), "settings")
-            settings = replace(Settings.from_json(saved.values["settings"]), vocabulary=BYTES)
-            weights = Checkpoint({"model": over_bytes(saved.parts.get("model", {}))}, saved.values)
+            tokenizer = tokenizer_in(saved)
+            count = max(BYTES.vocabulary, tokenizer.vocabulary)
+            settings = replace(Settings.from_json(saved.values["settings"]), vocabulary=count)
+            weights = Checkpoint({"model": over_tokens(saved.parts.get("model", {}), count)}, saved.values)
             check_settings(settings, weights)
             model = build_model(settings)
             load_weights(model, weights)
-            return model, settings.segment
+            return model, settings.segment, tokenizer
     if (path / CONFIG).exists():
-        return MemorizingTransformer.from_pretrained(path), SEGMENT
+        tokenizer = open_tokenizer(str(path) if (path / FILE).exists() else None)
+        return MemorizingTransformer.from_pretrained(path), SEGMENT, tokenizer
     raise FileNotFoundError(
         f"checkpoint must be a run's directory or hold {checkpoint.INDEX} or {CONFIG}, got {str(path)!r}"
     )

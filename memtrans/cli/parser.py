@@ -14,7 +14,10 @@ from memtrans.presets import PRESETS
 from memtrans.training.settings import Settings, hints
 
 SEGMENT = 512  # of `generate`, where the checkpoint does not say what the model was trained with
-OVERRIDDEN_BY_EVAL = ("data", "batch", "segment", "memory", "keep_memory", "neighbours", "device", "eval_bytes")
+OVERRIDDEN_BY_EVAL = (
+    *("data", "text_field", "join_by", "batch", "segment", "memory", "keep_memory", "neighbours", "device"),
+    "eval_bytes",
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,11 +32,15 @@ def build_parser() -> argparse.ArgumentParser:
     `name`, the command's."""
     parser = Parser(prog="memtrans", description="Memorizing Transformers on real text.")
     parser.add_argument("--version", action="version", version=f"memtrans {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="{train,eval,generate,hf,presets,info,completion}")
+    commands = parser.add_subparsers(
+        required=True, metavar="{train,eval,generate,tokenize,hf,inspect,presets,info,completion}"
+    )
     _add_train(commands)
     _add_eval(commands)
     _add_generate(commands)
+    _add_tokenize(commands)
     _add_hf(commands)
+    _add_inspect(commands)
     presets = commands.add_parser("presets", help="what `train --preset` takes, and what each would cost")
     presets.set_defaults(verb="presets", name="presets")
     presets.add_argument(
@@ -82,8 +89,28 @@ def _add_eval(commands: Any) -> None:
     evaluate = commands.add_parser("eval", help="evaluate a run's checkpoint, with its memory and without")
     evaluate.set_defaults(verb="evaluate", name="eval")
     evaluate.add_argument("--out", type=Path, required=True, help="directory of the run")
-    evaluate.add_argument("--split", choices=("validation", "test"), default="validation", help="held-out documents")
+    evaluate.add_argument(
+        "--split",
+        choices=("validation", "test"),
+        help="held-out documents (default: validation of the run's own data, all of other data)",
+    )
     _add_settings(evaluate, OVERRIDDEN_BY_EVAL)
+
+
+def _add_tokenize(commands: Any) -> None:
+    tokenize = commands.add_parser("tokenize", help="make a store of tokens of texts, for train and eval to read")
+    tokenize.set_defaults(verb="tokenize", name="tokenize")
+    tokenize.description = (
+        "Writes tokens, an index of documents and the tokenizer to a directory. What was interrupted goes on where it "
+        "was when the same command is given again."
+    )
+    add = tokenize.add_argument
+    add("data", help="stdlib, or a file or directory: text, archives, .jsonl, .parquet, a saved dataset")
+    add("--out", type=Path, required=True, help="directory of the store; it must not exist, or be empty")
+    add("--tokenizer", metavar="FILE", help="bytes, or a tokenizer.json or a directory with one (default: bytes)")
+    add("--train-vocabulary", type=int, metavar="V", help="learn a byte-level vocabulary of V tokens from the texts")
+    add("--text-field", default=Settings.text_field, help="field of a record that holds its text (text)")
+    add("--join-by", metavar="FIELD", help="records side by side with the same value of this field are one document")
 
 
 def _add_generate(commands: Any) -> None:
@@ -94,10 +121,10 @@ def _add_generate(commands: Any) -> None:
     prompt = generate.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", default="", help="text to continue (default: none, which stands for a line's end)")
     prompt.add_argument("--prompt-file", type=Path, help="file to continue, read as bytes, of any length")
-    add("--tokens", type=int, default=256, help="bytes to write (256)")
+    add("--tokens", type=int, default=256, help="tokens to write: bytes, of a run without a tokenizer (256)")
     add("--temperature", type=float, default=1.0, help="divides the logits; 0 or less is greedy (1)")
-    add("--top-k", type=int, help="draw among so many likeliest bytes")
-    add("--top-p", type=float, help="draw among the fewest likeliest bytes that together have this probability")
+    add("--top-k", type=int, help="draw among so many likeliest tokens")
+    add("--top-p", type=float, help="draw among the fewest likeliest tokens that together have this probability")
     add("--seed", type=int, default=0, help="of the draws (0)")
     add("--segment", type=int, help=f"N: tokens of a segment (default: the run's, or {SEGMENT})")
     add("--memory", type=int, help="M: entries of the memory (default: the model's)")
@@ -127,6 +154,32 @@ def _add_hf(commands: Any) -> None:
     add("--save", type=Path, help="directory to write the memory to: what it learned and what it holds")
     add("--load", type=Path, help="directory that --save wrote; the options of the memory are those saved")
     add("--dtype", default="auto", help="of the model: auto (that of its weights), float32, bfloat16, float16 (auto)")
+    add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+
+
+def _add_inspect(commands: Any) -> None:
+    inspect = commands.add_parser("inspect", help="a page that shows what was remembered for each word")
+    inspect.set_defaults(verb="inspect", name="inspect")
+    inspect.description = "Reads a document into the memory, continues a prompt, and shows what each word came from."
+    add = inspect.add_argument
+    model = inspect.add_mutually_exclusive_group(required=True)
+    model.add_argument("--checkpoint", type=Path, help="a run's directory, or one that save_pretrained wrote")
+    model.add_argument("--model", type=Path, help="directory of a pretrained causal language model and its tokenizer")
+    add("--document", type=Path, required=True, help="text to read into the memory, of any length")
+    add("--prompt", required=True, help="text to continue")
+    add("--tokens", type=int, default=64, help="tokens to write at most (64)")
+    add("--out", type=Path, required=True, help="the page, one HTML file")
+    add("--json", type=Path, help="file for all entries of all layers and heads (default: none)")
+    add("--temperature", type=float, default=0.0, help="of the draws; 0 is greedy (0)")
+    add("--seed", type=int, default=0, help="of the draws (0)")
+    add(
+        "--memory",
+        type=int,
+        help="M: entries (default: the model's; with --model the document's tokens, at most 65536)",
+    )
+    add("--segment", type=int, help="N: tokens read at a time (default: what it was trained with; with --model 512)")
+    add("--load", type=Path, help="with --model, directory that `hf --save` wrote: settings and what was learned")
+    add("--dtype", default="auto", help="of --model: auto (that of its weights), float32, bfloat16, float16 (auto)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
 
 

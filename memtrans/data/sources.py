@@ -1,40 +1,46 @@
-"""Where documents come from: files, directories, archives, the Python standard library's own sources."""
+"""Corpora: where documents come from, and which of them are held out.
+
+Few bytes are read into memory. What is long, and whatever a tokenizer has to read for more than a moment, becomes a
+store of tokens (see `store.py`): where `memtrans tokenize` says, or in a directory that later runs find again.
+"""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
-import lzma
-import sysconfig
-import zipfile
-import zlib
+import os
+import sys
+import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from itertools import accumulate
+from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from memtrans.data.documents import Document
-from memtrans.files import read_input
+from memtrans.data.documents import Chosen, Document, Library
+from memtrans.data.records import Fields
+from memtrans.data.store import INDEX, VERSION, Store, is_store
+from memtrans.data.texts import RECORD_FIELDS, STANDARD_LIBRARY, Source, standard_library_files
+from memtrans.data.tokenize import LEAST, write_store
+from memtrans.data.tokens import BYTES, Tokenizer, chunks_of
 
-STANDARD_LIBRARY = "stdlib"
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+READING = 2  # how documents are held out and shared out to rows; a checkpoint keeps the number of its run
 ENWIK8_SPLIT = (90_000_000, 5_000_000, 5_000_000)
 HELD_OUT_SHARE = 0.05  # of the bytes of several documents
 HELD_OUT_END = 0.1  # of a single document
-SNIFFED = 8192  # bytes looked at to tell text from the rest
-UNUSUAL_PACKAGES = {"test", "idlelib", "lib2to3", "site-packages", "dist-packages"}  # not installed everywhere
-
-# RuntimeError: an encrypted archive; NotImplementedError: a compression that Python does not know
-UNREADABLE = (
-    EOFError,
-    gzip.BadGzipFile,
-    lzma.LZMAError,
-    zipfile.BadZipFile,
-    zlib.error,
-    RuntimeError,
-    NotImplementedError,
-)
+DRAWN, NAMED, ENWIK8 = "drawn", "named", "enwik8"  # the ways in which documents are held out
+VALIDATION_NAMES, TEST_NAME = ("validation", "valid", "dev"), "test"  # of splits that a corpus has itself
+MOST_READ = 256 << 20  # bytes that are read into memory
+MOST_ENCODED = 8 << 20  # bytes of which a run's tokens are made each time it starts
+CACHE = "MEMTRANS_CACHE"  # names the directory of stores that runs made
 
 
 @dataclass(frozen=True)
@@ -42,46 +48,56 @@ class Corpus:
     """Documents to learn from and documents held out.
 
     Attributes:
-        name: what was asked for. train, validation, test: the documents; test is empty but for enwik8.
-        fingerprint: of every name and byte; two corpora with the same one are the same.
+        name: what was asked for. train, validation, test: the documents; test is empty but for enwik8, and for a
+            dataset that has one.
+        documents: all of them, whole. fingerprint: of every name and byte; two corpora with the same one are the same.
+        tokenizer: of all documents.
     """
 
     name: str
     train: Sequence[Document]
     validation: Sequence[Document]
     test: Sequence[Document]
+    documents: Sequence[Document]
     fingerprint: str
+    tokenizer: Tokenizer = BYTES
 
 
-def load_corpus(data: str) -> Corpus:
+def load_corpus(
+    data: str, reading: int = READING, fields: Fields | None = None, tokenizer: Tokenizer | None = None
+) -> Corpus:
     """Reads all documents of a source and holds some out, always the same ones.
 
+    Documents of the same text are held out together, or not at all.
+
     Args:
-        data: `stdlib`; or a file (.gz and .xz are unpacked, and of a .zip each member that is text is a document); or a
-            directory: each of its text files is a document, and so is each directory in it, all text files below it in
-            path order. A file called enwik8 (or enwik8.zip, ...) gets the standard split of 90, 5 and 5 million.
+        data: `stdlib`; or a file (.gz, .xz and .zst are unpacked; of a .zip each member that is text is a document, of
+            .jsonl and .parquet each record); or a directory: each of its files is read like that, and each directory
+            in it is a document, all text files below it in path order; or a dataset that Hugging Face's library saved;
+            or a store of tokens. A file called enwik8 (or enwik8.zip, ...) gets the standard split of 90, 5 and 5
+            million.
+        reading: 1 reads as runs did whose checkpoints name no way: it holds documents out by their names alone.
+        fields: of records. Default: the field `text`, each record by itself.
+        tokenizer: makes the tokens. Default: that of a store, or bytes.
 
     Raises:
-        FileNotFoundError: no such path. ValueError: no bytes in it, a damaged archive, or an enwik8 of the wrong
-        length.
+        FileNotFoundError: no such path. ValueError: no bytes in it, a damaged archive or store, a store of another
+        tokenizer, records without the field, or an enwik8 of the wrong length. OSError: the disk is full, where a store
+        is made.
     """
-    path = Path(data).expanduser()
-    if data == STANDARD_LIBRARY:
-        documents = standard_library()
-    elif data and path.is_dir():  # an empty path would be the current directory
-        documents = [document for entry in sorted(path.iterdir()) for document in _of_entry(path, entry)]
-    elif data and path.exists():
-        documents = list(_unpacked(path.name, path))
+    source = Source(data, fields or RECORD_FIELDS, records=reading > 1)
+    source.check()
+    if data != STANDARD_LIBRARY and is_store(source.path):
+        library: Store | _Read = Store(source.path)
+        if tokenizer is not None and tokenizer.digest != library.tokenizer.digest:
+            raise ValueError(
+                f"data must hold tokens of {_shown(tokenizer)}, got {data!r} with those of {_shown(library.tokenizer)}"
+            )
+    elif reading == 1 or source.is_pipe() or source.size() <= _most_read(tokenizer or BYTES):
+        library = _Read(source, tokenizer or BYTES, reading)
     else:
-        expected = f"data must be {STANDARD_LIBRARY!r} or the path of a file or directory"
-        raise FileNotFoundError(f"no such file: {expected}, got {data!r}")
-    documents = [document for document in documents if len(document) >= 2]
-    if not documents:
-        raise ValueError(f"data must hold text of at least 2 bytes, got none in {data!r}")
-    fingerprint = _fingerprint(documents)
-    if path.name.split(".")[0] == "enwik8" and not path.is_dir():
-        return Corpus(data, *_enwik8(data, documents), fingerprint)
-    return Corpus(data, *_split(documents), fingerprint)
+        library = _cached_store(source, tokenizer or BYTES)
+    return Corpus(data, *_split(library, data), library.fingerprint, library.tokenizer)
 
 
 def standard_library() -> list[Document]:
@@ -90,104 +106,182 @@ def standard_library() -> list[Document]:
     >>> "json" in [document.name for document in standard_library()]
     True
     """
-    root = Path(sysconfig.get_paths()["stdlib"])
-    documents = []
-    for entry in sorted(root.iterdir()):
-        if entry.is_dir() and entry.name not in UNUSUAL_PACKAGES and (entry / "__init__.py").exists():
-            files = sorted(file for file in entry.rglob("*.py") if UNUSUAL_PACKAGES.isdisjoint(file.parts))
-            documents.append(Document.of(entry.name, b"".join(file.read_bytes() for file in files)))
-        elif entry.suffix == ".py":
-            documents.append(Document.of(entry.stem, entry.read_bytes()))
-    return documents
+    files = standard_library_files()
+    return [Document.of(name, b"".join(file.read_bytes() for file in of_name)) for name, of_name in files]
 
 
-def _of_entry(root: Path, entry: Path) -> Iterator[Document]:
-    """The documents of a file in the directory `root`, or the one that a directory in it is."""
-    if not entry.is_dir():
-        yield from _text_in(root, entry)
-        return
-    texts = [document.content for file in sorted(entry.rglob("*")) for document in _text_in(root, file)]
-    if texts:
-        yield Document(entry.name, torch.cat(texts))
+def way_of(source: Source) -> str:
+    """How documents of a source are held out: drawn by the hash of their names, or as the source or everybody does."""
+    if source.has_splits():
+        return NAMED
+    is_enwik8 = source.path.name.split(".")[0] == "enwik8" and not source.path.is_dir()
+    return ENWIK8 if is_enwik8 and source.data != STANDARD_LIBRARY else DRAWN
 
 
-def _text_in(root: Path, file: Path) -> Iterator[Document]:
-    """The text in a file; nothing if it is hidden or not text."""
-    relative = file.relative_to(root)
-    if file.is_file() and not _is_hidden(relative):
-        yield from (document for document in _unpacked(str(relative), file) if _is_text(document))
+def cuts_of(way: str) -> tuple[int, ...]:
+    """Places of bytes that no token may reach over."""
+    return tuple(accumulate(ENWIK8_SPLIT))[:-1] if way == ENWIK8 else ()
 
 
-def _is_hidden(path: PurePath) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _most_read(tokenizer: Tokenizer) -> int:
+    return MOST_READ if tokenizer is BYTES else MOST_ENCODED
 
 
-def _is_text(document: Document) -> bool:
-    """Whether no byte of the beginning is 0, which is how git tells text from the rest."""
-    return bool((document.content[:SNIFFED] != 0).all())
+def _shown(tokenizer: Tokenizer) -> str:
+    return "bytes" if tokenizer is BYTES else f"a vocabulary of {tokenizer.vocabulary} (sha256 {tokenizer.digest[:8]})"
 
 
-def _unpacked(name: str, file: Path) -> Iterator[Document]:
-    """The documents of a file: one, or those members of a zip archive that are text and not hidden, in path order."""
-    content = read_input("data", file)
-    try:
-        if file.suffix == ".gz":
-            yield Document.of(name, gzip.decompress(content))
-        elif file.suffix == ".xz":
-            yield Document.of(name, lzma.decompress(content))
-        elif file.suffix == ".zip":
-            with zipfile.ZipFile(io.BytesIO(content)) as archive:
-                members = (Document.of(f"{name}/{member}", archive.read(member)) for member in _members(archive))
-                yield from filter(_is_text, members)
-        else:
-            yield Document.of(name, content)
-    except UNREADABLE as error:
-        raise ValueError(f"data must hold whole {file.suffix} archives, got {str(file)!r}: {error}") from error
+class _Read:
+    """The documents of a source in memory; see `documents.Library`."""
+
+    def __init__(self, source: Source, tokenizer: Tokenizer, reading: int) -> None:
+        self.tokenizer, self.way = tokenizer, way_of(source)
+        self._documents: list[Document] = []
+        digests, sizes, fingerprint = [], [], hashlib.sha256()
+        for name, pieces in source.texts():
+            content = b"".join(pieces)
+            if len(content) < LEAST:
+                continue
+            self._documents.append(_encoded(name, content, tokenizer, cuts_of(self.way)))
+            sizes.append(len(content))
+            digests.append(hashlib.sha256(content).digest())
+            fingerprint.update(f"{name}\0{len(content)}\0".encode(errors="surrogateescape"))
+            fingerprint.update(digests[-1] if reading > 1 else content)
+        if not sizes:
+            raise ValueError(f"data must hold text of at least 2 bytes, got none in {source.data!r}")
+        if reading == 1:  # which looked at no text
+            digests = [hashlib.sha256(str(number).encode()).digest() for number in range(len(sizes))]
+        self.fingerprint = fingerprint.hexdigest()
+        self.digests = np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 32)
+        self.sizes = np.array(sizes, dtype=np.int64)
+        self.lengths = np.array([len(document) for document in self._documents], dtype=np.int64)
+
+    def name(self, index: int) -> str:
+        return self._documents[index].name
+
+    def document(self, index: int) -> Document:
+        return self._documents[index]
 
 
-def _members(archive: zipfile.ZipFile) -> list[str]:
-    """The files in an archive that are not hidden."""
-    return [name for name in sorted(archive.namelist()) if not name.endswith("/") and not _is_hidden(PurePath(name))]
+def _encoded(name: str, content: bytes, tokenizer: Tokenizer, cuts: tuple[int, ...]) -> Document:
+    if tokenizer is BYTES:
+        return Document.of(name, content)
+    tokens = np.concatenate(tokenizer.encode_chunks(list(chunks_of([content], cuts))))
+    return Document(name, torch.from_numpy(tokens), tokenizer=tokenizer)
 
 
-def _fingerprint(documents: Sequence[Document]) -> str:
-    digest = hashlib.sha256()
-    for document in documents:
-        digest.update(f"{document.name}\0{len(document)}\0".encode(errors="surrogateescape"))
-        digest.update(document.content.numpy().data)
-    return digest.hexdigest()
+# ------------------------------------------------------------------------------------------------- stores of runs
 
 
-def _enwik8(data: str, documents: Sequence[Document]) -> tuple[list[Document], list[Document], list[Document]]:
+def cache_directory() -> Path:
+    """Where stores are that runs made: MEMTRANS_CACHE, or `memtrans` in the user's directory of caches."""
+    if os.environ.get(CACHE):
+        return Path(os.environ[CACHE])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memtrans"
+
+
+def _cached_store(source: Source, tokenizer: Tokenizer) -> Store:
+    """The store of a source that does not change; the first process that asks for it makes it, others wait."""
+    files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in source.files()]
+    key = hashlib.sha256(repr((files, source.data, source.fields, tokenizer.digest, VERSION)).encode()).hexdigest()
+    directory = cache_directory() / key[:32]
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(directory.with_suffix(".lock")):
+        if (directory / INDEX).is_file():
+            return Store(directory)
+        print(f"making tokens of {source.data} in {directory}, once", file=sys.stderr, flush=True)
+        way = way_of(source)
+        return write_store(source, directory, tokenizer, way, cuts_of(way))
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Holds a lock that one process at a time has; others wait for it."""
+    with path.open("a") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+# ----------------------------------------------------------------------------------------------- what is held out
+
+Parts = tuple[Sequence[Document], Sequence[Document], Sequence[Document], Sequence[Document]]
+
+
+def _split(library: Store | _Read, data: str) -> Parts:
+    """The documents to learn from, for validation, for tests, and all of them."""
+    everything = np.arange(len(library.sizes))
+    documents = Chosen(library, everything)
+    if library.way == ENWIK8:
+        return *_enwik8(data, library), documents
+    if library.way == NAMED:
+        return *_named(library), documents
+    return *_drawn(library, everything), [], documents
+
+
+def _enwik8(data: str, library: Library) -> tuple[list[Document], list[Document], list[Document]]:
     """The split of enwik8 that everybody reports, one document each."""
-    sizes = [len(document) for document in documents]
+    sizes = library.sizes.tolist()
     if sizes != [sum(ENWIK8_SPLIT)]:
         raise ValueError(f"data must be one file of {sum(ENWIK8_SPLIT)} bytes to be enwik8, got {sizes} in {data!r}")
-    train, validation, test = documents[0].content.split(ENWIK8_SPLIT)
-    return [Document("train", train)], [Document("validation", validation)], [Document("test", test)]
+    only = library.document(0)
+    places = [0, *(only.place(cut) for cut in accumulate(ENWIK8_SPLIT))]
+    names = ("train", "validation", "test")
+    parts = [only.part(name, *places[number : number + 2]) for number, name in enumerate(names)]
+    return [parts[0]], [parts[1]], [parts[2]]
 
 
-def _split(documents: Sequence[Document]) -> tuple[list[Document], list[Document], list[Document]]:
-    """Holds out whole documents, drawn by the hash of their names; of a single document its end."""
-    if len(documents) == 1:
-        only = documents[0]
-        end = max(2, int(len(only) * HELD_OUT_END))
-        if len(only) < end + 2:
-            raise ValueError(f"data must hold at least 4 bytes, got {len(only)} in {only.name!r}")
-        kept, held_out = only.content[:-end], only.content[-end:]
-        return [Document(only.name, kept)], [Document(f"{only.name} (its end)", held_out)], []
-    drawn = sorted(range(len(documents)), key=lambda index: _draw(documents[index]))
-    share = int(sum(map(len, documents)) * HELD_OUT_SHARE)
-    chosen: set[int] = set()
-    size = 0
-    for index in drawn:
-        if size < share and size + len(documents[index]) <= 2 * share:
-            chosen.add(index)
-            size += len(documents[index])
-    chosen = chosen or {min(drawn, key=lambda index: len(documents[index]))}
-    train = [document for index, document in enumerate(documents) if index not in chosen]
-    return train, [documents[index] for index in sorted(chosen)], []
+def _named(library: Library) -> tuple[Sequence[Document], Sequence[Document], Sequence[Document]]:
+    """The splits that names begin with; without one for validation some of the rest is held out."""
+    splits = np.array([library.name(index).split("/", 1)[0] for index in range(len(library.sizes))])
+    validation, test = np.isin(splits, VALIDATION_NAMES), splits == TEST_NAME
+    rest = np.flatnonzero(~validation & ~test)
+    if not len(rest):
+        raise ValueError(f"data must hold a split to learn from, got {', '.join(sorted(set(splits.tolist())))}")
+    held_out = Chosen(library, np.flatnonzero(test))
+    if validation.any():
+        return Chosen(library, rest), Chosen(library, np.flatnonzero(validation)), held_out
+    return *_drawn(library, rest), held_out
 
 
-def _draw(document: Document) -> bytes:
-    return hashlib.sha256(document.name.encode(errors="surrogateescape")).digest()
+def _drawn(library: Library, indices: NDArray[np.int64]) -> tuple[Sequence[Document], Sequence[Document]]:
+    """Holds out whole documents, drawn by the hash of their names, copies together; of a single text its end."""
+    digests = np.ascontiguousarray(library.digests[indices, :8]).view(np.uint64)[:, 0]
+    groups, group = np.unique(digests, return_inverse=True)
+    if len(groups) == 1:
+        return _single(library, indices)
+    draws = np.array([_draw(library.name(int(index))) for index in indices], dtype=np.uint64)
+    first = np.full(len(groups), 2**64 - 1, dtype=np.uint64)
+    np.minimum.at(first, group, draws)
+    sizes = np.zeros(len(groups), dtype=np.int64)
+    np.add.at(sizes, group, library.sizes[indices])
+    share, size = int(sizes.sum() * HELD_OUT_SHARE), 0
+    chosen = []
+    for candidate in np.argsort(first, kind="stable").tolist():
+        if size >= share:
+            break
+        if size + sizes[candidate] <= 2 * share:
+            chosen.append(candidate)
+            size += int(sizes[candidate])
+    held_out = np.isin(group, chosen or [int(sizes.argmin())])
+    return Chosen(library, indices[~held_out]), Chosen(library, indices[held_out])
+
+
+def _single(library: Library, indices: NDArray[np.int64]) -> tuple[Sequence[Document], Sequence[Document]]:
+    """Holds out the end of a document; of copies of it the first one is read."""
+    only, size = library.document(int(indices[0])), int(library.sizes[indices[0]])
+    if len(indices) > 1:
+        warnings.warn(f"data holds one text {len(indices)} times, of which {only.name!r} is read", stacklevel=5)
+    end = max(2, int(size * HELD_OUT_END))
+    if size < end + 2:
+        raise ValueError(f"data must hold at least 4 bytes, got {size} in {only.name!r}")
+    place = only.place(size - end)
+    if place < 2 or len(only) - place < 2:
+        raise ValueError(
+            f"data must hold at least 2 tokens to learn from and 2 held out, got {len(only)} in {only.name!r}"
+        )
+    return [only.part(only.name, 0, place)], [only.part(f"{only.name} (its end)", place, len(only))]
+
+
+def _draw(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode(errors="surrogateescape")).digest()[:8], "big")

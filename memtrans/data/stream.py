@@ -6,7 +6,7 @@ Shapes: B rows of the batch, N tokens of a segment.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from memtrans.annotations import allows
 from memtrans.data.documents import Document, DocumentOrder
+from memtrans.data.tokens import BYTES
 
 MOST_SHOWN = 200  # characters of a state that an error shows
 NOT_SCORED = -1  # a label that no loss counts; every byte value is a token
@@ -25,13 +26,15 @@ class Batch:
 
     Attributes:
         tokens: (B, N) int64; zeros in the padding.
-        labels: (B, N) int64, the byte after each token; NOT_SCORED in the padding and where nothing is asked.
+        labels: (B, N) int64, the token after each token; NOT_SCORED in the padding and where nothing is asked.
         lengths: (B,) int64, real tokens of each row; the padding sits at the tail.
         fresh: (B,) bool, rows that begin a document with this segment.
         offsets: (B,) int64, where in its document each row's segment begins.
         distances: (B, N) int64 or None: how long ago each label was given away, 0 where it was not (`recall`).
         scored: labels that are scored in all rows of the stream, counted on the host.
         real: real tokens in all of them, counted on the host.
+        sizes: (B, N) int64, bytes of each label; None where each is a byte.
+        more: bytes of the labels of all rows beyond one each, counted on the host; 0 where each is a byte.
     """
 
     tokens: Tensor
@@ -42,24 +45,17 @@ class Batch:
     distances: Tensor | None
     scored: int
     real: int
+    sizes: Tensor | None = None
+    more: int = 0
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device; a copy from pinned memory does not wait."""
 
-        def moved(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
-
-        distances = None if self.distances is None else moved(self.distances)
-        return Batch(
-            moved(self.tokens),
-            moved(self.labels),
-            moved(self.lengths),
-            moved(self.fresh),
-            moved(self.offsets),
-            distances,
-            self.scored,
-            self.real,
-        )
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True) for name, value in values.items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
 
 
 @dataclass
@@ -109,12 +105,13 @@ class DocumentStream:
         distances = torch.zeros(size, dtype=torch.int64, device="cpu")
         fresh = [self._advance(row) for row in self._rows]
         offsets = [row.offset for row in self._rows]
-        spans = [self._span(row) for row in self._rows]  # (length, scored) of each
-        if not any(length for length, _ in spans):
+        spans = [self._span(row) for row in self._rows]  # (length, scored, bytes) of each
+        if not any(length for length, _, _ in spans):
             return None
         for place, b in enumerate(self.rows):
             _fill(self._rows[b].document, offsets[b], spans[b][0], tokens[place], labels[place], distances[place])
         asks = any(row.document is not None and row.document.distances is not None for row in self._rows)
+        bytes_alone = all(row.document is None or row.document.tokenizer is BYTES for row in self._rows)
         return Batch(
             tokens,
             labels,
@@ -122,8 +119,10 @@ class DocumentStream:
             torch.tensor([fresh[b] for b in self.rows], dtype=torch.bool, device="cpu"),
             torch.tensor([offsets[b] for b in self.rows], dtype=torch.int64, device="cpu"),
             distances if asks else None,
-            scored=sum(scored for _, scored in spans),
-            real=sum(length for length, _ in spans),
+            scored=sum(scored for _, scored, _ in spans),
+            real=sum(length for length, _, _ in spans),
+            sizes=None if bytes_alone else self._sizes(labels),
+            more=sum(size - length for length, _, size in spans),
         )
 
     def __iter__(self) -> Iterator[Batch]:
@@ -143,15 +142,24 @@ class DocumentStream:
         self._taken += 1
         return True
 
-    def _span(self, row: _Row) -> tuple[int, int]:
-        """Moves a row on by a segment; returns how many of its tokens are real, and how many of their labels scored."""
+    def _span(self, row: _Row) -> tuple[int, int, int]:
+        """Moves a row on by a segment.
+
+        Returns how many of its tokens are real, how many of their labels scored, and how many bytes the labels have.
+        """
         if row.document is None:
-            return 0, 0
+            return 0, 0, 0
         start, row.offset = row.offset, min(row.offset + self.segment, len(row.document) - 1)
         length = row.offset - start
         if row.document.distances is None:
-            return length, length
-        return length, int(row.document.distances[start : row.offset].count_nonzero())
+            return length, length, row.document.size(start + 1, row.offset + 1)
+        return length, int(row.document.distances[start : row.offset].count_nonzero()), length
+
+    def _sizes(self, labels: Tensor) -> Tensor:
+        """Bytes of each label (B, N), 0 where none is scored."""
+        tokenizer = next(row.document.tokenizer for row in self._rows if row.document is not None)
+        sizes = torch.from_numpy(tokenizer.sizes[labels.clamp(min=0).numpy()])
+        return sizes.masked_fill(labels == NOT_SCORED, 0)
 
     def state_dict(self) -> dict[str, Any]:
         """The position, as JSON can hold it."""
@@ -170,7 +178,8 @@ class DocumentStream:
         ]
         for row in rows:
             if row.document is not None and not 0 <= row.offset < len(row.document):
-                raise ValueError(f"state must hold places in documents of {len(row.document)} bytes, got {row.offset}")
+                kind = "bytes" if row.document.tokenizer is BYTES else "tokens"
+                raise ValueError(f"state must hold places in documents of {len(row.document)} {kind}, got {row.offset}")
         self._taken, self._rows = state["taken"], rows
 
 

@@ -75,7 +75,7 @@ class Decoder:
         self._documents = [list(memory.scoped_indices) for memory in memories]  # of the rows
 
         self._attentions = [module for module in model.modules() if isinstance(module, LocalContext)]
-        # computed once: each is a launch a token, 2 us on an H100; None where a hook brings the weights for a call
+        # computed once: each would be a launch a token; None where a hook brings the weights for a call
         self._temperatures = {
             number: attention.temperature().detach() if is_bare(attention) else None
             for number, attention in enumerate(self._attentions, start=1)
@@ -108,6 +108,11 @@ class Decoder:
             for memory, documents in zip(self.memories, self._documents, strict=True):
                 stack.enter_context(memory.at_batch_indices([documents[row] for row in rows]))
             yield
+
+    @property
+    def is_traced(self) -> bool:
+        """Whether somebody watches what is retrieved, and would not see what a captured `advance` replays."""
+        return any(memory.watch.tell is not None for memory in self.memories)
 
     def follow_memories(self) -> bool:
         """Looks where the memories keep their entries, which changes when one is widened or loaded.

@@ -142,7 +142,7 @@ def stream(
         else:
             if decoder.follow_memories():
                 replay.release()  # the graph reads what the memories held before
-            replay()
+            (step if decoder.is_traced else replay)()
             decoder.move_on()
         yield chosen.clone()
         if stop is not None and (number + 1) % every == 0 and not bool(going_on.any()):

@@ -2,49 +2,196 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-from memtrans.data.documents import Document, DocumentOrder, RandomWindows, Shuffled
+import torch
+from torch import Tensor
+
+from memtrans.data.documents import Document, DocumentOrder, RandomWindows, Shuffled, stretches
 from memtrans.data.recall import RecallDocuments, RecallTask
-from memtrans.data.sources import load_corpus
+from memtrans.data.records import Fields
+from memtrans.data.sources import READING, Corpus, load_corpus
+from memtrans.data.store import Store, is_store
+from memtrans.data.texts import STANDARD_LIBRARY
+from memtrans.data.tokens import BYTES, Tokenizer, open_tokenizer, tokenizer_of
+from memtrans.training.checkpoint import Checkpoint
 from memtrans.training.settings import Settings
 
 RECALL = "recall"
+ALL = "all"
+TOKENIZER_PART = "tokenizer"  # of a checkpoint
 MOST_HELD_OUT = 2**16  # documents of recall, which are written when they are opened
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a run learns from: an order of documents, documents held out, and which corpus that is."""
+    """What a run learns from.
+
+    Attributes:
+        order: of documents to learn from. held_out: documents held out. fingerprint: of the corpus.
+        reading: how the corpus is held out and shared out to rows, see `sources.READING`. tokenizer: of all documents.
+    """
 
     order: DocumentOrder
     held_out: Sequence[Document]
     fingerprint: str
+    reading: int = READING
+    tokenizer: Tokenizer = BYTES
 
 
-def open_data(settings: Settings, split: str = "validation") -> TrainingData:
+def reading_of(values: Mapping[str, Any]) -> int:
+    """How the run read its data that wrote a checkpoint with these values. Raises ValueError for a way unknown here."""
+    reading = values.get("reading", 1)
+    if type(reading) is not int or not 1 <= reading <= READING:
+        raise ValueError(f"reading must be in [1, {READING}], as this version can read data, got {reading!r}")
+    return reading
+
+
+def tokenizer_in(checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer that a checkpoint carries; bytes where it carries none.
+
+    Raises ValueError where it is not the one that its values name, or `tokenizers` is missing.
+    """
+    carried = checkpoint.parts.get(TOKENIZER_PART, {}).get("json", torch.zeros(0, dtype=torch.uint8))
+    if carried.dtype != torch.uint8:
+        raise ValueError(f"checkpoint must carry its tokenizer as uint8, got {carried.dtype}")
+    content = carried.numpy().tobytes()
+    digest = hashlib.sha256(content).hexdigest() if content else BYTES.digest
+    named = checkpoint.values.get("tokenizer", BYTES.digest)
+    if digest != named:
+        raise ValueError(f"checkpoint must carry the tokenizer that it names, {named}, got {digest}")
+    return tokenizer_of(content, "of the checkpoint")
+
+
+def tokenizer_part(tokenizer: Tokenizer) -> dict[str, dict[str, Tensor]]:
+    """What a checkpoint carries of a tokenizer, by part: nothing of bytes."""
+    if tokenizer is BYTES:
+        return {}
+    return {TOKENIZER_PART: {"json": torch.frombuffer(bytearray(tokenizer.content), dtype=torch.uint8)}}
+
+
+def open_data(
+    settings: Settings, split: str = "validation", reading: int = READING, tokenizer: Tokenizer | None = None
+) -> TrainingData:
     """The documents that the settings ask for.
 
-    split: which documents are held out, `validation` or `test`.
+    Where there are fewer than rows they are cut into as many stretches: rows that read the same would learn the same.
 
-    Raises FileNotFoundError or ValueError when there is no such data or no such split.
+    split: which documents are held out, `validation` or `test`. reading: as the run did that is to go on. tokenizer: of
+        a checkpoint; default: what the settings name.
+
+    Raises FileNotFoundError or ValueError when there is no such data, tokenizer or split.
     """
     if settings.data == RECALL:
-        return _recall_data(settings)
-    corpus = load_corpus(settings.data)
+        return _recall_data(settings, reading, tokenizer)
+    corpus = _corpus(settings, reading, tokenizer)
+    held_out = _held_out(corpus, split)
+    if settings.windows:
+        length = settings.window_segments * settings.segment + 1
+        order: DocumentOrder = RandomWindows(corpus.train, length, settings.seed)
+    else:
+        documents = corpus.train if reading == 1 else _for_rows(corpus.train, settings.batch)
+        order = Shuffled(documents, settings.seed)
+    return TrainingData(order, held_out, corpus.fingerprint, reading, corpus.tokenizer)
+
+
+def _corpus(settings: Settings, reading: int, tokenizer: Tokenizer | None) -> Corpus:
+    if tokenizer is None and settings.tokenizer is not None:
+        tokenizer = open_tokenizer(settings.tokenizer)
+    fields = Fields(settings.text_field, settings.join_by)
+    corpus = load_corpus(settings.data, reading, fields, tokenizer)
+    if corpus.tokenizer.vocabulary > settings.vocabulary:
+        raise ValueError(
+            f"vocabulary must be at least {corpus.tokenizer.vocabulary}, as many as the tokenizer has, "
+            f"got {settings.vocabulary}"
+        )
+    return corpus
+
+
+def fitted(settings: Settings) -> Settings:
+    """The settings with a vocabulary that the tokenizer fits in: of `settings.tokenizer`, or of a store.
+
+    Raises FileNotFoundError or ValueError when there is no such tokenizer, or the store is damaged.
+
+    >>> fitted(Settings()).vocabulary
+    256
+    """
+    if settings.tokenizer is not None:
+        tokenizer = open_tokenizer(settings.tokenizer)
+    elif settings.data not in (RECALL, STANDARD_LIBRARY) and is_store(settings.data):
+        tokenizer = Store(settings.data).tokenizer
+    else:
+        return settings
+    return replace(settings, vocabulary=max(settings.vocabulary, tokenizer.vocabulary))
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What a run's model is evaluated on.
+
+    Attributes:
+        documents: of them. split: `validation`, `test`, or `all` of a corpus that the run did not learn from.
+        fingerprint: of the corpus.
+    """
+
+    documents: Sequence[Document]
+    split: str
+    fingerprint: str
+
+
+def open_held_out(
+    settings: Settings, split: str | None, trained_on: str, reading: int, tokenizer: Tokenizer
+) -> HeldOut:
+    """The documents of the settings' data that a run did not learn from.
+
+    split: which held-out documents, `validation` or `test`; None for `validation` of what the run learned from, and for
+        all of another corpus. trained_on: the fingerprint of the run's corpus. reading, tokenizer: the run's.
+
+    Raises as `open_data` does.
+    """
+    if settings.data == RECALL:
+        data = _recall_data(settings, reading, tokenizer)
+        return HeldOut(data.held_out, split or "validation", data.fingerprint)
+    corpus = _corpus(settings, reading, tokenizer)
+    if split is None and corpus.fingerprint != trained_on:
+        foreign = corpus if reading == READING else _corpus(settings, READING, tokenizer)
+        return HeldOut(foreign.documents, ALL, foreign.fingerprint)
+    split = split or "validation"
+    return HeldOut(_held_out(corpus, split), split, corpus.fingerprint)
+
+
+def _held_out(corpus: Corpus, split: str) -> Sequence[Document]:
     held_out = {"validation": corpus.validation, "test": corpus.test}[split]
     if not held_out:
-        raise ValueError(f"split must be validation, which is all that {settings.data!r} holds out, got {split!r}")
-    order: DocumentOrder = Shuffled(corpus.train, settings.seed)
-    if settings.windows:
-        order = RandomWindows(corpus.train, settings.window_segments * settings.segment + 1, settings.seed)
-    return TrainingData(order, held_out, corpus.fingerprint)
+        raise ValueError(f"split must be validation, which is all that {corpus.name!r} holds out, got {split!r}")
+    return held_out
 
 
-def _recall_data(settings: Settings) -> TrainingData:
+def _for_rows(documents: Sequence[Document], rows: int) -> Sequence[Document]:
+    """The documents, or stretches of them where fewer than `rows` differ; warns where even those are fewer."""
+    distinct: dict[bytes, Document] = {}
+    for document in documents:
+        distinct.setdefault(document.digest(), document)
+        if len(distinct) == rows:
+            return documents
+    cut = stretches(list(distinct.values()), rows)
+    if len(cut) < rows:
+        warnings.warn(
+            f"batch is {rows}, but data has text for {len(cut)} rows that differ: the others read the same again",
+            stacklevel=3,
+        )
+    return cut
+
+
+def _recall_data(settings: Settings, reading: int, tokenizer: Tokenizer | None) -> TrainingData:
     """Facts and questions; the first documents of every row are near ones until `near_steps` are over."""
+    if tokenizer not in (None, BYTES) or settings.tokenizer not in (None, BYTES.digest):
+        raise ValueError(f"tokenizer must be bytes for recall, which is made of bytes, got {settings.tokenizer!r}")
     if settings.windows:
         raise ValueError("windows must be off for recall, whose far questions no window holds, got True")
     segments = settings.near_steps * settings.segments * settings.accumulate
@@ -56,6 +203,5 @@ def _recall_data(settings: Settings) -> TrainingData:
     if settings.eval_bytes > MOST_HELD_OUT * least:
         raise ValueError(f"eval_bytes must be at most {MOST_HELD_OUT * least} of recall, got {settings.eval_bytes}")
     count = max(settings.batch, math.ceil(settings.eval_bytes / least))
-    return TrainingData(
-        RecallDocuments(settings.seed, task), [held_out.document(index) for index in range(count)], f"{RECALL} {task}"
-    )
+    documents = [held_out.document(index) for index in range(count)]
+    return TrainingData(RecallDocuments(settings.seed, task), documents, f"{RECALL} {task}", reading)

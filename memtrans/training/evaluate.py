@@ -18,7 +18,9 @@ from memtrans.distributed.ranks import ALONE, Ranks
 from memtrans.training.reader import DocumentReader
 from memtrans.transformer import MemorizingTransformer
 
-POSITIONS = (0, *(512 << power for power in range(14)))  # bytes; the last is 4 MB
+POSITIONS = (0, *(512 << power for power in range(14)))  # tokens; the last is 4 million
+
+MOST_NATS = 700.0  # of which there is an exponential
 
 
 class NonFiniteLossError(RuntimeError):
@@ -30,17 +32,29 @@ class Evaluation:
     """What a model does on held-out documents.
 
     Attributes:
-        bits_per_byte: of the scored bytes. far_accuracy: share of the far questions answered; None without any.
-        scored: bytes scored. far_questions: of them asked for long ago.
-        by_position: bits per byte of the segments that begin so many bytes into their document: from each of
+        bits_per_byte: of the scored bytes. nats_per_token: of the scored tokens.
+        far_accuracy: share of the far questions answered; None without any.
+        scored: bytes scored. tokens: tokens scored. far_questions: of them asked for long ago.
+        by_position: bits per byte of the segments that begin so many tokens into their document: from each of
             POSITIONS to the next.
     """
 
     bits_per_byte: float
+    nats_per_token: float
     far_accuracy: float | None
     scored: int
+    tokens: int
     far_questions: int
     by_position: dict[int, float]
+
+
+def perplexity(nats: float) -> float | None:
+    """Of a mean over tokens; None where it is too large for a number.
+
+    >>> perplexity(0.0)
+    1.0
+    """
+    return math.exp(nats) if nats < MOST_NATS else None
 
 
 def negative_log_likelihood(logits: Tensor, labels: Tensor, reduction: str = "sum") -> Tensor:
@@ -69,7 +83,7 @@ def evaluate(
     on_segment: Callable[[], None] = lambda: None,
     ranks: Ranks = ALONE,
 ) -> Evaluation:
-    """Reads a stream to its end, or until `most_bytes` tokens were read; the memory starts empty.
+    """Reads a stream to its end, or until tokens of `most_bytes` bytes were read; the memory starts empty.
 
     Args:
         retrieval: False keeps the memory empty: the same bytes without it.
@@ -87,38 +101,42 @@ def evaluate(
     reader = DocumentReader(model, len(stream.rows), retrieval=retrieval, dtype=dtype, keep_memory=keep_memory)
     placed = torch.zeros(2, len(POSITIONS), dtype=torch.float64, device=device)  # nats and bytes by position
     far = torch.zeros(2, dtype=torch.int64, device=device)  # asked, answered
-    read = scored = 0
+    read = scored = tokens = 0
     try:
         while read < most_bytes and (batch := stream.next()) is not None:
             on_device = batch.to(device)
             logits = reader.read(on_device)
             placed += _by_position(logits, on_device)
             far += _far_answers(logits, on_device)
-            read, scored = read + batch.real, scored + batch.scored
+            tokens, scored, read = (
+                tokens + batch.scored,
+                scored + batch.scored + batch.more,
+                read + batch.real + batch.more,
+            )
             on_segment()
     finally:
         model.train(was_training)
     shares = [(placed.tolist(), far.tolist())]
     if len(stream.rows) < stream.batch:
         shares = ranks.gather(shares[0])
-    nats, counts = torch.tensor([of_rank for of_rank, _ in shares], dtype=torch.float64).sum(dim=0).tolist()
+    nats, sizes = torch.tensor([of_rank for of_rank, _ in shares], dtype=torch.float64).sum(dim=0).tolist()
     asked, answered = (sum(numbers) for numbers in zip(*(of_rank for _, of_rank in shares), strict=True))
     total = sum(nats)
     if not math.isfinite(total):
         raise NonFiniteLossError(f"the loss on held-out text must be finite, got {total} over {scored} bytes")
     bits = total / math.log(2) / scored if scored else math.nan
     by_position = {
-        position: loss / math.log(2) / count
-        for position, loss, count in zip(POSITIONS, nats, counts, strict=True)
-        if count
+        position: loss / math.log(2) / size for position, loss, size in zip(POSITIONS, nats, sizes, strict=True) if size
     }
-    return Evaluation(bits, answered / asked if asked else None, scored, asked, by_position)
+    mean = total / tokens if tokens else math.nan
+    return Evaluation(bits, mean, answered / asked if asked else None, scored, tokens, asked, by_position)
 
 
 def _by_position(logits: Tensor, batch: Batch) -> Tensor:
     """Nats and scored bytes of a segment, by where it begins in its document (2, POSITIONS)."""
     losses = negative_log_likelihood(logits, batch.labels, reduction="none").view_as(batch.labels)
-    sums = torch.stack((losses.sum(dim=1), (batch.labels != NOT_SCORED).sum(dim=1)))  # (2, B)
+    sizes = (batch.labels != NOT_SCORED) if batch.sizes is None else batch.sizes
+    sums = torch.stack((losses.sum(dim=1), sizes.sum(dim=1)))  # (2, B)
     bounds = torch.tensor(POSITIONS[1:], device=logits.device)
     place = F.one_hot(torch.bucketize(batch.offsets, bounds, right=True), len(POSITIONS))
     return sums.double() @ place.double()
@@ -153,7 +171,12 @@ def evaluate_both(
     report: dict[str, Any] = {
         "eval_bits_per_byte": on.bits_per_byte,
         "eval_bits_per_byte_without_memory": off.bits_per_byte,
+        "eval_nats_per_token": on.nats_per_token,
+        "eval_nats_per_token_without_memory": off.nats_per_token,
+        "eval_perplexity": perplexity(on.nats_per_token),
+        "eval_perplexity_without_memory": perplexity(off.nats_per_token),
         "eval_scored_bytes": on.scored,
+        "eval_scored_tokens": on.tokens,
         "eval_by_position": on.by_position,
         "eval_by_position_without_memory": off.by_position,
     }

@@ -21,6 +21,7 @@ class StepInputs:
     Attributes:
         tokens, labels: (A, S, B, N) int64. lengths: (A, S, B) int64. fresh: (A, S, B) bool.
         scored: () float32, how many labels are scored in all of them; at least 1.
+        per_byte: () float32, scored labels for each byte of their text; 1 where tokens are bytes.
     """
 
     tokens: Tensor
@@ -28,6 +29,7 @@ class StepInputs:
     lengths: Tensor
     fresh: Tensor
     scored: Tensor
+    per_byte: Tensor
 
     @classmethod
     def of(cls, rounds: list[list[Batch]]) -> StepInputs:
@@ -37,8 +39,12 @@ class StepInputs:
             return torch.stack([torch.stack([getattr(batch, name) for batch in segments]) for segments in rounds])
 
         scored = sum(batch.scored for segments in rounds for batch in segments)
+        size = scored + sum(batch.more for segments in rounds for batch in segments)
+        scalars = (
+            torch.tensor(value, device="cpu") for value in (float(max(1, scored)), max(1, scored) / max(1, size))
+        )
         tokens, labels, lengths, fresh = map(stacked, ("tokens", "labels", "lengths", "fresh"))
-        return cls(tokens, labels, lengths, fresh, torch.tensor(float(max(1, scored)), device="cpu"))
+        return cls(tokens, labels, lengths, fresh, *scalars)
 
     def rounds(self) -> list[list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
         """tokens, labels, lengths and fresh of each segment of each backward pass."""

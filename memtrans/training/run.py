@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from memtrans.distributed.ranks import LostRankError
+from memtrans.inspection.records import Records
 from memtrans.inspection.sample import sample_retrievals
 from memtrans.training.checkpoint import exists, save_checkpoint
 from memtrans.training.directory import checkpoint_of, metrics_of
 from memtrans.training.evaluate import NonFiniteLossError, evaluate_both
+from memtrans.training.events import Events, NoEvents
 from memtrans.training.metrics import Metrics
 from memtrans.training.plot import plot_metrics
 from memtrans.training.progress import Progress
@@ -37,6 +39,7 @@ class Run:
 
     Attributes:
         saved_step: of the last checkpoint that this process wrote, -1 before.
+        retrieved: what the end of a held-out document looked up in the end, if `sample` asks for it.
     """
 
     def __init__(self, trainer: Trainer, out: str | Path, plain: bool = False) -> None:
@@ -44,6 +47,7 @@ class Run:
         self.settings, self.ranks = trainer.settings, trainer.ranks
         self.metrics = Metrics(metrics_of(self.out).path, kept=self.ranks.first)
         self.saved_step = -1
+        self.retrieved: Records | None = None
         self._seconds = 0.0  # spent on steps by this process
         self._read = 0  # tokens read in them
         self._since = (0.0, 0)  # both, at the last report
@@ -60,12 +64,15 @@ class Run:
         with self._writing():
             self.out.mkdir(parents=True, exist_ok=True)
             self.metrics.truncate(self.trainer.step)
+            kept = self.settings.log is not None and self.ranks.first
+            self.events = Events(self.out / "tensorboard", self.trainer.step) if kept else NoEvents()
         self.progress = Progress(self.settings.steps, self.trainer.step, self.plain, shown=self.ranks.first)
         with Interruption(self.ranks.largest) as interruption:
             try:
                 evaluation = self._loop(interruption)
             finally:
                 self.progress.close()
+                self.events.close()
         if self.settings.sample:
             self._show_retrieved()
         return self._summary(evaluation)
@@ -81,6 +88,8 @@ class Run:
             evaluation = self._evaluate(interruption.check)
         while trainer.step < settings.steps:
             begin, tokens = time.perf_counter(), trainer.tokens
+            if settings.log is not None and self._is_due(settings.log_every, after=1):
+                trainer.watch()
             trainer.advance()
             heard = interruption.heard()  # before anything waits for the GPU, which may wait for a rank that is gone
             line = trainer.report() if self._is_due(settings.log_every) else None
@@ -98,9 +107,9 @@ class Run:
                 self._save()  # after an evaluation found the model good
         return evaluation
 
-    def _is_due(self, every: int) -> bool:
-        """Whether something happens after this step: every so many (0: never), and after the last one."""
-        step = self.trainer.step
+    def _is_due(self, every: int, after: int = 0) -> bool:
+        """Whether something happens after this step, or `after` more: every so many (0: never), and after the last."""
+        step = self.trainer.step + after
         return step == self.settings.steps or (every > 0 and step % every == 0)
 
     # ------------------------------------------------------------------------------------- reports and evaluations
@@ -109,9 +118,13 @@ class Run:
         seconds, tokens = self._seconds - self._since[0], self._read - self._since[1]
         self._since = (self._seconds, self._read)
         line["tokens_per_second"] = tokens / seconds
+        self._record(line)
+        self.progress.report(line)
+
+    def _record(self, line: Mapping[str, Any]) -> None:
         with self._writing():
             self.metrics.append(line)
-        self.progress.report(line)
+            self.events.append(line)
 
     def _evaluate(self, on_segment: Callable[[], None]) -> dict[str, Any]:
         """Evaluates, records the result and says it; saves the model first when something stops it."""
@@ -123,20 +136,22 @@ class Run:
         except BaseException:
             self._save()  # of what else stops an evaluation, the model knows nothing
             raise
-        with self._writing():
-            self.metrics.append({"step": trainer.step, "tokens": trainer.tokens, **evaluation})
+        self._record({"step": trainer.step, "tokens": trainer.tokens, **evaluation})
         self._plot()
         self.progress.say(describe(trainer.step, evaluation))
         return evaluation
 
     def _show_retrieved(self) -> None:
-        """Says what the memory retrieves for a few tokens of a held-out document."""
+        """Says what the memory retrieves for a few tokens of a held-out document, and keeps the rest."""
         trainer, settings = self.trainer, self.settings
-        read = DocumentReader(trainer.model, 1).read
-        for retrieved in sample_retrievals(
-            trainer.model, trainer.data.held_out, settings.segment, settings.sample, read
-        ):
-            self.progress.say(str(retrieved))
+        reader = DocumentReader(trainer.model, 1)
+        held_out, name = trainer.data.held_out, self.out.resolve().name
+        sample = sample_retrievals(trainer.model, held_out, settings.segment, reader.read, reader.memories, name)
+        if sample is None:
+            return
+        self.retrieved = sample.records
+        for line in sample.lines(settings.sample):
+            self.progress.say(line)
 
     # ------------------------------------------------------------------------------------------- files of the run
 
@@ -208,6 +223,9 @@ def describe(step: int, evaluation: Mapping[str, Any]) -> str:
         f"step {step}: held out {evaluation['eval_bits_per_byte']:.3f} bits per byte with memory, "
         f"{evaluation['eval_bits_per_byte_without_memory']:.3f} without"
     )
+    perplexities = [evaluation[f"eval_perplexity{name}"] for name in ("", "_without_memory")]
+    if evaluation["eval_scored_tokens"] != evaluation["eval_scored_bytes"] and None not in perplexities:
+        text += f" (perplexity per token {perplexities[0]:.1f} and {perplexities[1]:.1f})"
     if "recall_accuracy" in evaluation:
         text += (
             f"; far questions answered {evaluation['recall_accuracy']:.1%} with memory, "

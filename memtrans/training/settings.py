@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 BYTES = 256  # tokens of the text that is read: every byte value
 # Beyond these a step would take hours on any machine, and its first batch alone minutes to draw.
+NEXT_TO_NONE = 32  # entries: what a memory layer needs to learn to use more later
 MOST_ROWS, MOST_TOKENS, MOST_LAYERS, MOST_WIDTH = 2**16, 2**30, 10_000, 2**20
 
 
@@ -43,7 +44,14 @@ class Settings:
     ValueError: batch must be at least 1, got 0
     """
 
-    data: str = _option("stdlib", "stdlib (the sources of Python's standard library), recall, or a file or directory")
+    data: str = _option(
+        "stdlib", "stdlib (the sources of Python's standard library), recall, a store of tokens, or a file or directory"
+    )
+    tokenizer: str | None = _option(
+        None, "bytes, or a tokenizer.json or a directory with one (default: bytes, or the tokenizer of a store)"
+    )
+    text_field: str = _option("text", "field of a record (.jsonl, .parquet, a saved dataset) that holds its text")
+    join_by: str | None = _option(None, "records side by side with the same value of this field are one document")
     windows: bool = _option(False, "read random windows, each with a fresh memory, instead of whole documents")
     window_segments: int = _option(5, "segments of a window, with --windows", at_least=1)
     steps: int = _option(1000, "optimiser steps", at_least=1)
@@ -51,7 +59,9 @@ class Settings:
     segment: int = _option(256, "N: tokens of a segment", at_least=1, at_most=MOST_TOKENS)
     segments: int = _option(1, "segments before one backward pass", at_least=1, at_most=MOST_ROWS)
     accumulate: int = _option(1, "backward passes before one optimiser step", at_least=1, at_most=MOST_ROWS)
-    vocabulary: int = _option(BYTES, "V: tokens of the model; text is read as bytes, the first 256", at_least=BYTES)
+    vocabulary: int = _option(
+        BYTES, "V: tokens of the model, at least the tokenizer's, and those if not given", at_least=BYTES
+    )
     layers: int = _option(4, "layers of the model", at_least=1, at_most=MOST_LAYERS)
     width: int = _option(128, "width of the model", at_least=1, at_most=MOST_WIDTH)
     heads: int = _option(4, "H: query heads", at_least=1, at_most=MOST_WIDTH)
@@ -61,6 +71,9 @@ class Settings:
     memory_layers: tuple[int, ...] | None = _option(None, "layers with a memory, from 1 (default: the middle one)")
     memory_heads: int | None = _option(
         None, "query heads of memory layers (default: --heads)", at_least=1, at_most=MOST_WIDTH
+    )
+    memory_late: float = _option(
+        0.0, f"share of the steps, the last, with all of a memory; {NEXT_TO_NONE} entries before", at_least=0, below=1
     )
     neighbours: int = _option(32, "K: entries that a query retrieves", at_least=1)
     memory_offset: float | None = _option(None, "start of a learned offset on retrieved logits (default: none)")
@@ -105,7 +118,12 @@ class Settings:
     eval_every: int = _option(0, "steps between evaluations; 0 for one at the end", at_least=0)
     checkpoint_every: int = _option(250, "steps between checkpoints", at_least=1)
     log_every: int = _option(10, "steps between reports (the losses stay on the device until then)", at_least=1)
-    sample: int = _option(0, "tokens for which to show, at the end, what the memory retrieved", at_least=0)
+    log: Literal["tensorboard"] | None = _option(
+        None, "also write tensorboard's files to OUT/tensorboard, with the memory's fill and its share of attention"
+    )
+    sample: int = _option(
+        0, "tokens for which to say, at the end, what the memory retrieved; OUT/retrieved.html shows all", at_least=0
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -116,6 +134,8 @@ class Settings:
             raise ValueError("compile must be off with fsdp, whose parameters come and go, got True")
         if self.fsdp and self.optimizer != "adamw":
             raise ValueError(f"optimizer must be adamw with fsdp, got {self.optimizer!r}")
+        if self.memory_late and self.memory <= NEXT_TO_NONE:
+            raise ValueError(f"memory must be above {NEXT_TO_NONE} with memory_late, got {self.memory}")
         for name in ("memory_layers", "xl_layers"):
             wrong = [layer for layer in getattr(self, name) or () if not 1 <= layer <= self.layers]
             if wrong:
@@ -131,6 +151,16 @@ class Settings:
             raise ValueError(f"batch, segments and accumulate must make at most {MOST_ROWS} rows a step, got {rows}")
         if rows * self.segment > MOST_TOKENS:
             raise ValueError(f"segment must make at most {MOST_TOKENS} tokens a step, got {rows * self.segment}")
+
+    def memory_at(self, step: int) -> int:
+        """How many entries the memories have room for in the step after so many.
+
+        >>> settings = Settings(memory=1000, memory_late=0.1, steps=50)
+        >>> [settings.memory_at(step) for step in (0, 44, 45, 50)]
+        [32, 32, 1000, 1000]
+        """
+        late = self.memory_late > 0 and step < round((1.0 - self.memory_late) * self.steps)
+        return NEXT_TO_NONE if late else self.memory
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         """What matrix products compute in on a device; weights stay float32.

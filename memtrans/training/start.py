@@ -10,16 +10,17 @@ import torch
 
 from memtrans.distributed.ranks import ALONE, Ranks
 from memtrans.training.checkpoint import load_checkpoint, require
-from memtrans.training.data import open_data
+from memtrans.training.data import TOKENIZER_PART, TrainingData, open_data, reading_of, tokenizer_in
 from memtrans.training.device import pick_device
 from memtrans.training.directory import Lock, check_directory, checkpoint_of, lock, metrics_of
+from memtrans.training.events import check_events
 from memtrans.training.settings import Settings
 from memtrans.training.state import check_settings
 from memtrans.training.trainer import Trainer, check_shares
 
 MAY_CHANGE = (
     *("steps", "memory", "device", "compile", "fsdp", "skip_nonfinite"),
-    *("eval_bytes", "eval_every", "checkpoint_every", "log_every", "sample"),
+    *("eval_bytes", "eval_every", "checkpoint_every", "log_every", "log", "sample"),
 )
 
 
@@ -68,7 +69,7 @@ def start(
     ranks.agree(**settings.to_json(), out=str(out), resume=resume)
     if out is not None:
         ranks.together(lambda: check_directory(out, resume))
-    trainer = _prepared(settings, ranks)
+    trainer = _prepared(settings, ranks, checkpoint_of(out) if resume and out is not None else None)
     taken = ranks.together(lambda: lock(out, name, resume) if ranks.first else None)
     try:
         directory = ranks.gather(None if taken is None else taken.directory)[0]
@@ -84,12 +85,21 @@ def start(
     return trainer, directory, taken
 
 
-def _prepared(settings: Settings, ranks: Ranks) -> Trainer:
-    """The trainer of a run's first step."""
+def _prepared(settings: Settings, ranks: Ranks, saved: Path | None) -> Trainer:
+    """The trainer of a run's first step; its data are read as by the run that wrote the checkpoint `saved`, if any."""
     ranks.together(lambda: check_shares(settings, ranks))
-    data = ranks.together(lambda: open_data(settings))
+    if settings.log is not None:
+        ranks.together(check_events)
+    data = ranks.together(lambda: _data(settings, saved))
     device = ranks.together(lambda: pick_device(settings.device, ranks))
     ranks.agree(data=data.fingerprint, device=device.type)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return Trainer(settings, data, device, ranks)
+
+
+def _data(settings: Settings, saved: Path | None) -> TrainingData:
+    if saved is None:
+        return open_data(settings)
+    checkpoint = load_checkpoint(saved, wanted=lambda part, values: part == TOKENIZER_PART)
+    return open_data(settings, reading=reading_of(checkpoint.values), tokenizer=tokenizer_in(checkpoint))

@@ -5,7 +5,8 @@ A step never asks the device for a value; losses stay on the device until they a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +14,14 @@ from torch import Tensor
 
 from memtrans.annotations import allows
 from memtrans.data.stream import DocumentStream
+from memtrans.data.tokens import BYTES
 from memtrans.distributed.fsdp import shard
 from memtrans.distributed.ranks import ALONE, LostRankError, Ranks
+from memtrans.inspection.share import measured_share, memory_fill
 from memtrans.training.checkpoint import Checkpoint, part_name, require
-from memtrans.training.data import TrainingData
-from memtrans.training.evaluate import NonFiniteLossError
-from memtrans.training.loader import StepLoader
+from memtrans.training.data import TOKENIZER_PART, TrainingData, reading_of, tokenizer_part
+from memtrans.training.evaluate import NonFiniteLossError, perplexity
+from memtrans.training.loader import StepInputs, StepLoader
 from memtrans.training.model import build_model
 from memtrans.training.optimizer import learning_rate, make_optimizer
 from memtrans.training.reader import DocumentReader
@@ -57,25 +60,50 @@ class Trainer:
             shard(self.model, ranks, device)
         self.optimizer = make_optimizer(self.model, settings)
         self.rows = ranks.rows(settings.batch)
-        spare, dtype = settings.segments * settings.segment, settings.compute_dtype(device)
-        self.reader = DocumentReader(
-            self.model, len(self.rows), spare=spare, dtype=dtype, keep_memory=settings.keep_memory
-        )
+        self.reader = self._reader(step=0)
         stream = DocumentStream(data.order, settings.batch, settings.segment, self.rows)
         self.loader = StepLoader(stream, settings.accumulate, settings.segments, device)
         self._step = Step(self.reader, self.optimizer, settings, ranks)
         self.step = self.tokens = 0
-        self._pending: list[Tensor] = []  # (2,) each: bits per byte and gradient norm of the steps since `report`
+        self._looked: dict[str, float | None] = {}
+        self._watches = False
+        self._pending: list[Tensor] = []  # (3,) each, see `Step`, of the steps since `report`
         self._reached: list[torch.cuda.Event] = []  # of the same steps, where a rank may wait for another in vain
+
+    def _reader(self, step: int) -> DocumentReader:
+        """One with memories of the size that they have in the step after so many."""
+        settings = self.settings
+        return DocumentReader(
+            self.model,
+            len(self.rows),
+            spare=settings.segments * settings.segment,
+            dtype=settings.compute_dtype(self.device),
+            keep_memory=settings.keep_memory,
+            max_memories=max(1, settings.memory_at(step)),
+        )
+
+    def _fit_memories(self, step: int) -> None:
+        """The memories get the size that they have after so many steps, and keep what there is room for."""
+        if self.reader.memories and self.reader.memories[0].max_memories != self.settings.memory_at(step):
+            held, self.reader = self.reader.state_dict(), self._reader(step)
+            self.reader.load_state_dict(held)
+            self._step.read_with(self.reader)
 
     @property
     def parameters(self) -> int:
         """How many numbers the model learns."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
+    def watch(self) -> None:
+        """Has the next step first measure, for the report, how full memories are and what attention they get."""
+        self._watches = True
+
     def advance(self) -> None:
         """Has the device do the next step, and draws the inputs of the one after it meanwhile."""
+        self._fit_memories(self.step)
         inputs, real = self.loader.take()
+        if self._watches:
+            self._looked, self._watches = self._look(inputs), False
         with self.ranks.listening():
             self._pending.append(self._step(inputs, learning_rate(self.settings, self.step)))
         if self.ranks.size > 1 and self.device.type == "cuda":
@@ -84,20 +112,31 @@ class Trainer:
         self.step += 1
         self.tokens += real
 
+    def _look(self, inputs: StepInputs) -> dict[str, float | None]:
+        """The memories before a step, and their share of attention in its first segment, in rows that read on."""
+        tokens, _, lengths, fresh = inputs.rounds()[0][0]
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        counted = (places < lengths[:, None]) & ~fresh[:, None]
+        share = measured_share(self.model, lambda: self.reader.look(tokens, lengths), counted)
+        with self.ranks.listening():
+            found = self.ranks.gather((memory_fill(self.reader.memories), share))
+        names = ("memory_fill", "memory_share")
+        return {name: _mean(values) for name, values in zip(names, zip(*found, strict=True), strict=True)}
+
     def check(self) -> Tensor:
-        """Losses and gradient norms (steps, 2) since the last report, on the host.
+        """What `Step` returned (steps, 3) since the last report, on the host.
 
         Raises NonFiniteLossError if one is infinite or NaN, and such steps are not skipped: then the model is lost.
         """
         if not self._pending:
-            return torch.zeros(0, 2)
+            return torch.zeros(0, 3)
         self.ranks.wait(self._reached)
         self._reached = []
         pending = torch.stack(self._pending).cpu()
         wrong = (~pending.isfinite().all(dim=1)).nonzero().flatten().tolist()
         if wrong and not self.settings.skip_nonfinite:
             step = self.step - len(pending) + wrong[0] + 1
-            loss, norm = pending[wrong[0]].tolist()
+            loss, norm, _ = pending[wrong[0]].tolist()
             raise NonFiniteLossError(
                 f"the loss must stay finite, got {loss} bits per byte with a gradient of norm {norm} in step {step}; "
                 "a lower learning rate may help, and --skip-nonfinite goes on without such steps"
@@ -118,14 +157,17 @@ class Trainer:
                 )
             return None
         self._pending = []
-        losses, norms = finite.mean(dim=0).tolist()
+        losses, norms, nats = finite.mean(dim=0).tolist()
         skipped = {"skipped": len(pending) - len(finite)} if self.settings.skip_nonfinite else {}
         return {
             "step": self.step,
             "tokens": self.tokens,
             "bits_per_byte": losses,
+            "nats_per_token": nats,
+            "perplexity": perplexity(nats),
             "gradient_norm": norms,
             "learning_rate": learning_rate(self.settings, self.step - 1),
+            **self._looked,
             **skipped,
         }
 
@@ -150,13 +192,15 @@ class Trainer:
         }
         parts = {part_name(part, self.ranks.rank): tensors for part, tensors in own.items()}
         if self.ranks.first:
-            parts = {"model": weights, "optimizer": moments, **parts}
+            parts = {"model": weights, "optimizer": moments, **parts, **tokenizer_part(self.data.tokenizer)}
         values = {
             "settings": self.settings.to_json(),
             "step": self.step,
             "tokens": self.tokens,
             "stream": self.loader.state_dict(),
             "fingerprint": self.data.fingerprint,
+            "reading": self.data.reading,
+            "tokenizer": self.data.tokenizer.digest,
             "ranks": self.ranks.size,
         }
         return parts, values
@@ -169,7 +213,7 @@ class Trainer:
         rank = int(number or 0)
         if name in ROW_PARTS:
             return owns_some(self.rows, self.settings.batch, self._saved_by(values.get("ranks", 1)), rank)
-        return rank in (0, self.ranks.rank)
+        return part != TOKENIZER_PART and rank in (0, self.ranks.rank)
 
     def _saved_by(self, ranks: Any) -> int:
         """How many ranks wrote a checkpoint. Raises ValueError when so many cannot have shared the batch."""
@@ -201,13 +245,20 @@ class Trainer:
             raise ValueError(
                 f"data must be what the checkpoint was trained on, got {self.settings.data!r} changed since"
             )
+        if values.get("tokenizer", BYTES.digest) != self.data.tokenizer.digest:
+            raise ValueError(
+                f"tokenizer must be the checkpoint's, {values['tokenizer']}, got {self.data.tokenizer.digest}"
+            )
+        if reading_of(values) != self.data.reading:
+            raise ValueError(f"reading must be {reading_of(values)}, as the checkpoint's, got {self.data.reading}")
         with self.ranks.listening():
             load_weights(self.model, checkpoint)
             load_moments(self.model, self.optimizer, parts["optimizer"])
+        self._fit_memories(checks.integer("step", values["step"], low=0))
         self.reader.load_state_dict(parts_of_rows(parts, self.rows, self.settings.batch, saved_by))
         self.loader.load_state_dict(values["stream"])
         self.step, self.tokens = (checks.integer(name, values[name], low=0) for name in ("step", "tokens"))
-        self._pending = list(parts["loop"]["pending"].reshape(-1, 2).to(self.device, torch.float32))
+        self._pending = list(_with_nats(parts["loop"]["pending"]).to(self.device, torch.float32))
         if saved_by == self.ranks.size:
             self._restore_random(parts[part_name("loop", self.ranks.rank)])
         else:
@@ -217,6 +268,20 @@ class Trainer:
         torch.set_rng_state(saved["random.cpu"])
         if self.device.type == "cuda" and "random.cuda" in saved:
             torch.cuda.set_rng_state(saved["random.cuda"], self.device)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Of what is known; None where nothing is."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _with_nats(pending: Tensor) -> Tensor:
+    """Steps that wait for a report (steps, 3); earlier checkpoints hold no nats, of models over bytes (steps, 2)."""
+    if pending.shape[-1] == 3:
+        return pending.reshape(-1, 3)
+    pending = pending.reshape(-1, 2)
+    return torch.cat((pending, pending[:, :1] * math.log(2)), dim=1)
 
 
 def check_shares(settings: Settings, ranks: Ranks) -> None:

@@ -1,0 +1,179 @@
+"""Files of records, each a text: JSON lines, Parquet, and datasets that Hugging Face's library saved to disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from memtrans.files import parse_json, read_file
+
+COLUMNAR = (".parquet",)
+RECORDS = (".jsonl", ".ndjson", *COLUMNAR)  # what files of records end with, before a compression's name
+STATE = "state.json"  # names the files of a dataset on disk
+SAVED_DATASET = (STATE, "dataset_info.json")
+AT_ONCE = 256  # records of a columnar file
+MOST_SHOWN = 200  # characters of a record or of its fields that an error shows
+
+
+class Text(NamedTuple):
+    """A name, and the pieces of what it says, which are read before the next text is asked for."""
+
+    name: str
+    pieces: Iterator[bytes]
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Which fields of a record are read.
+
+    Attributes:
+        text: holds the text. join_by: records next to one another with the same value of this field are one text; None
+            makes each record one.
+    """
+
+    text: str = "text"
+    join_by: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        return list(dict.fromkeys(name for name in (self.text, self.join_by) if name is not None))
+
+
+class Record(NamedTuple):
+    """Where a record stands, what it is joined by, and its text."""
+
+    number: int
+    key: str | None
+    text: bytes
+
+
+def records_of(
+    name: str, path: Path, content: IO[bytes] | None, lines: Iterable[bytes] | None, fields: Fields
+) -> Iterator[Text]:
+    """The texts of a file of records, or of a directory that is a saved dataset.
+
+    name: of the file, with which each text's name begins. content: of the file, None of a directory. lines: of a file
+        that has lines.
+
+    Raises ValueError where a record lacks a field, or the file is damaged.
+    """
+    if content is None:
+        records = _of_dataset(path, fields)
+    elif lines is None:
+        records = _of_columns(path, content, fields)
+    else:
+        records = _of_lines(path, lines, fields)
+    return _joined(name, records) if fields.join_by else _single(name, records)
+
+
+def _single(name: str, records: Iterable[Record]) -> Iterator[Text]:
+    for record in records:
+        yield Text(f"{name}:{record.number}", iter([record.text]))
+
+
+def _joined(name: str, records: Iterable[Record]) -> Iterator[Text]:
+    for key, members in groupby(records, key=lambda record: record.key):
+        yield Text(f"{name}:{key}", (record.text for record in members))
+
+
+def _record(number: int, values: Any, fields: Fields, where: str) -> Record:
+    """A record of its values. Raises ValueError where it lacks a field, or the field holds no text."""
+    if not isinstance(values, dict):
+        raise ValueError(f"data must hold an object in each record, got {str(values)[:MOST_SHOWN]!r} in {where}")
+    for name in fields.names:
+        if name not in values:
+            found = ", ".join(map(str, values))[:MOST_SHOWN]
+            raise ValueError(f"data must hold the field {name!r} in each record, got {found or 'no field'} in {where}")
+    text = values[fields.text]
+    if isinstance(text, str):
+        text = text.encode(errors="surrogatepass")
+    if not isinstance(text, bytes):
+        raise ValueError(f"data must hold a text as {fields.text!r}, got {str(text)[:MOST_SHOWN]!r} in {where}")
+    return Record(number, None if fields.join_by is None else str(values[fields.join_by]), text)
+
+
+def _of_lines(path: Path, lines: Iterable[bytes], fields: Fields) -> Iterator[Record]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"line {number} of {str(path)!r}"
+        try:
+            values = parse_json(line)
+        except ValueError as error:
+            raise ValueError(f"data must hold JSON in each line, got none in {where}: {error}") from error
+        yield _record(number, values, fields, where)
+
+
+def _of_columns(path: Path, content: IO[bytes], fields: Fields) -> Iterator[Record]:
+    arrow = _arrow(path)
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(content)
+        _check_columns(file.schema_arrow.names, fields, path)
+        batches = file.iter_batches(batch_size=AT_ONCE, columns=fields.names)
+        yield from _of_batches(batches, fields, path, 1)
+    except (arrow.ArrowException, OSError) as error:
+        raise _damaged(path, "Parquet", error) from error
+
+
+def _of_dataset(path: Path, fields: Fields) -> Iterator[Record]:
+    arrow = _arrow(path)
+    number = 1
+    for file in _data_files(path):
+        try:
+            with arrow.memory_map(str(file)) as mapped, arrow.ipc.open_stream(mapped) as batches:
+                _check_columns(batches.schema.names, fields, file)
+                for batch in batches:
+                    small = (batch.slice(start, AT_ONCE) for start in range(0, batch.num_rows, AT_ONCE))
+                    yield from _of_batches(small, fields, file, number)
+                    number += batch.num_rows
+        except (arrow.ArrowException, OSError) as error:
+            raise _damaged(file, "Arrow", error) from error
+
+
+def _data_files(path: Path) -> list[Path]:
+    """The files that a saved dataset names."""
+    try:
+        files = parse_json(read_file(STATE, path / STATE))["_data_files"]
+        return [path / Path(file["filename"]).name for file in files]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"data must name its files in {STATE}, got {str(path)!r} without") from error
+
+
+def _of_batches(batches: Iterable[Any], fields: Fields, path: Path, first: int) -> Iterator[Record]:
+    """The records of columns; `first` is the number of the first one."""
+    number = first
+    for batch in batches:
+        columns = [batch.column(name).to_pylist() for name in fields.names]
+        for values in zip(*columns, strict=True):
+            values_by_name = dict(zip(fields.names, values, strict=True))
+            yield _record(number, values_by_name, fields, f"record {number} of {str(path)!r}")
+            number += 1
+
+
+def _check_columns(found: list[str], fields: Fields, path: Path) -> None:
+    for name in fields.names:
+        if name not in found:
+            shown = ", ".join(found)[:MOST_SHOWN]
+            raise ValueError(f"data must hold the field {name!r} in each record, got {shown} in {str(path)!r}")
+
+
+def _damaged(path: Path, kind: str, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split())
+    return ValueError(f"data must hold whole {kind} files, got {str(path)!r}: {reason}")
+
+
+def _arrow(path: Path) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.ipc
+    except ImportError as error:
+        raise ValueError(
+            f"data must hold no columnar files where pyarrow is missing, got {str(path)!r}: "
+            f"pip install 'memtrans[text]' ({error})"
+        ) from error
+    return pyarrow

@@ -1,0 +1,277 @@
+"""The texts of files, directories and archives, one after another; none of them is held as a whole.
+
+A *text* has a name and comes in pieces of bytes, which are read before the next text is asked for.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import lzma
+import os
+import stat
+import sysconfig
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path, PurePath
+from typing import IO, Any
+
+from memtrans.data.records import COLUMNAR, RECORDS, SAVED_DATASET, Fields, Text, records_of
+from memtrans.files import open_input, parse_json, read_file
+
+STANDARD_LIBRARY = "stdlib"
+SAVED_SPLITS = "dataset_dict.json"  # of Hugging Face datasets with several splits
+RECORD_FIELDS = Fields()
+PIECE = 1 << 20  # bytes
+COMPRESSED_PIECE = 1 << 14  # bytes, which may be many more when they are unpacked
+SNIFFED = 8192  # bytes looked at to tell text from the rest
+COMPRESSED = (".gz", ".xz", ".zst")
+EXPANDS = 8  # a compressed file is taken to hold so many times its bytes
+UNUSUAL_PACKAGES = {"test", "idlelib", "lib2to3", "site-packages", "dist-packages"}  # not installed everywhere
+
+# RuntimeError: an encrypted archive; NotImplementedError: a compression that Python does not know
+UNREADABLE = (
+    EOFError,
+    gzip.BadGzipFile,
+    lzma.LZMAError,
+    zipfile.BadZipFile,
+    zlib.error,
+    RuntimeError,
+    NotImplementedError,
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where texts are.
+
+    Attributes:
+        data: `stdlib`, or the path of a file or directory. fields: of records. records: False reads files of records
+            as text, as runs did whose checkpoints name no way of reading.
+    """
+
+    data: str
+    fields: Fields = RECORD_FIELDS
+    records: bool = True
+
+    @property
+    def path(self) -> Path:
+        return Path(self.data).expanduser()
+
+    def check(self) -> None:
+        """Raises FileNotFoundError when there is no such data."""
+        if self.data != STANDARD_LIBRARY and (not self.data or not self.path.exists()):
+            expected = f"data must be {STANDARD_LIBRARY!r} or the path of a file or directory"
+            raise FileNotFoundError(f"no such file: {expected}, got {self.data!r}")
+
+    def files(self) -> list[Path]:
+        """The files that may be read; none of the standard library."""
+        if self.data == STANDARD_LIBRARY:
+            return []
+        return sorted(file for file in self.path.rglob("*") if file.is_file()) if self.path.is_dir() else [self.path]
+
+    def size(self) -> int:
+        """About how many bytes its texts have."""
+        return sum(_expanded(file) for file in self.files())
+
+    def is_pipe(self) -> bool:
+        """Whether it can be read once only."""
+        return self.data != STANDARD_LIBRARY and stat.S_ISFIFO(os.stat(self.path).st_mode)
+
+    def has_splits(self) -> bool:
+        """Whether it says itself what is held out: names then begin with the split's."""
+        return self.records and (self.path / SAVED_SPLITS).is_file()
+
+    def texts(self) -> Iterator[Text]:
+        """Its texts, always in the same order. Raises OSError, or ValueError where a file is damaged."""
+        self.check()
+        if self.data == STANDARD_LIBRARY:
+            return _of_standard_library()
+        if not self.path.is_dir():
+            return self._of_file(self.path.name, self.path, sniffed=False)
+        if self.has_splits():
+            return self._of_splits()
+        if self.records and all((self.path / name).is_file() for name in SAVED_DATASET):
+            return records_of(self.path.name, self.path, None, None, self.fields)
+        return chain.from_iterable(self._of_entry(entry) for entry in sorted(self.path.iterdir()))
+
+    def _of_splits(self) -> Iterator[Text]:
+        index = parse_json(read_file(SAVED_SPLITS, self.path / SAVED_SPLITS))
+        splits = index.get("splits") if isinstance(index, dict) else None
+        if not isinstance(splits, list) or not all(isinstance(split, str) for split in splits):
+            raise ValueError(f"data must name its splits in {SAVED_SPLITS}, got {str(self.path)!r} without")
+        for split in splits:
+            for text in records_of(split, self.path / split, None, None, self.fields):
+                yield Text(f"{split}/{text.name}", text.pieces)
+
+    def _of_entry(self, entry: Path) -> Iterator[Text]:
+        """The texts of a file in the directory; of a directory in it the one that its files are, and its records."""
+        if not entry.is_dir():
+            if entry.is_file() and not _is_hidden(entry.relative_to(self.path)):
+                yield from self._of_file(entry.name, entry, sniffed=True)
+            return
+        files = [file for file in sorted(entry.rglob("*")) if file.is_file()]
+        files = [file for file in files if not _is_hidden(file.relative_to(self.path))]
+        kinds = [self.records and _suffix(file) in RECORDS for file in files]
+        plain = (file for file, of_records in zip(files, kinds, strict=True) if not of_records)
+        yield Text(
+            entry.name, (piece for file in plain for text in self._of_file("", file, True) for piece in text.pieces)
+        )
+        for file, of_records in zip(files, kinds, strict=True):
+            if of_records:
+                yield from self._of_file(str(file.relative_to(self.path)), file, sniffed=True)
+
+    def _of_file(self, name: str, file: Path, sniffed: bool) -> Iterator[Text]:
+        """The texts of a file; `sniffed`: none where it is no text."""
+        with _damage_told(file), open_input("data", file) as raw:
+            if file.suffix == ".zip":
+                yield from _members(name, file, raw)
+                return
+            with _plain(raw, file) as content:
+                if self.records and _suffix(file) in RECORDS:
+                    lines = None if _suffix(file) in COLUMNAR else _told(file, content)
+                    yield from records_of(name, file, content, lines, self.fields)
+                    return
+                pieces = _told(file, _pieces(content))
+                first = next(pieces, b"")
+                if not sniffed or _is_text(first):
+                    yield Text(name, chain([first], pieces))
+
+
+def standard_library_files() -> Iterator[tuple[str, Sequence[Path]]]:
+    """The sources of the running Python's own library: names with files."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for entry in sorted(root.iterdir()):
+        if entry.is_dir() and entry.name not in UNUSUAL_PACKAGES and (entry / "__init__.py").exists():
+            yield entry.name, sorted(f for f in entry.rglob("*.py") if UNUSUAL_PACKAGES.isdisjoint(f.parts))
+        elif entry.suffix == ".py":
+            yield entry.stem, [entry]
+
+
+def _of_standard_library() -> Iterator[Text]:
+    for name, files in standard_library_files():
+        yield Text(name, (file.read_bytes() for file in files))
+
+
+def _suffix(file: Path) -> str:
+    """What a file holds, compressed or not.
+
+    >>> _suffix(Path("texts.jsonl.gz"))
+    '.jsonl'
+    """
+    return Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix
+
+
+def _expanded(file: Path) -> int:
+    size = file.stat().st_size
+    return size * EXPANDS if file.suffix in (*COMPRESSED, ".zip", ".parquet") else size
+
+
+@contextmanager
+def _damage_told(file: Path) -> Iterator[None]:
+    """Turns what damaged archives raise into ValueError."""
+    try:
+        yield
+    except UNREADABLE as error:
+        raise ValueError(f"data must hold whole {file.suffix} archives, got {str(file)!r}: {error}") from error
+
+
+@contextmanager
+def _plain(raw: IO[bytes], file: Path) -> Iterator[IO[bytes]]:
+    """The content of a file that may be compressed."""
+    if file.suffix == ".gz":
+        with gzip.open(raw) as content:
+            yield io.BufferedReader(content, PIECE)
+    elif file.suffix == ".xz":
+        with lzma.open(raw) as content:
+            yield io.BufferedReader(content, PIECE)
+    elif file.suffix == ".zst":
+        with _zstandard(raw, file) as content:
+            yield content
+    else:
+        yield raw
+
+
+@contextmanager
+def _zstandard(raw: IO[bytes], file: Path) -> Iterator[IO[bytes]]:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise ValueError(
+            f"data must hold no .zst where zstandard is missing, got {str(file)!r}: pip install 'memtrans[text]' "
+            f"({error})"
+        ) from error
+    yield io.BufferedReader(_Frames(raw, zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError), PIECE)
+
+
+class _Frames(io.RawIOBase):
+    """The content of a file's frames; unlike the library's own reader it misses the end of one that was cut off."""
+
+    def __init__(self, raw: IO[bytes], begin: Callable[[], Any], damage: type[Exception]) -> None:
+        super().__init__()
+        self._raw, self._begin, self._damage, self._frame = raw, begin, damage, begin()
+        self._ready, self._taken, self._started = b"", 0, False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, place: Any) -> int:
+        while self._taken == len(self._ready):
+            if not self._more():
+                return 0
+        length = min(len(place), len(self._ready) - self._taken)
+        place[:length] = self._ready[self._taken : self._taken + length]
+        self._taken += length
+        return length
+
+    def _more(self) -> bool:
+        """Makes more of the content ready; False at the end. Raises EOFError where a frame has none, or is damaged."""
+        compressed = self._frame.unused_data if self._frame.eof else b""
+        if self._frame.eof:
+            self._frame, self._started = self._begin(), False
+        compressed = compressed or self._raw.read(COMPRESSED_PIECE)
+        if not compressed and self._started:
+            raise EOFError("the file ends before its content does")
+        self._started = self._started or bool(compressed)
+        try:
+            self._ready, self._taken = self._frame.decompress(compressed) if compressed else b"", 0
+        except self._damage as error:
+            raise EOFError(str(error)) from error
+        return bool(compressed)
+
+
+def _pieces(content: IO[bytes]) -> Iterator[bytes]:
+    while piece := content.read(PIECE):
+        yield piece
+
+
+def _told(file: Path, parts: Iterable[bytes]) -> Iterator[bytes]:
+    """Lines or pieces of a file, which are read long after it was opened; its damage is told wherever it shows."""
+    with _damage_told(file):
+        yield from parts
+
+
+def _members(name: str, file: Path, raw: IO[bytes]) -> Iterator[Text]:
+    """The texts of an archive, in path order: members that are text and not hidden."""
+    with zipfile.ZipFile(raw) as archive:
+        for member in sorted(archive.namelist()):
+            if member.endswith("/") or _is_hidden(PurePath(member)):
+                continue
+            with archive.open(member) as content:
+                pieces = _told(file, _pieces(content))
+                first = next(pieces, b"")
+                if _is_text(first):
+                    yield Text(f"{name}/{member}", chain([first], pieces))
+
+
+def _is_hidden(path: PurePath) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _is_text(beginning: bytes) -> bool:
+    """Whether no byte of the beginning is 0, which is how git tells text from the rest."""
+    return b"\0" not in beginning[:SNIFFED]

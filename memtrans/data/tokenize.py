@@ -1,0 +1,287 @@
+"""Texts become a store of tokens, a piece at a time; what was interrupted goes on where it was.
+
+Every so often the files are forced to disk, and then `progress.json` says how much of them counts. The same call later
+cuts the files back to that, reads past the texts that are done, which it compares with their hashes, and goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from memtrans.annotations import allows
+from memtrans.data.records import Text
+from memtrans.data.store import (
+    DOCUMENTS,
+    INDEX,
+    KIND,
+    MOST_TOKENS,
+    NAMES,
+    PROGRESS,
+    ROW,
+    TOKENIZER,
+    TOKENS,
+    VERSION,
+    Store,
+    token_dtype,
+    write_index,
+)
+from memtrans.data.texts import Source
+from memtrans.data.tokens import Tokenizer, chunks_of
+from memtrans.files import MOST_JSON, parse_json, read_file
+from memtrans.storage import write_atomically
+
+SAVED_EVERY = 64 << 20  # bytes of text
+CHUNKS_AT_ONCE = 64  # that a tokenizer spreads over the cores
+LEAST = 2  # bytes of a text: a token and what comes after it
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How much is done.
+
+    Attributes:
+        documents, names, tokens, size: documents that are whole, bytes of their names, their tokens, their bytes.
+        chunks, open_tokens: of the document after them: chunks that are done, and their tokens.
+    """
+
+    documents: int = 0
+    names: int = 0
+    tokens: int = 0
+    size: int = 0
+    chunks: int = 0
+    open_tokens: int = 0
+
+
+def write_store(
+    source: Source,
+    out: str | Path,
+    tokenizer: Tokenizer,
+    way: str,
+    cuts: tuple[int, ...] = (),
+    report: Callable[[int], None] = lambda size: None,
+) -> Store:
+    """Writes the tokens of a source's texts, or goes on with what an earlier call has left.
+
+    Args:
+        source: of the texts. out: a directory, made if missing. tokenizer: makes the tokens.
+        way: how documents are held out, which the store keeps. cuts: places of bytes where tokens end in any case.
+        report: called with the number of bytes done, every so often.
+
+    Returns:
+        The store, which is whole.
+
+    Raises:
+        ValueError: there is a store already, one of another source or tokenizer is unfinished there, the texts changed
+        meanwhile, one of them has 2^31 tokens or more, or none has two bytes. OSError: the disk is full; what is done
+        is kept.
+    """
+    out = Path(out)
+    check_new(out)
+    source.check()
+    out.mkdir(parents=True, exist_ok=True)
+    what = _what(source, tokenizer, way, cuts)
+    done = _read_progress(out, what)
+    if done == Progress():
+        _write_progress(out, what, done)
+    if tokenizer.content:
+        write_atomically(out / TOKENIZER, tokenizer.content)
+    with ExitStack() as stack:
+        writer = _Writer(out, what, tokenizer, done, cuts, report, stack)
+        for text in source.texts():
+            writer.take(text)
+        writer.save()
+    if not writer.done.documents:
+        _remove(out)
+        raise ValueError(f"data must hold text of at least 2 bytes, got none in {source.data!r}")
+    index = {"tokenizer": tokenizer.digest, "vocabulary": tokenizer.vocabulary, "way": way}
+    counts = {"documents": writer.done.documents, "tokens": writer.done.tokens, "bytes": writer.done.size}
+    write_atomically(out / INDEX, write_index(out, {**index, **counts, "fingerprint": writer.fingerprint.hexdigest()}))
+    (out / PROGRESS).unlink()
+    return Store(out)
+
+
+def check_new(out: Path) -> None:
+    """Raises ValueError where there is a store already, or what is no directory."""
+    if (out / INDEX).is_file():
+        raise ValueError(f"out must hold no store, got {str(out)!r}, which does")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out must be a directory or not exist, got {str(out)!r}, a file")
+
+
+class _Writer:
+    """The files of a store that is being written."""
+
+    def __init__(
+        self,
+        out: Path,
+        what: str,
+        tokenizer: Tokenizer,
+        done: Progress,
+        cuts: tuple[int, ...],
+        report: Callable[[int], None],
+        stack: ExitStack,
+    ) -> None:
+        self.out, self.what, self.tokenizer, self.cuts, self.report = out, what, tokenizer, cuts, report
+        self.done, self._dtype = done, token_dtype(tokenizer)
+        tokens = (done.tokens + done.open_tokens) * self._dtype.itemsize
+        self._tokens = stack.enter_context(_cut_back(out / TOKENS, tokens))
+        self._rows = stack.enter_context(_cut_back(out / DOCUMENTS, done.documents * ROW.itemsize))
+        self._names = stack.enter_context(_cut_back(out / NAMES, done.names))
+        self._behind = np.fromfile(out / DOCUMENTS, dtype=ROW, count=done.documents)["digest"]
+        self._seen = 0  # documents, done earlier or now
+        self._unsaved = 0  # bytes
+        self.fingerprint = hashlib.sha256()
+
+    def take(self, text: Text) -> None:
+        """Writes a text, or reads past one that is done."""
+        digest = hashlib.sha256()
+        size = 0
+
+        def counted() -> Iterator[bytes]:
+            nonlocal size
+            for piece in text.pieces:
+                digest.update(piece)
+                size += len(piece)
+                yield piece
+
+        if self._seen < self.done.documents:
+            for _ in counted():
+                pass
+            if size < LEAST:
+                return
+            if digest.digest() != self._behind[self._seen].tobytes():
+                raise self._changed(text)
+        else:
+            self._encode(text.name, counted())
+            if size < LEAST:
+                self._forget()
+                return
+            self._end(text.name, size, digest.digest())
+        self._seen += 1
+        self.fingerprint.update(f"{text.name}\0{size}\0".encode(errors="surrogateescape"))
+        self.fingerprint.update(digest.digest())
+
+    def _changed(self, text: Text) -> ValueError:
+        return ValueError(
+            f"data must be what it was when tokenizing began, got {text.name!r} changed since: "
+            f"remove {str(self.out)!r} to begin again"
+        )
+
+    def _encode(self, name: str, pieces: Iterator[bytes]) -> None:
+        """Writes a text's tokens behind those of it that are written."""
+        chunks = chunks_of(pieces, self.cuts)
+        skipped = sum(1 for _ in islice(chunks, self.done.chunks))
+        if skipped < self.done.chunks:
+            raise self._changed(Text(name, pieces))
+        while some := list(islice(chunks, CHUNKS_AT_ONCE)):
+            tokens = np.concatenate(self.tokenizer.encode_chunks(some)).astype(self._dtype, copy=False)
+            count = self.done.open_tokens + len(tokens)
+            if count >= MOST_TOKENS:
+                raise ValueError(
+                    f"data must hold documents of fewer than {MOST_TOKENS} tokens, got more in {name!r}: cut it into "
+                    "several files or records"
+                )
+            self._tokens.write(tokens.tobytes())
+            self.done = replace(self.done, chunks=self.done.chunks + len(some), open_tokens=count)
+            self._unsaved += sum(map(len, some))
+            if self._unsaved >= SAVED_EVERY:
+                self.save()
+
+    def _forget(self) -> None:
+        """Takes back a text that is too short."""
+        self._tokens.flush()
+        self._tokens.seek(self.done.tokens * self._dtype.itemsize)
+        self._tokens.truncate()
+        self.done = replace(self.done, chunks=0, open_tokens=0)
+
+    def _end(self, name: str, size: int, digest: bytes) -> None:
+        """Adds a document's row and name."""
+        done, encoded = self.done, name.encode(errors="surrogateescape")
+        self.done = Progress(
+            done.documents + 1, done.names + len(encoded), done.tokens + done.open_tokens, done.size + size
+        )
+        row = np.zeros(1, dtype=ROW)
+        row[0] = (self.done.names, self.done.tokens, self.done.size, np.frombuffer(digest, dtype=np.uint8))
+        self._names.write(encoded)
+        self._rows.write(row.tobytes())
+
+    def save(self) -> None:
+        """Forces what is written to disk, and says how far it has come."""
+        for file in (self._tokens, self._rows, self._names):
+            file.flush()
+            os.fsync(file.fileno())
+        _write_progress(self.out, self.what, self.done)
+        self._unsaved = 0
+        self.report(self.done.size)
+
+
+def _what(source: Source, tokenizer: Tokenizer, way: str, cuts: tuple[int, ...]) -> str:
+    """Tells what is tokenized, by what, from everything else."""
+    where = str(source.path.resolve()) if source.files() else source.data
+    return hashlib.sha256(repr((where, source.fields, tokenizer.digest, way, cuts)).encode()).hexdigest()
+
+
+def _read_progress(out: Path, what: str) -> Progress:
+    """How far an earlier call has come. Raises ValueError where it wrote something else."""
+    if not (out / PROGRESS).is_file():
+        ours = (TOKENIZER, f".{TOKENIZER}.", f".{PROGRESS}.")  # what a kill may leave
+        taken = next((path for path in out.iterdir() if not path.name.startswith(ours)), None)
+        if taken is not None:
+            raise ValueError(
+                f"out must be an empty directory or not exist, got {str(out)!r}, which holds {taken.name!r}"
+            )
+        return Progress()
+    values = parse_json(read_file(PROGRESS, out / PROGRESS, MOST_JSON))
+    names = list(Progress.__dataclass_fields__)
+    whole = isinstance(values, dict) and all(allows(int, values.get(name)) and values[name] >= 0 for name in names)
+    if not whole or values.get("kind") != KIND or values.get("version") != VERSION:
+        raise ValueError(f"out must hold the progress of this version, got {str(out / PROGRESS)!r} of another")
+    if values.get("what") != what:
+        raise ValueError(f"out must be unfinished by the same data and tokenizer, got {str(out)!r}, begun with others")
+    return Progress(**{name: values[name] for name in names})
+
+
+def _write_progress(out: Path, what: str, done: Progress) -> None:
+    progress = {"kind": KIND, "version": VERSION, "what": what, **asdict(done)}
+    write_atomically(out / PROGRESS, (json.dumps(progress) + "\n").encode())
+
+
+def _cut_back(path: Path, size: int) -> IO[bytes]:
+    """A file open for writing behind its first `size` bytes. Raises ValueError where it is shorter."""
+    file = path.open("ab")
+    if file.tell() < size:
+        found = file.tell()
+        file.close()
+        raise ValueError(f"store must hold what {PROGRESS} says, got {found} of {size} bytes in {str(path)!r}")
+    file.truncate(size)
+    file.seek(size)
+    return file
+
+
+def _remove(out: Path) -> None:
+    """Removes the files of a store without a document."""
+    for name in (TOKENS, DOCUMENTS, NAMES, PROGRESS, TOKENIZER):
+        (out / name).unlink(missing_ok=True)
+
+
+def describe(store: Store) -> dict[str, Any]:
+    """What a store holds, as `tokenize` prints it."""
+    size, tokens = int(store.sizes.sum()), int(store.lengths.sum())
+    return {
+        "documents": len(store),
+        "tokens": tokens,
+        "bytes": size,
+        "bytes_per_token": round(size / tokens, 3) if tokens else None,
+        "vocabulary": store.tokenizer.vocabulary,
+        "out": str(store.path),
+    }

@@ -1,0 +1,216 @@
+"""Files of records: each a document, joined where a field says so, never held as a whole."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+
+from memtrans.data.records import Fields
+from memtrans.data.sources import load_corpus
+from memtrans.data.texts import Source
+
+RECORDS = [{"text": f"text {number}, d\u00e9j\u00e0 vu", "book": number // 3, "n": None} for number in range(9)]
+
+
+def lines(records=RECORDS) -> bytes:
+    return b"".join(json.dumps(record).encode() + b"\n" for record in records)
+
+
+def read(path, **fields) -> dict[str, str]:
+    return {name: b"".join(pieces).decode() for name, pieces in Source(str(path), Fields(**fields)).texts()}
+
+
+def compressed(content: bytes, suffix: str) -> bytes:
+    if suffix == ".zst":
+        import zstandard
+
+        half = len(content) // 2  # two frames, as `cat` makes them
+        compressor = zstandard.ZstdCompressor(write_checksum=True)
+        return compressor.compress(content[:half]) + compressor.compress(content[half:])
+    return {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}[suffix](content)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".xz", ".zst"])
+def test_each_line_is_a_document(tmp_path, suffix):
+    path = tmp_path / f"some.jsonl{suffix}"
+    path.write_bytes(compressed(lines(), suffix))
+    assert list(read(path).values()) == [record["text"] for record in RECORDS]
+    corpus = load_corpus(str(path))
+    assert len(corpus.train) + len(corpus.validation) == 9
+
+
+def test_records_side_by_side_are_joined_by_a_field(tmp_path):
+    (tmp_path / "some.jsonl").write_bytes(lines())
+    found = read(tmp_path / "some.jsonl", join_by="book")
+    assert list(found) == ["some.jsonl:0", "some.jsonl:1", "some.jsonl:2"]
+    assert found["some.jsonl:1"] == "".join(record["text"] for record in RECORDS[3:6])
+
+
+def test_another_field_holds_the_text(tmp_path):
+    (tmp_path / "some.jsonl").write_bytes(lines([{"content": "hello"}, {"content": "you"}]))
+    assert list(read(tmp_path / "some.jsonl", text="content").values()) == ["hello", "you"]
+
+
+def test_a_directory_may_hold_records_and_texts(tmp_path):
+    (tmp_path / "sub" / "below").mkdir(parents=True)
+    (tmp_path / "a.txt").write_bytes(b"plain")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines(RECORDS[:2])))
+    (tmp_path / "sub" / "c.txt").write_bytes(b"below")
+    (tmp_path / "sub" / "below" / "d.jsonl").write_bytes(lines(RECORDS[:1]))
+    found = read(tmp_path)
+    assert list(found) == ["a.txt", "b.jsonl.gz:1", "b.jsonl.gz:2", "sub", "sub/below/d.jsonl:1"]
+    assert found["sub"] == "below"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"title": "x"}', r"the field 'text' in each record, got title in line 2 of .*some.jsonl"),
+        (b"{}", "the field 'text' in each record, got no field in line 2"),
+        (b'{"text": null}', "a text as 'text', got 'None' in line 2"),
+        (b'{"text": ["x"]}', "a text as 'text'"),
+        (b'"text"', "an object in each record, got 'text' in line 2"),
+        (b'{"text": "cut', "JSON in each line, got none in line 2"),
+        (b'{"text": "\xff"}', "JSON in each line, got none in line 2"),
+        (b"[" * 100_000, "JSON in each line, got none in line 2"),
+    ],
+)
+def test_a_record_that_will_not_do_is_refused_by_its_line(tmp_path, line, message):
+    (tmp_path / "some.jsonl").write_bytes(lines(RECORDS[:1]) + line + b"\n")
+    with pytest.raises(ValueError, match=f"data must hold {message}"):
+        load_corpus(str(tmp_path / "some.jsonl"))
+    with pytest.raises(ValueError, match="the field 'author' in each record, got text, book, n in line 1"):
+        read(tmp_path / "some.jsonl", join_by="author")
+
+
+def test_half_a_character_is_kept(tmp_path):
+    (tmp_path / "some.jsonl").write_bytes(b'{"text": "half \\ud83d"}\n')
+    ((_, pieces),) = ((name, b"".join(pieces)) for name, pieces in Source(str(tmp_path / "some.jsonl")).texts())
+    assert pieces == "half \ud83d".encode(errors="surrogatepass")
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
+@pytest.mark.parametrize("kind", ["cut", "changed"])
+@pytest.mark.parametrize("name", ["some.jsonl", "book.txt"])
+def test_damage_is_told_wherever_it_is(tmp_path, suffix, kind, name):
+    """The archives are longer than what is read at once."""
+    noise = random.Random(0)
+    content = lines([{"text": noise.randbytes(1000).hex()} for _ in range(1200)])
+    whole = compressed(content, suffix)
+    place = len(whole) * 3 // 4
+    damaged = whole[:place] if kind == "cut" else whole[:place] + bytes(2000) + whole[place + 2000 :]
+    (tmp_path / f"{name}{suffix}").write_bytes(damaged)
+    message = f"data must hold whole {suffix} archives, got .*{name}{suffix}|JSON in each line"
+    with pytest.raises(ValueError, match=message):
+        load_corpus(str(tmp_path / f"{name}{suffix}"))
+
+
+def test_a_missing_library_is_named(tmp_path, monkeypatch):
+    (tmp_path / "some.jsonl.zst").write_bytes(compressed(lines(), ".zst"))
+    (tmp_path / "some.parquet").write_bytes(b"PAR1")
+    for library, suffix in (("zstandard", "jsonl.zst"), ("pyarrow", "parquet")):
+        monkeypatch.setitem(sys.modules, library, None)
+        with pytest.raises(ValueError, match=rf"where {library} is missing, .*pip install 'memtrans\[text\]'"):
+            load_corpus(str(tmp_path / f"some.{suffix}"))
+
+
+# ------------------------------------------------------------------------------------------- columns: with pyarrow
+
+
+def table(records=RECORDS):
+    arrow = pytest.importorskip("pyarrow")
+    return arrow.Table.from_pylist([{"text": record["text"], "book": record["book"]} for record in records])
+
+
+def saved_dataset(directory, records=RECORDS):
+    """As `datasets.Dataset.save_to_disk` writes it: streams of Arrow, and a file that names them."""
+    arrow = pytest.importorskip("pyarrow")
+    directory.mkdir(parents=True)
+    rows = table(records)
+    for number, part in enumerate((rows.slice(0, 4), rows.slice(4))):
+        path = str(directory / f"data-{number}.arrow")
+        with arrow.OSFile(path, "wb") as file, arrow.ipc.new_stream(file, rows.schema) as stream:
+            stream.write_table(part)
+    (directory / "dataset_info.json").write_text("{}")
+    state = {"_data_files": [{"filename": "data-0.arrow"}, {"filename": "data-1.arrow"}], "_split": "train"}
+    (directory / "state.json").write_text(json.dumps(state))
+
+
+@pytest.mark.slow
+def test_a_row_of_parquet_is_a_document(tmp_path):
+    pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(table(), tmp_path / "some.parquet", row_group_size=2)
+    assert list(read(tmp_path / "some.parquet").values()) == [record["text"] for record in RECORDS]
+    assert len(read(tmp_path / "some.parquet", join_by="book")) == 3
+    with pytest.raises(ValueError, match=r"the field 'body' in each record, got text, book in .*some.parquet"):
+        read(tmp_path / "some.parquet", text="body")
+    with pytest.raises(ValueError, match=r"a text as 'book', got '0' in record 1 of .*some.parquet"):
+        read(tmp_path / "some.parquet", text="book")
+    content = (tmp_path / "some.parquet").read_bytes()
+    (tmp_path / "some.parquet").write_bytes(content[:-9])
+    with pytest.raises(ValueError, match=r"data must hold whole Parquet files, got .*some.parquet"):
+        read(tmp_path / "some.parquet")
+
+
+@pytest.mark.slow
+def test_a_saved_dataset_is_read_without_its_library(tmp_path):
+    saved_dataset(tmp_path / "set")
+    assert list(read(tmp_path / "set").values()) == [record["text"] for record in RECORDS]
+    (tmp_path / "set" / "data-1.arrow").write_bytes(b"cut off")
+    with pytest.raises(ValueError, match=r"data must hold whole Arrow files, got .*data-1.arrow"):
+        read(tmp_path / "set")
+
+
+@pytest.mark.slow
+def test_a_saved_dataset_keeps_its_own_splits(tmp_path):
+    for split, records in (("train", RECORDS[:6]), ("validation", RECORDS[6:8]), ("test", RECORDS[8:])):
+        saved_dataset(tmp_path / "sets" / split, records)
+    (tmp_path / "sets" / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "validation", "test"]}))
+    corpus = load_corpus(str(tmp_path / "sets"))
+    names = [
+        {document.name.split("/")[0] for document in part} for part in (corpus.train, corpus.validation, corpus.test)
+    ]
+    assert names == [{"train"}, {"validation"}, {"test"}]
+    assert [len(part) for part in (corpus.train, corpus.validation, corpus.test)] == [6, 2, 1]
+    (tmp_path / "sets" / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
+    corpus = load_corpus(str(tmp_path / "sets"))
+    assert (len(corpus.train) + len(corpus.validation), len(corpus.test)) == (6, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["jsonl", "txt"])
+def test_memory_stays_flat_over_two_gigabytes(tmp_path, kind):
+    """The anonymous memory of a process that tokenizes them and reads them as a stream."""
+    block = lines([{"text": "words of a text that is long enough to count, " * 2000}])
+    with (tmp_path / f"long.{kind}").open("wb") as file:
+        for _ in range(2**31 // len(block) - 10):  # a text of 2^31 tokens would be refused
+            file.write(block)
+    program = f"""
+import sys
+from memtrans.data.documents import Shuffled
+from memtrans.data.sources import load_corpus
+from memtrans.data.stream import DocumentStream
+def anonymous():
+    return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) / 1024
+begin = anonymous()
+corpus = load_corpus({str(tmp_path / f"long.{kind}")!r})
+stream = DocumentStream(Shuffled(corpus.train, 0), 8, 4096)
+for _ in range(3000):
+    stream.next()
+print(begin, anonymous(), corpus.documents.library.sizes.sum())
+"""
+    environment = {"MEMTRANS_CACHE": str(tmp_path / "cache")}
+    result = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **environment}, capture_output=True, text=True, check=True
+    )
+    begin, end, size = map(float, result.stdout.split())
+    assert size > 1.9e9 and end - begin < 100, f"{end - begin:.0f} MB more"
