@@ -36,12 +36,13 @@ from memtrans.data.store import (
     write_index,
 )
 from memtrans.data.texts import Source
-from memtrans.data.tokens import Tokenizer, chunks_of
+from memtrans.data.tokens import BYTES, Tokenizer, chunks_of
 from memtrans.files import MOST_JSON, parse_json, read_file
 from memtrans.storage import write_atomically
 
 SAVED_EVERY = 64 << 20  # bytes of text
 CHUNKS_AT_ONCE = 64  # that a tokenizer spreads over the cores
+PIECES_AT_ONCE = 4  # that are written at once where tokens are bytes
 LEAST = 2  # bytes of a text: a token and what comes after it
 
 
@@ -139,7 +140,9 @@ class _Writer:
         self._names = stack.enter_context(_cut_back(out / NAMES, done.names))
         self._behind = np.fromfile(out / DOCUMENTS, dtype=ROW, count=done.documents)["digest"]
         self._seen = 0  # documents, done earlier or now
+        self._at_once = PIECES_AT_ONCE if tokenizer is BYTES else CHUNKS_AT_ONCE
         self._unsaved = 0  # bytes
+        self._open_size = 0  # bytes of the text that was taken last, until it is done
         self.fingerprint = hashlib.sha256()
 
     def take(self, text: Text) -> None:
@@ -152,6 +155,7 @@ class _Writer:
             for piece in text.pieces:
                 digest.update(piece)
                 size += len(piece)
+                self._open_size = size
                 yield piece
 
         if self._seen < self.done.documents:
@@ -167,7 +171,7 @@ class _Writer:
                 self._forget()
                 return
             self._end(text.name, size, digest.digest())
-        self._seen += 1
+        self._seen, self._open_size = self._seen + 1, 0
         self.fingerprint.update(f"{text.name}\0{size}\0".encode(errors="surrogateescape"))
         self.fingerprint.update(digest.digest())
 
@@ -179,23 +183,29 @@ class _Writer:
 
     def _encode(self, name: str, pieces: Iterator[bytes]) -> None:
         """Writes a text's tokens behind those of it that are written."""
-        chunks = chunks_of(pieces, self.cuts)
+        chunks = pieces if self.tokenizer is BYTES else chunks_of(pieces, self.cuts)
         skipped = sum(1 for _ in islice(chunks, self.done.chunks))
         if skipped < self.done.chunks:
             raise self._changed(Text(name, pieces))
-        while some := list(islice(chunks, CHUNKS_AT_ONCE)):
-            tokens = np.concatenate(self.tokenizer.encode_chunks(some)).astype(self._dtype, copy=False)
-            count = self.done.open_tokens + len(tokens)
+        while some := list(islice(chunks, self._at_once)):
+            tokens = self._tokens_of(some)
+            count = self.done.open_tokens + len(tokens) // self._dtype.itemsize
             if count >= MOST_TOKENS:
                 raise ValueError(
                     f"data must hold documents of fewer than {MOST_TOKENS} tokens, got more in {name!r}: cut it into "
                     "several files or records"
                 )
-            self._tokens.write(tokens.tobytes())
+            self._tokens.write(tokens)
             self.done = replace(self.done, chunks=self.done.chunks + len(some), open_tokens=count)
             self._unsaved += sum(map(len, some))
             if self._unsaved >= SAVED_EVERY:
                 self.save()
+
+    def _tokens_of(self, chunks: list[bytes]) -> bytes:
+        """The tokens of pieces of a text, as they stand in the file."""
+        if self.tokenizer is BYTES:
+            return b"".join(chunks)
+        return np.concatenate(self.tokenizer.encode_chunks(chunks)).astype(self._dtype, copy=False).tobytes()
 
     def _forget(self) -> None:
         """Takes back a text that is too short."""
@@ -222,7 +232,7 @@ class _Writer:
             os.fsync(file.fileno())
         _write_progress(self.out, self.what, self.done)
         self._unsaved = 0
-        self.report(self.done.size)
+        self.report(self.done.size + self._open_size)
 
 
 def _what(source: Source, tokenizer: Tokenizer, way: str, cuts: tuple[int, ...]) -> str:

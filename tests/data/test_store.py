@@ -134,6 +134,8 @@ def test_what_was_interrupted_goes_on_and_ends_as_if_it_never_was(tmp_path, monk
     monkeypatch.setattr(tokenize, "SAVED_EVERY", 400)
     monkeypatch.setattr(tokenize, "CHUNKS_AT_ONCE", 2)
     monkeypatch.setattr("memtrans.data.tokens.CHUNK", 150)
+    monkeypatch.setattr("memtrans.data.texts.PIECE", 150)
+    monkeypatch.setattr(tokenize, "PIECES_AT_ONCE", 2)
     whole = written(data, tmp_path / "whole", tokenizer)
     calls = 0
 
