@@ -184,6 +184,30 @@ def test_texts_that_changed_meanwhile_and_other_tokenizers_are_refused(tmp_path,
         written(data, tmp_path / "store")
 
 
+@pytest.mark.parametrize("change", ["begun text", "text that is done", "fewer texts"])
+def test_a_text_that_changed_is_told_wherever_the_work_stopped(tmp_path, monkeypatch, change):
+    data = folder(tmp_path)
+    monkeypatch.setattr(tokenize, "SAVED_EVERY", 300)
+    monkeypatch.setattr("memtrans.data.texts.PIECE", 150)
+    monkeypatch.setattr(tokenize, "PIECES_AT_ONCE", 2)
+    sizes = [path.stat().st_size for path in sorted((tmp_path / "texts").iterdir())]
+
+    def report(size: int) -> None:
+        if size > sizes[0] + sizes[1] + 400:
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write_store(Source(data), tmp_path / "store", BYTES, "drawn", report=report)
+    if change == "fewer texts":
+        for path in sorted((tmp_path / "texts").iterdir())[1:]:
+            path.unlink()
+    else:
+        path = tmp_path / "texts" / ("2.txt" if change == "begun text" else "1.txt")
+        path.write_bytes(b"X" + path.read_bytes()[1:])
+    with pytest.raises(ValueError, match="data must be what it was when tokenizing began"):
+        written(data, tmp_path / "store")
+
+
 @pytest.fixture
 def some_store(tmp_path):
     (tmp_path / "book.txt").write_bytes(TEXT)
