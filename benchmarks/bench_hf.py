@@ -2,12 +2,13 @@
 
 The model has the shape of SmolLM2-135M (30 layers, 9 heads, 3 key/value heads, width 64) and random weights, which
 decide nothing here. A case is `<read|token>-<off|64k>[-b4]`. Reading is one segment of 512 tokens for each document, no
-logits, with the memory full; a token is one step after 512 tokens of prompt, with a static cache. On a GPU what takes
-less than 8 ms is replays of a captured graph. `impl` is `memtrans`, or `transformers` without a memory.
+logits, with the memory full; a token is one step after 512 tokens of prompt, with a static cache. On a GPU it is
+replays of a captured graph. `impl` is `memtrans`, or `transformers` without a memory.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -89,4 +90,5 @@ def test_hf(benchmark: Any, name: str) -> None:
     call = reading(model, memory, documents) if what == "read" else writing(model)
     impl = "transformers" if memory is None else "memtrans"
     tokens = documents * (SEGMENT if what == "read" else 1)
-    measure(benchmark, call, op="hf", impl=impl, case=name, dtype=DTYPE, tokens=tokens)
+    # the host needs longer for a pass than the GPU
+    measure(benchmark, call, op="hf", impl=impl, case=name, dtype=DTYPE, graph_below=math.inf, tokens=tokens)

@@ -4,6 +4,8 @@
 - `upstream`: the same layer in that package's arithmetic on the device, see `upstream.py`.
 - `upstream-package`: the package itself where it is installed, with its memory on the CPU, read and not added to: an
   approximate index that begins anew when it is full.
+- `memtrans-untraced`, `memtrans-traced`: the forward pass by itself, call by call, without and with
+  `KNNMemoryList.tracing()`: at most 1.3 times the one the other.
 - `attention`: the plain `Attention` layer of the same shape, without memory; `attention-sdpa` is the same layer with
   PyTorch's attention and a dense bias in place of the kernel.
 
@@ -16,6 +18,7 @@ which no text does and which the search is slow at.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +29,7 @@ from common import DEVICE, TOY, Case, bytes_of, case, compiled, measure, peak_by
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from memtrans import Attention, KNNAttention, KNNMemory
+from memtrans import Attention, KNNAttention, KNNMemory, KNNMemoryList
 from memtrans.position import T5RelativePositionBias, expand_table
 
 GPU_CASES = ("d64-64k", "paper-64k")
@@ -164,4 +167,26 @@ def test_model(benchmark: Any, name: str, impl: str, tmp_path: Path) -> None:
         benchmark, step, op="model", impl=impl, case=name, mode="forward+backward", dtype=dtype,
         capturable=impl != "upstream-package", tokens=x.shape[0] * x.shape[1],
         peak_bytes=peak_bytes(step, bytes_of([*leaves, grad_out])),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.endswith("d64-64k")])
+@pytest.mark.parametrize("impl", ["memtrans-untraced", "memtrans-traced"])
+@torch.no_grad()
+def test_tracing(benchmark: Any, name: str, impl: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = case(name)
+    layer, arguments, _ = ours(sizes, tmp_path)
+    layer, memories = layer.to(DEVICE, DTYPE), KNNMemoryList([arguments["knn_memory"]])
+    x = torch.randn(sizes.batch, sizes.length, sizes.heads * sizes.width, device=DEVICE, dtype=DTYPE)
+    watching = memories.tracing if impl == "memtrans-traced" else nullcontext
+
+    def step() -> None:
+        x.normal_()
+        with watching():
+            layer(x, **arguments)
+
+    measure(
+        benchmark, step, op="model", impl=impl, case=name, mode="forward", dtype=DTYPE, capturable=False,
+        tokens=x.shape[0] * x.shape[1],
     )  # fmt: skip

@@ -107,10 +107,10 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def gpu_milliseconds(function: Callable[[], Any]) -> tuple[float, float]:
+def gpu_milliseconds(function: Callable[[], Any], graph_below: float = GRAPH_BELOW) -> tuple[float, float]:
     """Median GPU time of one call in a replayed graph, and launched by itself, when the host's work may count too."""
     eager = _uncaptured(function)
-    if eager >= GRAPH_BELOW:
+    if eager >= graph_below:
         return eager, eager
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -140,12 +140,14 @@ def measure(
     dtype: torch.dtype,
     mode: str = "forward",
     capturable: bool = True,
+    graph_below: float = GRAPH_BELOW,
     calls: int = 1,
     **extra: Any,
 ) -> None:
     """Times `function` and writes the entry down, with a rate a second for each of `bytes`, `flop` and `tokens`.
 
-    calls: of what is timed, in one call of `function`; the time and the rates are those of one of them.
+    graph_below: ms; a call that takes longer is not captured. calls: of what is timed, in one call of `function`; the
+        time and the rates are those of one of them.
     """
     labels = {"op": op, "impl": impl, "case": case, "mode": mode, "dtype": dtype_name(dtype)}
     benchmark.extra_info.update(labels, **environment(), **extra)
@@ -153,7 +155,7 @@ def measure(
         benchmark.pedantic(function, rounds=2 if TOY else 15, warmup_rounds=3)
         milliseconds = benchmark.stats.stats.median * 1e3 / calls if benchmark.stats else None
     else:
-        captured, eager = gpu_milliseconds(function) if capturable else 2 * (_uncaptured(function),)
+        captured, eager = gpu_milliseconds(function, graph_below) if capturable else 2 * (_uncaptured(function),)
         milliseconds = captured / calls
         benchmark.extra_info.update(gpu_ms=milliseconds, eager_ms=eager / calls)
         benchmark.pedantic(lambda: (function(), torch.cuda.synchronize()), rounds=5)

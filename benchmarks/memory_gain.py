@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import json
 import time
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -90,45 +91,46 @@ def overridden(settings: Settings, assignments: list[str]) -> Settings:
 
 
 def plot(path: str, folder: str, labels: list[str]) -> None:
-    """Held-out bits per byte of the runs with these labels, against bytes, seconds, and the position in the document.
+    """Held-out bits per byte by the position in the document: a line without a memory and one for each size of it.
 
-    A colour for each size of the memory and learning rate, a line style for each seed; dotted: with retrieval off.
+    Of the runs with these labels and the longest XL cache, the best without a memory and the worst of each size.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     found = json.loads((RESULTS / folder / "memory_gain.json").read_text())
     entries = [entry for entry in found if entry["case"].partition(f"-seed-{entry['settings']['seed']}")[2] in labels]
-    alike = ("xl", "memory", "learning_rate")  # runs of one colour
-    entries.sort(key=lambda entry: [entry["settings"][name] for name in (*alike, "seed")])
-    kinds = list(dict.fromkeys(tuple(entry["settings"][name] for name in alike) for entry in entries))
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 3)
+    axes = figure.subplots()
+    styles = {"color": ("tab:gray", "tab:cyan", "tab:blue", "tab:purple"), "marker": "osD^", "linestyle": ("--", "-")}
+    for number, entry in enumerate(shown(entries)):
+        size = entry["settings"]["memory"]
+        kind = {name: of[min(number, len(of) - 1)] for name, of in styles.items()}
+        places, bits = _places(entry["by_position"])
+        axes.plot(places, bits, markersize=4.5, linewidth=2, **kind)
+        name = f"memory of {size:,} tokens" if size else "without a memory"
+        at = {"xytext": (10, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
+        axes.annotate(name, (places[-1], bits[-1]), color=kind["color"], fontweight="bold", **at)
+    axes.set_xscale("log", base=2)
+    ticks = [1024 * 4**power for power in range(4)]
+    axes.set_xticks(ticks, [f"{tick // 1024} KB" for tick in ticks])
+    axes.set_xlabel("position in the document")
+    axes.set_ylabel("bits per byte of held-out text")
+    axes.set_title("The longer the document, the more its memory is worth", loc="left", fontsize=12)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    figure.savefig(path, format="png", dpi=150)
+
+
+def shown(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs that are drawn: by the size of the memory, the best without one and the worst of each size."""
+    longest = max(entry["settings"]["xl"] for entry in entries)
+    runs: dict[int, list[dict[str, Any]]] = {}
     for entry in entries:
-        settings = entry["settings"]
-        color = f"C{kinds.index(tuple(settings[name] for name in alike))}"
-        style = {"color": color, "linestyle": ("-", "--", "-.")[settings["seed"] % 3], "marker": "o", "markersize": 3}
-        name = (
-            f"memory {settings['memory'] or '–'}, XL {settings['xl'] or '–'}, rate {settings['learning_rate']:g}, "
-            f"seed {settings['seed']}"
-        )
-        for axes, along in ((panels[0], "bytes"), (panels[1], "seconds")):
-            points = [(point[along], point["bits_per_byte"]) for point in entry["curve"]]
-            axes.plot(*zip(*points, strict=True), label=name, **style)
-        panels[2].plot(*_places(entry["by_position"]), label=name, **style)
-        if settings["memory"]:
-            without = _places(entry["by_position_without_memory"])
-            panels[2].plot(*without, color=color, linestyle=":", linewidth=1)
-    panels[2].set_xscale("log")
-    titles = ("bytes read", "seconds of training", "position in the document (dotted: retrieval off)")
-    texts = ("the first part of the held-out text", "the same", "all of it, at the end")
-    for axes, title, held_out in zip(panels, titles, texts, strict=True):
-        axes.set_xlabel(title)
-        axes.set_ylabel(f"bits per byte of {held_out}")
-        axes.grid(alpha=0.3)
-    panels[1].legend(fontsize=7)
-    figure.savefig(path, format="png", dpi=120)
+        if entry["settings"]["xl"] == longest:
+            runs.setdefault(entry["settings"]["memory"], []).append(entry)
+    return [(max if size else min)(runs[size], key=itemgetter("bits_per_byte")) for size in sorted(runs)]
 
 
 def _places(by_position: dict[str, float]) -> tuple[list[int], list[float]]:

@@ -117,6 +117,7 @@ PRESETS: dict[str, Settings] = {
         position_start=8.0,
         learning_rate=2e-3,
         eval_bytes=16384,
+        eval_every=100,
         sample=4,
     ),
     # Minutes on one GPU: what docs/results.md trains, on documents of 64 KB and more.
@@ -138,6 +139,7 @@ PRESETS: dict[str, Settings] = {
         warmup=1000,
         eval_bytes=1_000_000,
         eval_every=2000,
+        sample=4,
         checkpoint_every=1000,
         log_every=20,
     ),
@@ -163,6 +165,8 @@ PRESETS: dict[str, Settings] = {
         weight_decay=0.0,
         near_steps=350,
         eval_bytes=65536,
+        eval_every=200,
+        sample=4,
     ),
     # The set-up of memorizing-transformers-pytorch's own train.py: 16 random windows of 5 segments of 512 tokens,
     # a fresh memory each, a constant learning rate, no weight decay (AdamW is then its Adam, but for beta2 = 0.95).

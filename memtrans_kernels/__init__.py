@@ -1,13 +1,14 @@
 """Operators of a Memorizing Transformer: ring write, exact nearest-neighbour search, cosine, fused attention.
 
 The shape letters of every docstring: B documents in the batch, H query heads, G key/value heads, N tokens of the
-segment, X cached XL tokens, L = X + N local keys, D head width, R memory rows (row = b * G + g), M slots visible in a
-row, S spare slots, K retrieved neighbours.
+segment, X cached XL tokens, L = X + N local keys, D head width, E width of the values (D unless they have one of their
+own), R memory rows (row = b * G + g), M slots visible in a row, S spare slots, K retrieved neighbours.
 """
 
 from memtrans_kernels.api import (
     cosine,
     gather_logits,
+    gather_pairs,
     knn_add_,
     knn_merge,
     knn_search,
@@ -24,6 +25,7 @@ __all__ = [
     "backends_info",
     "cosine",
     "gather_logits",
+    "gather_pairs",
     "knn_add_",
     "knn_merge",
     "knn_search",

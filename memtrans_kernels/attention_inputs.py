@@ -16,9 +16,9 @@ class AttentionInputs(NamedTuple):
 
     query: Tensor  # (B, H, N, D)
     key: Tensor  # (B, G, L, D)
-    value: Tensor  # (B, G, L, D)
+    value: Tensor  # (B, G, L, E)
     memory_keys: Tensor  # (R, M + S, D)
-    memory_values: Tensor  # (R, M + S, D)
+    memory_values: Tensor  # (R, M + S, E)
     rows: Tensor  # (B·G,) int64
     scores: Tensor  # (B, H, N, K)
     slots: Tensor  # (B, H, N, K) int32
@@ -29,6 +29,11 @@ class AttentionInputs(NamedTuple):
     local_length: Tensor | None = None  # (B,) int64
     dropout_p: float = 0.0
     seed: Tensor | None = None  # () int64
+    causal: bool = True
+    key_mask: Tensor | None = None  # (B, L) bool
+    first: Tensor | None = None  # (B, N) int64
+    soft_cap: float | None = None
+    sink: Tensor | None = None  # (H,)
 
     @property
     def device(self) -> torch.device:
@@ -41,6 +46,16 @@ class AttentionInputs(NamedTuple):
         return self.query.shape[3]
 
     @property
+    def value_width(self) -> int:
+        """E."""
+        return self.value.shape[3]
+
+    @property
+    def widest(self) -> int:
+        """D or E."""
+        return max(self.width, self.value_width)
+
+    @property
     def neighbours(self) -> int:
         """K."""
         return self.slots.shape[3]
@@ -49,3 +64,6 @@ class AttentionInputs(NamedTuple):
     def distances(self) -> int:
         """Columns of the bias by distance; without one it is as if there were one column of zeros."""
         return 1 if self.bias_table is None else self.bias_table.shape[1]
+
+
+NUMBERS = tuple(name for name in AttentionInputs._fields if name in ("dropout_p", "causal", "soft_cap"))  # no tensors

@@ -130,8 +130,8 @@ def _unfit_for_triton_search(
     return _no_float64_keys(query, keys)
 
 
-ATTENTION_MOST = 128  # head width, and neighbours: a tile of either is in registers
-ATTENTION_LIMITS = f"{NARROW}, D and K up to {ATTENTION_MOST}"
+ATTENTION_MOST = 256  # widths of keys and values, and neighbours: a tile of a width is in registers
+ATTENTION_LIMITS = f"{NARROW}, D, E and K up to {ATTENTION_MOST}"
 
 
 def _wide_attention(inputs: AttentionInputs, *of_backward: Tensor) -> str | None:
@@ -139,8 +139,9 @@ def _wide_attention(inputs: AttentionInputs, *of_backward: Tensor) -> str | None
 
 
 def _beyond_attention_tiles(inputs: AttentionInputs, *of_backward: Tensor) -> str | None:
-    if inputs.width > ATTENTION_MOST or inputs.neighbours > ATTENTION_MOST:
-        return f"D and K must be at most {ATTENTION_MOST}, got {inputs.width} and {inputs.neighbours}"
+    if max(inputs.widest, inputs.neighbours) > ATTENTION_MOST:
+        sizes = f"{inputs.width}, {inputs.value_width} and {inputs.neighbours}"
+        return f"D, E and K must be at most {ATTENTION_MOST}, got {sizes}"
     return _no_float64(*inputs, *of_backward)
 
 
@@ -253,6 +254,11 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
     "gather_logits": _ordered(_triton("gather_logits", "gather_logits"), _reference("gather_logits")),
     "gather_logits_backward": _ordered(
         _triton("gather_logits", "gather_logits_backward"), _reference("gather_logits", "gather_logits_backward")
+    ),
+    "gather_pairs": _ordered(
+        (Implementation("native", "cpu", "native", "gather_pairs", _native_missing),),
+        _triton("gather_pairs", "gather_pairs", _any_tensors, ""),
+        _reference("gather_pairs"),
     ),
     "memory_attention": _attention("memory_attention"),
     "memory_attention_backward": _attention("memory_attention_backward"),

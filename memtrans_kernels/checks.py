@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from numbers import Real
@@ -233,6 +234,13 @@ def probability(name: str, value: Any) -> None:
     """Raises ValueError unless `value` is a number in [0, 1)."""
     if not isinstance(value, Real) or not 0.0 <= float(value) < 1.0:
         raise ValueError(f"{name} must be in [0, 1), got {value!r}")
+
+
+def positive(name: str, value: Any) -> None:
+    """Raises ValueError unless `value` is None or a finite number above 0; a truth value is none."""
+    is_number = isinstance(value, Real) and value is not True
+    if value is not None and not (is_number and 0.0 < float(value) < math.inf):
+        raise ValueError(f"{name} must be a finite number above 0, or None, got {value!r}")
 
 
 def stored(**dtypes: torch.dtype | None) -> None:

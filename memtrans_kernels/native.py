@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from memtrans_kernels.attention_inputs import AttentionInputs
 MODULES = ("cpu", "cuda", "faiss")
 FOLDER = Path(__file__).resolve().parent
 # Equals kInterface in csrc/memtrans.h; a library built for another number is refused.
-INTERFACE = 6
+INTERFACE = 9
 INTERFACE_OPERATORS = {"cpu": "native_interface", "cuda": "native_cuda_interface", "faiss": "native_faiss_interface"}
 FEW_QUERIES = 8  # of a memory row: equals kFewQueries in csrc/cuda/knn_search/search.h
 
@@ -103,7 +104,7 @@ def knn_search_cuda(
 ) -> tuple[Tensor, Tensor]:
     """`memtrans_kernels.knn_search` in CUDA; `status("cuda")` must have said that it is live."""
     if query.dtype == torch.float64 or query[..., 0].numel() > FEW_QUERIES * rows.numel():
-        query = query.to(keys.dtype)  # fewer are rounded as they are read: for a generated token a launch less, 2.7 us
+        query = query.to(keys.dtype)  # fewer are rounded as they are read: a launch less
     query = query.contiguous()
     if query.data_ptr() % 16:  # the copy engine reads 16 bytes at a time
         query = query.clone()
@@ -111,16 +112,29 @@ def knn_search_cuda(
     return torch.ops.memtrans.native_knn_search.default(query, keys, rows, start, cursor, capacity, k)
 
 
+def gather_pairs(keys: Tensor, values: Tensor, rows: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
+    """`memtrans_kernels.gather_pairs` in C++; `status` must have said that it is live."""
+    pairs = torch.empty(*slots.shape, 2, keys.shape[2], dtype=dtype, device=keys.device)
+    torch.ops.memtrans.native_gather_pairs.default(keys, values, rows, slots, pairs)
+    return pairs
+
+
 def memory_attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """`memtrans_kernels.memory_attention` in C++; `status` must have said that it is live. No float64."""
-    return torch.ops.memtrans.native_memory_attention.default(*inputs)
+    return torch.ops.memtrans.native_memory_attention.default(*_with_number_as_cap(inputs))
 
 
 def memory_attention_backward(
     inputs: AttentionInputs, grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, ...]:
     """Its gradients in C++, with the results of the reference's. No float64."""
-    return torch.ops.memtrans.native_memory_attention_backward.default(grad_out, grad_lse, out, lse, *inputs)
+    given = _with_number_as_cap(inputs)
+    return torch.ops.memtrans.native_memory_attention_backward.default(grad_out, grad_lse, out, lse, *given)
+
+
+def _with_number_as_cap(inputs: AttentionInputs) -> tuple[Any, ...]:
+    """As the operators in C++ take them: no soft cap is one of 0."""
+    return tuple(inputs._replace(soft_cap=inputs.soft_cap or 0.0))
 
 
 def _library(folder: Path, module: str) -> Path | None:

@@ -8,6 +8,7 @@
 #include "cpu/tensors.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <limits>
 
 namespace memtrans {
@@ -35,27 +36,36 @@ struct Block {
   int64_t lanes;                 // that number, filled up to whole vectors; up to kQueries
   int64_t first;                 // the first one among all B · H · N
   int64_t position;              // of the first one among the local keys
-  int64_t begin, end;            // the local keys that any of them sees
+  int64_t begin, end;            // the local keys that any of them may see
 };
 
 struct Attention {
-  int64_t batch, heads, groups, length, local, width, neighbours;
-  int64_t row_width;                 // D, filled up with zeros
-  Tensor query, key, value;          // (B, H or G, N or L, row_width) float32
-  Tensor scores, slots;              // (B, H, N, K) float32, int32
-  std::vector<float> scale, offset;  // (H,)
-  std::vector<float> bias;           // (H, distances()): of distance d at kQueries + d, -inf for the future
-  std::optional<Tensor> dense;       // (1 or B, H, N, L) float32
+  int64_t batch, heads, groups, length, local, width, value_width, neighbours;
+  int64_t row_width, value_row_width;  // D and E, filled up with zeros
+  Tensor query, key, value;            // (B, H or G, N or L, row_width or value_row_width) float32
+  Tensor scores, slots;                // (B, H, N, K) float32, int32
+  std::vector<float> scale, offset;    // (H,)
+  std::vector<float> bias;             // (H, distances()): of distance d at ahead() + d, -inf for a future unseen
+  std::optional<Tensor> dense;         // (1 or B, H, N, L) float32
   std::vector<int64_t> rows, local_length;
   Dropout dropout;
+  bool causal;
+  std::optional<Tensor> key_mask;  // (B, L) bool
+  std::vector<int64_t> oldest;     // (B, N), the oldest key that a query sees; empty where all begin alike
+  float soft_cap;                  // 0 for none
+  std::vector<float> sink;         // (H,); empty without
 
-  int64_t distances() const {
-    return local + 2 * kQueries;  // queries of a block that do not exist may look as far into past and future
-  }
+  // Distances into the future that have a bias; queries of a block that do not exist may look a block further.
+  int64_t ahead() const { return (causal ? 0 : local) + kQueries; }
+
+  int64_t distances() const { return ahead() + local + kQueries; }
+
+  // Whether a tile has logits with something of their own: a dense bias, or keys that only some queries see.
+  bool has_extra() const { return dense || key_mask || !oldest.empty(); }
 
   int64_t blocks_of_head() const { return (length + kQueries - 1) / kQueries; }
 
-  const float* bias_of(int64_t head) const { return &bias[head * distances() + kQueries]; }
+  const float* bias_of(int64_t head) const { return &bias[head * distances() + ahead()]; }
 
   // Of the first query of a block and a local key: (N, L) numbers with L of them from query to query.
   int64_t dense_place(const Block& block, int64_t key) const {
@@ -74,7 +84,11 @@ struct Attention {
     block.first = (document * heads + head) * length + block.query;
     block.position = local - length + block.query;
     block.begin = local - local_length[document];
-    block.end = std::min(local, block.position + block.queries);
+    block.end = causal ? std::min(local, block.position + block.queries) : local;
+    if (!oldest.empty()) {
+      const auto first = oldest.begin() + document * length + block.query;
+      block.begin = std::max(block.begin, *std::min_element(first, first + block.queries));
+    }
     return block;
   }
 };
@@ -95,15 +109,15 @@ inline std::vector<float> floats(const Tensor& tensor) {
 }
 
 // The bias by distance of every head, spread out so that consecutive queries read consecutive numbers.
-inline std::vector<float> spread_bias(const std::optional<Tensor>& table, int64_t heads, int64_t distances) {
-  std::vector<float> spread(heads * distances, 0.0f);
+inline std::vector<float> spread_bias(const Attention& attention, const std::optional<Tensor>& table) {
+  const int64_t heads = attention.heads, distances = attention.distances(), ahead = attention.ahead();
+  std::vector<float> spread(heads * distances, -kInfinity);
   const std::vector<float> given = table ? floats(*table) : std::vector<float>(heads, 0.0f);
   const int64_t columns = table ? table->size(1) : 1;
   for (int64_t head = 0; head < heads; ++head) {
     float* of_head = &spread[head * distances];
-    std::fill_n(of_head, kQueries, -kInfinity);
-    for (int64_t place = kQueries; place < distances; ++place) {
-      of_head[place] = given[head * columns + std::min(place - kQueries, columns - 1)];
+    for (int64_t place = attention.causal ? ahead : 0; place < distances; ++place) {
+      of_head[place] = given[head * columns + std::min(std::abs(place - ahead), columns - 1)];
     }
   }
   return spread;
@@ -128,6 +142,10 @@ inline void check_indices(const Attention& attention, const Tensor& memory) {
     MEMTRANS_CHECK(
         length >= 0 && length <= attention.local, "local_length must lie in 0..", attention.local, ", got ", length);
   }
+  for (const int64_t oldest : attention.oldest) {
+    MEMTRANS_CHECK(
+        oldest >= 0 && oldest <= attention.local, "first must lie in 0..", attention.local, ", got ", oldest);
+  }
   const int32_t* slots = attention.slots.const_data_ptr<int32_t>();
   const auto [least, most] = std::minmax_element(slots, slots + attention.slots.numel());
   MEMTRANS_CHECK(
@@ -141,16 +159,18 @@ inline Attention prepare(const AttentionInputs& inputs) {
   attention.batch = inputs.query.size(0), attention.heads = inputs.query.size(1);
   attention.groups = inputs.key.size(1), attention.length = inputs.query.size(2);
   attention.local = inputs.key.size(2), attention.width = inputs.query.size(3);
+  attention.value_width = inputs.value.size(3);
   attention.neighbours = inputs.slots.size(3);
   attention.query = padded_rows(inputs.query);
   attention.key = padded_rows(inputs.key);
   attention.value = padded_rows(inputs.value);
-  attention.row_width = attention.query.size(3);
+  attention.row_width = attention.query.size(3), attention.value_row_width = attention.value.size(3);
   attention.scores = in_float32(inputs.scores);
   attention.slots = torch::stable::contiguous(inputs.slots);
   attention.scale = floats(inputs.scale);
   attention.offset = inputs.memory_offset ? floats(*inputs.memory_offset) : std::vector<float>(attention.heads, 0.0f);
-  attention.bias = spread_bias(inputs.bias_table, attention.heads, attention.distances());
+  attention.causal = inputs.causal;
+  attention.bias = spread_bias(attention, inputs.bias_table);
   if (inputs.bias_dense) {
     attention.dense = in_float32(*inputs.bias_dense);
   }
@@ -158,6 +178,16 @@ inline Attention prepare(const AttentionInputs& inputs) {
   attention.local_length =
       inputs.local_length ? numbers(*inputs.local_length) : std::vector<int64_t>(attention.batch, attention.local);
   attention.dropout = make_dropout(inputs.dropout_p, inputs.seed);
+  if (inputs.key_mask) {
+    attention.key_mask = torch::stable::contiguous(*inputs.key_mask);
+  }
+  if (inputs.first) {
+    const Tensor packed = torch::stable::contiguous(*inputs.first);
+    const int64_t* oldest = packed.const_data_ptr<int64_t>();
+    attention.oldest.assign(oldest, oldest + packed.numel());
+  }
+  attention.soft_cap = static_cast<float>(inputs.soft_cap);
+  attention.sink = inputs.sink ? floats(*inputs.sink) : std::vector<float>{};
   check_indices(attention, inputs.memory_keys);
   return attention;
 }

@@ -11,17 +11,17 @@ namespace memtrans {
 struct Gradients {
   const Attention& attention;
   Tensor query;                       // (B, H, N, D)
-  Tensor keys, values;                // (B, H, L, row_width), of one head
+  Tensor keys, values;                // (B, H, L, row_width or value_row_width), of one head
   std::vector<float> bias;            // (B, H, distances())
   std::optional<Tensor> dense;        // as it is given
   std::vector<double> scale, offset;  // (B, H)
 
   Gradients(const Attention& attention, const Tensor& like) : attention(attention) {
     const int64_t batch = attention.batch, heads = attention.heads;
-    const std::initializer_list<int64_t> of_head{batch, heads, attention.local, attention.row_width};
     query = torch::stable::new_empty(like, {batch, heads, attention.length, attention.width}, ScalarType::Float);
-    keys = torch::stable::new_zeros(like, of_head, ScalarType::Float);
-    values = torch::stable::new_zeros(like, of_head, ScalarType::Float);
+    keys = torch::stable::new_zeros(like, {batch, heads, attention.local, attention.row_width}, ScalarType::Float);
+    values =
+        torch::stable::new_zeros(like, {batch, heads, attention.local, attention.value_row_width}, ScalarType::Float);
     bias.assign(batch * heads * attention.distances(), 0.0f);
     scale.assign(batch * heads, 0.0);
     offset.assign(batch * heads, 0.0);
@@ -32,10 +32,11 @@ struct Gradients {
   }
 };
 
-// The sum over the heads that share keys, (B, G, L, D), each head's part multiplied by its factor.
-inline Tensor sum_over_heads(const Attention& attention, const Tensor& parts, const std::vector<float>& factors) {
-  const int64_t heads = attention.heads, shared = heads / attention.groups, width = attention.width;
-  const int64_t local = attention.local, row_width = attention.row_width;
+// The sum over the heads that share keys, (B, G, L, width), each head's part multiplied by its factor.
+inline Tensor sum_over_heads(
+    const Attention& attention, const Tensor& parts, int64_t width, const std::vector<float>& factors) {
+  const int64_t heads = attention.heads, shared = heads / attention.groups;
+  const int64_t local = attention.local, row_width = parts.size(3);
   Tensor sum = torch::stable::new_zeros(parts, {attention.batch, attention.groups, local, width});
   const float* part = parts.const_data_ptr<float>();
   float* sums = sum.mutable_data_ptr<float>();
@@ -56,9 +57,9 @@ inline Tensor sum_over_documents(const Gradients& gradients, const Tensor& table
   const int64_t columns = table.size(1);
   std::vector<double> sums(attention.heads * columns, 0.0);
   for (int64_t part = 0; part < attention.batch * attention.heads; ++part) {
-    const float* of_part = &gradients.bias[part * attention.distances() + kQueries];
-    for (int64_t distance = 0; distance < attention.local; ++distance) {
-      sums[part % attention.heads * columns + std::min(distance, columns - 1)] += of_part[distance];
+    const float* of_part = &gradients.bias[part * attention.distances() + attention.ahead()];
+    for (int64_t distance = attention.causal ? 0 : 1 - attention.local; distance < attention.local; ++distance) {
+      sums[part % attention.heads * columns + std::min(std::abs(distance), columns - 1)] += of_part[distance];
     }
   }
   Tensor sum = torch::stable::new_empty(table, {attention.heads, columns}, ScalarType::Float);

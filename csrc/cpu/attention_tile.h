@@ -12,41 +12,76 @@ namespace memtrans {
 
 using Tile = float[kKeys][kQueries];
 
-// The rows of a block as columns, (D, kQueries); zeros for queries that do not exist.
-MEMTRANS_INLINE void transpose(const Attention& attention, const Block& block, const float* rows, float* columns) {
-  for (int64_t column = 0; column < attention.width; ++column) {
+// The rows of a block as columns, (width, kQueries); zeros for queries that do not exist.
+MEMTRANS_INLINE void transpose(const Block& block, Matrix<const float> rows, int64_t width, float* columns) {
+  for (int64_t column = 0; column < width; ++column) {
     for (int64_t query = 0; query < block.lanes; ++query) {
-      columns[column * kQueries + query] = query < block.queries ? rows[query * attention.row_width + column] : 0.0f;
+      columns[column * kQueries + query] = query < block.queries ? rows.row(query)[column] : 0.0f;
     }
   }
 }
 
-// <row, query> for some rows of keys or values and the queries of a block.
+// <row, query> for some rows of keys or values and the queries of a block, which are columns.
 template <int kLanes, int kRows>
 MEMTRANS_INLINE void score(
-    const Attention& attention, const Block& block, const float* rows, int64_t keys, const float* columns, Tile tile) {
+    const Block& block, Matrix<const float> rows, int64_t keys, int64_t width, const float* columns, Tile tile) {
   std::fill_n(tile[0], keys * kQueries, 0.0f);
-  add_product<kLanes, kRows, false>(
-      {rows, attention.row_width}, {columns, kQueries}, keys, attention.width, block.lanes, {tile[0], kQueries});
+  add_product<kLanes, kRows, false>(rows, {columns, kQueries}, keys, width, block.lanes, {tile[0], kQueries});
 }
 
-// Adds the bias by distance to a local logit. That of a hidden key is -inf, and stays so where the product is no
+// Adds a bias to a local logit. That of a hidden key is -inf, and stays so where the product is no
 // number.
 template <int kLanes>
 MEMTRANS_INLINE void add_bias(Vector<kLanes>& logit, const Vector<kLanes>& bias) {
   logit = bias == -kInfinity ? bias : logit + bias;
 }
 
-// The dense bias of a tile; nothing without one.
+// Makes a product of query and key what a soft cap leaves of it; returns the tanh of which it is a multiple.
+template <int kLanes>
+MEMTRANS_INLINE void cap(float soft_cap, Vector<kLanes>& product, Vector<kLanes>& bent) {
+  bent = product * (1.0f / soft_cap);
+  take_tanh<kLanes>(bent);
+  product = bent * soft_cap;
+}
+
+// The dense bias of a tile.
 MEMTRANS_INLINE void read_dense(const Attention& attention, const Block& block, int64_t key, int64_t keys, Tile tile) {
-  if (attention.dense) {
-    const float* dense = attention.dense->const_data_ptr<float>() + attention.dense_place(block, key);
+  const float* dense = attention.dense->const_data_ptr<float>() + attention.dense_place(block, key);
+  for (int64_t row = 0; row < keys; ++row) {
+    for (int64_t query = 0; query < block.lanes; ++query) {
+      tile[row][query] = query < block.queries ? dense[query * attention.local + row] : 0.0f;
+    }
+  }
+}
+
+// Makes what a tile adds to its logits -inf where a query does not see a key for another reason than its distance.
+MEMTRANS_INLINE void hide(const Attention& attention, const Block& block, int64_t key, int64_t keys, Tile tile) {
+  if (attention.key_mask) {
+    const bool* mask = attention.key_mask->const_data_ptr<bool>() + block.document * attention.local + key;
     for (int64_t row = 0; row < keys; ++row) {
-      for (int64_t query = 0; query < block.lanes; ++query) {
-        tile[row][query] = query < block.queries ? dense[query * attention.local + row] : 0.0f;
+      if (!mask[row]) {
+        std::fill_n(tile[row], block.lanes, -kInfinity);
       }
     }
   }
+  if (!attention.oldest.empty()) {
+    const int64_t* oldest = &attention.oldest[block.document * attention.length + block.query];
+    for (int64_t query = 0; query < block.queries; ++query) {
+      for (int64_t row = 0; row < std::min(keys, oldest[query] - key); ++row) {
+        tile[row][query] = -kInfinity;
+      }
+    }
+  }
+}
+
+// What a tile adds to its logits beside the bias by distance; nothing is read without `has_extra`.
+MEMTRANS_INLINE void read_extra(const Attention& attention, const Block& block, int64_t key, int64_t keys, Tile tile) {
+  if (attention.dense) {
+    read_dense(attention, block, key, keys, tile);
+  } else if (attention.has_extra()) {
+    std::fill_n(tile[0], keys * kQueries, 0.0f);
+  }
+  hide(attention, block, key, keys, tile);
 }
 
 // What dropout multiplies the weights of one column by: the K neighbours are columns, then the L local keys.
@@ -120,7 +155,8 @@ MEMTRANS_INLINE float retrieved_logits(
   std::fill(logits.begin(), logits.end(), -kInfinity);
   for (int64_t rank = 0; rank < attention.neighbours; ++rank) {
     if (slots[rank] >= 0) {
-      logits[rank] = scale * scores[rank] + offset;
+      const float product = scale * scores[rank], cap = attention.soft_cap;
+      logits[rank] = (cap > 0.0f ? cap * std::tanh(product / cap) : product) + offset;
       highest = std::max(highest, logits[rank]);
     }
   }

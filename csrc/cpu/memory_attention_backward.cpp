@@ -1,10 +1,11 @@
 // Gradients of memory_attention on the CPU, from the saved out and lse; the weights are computed again, tile by tile.
 //
 // With P the softmax, P' = P after dropout, dP' = <grad_out, values> and delta = <grad_out, out>:
-//     d logits = P · (keep / (1 - p) · dP' - delta + grad_lse)
+//     d logits = P · (keep / (1 - p) · dP' - delta + grad_lse)    d sink = -P_sink · (delta - grad_lse)
+//     d products = d logits, with a soft cap times 1 - tanh²(product / cap)
 // and from it, with q, k and v of the local keys, m of the retrieved ones:
-//     d q = scale · (d logits · [m, k])    d k = scale · d logitsᵀ · q    d v = P'ᵀ · grad_out
-//     d scale = sum d logits · <q, [m, k]>    d bias, d offset: sums of d logits
+//     d q = scale · (d products · [m, k])    d k = scale · d productsᵀ · q    d v = P'ᵀ · grad_out
+//     d scale = sum d products · <q, [m, k]>    d bias, d offset: sums of d logits
 //
 // One thread computes all queries of a head of a document, block after block (of all documents, where they share a
 // dense bias); what heads or documents share is added up afterwards, in their order: the bits do not depend on threads.
@@ -19,28 +20,28 @@ namespace {
 
 // What a block is given from the forward pass and from above.
 struct Upstream {
-  Tensor grad_out;           // (B, H, N, row_width)
+  Tensor grad_out;           // (B, H, N, value_row_width)
   std::vector<float> delta;  // (B, H, N): <grad_out, out> - grad_lse
   std::vector<float> lse;    // (B, H, N), +inf where there was nothing to attend to: weights are then 0
 };
 
 struct Work {
   float delta[kQueries], lse[kQueries];
-  std::vector<float> query_columns, grad_columns;  // (D, kQueries)
+  std::vector<float> query_columns, grad_columns;  // (D, kQueries), (E, kQueries)
   std::vector<float> grad_query;                   // (kQueries, row_width), to be multiplied by scale
 
   explicit Work(const Attention& attention)
       : query_columns(attention.width * kQueries),
-        grad_columns(attention.width * kQueries),
+        grad_columns(attention.value_width * kQueries),
         grad_query(kQueries * attention.row_width) {}
 };
 
 MEMTRANS_INLINE void begin(const Attention& attention, const Block& block, const Upstream& upstream, Work& work) {
-  const int64_t place = block.first * attention.row_width;
-  const float* query = attention.query.const_data_ptr<float>() + place;
-  const float* grad_out = upstream.grad_out.const_data_ptr<float>() + place;
-  transpose(attention, block, query, work.query_columns.data());
-  transpose(attention, block, grad_out, work.grad_columns.data());
+  const int64_t row_width = attention.row_width, value_row_width = attention.value_row_width;
+  const float* query = attention.query.const_data_ptr<float>() + block.first * row_width;
+  const float* grad_out = upstream.grad_out.const_data_ptr<float>() + block.first * value_row_width;
+  transpose(block, {query, row_width}, attention.width, work.query_columns.data());
+  transpose(block, {grad_out, value_row_width}, attention.value_width, work.grad_columns.data());
   std::fill(work.grad_query.begin(), work.grad_query.end(), 0.0f);
   for (int64_t lane = 0; lane < kQueries; ++lane) {
     work.delta[lane] = lane < block.queries ? upstream.delta[block.first + lane] : 0.0f;
@@ -48,29 +49,38 @@ MEMTRANS_INLINE void begin(const Attention& attention, const Block& block, const
   }
 }
 
+// What a soft cap multiplies the gradient of a retrieved logit by; 1 without.
+MEMTRANS_INLINE float slope(const Attention& attention, float product) {
+  const float bent = attention.soft_cap > 0.0f ? std::tanh(product / attention.soft_cap) : 0.0f;
+  return 1.0f - bent * bent;
+}
+
 template <int kLanes>
 MEMTRANS_INLINE void through_retrieved(
     const Attention& attention, const Block& block, const Ring& keys, const Ring& values, const Upstream& upstream,
     Work& work, Gradients& gradients) {
-  const int64_t neighbours = attention.neighbours, row = attention.rows[block.pair], width = attention.width;
+  const int64_t neighbours = attention.neighbours, row = attention.rows[block.pair];
+  const int64_t width = attention.width, value_width = attention.value_width;
   const int32_t* slots = attention.slots.const_data_ptr<int32_t>() + block.first * neighbours;
   const float* scores = attention.scores.const_data_ptr<float>() + block.first * neighbours;
-  std::vector<float> weights(padded(neighbours)), storage(width);
+  std::vector<float> weights(padded(neighbours)), storage(std::max(width, value_width));
   double scale = 0.0, offset = 0.0;
   for (int64_t query = 0; query < block.queries && neighbours; ++query) {
-    const float* grad_out = upstream.grad_out.const_data_ptr<float>() + (block.first + query) * attention.row_width;
+    const float* grad_out =
+        upstream.grad_out.const_data_ptr<float>() + (block.first + query) * attention.value_row_width;
     retrieved_logits(attention, block, query, weights);
     exponentials<kLanes>(work.lse[query], weights);
     for (int64_t rank = 0; rank < neighbours; ++rank) {
       const int64_t place = query * neighbours + rank;
       if (slots[place] >= 0) {
         const float factor = attention.dropout.any ? dropout_factor(attention, block, rank, query) : 1.0f;
-        const float grad_weight = dot(grad_out, entry(values, row, slots[place], storage.data()), width);
+        const float grad_weight = dot(grad_out, entry(values, row, slots[place], storage.data()), value_width);
         const float grad_logit = weights[rank] * (factor * grad_weight - work.delta[query]);
+        const float grad_product = grad_logit * slope(attention, attention.scale[block.head] * scores[place]);
         add_scaled(
-            grad_logit, entry(keys, row, slots[place], storage.data()), width,
+            grad_product, entry(keys, row, slots[place], storage.data()), width,
             &work.grad_query[query * attention.row_width]);
-        scale += grad_logit * scores[place];
+        scale += grad_product * scores[place];
         offset += grad_logit;
       }
     }
@@ -79,26 +89,31 @@ MEMTRANS_INLINE void through_retrieved(
   gradients.offset[block.document * attention.heads + block.head] += offset;
 }
 
-// Turns the scores of a tile into weights after dropout, and the gradients of these into those of the logits.
+// Turns the scores of a tile into weights after dropout, and the gradients of these into those of the products, scale
+// times score; those of the logits are added to the bias's, and left in `of_dense` if that has a gradient of its own.
 template <int kLanes>
 MEMTRANS_INLINE void through_softmax(
     const Attention& attention, const Block& block, int64_t key, int64_t keys, const Work& work, Tile scores,
-    Tile grads, Gradients& gradients) {
+    Tile grads, Tile of_dense, Gradients& gradients) {
   const int64_t of_head = block.document * attention.heads + block.head, place = block.position - key;
   const float* bias = attention.bias_of(block.head) + place;  // of the first query and the first key
-  float* grad_bias = &gradients.bias[of_head * attention.distances() + kQueries] + place;
-  const float scale = attention.scale[block.head];
+  float* grad_bias = &gradients.bias[of_head * attention.distances() + attention.ahead()] + place;
+  const float scale = attention.scale[block.head], soft_cap = attention.soft_cap;
+  const bool has_extra = attention.has_extra();
   Tile extra, factors;
-  read_dense(attention, block, key, keys, extra);
+  read_extra(attention, block, key, keys, extra);
   draw_factors(attention, block, key, keys, factors);
   Vector<kLanes> grad_scale = {};
   for (int64_t row = 0; row < keys; ++row) {
     for (int64_t lane = 0; lane < block.lanes; lane += kLanes) {
       Vector<kLanes>&score = at<kLanes>(&scores[row][lane]), &grad = at<kLanes>(&grads[row][lane]);
-      Vector<kLanes> logit = scale * score;
+      Vector<kLanes> logit = scale * score, bent;
+      if (soft_cap > 0.0f) {
+        cap<kLanes>(soft_cap, logit, bent);
+      }
       add_bias<kLanes>(logit, load<kLanes>(bias + lane - row));
-      if (attention.dense) {
-        logit += load<kLanes>(&extra[row][lane]);
+      if (has_extra) {
+        add_bias<kLanes>(logit, load<kLanes>(&extra[row][lane]));
       }
       Vector<kLanes> weight = logit - load<kLanes>(&work.lse[lane]), dropped;
       exponentiate<kLanes>(weight);
@@ -108,9 +123,15 @@ MEMTRANS_INLINE void through_softmax(
         grad *= load<kLanes>(&factors[row][lane]);
       }
       grad = weight * (grad - load<kLanes>(&work.delta[lane]));
+      at<kLanes>(grad_bias + lane - row) += grad;
+      if (attention.dense) {
+        at<kLanes>(&of_dense[row][lane]) = grad;
+      }
+      if (soft_cap > 0.0f) {
+        grad *= 1.0f - bent * bent;
+      }
       grad_scale += grad * score;
       score = dropped;
-      at<kLanes>(grad_bias + lane - row) += grad;
     }
   }
   double sum = 0.0;
@@ -135,26 +156,27 @@ MEMTRANS_INLINE void add_dense(
 template <int kLanes, int kRows>
 MEMTRANS_INLINE void through_local(
     const Attention& attention, const Block& block, const Upstream& upstream, Work& work, Gradients& gradients) {
-  const int64_t row_width = attention.row_width, of_block = block.first * row_width;
-  const Matrix<const float> query{attention.query.const_data_ptr<float>() + of_block, row_width};
-  const Matrix<const float> grad_out{upstream.grad_out.const_data_ptr<float>() + of_block, row_width};
-  Tile scores, grads;
+  const int64_t row_width = attention.row_width, value_width = attention.value_row_width;
+  const Matrix<const float> query{attention.query.const_data_ptr<float>() + block.first * row_width, row_width};
+  const Matrix<const float> grad_out{
+      upstream.grad_out.const_data_ptr<float>() + block.first * value_width, value_width};
+  Tile scores, grads, of_dense;
   for (int64_t key = block.begin; key < block.end; key += kKeys) {
     const int64_t count = std::min(kKeys, block.end - key);
-    const int64_t place = (block.pair * attention.local + key) * row_width;
-    const int64_t of_head = ((block.document * attention.heads + block.head) * attention.local + key) * row_width;
-    const float* keys = attention.key.const_data_ptr<float>() + place;
-    const float* values = attention.value.const_data_ptr<float>() + place;
-    score<kLanes, kRows>(attention, block, keys, count, work.query_columns.data(), scores);
-    score<kLanes, kRows>(attention, block, values, count, work.grad_columns.data(), grads);
-    through_softmax<kLanes>(attention, block, key, count, work, scores, grads, gradients);
-    add_dense(attention, block, key, count, grads, gradients);
+    const int64_t place = block.pair * attention.local + key;
+    const int64_t of_head = (block.document * attention.heads + block.head) * attention.local + key;
+    const float* keys = attention.key.const_data_ptr<float>() + place * row_width;
+    const float* values = attention.value.const_data_ptr<float>() + place * value_width;
+    score<kLanes, kRows>(block, {keys, row_width}, count, attention.width, work.query_columns.data(), scores);
+    score<kLanes, kRows>(block, {values, value_width}, count, attention.value_width, work.grad_columns.data(), grads);
+    through_softmax<kLanes>(attention, block, key, count, work, scores, grads, of_dense, gradients);
+    add_dense(attention, block, key, count, of_dense, gradients);
     add_product<kLanes, kRows, false>(
-        {scores[0], kQueries}, grad_out, count, block.queries, row_width,
-        {gradients.values.mutable_data_ptr<float>() + of_head, row_width});
+        {scores[0], kQueries}, grad_out, count, block.queries, value_width,
+        {gradients.values.mutable_data_ptr<float>() + of_head * value_width, value_width});
     add_product<kLanes, kRows, false>(
         {grads[0], kQueries}, query, count, block.queries, row_width,
-        {gradients.keys.mutable_data_ptr<float>() + of_head, row_width});
+        {gradients.keys.mutable_data_ptr<float>() + of_head * row_width, row_width});
     add_product<kLanes, kRows, true>(
         {grads[0], kQueries}, {keys, row_width}, block.queries, count, row_width, {work.grad_query.data(), row_width});
   }
@@ -238,31 +260,46 @@ void compute(
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> memory_attention_backward(
+// Of the sink (H,): it weighs exp(sink - lse) and is worth nothing.
+std::vector<double> sink_gradients(const Attention& attention, const Upstream& upstream) {
+  std::vector<double> parts(attention.batch * attention.heads, 0.0);
+  for (size_t query = 0; query < upstream.lse.size() && !attention.sink.empty(); ++query) {
+    const size_t part = query / attention.length;
+    parts[part] -= std::exp(attention.sink[part % attention.heads] - upstream.lse[query]) * upstream.delta[query];
+  }
+  return parts;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> memory_attention_backward(
     Tensor grad_out, Tensor grad_lse, Tensor out, Tensor lse, Tensor query, Tensor key, Tensor value,
     Tensor memory_keys, Tensor memory_values, Tensor rows, Tensor scores, Tensor slots, Tensor scale,
     std::optional<Tensor> bias_table, std::optional<Tensor> bias_dense, std::optional<Tensor> memory_offset,
-    std::optional<Tensor> local_length, double dropout_p, std::optional<Tensor> seed) {
-  const AttentionInputs inputs{query, key,        value,      memory_keys,   memory_values, rows,      scores, slots,
-                               scale, bias_table, bias_dense, memory_offset, local_length,  dropout_p, seed};
+    std::optional<Tensor> local_length, double dropout_p, std::optional<Tensor> seed, bool causal,
+    std::optional<Tensor> key_mask, std::optional<Tensor> first, double soft_cap, std::optional<Tensor> sink) {
+  const AttentionInputs inputs{query, key,    value,      memory_keys, memory_values, rows,         scores,
+                               slots, scale,  bias_table, bias_dense,  memory_offset, local_length, dropout_p,
+                               seed,  causal, key_mask,   first,       soft_cap,      sink};
   const Attention attention = prepare(inputs);
-  const std::initializer_list<int64_t> of_out{attention.batch, attention.heads, attention.length, attention.width};
-  check_shape(grad_out, "grad_out", of_out, "(B, H, N, D)");
-  check_shape(out, "out", of_out, "(B, H, N, D)");
+  const std::initializer_list<int64_t> of_out{
+      attention.batch, attention.heads, attention.length, attention.value_width};
+  check_shape(grad_out, "grad_out", of_out, "(B, H, N, E)");
+  check_shape(out, "out", of_out, "(B, H, N, E)");
   check_shape(grad_lse, "grad_lse", {attention.batch, attention.heads, attention.length}, "(B, H, N)");
   check_shape(lse, "lse", {attention.batch, attention.heads, attention.length}, "(B, H, N)");
   Gradients gradients(attention, query);
-  compute(attention, Ring(memory_keys), Ring(memory_values), take_upstream(grad_out, grad_lse, out, lse), gradients);
+  const Upstream upstream = take_upstream(grad_out, grad_lse, out, lse);
+  compute(attention, Ring(memory_keys), Ring(memory_values), upstream, gradients);
   const auto nothing = [&] { return torch::stable::new_empty(query, {0}); };  // no two results may share memory
   const std::vector<float> ones(attention.heads, 1.0f);
   return {
       torch::stable::to(gradients.query, query.scalar_type()),
-      torch::stable::to(sum_over_heads(attention, gradients.keys, attention.scale), key.scalar_type()),
-      torch::stable::to(sum_over_heads(attention, gradients.values, ones), value.scalar_type()),
+      torch::stable::to(sum_over_heads(attention, gradients.keys, attention.width, attention.scale), key.scalar_type()),
+      torch::stable::to(sum_over_heads(attention, gradients.values, attention.value_width, ones), value.scalar_type()),
       sum_over_documents(gradients.scale, scale),
       bias_table ? sum_over_documents(gradients, *bias_table) : nothing(),
       bias_dense ? torch::stable::to(*gradients.dense, bias_dense->scalar_type()) : nothing(),
-      memory_offset ? sum_over_documents(gradients.offset, *memory_offset) : nothing()};
+      memory_offset ? sum_over_documents(gradients.offset, *memory_offset) : nothing(),
+      sink ? sum_over_documents(sink_gradients(attention, upstream), *sink) : nothing()};
 }
 
 }  // namespace

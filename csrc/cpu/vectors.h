@@ -55,6 +55,22 @@ MEMTRANS_INLINE void exponentiate(Vector<kLanes>& x) {
   x = x < -87.0f ? Vector<kLanes>{} : (Vector<kLanes>)scaled;
 }
 
+// Makes x tanh(x), to within 2e-7 of it relative to it: near 0 by an odd polynomial, fitted to the least relative
+// error.
+template <int kLanes>
+MEMTRANS_INLINE void take_tanh(Vector<kLanes>& x) {
+  const Vector<kLanes> size = x < 0.0f ? -x : x, square = x * x;
+  Vector<kLanes> series = square * -0.005895043258f + 0.02079586685f;
+  series = series * square - 0.05378379673f;
+  series = series * square + 0.1333192437f;
+  series = series * square - 0.3333329856f;
+  series = x + x * (series * square);
+  Vector<kLanes> power = 2.0f * (size > 10.0f ? size * 0.0f + 10.0f : size);
+  exponentiate<kLanes>(power);
+  const Vector<kLanes> far = 1.0f - 2.0f / (power + 1.0f);
+  x = size < 0.6f ? series : (x < 0.0f ? -far : far);
+}
+
 MEMTRANS_INLINE float dot(const float* left, const float* right, int64_t width) {
   float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)

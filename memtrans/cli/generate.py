@@ -62,10 +62,8 @@ class Generation:
         sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
         checks.integer("tokens", options.tokens, low=1)
         device = pick_device(options.device)
-        model, segment, tokenizer = open_with_tokenizer(options.checkpoint)
-        if model.num_tokens > max(BYTES.vocabulary, tokenizer.vocabulary):
-            known = "bytes" if tokenizer is BYTES else f"the {tokenizer.vocabulary} tokens of its tokenizer"
-            raise ValueError(f"checkpoint must be of a model over {known}, got one of {model.num_tokens} tokens")
+        model, segment, tokenizer = open_model(options.checkpoint)
+        check_vocabulary(model, tokenizer)
         _check_memory_options(options, model)
         model = model.to(device, getattr(torch, options.dtype) if options.dtype else None).eval()
         sizes = {"max_memories": options.memory} if options.memory is not None else {}
@@ -114,6 +112,13 @@ def _has_tqdm() -> bool:
     return True
 
 
+def check_vocabulary(model: MemorizingTransformer, tokenizer: Tokenizer) -> None:
+    """Raises ValueError where a model may write tokens that its tokenizer does not have."""
+    if model.vocabulary > max(BYTES.vocabulary, tokenizer.vocabulary):
+        known = "bytes" if tokenizer is BYTES else f"the {tokenizer.vocabulary} tokens of its tokenizer"
+        raise ValueError(f"checkpoint must be of a model over {known}, got one of {model.vocabulary} tokens")
+
+
 def _check_memory_options(options: argparse.Namespace, model: MemorizingTransformer) -> None:
     """Refuses what would be ignored, or fail, only when everything is read and written."""
     given = {"memory": options.memory, "save_memories": options.save_memories}
@@ -133,12 +138,7 @@ def over_tokens(weights: Mapping[str, torch.Tensor], count: int) -> dict[str, to
     }
 
 
-def open_model(path: Path) -> tuple[MemorizingTransformer, int]:
-    """The model of a run or of `save_pretrained`, and its N; see `open_with_tokenizer`."""
-    return open_with_tokenizer(path)[:2]
-
-
-def open_with_tokenizer(path: Path) -> tuple[MemorizingTransformer, int, Tokenizer]:
+def open_model(path: Path) -> tuple[MemorizingTransformer, int, Tokenizer]:
     """The model of a training run (its directory, or the checkpoint in it) or of `save_pretrained`; N; its tokenizer.
 
     Of a run with a vocabulary beyond its tokenizer's it is the model over what the tokenizer has. A directory of

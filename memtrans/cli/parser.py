@@ -32,12 +32,15 @@ def build_parser() -> argparse.ArgumentParser:
     `name`, the command's."""
     parser = Parser(prog="memtrans", description="Memorizing Transformers on real text.")
     parser.add_argument("--version", action="version", version=f"memtrans {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="{train,eval,generate,tokenize,hf,presets,info,completion}")
+    commands = parser.add_subparsers(
+        required=True, metavar="{train,eval,generate,tokenize,hf,inspect,presets,info,completion}"
+    )
     _add_train(commands)
     _add_eval(commands)
     _add_generate(commands)
     _add_tokenize(commands)
     _add_hf(commands)
+    _add_inspect(commands)
     presets = commands.add_parser("presets", help="what `train --preset` takes, and what each would cost")
     presets.set_defaults(verb="presets", name="presets")
     presets.add_argument(
@@ -151,6 +154,32 @@ def _add_hf(commands: Any) -> None:
     add("--save", type=Path, help="directory to write the memory to: what it learned and what it holds")
     add("--load", type=Path, help="directory that --save wrote; the options of the memory are those saved")
     add("--dtype", default="auto", help="of the model: auto (that of its weights), float32, bfloat16, float16 (auto)")
+    add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+
+
+def _add_inspect(commands: Any) -> None:
+    inspect = commands.add_parser("inspect", help="a page that shows what was remembered for each word")
+    inspect.set_defaults(verb="inspect", name="inspect")
+    inspect.description = "Reads a document into the memory, continues a prompt, and shows what each word came from."
+    add = inspect.add_argument
+    model = inspect.add_mutually_exclusive_group(required=True)
+    model.add_argument("--checkpoint", type=Path, help="a run's directory, or one that save_pretrained wrote")
+    model.add_argument("--model", type=Path, help="directory of a pretrained causal language model and its tokenizer")
+    add("--document", type=Path, required=True, help="text to read into the memory, of any length")
+    add("--prompt", required=True, help="text to continue")
+    add("--tokens", type=int, default=64, help="tokens to write at most (64)")
+    add("--out", type=Path, required=True, help="the page, one HTML file")
+    add("--json", type=Path, help="file for all entries of all layers and heads (default: none)")
+    add("--temperature", type=float, default=0.0, help="of the draws; 0 is greedy (0)")
+    add("--seed", type=int, default=0, help="of the draws (0)")
+    add(
+        "--memory",
+        type=int,
+        help="M: entries (default: the model's; with --model the document's tokens, at most 65536)",
+    )
+    add("--segment", type=int, help="N: tokens read at a time (default: what it was trained with; with --model 512)")
+    add("--load", type=Path, help="with --model, directory that `hf --save` wrote: settings and what was learned")
+    add("--dtype", default="auto", help="of --model: auto (that of its weights), float32, bfloat16, float16 (auto)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
 
 

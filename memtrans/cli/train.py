@@ -6,10 +6,11 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from memtrans.cli.ending import EndedError, reading_input, show_json
+from memtrans.cli.ending import EndedError, reading_input, show_json, writing
 from memtrans.cli.parser import given_settings
 from memtrans.cli.settings_file import read_settings
 from memtrans.distributed.ranks import LostRankError, Ranks
+from memtrans.inspection.page import write_page
 from memtrans.presets import PRESETS
 from memtrans.training.checkpoint import exists
 from memtrans.training.data import fitted
@@ -31,7 +32,11 @@ def run(options: argparse.Namespace, ranks: Ranks) -> None:
             settings = ranks.together(lambda: _settings(options, out))
             trainer, options.out, lock = start(settings, out, options.resume, ranks, options.preset)
         try:
-            summary = _trained(Run(trainer, options.out, options.plain))
+            run = Run(trainer, options.out, options.plain)
+            summary = _trained(run)
+            if ranks.first and run.retrieved is not None:
+                with writing():
+                    write_page(options.out / "retrieved.html", run.retrieved)
         finally:
             if lock is not None:
                 lock.release()

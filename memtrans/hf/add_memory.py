@@ -11,7 +11,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from memtrans.hf.attention import NAME, configured, memory_attention_forward
-from memtrans.hf.families import chosen_of, decoder_of, most_positions
+from memtrans.hf.families import chosen_of, decoder_of, device_of, most_positions
 from memtrans.hf.layer_memory import LayerMemory
 from memtrans.hf.model_memory import KIND, WEIGHTS, ModelMemory
 from memtrans.hf.probe import probed
@@ -65,8 +65,7 @@ def add_memory(
     Raises:
         ValueError, TypeError: an argument out of range, a layer that is none or has a memory; a model that is an
             encoder-decoder or not causal, of a family that does not go through AttentionInterface, drops keywords on
-            the way to attention, has rotary positions that cannot be undone, or soft caps or sinks, which the operator
-            does not know yet. The model is as it was then.
+            the way to attention, or has rotary positions that cannot be undone. The model is as it was then.
 
     Source: Wu et al. 2022, section 3.1, for what a memory is.
 
@@ -87,11 +86,11 @@ def add_memory(
     chosen = chosen_of(model, settings.layers)
     decoder = decoder_of(model, next(iter(chosen.values())))
     _check_positions(settings, most_positions(decoder))
+    devices = {number: device_of(attention) for number, attention in chosen.items()}
     found = probed(decoder, chosen, settings.combine, settings.turn)
     ALL_ATTENTION_FUNCTIONS.register(NAME, memory_attention_forward)
-    for layer in found.values():
-        device = next(layer.attention.parameters()).device
-        layer.attention.memtrans = LayerMemory(layer.heads, settings.offset, device)
+    for number, layer in found.items():
+        layer.attention.memtrans = LayerMemory(layer.heads, layer.width, settings.offset, devices[number])
         layer.attention.config = configured(layer.attention.config)
     return ModelMemory(decoder, found, settings)
 

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from memtrans.attention import LocalKeys
 from memtrans.hf.families import file_of
 from memtrans.hf.state import ForwardState, kept
-from memtrans_kernels import memory_attention
+from memtrans.hf.telling import tell
+from memtrans.memory.ring import memory_share
+from memtrans_kernels import local_attention, memory_attention, merge_attention
 
 NAME = "memtrans"
 BASE = "_memtrans_base"  # of a layer's own configuration: the one that it stands for
@@ -51,6 +54,10 @@ class Call(NamedTuple):
         """The number of the layer."""
         return int(self.module.layer_idx)  # type: ignore[arg-type]
 
+    def asking(self, state: ForwardState) -> Tensor:
+        """What the memory is asked with (B, H, N, D)."""
+        return self.module.memtrans.asking(self.query, state.entries)  # type: ignore[union-attr, operator]
+
     def offset(self, state: ForwardState) -> Tensor:
         """What is added to the logits of the memory (H,)."""
         return self.module.memtrans(state.entries)  # type: ignore[operator]
@@ -74,8 +81,12 @@ def memory_attention_forward(
     if memtrans_state is None:
         return call.base()
     memtrans_state.seen.add(call.layer)
-    attend = _attend_by_gate if memtrans_state.combine == "gate" else _attend
-    result = attend(call, memtrans_state)
+    if not memtrans_state.searches:
+        result = call.base()
+    elif memtrans_state.combine == "gate":
+        result = _attend_by_gate(call, memtrans_state)
+    else:
+        result = _attend(call, memtrans_state)
     if memtrans_state.writes:
         _store(call, memtrans_state)
     return result
@@ -93,8 +104,8 @@ def _store(call: Call, state: ForwardState) -> None:
 
 
 def _retrieved(call: Call, state: ForwardState) -> dict[str, Any]:
-    """What both forms of attention hand to the operator: the neighbours, and how logits are scaled."""
-    query, snapshot = call.query, state.snapshots[call.layer]
+    """What attention to the memory hands to the operator: the neighbours, and how logits are scaled."""
+    query, snapshot = call.asking(state), state.snapshots[call.layer]
     scores, slots = snapshot.nearest(query, state.k)
     if state.blind is not None:
         blind = state.blind.to(query.device)[:, None, :, None]
@@ -112,6 +123,7 @@ def _retrieved(call: Call, state: ForwardState) -> dict[str, Any]:
         "scale": torch.full((query.shape[1],), factor, device=query.device, dtype=wide),
         "ledger": snapshot.ledger,
         **_dropout(call.arguments.get("dropout", 0.0), query),
+        **_soft_cap(call),
     }
 
 
@@ -126,23 +138,54 @@ def _attend(call: Call, state: ForwardState) -> tuple[Tensor, None]:
     length, keys = call.query.shape[2], call.key.shape[2]
     if call.mask is None and keys > length > 1:
         keys = length  # a static cache that is being filled: transformers' own functions look at its first N
-    out, _ = memory_attention(
-        key=call.key[:, :, :keys],
-        value=call.value[:, :, :keys],
-        memory_offset=call.offset(state),
-        **_retrieved(call, state),
-        **_local_mask(call.mask, call.query, keys, call.arguments.get("sliding_window")),
-    )
+    retrieved, offset = _retrieved(call, state), call.offset(state)
+    mask = _local_mask(call.mask, call.query, keys, call.arguments.get("sliding_window"))
+    key, value = call.key[:, :, :keys], call.value[:, :, :keys]
+    local = {"query": call.query, "key": key, "value": value, **mask, **_sink(call)}
+    # training decides by its mode: a checkpoint's first pass has no gradients, and must round as its second one
+    learns = call.module.training or (torch.is_grad_enabled() and retrieved["query"].requires_grad)
+    if retrieved["query"] is not call.query and learns:
+        out, lse = _in_parts(retrieved, local, offset)
+    else:  # the scores are what the memory was asked for; the query is that of the local keys
+        out, lse = memory_attention(memory_offset=offset, **{**retrieved, **local})
+    if state.watched is not None:
+        table, dense, local_length = (mask.get(name) for name in ("bias_table", "bias_dense", "local_length"))
+        keys_seen = LocalKeys(key, value, table, dense, local_length, soft_cap=retrieved.get("soft_cap"))
+        tell(state, call.layer, {**retrieved, "query": call.query}, lse, offset=offset, local=keys_seen)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _in_parts(retrieved: dict[str, Any], local: dict[str, Any], offset: Tensor) -> tuple[Tensor, Tensor]:
+    """The same softmax, from one over the neighbours and one over the local keys, each with a query of its own."""
+    again = {name: retrieved[name] for name in ("dropout_p", "seed", "soft_cap") if name in retrieved}
+    to_local, of_local = local_attention(scale=retrieved["scale"], **local, **again)
+    nothing = local["key"][:, :, :0].detach()
+    to_memory, of_memory = memory_attention(key=nothing, value=nothing, **retrieved)
+    lses = torch.stack((of_memory + offset[:, None], of_local))
+    return merge_attention(torch.stack((to_memory, to_local)), lses)
+
+
+def _sink(call: Call) -> dict[str, Tensor]:
+    """The learned logit of each head that has no value (gpt-oss), in the operator's words."""
+    sinks = call.arguments.get("s_aux")
+    return {} if sinks is None else {"sink": sinks}
+
+
+def _soft_cap(call: Call) -> dict[str, float]:
+    """The cap of a product of query and key (Gemma 2), in the operator's words."""
+    cap = call.arguments.get("softcap")
+    return {} if cap is None else {"soft_cap": float(cap)}
 
 
 def _attend_by_gate(call: Call, state: ForwardState) -> tuple[Tensor, Tensor | None]:
     """The model's own attention and one over the neighbours, mixed; (B, N, H, D). Found nothing: the local part."""
     to_local, weights = call.base()
     nothing, retrieved = call.key[:, :, :0].detach(), _retrieved(call, state)
-    to_memory, _ = memory_attention(key=nothing, value=nothing, **retrieved)
-    found = retrieved["slots"][..., 0] >= 0  # the best come first
-    gate = torch.where(found, call.offset(state).sigmoid()[:, None], 0.0).transpose(1, 2)[..., None]
+    to_memory, lse = memory_attention(key=nothing, value=nothing, **retrieved)
+    share = memory_share(retrieved["slots"], call.offset(state))  # (B, H, N)
+    if state.watched is not None:
+        tell(state, call.layer, retrieved, lse, share=share)
+    gate = share.transpose(1, 2)[..., None]
     return (gate * to_memory.transpose(1, 2) + (1.0 - gate) * to_local).to(to_local.dtype), weights
 
 

@@ -1,7 +1,7 @@
-"""Calibration: how much each head is to trust a memory of which size, learned in minutes, and nothing else.
+"""Calibration: how each head is to ask a memory of which size and trust it, learned in minutes, and nothing else.
 
 On running text a memory helps a little nearly everywhere; a fact is found by a part of the heads. So both are trained
-on, in one document, at several sizes of its memory.
+on, at several sizes of the memory, with facts and text that are not seen twice.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from memtrans.hf.facts import facts as made_facts
+from memtrans.checks import check_number
+from memtrans.hf.lessons import SEGMENTS, Course, Lesson
 from memtrans.hf.model_memory import ModelMemory
-from memtrans.hf.planted import Planted, plant, questions
+from memtrans.hf.planted import Questions
 from memtrans_kernels import checks
 
-SIZES = (4096, 16384, 65536)
-ASKED = 16  # questions of a step
-TEXTS = 8  # segments of running text behind the document: half to train on, half to report
+SLOWER = {"memory_sharpness": 0.2, "memory_gain": 0.2, "memory_mix": 0.02}  # than offsets these are learned
 
 
 def calibrate(
@@ -30,31 +29,37 @@ def calibrate(
     memory: ModelMemory,
     tokenizer: Any,
     documents: Sequence[str],
-    steps: int = 120,
+    steps: int = 240,
     sizes: Sequence[int] | None = None,
     facts: int = 96,
+    batch: int = 4,
+    lessons: int = 8,
     rate: float = 0.15,
+    text_weight: float = 4.0,
     seed: int = 0,
     report: Callable[[str], None] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Trains the offsets and slopes of a memory's heads on planted facts and on running text.
+    """Trains how the heads of a memory ask it and trust it, on planted facts and on running text; see `LayerMemory`.
 
-    The documents are read as one, with made-up facts in it; each step asks for some and reads a segment of what
-    follows, with as much of the memory as one of the sizes. The memory is empty afterwards.
+    The documents are taken as one text. A lesson reads pieces of it with made-up facts in them, without a search; each
+    step asks for some of the facts and reads segments of what follows, with as much of the memory as one of the sizes.
+    Every lesson has facts and pieces of its own. The memory is empty afterwards.
 
     Args:
         model: with the memory, in any mode. memory: of `add_memory`.
         tokenizer: the model's; called with a text and add_special_tokens=False.
         documents: texts, together longer than the largest size.
-        steps: of Adam. sizes: numbers of entries to calibrate for. Default: those of 4,096, 16,384 and 65,536 that the
-            memory has room for and the documents fill, or else what there is.
-        facts: planted, a quarter of them to report. rate: of Adam, falling to 0. seed: of the facts and the order.
+        steps: of Adam. sizes: numbers of entries to calibrate for. Default: those of 4,096, 16,384, 65,536 and 262,144
+            that the memory has room for and the documents fill, or else what there is.
+        facts: planted in a piece. batch: pieces that are read at once; each takes the memory of a document.
+        lessons: how often the memory is filled anew; at most steps. rate: of Adam for offsets, falling to 0.
+        text_weight: of a token's nats of text beside an answer's. seed: of pieces, facts and the order.
         report: called with a line of text now and then.
 
     Returns:
         For "before" and "after", and each size n: `facts_n` nats of an answer, `right_n` share of answers whose first
         token is the likeliest, `text_n` nats of a token of running text; and `text`, that without the memory. Of facts
-        and text that were not trained on.
+        that were not trained on, and of the end of the text, which is kept for this where there is enough.
 
     Raises:
         ValueError, TypeError: too little text for the sizes, a size beyond the memory's, a number out of range.
@@ -68,123 +73,109 @@ def calibrate(
     >>> class Bytes:
     ...     def __call__(self, text, add_special_tokens):
     ...         return {"input_ids": list(text.encode())}
-    >>> learned = calibrate(model, memory, Bytes(), ["word " * 200], steps=2, facts=4)
+    >>> learned = calibrate(model, memory, Bytes(), ["word " * 200], steps=2, facts=4, batch=1)
     >>> sorted(learned["after"])
     ['facts_400', 'right_400', 'text', 'text_400']
     """
-    steps, facts = checks.integer("steps", steps, low=1), checks.integer("facts", facts, low=4)
-    course = _Course.of(memory, tokenizer, documents, sizes, facts, seed)
+    check_number("rate", rate, above=0)
+    check_number("text_weight", text_weight)
+    steps, lessons = checks.integer("steps", steps, low=1), checks.integer("lessons", lessons, low=1)
+    plan = Plan(steps, min(steps, lessons), float(rate), float(text_weight), seed)
+    made, batch = checks.integer("facts", facts, low=1), checks.integer("batch", batch, low=1)
+    course = Course.of(memory, tokenizer, documents, sizes, made, batch)
+    judge = course.lesson(seed, len(course.ids) - course.tokens).to(model.device)  # type: ignore[arg-type]
+    for layer in memory.layers.values():
+        layer.learned.learn_to_ask()
     with _alone(model, memory):
-        memory.reset()
-        memory.read(course.document.ids.to(model.device), progress=report is not None)  # type: ignore[arg-type]
+        memory.reset(batch)
         try:
-            before = course.judged(model, memory)
-            _train(model, memory, course, steps, rate, seed, report)
-            return {"before": before, "after": course.judged(model, memory)}
+            before = _judged(model, memory, course, judge)
+            _train(model, memory, course, plan, report)
+            return {"before": before, "after": _judged(model, memory, course, judge)}
         finally:
             memory.reset()
 
 
 @dataclass(frozen=True)
-class _Course:
-    """What is learned from: a document, facts in it for each size, and segments (1, N) that follow it."""
+class Plan:
+    """How it is trained; see `calibrate`."""
 
-    document: Planted
-    sizes: tuple[int, ...]
-    segments: tuple[Tensor, ...]
-    encode: Callable[[str], list[int]]
+    steps: int
+    lessons: int
+    rate: float
+    text_weight: float
+    seed: int
 
-    @staticmethod
-    def of(
-        memory: ModelMemory,
-        tokenizer: Any,
-        documents: Sequence[str],
-        sizes: Sequence[int] | None,
-        count: int,
-        seed: int,
-    ) -> _Course:
-        def encode(text: str) -> list[int]:
-            return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-        ids = [token for document in documents for token in encode(document)]
-        behind = min(TEXTS * memory.settings.segment, len(ids) // 4)
-        text, rest = ids[: len(ids) - behind], torch.tensor([ids[len(ids) - behind :]], dtype=torch.int64)
-        segments = tuple(part for part in rest.split(max(2, behind // TEXTS), dim=1) if part.shape[1] > 1)
-        if len(segments) < 2:
-            raise ValueError(f"documents must have at least some tokens for each of {TEXTS} segments, got {len(ids)}")
-        chosen = _sizes(sizes, len(text), memory.settings.max_memories)
-        return _Course(plant(text, made_facts(count, seed), chosen, encode), chosen, segments, encode)
-
-    def asked(self, size: int, reported: bool) -> list[Any]:
-        """The facts within a size that are trained on, or those that are reported: every fourth."""
-        within = self.document.within(size)
-        return within[::4] if reported else [fact for place, fact in enumerate(within) if place % 4]
-
-    @torch.no_grad()
-    def judged(self, model: Any, memory: ModelMemory) -> dict[str, float]:
-        """See `calibrate`."""
-        texts, device = self.segments[1::2], model.device
-        found: dict[str, float] = {}
-        with memory.off():
-            found["text"] = float(torch.stack([text_loss(model, text.to(device)) for text in texts]).mean())
-        for size in self.sizes:
-            with memory.newest(size):
-                losses = torch.stack([text_loss(model, text.to(device)) for text in texts])
-            nats, right = fact_losses(model, memory, self.asked(size, True), self.encode, size)
-            found[f"facts_{size}"], found[f"right_{size}"] = float(nats.mean()), float(right.float().mean())
-            found[f"text_{size}"] = float(losses.mean())
-        return found
-
-
-def _sizes(asked: Sequence[int] | None, tokens: int, most: int) -> tuple[int, ...]:
-    if asked is None:
-        fitting = tuple(size for size in SIZES if size <= min(tokens, most))
-        return fitting or (min(tokens, most),)
-    sizes = tuple(sorted(checks.integer("sizes", size, low=1) for size in asked))
-    if not sizes or sizes[-1] > min(tokens, most):
-        raise ValueError(
-            f"sizes must be numbers of entries up to max_memories={most} and the {tokens} tokens of the documents, "
-            f"got {list(sizes)}"
+    def optimizer(self, memory: ModelMemory) -> torch.optim.Adam:
+        """Of offsets, and, slower, of what the memory is asked with: those numbers are factors and their logarithms."""
+        groups: dict[float, list[nn.Parameter]] = {}
+        for layer in memory.layers.values():
+            for name, tensor in layer.learned.named_parameters():
+                groups.setdefault(SLOWER.get(name, 1.0), []).append(tensor)
+        return torch.optim.Adam(
+            [{"params": tensors, "lr": slower * self.rate} for slower, tensors in groups.items()], betas=(0.9, 0.98)
         )
-    return sizes
+
+
+@torch.no_grad()
+def _judged(model: Any, memory: ModelMemory, course: Course, lesson: Lesson) -> dict[str, float]:
+    """See `calibrate`."""
+    fill(memory, lesson)
+    texts = lesson.behind.unbind(1)
+    found: dict[str, float] = {}
+    with memory.off():
+        found["text"] = float(torch.stack([text_loss(model, text) for text in texts]).mean())
+    for size in course.sizes:
+        with memory.newest(size):
+            losses = torch.stack([text_loss(model, text) for text in texts])
+            asked = [lesson.asked(size, course.asked, place) for place in range(lesson.rounds(size, course.asked))]
+            answers = [fact_losses(model, memory, rows, len(lesson.ids)) for rows in asked]
+        nats, right = (torch.cat(part).float().mean() for part in zip(*answers, strict=True))
+        found.update(
+            {f"facts_{size}": float(nats), f"right_{size}": float(right), f"text_{size}": float(losses.mean())}
+        )
+    return found
+
+
+def fill(memory: ModelMemory, lesson: Lesson) -> None:
+    """The memory holds the lesson's documents and nothing else; its tensors stay where they are."""
+    memory.clear_rows(torch.ones(len(lesson.ids), dtype=torch.bool, device=lesson.ids.device))
+    memory.read(lesson.ids, search=False, progress=False)
 
 
 def text_loss(model: Any, ids: Tensor) -> Tensor:
-    """Nats of a token of a segment (1, N)."""
+    """Nats of a token of segments (B, N)."""
     logits = model(input_ids=ids, use_cache=False).logits
-    return cross_entropy(logits[0, :-1].float(), ids[0, 1:])
+    return cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
 
 
-def fact_losses(
-    model: Any, memory: ModelMemory, facts: Sequence[Any], encode: Callable[[str], list[int]], size: int
-) -> tuple[Tensor, Tensor]:
-    """Nats of each fact's answer, with the newest so many entries of the one document, and whether it comes first."""
-    asked = questions(facts, encode).to(model.device)
-    with memory.newest(size), memory.expand(len(facts)):
+def fact_losses(model: Any, memory: ModelMemory, asked: Questions, documents: int) -> tuple[Tensor, Tensor]:
+    """Nats of each answer, and whether it comes first; equally many questions of each document."""
+    with memory.expand(len(asked.ids) // documents):
         return asked.losses(model(input_ids=asked.ids, use_cache=False).logits)
 
 
-def _train(model: Any, memory: ModelMemory, course: _Course, steps: int, rate: float, seed: int, report: Any) -> None:
-    """Adam on the memory's parameters: at each step one size, some of its facts and one segment."""
-    draw = torch.Generator("cpu").manual_seed(seed)
-    optimizer = torch.optim.Adam(memory.parameters(), lr=rate, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / steps)
-    texts = course.segments[::2]
-    for step in range(steps):
-        size = course.sizes[step % len(course.sizes)]
-        known = course.asked(size, False)
-        chosen = torch.randperm(len(known), generator=draw, device="cpu")[:ASKED].tolist()
-        nats, _ = fact_losses(model, memory, [known[index] for index in chosen], course.encode, size)
-        nats.mean().backward()
+def _train(model: Any, memory: ModelMemory, course: Course, plan: Plan, report: Any) -> None:
+    """Adam on the memory's parameters: at each step one size, some of its facts and some segments."""
+    optimizer = plan.optimizer(memory)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / plan.steps)
+    each = -(-plan.steps // plan.lessons)
+    for step in range(plan.steps):
+        if step % each == 0:
+            lesson = course.lesson(plan.seed + 1 + step // each).to(model.device)
+            fill(memory, lesson)
+        size, place = course.sizes[step % len(course.sizes)], step // len(course.sizes)
         with memory.newest(size):
-            text = text_loss(model, texts[step // len(course.sizes) % len(texts)].to(model.device))
-        text.backward()
+            nats = fact_losses(model, memory, lesson.asked(size, course.asked, place), course.batch)[0].mean()
+            nats.backward()
+            text = text_loss(model, lesson.behind[:, place % SEGMENTS])
+            (plan.text_weight * text).backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         if report is not None and (step + 1) % 20 == 0:
             report(
-                f"step {step + 1}/{steps}: {size} entries, {float(nats.detach().mean()):.2f} nats an answer, "
+                f"step {step + 1}/{plan.steps}: {size} entries, {float(nats.detach()):.2f} nats an answer, "
                 f"{float(text.detach()):.3f} a token of text"
             )
 
@@ -192,7 +183,7 @@ def _train(model: Any, memory: ModelMemory, course: _Course, steps: int, rate: f
 @contextmanager
 def _alone(model: nn.Module, memory: ModelMemory) -> Iterator[None]:
     """The model in `eval()` mode, and no parameter but the memory's asks for a gradient."""
-    asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    asked = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
     training = [module for module in model.modules() if module.training]
     model.eval()
     for parameter in asked:
@@ -202,7 +193,8 @@ def _alone(model: nn.Module, memory: ModelMemory) -> Iterator[None]:
     try:
         yield
     finally:
-        for parameter, wanted in asked.items():
+        for parameter, (wanted, gradient) in asked.items():
             parameter.requires_grad_(wanted)
+            parameter.grad = gradient
         for module in training:
             module.training = True

@@ -17,7 +17,7 @@ from memtrans.memory.ring import MemorySnapshot
 from memtrans.storage import load_tensors, save_tensors
 
 KIND = "memtrans.hf.Entries"
-IDS = "ids"
+IDS, READ = "ids", "read"
 
 
 class Entries:
@@ -27,7 +27,8 @@ class Entries:
         layers: by number. settings: of `add_memory`. documents: B.
 
     Attributes:
-        memories: by layer. ids: what was read, in float32, exact below 2^24; None where they are not kept.
+        memories: by layer. ids: what was read, in float32, exact below 2^24, and in place of values where it stood in
+            its document, in float64; None where they are not kept. read: (B,) int64, tokens that each document had.
     """
 
     def __init__(self, layers: Mapping[int, Layer], settings: MemorySettings, documents: int) -> None:
@@ -50,7 +51,9 @@ class Entries:
         self.ids: KNNMemory | None = None
         if settings.keep_ids:
             device = self.first.device
-            self.ids = KNNMemory(1, dtype=torch.float32, device=device, spare=spare, backend="reference", **sizes)
+            kinds: dict[str, Any] = {"dtype": torch.float32, "value_dtype": torch.float64}
+            self.ids = KNNMemory(1, **kinds, device=device, spare=spare, backend="reference", **sizes)
+        self.read = torch.zeros(documents, dtype=torch.int64, device=self.first.device)
 
     @property
     def lengths(self) -> Tensor:
@@ -69,12 +72,17 @@ class Entries:
         """Forgets the documents where mask (B,) bool is True."""
         for memory in self.all():
             memory.clear_rows(mask.to(memory.device))
+        self.read.masked_fill_(mask.to(self.read.device), 0)
 
     def note(self, tokens: Tensor, sink: int, padding: Padding | None) -> None:
-        """Keeps the ids (B, N) of what a pass stores."""
+        """Keeps the ids (B, N) of what a pass stores, and where in the document they stand."""
         if self.ids is not None:
+            first = self.read[:, None] if padding is None else (self.read - padding.left.to(self.read.device))[:, None]
+            at = first + torch.arange(tokens.shape[1], device=self.read.device)  # (B, N)
             ids, count = kept(tokens.to(self.ids.device).float()[:, None, :, None], sink, padding)
-            self.ids.snapshot().append(ids, ids, count)
+            positions, _ = kept(at.double()[:, None, :, None], sink, padding)
+            self.ids.snapshot().append(ids, positions, count)
+        self.read += tokens.shape[1] if padding is None else padding.real.to(self.read.device)
 
     def ids_of(self, document: int) -> Tensor:
         """The ids of the tokens that a document holds, old to new (n,) int64."""
@@ -90,12 +98,19 @@ class Entries:
         if self.ids is not None:
             named[IDS] = self.ids
         state = {f"{name}.{field}": t for name, memory in named.items() for field, t in memory.state_dict().items()}
+        state[READ] = self.read.clone()
         save_tensors(path, state, KIND, {"documents": self.documents})
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Takes up what `read_entries` gave. Raises ValueError when it is of other layers."""
+        """Takes up what `read_entries` gave. Raises ValueError when it is of other layers.
+
+        Files of earlier versions do not say where tokens stood: their positions count from the oldest entry.
+        """
         parts: dict[str, dict[str, Tensor]] = {}
+        read = state.get(READ)
         for name, tensor in state.items():
+            if name == READ:
+                continue
             layer, _, field = name.partition(".")
             parts.setdefault(layer, {})[field] = tensor
         ids = parts.pop(IDS, None)
@@ -106,10 +121,19 @@ class Entries:
         for number, memory in self.memories.items():
             memory.load_state_dict(parts[str(number)])
         if self.ids is not None and ids is not None:
-            self.ids.load_state_dict(ids)
+            counted = ids if read is not None else {**ids, "values": _counted(ids)}
+            self.ids.load_state_dict(counted)
+        self.read.copy_(self.lengths if read is None else read)
 
 
 def read_entries(path: Path) -> tuple[dict[str, Tensor], int]:
     """What `Entries.save` wrote, and of how many documents it is."""
     state, configuration = load_tensors(path, KIND)
     return state, int(configuration["documents"])
+
+
+def _counted(ids: Mapping[str, Tensor]) -> Tensor:
+    """For each of the ids of a state, how many of its document are older (B, entries, 1) float64."""
+    entries = ids["keys"].shape[1]
+    place = torch.arange(entries) - (entries - ids["lengths"])[:, None]  # filler stands before a row's oldest
+    return place.clamp(min=0).double()[..., None]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -67,13 +68,22 @@ def chosen_of(model: nn.Module, layers: Sequence[int] | str) -> dict[int, nn.Mod
     taken = [number for number in numbers if hasattr(found[number], "memtrans")]
     if taken:
         raise ValueError(f"layers must be without a memory, got {taken}, which have one: call remove() on it first")
-    sinks = [number for number in numbers if getattr(found[number], "sinks", None) is not None]
-    if sinks:
-        raise ValueError(
-            f"layers must be without learned sinks, which memory_attention does not know yet, got {sinks} "
-            f"of {type(model).__name__}"
-        )
     return {number: found[number] for number in numbers}
+
+
+def device_of(attention: nn.Module) -> torch.device:
+    """Where an attention module computes: of one that accelerate offloads, where its weights are taken to.
+
+    Raises ValueError where that cannot be known.
+    """
+    devices = {parameter.device for parameter in attention.parameters()}
+    hooks = [getattr(module, "_hf_hook", None) for module in attention.modules()]
+    executing = [getattr(hook, "execution_device", None) for hook in hooks]
+    taken_to = {torch.device(device) for device in executing if device is not None}
+    found = taken_to if torch.device("meta") in devices and taken_to else devices
+    if len(found) != 1 or torch.device("meta") in found:
+        raise ValueError(f"layers must each be on one device, got {sorted(map(str, found))}")
+    return found.pop()
 
 
 def decoder_of(model: nn.Module, attention: nn.Module) -> PreTrainedModel:

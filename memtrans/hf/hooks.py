@@ -53,11 +53,13 @@ def before_decoder(memory: ModelMemory, decoder: nn.Module, args: Any, kwargs: d
         k=memory.settings.k,
         combine=memory.settings.combine,
         writes=writes,
+        searches=memory.searches,
         entries=_most(snapshots[memory.numbers[0]]),
         blind=_blind(memory.settings.sink, given, kwargs, cache, padding),
         sink=memory.settings.sink,
         padding=padding,
         turns=_turns(memory, decoder, given) if writes else {},
+        watched=memory.watched(entries),
     )
     if writes:
         entries.note(ids if ids is not None else given.new_zeros(batch, length), memory.settings.sink, padding)

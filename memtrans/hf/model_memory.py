@@ -21,8 +21,10 @@ from memtrans.hf.attention import BASE
 from memtrans.hf.entries import Entries, read_entries
 from memtrans.hf.hooks import COUNT, after_decoder, before_decoder
 from memtrans.hf.probe import Layer
+from memtrans.hf.reading import read_segments, to_the_right
 from memtrans.hf.settings import MemorySettings
-from memtrans.hf.state import padding_of
+from memtrans.hf.state import Watched, padding_of
+from memtrans.inspection.trace import Trace
 from memtrans.memory.ring import MemorySnapshot
 from memtrans.storage import load_tensors, save_tensors
 from memtrans_kernels import checks
@@ -62,7 +64,9 @@ class ModelMemory:
         self.is_rotary = any(layer.rotation is not None for layer in layers.values())
         self.is_off = self.is_writing = False
         self._questions, self._newest = 1, 0
+        self._watched: Watched | None = None
         self._splits = False
+        self.searches = True
         self._held: dict[str, Entries] = {}
         self._handles = [
             decoder.register_forward_pre_hook(partial(before_decoder, self), with_kwargs=True),
@@ -133,6 +137,12 @@ class ModelMemory:
             snapshots = {number: _repeated(view, self._questions) for number, view in snapshots.items()}
         return snapshots
 
+    def watched(self, entries: Entries) -> Watched | None:
+        """Who watches a pass that looks at these entries; None for nobody."""
+        if self._watched is None:
+            return None
+        return replace(self._watched, ids=None if entries.ids is None else entries.ids.snapshot())
+
     def reset(self, documents: int | None = None) -> None:
         """Forgets everything, and frees it.
 
@@ -155,12 +165,16 @@ class ModelMemory:
     # ------------------------------------------------------------------------------------------------------- passes
 
     @torch.no_grad()
-    def read(self, ids: Tensor, attention_mask: Tensor | None = None, *, progress: bool = True) -> None:
+    def read(
+        self, ids: Tensor, attention_mask: Tensor | None = None, *, search: bool = True, progress: bool = True
+    ) -> None:
         """Reads documents into the memory, segment by segment; positions begin again in each.
 
         Args:
             ids: (B, any length) int64; what the memory holds goes on with them.
             attention_mask: (B, any length), 1 for real tokens: padding on either side. Default: all are.
+            search: whether segments look at what was read before them. Without it they are faster to read, and what
+                is stored of them depends on nothing else.
             progress: a bar on standard error, where that is a terminal.
 
         Raises:
@@ -169,18 +183,15 @@ class ModelMemory:
         if ids.dim() != 2 or (attention_mask is not None and attention_mask.shape != ids.shape):
             of_mask = None if attention_mask is None else tuple(attention_mask.shape)
             raise ValueError(f"ids must be (B, N), and attention_mask too, got {tuple(ids.shape)} and {of_mask}")
-        real = torch.full_like(ids[:, 0], ids.shape[1])
         padding = padding_of(attention_mask, ids.shape[1])
-        if padding is not None:  # to the right, where no real token sees it
-            at = (padding.left[:, None] + torch.arange(ids.shape[1], device=ids.device)).clamp(max=ids.shape[1] - 1)
-            ids, real = ids.gather(1, at), padding.real
-        segment = self.settings.segment
-        with self.writing(), reading_bar(ids.numel(), progress) as read:
-            for begin in range(0, ids.shape[1], segment):
-                part = ids[:, begin : begin + segment]
-                count = {} if padding is None else {COUNT: (real - begin).clamp(0, part.shape[1])}
-                self.decoder(input_ids=part, use_cache=False, **count)
-                read(part.numel())
+        real = None if padding is None else padding.real
+        ids = ids if padding is None else to_the_right(ids, padding)
+        with self._reading(search), reading_bar(ids.numel(), progress) as read:
+            read_segments(self.decoder, ids, self.settings.segment, real, COUNT, read)
+
+    @contextmanager
+    def _reading(self, search: bool) -> Iterator[None]:
+        yield from self._with(is_writing=True, searches=search)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -217,6 +228,27 @@ class ModelMemory:
         """Inside, a pass sees only so many of the newest entries of each document: as if the memory were that small."""
         yield from self._with(_newest=checks.integer("entries", entries, low=1))
 
+    @contextmanager
+    def tracing(self, *, local: bool = False) -> Iterator[Trace]:
+        """Inside, notes for each query, layer and head which entries were found and what weight they had.
+
+        Rows are those of a pass's batch; layers have the model's numbers. Positions are the tokens' in their document
+        as it was read, unless `keep_ids` is False: then they count what is stored.
+
+        local: also keep the weights of the local keys, (B, H, N, L) for each pass; not with a gate.
+
+        Yields a trace, which `memtrans.inspection.trace.Trace` describes. Raises ValueError inside another `tracing`.
+        """
+        if self._watched is not None:
+            raise ValueError("a memory must be watched by one trace at a time, got a second one inside the first")
+        trace = Trace()
+        tell = {number: trace.watcher(number) for number in self.numbers}
+        self._watched = Watched(lambda layer, observation: tell[layer](observation), local)
+        try:
+            yield trace
+        finally:
+            self._watched = None
+
     def _with(self, **fields: Any) -> Iterator[None]:
         before = {name: getattr(self, name) for name in fields}
         self.__dict__.update(fields)
@@ -228,7 +260,7 @@ class ModelMemory:
     # -------------------------------------------------------------------------------------------- parameters, files
 
     def parameters(self) -> list[nn.Parameter]:
-        """What the memory learns: an offset and a slope for each head of each layer; see `LayerMemory`."""
+        """What the memory learns: how each head of each layer asks and trusts it; see `LayerMemory`."""
         return [parameter for layer in self.layers.values() for parameter in layer.learned.parameters()]
 
     def save(self, directory: str | Path) -> None:
@@ -263,8 +295,9 @@ class ModelMemory:
             entries.load(state)
             self._held[READ] = entries
         for number, layer in self.layers.items():
-            own = {name: learned[f"{number}.{name}"] for name in ("memory_offset", "memory_slope")}
-            layer.learned.load_state_dict(own)
+            prefix = f"{number}."
+            own = {name.removeprefix(prefix): tensor for name, tensor in learned.items() if name.startswith(prefix)}
+            layer.learned.take(own)
 
     def remove(self) -> None:
         """Takes the memory out of the model, which is then what it was, bit for bit."""

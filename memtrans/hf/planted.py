@@ -97,10 +97,10 @@ class Questions:
         return (nats * answers).sum(-1), right
 
 
-def questions(facts: Sequence[Fact], encode: Encode) -> Questions:
-    """The facts as questions."""
+def questions(facts: Sequence[Fact], encode: Encode, width: int = 0) -> Questions:
+    """The facts as questions, in rows of so many tokens, or more where one is longer."""
     parts = [(encode(fact.question), encode(fact.answer)) for fact in facts]
-    longest = max(len(question) + len(answer) for question, answer in parts)
+    longest = max(width, *(len(question) + len(answer) for question, answer in parts))
     ids, answers = (
         torch.zeros(len(parts), longest, dtype=torch.int64),
         torch.zeros(len(parts), longest, dtype=torch.bool),

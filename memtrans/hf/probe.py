@@ -68,11 +68,6 @@ def _layer(decoder: Any, attention: nn.Module, seen: dict[str, Any], number: int
             f"layers must have keys and values of one shape, got {tuple(key.shape)} and {tuple(value.shape)} in layer "
             f"{number} of {name}"
         )
-    if combine == "softmax" and arguments.get("softcap") is not None:
-        raise ValueError(
-            f"combine must be 'gate' for {name}: memory_attention does not know the soft cap of its logits yet, "
-            f"{arguments['softcap']}"
-        )
     if combine == "softmax" and arguments.get("position_bias") is not None:
         raise ValueError(f"combine must be 'gate' for {name}, whose attention has a position_bias")
     if not _same(key[0, :, :2], key[2, :, :2]):
@@ -110,7 +105,7 @@ def _same(first: Tensor, second: Tensor) -> bool:
 @torch.no_grad()
 def _asked(decoder: PreTrainedModel, chosen: Mapping[int, nn.Module], turn: int | None) -> dict[int, dict[str, Any]]:
     """What the attention function of each chosen layer was handed; turn: None for a model without rotary positions."""
-    seen: dict[int, dict[str, Any]] = {}
+    seen = _Seen()
     device = decoder.get_input_embeddings().weight.device
     tokens = torch.tensor([[0, 1, 2], [0, 1, 2], [0, 1, 0]], device=device)
     arguments: dict[str, Any] = {"input_ids": tokens, "use_cache": False, "memtrans_seen": seen}
@@ -126,14 +121,21 @@ def _asked(decoder: PreTrainedModel, chosen: Mapping[int, nn.Module], turn: int 
         finally:
             for module in was_training:
                 module.training = True
-    return seen
+    return seen.layers
+
+
+class _Seen:
+    """What attention functions were handed, by layer. No dict: accelerate hands its layers copies of those."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, dict[str, Any]] = {}
 
 
 def _note(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, memtrans_seen: Any = None, **arguments: Any
 ) -> Any:
     if memtrans_seen is not None:
-        memtrans_seen[module.layer_idx] = {"query": query, "key": key, "value": value, "arguments": arguments}
+        memtrans_seen.layers[module.layer_idx] = {"query": query, "key": key, "value": value, "arguments": arguments}
     return base_of(module)(module, query, key, value, mask, **arguments)
 
 

@@ -5,13 +5,14 @@ Shapes: the letters of `memtrans_kernels`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from memtrans.hf.rotation import Angles, Rotation
+from memtrans.memory.observation import Observation
 from memtrans.memory.ring import MemorySnapshot
 from memtrans_kernels.checks import may_look
 
@@ -27,6 +28,24 @@ class Padding:
     left: Tensor
     real: Tensor
 
+    def to(self, device: torch.device) -> Padding:
+        """The same on a device."""
+        return Padding(self.left.to(device), self.real.to(device))
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Who watches a pass.
+
+    Attributes:
+        tell: is called with the number of a layer and what it saw. wants_local: whether for its local weights too.
+        ids: of the tokens that the memory holds (keys), and their positions (values); None where they are not kept.
+    """
+
+    tell: Callable[[int, Observation], object]
+    wants_local: bool
+    ids: MemorySnapshot | None = None
+
 
 @dataclass(eq=False)
 class ForwardState:
@@ -34,10 +53,12 @@ class ForwardState:
 
     Attributes:
         snapshots: by layer. k: K. combine: as in `add_memory`. writes: whether this pass's keys are stored.
+        searches: whether this pass looks at the memory.
         entries: () int64, of the longest document, which the offsets depend on.
         blind: (1 or B, N) bool, the tokens that look at no memory; None for none.
         sink: how many of the first real tokens are not stored. padding: None where all tokens are real.
         turns: by layer, how a key is turned before it is stored; none for a layer without rotary positions.
+        watched: who watches; None for nobody.
         seen: layers whose attention function was handed this.
     """
 
@@ -45,11 +66,13 @@ class ForwardState:
     k: int
     combine: str
     writes: bool
+    searches: bool
     entries: Tensor
     blind: Tensor | None
     sink: int
     padding: Padding | None
     turns: Mapping[int, tuple[Rotation, Angles]]
+    watched: Watched | None = None
     seen: set[int] = field(default_factory=set)
 
 
@@ -74,6 +97,7 @@ def kept(tokens: Tensor, state_sink: int, padding: Padding | None) -> tuple[Tens
     """The part of tokens (B, G, N, D) that is stored, and how many of it for each document: no padding, no sinks."""
     if padding is None:
         return tokens[:, :, state_sink:], None
+    padding = padding.to(tokens.device)  # layers may be on several
     first = padding.left + state_sink
     at = (first[:, None] + torch.arange(tokens.shape[2], device=tokens.device)).clamp(max=tokens.shape[2] - 1)
     at = at[:, None, :, None].expand(-1, tokens.shape[1], -1, tokens.shape[3])

@@ -1,61 +1,39 @@
-"""A look at the memory at work: the text around a few tokens and around what the memory retrieved for them."""
+"""A look at the memory at work in training: what the end of a held-out document looks up in its beginning."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
 
 from memtrans.data.documents import Document, InOrder
 from memtrans.data.stream import NOT_SCORED, Batch, DocumentStream
-from memtrans.data.tokens import BYTES
-from memtrans.knn_attention import KNNAttention
+from memtrans.inspection.records import Records, Written
+from memtrans.inspection.texts import texts_of_tokens
+from memtrans.inspection.trace import Trace
+from memtrans.memory.memory_list import KNNMemoryList
 from memtrans.transformer import MemorizingTransformer
-from memtrans_kernels import cosine
 
-BEFORE, AFTER = 24, 8  # bytes shown on either side
+BEFORE, AFTER = 24, 8  # tokens shown on either side
+PROMPT = 240  # tokens before, on the page
 LONGEST = 16384  # tokens of the document that are read
 
 
-@dataclass(frozen=True)
-class Retrieved:
-    """The nearest entry of a token: its place in the document, the cosine, and the texts around both."""
+class Sample(NamedTuple):
+    """What was looked up for the last tokens of a document.
 
-    place: int
-    neighbour: int
-    cosine: float
-    query_text: str
-    neighbour_text: str
-    unit: str = "bytes"
-
-    def __str__(self) -> str:
-        distance = self.place - self.neighbour
-        where = f"{distance} {self.unit} ago, cosine {self.cosine:.2f}"
-        return f"{self.query_text}\n  retrieved {self.neighbour_text}  ({where})"
-
-
-class _Spy:
-    """Keeps the nearest entry of each query of a memory layer: places of entries and scores, (H, N) each.
-
-    A document that is read from its beginning into an empty memory stores its token at place i as entry i, so an
-    entry's number is the place of the text that it came from.
+    Attributes:
+        records: of all of them, for the page. asked: which of the written tokens are scored.
     """
 
-    def __init__(self) -> None:
-        self.entries: Tensor | None = None
-        self.scores: Tensor | None = None
+    records: Records
+    asked: tuple[int, ...]
 
-    def __call__(self, attention: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        assert isinstance(attention, KNNAttention)
-        snapshot = keywords["knn_memory"]
-        query, _ = cosine(*attention.project(arguments[0])[:2])
-        scores, slots = snapshot.nearest(query, 1)
-        newest = snapshot.cursor[0] - 1
-        self.entries = newest - (newest - slots[0, :, :, 0]) % snapshot.ring.keys.shape[1]
-        self.scores = scores[0, :, :, 0]
+    def lines(self, tokens: int) -> list[str]:
+        """A few of the scored tokens, so many at most, in words."""
+        chosen = self.asked[:: max(1, len(self.asked) // tokens)][:tokens] if tokens else ()
+        return [described(self.records, self.records.written[place]) for place in chosen]
 
 
 @torch.no_grad()
@@ -63,62 +41,79 @@ def sample_retrievals(
     model: MemorizingTransformer,
     documents: Sequence[Document],
     segment: int,
-    tokens: int,
     read: Callable[[Batch], object],
-) -> list[Retrieved]:
-    """What the first memory layer retrieves for a few tokens of the longest document, where its memory is fullest.
+    memories: KNNMemoryList,
+    name: str = "the model",
+) -> Sample | None:
+    """What the memory layers retrieve in the last segments of the longest document, where its memory is fullest.
 
     Args:
-        documents: the longest is read, at most 16384 bytes of it. segment: N. tokens: how many to show.
-        read: reads the next segment with the model, into memories that begin empty.
+        documents: the longest is read, at most 16384 tokens of it. segment: N. name: of the model.
+        read: reads the next segment with the model. memories: that it reads into, of one document, empty yet.
 
     Returns:
-        One for each token; none where none is wanted, the model has no memory or the document ends with its first
-        segment.
+        None where the model has no memory or the document ends with its first segment.
     """
-    if tokens < 1 or not model.memorizing_layers:
-        return []
     longest = max(documents, key=len)
     document = longest.part(longest.name, 0, LONGEST)
-    spy = _Spy()
-    attention = next(module for module in model.modules() if isinstance(module, KNNAttention))
-    handle = attention.register_forward_pre_hook(spy, with_kwargs=True)
+    segments = -(-(len(document) - 1) // segment)
+    if not model.memorizing_layers or segments < 2:
+        return None
+    first = max(1, segments - 2)  # two: the last one may be too short to tell what is usual
     was_training = model.training
     model.eval()
     try:
-        place, asked = _read_to_the_end(model, document, segment, read)
+        trace, asked = _read_to_the_end(model, document, segment, first, read, memories)
     finally:
-        handle.remove()
         model.train(was_training)
-    if spy.entries is None or spy.scores is None or place == 0:
-        return []
-    best = spy.scores.max(dim=0)
-    entries = spy.entries.gather(0, best.indices[None])[0].tolist()
-    scores = best.values.tolist()
-    chosen = asked[:: max(1, len(asked) // tokens)][:tokens]
-    return [_show(document, place + token, entries[token], scores[token]) for token in chosen]
+    texts = texts_of_tokens(document.text(), document.tokenizer.sizes[document.content.numpy()].tolist())
+    begin = first * segment
+    shift, count = model.shift_knn_memories_down, model.num_memory_layers
+    names = {place: f"layer {model.memorizing_layers[(place - shift) % count]}" for place in range(count)}
+    written = [Written(text, place) for place, text in enumerate(texts[begin + 1 :])]
+    prompt = "".join(texts[max(0, begin + 1 - PROMPT) : begin + 1])
+    return Sample(Records(trace, 0, texts, prompt, written, names, document.name, name), tuple(asked))
 
 
 def _read_to_the_end(
-    model: MemorizingTransformer, document: Document, segment: int, read: Callable[[Batch], object]
-) -> tuple[int, list[int]]:
-    """Reads every segment; returns where the last one begins and its scored tokens."""
+    model: MemorizingTransformer,
+    document: Document,
+    segment: int,
+    first: int,
+    read: Callable[[Batch], object],
+    memories: KNNMemoryList,
+) -> tuple[Trace, list[int]]:
+    """Reads every segment, from the first one that is wanted traced; returns the trace and the queries asked in it."""
     stream = DocumentStream(InOrder([document]), batch=1, segment=segment)
-    begin, asked = 0, list[int]()
-    for number, batch in enumerate(stream):
-        read(batch.to(model.token_emb.weight.device))
-        begin, asked = number * segment, (batch.labels[0] != NOT_SCORED).nonzero().flatten().tolist()
-    return begin, asked
+    batches: list[Batch] = list(stream)
+    for batch in batches[:first]:
+        read(batch.to(model.device))
+    asked = list[int]()
+    with memories.tracing() as trace:
+        for number, batch in enumerate(batches[first:]):
+            read(batch.to(model.device))
+            asked += [
+                number * segment + place for place in (batch.labels[0] != NOT_SCORED).nonzero().flatten().tolist()
+            ]
+    return trace, asked
 
 
-def _show(document: Document, place: int, neighbour: int, score: float) -> Retrieved:
-    unit = "bytes" if document.tokenizer is BYTES else "tokens"
-    return Retrieved(place, neighbour, score, _around(document, place), _around(document, neighbour), unit)
+def described(records: Records, token: Written) -> str:
+    """A written token and where most of it came from, in a line."""
+    place = len(records.document) - len(records.written) + records.written.index(token)
+    share = f"{records.from_memory[token.query]:.0%} of the weight came from the memory"
+    said = f"{_shown(records, place)} was written: {share}"
+    own = records.shares.of(token.query)
+    best = own.best(1)
+    if not best:
+        return said
+    position, lift = int(own.position[best[0]]), float(own.lift[best[0]])
+    return f"{said}, {lift:.0%} from {_shown(records, position)}, {place - position} tokens before"
 
 
-def _around(document: Document, place: int) -> str:
-    """The text before and at a place, a mark, and what follows, on one line."""
-    before = document.text(max(0, place + 1 - BEFORE), place + 1)[-BEFORE:]
-    after = document.text(place + 1, place + 1 + AFTER)[:AFTER]
-    left, right = (repr(part.decode(errors="replace"))[1:-1] for part in (before, after))
-    return f"[{left:>{BEFORE}} | {right}]"
+def _shown(records: Records, place: int) -> str:
+    """A token in brackets amid the text around it, on one line."""
+    texts: Any = records.document
+    before, after = texts[max(0, place - BEFORE) : place], texts[place + 1 : place + 1 + AFTER]
+    left, token, right = (repr("".join(part))[1:-1] for part in (before, texts[place], after))
+    return f'"{left}[{token}]{right}"'

@@ -15,6 +15,13 @@ from memtrans_kernels import checks
 from memtrans_kernels.checks import may_look
 
 
+def scoping(documents: int, wanted: int) -> str:
+    """What an error adds where a memory has other documents in scope than wanted."""
+    if documents == wanted:
+        return ""
+    return "; at_batch_indices chooses among its documents, expand(rows) lends them to many rows that only read"
+
+
 def check_memories(memories: Tensor, batch: int, kv_heads: int, width: int) -> None:
     """Raises ValueError unless `memories` holds key/value pairs (B, N, 2, D), or (B, G, N, 2, D) if G > 1."""
     heads = () if kv_heads == 1 else (kv_heads,)
@@ -23,7 +30,7 @@ def check_memories(memories: Tensor, batch: int, kv_heads: int, width: int) -> N
         groups = "" if kv_heads == 1 else f"{kv_heads}, "
         raise ValueError(
             f"memories must have shape ({batch}, {groups}N, 2, {width}) for {batch} documents in scope, "
-            f"got {tuple(memories.shape)}"
+            f"got {tuple(memories.shape)}{scoping(batch, memories.shape[0] if memories.dim() else 0)}"
         )
 
 
@@ -32,7 +39,7 @@ def check_queries(queries: Tensor, batch: int, kv_heads: int, width: int) -> Non
     if queries.dim() < 2 or queries.shape[0] != batch or queries.shape[-1] != width:
         raise ValueError(
             f"queries must have shape ({batch}, ..., {width}) for {batch} documents in scope, "
-            f"got {tuple(queries.shape)}"
+            f"got {tuple(queries.shape)}{scoping(batch, queries.shape[0] if queries.dim() else 0)}"
         )
     if kv_heads > 1 and (queries.dim() < 3 or queries.shape[1] % kv_heads):
         raise ValueError(
@@ -45,6 +52,39 @@ def check_mask(mask: Tensor, documents: int, device: torch.device | None = None)
     checks.tensors(mask=mask)
     if mask.dtype != torch.bool or mask.shape != (documents,):
         raise ValueError(f"mask must be a bool tensor of shape ({documents},), got {mask.dtype} {tuple(mask.shape)}")
+    if device is not None:
+        checks.same_device(device, mask=mask)
+
+
+def check_ids(ids: Tensor, memories: Tensor, kept: bool) -> None:
+    """Raises ValueError or TypeError unless `ids` is int64 (B, N) as memories (B, ..., N, 2, D) are, and ids kept."""
+    if not kept:
+        raise ValueError("keep_ids must be True for ids to be stored, got ids and keep_ids=False")
+    checks.typed(torch.int64, ids=ids)
+    checks.same_device(memories.device, ids=ids)
+    expected = (memories.shape[0], memories.shape[-3])
+    if tuple(ids.shape) != expected:
+        raise ValueError(f"ids must have shape {expected} as memories have, got {tuple(ids.shape)}")
+
+
+def check_slots(slots: Tensor, batch: int, kv_heads: int) -> None:
+    """Raises ValueError or TypeError unless `slots` are whole numbers (B, ..., K), or (B, H, ..., K) if G > 1."""
+    checks.tensors(slots=slots)
+    if slots.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"slots must be torch.int32 or torch.int64, got {slots.dtype}")
+    if slots.dim() < 2 or slots.shape[0] != batch or (kv_heads > 1 and slots.shape[1] % kv_heads):
+        heads = "" if kv_heads == 1 else f"H, a multiple of kv_heads={kv_heads}, "
+        raise ValueError(f"slots must have shape ({batch}, {heads}..., K) as search gave, got {tuple(slots.shape)}")
+
+
+def check_removal(mask: Tensor, batch: int, capacity: int, device: torch.device | None) -> None:
+    """Raises TypeError or ValueError unless `mask` is a bool tensor (B, M), on that device if one is given."""
+    checks.tensors(mask=mask)
+    if mask.dtype != torch.bool or mask.shape != (batch, capacity):
+        raise ValueError(
+            f"mask must be a bool tensor of shape ({batch}, {capacity}), as the mask of entries() is, "
+            f"got {mask.dtype} {tuple(mask.shape)}"
+        )
     if device is not None:
         checks.same_device(device, mask=mask)
 

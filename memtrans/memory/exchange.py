@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from memtrans.distributed.ranks import Ranks
+from memtrans.memory.layout import NO_ENTRY
+from memtrans.memory.state import held
 
 
 class _Exchange(torch.autograd.Function):
@@ -65,3 +67,26 @@ def side_by_side(tensor: Tensor) -> Tensor:
 def by_rank(tensor: Tensor, size: int) -> Tensor:
     """The reverse of `side_by_side`: what belongs to the queries of each rank (W, B, H, N, ...)."""
     return tensor.unflatten(2, (size, -1)).movedim(2, 0)
+
+
+def fetched(ring: Tensor, rows: Tensor, entries: Tensor, *, total: Tensor, share: int, ranks: Ranks) -> Tensor:
+    """Entries (B·G, E) of a memory spread over ranks, by number: (B·G, E, ...), zeros for NO_ENTRY.
+
+    All ranks call it together and say which they want; one row after the other travels, from each to all.
+
+    Args:
+        ring: (R, slots, ...), this rank's keys, values or ids.
+        rows: (B·G,), those of the entries.
+        total: (R,), entries ever stored on all ranks together.
+        share: how many of the newest entries of a row are looked at on each rank.
+    """
+    results, places = [], torch.arange(share, device=ring.device)
+    for row, wanted in zip(rows[:, None], entries, strict=True):
+        here = held(total[row], ranks.rank, ranks.size) - share + places
+        everywhere = from_all(ring[row, here % ring.shape[1]], ranks)  # (W, share, ...)
+        rank = wanted % ranks.size
+        place = wanted.div(ranks.size, rounding_mode="floor") - held(total[row], rank, ranks.size) + share
+        result = everywhere[rank, place.clamp(0, share - 1)]
+        result[wanted == NO_ENTRY] = 0
+        results.append(result)
+    return torch.stack(results)

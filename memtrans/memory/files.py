@@ -14,6 +14,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 ARGUMENTS: dict[str, Any] = {
     **dict.fromkeys(("dim", "max_memories", "num_indices", "kv_heads"), int),
     "spare": int | Literal["grow"],
+    "keep_ids": bool,
     **dict.fromkeys(("dtype", "value_dtype"), str | None),
 }
 

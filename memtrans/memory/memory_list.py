@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,15 +14,19 @@ from torch import Tensor
 from memtrans.compatibility import UNUSED, warn_unused
 from memtrans.memory.files import check_configuration, check_layers, of_class_alone
 from memtrans.memory.knn_memory import KNNMemory
+from memtrans.memory.moving import Movable
 from memtrans.memory.state import memory_arguments
 from memtrans.storage import load_tensors, save_tensors
 from memtrans_kernels import checks
+
+if TYPE_CHECKING:
+    from memtrans.inspection.trace import Trace
 
 KIND = "memtrans.KNNMemoryList"
 MemoryType = TypeVar("MemoryType", bound="KNNMemoryList")
 
 
-class KNNMemoryList(list[KNNMemory]):
+class KNNMemoryList(list[KNNMemory], Movable):
     """One `KNNMemory` per memorizing layer; clearing, scoping and saving speak of all of them.
 
     >>> memories = KNNMemoryList.create_memories(batch_size=2, num_memory_layers=3)(dim=8, max_memories=16)
@@ -56,6 +61,46 @@ class KNNMemoryList(list[KNNMemory]):
             for memory in self:
                 stack.enter_context(memory.at_batch_indices(indices))
             yield self
+
+    @contextmanager
+    def tracing(self, *, local: bool = False) -> Iterator[Trace]:
+        """Inside a `with`, notes for each query, layer and head which entries were found and what weight they had.
+
+        A graph's inside cannot be watched: `generate` captures none meanwhile; a captured step, and a model compiled
+        with fullgraph=True, raise RuntimeError.
+
+        local: also keep the weights of the local keys, (B, H, N, L) for each pass.
+
+        Yields a trace, which `memtrans.inspection.trace.Trace` describes. Raises ValueError inside another `tracing`.
+
+        >>> memories = KNNMemoryList.create_memories(batch_size=1, num_memory_layers=2)(dim=8, max_memories=16)
+        >>> with memories.tracing() as trace:
+        ...     pass  # model(tokens, memories), generate(model, prompt, memories=memories)
+        >>> trace.layers
+        [0, 1]
+        """
+        # A room above this one: what is made of the notes is none of a memory's business.
+        trace = import_module("memtrans.inspection.trace").Trace()
+        with ExitStack() as stack:
+            for layer, memory in enumerate(self):
+                stack.enter_context(memory.watch.by(trace.watcher(layer), local))
+            yield trace
+
+    def expand(self: MemoryType, rows: int | Iterable[int]) -> MemoryType:
+        """Views of all memories for many questions; see `KNNMemory.expand`.
+
+        >>> memories = KNNMemoryList.create_memories(batch_size=1, num_memory_layers=2)(dim=8, max_memories=16)
+        >>> [view.num_indices for view in memories.expand(4)]
+        [4, 4]
+        """
+        rows = list(rows) if isinstance(rows, Iterable) else rows
+        return type(self)(memory.expand(rows) for memory in self)
+
+    def to(self: MemoryType, *args: Any, **kwargs: Any) -> MemoryType:
+        """Moves or casts all memories in place; returns the list. See `KNNMemory.to`."""
+        for memory in self:
+            memory.to(*args, **kwargs)
+        return self
 
     def clear_memory(
         self, batch_indices: int | Sequence[int] | None = None, memory_indices: Iterable[int] | None = None

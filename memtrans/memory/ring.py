@@ -9,6 +9,7 @@ for a value, so nothing here waits for it.
     keys, values   (R, M + S, D)  written by `knn_add_` alone
     cursor, start  (R,) int64     on the device
     written        (R,) int64     on the host: entries ever given to each row
+    ids                           of the entries, where they are kept (`ids.py`)
 
 `keys_read`, `values_read` and `written_read` are the same memory behind a tensor of its own (through DLPack), with a
 version counter of its own. Readers hold these. Autograd would otherwise refuse a backward pass after an add, and
@@ -18,22 +19,26 @@ makes reading them safe.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from memtrans.attention import LocalKeys, seed_of
-from memtrans.memory.checks import check_mask, running_backward
+from memtrans.attention import LocalKeys, attend_to_local, seed_of
+from memtrans.memory.checks import check_mask, running_backward, scoping
 from memtrans.memory.growth import Growth
+from memtrans.memory.ids import KeptIds, check_kept, positions, read_ids
+from memtrans.memory.layout import laid_out, visible, without
+from memtrans.memory.observation import Observation, Watch, local_weights, retrieved_weights
 from memtrans_kernels import (
     Ledger,
+    gather_pairs,
     knn_add_,
     knn_search,
     ledger_advance_,
     ledger_ticket,
-    local_attention,
     memory_attention,
     read_cursors,
 )
@@ -58,6 +63,8 @@ class Ring:
         device: of both.
         backend: passed to search, and to add where that backend implements it.
         unbounded: whether it grows as far as outstanding backward passes need it.
+        keep_ids: whether it keeps ids.
+        watch: who watches what is retrieved. Default: nobody.
     """
 
     def __init__(
@@ -72,8 +79,10 @@ class Ring:
         device: torch.device,
         backend: str,
         unbounded: bool = False,
+        keep_ids: bool = False,
+        watch: Watch | None = None,
     ) -> None:
-        self.capacity = capacity
+        self.capacity, self.watch = capacity, watch or Watch()
         self.backend = backend
         self.growth = Growth(capacity, spare, unbounded)
         self.cursor = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -81,6 +90,7 @@ class Ring:
         self._count_on(torch.zeros(rows, dtype=torch.int64, device="cpu"))
         self.carried = 0  # spare slots of the storage before this one, and what was written when it was laid out anew
         self.laid_out = self.written.clone()
+        self.ids = KeptIds(rows, capacity + spare, device) if keep_ids else None
         self._hold(
             torch.zeros(rows, capacity + spare, dim, dtype=key_dtype, device=device),
             torch.zeros(rows, capacity + spare, dim, dtype=value_dtype, device=device),
@@ -93,6 +103,11 @@ class Ring:
 
     def _count_on(self, written: Tensor) -> None:
         self.written, self.written_read = written, _alias(written)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and ids."""
+        return self.keys.nbytes + self.values.nbytes + (0 if self.ids is None else self.ids.slots.nbytes)
 
     def window(self, newest: int) -> tuple[Tensor, Tensor]:
         """Which the newest so many entries of each row are, old to new (R, newest), and their slots (R, newest)."""
@@ -113,53 +128,96 @@ class Ring:
         needed = room_needed(self.written, ticket, length)
         captured = self.keys.is_cuda and torch.cuda.is_current_stream_capturing()
         if needed > self.spare and not captured:
-            bytes_of_slot = (self.keys.nbytes + self.values.nbytes) // self.keys.shape[1]
-            self._lay_out(self.growth.room(self.spare, needed, bytes_of_slot))
+            self._lay_out(self.growth.room(self.spare, needed, self.nbytes // self.keys.shape[1]))
 
     def _lay_out(self, spare: int) -> None:
-        entry, old_slot = self.window(self.keys.shape[1])
-        new_slot = entry % (self.capacity + spare)
+        entry, _ = self.window(self.keys.shape[1])
+        self.carried = self.spare
+        self._move(partial(laid_out, source=entry, target=entry, slots=self.capacity + spare), self.written.clone())
 
-        def moved(old: Tensor) -> Tensor:
-            new = old.new_zeros(old.shape[0], self.capacity + spare, old.shape[2])
-            index = old_slot[..., None].expand(-1, -1, old.shape[2])
-            return new.scatter_(1, new_slot[..., None].expand_as(index), old.gather(1, index))
+    @torch.inference_mode(False)  # see `make_room`
+    def remove(self, rows: Tensor, host_rows: Sequence[int], gone: Tensor) -> None:
+        """Removes entries; those that stay become each row's newest, in their order, in a new storage.
 
-        self.carried, self.laid_out = self.spare, self.written.clone()
+        Snapshots and pending backward passes keep reading the old one. Nothing can be added behind those snapshots.
+
+        rows, host_rows: (B·G,). gone: (B·G, M) bool, over `visible`.
+        """
+        everywhere = torch.zeros(len(self.start), gone.shape[1], dtype=torch.bool, device=gone.device)
+        moved, start = self._removal(everywhere.index_copy(0, rows, gone))
+        written = self.written.clone()
+        written[list(host_rows)] += 1  # so that every snapshot of before is older than this storage
+        self.carried = 0
+        self._move(moved, written)
+        self.start.copy_(start)
+
+    def _removal(self, gone: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        """What makes keys, values or ids those of a ring without some entries (R, M), and where its rows begin (R,)."""
+        source, target, count = without(self.start, self.cursor, gone)
+        return partial(laid_out, source=source, target=target, slots=self.keys.shape[1]), self.cursor - count
+
+    def _move(self, moved: Callable[[Tensor], Tensor], written: Tensor) -> None:
+        """Goes on in a new storage, which `moved` makes of keys, values and ids. written: (R,), its counts."""
+        if self.ids is not None:
+            self.ids.slots = moved(self.ids.slots)
         self._hold(moved(self.keys), moved(self.values))
-        self._count_on(self.written.clone())
+        self.laid_out = written.clone()
+        self._count_on(written)
+
+    def visible(self) -> tuple[Tensor, Tensor]:
+        """The numbers of the entries that a search may find, and which there are: (R, M) each; see `layout.visible`."""
+        return visible(self.start, self.cursor, self.capacity)
+
+    def look_up(self, ring: Tensor, rows: Tensor, entries: Tensor) -> Tensor:
+        """Entries (B·G, E) of keys, values or ids (R, M + S, ...), by number: (B·G, E, ...)."""
+        return ring[rows[:, None], entries % ring.shape[1]]
 
     def snapshot(self, rows: Tensor, host_rows: Sequence[int], documents: int) -> MemorySnapshot:
         """The memory as it stands. rows, host_rows: (B·G,) in scope, of so many documents."""
         ticket = ledger_ticket(self.written, host_rows)
         start, cursor = read_cursors(self.start, self.cursor)
         return MemorySnapshot(
-            self, rows, documents, start, cursor, self.keys_read, self.values_read, ticket, self.written_read
-        )
+            self, rows, documents, start, cursor, self.keys_read, self.values_read, ticket, self.written_read,
+            *self.ids_seen(),
+        )  # fmt: skip
+
+    def ids_seen(self) -> tuple[Tensor, Tensor] | tuple[()]:
+        """What a snapshot holds of the ids: their slots, and where the documents began; nothing where none are kept."""
+        if self.ids is None:
+            return ()
+        return self.ids.slots, read_cursors(self.ids.origin, self.ids.origin)[0]
 
     def lengths(self) -> Tensor:
         """How many entries each row holds (R,)."""
         return (self.cursor - self.start).clamp(max=self.capacity)
 
     def state(self) -> dict[str, Tensor]:
-        """Copies of what it holds; see `memory_state.py`."""
+        """Copies of what it holds; see `state.py`."""
         lengths = self.lengths()
-        return {**self.newest(int(lengths.max())), "lengths": lengths}
+        return {**self.newest(int(lengths.max())), "lengths": lengths, **self.positions(self.cursor)}
+
+    def positions(self, cursor: Tensor) -> dict[str, Tensor]:
+        """How many entries each row's document was given (R,), where ids are kept. cursor: (R,), of the whole row."""
+        return {} if self.ids is None else {"positions": cursor - self.ids.origin}
 
     def newest(self, count: int) -> dict[str, Tensor]:
-        """Copies of the newest so many keys and values of each row (R, count, D), old to new."""
+        """Copies of the newest so many keys and values of each row (R, count, D), and ids (R, count), old to new."""
         _, slot = self.window(count)
         row = torch.arange(slot.shape[0], device=slot.device)[:, None]
-        return {"keys": self.keys[row, slot], "values": self.values[row, slot]}
+        ids = {} if self.ids is None else {"ids": self.ids.slots[row, slot]}
+        return {"keys": self.keys[row, slot], "values": self.values[row, slot], **ids}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Takes up the newest entries of a state that it has room for; nothing was added before."""
         device, count = self.cursor.device, len(self.cursor)
         kept = min(state["keys"].shape[1], self.capacity)
-        keys, values = (state[name][:, state[name].shape[1] - kept :].to(device) for name in ("keys", "values"))
-        snapshot = self.snapshot(torch.arange(count, device=device), range(count), documents=count)
-        snapshot.append(keys[:, None], values[:, None])
+        newest = {name: tensor[:, -kept:].to(device) for name, tensor in state.items() if tensor.dim() > 1 and kept}
+        if newest:
+            snapshot = self.snapshot(torch.arange(count, device=device), range(count), documents=count)
+            snapshot.append(newest["keys"][:, None], newest["values"][:, None], ids=newest.get("ids"))
         self.start.copy_(kept - state["lengths"].clamp(max=kept))
+        if self.ids is not None:
+            self.ids.origin.copy_(kept - state["positions"].to(device))
 
 
 @dataclass(frozen=True)
@@ -179,6 +237,9 @@ class MemorySnapshot:
         values: (R, M + S, D), likewise.
         ticket: (R,) int64 on the host, the counts as they stood.
         written: (R,) int64 on the host, the counts of this storage, which go on.
+        ids: (R, M + S) int64, to read, where ids are kept.
+        origin: (R,) int64, the entry that each row's document began with, as it stood, where ids are kept.
+        read_only: whether it is of a view, in which rows may repeat.
     """
 
     ring: Ring
@@ -190,6 +251,9 @@ class MemorySnapshot:
     values: Tensor
     ticket: Tensor
     written: Tensor
+    ids: Tensor | None = None
+    origin: Tensor | None = None
+    read_only: bool = False
 
     def check_fits(self, name: str, documents: int, kv_heads: int, width: int) -> None:
         """Raises ValueError unless the snapshot is of so many documents, key/value heads and components."""
@@ -198,7 +262,7 @@ class MemorySnapshot:
         if found != expected:
             raise ValueError(
                 f"{name} must have the batch's {documents} documents in scope, kv_heads={kv_heads} and dim={width}, "
-                f"got {found[0]} documents, kv_heads={found[1]} and dim={found[2]}"
+                f"got {found[0]} documents, kv_heads={found[1]} and dim={found[2]}{scoping(found[0], documents)}"
             )
 
     def live(self) -> MemorySnapshot:
@@ -208,7 +272,19 @@ class MemorySnapshot:
         segment makes it lay itself out again.
         """
         ticket = torch.full_like(self.ticket, OUT_OF_SCOPE)  # it is never late
-        return replace(self, start=self.ring.start, cursor=self.ring.cursor, ticket=ticket)
+        origin = None if self.ring.ids is None else self.ring.ids.origin
+        return replace(self, start=self.ring.start, cursor=self.ring.cursor, ticket=ticket, origin=origin)
+
+    def to_read(self) -> MemorySnapshot:
+        """The same, to search alone: adding to it or clearing it raises TypeError."""
+        return replace(self, read_only=True)
+
+    def _check_writable(self) -> None:
+        if self.read_only:
+            raise TypeError(
+                "the memory must be its owner's to change, got a view that `expand` made, to read alone: "
+                "pass add_knn_memory=False, or give the memory itself"
+            )
 
     @property
     def ledger(self) -> Ledger:
@@ -230,12 +306,19 @@ class MemorySnapshot:
         return knn_search(query, self.keys, self.rows, self.start, self.cursor, ring.capacity, k, backend=ring.backend)
 
     def pairs(self, query: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values (B, H, N, K, D) of the nearest entries, and which are there (B, H, N, K)."""
-        _, slots = self.nearest(query, k)
-        of_rows = self.rows.reshape(self.documents, -1)
-        row = of_rows.repeat_interleave(query.shape[1] // of_rows.shape[1], dim=1)[:, :, None, None]
-        slot = slots.clamp(min=0).long()
-        return self.keys[row, slot], self.values[row, slot], slots >= 0
+        """Keys and values (B, H, N, K, 2, D) of the nearest entries in the query's dtype, zeros where there is none;
+        and scores and slots, as `nearest` gives them."""
+        scores, slots = self.nearest(query, k)
+        backend = self.ring.backend if implements("gather_pairs", self.ring.backend) else "auto"
+        pairs = gather_pairs(self.keys, self.values, self.rows, slots, query.dtype, backend=backend)
+        return pairs, scores, slots
+
+    def ids_of(self, slots: Tensor) -> Tensor:
+        """The ids of entries in slots (B, H, ...) that `nearest` found, -1 where it found none.
+
+        Raises ValueError where ids are not kept.
+        """
+        return read_ids(slots, self.rows, check_kept(self.ids))
 
     # ------------------------------------------------------------------------------------------------------- attention
 
@@ -261,40 +344,125 @@ class MemorySnapshot:
             dropout_p: probability of dropping a weight.
         """
         if memory_gate is not None:
-            to_memory, _, found = self.attend_to_retrieved(query, k, scale, dropout_p)
-            to_local, _ = attend_to_local(query, local, scale, dropout_p)
-            return mixed(to_memory, to_local, found, memory_gate)
-        scores, slots = self.nearest(query, k)
-        return memory_attention(
+            to_memory, memory_lse, scores, slots = self.attend_to_retrieved(
+                query, k, scale, dropout_p, local.query_mask, local.soft_cap
+            )
+            to_local, local_lse = attend_to_local(query, local, scale, dropout_p)
+            share = memory_share(slots, memory_gate)
+            if self.ring.watch.looks:
+                self.tell(query, local, scores, slots, scale, (memory_lse, local_lse), share=share)
+            return mixed(to_memory, to_local, share)
+        scores, slots = self._nearest_seen(query, k, local.query_mask)
+        out, lse = memory_attention(
             query, local.key, local.value, self.keys, self.values, self.rows, scores, slots, scale,
             local.bias_table, local.bias_dense, memory_offset, local.local_length,
             dropout_p, seed_of(dropout_p, query.device), ledger=self.ledger,
-        )[0]  # fmt: skip
+            causal=local.causal, first=local.first, soft_cap=local.soft_cap, sink=local.sink,
+        )  # fmt: skip
+        if self.ring.watch.looks:
+            self.tell(query, local, scores, slots, scale, (lse, lse), memory_offset)
+        return out
+
+    @torch.no_grad()
+    def tell(
+        self,
+        query: Tensor,
+        local: LocalKeys,
+        scores: Tensor,
+        slots: Tensor,
+        scale: Tensor,
+        lses: tuple[Tensor, Tensor],
+        memory_offset: Tensor | None = None,
+        share: Tensor | None = None,
+    ) -> None:
+        """Tells who watches the memory what `attend` did with scores and slots (B, H, N, K).
+
+        lses: (B, H, N) each, of the softmax of the retrieved entries and of that of the local keys. share: (B, H, N),
+        of the retrieved part, with a gate.
+        """
+        watch = self.ring.watch
+        assert watch.tell is not None
+        local_share = None if share is None else 1.0 - share
+        watch.tell(
+            Observation(
+                documents=self.numbers(),
+                positions=self.positions(slots),
+                weights=retrieved_weights(scores, scale, lses[0], memory_offset, share, local.soft_cap),
+                local=local_weights(query, local, scale, lses[1], local_share) if watch.wants_local else None,
+            )
+        )
+
+    def numbers(self) -> Tensor:
+        """The numbers of the documents in scope (B,) int64; of a view's rows, in which documents repeat, their own."""
+        if self.read_only:
+            return torch.arange(self.documents, device=self.rows.device)
+        return self.rows.reshape(self.documents, -1)[:, 0] * self.documents // self.rows.numel()
+
+    def of_heads(self, counts: Tensor, heads: int) -> Tensor:
+        """Looks up numbers of rows (R,) for each document and query head in scope: (B, H)."""
+        of_rows = counts[self.rows].reshape(self.documents, -1)
+        return of_rows.repeat_interleave(heads // of_rows.shape[1], dim=1)
+
+    def entries_in(self, slots: Tensor) -> Tensor:
+        """The numbers of the entries in slots (B, H, N, K), int64; -1 for none."""
+        newest = self.of_heads(self.cursor, slots.shape[1])[:, :, None, None] - 1
+        entries = newest - (newest - slots) % self.keys.shape[1]
+        return entries.masked_fill(slots < 0, -1)
+
+    def positions(self, slots: Tensor) -> Tensor:
+        """The ids of the entries in slots (B, H, N, K), which are positions unless somebody gave others, int64; without
+        ids, how many entries the document stored before each. -1 for none."""
+        return self.since(self.start, slots) if self.ids is None else self.ids_of(slots)
+
+    def since(self, first: Tensor, slots: Tensor) -> Tensor:
+        """How many entries came since the first ones (R,) and before those in slots (B, H, N, K); -1 for none."""
+        entries = self.entries_in(slots)
+        return (entries - self.of_heads(first, slots.shape[1])[:, :, None, None]).masked_fill(entries < 0, -1)
+
+    def _nearest_seen(self, query: Tensor, k: int, query_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`nearest`, without any for queries where the mask (B, N) is False: their slots are -1."""
+        scores, slots = self.nearest(query, k)
+        if query_mask is None:
+            return scores, slots
+        hidden = ~query_mask[:, None, :, None]
+        return scores.masked_fill(hidden, -torch.inf), slots.masked_fill(hidden, -1)
 
     def attend_to_retrieved(
-        self, query: Tensor, k: int, scale: Tensor, dropout_p: float = 0.0
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self,
+        query: Tensor,
+        k: int,
+        scale: Tensor,
+        dropout_p: float = 0.0,
+        query_mask: Tensor | None = None,
+        soft_cap: float | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Attention of query (B, H, N, D) to its K nearest entries alone, with logits scale[h] · score.
 
-        Returns out (B, H, N, D) and lse (B, H, N), differentiable in query and scale, and which queries found any
-        entry, (B, H, N) bool.
+        query_mask: (B, N) bool, False for queries that see none. soft_cap: what bounds a logit.
+
+        Returns out (B, H, N, D) and lse (B, H, N), differentiable in query and scale, and scores and slots as
+        `nearest` does.
         """
-        scores, slots = self.nearest(query, k)
+        scores, slots = self._nearest_seen(query, k, query_mask)
         nothing = query.new_empty(self.documents, self.rows.numel() // self.documents, 0, query.shape[-1])
         out, lse = memory_attention(
             query, nothing, nothing, self.keys, self.values, self.rows, scores, slots, scale,
-            dropout_p=dropout_p, seed=seed_of(dropout_p, query.device), ledger=self.ledger,
+            dropout_p=dropout_p, seed=seed_of(dropout_p, query.device), soft_cap=soft_cap, ledger=self.ledger,
         )  # fmt: skip
-        return out, lse, slots[..., 0] >= 0  # the best come first
+        return out, lse, scores, slots
 
     # ------------------------------------------------------------------------------------------------------ add, clear
 
-    def append(self, keys: Tensor, values: Tensor, count: Tensor | None = None) -> MemorySnapshot:
+    def append(
+        self, keys: Tensor, values: Tensor, count: Tensor | None = None, ids: Tensor | None = None
+    ) -> MemorySnapshot:
         """Stores keys and values (B, G, N, D) after the snapshot's entries; returns the state after them.
 
         A forward pass that a backward pass runs again has stored them: nothing is written then.
 
-        count: (B,) int64, how many of the N each document stores. Default: all.
+        Args:
+            count: (B,) int64, how many of the N each document stores. Default: all.
+            ids: (B, N) int64, where ids are kept. Default: positions in the document.
 
         Raises StaleMemoryError where entries were added since the snapshot was made, or the ring would grow too large.
         """
@@ -305,6 +473,7 @@ class MemorySnapshot:
         count = None if count is None else count.repeat_interleave(groups)
         ticket, again = self.advance(length)
         if not again:
+            self._append_ids(ids, length, count)
             backend = ring.backend if implements("knn_add_", ring.backend) else "auto"
             knn_add_(
                 ring.keys, ring.values, ring.cursor, self.rows, keys, values, count, at=self.cursor, backend=backend
@@ -313,9 +482,21 @@ class MemorySnapshot:
         cursor = self.cursor.index_add(0, self.rows, added)
         return self.behind(cursor, ticket, again)
 
+    def _append_ids(self, ids: Tensor | None, length: int, count: Tensor | None) -> None:
+        """Stores ids (B, N), or positions, of what `append` is about to store. count: (B·G,)."""
+        kept = self.ring.ids
+        if kept is None or self.origin is None:
+            return
+        if ids is None:
+            ids = positions(self.rows, length, at=self.cursor, origin=self.origin)
+        else:
+            ids = ids.repeat_interleave(self.rows.numel() // self.documents, dim=0)
+        kept.write(self.rows, ids, count, cursor=self.ring.cursor, at=self.cursor)
+
     def advance(self, length: int) -> tuple[Tensor, bool]:
         """Counts `length` more entries, for which the ring makes room; the ticket after them, and whether they are
         there already, because a backward pass runs a forward pass again."""
+        self._check_writable()
         ring, again = self.ring, False
         if not torch.compiler.is_compiling():
             again = running_backward() != -1 and stored_since(ring.written, self.ticket)
@@ -331,31 +512,33 @@ class MemorySnapshot:
                 return replace(self, cursor=cursor, ticket=ticket)  # as the first forward pass left this storage
             if int((ring.laid_out - ticket).max()) > ring.carried:
                 ticket = ticket - ring.spare  # the new storage did not take over all of it: a search is too late
+        ids = None if ring.ids is None else ring.ids.slots
         return replace(
-            self, cursor=cursor, keys=ring.keys_read, values=ring.values_read, ticket=ticket, written=ring.written_read
-        )
+            self, cursor=cursor, keys=ring.keys_read, values=ring.values_read, ticket=ticket, written=ring.written_read,
+            ids=ids,
+        )  # fmt: skip
 
     def clear_rows(self, mask: Tensor) -> MemorySnapshot:
         """Forgets all entries of the documents where mask (B,) is True; returns the state after that."""
+        self._check_writable()
         check_mask(mask, self.documents, self.start.device)
         of_rows = mask.repeat_interleave(self.rows.numel() // self.documents)
         cleared = torch.zeros_like(self.start, dtype=torch.bool).index_copy(0, self.rows, of_rows)
         start = torch.where(cleared, self.cursor, self.start)
         self.ring.start.copy_(torch.maximum(self.ring.start, start))  # a recomputed forward clears nothing newer
-        return replace(self, start=start)
+        if self.ring.ids is None or self.origin is None:
+            return replace(self, start=start)
+        origin = torch.where(cleared, self.cursor, self.origin)
+        self.ring.ids.origin.copy_(torch.maximum(self.ring.ids.origin, origin))
+        return replace(self, start=start, origin=origin)
 
 
-def attend_to_local(query: Tensor, local: LocalKeys, scale: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
-    """Attention of query (B, H, N, D) to the local keys alone: out (B, H, N, D) and lse (B, H, N)."""
-    key, value, bias_table, bias_dense, local_length = local
-    seed = seed_of(dropout_p, query.device)
-    return local_attention(query, key, value, scale, bias_table, bias_dense, local_length, dropout_p, seed)
+def memory_share(slots: Tensor, memory_gate: Tensor) -> Tensor:
+    """sigmoid(memory_gate (H,)) for each query (B, H, N); 0 where slots (B, H, N, K) hold nothing."""
+    return torch.where(slots[..., 0] >= 0, memory_gate.sigmoid()[:, None], 0.0)  # the best come first
 
 
-def mixed(to_memory: Tensor, to_local: Tensor, found: Tensor, memory_gate: Tensor) -> Tensor:
-    """g · to_memory + (1 - g) · to_local, g = sigmoid(memory_gate); a query that found nothing takes the local part.
-
-    to_memory, to_local: (B, H, N, D). found: (B, H, N) bool. memory_gate: (H,).
-    """
-    gate = torch.where(found[..., None], memory_gate.sigmoid()[:, None, None], 0.0)  # (B, H, N, 1)
+def mixed(to_memory: Tensor, to_local: Tensor, share: Tensor) -> Tensor:
+    """share · to_memory + (1 - share) · to_local, of (B, H, N, D), (B, H, N, D) and (B, H, N)."""
+    gate = share[..., None]  # (B, H, N, 1)
     return (gate * to_memory + (1.0 - gate) * to_local).to(to_local.dtype)

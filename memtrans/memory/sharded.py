@@ -29,7 +29,7 @@ Shapes: the letters of `memtrans_kernels`, and W ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,11 +37,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from memtrans.attention import LocalKeys, seed_of
+from memtrans.attention import LocalKeys, attend_to_local, seed_of
 from memtrans.distributed.ranks import Ranks
 from memtrans.memory.checks import check_mask
-from memtrans.memory.exchange import by_rank, exchange, from_all, side_by_side
-from memtrans.memory.ring import MemorySnapshot, Ring, attend_to_local
+from memtrans.memory.exchange import by_rank, exchange, fetched, from_all, side_by_side
+from memtrans.memory.ids import NOTHING, check_kept
+from memtrans.memory.layout import NO_ENTRY, visible, without
+from memtrans.memory.ring import MemorySnapshot, Ring
 from memtrans.memory.state import SHARD, held
 from memtrans_kernels import (
     knn_add_,
@@ -62,7 +64,7 @@ class ShardedRing(Ring):
 
     Attributes:
         ranks: those that hold the memory.
-        visible: M of the whole memory; `capacity` is this rank's share of it, rounded up.
+        most: M of the whole memory; `capacity` is this rank's share of it, rounded up.
         total: (R,) int64, entries ever stored on all ranks together.
         start: (R,) int64, the first entry that a row holds, counted on all ranks together.
         cursor: (R,) int64, how many of the `total` entries are on this rank.
@@ -70,7 +72,7 @@ class ShardedRing(Ring):
 
     def __init__(self, rows: int, capacity: int, spare: int, dim: int, *, ranks: Ranks, **storage: Any) -> None:
         super().__init__(rows, -(-capacity // ranks.size), spare, dim, **storage)
-        self.ranks, self.visible = ranks, capacity
+        self.ranks, self.most = ranks, capacity
         self.total = torch.zeros_like(self.cursor)
 
     def make_room(self, ticket: Tensor, length: int) -> None:
@@ -82,43 +84,76 @@ class ShardedRing(Ring):
 
     def lengths(self) -> Tensor:
         """How many entries each row holds, on all ranks together: (R,)."""
-        return (self.total - self.start).clamp(max=self.visible)
+        return (self.total - self.start).clamp(max=self.most)
 
     def snapshot(self, rows: Tensor, host_rows: Sequence[int], documents: int) -> MemorySnapshot:
         """A snapshot of the memory as it stands on all ranks."""
         ticket = ledger_ticket(self.written, host_rows)
         start, total = read_cursors(self.start, self.total)
         return ShardedSnapshot(
-            self, rows, documents, start, total, self.keys_read, self.values_read, ticket, self.written_read
-        )
+            self, rows, documents, start, total, self.keys_read, self.values_read, ticket, self.written_read,
+            *self.ids_seen(),
+        )  # fmt: skip
+
+    def visible(self) -> tuple[Tensor, Tensor]:
+        """The entries of the whole memory that a search may find; see `layout.visible`."""
+        return visible(self.start, self.total, self.most)
+
+    def look_up(self, ring: Tensor, rows: Tensor, entries: Tensor) -> Tensor:
+        """Entries (B·G, E) of the whole memory, by number, on all ranks; they ask together."""
+        return fetched(ring, rows, entries, total=self.total, share=self.capacity, ranks=self.ranks)
+
+    def _removal(self, gone: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        """See `Ring`; what one rank removes all remove, and entries change ranks."""
+        gone = from_all(gone.to(torch.uint8), self.ranks).bool().any(dim=0)
+        source, _, count = without(self.start, self.total, gone)
+        own, _ = self.window(self.capacity)
+        place = own * self.ranks.size + self.ranks.rank - (self.total - self.most)[:, None]
+        source = torch.where(place >= 0, source.gather(1, place.clamp(min=0)), NO_ENTRY)
+        rows = torch.arange(len(own), device=own.device)
+
+        def moved(ring: Tensor) -> Tensor:
+            new = torch.zeros_like(ring)
+            new[rows[:, None], own % ring.shape[1]] = self.look_up(ring, rows, source)
+            return new
+
+        return moved, self.total - count
 
     def state(self) -> dict[str, Tensor]:
         """The state of this rank's shard, in copies; `memtrans.memory.state` describes it."""
         first = self.own(self.total - self.lengths())
         most = int((self.cursor - first).max())
         shard = torch.tensor([self.ranks.rank, self.ranks.size], device="cpu")
-        return {**self.newest(most), "lengths": self.lengths(), "entries": self.total.clone(), SHARD: shard}
+        counts = {"lengths": self.lengths(), "entries": self.total.clone(), **self.positions(self.total)}
+        return {**self.newest(most), **counts, SHARD: shard}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Takes up the state of this rank's shard, or this rank's entries of a whole memory's state."""
-        device, keys, values = self.cursor.device, state["keys"], state["values"]
+        device, of_entries = self.cursor.device, [state[name] for name in ("keys", "values", "ids") if name in state]
         lengths = state["lengths"].to(device)
         if SHARD in state:
             total, longest = state["entries"].to(device), int(lengths.max())
         else:
-            total, longest = torch.full_like(lengths, keys.shape[1]), keys.shape[1]
-            keys, values = (tensor[:, self.ranks.rank :: self.ranks.size] for tensor in (keys, values))
-        length = keys.shape[1]
+            longest = state["keys"].shape[1]
+            total = torch.full_like(lengths, longest)
+            of_entries = [tensor[:, self.ranks.rank :: self.ranks.size] for tensor in of_entries]
+        length = of_entries[0].shape[1]
         total = total + self.ranks.size * longest  # rows that hold less than the longest must not begin before entry 0
         self.total.copy_(total)
         self.start.copy_(total - lengths)
+        if self.ids is not None:
+            self.ids.origin.copy_(total - state["positions"].to(device))
         rows = torch.arange(total.shape[0], device=device)
-        keys, values = (tensor.to(device)[:, None] for tensor in (keys, values))
+        keys, values, *ids = (tensor.to(device)[:, None] for tensor in of_entries)
         if length:
-            self.add(rows, keys, values, count=torch.full_like(rows, length), at=self.own(total) - length)
+            count, at = torch.full_like(rows, length), self.own(total) - length
+            self.add(rows, keys, values, ids[0][:, 0] if ids else None, count=count, at=at)
 
-    def add(self, rows: Tensor, keys: Tensor, values: Tensor, count: Tensor, at: Tensor) -> None:
-        """Stores the first `count` (B·G,) of keys and values (B, G, N, D) on this rank, behind its first `at` (R,)."""
+    def add(self, rows: Tensor, keys: Tensor, values: Tensor, ids: Tensor | None, count: Tensor, at: Tensor) -> None:
+        """Stores the first `count` (B·G,) of keys and values (B, G, N, D), and of ids (B·G, N) where they are kept, on
+        this rank, behind its first `at` (R,)."""
+        if self.ids is not None and ids is not None:
+            self.ids.write(rows, ids, count, cursor=self.cursor, at=at)
         backend = self.backend if implements("knn_add_", self.backend) else "auto"
         knn_add_(self.keys, self.values, self.cursor, rows, keys, values, count, at=at, backend=backend)
 
@@ -157,18 +192,25 @@ class ShardedSnapshot(MemorySnapshot):
         """See `MemorySnapshot.live`."""
         return replace(super().live(), cursor=self.ring.total)
 
-    def find(self, query: Tensor, k: int) -> Neighbours:
-        """Finds the K nearest entries of query (B, H, N, D) on all ranks, and this rank's candidates for all others."""
+    def find(self, query: Tensor, k: int, query_mask: Tensor | None = None) -> Neighbours:
+        """Finds the K nearest entries of query (B, H, N, D) on all ranks, and this rank's candidates for all others.
+
+        query_mask: (B, N) bool, False for queries that see none. Default: all see theirs.
+        """
         ring, ranks = self.ring, self.ring.ranks
         self.check_current()
         queries = side_by_side(from_all(query, ranks))
-        first = ring.own(torch.maximum(self.start, self.cursor - ring.visible))
+        first = ring.own(torch.maximum(self.start, self.cursor - ring.most))
         own_scores, slots = knn_search(
             queries, self.keys, self.rows, first, ring.own(self.cursor), ring.capacity, k, backend=ring.backend
         )
         scores, theirs = (exchange(by_rank(tensor, ranks.size), ranks) for tensor in (own_scores, slots))
         backend = ring.backend if implements("knn_merge", ring.backend) else "auto"
         scores, entries, places = knn_merge(scores, theirs, self.rows, self.cursor, self.keys.shape[1], backend=backend)
+        if query_mask is not None:
+            hidden = ~query_mask[:, None, :, None]
+            scores, entries = scores.masked_fill(hidden, -torch.inf), entries.masked_fill(hidden, -1)
+            places = places.masked_fill(hidden, k)
         return Neighbours(scores, entries, places, queries, own_scores, slots)
 
     def won(self, found: Neighbours) -> Tensor:
@@ -176,24 +218,30 @@ class ShardedSnapshot(MemorySnapshot):
         answers = (found.places < found.scores.shape[-1]).to(torch.uint8)
         return side_by_side(exchange(answers, self.ring.ranks)).bool()
 
-    def _of_heads(self, counts: Tensor, heads: int) -> Tensor:
-        """Looks up numbers of rows (R,) for each document and query head in scope: (B, H)."""
-        of_rows = counts[self.rows].reshape(self.documents, -1)
-        return of_rows.repeat_interleave(heads // of_rows.shape[1], dim=1)
-
     def nearest(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Scores and numbers of entries, (B, H, N, K) each; a slot would say nothing without its rank."""
         found = self.find(query, k)
         return found.scores, found.entries
 
+    def ids_of(self, slots: Tensor) -> Tensor:
+        """The ids of entries (B, H, ...) that `nearest` found; asks the ranks that hold them."""
+        ranks, kept = self.ring.ranks, check_kept(self.ids)
+        asked = from_all(slots.long(), ranks)  # (W, B, H, ...)
+        mine = (asked >= 0) & (asked % ranks.size == ranks.rank)
+        own = torch.where(mine, asked // ranks.size % kept.shape[1], NOTHING)
+        answers = torch.stack([super(ShardedSnapshot, self).ids_of(part) for part in own])
+        answers = exchange(torch.where(mine, answers, 0), ranks).sum(dim=0)
+        return torch.where(slots >= 0, answers, NOTHING)
+
     def pairs(self, query: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values (B, H, N, K, D) of the nearest entries, and which are there (B, H, N, K).
+        """See `MemorySnapshot.pairs`; numbers of entries stand for slots.
 
         The host waits for the device once, to learn how much each rank sends.
         """
         found = self.find(query, k)
         keys, values = self.fetch(found, [self.keys, self.values])
-        return keys, values, found.entries >= 0
+        pairs = torch.stack((keys.to(query.dtype), values.to(query.dtype)), dim=-2)  # zeros where there is none
+        return pairs, found.scores, found.entries
 
     def fetch(self, found: Neighbours, rings: Sequence[Tensor]) -> list[Tensor]:
         """Fetches the neighbours' keys or values from the ranks that hold them: (B, H, N, K, D) for each of `rings`.
@@ -202,7 +250,7 @@ class ShardedSnapshot(MemorySnapshot):
         """
         ranks, (_, width) = self.ring.ranks, self.keys.shape[1:]
         won, slots = (by_rank(tensor, ranks.size) for tensor in (self.won(found), found.candidates))
-        row = self._of_heads(torch.arange(self.start.shape[0], device=slots.device), slots.shape[2])
+        row = self.of_heads(torch.arange(self.start.shape[0], device=slots.device), slots.shape[2])
         row, slot = row[:, :, None, None].expand_as(slots)[won], slots[won].long()
         mine = found.places < found.scores.shape[-1]
         sent, received = ([int(n) for n in mask.flatten(1).sum(dim=1).tolist()] for mask in (won, mine))
@@ -232,33 +280,52 @@ class ShardedSnapshot(MemorySnapshot):
         """See `MemorySnapshot.attend`. The neighbours are on several ranks: one softmax is merged from two parts."""
         if memory_gate is not None:
             return super().attend(query, k, local, scale, None, memory_gate, dropout_p)
-        to_memory, memory_lse, found = self.attend_to_retrieved(query, k, scale, dropout_p)
+        to_memory, memory_lse, scores, entries = self.attend_to_retrieved(
+            query, k, scale, dropout_p, local.query_mask, local.soft_cap
+        )
         to_local, local_lse = attend_to_local(query, local, scale, dropout_p)
         if memory_offset is not None:
             memory_lse = memory_lse + memory_offset[:, None]
-        memory_lse = memory_lse.masked_fill(~found, -torch.inf)
-        return merge_attention(torch.stack((to_memory, to_local)), torch.stack((memory_lse, local_lse)))[0]
+        memory_lse = memory_lse.masked_fill(entries[..., 0] < 0, -torch.inf)
+        out, lse = merge_attention(torch.stack((to_memory, to_local)), torch.stack((memory_lse, local_lse)))
+        if self.ring.watch.looks:
+            self.tell(query, local, scores, entries, scale, (lse, lse), memory_offset)
+        return out
+
+    def entries_in(self, slots: Tensor) -> Tensor:
+        """What `nearest` gives here are numbers of entries."""
+        return slots
+
+    def positions(self, slots: Tensor) -> Tensor:
+        """See `MemorySnapshot.positions`; ids are on other ranks, so of given ones this says nothing."""
+        return self.since(self.start if self.origin is None else self.origin, slots)
 
     def attend_to_retrieved(
-        self, query: Tensor, k: int, scale: Tensor, dropout_p: float = 0.0
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self,
+        query: Tensor,
+        k: int,
+        scale: Tensor,
+        dropout_p: float = 0.0,
+        query_mask: Tensor | None = None,
+        soft_cap: float | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """See `MemorySnapshot.attend_to_retrieved`.
 
         The winners travel, or the partial results: what is fewer bytes; the module has the count.
         """
-        found = self.find(query, k)
-        dropout = {"dropout_p": dropout_p, "seed": seed_of(dropout_p, query.device)}
+        found = self.find(query, k, query_mask)
+        options = {"dropout_p": dropout_p, "seed": seed_of(dropout_p, query.device), "soft_cap": soft_cap}
         width, learning = query.shape[-1], torch.is_grad_enabled()
         result = width * query.element_size() + 4
         part = 2 * result + width * query.element_size() if learning else result
         winner = width * (self.values.element_size() + (self.keys.element_size() if learning else 0))
         if self.ring.ranks.size * part <= k * winner:
-            out, lse = self._attend_in_parts(found, scale, dropout)
+            out, lse = self._attend_in_parts(found, scale, options)
         else:
-            out, lse = self._attend_to_fetched(query, found, scale, dropout)
-        return out, lse, found.entries[..., 0] >= 0
+            out, lse = self._attend_to_fetched(query, found, scale, options)
+        return out, lse, found.scores, found.entries
 
-    def _attend_in_parts(self, found: Neighbours, scale: Tensor, dropout: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def _attend_in_parts(self, found: Neighbours, scale: Tensor, options: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Each rank attends, for the queries of all, to the neighbours that it holds; who asked merges the parts.
 
         A query is multiplied by the scale of the rank that asked, so that the gradient of the scale goes there too.
@@ -271,13 +338,13 @@ class ShardedSnapshot(MemorySnapshot):
         out, lse = memory_attention(
             queries, nothing, nothing, self.keys, self.values, self.rows,
             found.candidate_scores * scales.detach(), torch.where(self.won(found), found.candidates, -1),
-            torch.ones_like(scale), **dropout, ledger=self.ledger,
+            torch.ones_like(scale), **options, ledger=self.ledger,
         )  # fmt: skip
         outs, lses = (exchange(by_rank(part, ranks.size), ranks) for part in (out, lse))
         return merge_attention(outs, lses)
 
     def _attend_to_fetched(
-        self, query: Tensor, found: Neighbours, scale: Tensor, dropout: Mapping[str, Any]
+        self, query: Tensor, found: Neighbours, scale: Tensor, options: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """Fetches the winners and attends to them as to a memory of N·K entries for each head.
 
@@ -290,17 +357,20 @@ class ShardedSnapshot(MemorySnapshot):
         nothing = query.detach()[:, :, :0]
         return memory_attention(
             query, nothing, nothing, keys, values, torch.arange(keys.shape[0], device=keys.device),
-            found.scores, torch.where(found.entries >= 0, slots, -1), scale, **dropout,
+            found.scores, torch.where(found.entries >= 0, slots, -1), scale, **options,
         )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------------ add, clear
 
-    def append(self, keys: Tensor, values: Tensor, count: Tensor | None = None) -> MemorySnapshot:
+    def append(
+        self, keys: Tensor, values: Tensor, count: Tensor | None = None, ids: Tensor | None = None
+    ) -> MemorySnapshot:
         """Stores the keys and values of all ranks, in the order of the ranks; returns the state after that.
 
         Args:
             keys, values: (B, G, N, D), this rank's. All ranks give the same N.
             count: (B,) int64, how many of this rank's N each document stores. Default: all.
+            ids: (B, N) int64, this rank's, where ids are kept. Default: positions in the document.
         """
         ring, ranks = self.ring, self.ring.ranks
         batch, groups, length, _ = keys.shape
@@ -320,10 +390,23 @@ class ShardedSnapshot(MemorySnapshot):
         keys, values = (side_by_side(from_all(new.detach(), ranks)).gather(2, index) for new in (keys, values))
         here = (added - first + ranks.size - 1).div(ranks.size, rounding_mode="floor").clamp(min=0)
         if not again:
-            ring.add(self.rows, keys, values, count=here, at=ring.own(self.cursor))
+            at = ring.own(self.cursor)
+            ring.add(self.rows, keys, values, self._new_ids(ids, place, cursor[:, None] + offset), count=here, at=at)
         after = self.cursor.index_add(0, self.rows, added)
         ring.total.copy_(torch.maximum(ring.total, after))  # a recomputed forward adds nothing
         return self.behind(after, ticket, again)
+
+    def _new_ids(self, ids: Tensor | None, place: Tensor, entry: Tensor) -> Tensor | None:
+        """The ids (B·G, N) of entries that this rank stores: those given (B, N) to all ranks, or positions.
+
+        place, entry: (B·G, N), where they are among the N of all ranks, one rank behind the other, and their numbers.
+        """
+        if self.origin is None:
+            return None
+        if ids is None:
+            return entry - self.origin[self.rows][:, None]
+        of_all = from_all(ids, self.ring.ranks).movedim(0, 1).flatten(1)  # (B, W·N)
+        return of_all.repeat_interleave(place.shape[0] // ids.shape[0], dim=0).gather(1, place)
 
     def clear_rows(self, mask: Tensor) -> MemorySnapshot:
         """Forgets the documents where mask (B,) is True on one rank at least; returns the state after that."""

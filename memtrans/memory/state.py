@@ -4,6 +4,8 @@ A whole memory has one state; of a memory that several ranks hold, each rank has
 
     keys, values  (R, E, D)   each row's entries, old to new, behind filler where a row holds fewer than the longest one
     lengths       (R,) int64  how many entries each row holds, in all shards together
+    ids           (R, E) int64  the ids of the entries, where they are kept
+    positions     (R,) int64  how many entries each row's document was given, where ids are kept
     entries       (R,) int64  a shard's alone: how many entries the whole memory has ever stored in each row
     shard         (2,) int64  a shard's alone: its number and W; entry i of a row is in shard i mod W
 
@@ -34,6 +36,34 @@ def state_parts(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     if missing:
         raise ValueError(f"state must hold keys, values and lengths, got none of {sorted(missing)}")
     return state["keys"], state["values"], state["lengths"]
+
+
+def with_ids(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The state with ids; one that has none is numbered from the oldest entry that each row holds.
+
+    >>> keys = torch.zeros(2, 3, 1)
+    >>> with_ids({"keys": keys, "values": keys, "lengths": torch.tensor([3, 1])})["ids"].tolist()
+    [[0, 1, 2], [-2, -1, 0]]
+    """
+    if "ids" in state:
+        return state
+    keys, lengths = state["keys"], state["lengths"]
+    entry = torch.arange(keys.shape[1], device=keys.device)[None]
+    total = torch.full_like(lengths, keys.shape[1])
+    if SHARD in state:
+        total, (rank, size) = state["entries"], state[SHARD].tolist()
+        entry = (held(total, rank, size)[:, None] - keys.shape[1] + entry) * size + rank
+    first = (total - lengths).to(keys.device)
+    return {**state, "ids": entry - first[:, None], "positions": lengths}
+
+
+def without_ids(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The state without ids.
+
+    >>> without_ids({"keys": torch.zeros(0), "ids": torch.zeros(0), "positions": torch.zeros(0)})
+    {'keys': tensor([])}
+    """
+    return {name: tensor for name, tensor in state.items() if name not in ("ids", "positions")}
 
 
 def holds_nothing(state: Mapping[str, Tensor]) -> bool:
@@ -85,6 +115,8 @@ def check_state(state: Mapping[str, Tensor], rows: int, dim: int, shard: tuple[i
             f"state must hold keys and values of shape ({rows}, entries, {dim}) and lengths of shape "
             f"({rows},), got {tuple(keys.shape)}, {tuple(values.shape)} and {tuple(lengths.shape)}"
         )
+    if "ids" in state:
+        _check_ids(state)
     if SHARD in state:
         rank, size = state[SHARD].tolist()
         if (rank, size) != shard:
@@ -95,6 +127,18 @@ def check_state(state: Mapping[str, Tensor], rows: int, dim: int, shard: tuple[i
         width = (width + 1) * size  # some ranks hold one more than this
     if not bool(((lengths >= 0) & (lengths <= width)).all()):
         raise ValueError(f"lengths must be in [0, {width}], got {lengths.tolist()}")
+
+
+def _check_ids(state: Mapping[str, Tensor]) -> None:
+    rows, width = state["keys"].shape[:2]
+    if "positions" not in state:
+        raise ValueError("state must hold positions beside ids, got none")
+    checks.typed(torch.int64, ids=state["ids"], positions=state["positions"])
+    if state["ids"].shape != (rows, width) or state["positions"].shape != (rows,):
+        raise ValueError(
+            f"state must hold ids of shape ({rows}, {width}) and positions of shape ({rows},), "
+            f"got {tuple(state['ids'].shape)} and {tuple(state['positions'].shape)}"
+        )
 
 
 def held(entries: Tensor, rank: int | Tensor, size: int) -> Tensor:
@@ -127,19 +171,22 @@ def join_shards(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     total, lengths = states[0]["entries"], states[0]["lengths"]
     if any(not torch.equal(state[name], states[0][name]) for state in states for name in ("entries", "lengths")):
         raise ValueError("states must be those of one memory at one time, got shards that differ in what they hold")
-    keys, values = (_interleaved([state[name] for state in states], total, lengths) for name in ("keys", "values"))
-    return {"lengths": lengths, "keys": keys, "values": values}
+    whole = {"lengths": lengths}
+    for name in ("keys", "values", "ids"):
+        if all(name in state for state in states):
+            whole[name] = _interleaved([state[name] for state in states], total, lengths)
+    return {**whole, "positions": states[0]["positions"]} if "ids" in whole else whole
 
 
 def _interleaved(shards: Sequence[Tensor], total: Tensor, lengths: Tensor) -> Tensor:
-    """Puts the keys or values of all shards, (R, E, D) each, into one tensor (R, E, D); zeros lead in shorter rows.
+    """Puts the keys, values or ids of all shards, (R, E, ...) each, into one tensor; zeros lead in shorter rows.
 
     total: (R,), entries ever stored in the whole memory. lengths: (R,), entries that it holds.
     """
     longest, size = int(lengths.max()), len(shards)
     entry = total[:, None] - longest + torch.arange(longest, device=total.device)  # (R, entries)
     row = torch.arange(len(total), device=total.device)[:, None].expand_as(entry)
-    whole = shards[0].new_zeros(*entry.shape, shards[0].shape[2])
+    whole = shards[0].new_zeros(*entry.shape, *shards[0].shape[2:])
     for rank, shard in enumerate(shards):
         here = (entry % size == rank) & (entry >= total[:, None] - lengths[:, None])
         place = shard.shape[1] - held(total, rank, size)[:, None] + entry // size

@@ -37,6 +37,7 @@ class DocumentReader:
     Args:
         model: on its device. batch: B. spare: S, entries added between a forward pass and its backward.
         retrieval: False keeps every memory empty. dtype: what matrix products compute in, float32 or bfloat16.
+        max_memories: M. Default: the model's.
         keep_memory: a row's memory survives the end of its document, and the next one reads on in it; the XL cache
             does not.
     """
@@ -49,17 +50,20 @@ class DocumentReader:
         retrieval: bool = True,
         dtype: torch.dtype = torch.float32,
         keep_memory: bool = False,
+        max_memories: int | None = None,
     ) -> None:
         self.model, self.retrieval, self.dtype, self.keep_memory = model, retrieval, dtype, keep_memory
-        self.device = model.token_emb.weight.device
+        self.device = model.device
         self.on_gpu = self.device.type == "cuda"
-        smallest = {} if retrieval else {"max_memories": 1}  # a memory that stays empty need not be searched at length
-        self.memories = model.create_knn_memories(batch_size=batch, device=self.device, spare=spare, **smallest)
+        if not retrieval:
+            max_memories = 1  # a memory that stays empty need not be searched at length
+        size = {} if max_memories is None else {"max_memories": max_memories}
+        self.memories = model.create_knn_memories(batch_size=batch, device=self.device, spare=spare, **size)
         groups = () if model.kv_heads == 1 else (model.kv_heads,)
         attentions = [module for module in model.modules() if isinstance(module, LocalContext)]
         self.xl_capacity = max(attention.xl_max_memories for attention in attentions)
-        size = (batch, *groups, self.xl_capacity, 2, model.dim_head)
-        caches = [torch.zeros(size, dtype=dtype, device=self.device) for _ in model.xl_memory_layers]
+        shape = (batch, *groups, self.xl_capacity, 2, model.dim_head)
+        caches = [torch.zeros(shape, dtype=dtype, device=self.device) for _ in model.xl_memory_layers]
         self.carried = Carried(caches, torch.zeros(batch, dtype=torch.int64, device=self.device))
 
     def read(self, batch: Batch) -> Tensor:

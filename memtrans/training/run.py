@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from memtrans.distributed.ranks import LostRankError
+from memtrans.inspection.records import Records
 from memtrans.inspection.sample import sample_retrievals
 from memtrans.training.checkpoint import exists, save_checkpoint
 from memtrans.training.directory import checkpoint_of, metrics_of
@@ -38,6 +39,7 @@ class Run:
 
     Attributes:
         saved_step: of the last checkpoint that this process wrote, -1 before.
+        retrieved: what the end of a held-out document looked up in the end, if `sample` asks for it.
     """
 
     def __init__(self, trainer: Trainer, out: str | Path, plain: bool = False) -> None:
@@ -45,6 +47,7 @@ class Run:
         self.settings, self.ranks = trainer.settings, trainer.ranks
         self.metrics = Metrics(metrics_of(self.out).path, kept=self.ranks.first)
         self.saved_step = -1
+        self.retrieved: Records | None = None
         self._seconds = 0.0  # spent on steps by this process
         self._read = 0  # tokens read in them
         self._since = (0.0, 0)  # both, at the last report
@@ -139,13 +142,16 @@ class Run:
         return evaluation
 
     def _show_retrieved(self) -> None:
-        """Says what the memory retrieves for a few tokens of a held-out document."""
+        """Says what the memory retrieves for a few tokens of a held-out document, and keeps the rest."""
         trainer, settings = self.trainer, self.settings
-        read = DocumentReader(trainer.model, 1).read
-        for retrieved in sample_retrievals(
-            trainer.model, trainer.data.held_out, settings.segment, settings.sample, read
-        ):
-            self.progress.say(str(retrieved))
+        reader = DocumentReader(trainer.model, 1)
+        held_out, name = trainer.data.held_out, self.out.resolve().name
+        sample = sample_retrievals(trainer.model, held_out, settings.segment, reader.read, reader.memories, name)
+        if sample is None:
+            return
+        self.retrieved = sample.records
+        for line in sample.lines(settings.sample):
+            self.progress.say(line)
 
     # ------------------------------------------------------------------------------------------- files of the run
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 BYTES = 256  # tokens of the text that is read: every byte value
 # Beyond these a step would take hours on any machine, and its first batch alone minutes to draw.
+NEXT_TO_NONE = 32  # entries: what a memory layer needs to learn to use more later
 MOST_ROWS, MOST_TOKENS, MOST_LAYERS, MOST_WIDTH = 2**16, 2**30, 10_000, 2**20
 
 
@@ -71,6 +72,9 @@ class Settings:
     memory_heads: int | None = _option(
         None, "query heads of memory layers (default: --heads)", at_least=1, at_most=MOST_WIDTH
     )
+    memory_late: float = _option(
+        0.0, f"share of the steps, the last, with all of a memory; {NEXT_TO_NONE} entries before", at_least=0, below=1
+    )
     neighbours: int = _option(32, "K: entries that a query retrieves", at_least=1)
     memory_offset: float | None = _option(None, "start of a learned offset on retrieved logits (default: none)")
     combine: Literal["softmax", "gate"] = _option(
@@ -117,7 +121,9 @@ class Settings:
     log: Literal["tensorboard"] | None = _option(
         None, "also write tensorboard's files to OUT/tensorboard, with the memory's fill and its share of attention"
     )
-    sample: int = _option(0, "tokens for which to show, at the end, what the memory retrieved", at_least=0)
+    sample: int = _option(
+        0, "tokens for which to say, at the end, what the memory retrieved; OUT/retrieved.html shows all", at_least=0
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -128,6 +134,8 @@ class Settings:
             raise ValueError("compile must be off with fsdp, whose parameters come and go, got True")
         if self.fsdp and self.optimizer != "adamw":
             raise ValueError(f"optimizer must be adamw with fsdp, got {self.optimizer!r}")
+        if self.memory_late and self.memory <= NEXT_TO_NONE:
+            raise ValueError(f"memory must be above {NEXT_TO_NONE} with memory_late, got {self.memory}")
         for name in ("memory_layers", "xl_layers"):
             wrong = [layer for layer in getattr(self, name) or () if not 1 <= layer <= self.layers]
             if wrong:
@@ -143,6 +151,16 @@ class Settings:
             raise ValueError(f"batch, segments and accumulate must make at most {MOST_ROWS} rows a step, got {rows}")
         if rows * self.segment > MOST_TOKENS:
             raise ValueError(f"segment must make at most {MOST_TOKENS} tokens a step, got {rows * self.segment}")
+
+    def memory_at(self, step: int) -> int:
+        """How many entries the memories have room for in the step after so many.
+
+        >>> settings = Settings(memory=1000, memory_late=0.1, steps=50)
+        >>> [settings.memory_at(step) for step in (0, 44, 45, 50)]
+        [32, 32, 1000, 1000]
+        """
+        late = self.memory_late > 0 and step < round((1.0 - self.memory_late) * self.steps)
+        return NEXT_TO_NONE if late else self.memory
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         """What matrix products compute in on a device; weights stay float32.

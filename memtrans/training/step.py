@@ -9,6 +9,7 @@ Shapes: A backward passes a step, S segments a backward pass, B rows, N tokens o
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -40,15 +41,24 @@ class Step:
     def __init__(
         self, reader: DocumentReader, optimizer: torch.optim.Optimizer, settings: Settings, ranks: Ranks = ALONE
     ) -> None:
-        self.reader, self.optimizer, self.settings = reader, optimizer, settings
+        self.optimizer, self.settings, self._alone = optimizer, settings, ranks.size == 1
         self._gradients = GradientSum(reader.model.parameters(), ranks)
+        self._read_with(reader)
+        ranks.before_leaving(lambda: self._graph.release())
+
+    def read_with(self, reader: DocumentReader) -> None:
+        """Goes on with another reader of the same model; what was compiled and captured is made anew."""
+        self._graph.release()
+        self._read_with(reader)
+
+    def _read_with(self, reader: DocumentReader) -> None:
+        self.reader = reader
         self._segment_loss = self._loss
-        compiled = compiles(settings, reader)
+        compiled = compiles(self.settings, reader)
         if compiled:
-            alone = ranks.size == 1
-            self._segment_loss = torch.compile(self._loss, fullgraph=True) if alone else compiled_in_parts(self._loss)
+            compiled_whole = partial(torch.compile, fullgraph=True)
+            self._segment_loss = (compiled_whole if self._alone else compiled_in_parts)(self._loss)
         self._graph = Replay(self._compute, reader.device, capture=compiled)
-        ranks.before_leaving(self._graph.release)
         self._inputs: StepInputs | None = None
 
     @property

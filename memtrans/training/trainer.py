@@ -60,10 +60,7 @@ class Trainer:
             shard(self.model, ranks, device)
         self.optimizer = make_optimizer(self.model, settings)
         self.rows = ranks.rows(settings.batch)
-        spare, dtype = settings.segments * settings.segment, settings.compute_dtype(device)
-        self.reader = DocumentReader(
-            self.model, len(self.rows), spare=spare, dtype=dtype, keep_memory=settings.keep_memory
-        )
+        self.reader = self._reader(step=0)
         stream = DocumentStream(data.order, settings.batch, settings.segment, self.rows)
         self.loader = StepLoader(stream, settings.accumulate, settings.segments, device)
         self._step = Step(self.reader, self.optimizer, settings, ranks)
@@ -72,6 +69,25 @@ class Trainer:
         self._watches = False
         self._pending: list[Tensor] = []  # (3,) each, see `Step`, of the steps since `report`
         self._reached: list[torch.cuda.Event] = []  # of the same steps, where a rank may wait for another in vain
+
+    def _reader(self, step: int) -> DocumentReader:
+        """One with memories of the size that they have in the step after so many."""
+        settings = self.settings
+        return DocumentReader(
+            self.model,
+            len(self.rows),
+            spare=settings.segments * settings.segment,
+            dtype=settings.compute_dtype(self.device),
+            keep_memory=settings.keep_memory,
+            max_memories=max(1, settings.memory_at(step)),
+        )
+
+    def _fit_memories(self, step: int) -> None:
+        """The memories get the size that they have after so many steps, and keep what there is room for."""
+        if self.reader.memories and self.reader.memories[0].max_memories != self.settings.memory_at(step):
+            held, self.reader = self.reader.state_dict(), self._reader(step)
+            self.reader.load_state_dict(held)
+            self._step.read_with(self.reader)
 
     @property
     def parameters(self) -> int:
@@ -84,6 +100,7 @@ class Trainer:
 
     def advance(self) -> None:
         """Has the device do the next step, and draws the inputs of the one after it meanwhile."""
+        self._fit_memories(self.step)
         inputs, real = self.loader.take()
         if self._watches:
             self._looked, self._watches = self._look(inputs), False
@@ -237,6 +254,7 @@ class Trainer:
         with self.ranks.listening():
             load_weights(self.model, checkpoint)
             load_moments(self.model, self.optimizer, parts["optimizer"])
+        self._fit_memories(checks.integer("step", values["step"], low=0))
         self.reader.load_state_dict(parts_of_rows(parts, self.rows, self.settings.batch, saved_by))
         self.loader.load_state_dict(values["stream"])
         self.step, self.tokens = (checks.integer(name, values[name], low=0) for name in ("step", "tokens"))

@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 
 from memtrans_kernels import checks, ops
-from memtrans_kernels.attention_inputs import AttentionInputs
+from memtrans_kernels.attention_inputs import NUMBERS, AttentionInputs
 from memtrans_kernels.backends import check_name
 from memtrans_kernels.ledger import Ledger
+
+# Of the arguments that are tensors, those that are not floating point.
+KINDS = {torch.int32: ("slots",), torch.int64: ("rows", "local_length", "seed", "first"), torch.bool: ("key_mask",)}
 
 
 def memory_attention(
@@ -27,22 +30,29 @@ def memory_attention(
     local_length: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    causal: bool = True,
+    key_mask: Tensor | None = None,
+    first: Tensor | None = None,
+    soft_cap: float | None = None,
+    sink: Tensor | None = None,
     *,
     ledger: Ledger | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Attends to K retrieved neighbours and to the causal local context in one softmax.
+    """Attends to K retrieved neighbours and to the local context in one softmax.
 
     Retrieved logits are `scale[h] · score + memory_offset[h]`; local ones `scale[h] · <q, k> + bias`, for the keys that
-    stand at most at the query's own position (the last N of the L keys are the segment itself). A query with nothing to
-    attend to gives zeros and an lse of -inf.
+    stand at most at the query's own position (the last N of the L keys are the segment itself). `causal`, `key_mask`,
+    `first` and `local_length` say which of them a query sees: those that all of these allow. With c = `soft_cap` every
+    product x = `scale[h] · <q, k>` becomes `c · tanh(x / c)` before a bias or an offset is added. A query with nothing
+    to attend to gives zeros and an lse of -inf; with a sink the lse is `sink[h]`.
 
     Args:
         query: (B, H, N, D), floating point.
         key: (B, G, L, D), floating point; L at least N, or 0 for the retrieved part alone.
-        value: (B, G, L, D), floating point.
+        value: (B, G, L, E), floating point.
         memory_keys: (R, M + S, D), floating point, the ring; the gradient of the query reads it.
-        memory_values: (R, M + S, D), floating point, the ring.
+        memory_values: (R, M + S, E), floating point, the ring.
         rows: (B·G,) int64, the ring row of each (document, group).
         scores: (B, H, N, K), floating point, from `knn_search`.
         slots: (B, H, N, K) int32, from `knn_search`; -1 for none.
@@ -53,13 +63,19 @@ def memory_attention(
         local_length: (B,) int64 in [0, L], how many of the newest local keys are this document's. Default: all.
         dropout_p: probability in [0, 1) of dropping a weight of the joint softmax. Default: 0.
         seed: () int64 on the device, needed where `dropout_p` is not 0.
+        causal: whether a query sees no key behind its own position. If not, the bias by distance counts how far a key
+            is away on either side. Default: it does not see them.
+        key_mask: (B, L) bool, False for local keys that no query sees. Default: all are seen.
+        first: (B, N) int64 in [0, L], the oldest local key that each query sees, L for none. Default: the first of all.
+        soft_cap: c, above 0. Default: none.
+        sink: (H,), floating point, a logit in the softmax's denominator that has no value. Default: none.
         ledger: the memory's host counts: a backward pass that comes after more than `spare` new entries raises.
         backend: one of `auto`, `reference`, `triton`, `native`.
 
     Returns:
-        out (B, H, N, D) in the query's dtype, and lse (B, H, N) float32 (float64 for a float64 query), the logarithm of
+        out (B, H, N, E) in the query's dtype, and lse (B, H, N) float32 (float64 for a float64 query), the logarithm of
         the softmax's denominator. Both differentiable in query (through the retrieved logits too), key, value, scale,
-        bias and offset.
+        bias, offset and sink.
 
     Raises:
         ValueError: a shape, device or number that does not fit.
@@ -79,12 +95,13 @@ def memory_attention(
     """
     inputs = AttentionInputs(
         query, key, value, memory_keys, memory_values, rows, scores, slots, scale, bias_table, bias_dense,
-        memory_offset, local_length, dropout_p, seed,
+        memory_offset, local_length, dropout_p, seed, causal, key_mask, first, soft_cap, sink,
     )  # fmt: skip
     _check(*inputs)
     checks.within("rows", rows, 0, memory_keys.shape[0] - 1)
     checks.within("slots", slots, -1, memory_keys.shape[1] - 1)
     checks.within("local_length", local_length, 0, key.shape[2])
+    checks.within("first", first, 0, key.shape[2])
     return ops.memory_attention(inputs, ledger, check_name(backend))
 
 
@@ -98,21 +115,27 @@ def local_attention(
     local_length: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    causal: bool = True,
+    key_mask: Tensor | None = None,
+    first: Tensor | None = None,
+    soft_cap: float | None = None,
+    sink: Tensor | None = None,
     *,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`memory_attention` without a memory: causal attention to the local context, with a bias by distance.
+    """`memory_attention` without a memory: attention to the local context, with a bias by distance.
 
     Args:
         query: (B, H, N, D), floating point.
         key: (B, G, L, D), floating point; L at least N.
-        value: (B, G, L, D), floating point.
+        value: (B, G, L, E), floating point.
         scale: (H,), floating point, what logits are multiplied by.
         bias_table: (H, distances), bias by distance; distances beyond it take its last column. Default: none.
         bias_dense: (1 or B, H, N, L), added to the logits. Default: none.
         local_length: (B,) int64 in [0, L], how many of the newest local keys are this document's. Default: all.
         dropout_p: probability in [0, 1) of dropping a weight of the softmax. Default: 0.
         seed: () int64 on the device, needed where `dropout_p` is not 0.
+        causal, key_mask, first, soft_cap, sink: as of `memory_attention`.
         backend: one of `auto`, `reference`, `triton`, `native`.
 
     Returns, raises: what `memory_attention` does.
@@ -126,14 +149,16 @@ def local_attention(
     letters = checks.Letters()
     letters.bind("query", query, "B H N D")
     letters.bind("key", key, "B G L D")
+    letters.bind("value", value, "B G L E")
     batch, heads, length, width = query.shape
-    nothing = torch.empty(1, 1, width, dtype=query.dtype, device=query.device)  # nobody reads it
+    no_keys, no_values = (query.new_empty(1, 1, of) for of in (width, value.shape[3]))  # nobody reads them
     scores = torch.empty(batch, heads, length, 0, device=query.device)
     slots = torch.empty(batch, heads, length, 0, dtype=torch.int32, device=query.device)
     rows = torch.zeros(batch * key.shape[1], dtype=torch.int64, device=query.device)
     return memory_attention(
-        query, key, value, nothing, nothing, rows, scores, slots, scale,
-        bias_table, bias_dense, None, local_length, dropout_p, seed, backend=backend,
+        query, key, value, no_keys, no_values, rows, scores, slots, scale,
+        bias_table, bias_dense, None, local_length, dropout_p, seed, causal, key_mask, first, soft_cap, sink,
+        backend=backend,
     )  # fmt: skip
 
 
@@ -185,20 +210,21 @@ def _check(*arguments: Tensor | float | None) -> None:
     if 0 < letters["L"] < letters["N"]:
         raise ValueError(f"key must hold the segment itself: L at least N={letters['N']}, or 0, got {letters['L']}")
     checks.probability("dropout_p", inputs.dropout_p)
+    if not isinstance(inputs.causal, bool):
+        raise TypeError(f"causal must be True or False, got {inputs.causal!r}")
+    checks.positive("soft_cap", inputs.soft_cap)
     if inputs.dropout_p > 0.0 and inputs.seed is None:
         raise ValueError("seed must be an int64 tensor when dropout_p > 0, got None")
 
 
 def _check_kinds(inputs: AttentionInputs) -> None:
     """Refuses what is no tensor, or one of another dtype or on another device than it has to be."""
-    tensors = inputs._asdict()
-    del tensors["dropout_p"]
-    integers = {name: tensors.pop(name) for name in ("rows", "local_length", "seed")}
-    slots = {"slots": tensors.pop("slots")}
-    checks.floating(**tensors)
-    checks.typed(torch.int32, **slots)
-    checks.typed(torch.int64, **integers)
-    checks.same_device(inputs.query.device, **tensors, **slots, **integers)
+    tensors = {name: value for name, value in inputs._asdict().items() if name not in NUMBERS}
+    checks.tensors(query=inputs.query)
+    for dtype, names in KINDS.items():
+        checks.typed(dtype, **{name: tensors[name] for name in names})
+    checks.floating(**{name: value for name, value in tensors.items() if name not in sum(KINDS.values(), ())})
+    checks.same_device(inputs.query.device, **tensors)
 
 
 def _check_shapes(inputs: AttentionInputs) -> checks.Letters:
@@ -207,9 +233,9 @@ def _check_shapes(inputs: AttentionInputs) -> checks.Letters:
     axes = {
         "query": "B H N D",
         "key": "B G L D",
-        "value": "B G L D",
+        "value": "B G L E",
         "memory_keys": "R slots D",
-        "memory_values": "R slots D",
+        "memory_values": "R slots E",
         "rows": "B·G",
         "scores": "B H N K",
         "slots": "B H N K",
@@ -219,6 +245,9 @@ def _check_shapes(inputs: AttentionInputs) -> checks.Letters:
         "memory_offset": "H",
         "local_length": "B",
         "seed": "",
+        "key_mask": "B L",
+        "first": "B N",
+        "sink": "H",
     }
     for name, of_tensor in axes.items():
         tensor = getattr(inputs, name)

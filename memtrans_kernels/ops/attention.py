@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from memtrans_kernels import backends
-from memtrans_kernels.attention_inputs import AttentionInputs
+from memtrans_kernels.attention_inputs import NUMBERS, AttentionInputs
 from memtrans_kernels.eager import is_differentiated_by_transform, is_plain
 from memtrans_kernels.ledger import Ledger, check_not_stale, note_saved, to_save
 from memtrans_kernels.ops.derivatives import formula, second, through_formula
 from memtrans_kernels.precision import arithmetic_dtype
 
 Output = tuple[Tensor, Tensor]
-DIFFERENTIABLE = ("query", "key", "value", "scale", "bias_table", "bias_dense", "memory_offset")
+DIFFERENTIABLE = ("query", "key", "value", "scale", "bias_table", "bias_dense", "memory_offset", "sink")
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def memory_attention(inputs: AttentionInputs, ledger: Ledger | None, backend: str) -> Output:
@@ -48,6 +49,11 @@ def _memory_attention(
     local_length: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    causal: bool = True,
+    key_mask: Tensor | None = None,
+    first: Tensor | None = None,
+    soft_cap: float | None = None,
+    sink: Tensor | None = None,
     written: Tensor | None = None,
     ticket: Tensor | None = None,
     spare: int = 0,
@@ -55,7 +61,7 @@ def _memory_attention(
 ) -> tuple[Tensor, Tensor]:
     inputs = AttentionInputs(
         query, key, value, memory_keys, memory_values, rows, scores, slots, scale,
-        bias_table, bias_dense, memory_offset, local_length, dropout_p, seed,
+        bias_table, bias_dense, memory_offset, local_length, dropout_p, seed, causal, key_mask, first, soft_cap, sink,
     )  # fmt: skip
     check_not_stale(written, ticket, spare)
     note_saved(written, ticket)
@@ -63,8 +69,10 @@ def _memory_attention(
 
 
 @_memory_attention.register_fake
-def _(query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=arithmetic_dtype(query))
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    of_queries = query.shape[:3]
+    out = query.new_empty(*of_queries, value.shape[3])
+    return out, query.new_empty(of_queries, dtype=arithmetic_dtype(query))
 
 
 @torch.library.custom_op("memtrans::memory_attention_backward", mutates_args=())
@@ -86,62 +94,54 @@ def _memory_attention_backward(
     bias_dense: Tensor | None,
     memory_offset: Tensor | None,
     local_length: Tensor | None,
+    dropout_p: float,
     seed: Tensor | None,
+    causal: bool,
+    key_mask: Tensor | None,
+    first: Tensor | None,
+    soft_cap: float | None,
+    sink: Tensor | None,
     written: Tensor | None,
     ticket: Tensor | None,
-    dropout_p: float,
     spare: int,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_not_stale(written, ticket, spare)
     inputs = AttentionInputs(
         query, key, value, memory_keys, memory_values, rows, scores, slots, scale,
-        bias_table, bias_dense, memory_offset, local_length, dropout_p, seed,
+        bias_table, bias_dense, memory_offset, local_length, dropout_p, seed, causal, key_mask, first, soft_cap, sink,
     )  # fmt: skip
     return backends.run("memory_attention_backward", backend, inputs, grad_out, grad_lse, out, lse)
 
 
 @_memory_attention_backward.register_fake
-def _(
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    memory_keys: Tensor,
-    memory_values: Tensor,
-    rows: Tensor,
-    scores: Tensor,
-    slots: Tensor,
-    scale: Tensor,
-    bias_table: Tensor | None,
-    bias_dense: Tensor | None,
-    memory_offset: Tensor | None,
-    *_: Any,
-    **__: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    def like(tensor: Tensor | None) -> Tensor:
-        return query.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
+def _(grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> Gradients:
+    inputs = AttentionInputs(*arguments[: len(AttentionInputs._fields)])
 
-    return (
-        like(query), like(key), like(value), like(scale), like(bias_table), like(bias_dense), like(memory_offset),
-    )  # fmt: skip
+    def like(name: str) -> Tensor:
+        tensor = getattr(inputs, name)
+        return inputs.query.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
+
+    query, key, value, scale, table, dense, offset, sink = (like(name) for name in DIFFERENTIABLE)
+    return query, key, value, scale, table, dense, offset, sink
 
 
 def _setup(ctx: Any, inputs: tuple, output: Output) -> None:
-    *tensors, ctx.dropout_p, seed, written, ticket, ctx.spare, ctx.backend = inputs
-    ctx.save_for_backward(*output, *tensors, seed, written, to_save(written, ticket))
+    *arguments, written, ticket, ctx.spare, ctx.backend = inputs
+    given = AttentionInputs(*arguments)
+    ctx.numbers = {name: getattr(given, name) for name in NUMBERS}
+    tensors = [value for name, value in given._asdict().items() if name not in NUMBERS]
+    ctx.save_for_backward(*output, *tensors, written, to_save(written, ticket))
 
 
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    out, lse, *tensors, seed, written, ticket = ctx.saved_tensors  # once: checkpointing recomputes to unpack them
-    inputs = AttentionInputs(*tensors)._replace(dropout_p=ctx.dropout_p, seed=seed)
+    out, lse, *tensors, written, ticket = ctx.saved_tensors  # once: checkpointing recomputes to unpack them
+    names = (name for name in AttentionInputs._fields if name not in NUMBERS)
+    inputs = AttentionInputs(**dict(zip(names, tensors, strict=True)), **ctx.numbers)
     given = grad_out, grad_lse, out, lse
     if not is_plain(*given, *inputs):
-        rest = seed, written, ticket, ctx.dropout_p, ctx.spare, ctx.backend
-        return _in_places(inputs, _memory_attention_backward(*given, *tensors, *rest))
+        rest = written, ticket, ctx.spare, ctx.backend
+        return _in_places(inputs, _memory_attention_backward(*given, *inputs, *rest))
     check_not_stale(written, ticket, ctx.spare)
     if torch.is_grad_enabled():
         return _in_places(inputs, _differentiable_gradients(inputs, given, ctx.backend))

@@ -78,7 +78,7 @@ def test_no_prompt_stands_for_a_lines_end_or_the_models_start_token(saved, tmp_p
 
 
 def test_a_runs_directory_and_its_checkpoint_bring_their_own_segment(run, capsys):
-    model, segment = open_model(run)
+    model, segment, _ = open_model(run)
     assert segment == 32
     prompt = "some text " * 10
     expected = as_text(generate(model, prompt, 40, segment=32, temperature=0))
@@ -99,7 +99,7 @@ def test_a_run_with_a_vocabulary_beyond_bytes_writes_bytes(run, tmp_path, capsys
 def test_memories_are_saved_and_taken_up_again(run, tmp_path, capsys):
     file = tmp_path / "memories"
     written(capsys, run, "--prompt", "xyz" * 40, "--save-memories", str(file), "--memory", "100")
-    model, _ = open_model(run)
+    model, *_ = open_model(run)
     assert model.load_memories(file)[0].lengths.tolist() == [100]
     options = ["--prompt", "and", "--temperature", "0.1"]
     assert written(capsys, run, *options, "--memories", str(file)) != written(capsys, run, *options)

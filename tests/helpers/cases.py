@@ -10,7 +10,7 @@ from torch import Tensor
 
 from memtrans_kernels import cosine, knn_add_, knn_search, memory_attention
 
-DIFFERENTIABLE = ("query", "key", "value", "scale", "bias_table", "bias_dense", "memory_offset")
+DIFFERENTIABLE = ("query", "key", "value", "scale", "bias_table", "bias_dense", "memory_offset", "sink")
 BATCH, HEADS, GROUPS, LENGTH, CACHED, WIDTH, NEIGHBOURS = 2, 4, 2, 5, 3, 8, 4
 LOCAL = CACHED + LENGTH
 CAPACITY, SPARE = 11, 6
@@ -88,6 +88,12 @@ class Shape(NamedTuple):
     offset: bool = False
     local_length: bool = False
     dropout_p: float = 0.0
+    causal: bool = True
+    key_mask: bool = False
+    first: bool = False
+    soft_cap: float | None = None
+    sink: bool = False
+    value_width: int = 0  # that of the keys without
 
 
 # Tiles hold 16 to 64 queries and 32 to 128 keys.
@@ -117,6 +123,7 @@ SHAPES = {
 def random_attention(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
     """Arguments of `memory_attention` over a ring in float16; up to K neighbours of each query are found."""
     batch, heads, groups, length, local, width, neighbours = shape[:7]
+    of_values = shape.value_width or width
 
     def normal(*size: int) -> torch.Tensor:
         return torch.randn(size, generator=generator)
@@ -130,12 +137,12 @@ def random_attention(shape: Shape, dtype: torch.dtype, generator: torch.Generato
     row = rows.reshape(batch, groups, 1, 1).repeat_interleave(heads // groups, dim=1)
     retrieved = memory_keys[row, slots.long().clamp(min=0)].float()
     scores = (query.float()[:, :, :, None] * retrieved).sum(-1).masked_fill(slots < 0, -torch.inf)
-    return {
+    inputs = {
         "query": query,
         "key": key,
-        "value": normal(batch, groups, local, width).to(dtype),
+        "value": normal(batch, groups, local, of_values).to(dtype),
         "memory_keys": memory_keys,
-        "memory_values": normal(batch * groups + 1, 40, width).half(),
+        "memory_values": normal(batch * groups + 1, 40, of_values).half(),
         "rows": rows,
         "scores": scores,
         "slots": slots,
@@ -147,11 +154,26 @@ def random_attention(shape: Shape, dtype: torch.dtype, generator: torch.Generato
         "dropout_p": shape.dropout_p,
         "seed": torch.tensor(2**40 + 5),
     }
+    return inputs | _visibility(shape, generator) | {"sink": normal(heads) if shape.sink else None}
+
+
+def _visibility(shape: Shape, generator: torch.Generator) -> dict[str, Any]:
+    """What of the arguments says which local keys are seen, and how."""
+    key_mask = torch.rand(shape.batch, shape.local, generator=generator) < 0.7
+    position = torch.arange(shape.local - shape.length, shape.local).clamp(min=-1)
+    first = (torch.rand(shape.batch, shape.length, generator=generator) * (position + 2)).long()
+    return {
+        "causal": shape.causal,
+        "key_mask": key_mask if shape.key_mask else None,
+        "first": first if shape.first else None,
+        "soft_cap": shape.soft_cap,
+    }
 
 
 def gradients_of_results(shape: Shape) -> tuple[Tensor, Tensor]:
     """Of out, laid out as merging heads leaves it, and of lse."""
-    out = torch.randn(shape.batch, shape.length, shape.heads, shape.width, generator=seeded(1)).transpose(1, 2)
+    width = shape.value_width or shape.width
+    out = torch.randn(shape.batch, shape.length, shape.heads, width, generator=seeded(1)).transpose(1, 2)
     return out, torch.randn(shape.batch, shape.heads, shape.length, generator=seeded(2))
 
 

@@ -23,6 +23,7 @@ SIZES = {
     "eos_token_id": 2,
 }
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+FULL = {"layer_types": ["full_attention"] * 2}
 ALL_ALIKE = {"num_key_value_heads": 4}
 
 # family: model_type and what its configuration says beside SIZES
@@ -45,6 +46,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {"sliding_window": 8}),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "gemma2": ("gemma2", {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}),
+    "gemma2_full": ("gemma2", {"head_dim": 16, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0, **FULL}),
     "gemma3": ("gemma3_text", {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8,
                                "layer_types": ["sliding_attention", "full_attention"]}),
     "gpt_neox": ("gpt_neox", {"rotary_pct": 0.25, **ALL_ALIKE}),
@@ -58,13 +60,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2": ("starcoder2", {}),
     "granite": ("granite", {"attention_multiplier": 0.2}),
     "gpt_oss": ("gpt_oss", {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}),
+    "gpt_oss_full": ("gpt_oss", {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, **FULL}),
     "opt": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}),
 }  # fmt: skip
-CAPPED, WITH_SINKS = "gemma2", "gpt_oss"  # what memory_attention does not know yet
 # Rotary positions and full attention in every layer: two segments are one pass, if nothing is left out.
 ORACLE = (
     *("llama", "llama_yarn", "llama3", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gpt_neox", "phi", "cohere", "olmo2"),
-    *("smollm3", "starcoder2", "granite"),
+    *("smollm3", "starcoder2", "granite", "gemma2_full", "gpt_oss_full"),
 )
 REFUSED = {
     "falcon": ("falcon", {"alibi": False}),

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from memtrans.hf import ModelMemory, add_memory, calibrate
 from memtrans.hf.facts import facts
+from memtrans.hf.lessons import Course
 from memtrans.hf.planted import plant, questions
 
 TEXT = "It was a bright cold day in the hills, and all the clocks were being wound again. " * 12
@@ -35,7 +36,9 @@ def test_a_memory_that_drowns_the_text_is_trusted_less(model: PreTrainedModel) -
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items() if "memtrans" not in name}
     model.train()
     model.model.embed_tokens.weight.requires_grad_(False)
-    learned = calibrate(model, memory, bytes_tokenizer(), [TEXT, TEXT], steps=30, sizes=[100, 600], facts=12, rate=0.5)
+    learned = calibrate(
+        model, memory, bytes_tokenizer(), [TEXT, TEXT], steps=30, sizes=[100, 600], facts=6, batch=2, rate=0.5
+    )
     assert all(learned["after"][f"text_{size}"] < learned["before"][f"text_{size}"] for size in (100, 600))
     assert learned["after"]["text"] == learned["before"]["text"]
     assert set(learned["after"]) == {
@@ -54,7 +57,7 @@ def test_the_same_seed_learns_the_same() -> None:
     def learned() -> list[float]:
         model = made("llama", vocab_size=260)
         memory = with_memory(model)
-        calibrate(model, memory, bytes_tokenizer(), [TEXT], steps=3, facts=8)
+        calibrate(model, memory, bytes_tokenizer(), [TEXT], steps=3, facts=4, batch=1)
         return [float(parameter.detach().sum()) for parameter in memory.parameters()]
 
     assert learned() == learned()
@@ -66,8 +69,8 @@ def test_the_same_seed_learns_the_same() -> None:
         ({"sizes": [900]}, r"sizes must be .* up to max_memories=700 and the \d+ tokens .*, got \[900\]"),
         ({"sizes": []}, "sizes must be"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"facts": 3}, "facts must be at least 4, got 3"),
-        ({"documents": [""]}, "documents must have at least some tokens"),
+        ({"facts": 0}, "facts must be at least 1, got 0"),
+        ({"documents": [""]}, "documents must have at least 64 tokens, got 0"),
     ],
 )
 def test_what_cannot_be_learned_from_is_refused(model: PreTrainedModel, arguments: Any, message: str) -> None:
@@ -97,3 +100,15 @@ def test_an_answer_is_scored_and_its_question_is_not() -> None:
     wrong[0, int(asked.answers[0].int().argmax()) - 1] = 0.0
     nats, right = asked.losses(wrong)
     assert right.tolist() == [False, True] and float(nats[0]) > 5.0
+
+
+def test_no_lesson_repeats_another_and_the_end_of_a_text_is_kept_to_judge_by(model: PreTrainedModel) -> None:
+    course = Course.of(with_memory(model), bytes_tokenizer(), [TEXT * 40], [200, 600], 6, 2)
+    lessons = [course.lesson(seed) for seed in range(3)]
+    known = [fact for lesson in lessons for document in lesson.documents for _, fact in document.facts]
+    assert len({fact.question for fact in known}) == len(known) == 3 * 2 * 6
+    assert all(lesson.ids.shape == (2, 600) and lesson.behind.shape == (2, 8, 32) for lesson in lessons)
+    kept = course.lesson(9, len(course.ids) - course.tokens)
+    assert kept.behind[0].flatten().tolist() == list(course.ids[-256:])
+    asked = kept.asked(200, 8, 1)
+    assert len(asked.ids) == 8 and asked.ids.shape[1] == course.width

@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.checks import PARITY, assert_close
-from helpers.hf_families import CAPPED, FAMILIES, ORACLE, REFUSED, WITH_SINKS, left_padded, made, tokens
+from helpers.hf_families import FAMILIES, ORACLE, REFUSED, left_padded, made, tokens
 from torch import Tensor
 from transformers import PreTrainedModel, T5Config, T5EncoderModel, T5ForConditionalGeneration
 
 from memtrans.hf import add_memory
 
-WITH_SOFTMAX = [family for family in FAMILIES if family not in (CAPPED, WITH_SINKS)]
 SIZES = {"max_memories": 100, "k": 8, "segment": 24}
 
 
@@ -22,7 +21,7 @@ def logits_of(model: PreTrainedModel) -> Tensor:
         return model(tokens(), attention_mask=mask).logits[mask.bool()]
 
 
-@pytest.mark.parametrize("family", WITH_SOFTMAX)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_an_empty_closed_or_absent_memory_changes_nothing(family: str) -> None:
     model = made(family)
     plain = logits_of(model)
@@ -43,7 +42,7 @@ def test_an_empty_closed_or_absent_memory_changes_nothing(family: str) -> None:
     assert not any("memtrans" in name for name, _ in model.named_modules())
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != WITH_SINKS])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_gate_that_is_closed_changes_no_bit(family: str) -> None:
     model = made(family)
     plain = logits_of(model)
@@ -62,6 +61,8 @@ def test_a_gate_that_is_closed_changes_no_bit(family: str) -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_memory_of_everything_is_one_pass_over_both_segments(family: str, attention: str) -> None:
     model = made(family)
+    if attention == "sdpa" and not model._supports_sdpa:
+        attention = "eager"  # capped logits, sinks
     model.set_attn_implementation(attention)
     both = tokens(length=48)
     with torch.no_grad():
@@ -80,13 +81,6 @@ def test_a_family_that_cannot_have_a_memory_is_refused_by_name(family: str) -> N
         add_memory(model, **SIZES)
     assert torch.equal(logits_of(model), before)
     assert not any("memtrans" in name for name, _ in model.named_modules())
-
-
-def test_what_the_operator_does_not_know_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"combine must be 'gate' for Gemma2Model: .* soft cap"):
-        add_memory(made(CAPPED), **SIZES)
-    with pytest.raises(ValueError, match=r"learned sinks, .* got \[0, 1\] of GptOss"):
-        add_memory(made(WITH_SINKS), **SIZES)
 
 
 @pytest.mark.parametrize("kind", [T5ForConditionalGeneration, T5EncoderModel])

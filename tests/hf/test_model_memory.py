@@ -46,6 +46,33 @@ def test_reading_goes_on_where_it_stopped_and_forgets_the_oldest(model: PreTrain
     assert held(memory) == torch.cat((tokens(length=16), tokens(length=16, seed=1)), 1)[:, -20:].tolist()
 
 
+def test_what_is_read_without_a_search_depends_on_its_own_segment_alone(model: PreTrainedModel) -> None:
+    memory, ids = add_memory(model, offset=2.0, **SIZES), tokens(length=32)
+
+    def last(search: bool, begin: int) -> Tensor:
+        memory.reset()
+        memory.read(ids[:, begin:], search=search)
+        assert memory._entries is not None
+        return memory._entries.memories[1].state_dict()["keys"][:, -15:]
+
+    assert torch.equal(last(False, 0), last(False, 16))
+    assert not torch.allclose(last(True, 0), last(True, 16))
+
+
+def test_what_heads_have_learned_to_ask_is_saved(model: PreTrainedModel, tmp_path: Path) -> None:
+    memory, question = add_memory(model, **SIZES), tokens(length=6, seed=2)
+    memory.read(tokens(length=30))
+    for layer in memory.layers.values():
+        layer.learned.learn_to_ask()
+    with torch.no_grad():
+        for parameter in memory.parameters():
+            parameter.normal_(std=0.3)
+    memory.save(tmp_path)
+    again = made("llama")
+    load_memory(again, tmp_path)
+    assert torch.equal(logits_of(again, question), logits_of(model, question))
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_padded_row_is_read_as_if_it_were_alone(model: PreTrainedModel, side: str) -> None:
     ids, question = tokens(length=40), tokens(length=6, seed=3)

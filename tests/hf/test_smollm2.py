@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memtrans.hf import add_memory
 from memtrans.hf.calibrate import fact_losses
-from memtrans.hf.facts import facts
+from memtrans.hf.facts import Words, facts
 from memtrans.hf.planted import plant, questions
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -70,14 +70,35 @@ def test_an_untrained_memory_finds_what_was_said_a_thousand_tokens_ago(
     model_and_tokenizer: tuple[Any, Any], encode: Any
 ) -> None:
     model, _ = model_and_tokenizer
-    made_up = facts(8, seed=1, templates=TEMPLATES)
+    made_up = facts(8, 1, Words(TEMPLATES))
     text = encode("\n".join(topics[name] for name in sorted(topics))[20_000:40_000])
     document, asked = plant(text, made_up, [1000], encode), questions(made_up, encode)
     unknown, _ = asked.losses(model(asked.ids).logits)
     memory = add_memory(model, max_memories=8192, segment=256)
     memory.read(document.ids)
-    nats, right = fact_losses(model, memory, made_up, encode, 8192)
+    nats, right = fact_losses(model, memory, asked, 1)
     memory.remove()
     assert float(unknown.mean()) > 8.0
     # amid the markup of a manual two answers begin with another token; of prose all eight are right
     assert int(right.sum()) >= 6 and float(nats.mean()) <= 1.5
+
+
+@torch.no_grad()
+def test_the_first_passage_of_a_right_answer_holds_the_fact(model_and_tokenizer: tuple[Any, Any], encode: Any) -> None:
+    model, _ = model_and_tokenizer
+    made_up = facts(8, seed=1, templates=TEMPLATES)
+    document = plant(encode("\n".join(topics[name] for name in sorted(topics))[20_000:40_000]), made_up, [1000], encode)
+    memory = add_memory(model, max_memories=1024, segment=256)
+    memory.read(document.ids)
+    right = found = 0
+    for distance, fact in document.facts:
+        question = encode(fact.question)
+        answer = document.ids.shape[1] - distance + len(encode(" " + fact.question))  # its first token's place
+        with memory.tracing() as trace:
+            logits = model(torch.tensor([question])).logits
+        if int(logits[0, -1].argmax()) == encode(fact.answer)[0]:
+            (passage,) = trace.passages(0, top=1, queries=[len(question) - 1])
+            right, found = right + 1, found + (passage.begin <= answer < passage.end)
+    memory.remove()
+    assert right >= 6
+    assert found >= 0.9 * right

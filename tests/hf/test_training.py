@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.checks import SAME_GRAPH, assert_close
+from helpers.checks import PARITY, SAME_GRAPH, assert_close
 from helpers.hf_families import made, tokens
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, StaticCache, Trainer, TrainingArguments
 
-from memtrans.hf import MemoryCallback, add_memory, document_rows
+from memtrans.hf import MemoryCallback, ModelMemory, add_memory, document_rows
 
 SIZES: dict[str, Any] = {"max_memories": 100, "k": 8, "segment": 16}
 FINITE_DIFFERENCE, AGREES = 1e-6, 1e-6
@@ -46,15 +46,29 @@ def in_float64() -> PreTrainedModel:
     return model
 
 
+def learned(memory: ModelMemory) -> None:
+    """Heads that ask the memory with another query than the local keys."""
+    generator = torch.Generator().manual_seed(0)
+    for layer in memory.layers.values():
+        layer.learned.learn_to_ask()
+    with torch.no_grad():
+        for parameter in memory.parameters():
+            parameter.data = parameter.data.double().normal_(std=0.2, generator=generator)
+
+
 @pytest.mark.parametrize("combine", ["softmax", "gate"])
-def test_gradients_are_those_of_finite_differences(combine: str) -> None:
+@pytest.mark.parametrize("asks", [False, True])
+def test_gradients_are_those_of_finite_differences(combine: str, asks: bool) -> None:
     model = in_float64()
     memory = add_memory(model, combine=combine, offset=0.0, **SIZES)
     memory.read(tokens(length=30))
     for parameter in memory.parameters():
         parameter.data = parameter.data.double()
+    if asks:
+        learned(memory)
     ids, attention = tokens(length=12, seed=1), model.model.layers[1].self_attn
     asked = [
+        *([(attention.memtrans.memory_gain, (1, 3)), (attention.memtrans.memory_mix, (2, 3, 5))] if asks else []),
         (attention.memtrans.memory_offset, (1,)),
         (attention.q_proj.weight, (2, 3)),
         (attention.k_proj.weight, (1, 1)),
@@ -73,12 +87,27 @@ def test_gradients_are_those_of_finite_differences(combine: str) -> None:
             assert abs(float(difference - parameter.grad[at])) <= AGREES * max(1.0, abs(float(difference)))
 
 
+def test_a_pass_with_gradients_has_the_logits_of_one_without() -> None:
+    model = in_float64()
+    memory = add_memory(model, offset=0.0, **SIZES)
+    memory.read(tokens(length=30))
+    before = model(tokens(length=12, seed=1)).logits
+    learned(memory)
+    with_gradients = model(tokens(length=12, seed=1)).logits
+    with torch.no_grad():
+        assert_close(with_gradients, model(tokens(length=12, seed=1)).logits, PARITY, "logits")
+    assert not torch.allclose(with_gradients, before)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_recomputes_the_same_and_stores_once(reentrant: bool) -> None:
+@pytest.mark.parametrize("asks", [False, True])
+def test_checkpointing_recomputes_the_same_and_stores_once(reentrant: bool, asks: bool) -> None:
     def gradients(change: Callable[[PreTrainedModel], Any]) -> tuple[list[Tensor], list[int]]:
-        model = made("llama")
+        model = made("llama", torch.float64)
         memory = add_memory(model, **SIZES)
         memory.read(tokens(length=30))
+        if asks:
+            learned(memory)
         change(model.train())
         with memory.writing():
             loss_of(model, tokens(length=12, seed=1)).backward()
@@ -110,6 +139,24 @@ def test_the_model_compiles_without_a_break() -> None:
     assert stored == lengths == [22, 22]
     for one, other in zip(compiled, plain, strict=True):
         assert_close(one, other, SAME_GRAPH, "logits")
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_step_with_a_static_cache_compiles_without_a_break() -> None:
+    model, prompt = made("llama"), tokens(length=9, seed=2)
+    memory = add_memory(model, **SIZES)
+    memory.read(tokens(length=30))
+    plain = model(torch.cat((prompt, tokens(length=3, seed=4)), 1), use_cache=False).logits[:, 9:]
+    torch._dynamo.reset()
+    step = torch.compile(model, fullgraph=True, backend="aot_eager")
+    cache, found = StaticCache(config=model.config, max_cache_len=16), []
+    model(prompt, past_key_values=cache, use_cache=True)
+    for place, token in enumerate(tokens(length=3, seed=4).split(1, dim=1), start=9):
+        mask = (torch.arange(16) <= place)[None, None, None]
+        said = {"position_ids": torch.full((1, 1), place), "past_key_values": cache, "use_cache": True}
+        found.append(step(token, attention_mask=mask, **said).logits)
+    assert_close(torch.cat(found, 1), plain, PARITY, "logits")
 
 
 @pytest.mark.parametrize("first", ["memory", "lora"])

@@ -194,6 +194,6 @@ def test_attention_kernels_leave_what_no_tile_holds_to_the_reference(operator: s
         return kernel.unfit(inputs, *[query] * of_backward)
 
     assert unfit(128, 128, torch.float16) is None
-    assert unfit(129, 32, torch.float16) == "D and K must be at most 128, got 129 and 32"
-    assert unfit(64, 200, torch.float16) == "D and K must be at most 128, got 64 and 200"
+    assert unfit(257, 32, torch.float16) == "D, E and K must be at most 256, got 257, 257 and 32"
+    assert unfit(64, 300, torch.float16) == "D, E and K must be at most 256, got 64, 64 and 300"
     assert unfit(64, 32, torch.float64) == "it computes in float32, not in float64"

@@ -246,7 +246,7 @@ def test_errors_name_argument_value_and_expectation(change, error, message):
         ({"query": torch.zeros(())}, ValueError, r"query must have shape \(B, H, N, D\), got \(\)"),
         ({"query": torch.zeros(1, 2, 3)}, ValueError, r"query must have shape \(B, H, N, D\), got \(1, 2, 3\)"),
         ({"key": torch.zeros(4)}, ValueError, r"key must have shape \(B, G, L, D\) with B=1, D=4, got \(4,\)"),
-        ({"value": torch.zeros(1, 1, 5, 4)}, ValueError, r"value must have shape .* L=3, D=4, got \(1, 1, 5, 4\)"),
+        ({"value": torch.zeros(1, 1, 5, 4)}, ValueError, r"value must have shape .* L=3, got \(1, 1, 5, 4\)"),
         ({"query": torch.zeros(1, 2, 3, 4).int()}, TypeError, "query must be floating point, got torch.int32"),
     ],
 )

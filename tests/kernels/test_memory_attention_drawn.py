@@ -59,12 +59,21 @@ def shapes(draw: st.DrawFn) -> Shape:
         offset=draw(st.booleans()),
         local_length=draw(st.booleans()),
         dropout_p=draw(st.sampled_from([0.0, 0.0, 0.25])),
+        key_mask=draw(st.booleans()),
+        first=draw(st.booleans()),
+        soft_cap=draw(st.sampled_from([None, None, 2.0, 50.0])),
+        sink=draw(st.booleans()),
+        value_width=draw(st.sampled_from([0, 0, 16, 80])),
     )
+
+
+def either_way(shape: Shape, causal: bool) -> Shape:
+    return shape._replace(causal=causal)
 
 
 @on_every_backend
 @drawn
-@given(shape=shapes(), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**20))
+@given(shape=st.builds(either_way, shapes(), st.booleans()), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**20))
 def test_any_shape_equals_the_formula_in_float64(backend: str, shape: Shape, dtype: torch.dtype, seed: int) -> None:
     if backend == "reference":  # in half precision it is what the others are allowed to lose
         dtype = torch.float32

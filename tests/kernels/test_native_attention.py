@@ -114,8 +114,15 @@ def test_auto_leaves_float64_to_the_reference() -> None:
     [
         ({"query": torch.zeros(2, 2, 5)}, "query must have shape (B, H, N, D), got (2, 2, 5)"),
         ({"key": torch.zeros(2, 1, 4, 32)}, "key must have L of 0 or at least N = 5, got 4"),
-        ({"value": torch.zeros(2, 1, 5, 31)}, "value must have shape (B, G, L, D) = (2, 1, 5, 32), got (2, 1, 5, 31)"),
-        ({"memory_values": torch.zeros(3, 39, 32)}, "memory_values must have shape (R, M + S, D) = (3, 40, 32)"),
+        ({"value": torch.zeros(2, 1, 4, 32)}, "value must have shape (B, G, L, E) = (2, 1, 5, 32), got (2, 1, 4, 32)"),
+        ({"memory_values": torch.zeros(3, 39, 32)}, "memory_values must have shape (R, M + S, E) = (3, 40, 32)"),
+        ({"value": torch.zeros(2, 1, 5, 31)}, "memory_values must have shape (R, M + S, E) = (3, 40, 31)"),
+        ({"key_mask": torch.ones(2, 4).bool()}, "key_mask must have shape (B, L) = (2, 5), got (2, 4)"),
+        ({"key_mask": torch.ones(2, 5)}, "key_mask must be bool"),
+        ({"first": torch.zeros(2, 4).long()}, "first must have shape (B, N) = (2, 5), got (2, 4)"),
+        ({"first": torch.full((2, 5), 6)}, "first must lie in 0..5, got 6"),
+        ({"soft_cap": -1.0}, "soft_cap must be above 0, got -1"),
+        ({"sink": torch.zeros(1)}, "sink must have shape (H,) = (2), got (1)"),
         ({"scale": torch.ones(1)}, "scale must have shape (H,) = (2), got (1)"),
         ({"scores": torch.zeros(2, 2, 5, 5).double()}, "scores must be float32, float16 or bfloat16"),
         ({"slots": torch.zeros(2, 2, 5, 5).long()}, "slots must be int32"),
@@ -138,7 +145,7 @@ def test_misuse_raises_instead_of_reading_elsewhere(change: dict[str, Any], mess
 
 def test_operators_pass_opcheck() -> None:
     inputs = random_attention(Shape(distances=3), torch.float32, seeded(0))
-    given = AttentionInputs(**inputs)
+    given = AttentionInputs(**inputs)._replace(soft_cap=0.0)
     out, lse = native.memory_attention(given)
     operators = torch.ops.memtrans
     torch.library.opcheck(operators.native_memory_attention.default, tuple(given), test_utils="test_schema")

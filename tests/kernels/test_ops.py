@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.cases import CAPACITY, NEIGHBOURS, attention_inputs, ring
-from helpers.devices import DEVICE
+from helpers.cases import (
+    CAPACITY,
+    DIFFERENTIABLE,
+    NEIGHBOURS,
+    Shape,
+    attention_inputs,
+    random_attention,
+    ring,
+)
+from helpers.devices import DEVICE, seeded
+
+from memtrans_kernels.attention_inputs import AttentionInputs
 
 pytestmark = pytest.mark.device
 
 ops = torch.ops.memtrans
+EVERY_ARGUMENT = Shape(
+    heads=4, groups=2, local=8, width=8, distances=3, dense=1, offset=True, local_length=True, dropout_p=0.2,
+    causal=False, key_mask=True, first=True, soft_cap=2.0, sink=True, value_width=16,
+)  # fmt: skip
 
 
 def _ring_write():
@@ -35,6 +49,12 @@ def _gather():
     return torch.randn(2, 4, 5, 8, requires_grad=True), state["keys"], state["rows"], slots
 
 
+def _pairs():
+    state = ring(torch.float16)
+    slots = torch.randint(-1, CAPACITY, (2, 4, 5, NEIGHBOURS), dtype=torch.int32)
+    return state["keys"], state["values"], state["rows"], slots, torch.float32
+
+
 def _merge():
     scores = torch.randn(2, 1, 2, 3, 4).sort(dim=-1, descending=True).values
     scores[1, ..., 3:] = -torch.inf
@@ -49,11 +69,19 @@ def _attention():
     return (*first, *(inputs.get(name) for name in order), 0.2, torch.tensor(7))
 
 
-def _attention_backward():
-    *tensors, dropout_p, seed = (x.detach() if isinstance(x, torch.Tensor) else x for x in _attention())
-    out, lse = ops.memory_attention(*tensors, dropout_p, seed)
+def _attention_of_every_argument():
+    """Values of another width, what says which keys are seen, a cap, a sink."""
+    inputs = random_attention(EVERY_ARGUMENT, torch.float32, seeded(0))
+    leaves = {n: inputs[n].requires_grad_() for n in DIFFERENTIABLE if inputs[n] is not None}
+    return tuple(AttentionInputs(**inputs | leaves))
+
+
+def _backward_of(attention):
+    arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in attention]
+    inputs = AttentionInputs(*arguments)
+    out, lse = ops.memory_attention(*inputs)
     written, ticket = torch.tensor([9] * 5), torch.tensor([7] * 5)
-    return (torch.randn_like(out), torch.randn_like(lse), out, lse, *tensors, seed, written, ticket, dropout_p, 4)
+    return (torch.randn_like(out), torch.randn_like(lse), out, lse, *inputs, written, ticket, 4)
 
 
 CASES = {
@@ -61,11 +89,12 @@ CASES = {
     "knn_search": _search,
     "knn_merge": _merge,
     "gather_logits": _gather,
+    "gather_pairs": _pairs,
     "gather_logits_backward": lambda: (torch.randn(2, 4, 5, NEIGHBOURS), *(t.detach() for t in _gather())),
     "cosine": _cosine,
     "cosine_backward": lambda: (*(t.detach() for t in _cosine()), *(t.detach() for t in _cosine())),
     "memory_attention": _attention,
-    "memory_attention_backward": _attention_backward,
+    "memory_attention_backward": lambda: _backward_of(_attention()),
     "read_cursors": lambda: (torch.tensor([3, 4, 5]), torch.tensor([6, 6, 6])),
     "ledger_ticket": lambda: (torch.tensor([3, 4, 5]), [0, 2]),
     "ledger_advance_": lambda: (torch.tensor([3, 4, 5]), torch.tensor([3, 4, 5]), 6),
@@ -76,6 +105,11 @@ CASES = {
 def test_opcheck(name):
     torch.manual_seed(0)
     torch.library.opcheck(getattr(ops, name), CASES[name]())
+
+
+def test_opcheck_of_every_argument_of_attention():
+    torch.library.opcheck(ops.memory_attention, _attention_of_every_argument())
+    torch.library.opcheck(ops.memory_attention_backward, _backward_of(_attention_of_every_argument()))
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

@@ -15,6 +15,7 @@ from helpers.separate import Ended, beside_each_other, selected
 
 TESTS = Path(__file__).parent
 MODULES = [  # those that take longest first
+    "test_attention_arguments.py",
     "test_memory_attention_backward.py",
     "test_memory_attention_drawn.py",
     "test_knn_search.py",
@@ -23,6 +24,7 @@ MODULES = [  # those that take longest first
     "test_knn_add.py",
     "test_cosine.py",
     "test_gather_logits.py",
+    "test_gather_pairs.py",
 ]
 
 

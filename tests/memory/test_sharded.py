@@ -278,7 +278,7 @@ def bytes_of_a_query(rank: int, k: int, learning: bool) -> tuple[float, bool]:
         whole.add(segment)
     query = torch.randn(1, 1, queries, width, generator=torch.Generator().manual_seed(rank + 1))
     found = sharded.snapshot().nearest(query, k)[0]
-    keys, values, _ = whole.snapshot().pairs(query, k)
+    keys, values = whole.snapshot().pairs(query, k)[0].unbind(dim=-2)
     scale = torch.tensor([0.5])
     expected = ((found * 0.5).softmax(dim=-1)[..., None] * values).sum(dim=-2)
     gradient = 0.5 * ((found * 0.5).softmax(dim=-1)[..., None] * (values - expected[..., None, :])).sum(dim=-1)
@@ -287,7 +287,7 @@ def bytes_of_a_query(rank: int, k: int, learning: bool) -> tuple[float, bool]:
         setattr(dist, name, counted(name))
     try:
         with torch.set_grad_enabled(learning):
-            out, _, _ = sharded.snapshot().attend_to_retrieved(query, k, scale)
+            out, *_ = sharded.snapshot().attend_to_retrieved(query, k, scale)
             if learning:
                 out.sum().backward()
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 
 import pytest
 import torch
@@ -92,16 +93,26 @@ def test_far_questions_are_counted_and_an_untrained_model_does_not_answer_them(m
     assert report["recall_accuracy"] < 0.2
 
 
+def sample(model, documents, segment):
+    reader = DocumentReader(model, 1)
+    return sample_retrievals(model, documents, segment, reader.read, reader.memories)
+
+
 def test_a_sample_shows_text_that_the_memory_held_before_the_token(model):
     (document,) = texts()[2:]
-    found = sample_retrievals(model, texts(), 16, 3, DocumentReader(model, 1).read)
-    assert len(found) == 3
-    last_segment = (len(document) - 2) // 16 * 16
-    for retrieved in found:
-        assert 0 <= retrieved.neighbour < last_segment <= retrieved.place < len(document)
-        assert -1.001 <= retrieved.cosine <= 1.001
-        letter = chr(document.content[retrieved.neighbour])
-        assert f"{letter} | " in retrieved.neighbour_text
+    found = sample(model, texts(), 16)
+    whole = bytes(document.content.tolist()).decode()
+    assert "".join(found.records.document) == whole
+    assert whole.endswith("".join(token.text for token in found.records.written))
+    first = len(document) - len(found.records.written)
+    assert first == (-(-(len(document) - 1) // 16) - 2) * 16 + 1
+    lines = found.lines(3)
+    assert len(lines) == 3
+    for line, place in zip(lines, range(first, len(document), len(found.asked) // 3), strict=False):
+        written, distance = re.fullmatch(
+            r'"(.*)" was written: \d+% .* memory, \d+% from ".*", (\d+) tokens before', line
+        ).groups()
+        assert f"[{whole[place]}]" in written and 0 < int(distance) <= place
 
 
 def test_a_sample_finds_the_entry_with_the_same_past(model):
@@ -112,12 +123,12 @@ def test_a_sample_finds_the_entry_with_the_same_past(model):
     attention.to_kv.weight.data[: SMALL.head_width] = attention.to_q.weight.data[: SMALL.head_width]
     attention.to_q.weight.data = attention.to_q.weight.data[: SMALL.head_width].repeat(SMALL.heads, 1)
     document = Document.of("letters", bytes(range(97, 123)) + bytes(range(97, 123)))
-    found = sample_retrievals(only, [document], 26, 5, DocumentReader(only, 1).read)
-    assert len(found) == 5
-    assert all(retrieved.place - retrieved.neighbour == 26 for retrieved in found)
+    records = sample(only, [document], 26).records
+    assert len(records.written) == 25
+    for token in records.written:  # the letter before the written one stood there
+        assert records.trace.citations(0, 1)[token.query].best[0].position == token.query
 
 
 @pytest.mark.parametrize("settings", [dataclasses.replace(SMALL, memory=0), SMALL])
 def test_there_is_no_sample_without_a_memory_or_before_a_second_segment(settings):
-    model = build_model(settings)
-    assert sample_retrievals(model, texts()[:1], 500, 3, DocumentReader(model, 1).read) == []
+    assert sample(build_model(settings), texts()[:1], 500) is None

@@ -42,6 +42,7 @@ VARIANTS = {
     "without memory": dataclasses.replace(SMALL, memory=0),
     "grouped heads": dataclasses.replace(SMALL, kv_heads=2),
     "adafactor": dataclasses.replace(SMALL, optimizer="adafactor", schedule="inverse-sqrt", clip=None),
+    "memories that come late": dataclasses.replace(SMALL, memory_late=0.5, keep_memory=True),
     "memories kept": dataclasses.replace(SMALL, keep_memory=True, xl=16),
 }
 
@@ -177,6 +178,27 @@ def test_kept_memories_outlive_their_documents(text):
         row_tokens(trainer, row) for row in (0, 1, 2)
     ]
     assert trainer.loader.stream._taken > 3, "no document has ended"
+
+
+def test_a_memory_comes_late_and_keeps_what_it_held(text):
+    settings = dataclasses.replace(SMALL, data=text, memory=2000, memory_late=0.25, keep_memory=True)
+    trainer = trainer_of(settings)
+    advance(trainer, 9)
+    before = trainer.reader.memories[0]
+    assert (before.max_memories, before.lengths.tolist()) == (32, [32] * 3)
+    advance(trainer, 3)
+    memory = trainer.reader.memories[0]
+    read = [row_tokens(trainer, row) for row in (0, 1, 2)]
+    trainer.step = 9
+    assert memory.max_memories == 2000
+    assert memory.lengths.tolist() == [32 + after - row_tokens(trainer, row) for row, after in enumerate(read)]
+
+
+def test_a_late_memory_must_be_one_that_can_grow():
+    with pytest.raises(ValueError, match="memory must be above 32 with memory_late, got 32"):
+        Settings(memory=32, memory_late=0.1)
+    with pytest.raises(ValueError, match="memory_late must be below 1, got 1"):
+        Settings(memory_late=1.0)
 
 
 def row_tokens(trainer: Trainer, row: int) -> int:

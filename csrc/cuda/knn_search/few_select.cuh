@@ -220,7 +220,7 @@ struct GroupScorer {
 
   // The listed groups [from, to), some of them under way at once: with K = 32 about 37 are listed.
   __device__ void score_listed(int from, int to) const {
-    constexpr int kInFlight = dim <= 64 ? 3 : 1;  // at 128 two spill: decode-paper-64k 0.745 ms instead of 0.738
+    constexpr int kInFlight = dim <= 64 ? 3 : 1;  // at 128 two spill
     for (int place = from + threadIdx.x / 32; place < to; place += kSelectWarps * kInFlight) {
       Operand<dim> loaded[kInFlight];
 #pragma unroll
@@ -339,10 +339,8 @@ __device__ inline void select_slowly(
 }
 
 // Grid (parts, queries). A bound from below on the K-th best is what about K of 512 maxima of groups reach. The warps
-// score the few groups that reach it, and rank the slots that do. Of 7.7 us on an H100, decode-d64-64k, cycles: 2600
-// until the window and the queries are there, 2900 for the bound, 1200 for the list, 6300 for scoring, which reads 9.7
-// MB, 2200 for ranking. One warp that kept the K best of the slots, and a bound by comparing 256 maxima in pairs: 3.6
-// us more.
+// score the few groups that reach it, which takes longest, and rank the slots that do: all of them rank, since one warp
+// that kept the K best took longer.
 template <typename T, int dim>
 __global__ void __launch_bounds__(kSelectThreads, 1) few_select(const FewArguments arguments) {
   __shared__ SelectShared shared;

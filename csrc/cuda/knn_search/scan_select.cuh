@@ -61,8 +61,8 @@ struct ListSelection {
     float floor;        // scores below it do not count
     int row;            // of the memory
 
-    // Record i of the lane, or its first again where there is none: reading on past a list fetched lines from DRAM and
-    // drove out written ones (d64-8k on an H100: 0.480 against 0.422 ms).
+    // Record i of the lane, or its first again where there is none: reading on past a list would fetch lines from DRAM
+    // and drive out written ones.
     __device__ float4 record(int i) const {
       return __ldcg(reinterpret_cast<const float4*>(place + (8 * i < count ? 128 * i : 0)));
     }

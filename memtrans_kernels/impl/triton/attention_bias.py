@@ -19,20 +19,29 @@ import triton.language as tl
 from torch import Tensor
 
 from memtrans_kernels.impl.triton import configs
-from memtrans_kernels.impl.triton.attention_tiles import LOG2E, load_denominator, load_rows, local_tile, oldest_key
+from memtrans_kernels.impl.triton.attention_tiles import (
+    LOG2E,
+    load_denominator,
+    load_rows,
+    local_tile,
+    oldest_key,
+    oldest_of_queries,
+)
 
 
 @triton.jit
 def bias_gradient_kernel(
-    grad_out, lse, delta, query, key, value, scale, bias_table, bias_dense, local_length, seed, tiles,
+    grad_out, lse, delta, query, key, value, scale, bias_table, bias_dense, local_length, key_mask, first, seed, tiles,
     batch, heads, groups, length, local_keys, distances, grad_strides, query_strides, key_strides, value_strides,
     dense_strides, parts,
-    NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    DENSE: tl.constexpr, THRESHOLD: tl.constexpr, REST: tl.constexpr,
+    NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    BLOCK_VALUES: tl.constexpr, BLOCK: tl.constexpr, DENSE: tl.constexpr, CAUSAL: tl.constexpr, CAP: tl.constexpr,
+    THRESHOLD: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """Adds up d logits of all tiles that stand at one place.
 
-    Table: a place is how many blocks the keys lie behind the queries; `parts` programs share the documents and blocks
+    Table: a place is how many blocks the keys lie behind the queries, where it is not causal counted from as many
+    blocks before them; `parts` programs share the documents and blocks
     of queries, and tiles is (parts, H, places, BLOCK, BLOCK). Dense: a place is a tile of the bias; `parts` is how many
     documents the bias has, each for itself or one for all; tiles is (parts, H, N, L).
     """
@@ -55,35 +64,41 @@ def bias_gradient_kernel(
         else:
             b = item // query_blocks
             n = (item % query_blocks).to(tl.int32) * BLOCK + m
-            j = n + (local_keys - length) - place * BLOCK
+            behind = place if CAUSAL else place - (tl.num_programs(0) - 1) // 2
+            j = n + (local_keys - length) - behind * BLOCK
         at = (b * heads + h) * length
         q = load_rows(
             query + b * query_strides[0] + h * query_strides[1], n, length, query_strides[2], WIDTH, BLOCK_WIDTH
         )  # fmt: skip
         grad = load_rows(
-            grad_out + b * grad_strides[0] + h * grad_strides[1], n, length, grad_strides[2], WIDTH, BLOCK_WIDTH
+            grad_out + b * grad_strides[0] + h * grad_strides[1], n, length, grad_strides[2], VALUE_WIDTH, BLOCK_VALUES
         ).to(q.dtype)  # fmt: skip
         k = load_rows(
             key + b * key_strides[0] + g * key_strides[1], j, local_keys, key_strides[2], WIDTH, BLOCK_WIDTH
         ).to(q.dtype)  # fmt: skip
         v = load_rows(
-            value + b * value_strides[0] + g * value_strides[1], j, local_keys, value_strides[2], WIDTH, BLOCK_WIDTH
+            value + b * value_strides[0] + g * value_strides[1], j, local_keys, value_strides[2], VALUE_WIDTH,
+            BLOCK_VALUES,
         ).to(q.dtype)  # fmt: skip
         denominator = load_denominator(lse + at, n, n < length)
         of_query = tl.load(delta + at + n, mask=n < length, other=0.0)
         dense = None if bias_dense is None else bias_dense + b * dense_strides[0] + h * dense_strides[1]
-        _, _, grad_logits = local_tile(
+        mask = None if key_mask is None else key_mask + b * local_keys
+        oldest = oldest_key(local_length, b, local_keys)
+        if first is not None:
+            oldest = oldest_of_queries(first, oldest, b, n, length)[:, None]
+        _, _, grad_logits, _ = local_tile(
             q, tl.trans(k), grad, tl.trans(v), denominator[:, None], of_query[:, None], n[:, None], j[None, :], factor,
-            table, dense, dense_strides[2:], oldest_key(local_length, b, local_keys), sizes, draw, b, h, NEIGHBOURS,
-            True, local_length is not None, THRESHOLD, REST,
+            table, dense, dense_strides[2:], mask, oldest, sizes, draw, b, h, NEIGHBOURS,
+            True, local_length is not None or first is not None, CAUSAL, CAP, THRESHOLD, REST,
         )  # fmt: skip
         acc += grad_logits
     if DENSE:
         n = place // tl.cdiv(local_keys, BLOCK) * BLOCK + m
         j = place % tl.cdiv(local_keys, BLOCK) * BLOCK + m
         at = ((part * heads + h) * length + n[:, None]) * local_keys + j[None, :]
-        mask = (n < length)[:, None] & (j < local_keys)[None, :]
-        tl.store(tiles + at, acc.to(tiles.dtype.element_ty), mask=mask)
+        inside = (n < length)[:, None] & (j < local_keys)[None, :]
+        tl.store(tiles + at, acc.to(tiles.dtype.element_ty), mask=inside)
     else:
         tile = (part * heads + h) * tl.num_programs(0) + place
         tl.store(tiles + tile * BLOCK * BLOCK + m[:, None] * BLOCK + m[None, :], acc)
@@ -91,9 +106,13 @@ def bias_gradient_kernel(
 
 @triton.jit
 def diagonal_sums_kernel(
-    tiles, far, grad_table, heads, distances, parts, places, BLOCK: tl.constexpr, BLOCK_PARTS: tl.constexpr
-):
-    """Gradient of one bias by distance: the sum along one diagonal of all tiles (parts, H, places, BLOCK, BLOCK)."""
+    tiles, far, grad_table, heads, distances, parts, places, BLOCK: tl.constexpr, BLOCK_PARTS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """Gradient of one bias by distance: the sum along one diagonal of all tiles (parts, H, places, BLOCK, BLOCK).
+
+    Not causal: the middle one of the places is where keys stand at their queries, and there are two diagonals.
+    """
     distance, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if distance == distances - 1:
         tl.store(grad_table + h * distances + distance, tl.load(far + h).to(grad_table.dtype.element_ty))
@@ -104,9 +123,17 @@ def diagonal_sums_kernel(
         n = tl.where(m >= below, m - below, m - below + BLOCK)
         at = tl.where(m >= below, 0, BLOCK * BLOCK) + m * BLOCK + n
         part = tl.arange(0, BLOCK_PARTS)
+        if not CAUSAL:
+            place += (places - 1) // 2
         tile = (part * heads + h) * places + place
         terms = tl.load(tiles + tile[:, None] * BLOCK * BLOCK + at[None, :], mask=(part < parts)[:, None], other=0.0)
-        tl.store(grad_table + h * distances + distance, tl.sum(terms).to(grad_table.dtype.element_ty))
+        total = tl.sum(terms)
+        if not CAUSAL:  # the same tiles mirrored at the middle one; a distance of 0 is on both sides
+            at = tl.where(m >= below, 0, -BLOCK * BLOCK) + n * BLOCK + m
+            tile = (part * heads + h) * places + places - 1 - place
+            mask = (tl.where(part < parts, distance, 0) > 0)[:, None]
+            total += tl.sum(tl.load(tiles + tile[:, None] * BLOCK * BLOCK + at[None, :], mask=mask, other=0.0))
+        tl.store(grad_table + h * distances + distance, total.to(grad_table.dtype.element_ty))
 
 
 def grad_table(bias_table: Tensor, far: Tensor, batch: int, shared: dict[str, Any]) -> Tensor:
@@ -115,16 +142,21 @@ def grad_table(bias_table: Tensor, far: Tensor, batch: int, shared: dict[str, An
     length, local_keys = shared["length"], shared["local_keys"]
     if batch * length * local_keys == 0:
         return bias_table.new_zeros(heads, distances)
-    launch = configs.attention_bias_gradient(shared["query"].dtype.itemsize, shared["WIDTH"])
+    launch = configs.attention_bias_gradient(
+        shared["query"].dtype.itemsize, max(shared["WIDTH"], shared["VALUE_WIDTH"])
+    )
     parts = min(configs.BIAS_PARTS, batch * triton.cdiv(length, launch.queries))
     places = (distances - 2) // launch.queries + 2 if distances > 1 else 0
+    if places and not shared["CAUSAL"]:
+        places = 2 * places - 1
     tiles = far.new_empty(parts, heads, places, launch.queries, launch.queries)
     if places:
         _add_tiles((places, heads, parts), tiles, batch, parts, False, launch, shared)
     grad = bias_table.new_empty(heads, distances)
     diagonal_sums_kernel[(distances, heads)](
         tiles, far, grad, heads, distances, parts, places,
-        BLOCK=launch.queries, BLOCK_PARTS=configs.power_of_two(parts), num_warps=4,
+        BLOCK=launch.queries, BLOCK_PARTS=configs.power_of_two(parts), CAUSAL=shared["CAUSAL"],
+        num_warps=4,
     )  # fmt: skip
     return grad
 
@@ -133,7 +165,9 @@ def grad_dense(bias_dense: Tensor, batch: int, shared: dict[str, Any]) -> Tensor
     """(1 or B, H, N, L)."""
     documents, heads, length, local_keys = bias_dense.shape
     grad = bias_dense.new_empty(bias_dense.shape)
-    launch = configs.attention_bias_gradient(shared["query"].dtype.itemsize, shared["WIDTH"])
+    launch = configs.attention_bias_gradient(
+        shared["query"].dtype.itemsize, max(shared["WIDTH"], shared["VALUE_WIDTH"])
+    )
     places = triton.cdiv(length, launch.queries) * triton.cdiv(local_keys, launch.queries)
     if grad.numel():
         _add_tiles((places, heads, documents), grad, batch, documents, True, launch, shared)

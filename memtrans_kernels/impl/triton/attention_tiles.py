@@ -7,9 +7,13 @@ al. 2022, section 3.1; tiles after Dao et al. 2022 (arXiv 2205.14135).
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from memtrans_kernels.attention_inputs import AttentionInputs
+from memtrans_kernels.impl.triton import configs
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -49,14 +53,64 @@ def oldest_key(local_length, b, local_keys):
 
 
 @triton.jit
-def local_logits(dot, n, j, scale, table, dense, dense_strides, oldest, sizes, NEAR: tl.constexpr, BOUND: tl.constexpr):
+def oldest_of_queries(first, oldest, b, n, length):
+    """The first local key that each of queries `n` sees, none of another document's."""
+    of_query = tl.load(first + b * length + n, mask=n < length, other=0).to(tl.int32)
+    return tl.maximum(of_query, oldest)
+
+
+@triton.jit
+def keys_until_far(first_far, local_keys, BLOCK_KEYS: tl.constexpr):
+    """Where tiles begin whose keys, at `first_far` or behind it, are as far from all queries of a block as the bias by
+    distance tells apart."""
+    return tl.minimum(tl.cdiv(tl.maximum(first_far, 0), BLOCK_KEYS) * BLOCK_KEYS, local_keys)
+
+
+@triton.jit
+def tanh(x):
+    """To within 2e-7 relative to it: near 0 by an odd polynomial, fitted to the least relative error."""
+    size, square = tl.abs(x), x * x
+    series = square * -0.005895043258 + 0.02079586685
+    series = series * square - 0.05378379673
+    series = series * square + 0.1333192437
+    series = series * square - 0.3333329856
+    far = 1.0 - 2.0 / (tl.exp2(tl.where(size > 10.0, 10.0, size) * (2.0 * LOG2E)) + 1.0)
+    return tl.where(size < 0.6, x + x * (series * square), tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def capped(logits, CAP: tl.constexpr):
+    """What a soft cap leaves of logits without a bias; they are in units of ln 2, CAP is not. 0: none."""
+    if CAP > 0.0:
+        return tanh(logits * (LN2 / CAP)) * (CAP * LOG2E)
+    else:
+        return logits
+
+
+@triton.jit
+def through_cap(grad_logits, logits, CAP: tl.constexpr):
+    """The gradient of logits without a bias, from that of what a soft cap leaves of them."""
+    if CAP > 0.0:
+        bent = tanh(logits * (LN2 / CAP))
+        return grad_logits * (1.0 - bent * bent)
+    else:
+        return grad_logits
+
+
+@triton.jit
+def local_logits(
+    dot, n, j, scale, table, dense, dense_strides, mask, oldest, sizes, NEAR: tl.constexpr, BOUND: tl.constexpr,
+    CAUSAL: tl.constexpr, CAP: tl.constexpr,
+):  # fmt: skip
     """scale · dot + bias, -inf where query n must not look at key j; `scale` is in units of ln 2.
 
     NEAR: some of the tile's distances are negative or inside the bias table. BOUND: `oldest` counts.
     """
     length, local_keys, distances = sizes
     distance = n + (local_keys - length) - j
-    logits = dot * scale
+    if not CAUSAL:
+        distance = tl.abs(distance)
+    logits = capped(dot * scale, CAP)
     if table is not None:
         if NEAR:
             near = tl.minimum(tl.maximum(distance, 0), distances - 1)
@@ -67,8 +121,11 @@ def local_logits(dot, n, j, scale, table, dense, dense_strides, oldest, sizes, N
         inside = (n < length) & (j < local_keys) & (j >= 0)
         at = n.to(tl.int64) * dense_strides[0] + j.to(tl.int64) * dense_strides[1]
         logits += tl.load(dense + at, mask=inside, other=0.0).to(tl.float32) * LOG2E
-    if NEAR:
+    if NEAR or not CAUSAL:
         logits = tl.where((distance >= 0) & (j < local_keys) & (j >= 0), logits, float("-inf"))
+    if mask is not None:
+        seen = tl.load(mask + j, mask=(j < local_keys) & (j >= 0), other=0)
+        logits = tl.where(seen != 0, logits, float("-inf"))
     if BOUND:
         logits = tl.where(j >= oldest, logits, float("-inf"))
     return logits
@@ -76,16 +133,20 @@ def local_logits(dot, n, j, scale, table, dense, dense_strides, oldest, sizes, N
 
 @triton.jit
 def local_tile(
-    q, k, grad, v, denominator, delta, n, j, scale, table, dense, dense_strides, oldest, sizes,
-    seed, b, h, neighbours, NEAR: tl.constexpr, BOUND: tl.constexpr, THRESHOLD: tl.constexpr, REST: tl.constexpr,
+    q, k, grad, v, denominator, delta, n, j, scale, table, dense, dense_strides, mask, oldest, sizes,
+    seed, b, h, neighbours, NEAR: tl.constexpr, BOUND: tl.constexpr, CAUSAL: tl.constexpr, CAP: tl.constexpr,
+    THRESHOLD: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """Recomputes a tile for the backward pass: <q, k>, the weights after dropout, and the gradient of the logits.
+    """Recomputes a tile for the backward pass: <q, k>, the weights after dropout, and the gradients of the logits and
+    of the products, scale times <q, k>, in them.
 
     The tile has the shape of dot(q, k): queries first if `q` and `grad` are rows and `k` and `v` columns, or the other
     way round with the two pairs exchanged.
     """
     dot = tl.dot(q, k, input_precision="ieee")
-    logits = local_logits(dot, n, j, scale, table, dense, dense_strides, oldest, sizes, NEAR, BOUND)
+    logits = local_logits(
+        dot, n, j, scale, table, dense, dense_strides, mask, oldest, sizes, NEAR, BOUND, CAUSAL, CAP
+    )  # fmt: skip
     weights = tl.exp2(logits - denominator)
     grad_weights = tl.dot(grad, v, input_precision="ieee")
     dropped = weights
@@ -93,7 +154,8 @@ def local_tile(
         keep = kept(seed, b, h, n, neighbours + j, THRESHOLD)
         dropped = tl.where(keep, weights * REST, 0.0)
         grad_weights = tl.where(keep, grad_weights * REST, 0.0)
-    return dot, dropped, weights * (grad_weights - delta)
+    grad_logits = weights * (grad_weights - delta)
+    return dot, dropped, grad_logits, through_cap(grad_logits, dot * scale, CAP)
 
 
 @triton.jit
@@ -112,6 +174,21 @@ def rows_of(tensor: Tensor) -> Tensor:
 def packed(tensor: Tensor | None) -> Tensor | None:
     """The tensor without gaps, as kernels index it; a copy only where it has some."""
     return None if tensor is None else tensor.contiguous()
+
+
+def bytes_of(mask: Tensor | None) -> Tensor | None:
+    """A mask as kernels index it: 0 for what is not seen, without gaps."""
+    return None if mask is None else mask.contiguous().view(torch.uint8)
+
+
+def widths(inputs: AttentionInputs) -> dict[str, int]:
+    """Of keys and values, and the powers of two that their tiles have."""
+    return {
+        "WIDTH": inputs.width,
+        "BLOCK_WIDTH": configs.block_width(inputs.width),
+        "VALUE_WIDTH": inputs.value_width,
+        "BLOCK_VALUES": configs.block_width(inputs.value_width),
+    }
 
 
 def dropout_constants(dropout_p: float) -> dict[str, float]:

@@ -48,12 +48,31 @@ class AttentionLaunch(NamedTuple):
     unroll: int = 1
 
 
+def block_width(width: int) -> int:
+    """Columns of a tile whose rows have this width: at least what a product takes."""
+    return max(16, power_of_two(width))
+
+
+def neighbours_at_once(neighbours: int) -> int:
+    """Logits of a query's neighbours that are in registers together."""
+    return min(128, power_of_two(neighbours))
+
+
+def neighbours_of_one_query(neighbours: int, width: int) -> int:
+    """Neighbours that are gathered together: up to 16,384 numbers are in the registers of a program of four warps."""
+    return min(power_of_two(neighbours), 16384 // block_width(width))
+
+
 def attention_forward(itemsize: int, width: int, length: int, local_keys: int, neighbours: int) -> AttentionLaunch:
     """Measured on an H200, bf16, B=16 H=8 K=32, memory 64k; milliseconds. D 64, N 512: 0.133 against 0.165 with 64 keys
     and 0.143 with 32 queries of 64 keys. D 128: 0.248 against 0.352 with 64 queries of 32 keys. On an H100, without
     neighbours, D 128: 0.077 against 0.111 with 32 queries."""
     if itemsize > 2:
-        return AttentionLaunch(queries=16 if length <= 16 else 32, keys=32, warps=4, stages=1)
+        return AttentionLaunch(queries=16 if length <= 16 or width > 128 else 32, keys=32, warps=4, stages=1)
+    if width > 128:
+        return AttentionLaunch(
+            queries=16 if length <= 16 else 32, keys=32, warps=4 if length <= 16 else 8, stages=2, unroll=2
+        )
     if length <= 16 and local_keys <= 64:
         return AttentionLaunch(queries=16, keys=64, warps=2, stages=2, unroll=8)
     if length <= 16:
@@ -75,14 +94,14 @@ class OneQueryLaunch(NamedTuple):
 MOST_PARTS = 16  # of the local keys of one query: merging reads them all
 
 
-def attention_one_query(itemsize: int, local_keys: int) -> OneQueryLaunch:
+def attention_one_query(itemsize: int, width: int, local_keys: int) -> OneQueryLaunch:
     """A tile a part, unless that makes too many parts.
 
     H100, bf16, H=8 D=64 K=32, microseconds, with 64 keys, 128, and 32 of 2 warps; in brackets one program a head. B 16,
     L 1024: 6.3, 5.9 and 6.1 (12.4); a token of sixteen documents 629.0, 630.5 and 629.1. B 16, L 512: 5.3, 5.6 and 5.2
     (8.0). B 1, L 1024: 4.6, 4.7 and 5.0 (11.8). A single tile, L 1, in two launches: 4.6, in one 3.4.
     """
-    keys = 32 if itemsize > 2 else 64
+    keys = 32 if itemsize > 2 or width > 128 else 64
     tiles = -(-local_keys // keys)
     of_part = keys * max(1, -(-tiles // MOST_PARTS))
     return OneQueryLaunch(keys, of_part, warps=4, stages=1 if itemsize > 2 else 2)
@@ -94,7 +113,11 @@ def attention_query_gradient(itemsize: int, width: int, length: int, neighbours:
     room for larger tiles; on an H100, L 512 and 1024 at D 64, 512 at D 128: 0.183, 0.274 and 0.271 against 0.232, 0.393
     and 0.332."""
     if itemsize > 2:
-        return AttentionLaunch(queries=16 if length <= 16 else 32, keys=32, warps=4, stages=1)
+        return AttentionLaunch(queries=16 if length <= 16 or width > 128 else 32, keys=32, warps=4, stages=1)
+    if width > 128:
+        return AttentionLaunch(
+            queries=16 if length <= 16 else 32, keys=32, warps=4 if length <= 16 else 8, stages=1, unroll=2
+        )
     if length <= 16:
         return AttentionLaunch(queries=16, keys=64, warps=4, stages=1, unroll=4)
     if neighbours == 0:
@@ -106,7 +129,9 @@ def attention_key_gradient(itemsize: int, width: int) -> AttentionLaunch:
     """One tile in flight: a second one spills. Whole backward pass, as above: D 64 0.388 against 0.434 with two in
     flight; D 128 0.606 against 0.634."""
     if itemsize > 2:
-        return AttentionLaunch(queries=32, keys=32, warps=4, stages=1)
+        return AttentionLaunch(queries=32 if width <= 128 else 16, keys=32 if width <= 128 else 16, warps=4, stages=1)
+    if width > 128:
+        return AttentionLaunch(queries=32, keys=64, warps=8, stages=1)
     return AttentionLaunch(queries=64 if width <= 64 else 32, keys=64, warps=4, stages=1)
 
 
@@ -118,14 +143,16 @@ def head_parts(programs: int, heads: int) -> int:
     return max(1, min(heads, KEY_GRADIENT_PROGRAMS // programs))
 
 
-# Programs that share the documents and blocks of queries of one tile of the bias gradient. H100, D 128: 0.326 ms for
-# the whole backward pass against 0.332 with 16, 0.330 with 32 and 0.351 with 64.
+# Programs that share the documents and blocks of queries of one tile of the bias gradient: fewer leave multiprocessors
+# idle, more write more partial sums.
 BIAS_PARTS = 8
 
 
 def attention_bias_gradient(itemsize: int, width: int) -> AttentionLaunch:
     """Square tiles: as many keys as queries. A second one in flight saves 0.003 ms at D 64; it would save 0.008
     at D 128, in 133 KB of shared memory, which few GPUs have."""
+    if width > 128:
+        return AttentionLaunch(*(2 * (16 if itemsize > 2 else 32,)), warps=4, stages=1)
     block = 32 if itemsize > 2 else 64
     return AttentionLaunch(queries=block, keys=block, warps=4, stages=2 if itemsize == 2 and width <= 64 else 1)
 

@@ -1,17 +1,18 @@
-"""Attention to K retrieved neighbours and to the causal local context in one softmax, one Triton kernel.
+"""Attention to K retrieved neighbours and to the local context in one softmax, one Triton kernel.
 
-    out = softmax([scale · scores + offset, scale · q kᵀ + bias]) · [memory values, values]
+    out = softmax([cap(scale · scores) + offset, cap(scale · q kᵀ) + bias, sink]) · [memory values, values, 0]
 
-    query (B, H, N, D) · key, value (B, G, L, D) · memory_values (R, M + S, D) · rows (B·G,)
-    scores, slots (B, H, N, K) · scale, memory_offset (H,) · bias_table (H, distances) · bias_dense (1 or B, H, N, L)
-    -> out (B, H, N, D), lse (B, H, N)
+    query (B, H, N, D) · key (B, G, L, D) · value (B, G, L, E) · memory_values (R, M + S, E) · rows (B·G,)
+    scores, slots (B, H, N, K) · scale, memory_offset, sink (H,) · bias_table (H, distances)
+    bias_dense (1 or B, H, N, L) · local_length (B,), key_mask (B, L), first (B, N): which local keys a query sees
+    -> out (B, H, N, E), lse (B, H, N)
 
 A program owns a block of queries of one head: it gathers their neighbours' values, a row at a time as these are read
 once, and then walks over the local keys. Neither logits nor gathered values are written anywhere. One query a head has,
 unless weights are dropped, kernels of its own: see `attention_one_query`.
 
-Source: Wu et al. 2022, section 3.1. Limits: D and K at most 128; fp16, bf16 and fp32. Precision: matrix products take
-the query's dtype (local keys and values are cast to it, so are the local weights; fp32 is not rounded to tf32) and
+Source: Wu et al. 2022, section 3.1. Limits: D, E and K at most 256; fp16, bf16 and fp32. Precision: matrix products
+take the query's dtype (local keys and values are cast to it, so are the local weights; fp32 is not rounded to tf32) and
 accumulate in float32; the retrieved part is float32 throughout, whatever the ring holds.
 """
 
@@ -25,27 +26,36 @@ from torch import Tensor
 from memtrans_kernels.attention_inputs import AttentionInputs
 from memtrans_kernels.impl.triton import configs
 from memtrans_kernels.impl.triton.attention_one_query import attend_once
-from memtrans_kernels.impl.triton.attention_softmax import attend_to_local, attend_to_neighbours, retrieved_softmax
+from memtrans_kernels.impl.triton.attention_softmax import (
+    attend_to_local,
+    attend_to_neighbours,
+    retrieved_softmax,
+    take_sink,
+)
 from memtrans_kernels.impl.triton.attention_tiles import (
     LN2,
     LOG2E,
+    bytes_of,
     dropout_constants,
+    keys_until_far,
     load_rows,
     oldest_key,
+    oldest_of_queries,
     packed,
     rows_of,
     strides_of_dense,
+    widths,
 )
 
 
 @triton.jit
 def memory_attention_kernel(
     query, key, value, memory_values, rows, scores, slots, scale, bias_table, bias_dense, memory_offset, local_length,
-    seed, out, lse, heads, groups, length, local_keys, distances,
+    seed, key_mask, first, sink, out, lse, heads, groups, length, local_keys, distances,
     query_strides, key_strides, value_strides, memory_strides, dense_strides,
     NEIGHBOURS: tl.constexpr, BLOCK_NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, UNROLL: tl.constexpr,
-    THRESHOLD: tl.constexpr, REST: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, BLOCK_VALUES: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    UNROLL: tl.constexpr, CAUSAL: tl.constexpr, CAP: tl.constexpr, THRESHOLD: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     program, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(length, BLOCK_QUERIES)
     block, bh = (blocks - 1 - program % blocks).to(tl.int32), program // blocks  # longest first
@@ -59,14 +69,14 @@ def memory_attention_kernel(
 
     peak = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_QUERIES], tl.float32)
-    acc = tl.zeros([BLOCK_QUERIES, BLOCK_WIDTH], tl.float32)
+    acc = tl.zeros([BLOCK_QUERIES, BLOCK_VALUES], tl.float32)
     if NEIGHBOURS > 0:
         offset = 0.0 if memory_offset is None else tl.load(memory_offset + h).to(tl.float32) * LOG2E
         ring = memory_values + tl.load(rows + b * groups + g) * memory_strides[0]
-        peak, total = retrieved_softmax(scores, slots, at, inside, factor, offset, NEIGHBOURS, BLOCK_NEIGHBOURS)
+        peak, total = retrieved_softmax(scores, slots, at, inside, factor, offset, NEIGHBOURS, BLOCK_NEIGHBOURS, CAP)
         acc = attend_to_neighbours(
             acc, ring, scores, slots, at, inside, factor, offset, peak, memory_strides[1], draw, b, h, n,
-            NEIGHBOURS, WIDTH, BLOCK_WIDTH, UNROLL, THRESHOLD,
+            NEIGHBOURS, VALUE_WIDTH, BLOCK_VALUES, UNROLL, CAP, THRESHOLD,
         )  # fmt: skip
 
     q = load_rows(
@@ -78,60 +88,79 @@ def memory_attention_kernel(
         bias_table += h * distances
     if bias_dense is not None:
         bias_dense += b * dense_strides[0] + h * dense_strides[1]
+    if key_mask is not None:
+        key_mask += b * local_keys
     oldest = oldest_key(local_length, b, local_keys)
+    if first is not None:
+        oldest = oldest_of_queries(first, oldest, b, n, length)[:, None]
     position = block * BLOCK_QUERIES + (local_keys - length)  # of the first query, among the local keys
     near = tl.maximum(position - distances + 2, 0) // BLOCK_KEYS * BLOCK_KEYS  # all keys before it are far from all
-    end = tl.where(local_keys > 0, tl.minimum(position + BLOCK_QUERIES, local_keys), 0)
-    near = tl.minimum(near, end)
+    if CAUSAL:
+        far = tl.where(local_keys > 0, tl.minimum(position + BLOCK_QUERIES, local_keys), 0)
+    else:
+        far = keys_until_far(position + BLOCK_QUERIES + distances - 2, local_keys, BLOCK_KEYS)
+    near = tl.minimum(near, far)
     acc, peak, total = attend_to_local(
         acc, peak, total, q, key, value, key_strides[2], value_strides[2], 0, near, n, factor, bias_table, bias_dense,
-        dense_strides[2:], oldest, sizes, draw, b, h, False, local_length is not None, NEIGHBOURS,
-        WIDTH, BLOCK_WIDTH, BLOCK_KEYS, THRESHOLD,
+        dense_strides[2:], key_mask, oldest, sizes, draw, b, h, False, local_length is not None or first is not None,
+        CAUSAL, CAP, NEIGHBOURS, WIDTH, BLOCK_WIDTH, VALUE_WIDTH, BLOCK_VALUES, BLOCK_KEYS, THRESHOLD,
     )  # fmt: skip
     acc, peak, total = attend_to_local(
-        acc, peak, total, q, key, value, key_strides[2], value_strides[2], near, end, n, factor, bias_table, bias_dense,
-        dense_strides[2:], oldest, sizes, draw, b, h, True, local_length is not None, NEIGHBOURS,
-        WIDTH, BLOCK_WIDTH, BLOCK_KEYS, THRESHOLD,
+        acc, peak, total, q, key, value, key_strides[2], value_strides[2], near, far, n, factor, bias_table, bias_dense,
+        dense_strides[2:], key_mask, oldest, sizes, draw, b, h, True, local_length is not None or first is not None,
+        CAUSAL, CAP, NEIGHBOURS, WIDTH, BLOCK_WIDTH, VALUE_WIDTH, BLOCK_VALUES, BLOCK_KEYS, THRESHOLD,
     )  # fmt: skip
+    if not CAUSAL:
+        acc, peak, total = attend_to_local(
+            acc, peak, total, q, key, value, key_strides[2], value_strides[2], far, local_keys, n, factor, bias_table,
+            bias_dense, dense_strides[2:], key_mask, oldest, sizes, draw, b, h, False,
+            local_length is not None or first is not None, CAUSAL, CAP, NEIGHBOURS, WIDTH, BLOCK_WIDTH, VALUE_WIDTH,
+            BLOCK_VALUES, BLOCK_KEYS, THRESHOLD,
+        )  # fmt: skip
 
+    if sink is not None:
+        peak, total, shrink = take_sink(sink, peak, total, h)
+        acc *= shrink[:, None]
     total = tl.where(total == 0.0, 1.0, total)  # nothing to attend to: out is 0, lse is the peak, -inf
     acc *= (REST / total)[:, None]
-    column = tl.arange(0, BLOCK_WIDTH)
-    mask = inside[:, None] & (column < WIDTH)[None, :]
-    tl.store(out + at[:, None] * WIDTH + column[None, :], acc.to(out.dtype.element_ty), mask=mask)
+    column = tl.arange(0, BLOCK_VALUES)
+    mask = inside[:, None] & (column < VALUE_WIDTH)[None, :]
+    tl.store(out + at[:, None] * VALUE_WIDTH + column[None, :], acc.to(out.dtype.element_ty), mask=mask)
     tl.store(lse + at, (peak + tl.log2(total)) * LN2, mask=inside)
 
 
 def memory_attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """One program per document, head and block of queries; of one query, unless weights are dropped, several."""
-    batch, heads, length, width = inputs.query.shape
+    batch, heads, length, _ = inputs.query.shape
     groups, local_keys = inputs.key.shape[1:3]
     neighbours, dropout_p = inputs.neighbours, inputs.dropout_p
     query, key, value = rows_of(inputs.query), rows_of(inputs.key), rows_of(inputs.value)
     memory_values, bias_dense = rows_of(inputs.memory_values), inputs.bias_dense
-    out = query.new_empty(batch, heads, length, width)
+    out = query.new_empty(batch, heads, length, inputs.value_width)
     lse = query.new_empty(batch, heads, length, dtype=torch.float32)
     if length == 1 and dropout_p == 0.0:
         attend_once(inputs._replace(query=query, key=key, value=value, memory_values=memory_values), out, lse)
         return out, lse
-    launch = configs.attention_forward(query.dtype.itemsize, width, length, local_keys, neighbours)
+    launch = configs.attention_forward(query.dtype.itemsize, inputs.widest, length, local_keys, neighbours)
     programs = batch * heads * triton.cdiv(length, launch.queries)
     if programs:
         memory_attention_kernel[(programs,)](
             query, key, value, memory_values, packed(inputs.rows), packed(inputs.scores), packed(inputs.slots),
             packed(inputs.scale), packed(inputs.bias_table), bias_dense, packed(inputs.memory_offset),
-            packed(inputs.local_length), inputs.seed if dropout_p > 0.0 else None, out, lse, heads, groups, length,
-            local_keys, inputs.distances, query.stride()[:3], key.stride()[:3], value.stride()[:3],
-            memory_values.stride()[:2], strides_of_dense(bias_dense),
+            packed(inputs.local_length), inputs.seed if dropout_p > 0.0 else None, bytes_of(inputs.key_mask),
+            packed(inputs.first), packed(inputs.sink), out, lse, heads, groups, length, local_keys, inputs.distances,
+            query.stride()[:3], key.stride()[:3], value.stride()[:3], memory_values.stride()[:2],
+            strides_of_dense(bias_dense),
             NEIGHBOURS=neighbours,
-            BLOCK_NEIGHBOURS=configs.power_of_two(neighbours),
-            WIDTH=width,
-            BLOCK_WIDTH=max(16, configs.power_of_two(width)),
+            BLOCK_NEIGHBOURS=configs.neighbours_at_once(neighbours),
             BLOCK_QUERIES=launch.queries,
             BLOCK_KEYS=launch.keys,
             UNROLL=launch.unroll,
             num_warps=launch.warps,
             num_stages=launch.stages,
+            CAUSAL=inputs.causal,
+            CAP=inputs.soft_cap or 0.0,
+            **widths(inputs),
             **dropout_constants(dropout_p),
         )  # fmt: skip
     return out, lse

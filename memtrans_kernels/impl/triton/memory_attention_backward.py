@@ -2,7 +2,8 @@
 
 With P the softmax over neighbours and local keys, keep / (1 - p) its dropout, and delta = <grad out, out> - grad lse:
 
-    d logits = P (keep / (1 - p) · <grad out, values> - delta)
+    d logits = P (keep / (1 - p) · <grad out, values> - delta)    d sink = -P_sink delta
+    d products = cap'(products) d logits
 
 1. A program per block of queries: their gradient (the neighbours' keys and values are gathered here), delta, and its
    part of the gradients of scale and offset, and of the bias beyond the table's end.
@@ -27,42 +28,53 @@ from memtrans_kernels.attention_inputs import AttentionInputs
 from memtrans_kernels.impl.triton import attention_bias, configs
 from memtrans_kernels.impl.triton.attention_tiles import (
     LOG2E,
+    bytes_of,
+    capped,
     dropout_constants,
     gather_rows,
     kept,
+    keys_until_far,
     load_denominator,
     load_rows,
     local_tile,
     oldest_key,
+    oldest_of_queries,
     packed,
     rows_of,
     strides_of_dense,
+    through_cap,
+    widths,
 )
 
 
 @triton.jit
 def query_gradient_of_local(
     acc, scale_sum, far_sum, q, grad, denominator, delta, key, value, key_stride, value_stride, first, last, n, scale,
-    table, dense, dense_strides, oldest, sizes, seed, b, h, NEAR: tl.constexpr, BOUND: tl.constexpr,
-    NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_KEYS: tl.constexpr,
-    THRESHOLD: tl.constexpr, REST: tl.constexpr,
+    table, dense, dense_strides, mask, oldest, sizes, seed, b, h, NEAR: tl.constexpr, BOUND: tl.constexpr,
+    CAUSAL: tl.constexpr, CAP: tl.constexpr, NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, BLOCK_VALUES: tl.constexpr, BLOCK_KEYS: tl.constexpr, THRESHOLD: tl.constexpr,
+    REST: tl.constexpr,
 ):  # fmt: skip
-    """sum of d logits · key over the local keys [first, last), and what scale and the table's last column get."""
+    """sum of d products · key over the local keys [first, last), and what scale and the table's last column get."""
     for start in tl.range(first, last, BLOCK_KEYS):
         j = start + tl.arange(0, BLOCK_KEYS)
         k = load_rows(key, j, sizes[1], key_stride, WIDTH, BLOCK_WIDTH).to(q.dtype)
-        v = load_rows(value, j, sizes[1], value_stride, WIDTH, BLOCK_WIDTH).to(q.dtype)
-        dot, _, grad_logits = local_tile(
+        v = load_rows(value, j, sizes[1], value_stride, VALUE_WIDTH, BLOCK_VALUES).to(q.dtype)
+        dot, _, grad_logits, grad_products = local_tile(
             q, tl.trans(k), grad, tl.trans(v), denominator[:, None], delta[:, None], n[:, None], j[None, :], scale,
-            table, dense, dense_strides, oldest, sizes, seed, b, h, NEIGHBOURS, NEAR, BOUND, THRESHOLD, REST,
+            table, dense, dense_strides, mask, oldest, sizes, seed, b, h, NEIGHBOURS, NEAR, BOUND, CAUSAL, CAP,
+            THRESHOLD, REST,
         )  # fmt: skip
-        scale_sum += tl.sum(grad_logits * dot, axis=1)
+        scale_sum += tl.sum(grad_products * dot, axis=1)
         if table is not None:
             far = grad_logits
             if NEAR:
-                far = tl.where((n[:, None] + (sizes[1] - sizes[0]) - j[None, :]) >= sizes[2] - 1, grad_logits, 0.0)
+                distance = n[:, None] + (sizes[1] - sizes[0]) - j[None, :]
+                if not CAUSAL:
+                    distance = tl.abs(distance)
+                far = tl.where(distance >= sizes[2] - 1, grad_logits, 0.0)
             far_sum += tl.sum(far, axis=1)
-        acc = tl.dot(grad_logits.to(q.dtype), k, acc, input_precision="ieee")
+        acc = tl.dot(grad_products.to(q.dtype), k, acc, input_precision="ieee")
     return acc, scale_sum, far_sum
 
 
@@ -70,35 +82,37 @@ def query_gradient_of_local(
 def query_gradient_of_neighbours(
     acc, scale_sum, offset_sum, grad, denominator, delta, keys, values, key_stride, value_stride, scores, slots, at,
     inside, scale, offset, seed, b, h, n,
-    NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, UNROLL: tl.constexpr,
-    THRESHOLD: tl.constexpr, REST: tl.constexpr,
+    NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    BLOCK_VALUES: tl.constexpr, UNROLL: tl.constexpr, CAP: tl.constexpr, THRESHOLD: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """sum of d logits · key over the neighbours, one of each query at a time."""
+    """sum of d products · key over the neighbours, one of each query at a time."""
     for k in tl.range(0, NEIGHBOURS, num_stages=1, loop_unroll_factor=UNROLL):
         slot = tl.load(slots + at * NEIGHBOURS + k, mask=inside, other=-1)
         score = tl.load(scores + at * NEIGHBOURS + k, mask=inside, other=0.0)  # beside the slot, not after it
         score = tl.where(slot >= 0, score, 0.0)
-        value = gather_rows(values, slot, value_stride, WIDTH, BLOCK_WIDTH)
+        value = gather_rows(values, slot, value_stride, VALUE_WIDTH, BLOCK_VALUES)
         key = gather_rows(keys, slot, key_stride, WIDTH, BLOCK_WIDTH)
         grad_weight = tl.sum(grad * value, axis=1)
         if THRESHOLD > 0:
             grad_weight = tl.where(kept(seed, b, h, n, k + n * 0, THRESHOLD), grad_weight * REST, 0.0)
-        weight = tl.where(slot >= 0, tl.exp2(score * scale + offset - denominator), 0.0)
+        weight = tl.where(slot >= 0, tl.exp2(capped(score * scale, CAP) + offset - denominator), 0.0)
         grad_logit = weight * (grad_weight - delta)
-        scale_sum += grad_logit * score
+        grad_product = through_cap(grad_logit, score * scale, CAP)
+        scale_sum += grad_product * score
         offset_sum += grad_logit
-        acc += grad_logit[:, None] * key
+        acc += grad_product[:, None] * key
     return acc, scale_sum, offset_sum
 
 
 @triton.jit
 def query_gradient_kernel(
     grad_out, grad_lse, out, lse, query, key, value, memory_keys, memory_values, rows, scores, slots, scale,
-    bias_table, bias_dense, memory_offset, local_length, seed, grad_query, delta, sums,
+    bias_table, bias_dense, memory_offset, local_length, key_mask, first, seed, grad_query, delta, sums,
     heads, groups, length, local_keys, distances, grad_strides, lse_strides, out_strides, query_strides, key_strides,
     value_strides, memory_key_strides, memory_value_strides, dense_strides,
-    NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_QUERIES: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr, UNROLL: tl.constexpr, THRESHOLD: tl.constexpr, REST: tl.constexpr,
+    NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    BLOCK_VALUES: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, UNROLL: tl.constexpr,
+    CAUSAL: tl.constexpr, CAP: tl.constexpr, THRESHOLD: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     program, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(length, BLOCK_QUERIES)
     block, bh = (blocks - 1 - program % blocks).to(tl.int32), program // blocks  # longest first
@@ -111,10 +125,10 @@ def query_gradient_kernel(
     draw = 0 if seed is None else tl.load(seed)
 
     grad = load_rows(
-        grad_out + b * grad_strides[0] + h * grad_strides[1], n, length, grad_strides[2], WIDTH, BLOCK_WIDTH
+        grad_out + b * grad_strides[0] + h * grad_strides[1], n, length, grad_strides[2], VALUE_WIDTH, BLOCK_VALUES
     )  # fmt: skip
     result = load_rows(
-        out + b * out_strides[0] + h * out_strides[1], n, length, out_strides[2], WIDTH, BLOCK_WIDTH
+        out + b * out_strides[0] + h * out_strides[1], n, length, out_strides[2], VALUE_WIDTH, BLOCK_VALUES
     )  # fmt: skip
     lse_at = b * lse_strides[0] + h * lse_strides[1] + n.to(tl.int64) * lse_strides[2]
     of_query = tl.sum(grad.to(tl.float32) * result.to(tl.float32), axis=1)
@@ -133,7 +147,7 @@ def query_gradient_kernel(
             acc, scale_sum, offset_sum, grad.to(tl.float32), denominator, of_query,
             memory_keys + row * memory_key_strides[0], memory_values + row * memory_value_strides[0],
             memory_key_strides[1], memory_value_strides[1], scores, slots, at, inside, factor * LOG2E, offset,
-            draw, b, h, n, NEIGHBOURS, WIDTH, BLOCK_WIDTH, UNROLL, THRESHOLD, REST,
+            draw, b, h, n, NEIGHBOURS, WIDTH, BLOCK_WIDTH, VALUE_WIDTH, BLOCK_VALUES, UNROLL, CAP, THRESHOLD, REST,
         )  # fmt: skip
 
     q = load_rows(
@@ -145,22 +159,38 @@ def query_gradient_kernel(
         bias_table += h * distances
     if bias_dense is not None:
         bias_dense += b * dense_strides[0] + h * dense_strides[1]
+    if key_mask is not None:
+        key_mask += b * local_keys
     oldest = oldest_key(local_length, b, local_keys)
+    if first is not None:
+        oldest = oldest_of_queries(first, oldest, b, n, length)[:, None]
     position = block * BLOCK_QUERIES + (local_keys - length)  # of the first query, among the local keys
     near = tl.maximum(position - distances + 2, 0) // BLOCK_KEYS * BLOCK_KEYS  # all keys before it are far from all
-    end = tl.where(local_keys > 0, tl.minimum(position + BLOCK_QUERIES, local_keys), 0)
-    near = tl.minimum(near, end)
+    if CAUSAL:
+        far = tl.where(local_keys > 0, tl.minimum(position + BLOCK_QUERIES, local_keys), 0)
+    else:
+        far = keys_until_far(position + BLOCK_QUERIES + distances - 2, local_keys, BLOCK_KEYS)
+    near = tl.minimum(near, far)
     grad = grad.to(q.dtype)
     acc, scale_sum, far_sum = query_gradient_of_local(
         acc, scale_sum, far_sum, q, grad, denominator, of_query, key, value, key_strides[2], value_strides[2], 0, near,
-        n, factor * LOG2E, bias_table, bias_dense, dense_strides[2:], oldest, sizes, draw, b, h, False,
-        local_length is not None, NEIGHBOURS, WIDTH, BLOCK_WIDTH, BLOCK_KEYS, THRESHOLD, REST,
+        n, factor * LOG2E, bias_table, bias_dense, dense_strides[2:], key_mask, oldest, sizes, draw, b, h, False,
+        local_length is not None or first is not None, CAUSAL, CAP, NEIGHBOURS, WIDTH, BLOCK_WIDTH, VALUE_WIDTH,
+        BLOCK_VALUES, BLOCK_KEYS, THRESHOLD, REST,
     )  # fmt: skip
     acc, scale_sum, far_sum = query_gradient_of_local(
         acc, scale_sum, far_sum, q, grad, denominator, of_query, key, value, key_strides[2], value_strides[2], near,
-        end, n, factor * LOG2E, bias_table, bias_dense, dense_strides[2:], oldest, sizes, draw, b, h, True,
-        local_length is not None, NEIGHBOURS, WIDTH, BLOCK_WIDTH, BLOCK_KEYS, THRESHOLD, REST,
+        far, n, factor * LOG2E, bias_table, bias_dense, dense_strides[2:], key_mask, oldest, sizes, draw, b, h, True,
+        local_length is not None or first is not None, CAUSAL, CAP, NEIGHBOURS, WIDTH, BLOCK_WIDTH, VALUE_WIDTH,
+        BLOCK_VALUES, BLOCK_KEYS, THRESHOLD, REST,
     )  # fmt: skip
+    if not CAUSAL:
+        acc, scale_sum, far_sum = query_gradient_of_local(
+            acc, scale_sum, far_sum, q, grad, denominator, of_query, key, value, key_strides[2], value_strides[2], far,
+            local_keys, n, factor * LOG2E, bias_table, bias_dense, dense_strides[2:], key_mask, oldest, sizes, draw, b,
+            h, False, local_length is not None or first is not None, CAUSAL, CAP, NEIGHBOURS, WIDTH, BLOCK_WIDTH,
+            VALUE_WIDTH, BLOCK_VALUES, BLOCK_KEYS, THRESHOLD, REST,
+        )  # fmt: skip
 
     column = tl.arange(0, BLOCK_WIDTH)
     mask = inside[:, None] & (column < WIDTH)[None, :]
@@ -174,36 +204,49 @@ def query_gradient_kernel(
 
 
 @triton.jit
+def store_rows(matrix, rows, place, inside, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    """Writes rows (len(place), BLOCK_WIDTH) to their places in a matrix."""
+    column = tl.arange(0, BLOCK_WIDTH)
+    mask = inside[:, None] & (column < WIDTH)[None, :]
+    tl.store(matrix + place[:, None] * WIDTH + column[None, :], rows.to(matrix.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def key_gradient_of_head(
-    grad_k, grad_v, k, v, query, grad_out, lse, delta, query_stride, grad_stride, first, last, j, scale,
-    table, dense, dense_strides, oldest, sizes, seed, b, h, NEAR: tl.constexpr, BOUND: tl.constexpr,
-    NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_QUERIES: tl.constexpr,
-    THRESHOLD: tl.constexpr, REST: tl.constexpr,
+    grad_k, grad_v, k, v, query, grad_out, lse, delta, query_stride, grad_stride, begin, end, j, scale,
+    table, dense, dense_strides, mask, first, oldest, sizes, seed, b, h, NEAR: tl.constexpr, BOUND: tl.constexpr,
+    CAUSAL: tl.constexpr, CAP: tl.constexpr, NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, BLOCK_VALUES: tl.constexpr, BLOCK_QUERIES: tl.constexpr, THRESHOLD: tl.constexpr,
+    REST: tl.constexpr,
 ):  # fmt: skip
-    """Adds queries [first, last) of one head to the gradients of a block of keys and values."""
-    for start in tl.range(first, last, BLOCK_QUERIES):
+    """Adds queries [begin, end) of one head to the gradients of a block of keys and values."""
+    for start in tl.range(begin, end, BLOCK_QUERIES):
         n = start + tl.arange(0, BLOCK_QUERIES)
         q = load_rows(query, n, sizes[0], query_stride, WIDTH, BLOCK_WIDTH)
-        grad = load_rows(grad_out, n, sizes[0], grad_stride, WIDTH, BLOCK_WIDTH).to(q.dtype)
+        grad = load_rows(grad_out, n, sizes[0], grad_stride, VALUE_WIDTH, BLOCK_VALUES).to(q.dtype)
         denominator = load_denominator(lse, n, n < sizes[0])
         of_query = tl.load(delta + n, mask=n < sizes[0], other=0.0)
-        _, weights, grad_logits = local_tile(
+        of_tile = oldest
+        if first is not None:
+            of_tile = oldest_of_queries(first, oldest, b, n, sizes[0])[None, :]
+        _, weights, _, grad_products = local_tile(
             k, tl.trans(q), v, tl.trans(grad), denominator[None, :], of_query[None, :], n[None, :], j[:, None],
-            scale * LOG2E, table, dense, dense_strides, oldest, sizes, seed, b, h, NEIGHBOURS,
-            NEAR, BOUND, THRESHOLD, REST,
+            scale * LOG2E, table, dense, dense_strides, mask, of_tile, sizes, seed, b, h, NEIGHBOURS,
+            NEAR, BOUND, CAUSAL, CAP, THRESHOLD, REST,
         )  # fmt: skip
         grad_v = tl.dot(weights.to(q.dtype), grad, grad_v, input_precision="ieee")
-        grad_k = tl.dot((grad_logits * scale).to(q.dtype), q, grad_k, input_precision="ieee")
+        grad_k = tl.dot((grad_products * scale).to(q.dtype), q, grad_k, input_precision="ieee")
     return grad_k, grad_v
 
 
 @triton.jit
 def key_gradient_kernel(
-    grad_out, lse, delta, query, key, value, scale, bias_table, bias_dense, local_length, seed, grad_key, grad_value,
-    batch, heads, groups, length, local_keys, distances, grad_strides, query_strides, key_strides, value_strides,
-    dense_strides,
-    NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_QUERIES: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr, THRESHOLD: tl.constexpr, REST: tl.constexpr,
+    grad_out, lse, delta, query, key, value, scale, bias_table, bias_dense, local_length, key_mask, first, seed,
+    grad_key, grad_value, batch, heads, groups, length, local_keys, distances, grad_strides, query_strides, key_strides,
+    value_strides, dense_strides,
+    NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    BLOCK_VALUES: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, CAUSAL: tl.constexpr,
+    CAP: tl.constexpr, THRESHOLD: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     block, bg = (program // (batch * groups)).to(tl.int32), program % (batch * groups)  # most queries first
@@ -215,13 +258,18 @@ def key_gradient_kernel(
         key + b * key_strides[0] + g * key_strides[1], j, local_keys, key_strides[2], WIDTH, BLOCK_WIDTH
     ).to(query.dtype.element_ty)  # fmt: skip
     v = load_rows(
-        value + b * value_strides[0] + g * value_strides[1], j, local_keys, value_strides[2], WIDTH, BLOCK_WIDTH
+        value + b * value_strides[0] + g * value_strides[1], j, local_keys, value_strides[2], VALUE_WIDTH, BLOCK_VALUES
     ).to(query.dtype.element_ty)  # fmt: skip
+    if key_mask is not None:
+        key_mask += b * local_keys
     oldest = oldest_key(local_length, b, local_keys)
     grad_k = tl.zeros([BLOCK_KEYS, BLOCK_WIDTH], tl.float32)
-    grad_v = tl.zeros([BLOCK_KEYS, BLOCK_WIDTH], tl.float32)
-    seen = block * BLOCK_KEYS - (local_keys - length)  # the first query that sees the first of these keys
-    first = tl.maximum(seen, 0) // BLOCK_QUERIES * BLOCK_QUERIES
+    grad_v = tl.zeros([BLOCK_KEYS, BLOCK_VALUES], tl.float32)
+    seen = block * BLOCK_KEYS - (local_keys - length)  # the query that stands at the first of these keys
+    if CAUSAL:  # no earlier one sees it; else those before `near` are far from all of these keys
+        near = tl.maximum(seen, 0) // BLOCK_QUERIES * BLOCK_QUERIES
+    else:
+        near = tl.minimum(tl.maximum(seen - distances + 2, 0), length) // BLOCK_QUERIES * BLOCK_QUERIES
     far = tl.maximum(seen + BLOCK_KEYS + distances - 2, 0)  # from here on all keys are far from all queries
     far = tl.minimum(tl.cdiv(far, BLOCK_QUERIES) * BLOCK_QUERIES, length)
     each = tl.cdiv(heads // groups, tl.num_programs(1))  # heads of a part
@@ -234,34 +282,43 @@ def key_gradient_kernel(
         at = (b * heads + h) * length
         table = None if bias_table is None else bias_table + h * distances
         dense = None if bias_dense is None else bias_dense + b * dense_strides[0] + h * dense_strides[1]
+        if not CAUSAL:
+            grad_k, grad_v = key_gradient_of_head(
+                grad_k, grad_v, k, v, of_head, grad_of_head, lse + at, delta + at, query_strides[2], grad_strides[2],
+                0, near, j, factor, table, dense, dense_strides[2:], key_mask, first, oldest, sizes, draw, b, h, False,
+                local_length is not None or first is not None, CAUSAL, CAP, NEIGHBOURS, WIDTH, BLOCK_WIDTH,
+                VALUE_WIDTH, BLOCK_VALUES, BLOCK_QUERIES, THRESHOLD, REST,
+            )  # fmt: skip
         grad_k, grad_v = key_gradient_of_head(
             grad_k, grad_v, k, v, of_head, grad_of_head, lse + at, delta + at, query_strides[2], grad_strides[2],
-            first, far, j, factor, table, dense, dense_strides[2:], oldest, sizes, draw, b, h, True,
-            local_length is not None, NEIGHBOURS, WIDTH, BLOCK_WIDTH, BLOCK_QUERIES, THRESHOLD, REST,
+            near, far, j, factor, table, dense, dense_strides[2:], key_mask, first, oldest, sizes, draw, b, h, True,
+            local_length is not None or first is not None, CAUSAL, CAP, NEIGHBOURS, WIDTH, BLOCK_WIDTH,
+            VALUE_WIDTH, BLOCK_VALUES, BLOCK_QUERIES, THRESHOLD, REST,
         )  # fmt: skip
         grad_k, grad_v = key_gradient_of_head(
             grad_k, grad_v, k, v, of_head, grad_of_head, lse + at, delta + at, query_strides[2], grad_strides[2],
-            far, length, j, factor, table, dense, dense_strides[2:], oldest, sizes, draw, b, h, False,
-            local_length is not None, NEIGHBOURS, WIDTH, BLOCK_WIDTH, BLOCK_QUERIES, THRESHOLD, REST,
+            far, length, j, factor, table, dense, dense_strides[2:], key_mask, first, oldest, sizes, draw, b, h, False,
+            local_length is not None or first is not None, CAUSAL, CAP, NEIGHBOURS, WIDTH, BLOCK_WIDTH,
+            VALUE_WIDTH, BLOCK_VALUES, BLOCK_QUERIES, THRESHOLD, REST,
         )  # fmt: skip
-    column = tl.arange(0, BLOCK_WIDTH)
-    at = ((part * batch * groups + bg) * local_keys + j)[:, None] * WIDTH + column[None, :]
-    mask = (j < local_keys)[:, None] & (column < WIDTH)[None, :]
-    tl.store(grad_key + at, grad_k.to(grad_key.dtype.element_ty), mask=mask)
-    tl.store(grad_value + at, grad_v.to(grad_value.dtype.element_ty), mask=mask)
+    place = (part * batch * groups + bg) * local_keys + j
+    store_rows(grad_key, grad_k, place, j < local_keys, WIDTH, BLOCK_WIDTH)
+    store_rows(grad_value, grad_v, place, j < local_keys, VALUE_WIDTH, BLOCK_VALUES)
 
 
 def _key_gradient(batch: int, shared: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Gradients of key and value, (B, G, L, D). Where few programs would own a block of keys each, several share its
-    heads, and their parts are added up."""
+    """Gradients of key (B, G, L, D) and value (B, G, L, E). Where few programs would own a block of keys each, several
+    share its heads, and their parts are added up."""
     key, value = shared["key"], shared["value"]
-    launch = configs.attention_key_gradient(shared["query"].dtype.itemsize, shared["WIDTH"])
+    launch = configs.attention_key_gradient(shared["query"].dtype.itemsize, max(shared["WIDTH"], shared["VALUE_WIDTH"]))
     programs = triton.cdiv(shared["local_keys"], launch.keys) * batch * shared["groups"]
     if programs == 0:
         return key.new_zeros(key.shape), value.new_zeros(value.shape)
     parts = configs.head_parts(programs, shared["heads"] // shared["groups"])
     dtypes = (key.dtype, value.dtype) if parts == 1 else (torch.float32, torch.float32)
-    grad_key, grad_value = (key.new_empty(parts, *key.shape, dtype=dtype) for dtype in dtypes)
+    grad_key, grad_value = (
+        like.new_empty(parts, *like.shape, dtype=dtype) for like, dtype in zip((key, value), dtypes, strict=True)
+    )
     key_gradient_kernel[(programs, parts)](
         grad_key=grad_key, grad_value=grad_value, batch=batch,
         BLOCK_QUERIES=launch.queries, BLOCK_KEYS=launch.keys, num_warps=launch.warps, num_stages=launch.stages,
@@ -274,8 +331,8 @@ def _key_gradient(batch: int, shared: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 def memory_attention_backward(
     inputs: AttentionInputs, grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value, scale, bias_table, bias_dense, memory_offset (empty where there is none)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value, scale, bias_table, bias_dense, memory_offset, sink; empty where there is none."""
     batch = inputs.query.shape[0]
     shared = _shared(inputs, rows_of(grad_out), lse)
     grad_query, sums = _query_gradient(inputs, shared, grad_lse, rows_of(out))
@@ -291,23 +348,31 @@ def memory_attention_backward(
         nothing(0) if table is None else attention_bias.grad_table(table, far, batch, shared),
         nothing(0) if dense is None else attention_bias.grad_dense(dense, batch, shared),
         nothing(0) if offset is None else of_offset.to(offset.dtype, copy=True),
+        nothing(0) if inputs.sink is None else _grad_sink(inputs.sink, shared),
     )
+
+
+def _grad_sink(sink: Tensor, shared: dict[str, Any]) -> Tensor:
+    """Of what weighs exp(sink - lse) and is worth nothing, (H,)."""
+    weight = (sink.float()[:, None] - shared["lse"].masked_fill(shared["lse"] == -torch.inf, 0.0)).exp()  # (B, H, N)
+    return -(weight * shared["delta"]).sum(dim=(0, 2)).to(sink.dtype)
 
 
 def _shared(inputs: AttentionInputs, grad_out: Tensor, lse: Tensor) -> dict[str, Any]:
     """What all kernels of the backward pass are given."""
     query, key, value = rows_of(inputs.query), rows_of(inputs.key), rows_of(inputs.value)
-    batch, heads, length, width = query.shape
+    batch, heads, length, _ = query.shape
     return {
         "grad_out": grad_out, "lse": packed(lse), "query": query, "key": key, "value": value,
         "scale": packed(inputs.scale), "bias_table": packed(inputs.bias_table), "bias_dense": inputs.bias_dense,
-        "local_length": packed(inputs.local_length), "seed": inputs.seed if inputs.dropout_p > 0.0 else None,
+        "local_length": packed(inputs.local_length), "key_mask": bytes_of(inputs.key_mask),
+        "first": packed(inputs.first), "seed": inputs.seed if inputs.dropout_p > 0.0 else None,
         "delta": query.new_empty(batch, heads, length, dtype=torch.float32),
         "heads": heads, "groups": key.shape[1], "length": length, "local_keys": key.shape[2],
         "distances": inputs.distances,
         "grad_strides": grad_out.stride()[:3], "query_strides": query.stride()[:3], "key_strides": key.stride()[:3],
         "value_strides": value.stride()[:3], "dense_strides": strides_of_dense(inputs.bias_dense),
-        "NEIGHBOURS": inputs.neighbours, "WIDTH": width, "BLOCK_WIDTH": max(16, configs.power_of_two(width)),
+        "NEIGHBOURS": inputs.neighbours, "CAUSAL": inputs.causal, "CAP": inputs.soft_cap or 0.0, **widths(inputs),
         **dropout_constants(inputs.dropout_p),
     }  # fmt: skip
 
@@ -318,7 +383,7 @@ def _query_gradient(
     """Gradient of query, and parts of those of scale, offset and the farthest bias, (3, H, parts); fills delta."""
     query, length = shared["query"], shared["length"]
     batch, heads = query.shape[:2]
-    launch = configs.attention_query_gradient(query.dtype.itemsize, inputs.width, length, inputs.neighbours)
+    launch = configs.attention_query_gradient(query.dtype.itemsize, inputs.widest, length, inputs.neighbours)
     blocks = triton.cdiv(length, launch.queries)
     memory_keys, memory_values = rows_of(inputs.memory_keys), rows_of(inputs.memory_values)
     grad_query = query.new_empty(query.shape)
