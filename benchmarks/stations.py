@@ -30,7 +30,17 @@ from memtrans import MemorizingTransformer
 
 ROOTS = [Path(package.__file__ or "").parent for package in (memtrans, memtrans_kernels)]
 FORMER = ("blocks", "local_context", "validation")  # files that the model layer and its checks had at 48195b5
-MODEL_LAYER = ("transformer", "attention", "knn_attention", "checks", "config", "xl_memories", "position", *FORMER)
+MODEL_LAYER = (
+    "transformer",
+    "attention",
+    "knn_attention",
+    "checks",
+    "config",
+    "xl_memories",
+    "position",
+    "vocabulary",
+    *FORMER,
+)
 CHECKING = ("checks", "validation")
 BATCH, LENGTH, CACHED = 3, 11, 5  # no other size is 11 or 16
 SIZES = {"dim": 12, "dim_head": 4, "heads": 3, "num_tokens": 50, "num_retrieved_memories": 2, "max_knn_memories": 40}

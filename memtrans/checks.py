@@ -9,6 +9,7 @@ host round trip, which the model's `validate` asks for.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
@@ -18,49 +19,74 @@ from torch import Tensor
 from memtrans_kernels import checks
 from memtrans_kernels.checks import may_look
 
+IGNORED = -100  # a label that no loss counts, as in PyTorch and in transformers
+
 
 def check_ids(
-    name: str, ids: Tensor, vocabulary: int, pad_id: int | None, device: torch.device, validate: bool
+    name: str,
+    ids: Tensor,
+    vocabulary: int | None,
+    besides: Sequence[int] | None,
+    device: torch.device | None,
+    validate: bool,
 ) -> None:
-    """Raises ValueError unless `ids` is an int tensor (B, N), and IndexError unless each is in [0, V) or `pad_id`."""
+    """Raises ValueError unless `ids` is an int tensor (B, N), and IndexError unless each is in [0, V) or `besides`.
+
+    vocabulary: None where it is not known how many there are. device: None where any will do.
+    """
     checks.tensors(**{name: ids})
     if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{name} must be integers of shape (B, N), got {ids.dtype} {tuple(ids.shape)}")
-    checks.same_device(device, **{name: ids})
+    if device is not None:
+        checks.same_device(device, **{name: ids})
     if may_look(ids, validate):
-        wrong = (ids < 0) | (ids >= vocabulary)
-        if pad_id is not None:
-            wrong = wrong & (ids != pad_id)
+        wrong = ids < 0 if vocabulary is None else (ids < 0) | (ids >= vocabulary)
+        for known in besides or ():
+            wrong = wrong & (ids != known)
         if bool(wrong.any()):
-            raise IndexError(f"{name} must be token ids in [0, {vocabulary}), got {int(ids[wrong][0])}")
+            raise IndexError(f"{name} must be token ids in [0, {vocabulary or 'V'}), got {int(ids[wrong][0])}")
 
 
 def check_labels(
-    labels: Tensor, shape: tuple[int, int], vocabulary: int, pad_id: int, device: torch.device, validate: bool
+    labels: Tensor, shape: tuple[int, int], vocabulary: int | None, pad_id: int, device: torch.device, validate: bool
 ) -> None:
-    """Raises ValueError unless `labels` is an int tensor of `shape` (B, N), and IndexError as `check_ids` does."""
-    check_ids("labels", labels, vocabulary, pad_id, device, validate)
+    """Raises ValueError unless `labels` is an int tensor of `shape` (B, N), and IndexError as `check_ids` does.
+
+    pad_id and IGNORED are labels too. vocabulary: None where the logits are of other classes.
+    """
+    check_ids("labels", labels, vocabulary, (pad_id, IGNORED), device, validate)
     if labels.shape != shape:
         raise ValueError(f"labels must have shape {tuple(shape)}, got {tuple(labels.shape)}")
 
 
-def check_hidden(name: str, hidden: Tensor, weight: Tensor) -> None:
-    """Raises unless `hidden` is a tensor (B, N, width) that `weight` (..., width) can multiply.
+def check_hidden(name: str, hidden: Tensor, width: int | None, weight: Tensor | None) -> None:
+    """Raises unless `hidden` is a tensor (B, N, width) of the weights' device and dtype.
 
-    Autocast makes every floating-point dtype fit; a weight of another kind (a quantised one) has a layer of its own to
-    judge the dtype.
+    Autocast makes every floating-point dtype fit. Where no weight may be looked at (None; see `layers.py`), or no width
+    is known, the layer that `hidden` comes to judges them.
 
     Raises:
         TypeError: `hidden` is no tensor, or of another dtype. ValueError: its shape or device is another.
     """
     checks.tensors(**{name: hidden})
     checks.floating(**{name: hidden})
-    checks.same_device(weight.device, **{name: hidden})
-    if hidden.dim() != 3 or hidden.shape[2] != weight.shape[-1]:
-        raise ValueError(f"{name} must have shape (B, N, {weight.shape[-1]}), got {tuple(hidden.shape)}")
-    fits = hidden.dtype == weight.dtype or torch.is_autocast_enabled(hidden.device.type)
-    if weight.dtype.is_floating_point and not fits:
+    if weight is not None:
+        checks.same_device(weight.device, **{name: hidden})
+    if hidden.dim() != 3 or width not in (None, hidden.shape[2]):
+        raise ValueError(f"{name} must have shape (B, N, {width or 'dim'}), got {tuple(hidden.shape)}")
+    if weight is None or not weight.dtype.is_floating_point:
+        return
+    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
         raise TypeError(f"{name} must be {weight.dtype} like the weights (or autocast be on), got {hidden.dtype}")
+
+
+def check_padding(name: str, mask: Tensor, validate: bool = False) -> None:
+    """Raises ValueError unless `mask` is a tensor (B, N) of ones and, behind them, zeros; where values may be seen."""
+    checks.tensors(**{name: mask})
+    if mask.dim() != 2:
+        raise ValueError(f"{name} must have shape (B, N), got {tuple(mask.shape)}")
+    if may_look(mask, validate) and bool((mask.long().diff(dim=1) > 0).any() | ((mask != 0) & (mask != 1)).any()):
+        raise ValueError(f"{name} must be 1 for tokens and 0 for padding behind them, got {mask.tolist()}")
 
 
 def check_finite(name: str, tensor: Tensor, validate: bool = False) -> None:
@@ -76,6 +102,20 @@ def check_count(name: str, count: Tensor | None, batch: int, device: torch.devic
         checks.typed(torch.int64, **{name: count})
         checks.same_device(device, **{name: count})
         checks.within(name, count, 0, most)
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raises ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_tokens(name: str, mask: Tensor | None, batch: int, length: int, device: torch.device) -> None:
+    """Raises ValueError or TypeError unless `mask` is None, or a bool tensor (B, N)."""
+    if mask is not None:
+        checks.Letters(B=batch, N=length).bind(name, mask, "B N")
+        checks.typed(torch.bool, **{name: mask})
+        checks.same_device(device, **{name: mask})
 
 
 def check_cache(name: str, cache: Tensor, batch: int, kv_heads: int, width: int, device: torch.device) -> None:

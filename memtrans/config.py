@@ -13,14 +13,16 @@ from memtrans.checks import check_number, sizes, whole_number
 from memtrans_kernels import checks
 
 # Arguments of the model that go to the attention of memorizing layers as they are, and are checked there.
-OF_MEMORY = ("num_retrieved_memories", "attn_scale_init", "memory_offset", "combine")
+OF_MEMORY = ("num_retrieved_memories", "attn_scale_init", "memory_offset", "combine", "similarity", "learn_scale")
+# Those that go to the attention of all layers so.
+OF_ALL = ("causal", "soft_cap", "sink")
 
 
 class Architecture(NamedTuple):
     """What the arguments of a model come to.
 
     Attributes:
-        num_tokens: V.
+        num_tokens: V; None without a vocabulary.
         dim: model width.
         depth: layers.
         dim_head: D.
@@ -35,7 +37,7 @@ class Architecture(NamedTuple):
         caching: layers that have an XL cache where X > 0, ascending.
     """
 
-    num_tokens: int
+    num_tokens: int | None
     dim: int
     depth: int
     dim_head: int
@@ -60,7 +62,9 @@ def architecture_of(arguments: Mapping[str, Any]) -> Architecture:
             the vocabulary.
     """
     of_memory = arguments["heads"] if arguments["knn_attn_heads"] is None else arguments["knn_attn_heads"]
-    num_tokens, dim, depth = sizes(1, **{name: arguments[name] for name in ("num_tokens", "dim", "depth")})
+    num_tokens, (dim, depth) = arguments["num_tokens"], sizes(1, dim=arguments["dim"], depth=arguments["depth"])
+    if num_tokens is not None:
+        num_tokens = checks.integer("num_tokens", num_tokens, low=1)
     dim_head, heads, knn_attn_heads, max_knn_memories = sizes(
         1,
         dim_head=arguments["dim_head"],
@@ -72,6 +76,7 @@ def architecture_of(arguments: Mapping[str, Any]) -> Architecture:
     checks.probability("attn_dropout", arguments["attn_dropout"])
     checks.probability("ff_dropout", arguments["ff_dropout"])
     check_number("ff_mult", arguments["ff_mult"], above=0)
+    check_causal(arguments)
     middle = (depth // 2,) if depth > 1 else ()
     return Architecture(
         num_tokens=num_tokens,
@@ -92,6 +97,14 @@ def architecture_of(arguments: Mapping[str, Any]) -> Architecture:
     )
 
 
+def check_causal(arguments: Mapping[str, Any]) -> None:
+    """Raises ValueError where a model that is not causal is given what has a meaning in a causal one alone."""
+    names = ("clear_memories_on_sos_token_id", "clear_memories_on_eos_token_id")
+    given = [name for name in names if arguments[name] is not None] + ["legacy"] * bool(arguments["legacy"])
+    if not arguments["causal"] and given:
+        raise ValueError(f"causal must be True with {', '.join(given)}, got {arguments['causal']!r}")
+
+
 def layer_numbers(name: str, layers: int | Sequence[int] | None, default: Sequence[int], depth: int) -> tuple[int, ...]:
     """The numbers that are of layers, in ascending order, each once; raises TypeError where one is no integer.
 
@@ -105,13 +118,17 @@ def layer_numbers(name: str, layers: int | Sequence[int] | None, default: Sequen
     return tuple(sorted(set(chosen) - set(unknown)))
 
 
-def clearing_token(which: str, token_id: int | None, vocabulary: int) -> int | None:
-    """The token that clears memories, None for none; raises ValueError unless it is in [0, V).
+def clearing_token(which: str, token_id: int | None, vocabulary: int | None) -> int | None:
+    """The token that clears memories, None for none; raises ValueError unless it is in [0, V), where there is one.
 
     which: `sos` or `eos`.
     """
     name = f"clear_memories_on_{which}_token_id"
-    if token_id is not None and not 0 <= checks.integer(name, token_id) < vocabulary:
+    if token_id is None:
+        return None
+    if vocabulary is None:
+        raise ValueError(f"{name} must be None without a vocabulary (num_tokens=None), got {token_id}")
+    if not 0 <= checks.integer(name, token_id) < vocabulary:
         raise ValueError(f"{name} must be a token id in [0, {vocabulary}), got {token_id}")
     return token_id
 
@@ -124,6 +141,7 @@ def attention_arguments(arguments: Mapping[str, Any], number: int, layers: Archi
         "kv_heads": arguments["kv_heads"],
         "dropout": arguments["attn_dropout"],
         "xl_max_memories": layers.xl_max_memories if number in layers.caching else 0,
+        **{name: arguments[name] for name in OF_ALL},
     }
     if number not in layers.memorizing:
         return {**of_layer, "heads": layers.heads}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from memtrans.checks import check_number, sizes
+from memtrans.layers import device_of
 from memtrans_kernels import checks
 
 
@@ -50,16 +51,16 @@ class T5RelativePositionBias(nn.Module):
         logarithmic = (exact + (ratio * (self.num_buckets - exact)).long()).clamp(max=self.num_buckets - 1)
         return torch.where(distance < exact, distance, logarithmic)
 
-    def table(self, free: int = 0) -> Tensor:
+    def table(self, free: int = 0, device: torch.device | None = None) -> Tensor:
         """Bias by distance (H, free + max_distance + 1); its last column holds for every larger distance.
 
         free: distances that cost nothing before the counting begins. 0 but for checkpoints trained with upstream, whose
-        buckets ignore the XL cache.
+        buckets ignore the XL cache. device: where the embedding takes them. Default: where its weights are.
 
         >>> T5RelativePositionBias(scale=1.0, heads=4).table().shape
         torch.Size([4, 129])
         """
-        device = self.relative_attention_bias.weight.device
+        device = device_of(self) if device is None else device
         distance = (torch.arange(free + self.max_distance + 1, device=device) - free).clamp(min=0)
         return self.relative_attention_bias(self.bucket(distance)).T * self.scale
 

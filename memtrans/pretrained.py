@@ -20,11 +20,13 @@ from torch import nn
 from memtrans.annotations import allows, described
 from memtrans.distributed.dtensors import gathered, holders_of
 from memtrans.files import MOST_JSON, parse_json, parse_tensors, read_file
+from memtrans.layers import device_of
 from memtrans.memory.knn_memory import KNNMemory
 from memtrans.memory.memory_list import KNNMemoryList
+from memtrans.model_card import model_card
 from memtrans.storage import write_atomically
 
-CONFIG, WEIGHTS, MEMORIES = "config.json", "model.safetensors", "memories.safetensors"
+CONFIG, WEIGHTS, MEMORIES, CARD = "config.json", "model.safetensors", "memories.safetensors", "README.md"
 MODEL_TYPE = "memorizing-transformer"
 
 ModelType = TypeVar("ModelType", bound="Pretrained")
@@ -56,9 +58,10 @@ class Pretrained(nn.Module):
     dim_head: int
 
     def save_pretrained(self, directory: str | Path, memories: KNNMemoryList | None = None) -> None:
-        """Writes config.json, model.safetensors and, if memories are given, memories.safetensors.
+        """Writes config.json, model.safetensors and, if memories are given, memories.safetensors; and a model card.
 
-        directory: made if missing; each file takes the place of an older one at once and whole.
+        directory: made if missing; each file takes the place of an older one at once and whole, but for a README.md
+        that is there: someone may have written it.
 
         Of a model that FSDP2 (`fully_shard`) has spread over ranks every rank has to call it: the weights are gathered,
         and the first rank writes them, and its memories.
@@ -91,6 +94,7 @@ class Pretrained(nn.Module):
         config = {"model_type": MODEL_TYPE, "architectures": [type(self).__name__], **arguments}
         described = (json.dumps(config, indent=2) + "\n").encode()  # fails, if it does, before anything is written
         _check_loads(type(self), arguments, state)
+        card = model_card(type(self).__name__, arguments, memories[0].num_indices if memories else None)
         ranks = holders_of(state.values())
         weights = _whole_weights(state, kept=ranks.first)
 
@@ -101,6 +105,8 @@ class Pretrained(nn.Module):
             write_atomically(place / CONFIG, described)
             if memories is not None:
                 memories.save(place / MEMORIES)
+            if not (place / CARD).exists():
+                write_atomically(place / CARD, card)
 
         ranks.together(lambda: write() if ranks.first else None)
 
@@ -174,7 +180,7 @@ class Pretrained(nn.Module):
             FileNotFoundError: there is none. ValueError: it is damaged, or of another number of layers, width or heads.
         """
         path = Path(path) / MEMORIES if Path(path).is_dir() else Path(path)
-        memories = KNNMemoryList.load(path, device=device or next(self.parameters()).device, **overrides)
+        memories = KNNMemoryList.load(path, device=device or device_of(self), **overrides)
         self._check_memories(memories, str(path))
         return memories
 
@@ -219,6 +225,12 @@ def _check_loads(kind: type[Pretrained], arguments: Mapping[str, Any], state: Ma
             expected = kind(**arguments).state_dict()
     except TypeError as error:
         raise ValueError(f"config must hold arguments of {kind.__name__}, got others: {error}") from error
+    elsewhere = [name for name, weight in state.items() if isinstance(weight, torch.Tensor) and weight.is_meta]
+    if elsewhere:
+        raise ValueError(
+            f"a model must hold its weights to be saved, got {', '.join(elsewhere[:3])} and others offloaded: remove "
+            "the hooks (accelerate.hooks.remove_hook_from_module)"
+        )
     wrong = sorted(set(expected) ^ set(state))
     wrong += [
         f"{name} of shape {tuple(state[name].shape)}"

@@ -255,6 +255,11 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
     "gather_logits_backward": _ordered(
         _triton("gather_logits", "gather_logits_backward"), _reference("gather_logits", "gather_logits_backward")
     ),
+    "gather_pairs": _ordered(
+        (Implementation("native", "cpu", "native", "gather_pairs", _native_missing),),
+        _triton("gather_pairs", "gather_pairs", _any_tensors, ""),
+        _reference("gather_pairs"),
+    ),
     "memory_attention": _attention("memory_attention"),
     "memory_attention_backward": _attention("memory_attention_backward"),
 }

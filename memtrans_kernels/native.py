@@ -21,7 +21,7 @@ from memtrans_kernels.attention_inputs import AttentionInputs
 MODULES = ("cpu", "cuda", "faiss")
 FOLDER = Path(__file__).resolve().parent
 # Equals kInterface in csrc/memtrans.h; a library built for another number is refused.
-INTERFACE = 7
+INTERFACE = 9
 INTERFACE_OPERATORS = {"cpu": "native_interface", "cuda": "native_cuda_interface", "faiss": "native_faiss_interface"}
 FEW_QUERIES = 8  # of a memory row: equals kFewQueries in csrc/cuda/knn_search/search.h
 
@@ -110,6 +110,13 @@ def knn_search_cuda(
         query = query.clone()
     rows, start, cursor = rows.contiguous(), start.contiguous(), cursor.contiguous()
     return torch.ops.memtrans.native_knn_search.default(query, keys, rows, start, cursor, capacity, k)
+
+
+def gather_pairs(keys: Tensor, values: Tensor, rows: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
+    """`memtrans_kernels.gather_pairs` in C++; `status` must have said that it is live."""
+    pairs = torch.empty(*slots.shape, 2, keys.shape[2], dtype=dtype, device=keys.device)
+    torch.ops.memtrans.native_gather_pairs.default(keys, values, rows, slots, pairs)
+    return pairs
 
 
 def memory_attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:

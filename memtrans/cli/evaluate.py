@@ -31,7 +31,7 @@ def run(options: argparse.Namespace, ranks: Ranks) -> None:
         settings, steps, held_out, model = ranks.together(lambda: _opened(options, ranks))
         ranks.agree(**settings.to_json(), out=str(options.out), split=held_out.split)
         ranks.agree(data=held_out.fingerprint)
-    device = model.token_emb.weight.device
+    device = model.device
     report = evaluate_both(
         model,
         held_out.documents,

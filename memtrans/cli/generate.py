@@ -114,9 +114,9 @@ def _has_tqdm() -> bool:
 
 def check_vocabulary(model: MemorizingTransformer, tokenizer: Tokenizer) -> None:
     """Raises ValueError where a model may write tokens that its tokenizer does not have."""
-    if model.num_tokens > max(BYTES.vocabulary, tokenizer.vocabulary):
+    if model.vocabulary > max(BYTES.vocabulary, tokenizer.vocabulary):
         known = "bytes" if tokenizer is BYTES else f"the {tokenizer.vocabulary} tokens of its tokenizer"
-        raise ValueError(f"checkpoint must be of a model over {known}, got one of {model.num_tokens} tokens")
+        raise ValueError(f"checkpoint must be of a model over {known}, got one of {model.vocabulary} tokens")
 
 
 def _check_memory_options(options: argparse.Namespace, model: MemorizingTransformer) -> None:

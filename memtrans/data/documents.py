@@ -182,7 +182,7 @@ def stretches(documents: Sequence[Document], rows: int) -> list[Document]:
     Returns fewer than `rows` where the documents have too few tokens for stretches of two.
 
     >>> [part.content.tolist() for part in stretches([Document.of("text", b"abcdef")], rows=2)]
-    [[97, 98, 99, 100], [100, 101, 102]]
+    [[97, 98, 99], [99, 100, 101, 102]]
     """
     pieces = [1] * len(documents)
     longest = [(-len(document), place) for place, document in enumerate(documents)]

@@ -12,7 +12,8 @@ from memtrans.files import parse_json, read_file
 
 COLUMNAR = (".parquet",)
 RECORDS = (".jsonl", ".ndjson", *COLUMNAR)  # what files of records end with, before a compression's name
-SAVED_DATASET = "state.json"  # of a dataset on disk
+STATE = "state.json"  # names the files of a dataset on disk
+SAVED_DATASET = (STATE, "dataset_info.json")
 AT_ONCE = 256  # records of a columnar file
 MOST_SHOWN = 200  # characters of a record or of its fields that an error shows
 
@@ -137,10 +138,10 @@ def _of_dataset(path: Path, fields: Fields) -> Iterator[Record]:
 def _data_files(path: Path) -> list[Path]:
     """The files that a saved dataset names."""
     try:
-        files = parse_json(read_file(SAVED_DATASET, path / SAVED_DATASET))["_data_files"]
+        files = parse_json(read_file(STATE, path / STATE))["_data_files"]
         return [path / Path(file["filename"]).name for file in files]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"data must name its files in {SAVED_DATASET}, got {str(path)!r} without") from error
+        raise ValueError(f"data must name its files in {STATE}, got {str(path)!r} without") from error
 
 
 def _of_batches(batches: Iterable[Any], fields: Fields, path: Path, first: int) -> Iterator[Record]:

@@ -84,8 +84,22 @@ class Store:
         self.digests: NDArray[np.uint8] = rows["digest"]
         self._names = _mapped(self.path / NAMES, np.dtype(np.uint8))
         self._tokens = torch.from_numpy(_mapped(self.path / TOKENS, token_dtype(self.tokenizer)))
-        if len(rows) and (self._token_ends[-1] != len(self._tokens) or self._name_ends[-1] != len(self._names)):
-            raise ValueError(f"store must hold what its documents name, got other lengths in {str(path)!r}")
+        self._check()
+
+    def _check(self) -> None:
+        """Raises ValueError where documents do not lie one after another, or a token is none of the vocabulary."""
+        ends = ((self._token_ends, len(self._tokens)), (self._name_ends, len(self._names)))
+        whole = len(self) > 0 and all(
+            found[-1] == size and (np.diff(found, prepend=0) >= 0).all() for found, size in ends
+        )
+        if not whole or (self.sizes < 0).any():
+            raise ValueError(f"store must hold the documents that it names, got others in {str(self.path)!r}")
+        if 0 < self._tokens.nbytes <= MOST_HASHED and self.tokenizer is not BYTES:
+            largest = int(self._tokens.numpy().max())
+            if largest >= self.tokenizer.vocabulary:
+                raise ValueError(
+                    f"store must hold tokens below {self.tokenizer.vocabulary}, got {largest} in {str(self.path)!r}"
+                )
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -135,6 +149,10 @@ def _read_index(path: Path) -> dict[str, Any]:
         raise ValueError(f"store must be of version {VERSION}, got {index.get('version')} in {shown}")
     if index.pop("sha256", None) != _index_digest(index):
         raise ValueError(f"store must be whole, got {shown}, whose {INDEX} was changed since it was written")
+    if not isinstance(index.get("files"), dict) or not all(
+        isinstance(index.get(n), str) for n in ("fingerprint", "way")
+    ):
+        raise ValueError(f"store must name its files, its fingerprint and its way, got {shown} without")
     return index
 
 

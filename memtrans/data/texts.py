@@ -95,7 +95,7 @@ class Source:
             return self._of_file(self.path.name, self.path, sniffed=False)
         if self.has_splits():
             return self._of_splits()
-        if self.records and (self.path / SAVED_DATASET).is_file():
+        if self.records and all((self.path / name).is_file() for name in SAVED_DATASET):
             return records_of(self.path.name, self.path, None, None, self.fields)
         return chain.from_iterable(self._of_entry(entry) for entry in sorted(self.path.iterdir()))
 

@@ -78,8 +78,8 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, seed)
     sizes(1, tokens=tokens)
     for name, token in (("stop", stop), ("start", start)):
-        if token is not None and not 0 <= checks.integer(name, token) < model.num_tokens:
-            raise ValueError(f"{name} must be a token id in [0, {model.num_tokens}), got {token}")
+        if token is not None and not 0 <= checks.integer(name, token) < model.vocabulary:
+            raise ValueError(f"{name} must be a token id in [0, {model.vocabulary}), got {token}")
     texts = as_texts(prompt, model, start)
     was_training = model.training
     model.eval()
@@ -178,7 +178,7 @@ def as_texts(prompt: Text | Sequence[Text], model: MemorizingTransformer, start:
         raise ValueError("prompt must hold at least one text, got none")
     texts = [text if len(text) else torch.tensor([start], device=text.device) for text in texts]
     for text in texts:
-        check_ids("prompt", text[None], model.num_tokens, None, text.device, validate=True)
+        check_ids("prompt", text[None], model.vocabulary, None, text.device, validate=True)
     return texts
 
 

@@ -87,11 +87,11 @@ def _read_to_the_end(
     stream = DocumentStream(InOrder([document]), batch=1, segment=segment)
     batches: list[Batch] = list(stream)
     for batch in batches[:first]:
-        read(batch.to(model.token_emb.weight.device))
+        read(batch.to(model.device))
     asked = list[int]()
     with memories.tracing() as trace:
         for number, batch in enumerate(batches[first:]):
-            read(batch.to(model.token_emb.weight.device))
+            read(batch.to(model.device))
             asked += [
                 number * segment + place for place in (batch.labels[0] != NOT_SCORED).nonzero().flatten().tolist()
             ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -56,13 +57,15 @@ def tokenizer_in(checkpoint: Checkpoint) -> Tokenizer:
 
     Raises ValueError where it is not the one that its values name, or `tokenizers` is missing.
     """
-    part = checkpoint.parts.get(TOKENIZER_PART, {})
-    content = part["json"].numpy().tobytes() if "json" in part else b""
-    tokenizer = tokenizer_of(content, "of the checkpoint")
+    carried = checkpoint.parts.get(TOKENIZER_PART, {}).get("json", torch.zeros(0, dtype=torch.uint8))
+    if carried.dtype != torch.uint8:
+        raise ValueError(f"checkpoint must carry its tokenizer as uint8, got {carried.dtype}")
+    content = carried.numpy().tobytes()
+    digest = hashlib.sha256(content).hexdigest() if content else BYTES.digest
     named = checkpoint.values.get("tokenizer", BYTES.digest)
-    if tokenizer.digest != named:
-        raise ValueError(f"checkpoint must carry the tokenizer that it names, {named}, got {tokenizer.digest}")
-    return tokenizer
+    if digest != named:
+        raise ValueError(f"checkpoint must carry the tokenizer that it names, {named}, got {digest}")
+    return tokenizer_of(content, "of the checkpoint")
 
 
 def tokenizer_part(tokenizer: Tokenizer) -> dict[str, dict[str, Tensor]]:

@@ -95,7 +95,7 @@ def evaluate(
     Raises:
         NonFiniteLossError: the loss is infinite or NaN.
     """
-    device = model.token_emb.weight.device
+    device = model.device
     was_training = model.training
     model.eval()
     reader = DocumentReader(model, len(stream.rows), retrieval=retrieval, dtype=dtype, keep_memory=keep_memory)

@@ -18,7 +18,8 @@ def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimize
     Both kinds can be captured, read the learning rate from the device on a GPU, and leave a step out where their
     attribute `found_inf` is 1.
     """
-    decayed = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    decayed = {id(p) for module in linear for p in module.parameters(recurse=False) if p.dim() == 2}
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if id(p) in decayed], "weight_decay": settings.weight_decay},

@@ -53,7 +53,7 @@ class DocumentReader:
         max_memories: int | None = None,
     ) -> None:
         self.model, self.retrieval, self.dtype, self.keep_memory = model, retrieval, dtype, keep_memory
-        self.device = model.token_emb.weight.device
+        self.device = model.device
         self.on_gpu = self.device.type == "cuda"
         if not retrieval:
             max_memories = 1  # a memory that stays empty need not be searched at length

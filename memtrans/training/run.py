@@ -88,7 +88,9 @@ class Run:
             evaluation = self._evaluate(interruption.check)
         while trainer.step < settings.steps:
             begin, tokens = time.perf_counter(), trainer.tokens
-            trainer.advance(looks=settings.log is not None and self._is_due(settings.log_every, after=1))
+            if settings.log is not None and self._is_due(settings.log_every, after=1):
+                trainer.watch()
+            trainer.advance()
             heard = interruption.heard()  # before anything waits for the GPU, which may wait for a rank that is gone
             line = trainer.report() if self._is_due(settings.log_every) else None
             self._seconds += time.perf_counter() - begin
@@ -221,6 +223,9 @@ def describe(step: int, evaluation: Mapping[str, Any]) -> str:
         f"step {step}: held out {evaluation['eval_bits_per_byte']:.3f} bits per byte with memory, "
         f"{evaluation['eval_bits_per_byte_without_memory']:.3f} without"
     )
+    perplexities = [evaluation[f"eval_perplexity{name}"] for name in ("", "_without_memory")]
+    if evaluation["eval_scored_tokens"] != evaluation["eval_scored_bytes"] and None not in perplexities:
+        text += f" (perplexity per token {perplexities[0]:.1f} and {perplexities[1]:.1f})"
     if "recall_accuracy" in evaluation:
         text += (
             f"; far questions answered {evaluation['recall_accuracy']:.1%} with memory, "

@@ -66,6 +66,7 @@ class Trainer:
         self._step = Step(self.reader, self.optimizer, settings, ranks)
         self.step = self.tokens = 0
         self._looked: dict[str, float | None] = {}
+        self._watches = False
         self._pending: list[Tensor] = []  # (3,) each, see `Step`, of the steps since `report`
         self._reached: list[torch.cuda.Event] = []  # of the same steps, where a rank may wait for another in vain
 
@@ -93,15 +94,16 @@ class Trainer:
         """How many numbers the model learns."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
-    def advance(self, looks: bool = False) -> None:
-        """Has the device do the next step, and draws the inputs of the one after it meanwhile.
+    def watch(self) -> None:
+        """Has the next step first measure, for the report, how full memories are and what attention they get."""
+        self._watches = True
 
-        looks: first measure, for the report, how full the memories are and what share of attention they get.
-        """
+    def advance(self) -> None:
+        """Has the device do the next step, and draws the inputs of the one after it meanwhile."""
         self._fit_memories(self.step)
         inputs, real = self.loader.take()
-        if looks:
-            self._looked = self._look(inputs)
+        if self._watches:
+            self._looked, self._watches = self._look(inputs), False
         with self.ranks.listening():
             self._pending.append(self._step(inputs, learning_rate(self.settings, self.step)))
         if self.ranks.size > 1 and self.device.type == "cuda":

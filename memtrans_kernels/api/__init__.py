@@ -7,11 +7,13 @@ newest M entries are visible. Entry i lives in slot i mod (M + S).
 from memtrans_kernels.api.attention import local_attention, memory_attention, merge_attention
 from memtrans_kernels.api.cosine import cosine
 from memtrans_kernels.api.gather_logits import gather_logits
+from memtrans_kernels.api.gather_pairs import gather_pairs
 from memtrans_kernels.api.memory import knn_add_, knn_merge, knn_search
 
 __all__ = [
     "cosine",
     "gather_logits",
+    "gather_pairs",
     "knn_add_",
     "knn_merge",
     "knn_search",

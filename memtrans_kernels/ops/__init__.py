@@ -10,6 +10,7 @@ autograd.
 from memtrans_kernels.ops.attention import memory_attention
 from memtrans_kernels.ops.cosine import cosine
 from memtrans_kernels.ops.gather_logits import gather_logits
+from memtrans_kernels.ops.gather_pairs import gather_pairs
 from memtrans_kernels.ops.memory import knn_add_, knn_merge, knn_search
 
-__all__ = ["cosine", "gather_logits", "knn_add_", "knn_merge", "knn_search", "memory_attention"]
+__all__ = ["cosine", "gather_logits", "gather_pairs", "knn_add_", "knn_merge", "knn_search", "memory_attention"]

@@ -49,6 +49,12 @@ def _gather():
     return torch.randn(2, 4, 5, 8, requires_grad=True), state["keys"], state["rows"], slots
 
 
+def _pairs():
+    state = ring(torch.float16)
+    slots = torch.randint(-1, CAPACITY, (2, 4, 5, NEIGHBOURS), dtype=torch.int32)
+    return state["keys"], state["values"], state["rows"], slots, torch.float32
+
+
 def _merge():
     scores = torch.randn(2, 1, 2, 3, 4).sort(dim=-1, descending=True).values
     scores[1, ..., 3:] = -torch.inf
@@ -83,6 +89,7 @@ CASES = {
     "knn_search": _search,
     "knn_merge": _merge,
     "gather_logits": _gather,
+    "gather_pairs": _pairs,
     "gather_logits_backward": lambda: (torch.randn(2, 4, 5, NEIGHBOURS), *(t.detach() for t in _gather())),
     "cosine": _cosine,
     "cosine_backward": lambda: (*(t.detach() for t in _cosine()), *(t.detach() for t in _cosine())),

@@ -24,6 +24,7 @@ MODULES = [  # those that take longest first
     "test_knn_add.py",
     "test_cosine.py",
     "test_gather_logits.py",
+    "test_gather_pairs.py",
 ]
 
 

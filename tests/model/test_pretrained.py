@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -48,7 +49,32 @@ def test_a_model_comes_back_with_its_arguments_and_weights(tmp_path):
     assert loaded.config == model.config
     assert torch.equal(logits_of(loaded), logits_of(model))
     assert not loaded.training
-    assert {path.name for path in (tmp_path / "a" / "model").iterdir()} == {"config.json", "model.safetensors"}
+    files = {path.name for path in (tmp_path / "a" / "model").iterdir()}
+    assert files == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    }
+
+
+@pytest.mark.parametrize("options", [{}, {"num_tokens": None}, {"clear_memories_on_sos_token_id": 7}])
+@pytest.mark.parametrize("documents", [None, 1, 3])
+def test_22_9_the_model_card_says_what_it_is_and_its_code_runs(options, documents, tmp_path, monkeypatch):
+    model = build(**options)
+    memories = None if documents is None else model.create_knn_memories(batch_size=documents, device="cpu")
+    model.save_pretrained(tmp_path, memories)
+    card = (tmp_path / "README.md").read_text()
+    assert "\n| kv_heads | 2 |\n" in card and "layers 2, 3 of 3" in card
+    assert card.startswith("---\nlibrary_name: memtrans")
+    monkeypatch.chdir(tmp_path)
+    (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    exec(snippet, {})
+
+
+def test_22_9_a_card_that_someone_wrote_stays(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    build().save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
 
 
 def test_the_config_is_readable_and_names_the_constructors_arguments(tmp_path):

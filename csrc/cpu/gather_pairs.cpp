@@ -1,0 +1,133 @@
+// gather_pairs on the CPU: keys and values of the entries that a search found, straight into the result.
+//
+// pairs[b, h, n, k, 0] = keys[row, slot] and pairs[b, h, n, k, 1] = values[row, slot], with slot = slots[b, h, n, k] and
+// row = rows[b * G + h / (H / G)]; zeros where the slot is negative. Each number of the result is written once.
+#include "cpu/tensors.h"
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+namespace memtrans {
+namespace {
+
+constexpr int64_t kBytesOfPart = 1 << 18;
+constexpr int64_t kAhead = 4;  // neighbours whose first bytes are asked for early: rows of few numbers are far apart
+
+using CopyNumbers = void (*)(const void* from, void* to, int64_t count);
+
+template <typename Stored, typename Given>
+void copy_numbers(const void* from, void* to, int64_t count) {
+  if constexpr (std::is_same_v<Stored, Given>) {
+    std::memcpy(to, from, count * sizeof(Given));
+  } else {
+    const Stored* source = static_cast<const Stored*>(from);
+    Given* target = static_cast<Given*>(to);
+    for (int64_t place = 0; place < count; ++place) {
+      if constexpr (std::is_same_v<Given, double>) {
+        target[place] = static_cast<double>(source[place]);
+      } else {
+        target[place] = static_cast<Given>(static_cast<float>(source[place]));
+      }
+    }
+  }
+}
+
+// One of the two rings, as bytes.
+struct Source {
+  const char* first;
+  int64_t row_bytes, slot_bytes;
+  CopyNumbers copy;
+
+  const char* at(int64_t row, int64_t slot) const { return first + row * row_bytes + slot * slot_bytes; }
+};
+
+int64_t bytes_of(ScalarType type) {
+  int64_t bytes = 0;
+  with_element_type(type, [&](auto number) { bytes = sizeof(number); });
+  return bytes;
+}
+
+Source source_of(const Tensor& ring, ScalarType given) {
+  const int64_t bytes = bytes_of(ring.scalar_type());
+  Source source{static_cast<const char*>(ring.data_ptr()), ring.stride(0) * bytes, ring.stride(1) * bytes, nullptr};
+  with_element_type(ring.scalar_type(), [&](auto stored) {
+    with_element_type(given, [&](auto number) { source.copy = copy_numbers<decltype(stored), decltype(number)>; });
+  });
+  return source;
+}
+
+void check_gather_pairs(
+    const Tensor& keys, const Tensor& values, const Tensor& rows, const Tensor& slots, const Tensor& pairs) {
+  check_dims(keys, "keys", 3, "(R, M + S, D)");
+  check_dims(rows, "rows", 1, "(B * G,)");
+  check_dims(slots, "slots", 4, "(B, H, N, K)");
+  check_shape(values, "values", {keys.size(0), keys.size(1), keys.size(2)}, "(R, M + S, D)");
+  check_shape(
+      pairs, "pairs", {slots.size(0), slots.size(1), slots.size(2), slots.size(3), 2, keys.size(2)},
+      "(B, H, N, K, 2, D)");
+  const int64_t batch = slots.size(0), groups = batch ? rows.size(0) / batch : 0;
+  MEMTRANS_CHECK(
+      groups * batch == rows.size(0) && (groups ? slots.size(1) % groups == 0 : batch == 0),
+      "rows must have B * G elements with B and H as in slots ", shape_of(slots), " and H a multiple of G, got ",
+      rows.size(0));
+  MEMTRANS_CHECK(slots.scalar_type() == ScalarType::Int, "slots must be int32");
+  check_int64(rows, "rows");
+  check_floating(keys, "keys");
+  check_floating(values, "values");
+  check_floating(pairs, "pairs");
+  check_same_device(values, "values", keys, "keys");
+  check_same_device(rows, "rows", keys, "keys");
+  check_same_device(slots, "slots", keys, "keys");
+  check_same_device(pairs, "pairs", keys, "keys");
+  MEMTRANS_CHECK(pairs.is_contiguous(), "pairs must be contiguous");
+}
+
+void gather_pairs(Tensor keys, Tensor values, Tensor rows, Tensor slots, Tensor pairs) {
+  check_gather_pairs(keys, values, rows, slots, pairs);
+  const Tensor found = torch::stable::contiguous(slots);
+  const Tensor dense_keys = keys.stride(2) == 1 ? keys : torch::stable::contiguous(keys);
+  const Tensor dense_values = values.stride(2) == 1 ? values : torch::stable::contiguous(values);
+  const int64_t neighbours = slots.size(3), width = keys.size(2), ring_slots = keys.size(1), ring_rows = keys.size(0);
+  const std::vector<int64_t> row_list = numbers(rows);
+  for (const int64_t row : row_list) {
+    MEMTRANS_CHECK(row >= 0 && row < ring_rows, "rows must lie in 0..", ring_rows - 1, ", got ", row);
+  }
+  const int32_t* slot_list = found.const_data_ptr<int32_t>();
+  for (int64_t place = 0; place < found.numel(); ++place) {
+    MEMTRANS_CHECK(slot_list[place] < ring_slots, "slots must be below ", ring_slots, ", got ", slot_list[place]);
+  }
+  const int64_t queries = slots.size(0) * slots.size(1) * slots.size(2);
+  const int64_t queries_of_row = row_list.empty() ? 0 : queries / static_cast<int64_t>(row_list.size());
+  const Source key_source = source_of(dense_keys, pairs.scalar_type());
+  const Source value_source = source_of(dense_values, pairs.scalar_type());
+  const int64_t bytes = width * bytes_of(pairs.scalar_type());  // of a key or a value in the result
+  char* target = static_cast<char*>(pairs.data_ptr());
+  const int64_t grain = std::max<int64_t>(1, kBytesOfPart / std::max<int64_t>(1, 2 * bytes * neighbours));
+  torch::stable::parallel_for(0, queries, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t query = begin; query < end; ++query) {
+      const int64_t row = row_list[query / queries_of_row];
+      const int32_t* of_query = slot_list + query * neighbours;
+      for (int64_t place = 0; place < neighbours; ++place) {
+        if (place + kAhead < neighbours && of_query[place + kAhead] >= 0) {
+          __builtin_prefetch(key_source.at(row, of_query[place + kAhead]));
+          __builtin_prefetch(value_source.at(row, of_query[place + kAhead]));
+        }
+        char* to = target + (query * neighbours + place) * 2 * bytes;
+        if (of_query[place] < 0) {
+          std::memset(to, 0, 2 * bytes);
+          continue;
+        }
+        key_source.copy(key_source.at(row, of_query[place]), to, width);
+        value_source.copy(value_source.at(row, of_query[place]), to + bytes, width);
+      }
+    }
+  });
+}
+
+}  // namespace
+}  // namespace memtrans
+
+STABLE_TORCH_LIBRARY_IMPL(memtrans, CPU, library) {
+  library.impl("native_gather_pairs", TORCH_BOX(&memtrans::gather_pairs));
+}

@@ -1,0 +1,65 @@
+"""What may be known of a layer without reading numbers that it may not hold now.
+
+Weights are offloaded (accelerate), packed (4 bits, `quantize_dynamic`), emptied between passes (ZeRO-3), made of others
+(a parametrisation) or belong to a wrapper's inner layer (LoRA). So a layer is called; its weight is looked at where the
+layer is exactly PyTorch's and nothing stands between.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether calling the module is its class's `forward` and nothing else: no hook, no parametrisation.
+
+    Accelerate replaces the instance's `forward`.
+
+    >>> is_bare(nn.Linear(2, 2)), is_bare(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
+    (True, False)
+    """
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooked = any(getattr(module, name, None) for name in hooks)
+    return not hooked and "forward" not in module.__dict__ and not is_parametrized(module)
+
+
+def bare_weight(layer: nn.Module | None, kind: type[nn.Module]) -> Tensor | None:
+    """The weight of a layer that is exactly of that class, bare, and holds its numbers now; None of any other.
+
+    >>> bare_weight(nn.Linear(2, 3), nn.Linear).shape, bare_weight(nn.Linear(2, 3, device="meta"), nn.Linear)
+    (torch.Size([3, 2]), None)
+    """
+    if layer is None or type(layer) is not kind or not is_bare(layer):
+        return None
+    weight = layer._parameters.get("weight")
+    if weight is None or type(weight) is not nn.Parameter or weight.is_meta or weight.numel() == 0:
+        return None
+    return weight
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the first parameter or buffer is that is anywhere; the CPU where none is.
+
+    >>> device_of(nn.Linear(2, 2)), device_of(nn.ReLU())
+    (device(type='cpu'), device(type='cpu'))
+    """
+    for tensors in (module.parameters(), module.buffers()):
+        for tensor in tensors:
+            if not tensor.is_meta:
+                return tensor.device
+    return torch.device("cpu")
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """Of the first floating-point parameter or buffer; float32 where there is none.
+
+    >>> dtype_of(nn.Linear(2, 2, dtype=torch.bfloat16))
+    torch.bfloat16
+    """
+    for tensors in (module.parameters(), module.buffers()):
+        for tensor in tensors:
+            if tensor.is_floating_point():
+                return tensor.dtype
+    return torch.float32
