@@ -135,7 +135,7 @@ def test_22_9_labels_of_minus_100_are_not_scored(pad_id: int) -> None:
     expected = torch.nn.functional.cross_entropy(model(X).flatten(0, 1), labels.flatten())
     assert_close(model(X, labels=labels), expected, SAME_GRAPH)
     model(X, labels=labels).backward()
-    with pytest.raises(IndexError, match="labels must be token ids in .*, got -99"):
+    with pytest.raises(IndexError, match=r"labels must be token ids in .*, got -99"):
         model(X, labels=labels.where(labels >= 0, -99))
 
 
