@@ -111,6 +111,7 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         sink: whether each attention head has a learned logit in the denominator of its softmax.
         similarity: of queries and keys in memorizing layers, "cosine" or "product".
         learn_scale: whether the temperature of memorizing layers is learned.
+        bias_out: whether their attention has a bias on its way out, as that of plain layers has.
 
     Attributes:
         config: these arguments, as `save_pretrained` writes and `from_pretrained` reads them.
@@ -164,6 +165,7 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         sink: bool = False,
         similarity: str = "cosine",
         learn_scale: bool = True,
+        bias_out: bool = False,
     ) -> None:
         arguments = configuration_of(locals(), without=("knn_memories_directory", "knn_memory_multiprocessing"))
         super().__init__()
