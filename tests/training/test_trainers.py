@@ -135,7 +135,7 @@ def test_22_9_labels_of_minus_100_are_not_scored(pad_id: int) -> None:
     expected = torch.nn.functional.cross_entropy(model(X).flatten(0, 1), labels.flatten())
     assert_close(model(X, labels=labels), expected, SAME_GRAPH)
     model(X, labels=labels).backward()
-    with pytest.raises(IndexError, match="labels must be token ids in .*, got -99"):
+    with pytest.raises(IndexError, match=r"labels must be token ids in .*, got -99"):
         model(X, labels=labels.where(labels >= 0, -99))
 
 
@@ -198,8 +198,6 @@ def test_22_9_peft_saves_the_head_beside_its_adapters(tmp_path: Path) -> None:
     wrapped = adapted(build())
     curve = losses(Trainer(wrapped, settings(tmp_path, learning_rate=3e-2), train_dataset=ROWS))
     assert curve[-1] < curve[0]
-    moved = {name.split(".lora")[0].split(".")[-1] for name, p in wrapped.named_parameters() if p.requires_grad}
-    assert any("lora" in name or "to_q" in name for name in moved)
     assert not torch.equal(head_of(wrapped), build().to_logits[1].weight)
     expected = logits_of(wrapped)
     wrapped.save_pretrained(tmp_path / "adapters")
