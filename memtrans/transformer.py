@@ -241,7 +241,7 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
                 whole cache, also for a row that fills less of it.
             input_ids: x, as tokenizers and collators call it. Without knn_memories each row is then a document of its
                 own, which begins here and is not kept.
-            attention_mask: (B, N), 1 for tokens and 0 for padding behind them, instead of `lengths`.
+            attention_mask: (B, N), 1 for tokens and 0 for padding: `mask`, as tokenizers and collators call it.
             num_items_in_batch: what Trainer divides the sum of losses by.
             mask: (B, N) bool, False for padding anywhere (before the text, behind it or inside): it is neither seen,
                 cached nor stored, takes no position, and start and end tokens there mean nothing. Default: all is real.
@@ -259,7 +259,7 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         """
         from_trainer = input_ids is not None or num_items_in_batch is not None
         if input_ids is not None or attention_mask is not None:
-            x, lengths = self.as_segment(x, input_ids, attention_mask, lengths, labels)
+            x, mask = self.as_segment(x, input_ids, attention_mask, mask, labels)
         if (x is None) == (inputs_embeds is None):
             raise ValueError("exactly one of x and inputs_embeds must be given")
         checked = not torch.compiler.is_compiling()  # what is refused is refused before the memory changes
