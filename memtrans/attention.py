@@ -151,6 +151,11 @@ class LocalContext(nn.Module):
         self.to_kv = nn.Linear(dim, kv_heads * dim_head * 2, bias=False)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=bias_out)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A pickle of old lacks what layers had no choice about."""
+        super().__setstate__({"causal": True, "soft_cap": None, **state})
+        self._parameters.setdefault("sink", None)
+
     @property
     def dropout_p(self) -> float:
         """The probability of dropping an attention weight now; 0 in `eval()` mode."""

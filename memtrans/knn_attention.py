@@ -105,6 +105,9 @@ class KNNAttention(LocalContext):
             self.memory_offset = nn.Parameter(torch.full((self.heads,), float(memory_offset)))
         self.memory_gate = nn.Parameter(torch.zeros(self.heads)) if combine == "gate" else None
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"similarity": "cosine", **state})
+
     def forward(
         self,
         x: Tensor,

@@ -24,6 +24,21 @@ class Beginnings(NamedTuple):
     age: Tensor
     left: Tensor
 
+    def beside(self, before: Tensor, behind: Tensor) -> Beginnings:
+        """The same where other processes read other segments of the same documents in the same step.
+
+        before, behind: (B,) bool, whether a document begins in a segment before this one, and in one behind it.
+
+        >>> none = beginnings(torch.tensor([[5, 6]]), start=0, end=1)
+        >>> none.beside(torch.tensor([True]), torch.tensor([False]))
+        Beginnings(age=tensor([[1, 2]]), left=tensor([2]))
+        """
+        length = self.age.shape[1]
+        place = torch.arange(1, length + 1, device=self.age.device)
+        age = torch.where((self.age < 0) & before[:, None], place, self.age)
+        left = torch.where((self.left < 0) & before, length, self.left)
+        return Beginnings(age, torch.where(behind, 0, left))
+
 
 def beginnings(ids: Tensor, start: int | None, end: int | None, real: Tensor | None = None) -> Beginnings:
     """What start and end tokens say: a document begins with the one and behind the other.

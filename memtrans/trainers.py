@@ -63,15 +63,37 @@ class ForTrainers(nn.Module):
         """Of the model's first floating-point parameter."""
         return dtype_of(self)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
-        """Sets `activation_checkpointing`; `use_reentrant=True` is refused with a ValueError."""
-        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise ValueError("use_reentrant must be False: what a memory held is kept for checkpoints without it alone")
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Sets `activation_checkpointing`, as the newer Trainer does it.
+
+        Raises ValueError for what differs from PyTorch's checkpoints without `use_reentrant`, of each layer, kept where
+        they are.
+        """
+        given = {"every_n_layers": every_n_layers, "offload": offload, **(activation_checkpointing_kwargs or {})}
+        for name, value in given.items():
+            known = {"every_n_layers": 1, "offload": False, "use_reentrant": False}.get(name)
+            if value != known:
+                raise ValueError(f"{name} must be {known} in activation checkpointing, got {value!r}")
         self.activation_checkpointing = True
 
-    def gradient_checkpointing_disable(self) -> None:
+    def activation_checkpointing_disable(self) -> None:
         """Resets `activation_checkpointing`."""
         self.activation_checkpointing = False
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **options: Any
+    ) -> None:
+        """`activation_checkpointing_enable` by its older name."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """`activation_checkpointing_disable` by its older name."""
+        self.activation_checkpointing_disable()
 
     @property
     def is_gradient_checkpointing(self) -> bool:

@@ -197,6 +197,10 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         last = () if layers.num_tokens is None else (nn.Linear(layers.dim, layers.num_tokens),)
         self.to_logits = nn.Sequential(nn.LayerNorm(layers.dim), *last)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A pickle of old is of a causal model."""
+        super().__setstate__({"causal": True, **state})
+
     # ------------------------------------------------------------------------------------------------- forward
 
     def forward(
@@ -288,6 +292,8 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         start, end = self.clear_memories_on_sos_token_id, self.clear_memories_on_eos_token_id
         if add_knn_memory and begun is not None:  # read-only calls clear nothing
             added_to = [snapshot.clear_rows(begun.left >= 0) for snapshot in searched]
+            elsewhere = added_to[0].cleared_elsewhere if added_to else None
+            begun = begun if elsewhere is None else begun.beside(*elsewhere)
         elif add_knn_memory and self.legacy and ids is not None and start is not None:
             searched = added_to = self._clear(searched, ids, lengths, padding, start)
         inputs = self._layer_inputs(length, device, caches, lengths, xl_length, padding, begun)

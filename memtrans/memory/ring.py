@@ -240,6 +240,8 @@ class MemorySnapshot:
         ids: (R, M + S) int64, to read, where ids are kept.
         origin: (R,) int64, the entry that each row's document began with, as it stood, where ids are kept.
         read_only: whether it is of a view, in which rows may repeat.
+        cleared_elsewhere: after clearing a memory of several ranks, which documents (B,) bool a rank before this one
+            has cleared, and which one behind it; None of a memory of one.
     """
 
     ring: Ring
@@ -254,6 +256,7 @@ class MemorySnapshot:
     ids: Tensor | None = None
     origin: Tensor | None = None
     read_only: bool = False
+    cleared_elsewhere: tuple[Tensor, Tensor] | None = None
 
     def check_fits(self, name: str, documents: int, kv_heads: int, width: int) -> None:
         """Raises ValueError unless the snapshot is of so many documents, key/value heads and components."""

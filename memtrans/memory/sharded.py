@@ -394,7 +394,7 @@ class ShardedSnapshot(MemorySnapshot):
             ring.add(self.rows, keys, values, self._new_ids(ids, place, cursor[:, None] + offset), count=here, at=at)
         after = self.cursor.index_add(0, self.rows, added)
         ring.total.copy_(torch.maximum(ring.total, after))  # a recomputed forward adds nothing
-        return self.behind(after, ticket, again)
+        return replace(self.behind(after, ticket, again), cleared_elsewhere=None)
 
     def _new_ids(self, ids: Tensor | None, place: Tensor, entry: Tensor) -> Tensor | None:
         """The ids (B·G, N) of entries that this rank stores: those given (B, N) to all ranks, or positions.
@@ -411,4 +411,7 @@ class ShardedSnapshot(MemorySnapshot):
     def clear_rows(self, mask: Tensor) -> MemorySnapshot:
         """Forgets the documents where mask (B,) is True on one rank at least; returns the state after that."""
         check_mask(mask, self.documents, self.start.device)
-        return super().clear_rows(from_all(mask.to(torch.uint8), self.ring.ranks).bool().any(dim=0))
+        ranks = self.ring.ranks
+        of_all = from_all(mask.to(torch.uint8), ranks).bool()  # (W, B)
+        elsewhere = of_all[: ranks.rank].any(dim=0), of_all[ranks.rank + 1 :].any(dim=0)
+        return replace(super().clear_rows(of_all.any(dim=0)), cleared_elsewhere=elsewhere)
