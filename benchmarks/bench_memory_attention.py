@@ -1,6 +1,8 @@
 """Attention to given neighbours and to the local context, forward and with its gradients, against its rivals.
 
 `-xl512` puts 512 cached keys before the segment's own. All are given slots and scores, memories full and wrapped.
+`-k64` and `-k256` retrieve so many neighbours. `-mask` hides no key by a mask that is read, `-first` none by a number
+for each query, `-sink` and `-cap` have those, `-both-ways` is not causal: the operator alone, next to the case without.
 
 - `upstream`: that package's arithmetic on the device of the tensors: neighbours gathered as pairs (B, H, N, K, 2, D)
   out of a memory in the query's dtype, logits concatenated, one softmax, a dense bias.
@@ -16,7 +18,7 @@ the least it could be; `ring_bytes` is what of the inputs is memory.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -31,8 +33,11 @@ from memtrans_kernels import memory_attention
 
 XL = "-xl512"
 GPU_CASES = ("d64-64k", "d64-64k-xl512", "d128-64k", "paper-64k", "decode-d64-64k", "decode-d64-64k-xl512")
-TOY_CASES = ("d64-64k-xl512", "paper-64k", "decode-d64-64k")
-CASES = TOY_CASES if TOY else GPU_CASES if DEVICE == "cuda" else ("cpu-d64-64k", "cpu-d64-64k-xl512")
+ARGUMENTS = ("-mask", "-first", "-sink", "-cap", "-both-ways")
+OF_ARGUMENTS = tuple(f"d64-64k{name}" for name in ARGUMENTS)
+ALONE = ("d256-64k", "d64-64k-k64", "d64-64k-k256", *OF_ARGUMENTS)  # without rivals
+TOY_CASES = ("d64-64k-xl512", "paper-64k", "decode-d64-64k", "d64-64k-mask")
+CASES = TOY_CASES if TOY else GPU_CASES + ALONE if DEVICE == "cuda" else ("cpu-d64-64k", "cpu-d64-64k-xl512")
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 DISTANCES = 129  # of the bias table: T5 tells distances up to 128 apart
 SAME = {torch.float32: 5e-3, torch.bfloat16: 8e-2}  # between implementations; the largest value is about 4
@@ -53,6 +58,11 @@ class Problem:
     slots: Tensor  # (B, H, N, K)
     scale: Tensor  # (H,)
     bias_table: Tensor  # (H, distances)
+    causal: bool = True
+    key_mask: Tensor | None = None  # (B, L)
+    first: Tensor | None = None  # (B, N)
+    soft_cap: float | None = None
+    sink: Tensor | None = None  # (H,)
 
     @property
     def row_of_head(self) -> Tensor:
@@ -84,7 +94,10 @@ class Rival(NamedTuple):
 
 def problem(name: str) -> Problem:
     """Random unit queries and keys; neighbours anywhere in the memory."""
+    name, argument = split_name(name)
+    name, _, neighbours = name.partition("-k")
     sizes = case(name.removesuffix(XL))
+    sizes = replace(sizes, neighbours=int(neighbours)) if neighbours else sizes
     batch, heads, groups, length, width = sizes.batch, sizes.heads, sizes.groups, sizes.length, sizes.width
     cached = (3 if TOY else 512) if name.endswith(XL) else 0
     ring = full_ring(sizes, torch.float32 if DEVICE == "cpu" else torch.float16, DEVICE)
@@ -98,12 +111,32 @@ def problem(name: str) -> Problem:
     given = Problem(query, key, value, ring.keys, ring.values, ring.rows, slots.float(), slots.int(), scale, table)
     retrieved = ring.keys[given.row_of_head, slots]
     given.scores = (query.to(retrieved.dtype)[:, :, :, None] * retrieved).sum(-1, dtype=torch.float32)
-    return given
+    return replace(given, **argument_of(argument, given))
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """A case, and the argument that it ends in, "" for none."""
+    argument = next((suffix for suffix in ARGUMENTS if name.endswith(suffix)), "")
+    return name.removesuffix(argument), argument
+
+
+def argument_of(name: str, given: Problem) -> dict[str, Any]:
+    """One more argument, which changes no result but in the cases that are named after a cap, a sink or both ways."""
+    batch, heads, length, _ = given.query.shape
+    if name == "-mask":
+        return {"key_mask": torch.ones(batch, given.key.shape[2], dtype=torch.bool, device=DEVICE)}
+    if name == "-first":
+        return {"first": torch.zeros(batch, length, dtype=torch.int64, device=DEVICE)}
+    if name == "-sink":
+        return {"sink": torch.randn(heads, device=DEVICE)}
+    return {"": {}, "-cap": {"soft_cap": 50.0}, "-both-ways": {"causal": False}}[name]
 
 
 def ours(given: Problem) -> Rival:
     leaves = [given.query, given.key, given.value, given.scale, given.bias_table]
+    leaves += [] if given.sink is None else [given.sink]
     others, ring = [given.rows, given.scores, given.slots], [given.memory_keys, given.memory_values]
+    others += [tensor for tensor in (given.key_mask, given.first) if tensor is not None]
     return Rival(lambda: memory_attention(**vars(given))[0], leaves, others, ring)
 
 
@@ -183,6 +216,7 @@ def has_gradients(name: str, impl: str) -> bool:
 
 MEASURED = [(name, impl, FORWARD) for name in CASES for impl in RIVALS]
 MEASURED += [(name, impl, BACKWARD) for name in CASES for impl in RIVALS if has_gradients(name, impl)]
+MEASURED = [(name, impl, mode) for name, impl, mode in MEASURED if impl == "memtrans" or name not in ALONE]
 
 
 def step(rival: Rival, grad_out: Tensor, mode: str) -> Callable[[], list[Tensor]]:

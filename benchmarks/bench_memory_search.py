@@ -1,10 +1,10 @@
 """`KNNMemory.search`: the keys and values of each query's nearest entries, with upstream's interface, for attention of
 one's own. The memory is full and has wrapped round.
 
-`upstream` is the arithmetic of memorizing-transformers-pytorch 0.4.1 on the device of the tensors: its search, a document
-at a time, a copy out of its database of pairs, a stack, and zeros where nothing was found. Its own index is approximate;
-here the search is `memtrans`'s, so that what differs is what happens around it. `parts` is what cannot be less: finding
-the neighbours, and a fresh copy of the result.
+`upstream` is the arithmetic of memorizing-transformers-pytorch 0.4.1 on the device of the tensors, as in upstream.py:
+a matrix product and `topk` stand for its approximate index; then, as its `search` does, a document at a time is copied
+out of a database of pairs, all are stacked, and what was not found is filled with zeros. `parts` is what cannot be
+less: our search for the neighbours alone, and a fresh copy of the result.
 """
 
 from __future__ import annotations
@@ -62,23 +62,16 @@ def ours(sizes: Problem, memory: KNNMemory, query: Tensor) -> Callable[[], Any]:
     return lambda: memory.search(query, sizes.neighbours)
 
 
-def nearest(sizes: Problem, memory: KNNMemory, query: Tensor) -> Tensor:
-    """Slots (B, ..., K)."""
-    flat = query.reshape(sizes.batch, 1, -1, sizes.width)
-    return memory.snapshot().nearest(flat, sizes.neighbours)[1].reshape(*query.shape[:-1], sizes.neighbours)
-
-
 def upstream(sizes: Problem, memory: KNNMemory, query: Tensor) -> Callable[[], Any]:
-    snapshot = memory.snapshot()
-    database = torch.stack((snapshot.keys, snapshot.values), dim=-2)  # (B, M + S, 2, D)
+    entries = memory.entries()
+    keys, database = entries.keys, torch.stack((entries.keys, entries.values), dim=-2)  # (B, M, D), (B, M, 2, D)
 
     def search() -> tuple[Tensor, Tensor]:
-        slots = nearest(sizes, memory, query)
         masks, found = [], []
-        for of_document, pairs in zip(slots, database, strict=True):
-            mask = of_document != -1
-            masks.append(mask)
-            found.append(pairs[torch.where(mask, of_document, 0).long()])
+        for of_document, of_keys, pairs in zip(query, keys, database, strict=True):
+            slots = (of_document @ of_keys.T).topk(sizes.neighbours).indices  # (..., K)
+            masks.append(slots != -1)
+            found.append(pairs[torch.where(masks[-1], slots, 0)])
         mask = torch.stack(masks)
         return torch.stack(found).masked_fill(~mask[..., None, None], 0.0), mask
 
@@ -87,7 +80,8 @@ def upstream(sizes: Problem, memory: KNNMemory, query: Tensor) -> Callable[[], A
 
 def parts(sizes: Problem, memory: KNNMemory, query: Tensor) -> Callable[[], Any]:
     result, _ = memory.search(query, sizes.neighbours)
-    return lambda: (nearest(sizes, memory, query), result.clone())
+    flat = query.reshape(sizes.batch, 1, -1, sizes.width)
+    return lambda: (memory.snapshot().nearest(flat, sizes.neighbours), result.clone())
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ class Case:
 
 
 def case(name: str) -> Case:
-    """`[decode-|cpu-]<d64|d128|paper>-<8k|64k|262k>`, as tables and result files name it.
+    """`[decode-|cpu-]<d64|d128|d256|paper>-<8k|64k|262k>`, as tables and result files name it.
 
     `decode-` is one query a head; `cpu-` is two documents and one head, for machines of two cores.
 
@@ -67,7 +67,7 @@ def case(name: str) -> Case:
     (1, 2)
     """
     shape, memory = name.removeprefix("decode-").removeprefix("cpu-").rsplit("-", 1)
-    width, groups = {"d64": (64, 1), "d128": (128, 1), "paper": (128, 8)}[shape]
+    width, groups = {"d64": (64, 1), "d128": (128, 1), "d256": (256, 1), "paper": (128, 8)}[shape]
     made = Case(name, width, groups, MEMORIES[memory], length=1 if name.startswith("decode-") else 512)
     if name.startswith("cpu-"):
         made = replace(made, batch=2, heads=1)

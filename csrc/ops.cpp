@@ -12,8 +12,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(memtrans, library) {
   library.def(
       "native_knn_search(Tensor query, Tensor keys, Tensor rows, Tensor start, Tensor cursor, int capacity, int k) -> "
       "(Tensor scores, Tensor slots)");
-  library.def(
-      "native_gather_pairs(Tensor keys, Tensor values, Tensor rows, Tensor slots, Tensor(a!) pairs) -> ()");
+  library.def("native_gather_pairs(Tensor keys, Tensor values, Tensor rows, Tensor slots, Tensor(a!) pairs) -> ()");
   library.def(
       "native_memory_attention(Tensor query, Tensor key, Tensor value, Tensor memory_keys, Tensor memory_values, "
       "Tensor rows, Tensor scores, Tensor slots, Tensor scale, Tensor? bias_table, Tensor? bias_dense, "

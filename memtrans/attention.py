@@ -13,8 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memtrans.checks import check_bias, check_cache, check_count, check_hidden, sizes, whole_number
+from memtrans.checks import (
+    check_bias,
+    check_cache,
+    check_count,
+    check_hidden,
+    check_tokens,
+    sizes,
+    whole_number,
+)
 from memtrans.layers import bare_weight
+from memtrans.segments import Beginnings, Padding, leading, mask_of, ordered
 from memtrans_kernels import checks, local_attention
 from memtrans_kernels.precision import arithmetic_dtype
 
@@ -39,6 +48,9 @@ class LayerInputs(NamedTuple):
         local_length: (B,) int64, how many of the newest of the L local keys are this document's. Default: all.
         lengths: (B,) int64, how many of the N tokens are real. Default: all.
         temperature: (H,), of a memorizing layer. Default: the layer computes it.
+        skipped: (B,) int64, how many of the N tokens lead as padding, which takes no position. Default: none.
+        beginnings: of documents inside the segment. Default: none begins in it.
+        query_mask: (B, N) bool, False for tokens that see no neighbour. Default: all see theirs.
     """
 
     xl_memory: Tensor | LocalView | None = None
@@ -46,6 +58,35 @@ class LayerInputs(NamedTuple):
     local_length: Tensor | None = None
     lengths: Tensor | None = None
     temperature: Tensor | None = None
+    skipped: Tensor | None = None
+    beginnings: Beginnings | None = None
+    query_mask: Tensor | None = None
+
+    def first(self, length: int, local_keys: int) -> Tensor | None:
+        """The oldest local key that each of N = `length` queries sees, (B, N); None where all see the oldest."""
+        first = None
+        if self.beginnings is not None:
+            age = self.beginnings.age
+            own = torch.arange(local_keys - length, local_keys, device=age.device)
+            first = torch.where(age < 0, 0, own + 1 - age)
+        if self.skipped is not None:
+            real = torch.arange(length, device=self.skipped.device) >= self.skipped[:, None]
+            first = torch.where(real, 0 if first is None else first, local_keys)
+        return first
+
+    def sees_neighbours(self, length: int) -> Tensor | None:
+        """Which of N = `length` queries see neighbours, (B, N) bool; None where all do.
+
+        A memory holds nothing of a document that begins in the segment.
+        """
+        sees = self.query_mask
+        if self.beginnings is not None:
+            older = self.beginnings.age < 0
+            sees = older if sees is None else sees & older
+        if self.skipped is not None:
+            real = torch.arange(length, device=self.skipped.device) >= self.skipped[:, None]
+            sees = real if sees is None else sees & real
+        return sees
 
 
 class LocalKeys(NamedTuple):
@@ -56,6 +97,11 @@ class LocalKeys(NamedTuple):
         bias_table: (H, distances), a bias by distance.
         bias_dense: (1 or B, H, N, L), a bias of each pair.
         local_length: (B,) int64, how many of the newest keys count. Default: all.
+        first: (B, N) int64, the oldest key that each query sees. Default: the oldest of all.
+        causal: whether a query sees no key behind it.
+        soft_cap: what bounds a logit before its bias, the retrieved ones too. Default: none.
+        sink: (H,), a logit in the denominator alone. Default: none.
+        query_mask: (B, N) bool, False for queries that see no neighbour. Default: all see theirs.
     """
 
     key: Tensor
@@ -63,6 +109,11 @@ class LocalKeys(NamedTuple):
     bias_table: Tensor | None
     bias_dense: Tensor | None
     local_length: Tensor | None
+    first: Tensor | None = None
+    causal: bool = True
+    soft_cap: float | None = None
+    sink: Tensor | None = None
+    query_mask: Tensor | None = None
 
 
 class LocalContext(nn.Module):
@@ -80,6 +131,9 @@ class LocalContext(nn.Module):
         xl_max_memories: int,
         kv_heads: int,
         bias_out: bool,
+        causal: bool = True,
+        soft_cap: float | None = None,
+        sink: bool = False,
     ) -> None:
         super().__init__()
         dim, heads, dim_head, kv_heads = sizes(1, dim=dim, heads=heads, dim_head=dim_head, kv_heads=kv_heads)
@@ -87,10 +141,20 @@ class LocalContext(nn.Module):
         checks.probability("dropout", dropout)
         self.heads, self.kv_heads, self.dim_head = heads, kv_heads, dim_head
         self.xl_max_memories = whole_number("xl_max_memories", xl_max_memories, low=0)
+        checks.positive("soft_cap", soft_cap)
+        if not causal and self.xl_max_memories:
+            raise ValueError(f"xl_max_memories must be 0 with causal=False, got {self.xl_max_memories}")
+        self.causal, self.soft_cap = bool(causal), soft_cap
+        self.sink = nn.Parameter(torch.zeros(heads)) if sink else None
         self.dropout = nn.Dropout(dropout)
         self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
         self.to_kv = nn.Linear(dim, kv_heads * dim_head * 2, bias=False)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=bias_out)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A pickle of old lacks what layers had no choice about."""
+        super().__setstate__({"causal": True, "soft_cap": None, **state})
+        self._parameters.setdefault("sink", None)
 
     @property
     def dropout_p(self) -> float:
@@ -110,6 +174,25 @@ class LocalContext(nn.Module):
         check_count("local_length", inputs.local_length, batch, x.device, local_keys)
         check_count("lengths", inputs.lengths, batch, x.device, length)
         check_bias(inputs.rel_pos_bias, batch, self.heads, length, local_keys, x.device)
+        if not self.causal and inputs.xl_memory is not None:
+            raise ValueError("xl_memory must be None with causal=False: a cache is of a causal model")
+
+    def in_order(
+        self, x: Tensor, inputs: LayerInputs, mask: Tensor | None
+    ) -> tuple[Tensor, LayerInputs, Padding | None]:
+        """x (B, N, dim) and what comes with it once padding leads, where a mask (B, N) bool says what is padding."""
+        if mask is None:
+            return x, inputs, None
+        batch, length, _ = x.shape
+        check_tokens("mask", mask, batch, length, x.device)
+        if inputs.rel_pos_bias is not None and inputs.rel_pos_bias.dim() != 2:
+            raise ValueError("rel_pos_bias must be by distance, (H, distances), beside a mask, got a dense one")
+        real = mask_of(mask, inputs.lengths, length)
+        assert real is not None
+        padding = leading(real)
+        query_mask = None if inputs.query_mask is None else ordered(inputs.query_mask, padding.order)
+        inputs = inputs._replace(lengths=None, skipped=padding.skipped, query_mask=query_mask)
+        return ordered(x, padding.order), inputs, padding
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query (B, H, N, D), key and value (B, G, N, D) of x (B, N, dim)."""
@@ -134,8 +217,9 @@ class LocalContext(nn.Module):
             cached_key, cached_value = by_group.to(key.dtype).unbind(dim=-2)  # (B, G, X, D)
             key = torch.cat((cached_key, key), dim=-2)  # (B, G, L, D)
             value = torch.cat((cached_value, value), dim=-2)
-        by_distance, dense = biases(inputs.rel_pos_bias, self.heads, length, key.shape[2])
-        local = LocalKeys(key, value, by_distance, dense, inputs.local_length)
+            if inputs.skipped is not None:
+                key, value = (_behind_padding(tensor, length, inputs.skipped) for tensor in (key, value))
+        local = self._visible(key, value, length, inputs)
         if self.xl_max_memories == 0 or isinstance(cached, LocalView):
             return local, None
         newest, first = [key.detach(), value.detach()], max(0, key.shape[2] - self.xl_max_memories)
@@ -148,9 +232,20 @@ class LocalContext(nn.Module):
         new_cache = torch.stack(newest, dim=-2)  # (B, G, X, 2, D)
         return local, new_cache if self.kv_heads > 1 else new_cache[:, 0]
 
+    def _visible(self, key: Tensor, value: Tensor, length: int, inputs: LayerInputs) -> LocalKeys:
+        """Local keys and values (B, G, L, D), and what N = `length` queries see of them."""
+        local_keys, local_length = key.shape[2], inputs.local_length
+        if inputs.skipped is not None:
+            local_length = (local_keys if local_length is None else local_length) - inputs.skipped
+        by_distance, dense = biases(inputs.rel_pos_bias, self.heads, length, local_keys)
+        return LocalKeys(
+            key, value, by_distance, dense, local_length, inputs.first(length, local_keys), self.causal, self.soft_cap,
+            self.sink, inputs.sees_neighbours(length),
+        )  # fmt: skip
+
 
 class Attention(LocalContext):
-    """Causal multi-query attention over the segment and its XL cache.
+    """Multi-query attention over the segment and its XL cache.
 
     Args:
         dim: model width.
@@ -159,10 +254,14 @@ class Attention(LocalContext):
         dropout: probability of dropping an attention weight, in training.
         xl_max_memories: X, tokens that the XL cache keeps; 0 for none.
         kv_heads: G, key/value heads; divides H.
+        causal: whether a token sees none behind it; if not, there is no XL cache, and a bias by distance counts how far
+            a key is away on either side.
+        soft_cap: c, which makes c · tanh(x / c) of each logit x before its bias. Default: none.
+        sink: whether each head has a learned logit, which starts at 0, in the denominator of its softmax.
 
     Raises:
         ValueError, TypeError: a size that is no integer or below 1, an H that G does not divide, a dropout outside
-            [0, 1).
+            [0, 1), a soft cap that is not above 0, an XL cache with causal=False.
 
     >>> attention = Attention(dim=32, heads=4, dim_head=8, xl_max_memories=16)
     >>> out, xl_memory = attention(torch.randn(2, 10, 32))
@@ -179,8 +278,14 @@ class Attention(LocalContext):
         dropout: float = 0.0,
         xl_max_memories: int = 0,
         kv_heads: int = 1,
+        causal: bool = True,
+        soft_cap: float | None = None,
+        sink: bool = False,
     ) -> None:
-        super().__init__(dim, heads, dim_head, dropout, xl_max_memories, kv_heads, bias_out=True)
+        super().__init__(
+            dim, heads, dim_head, dropout, xl_max_memories, kv_heads, bias_out=True,
+            causal=causal, soft_cap=soft_cap, sink=sink,
+        )  # fmt: skip
         self.scale = dim_head**-0.5
 
     def forward(
@@ -192,6 +297,7 @@ class Attention(LocalContext):
         rel_pos_bias: Tensor | None = None,
         local_length: Tensor | None = None,
         lengths: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attends.
 
@@ -202,6 +308,8 @@ class Attention(LocalContext):
             rel_pos_bias: by distance (H, distances), or dense (1 or B, H, at least N, at least L).
             local_length: (B,) int64, how many of the newest of the L local keys are this document's. Default: all.
             lengths: (B,) int64, how many of the N tokens are real; padding at the tail is not cached. Default: all.
+            mask: (B, N) bool, False for padding anywhere: it is neither seen nor cached, sees nothing and takes no
+                position. Default: all is real.
 
         Returns:
             out (B, N, dim), and the new XL cache, None without one. Each row's cache ends with its newest real token;
@@ -214,16 +322,17 @@ class Attention(LocalContext):
         if inputs is None:
             inputs = LayerInputs(xl_memory, rel_pos_bias, local_length, lengths)
             self.check(x, inputs)
+        x, inputs, padding = self.in_order(x, inputs, mask)
         query, key, value = self.project(x)  # (B, H, N, D), (B, G, N, D), (B, G, N, D)
         local, new_cache = self.extend(key, value, inputs)
-        dropout_p, of_view = self.dropout_p, isinstance(inputs.xl_memory, LocalView)
+        dropout_p, plain = self.dropout_p, self.soft_cap is None and self.sink is None
+        of_view = isinstance(inputs.xl_memory, LocalView) and plain
         if of_view and query.shape[2] == 1 and local.bias_dense is not None and dropout_p == 0.0:
             return self.to_out(self._attend_once(query, local)), new_cache
         scale = torch.full((self.heads,), self.scale, dtype=arithmetic_dtype(query), device=x.device)
-        out, _ = local_attention(
-            query, local.key, local.value, scale, *local[2:], dropout_p, seed_of(dropout_p, x.device)
-        )
-        return self.to_out(out.transpose(1, 2).flatten(2)), new_cache  # (B, N, dim)
+        attended, _ = attend_to_local(query, local, scale, dropout_p)
+        out = self.to_out(attended.transpose(1, 2).flatten(2))  # (B, N, dim)
+        return out if padding is None else ordered(out, padding.back), new_cache
 
     def _attend_once(self, query: Tensor, local: LocalKeys) -> Tensor:
         """One query a head, (B, H, 1, D), that finds itself, by PyTorch's attention; (B, 1, H·D).
@@ -238,6 +347,23 @@ class Attention(LocalContext):
             query.reshape(*of_group, width), local.key, local.value, mask, scale=self.scale
         )  # (B, G, H/G, D)
         return out.reshape(batch, 1, heads * width)
+
+
+def attend_to_local(query: Tensor, local: LocalKeys, scale: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
+    """Attention of query (B, H, N, D) to the local keys alone: out (B, H, N, D) and lse (B, H, N)."""
+    return local_attention(
+        query, local.key, local.value, scale, local.bias_table, local.bias_dense, local.local_length,
+        dropout_p, seed_of(dropout_p, query.device),
+        causal=local.causal, first=local.first, soft_cap=local.soft_cap, sink=local.sink,
+    )  # fmt: skip
+
+
+def _behind_padding(tensor: Tensor, length: int, skipped: Tensor) -> Tensor:
+    """Puts the padding that leads N = `length` tokens before what is cached: (B, G, L, D) in another order of L."""
+    place = torch.arange(tensor.shape[2], device=tensor.device)
+    cached, skipped = tensor.shape[2] - length, skipped[:, None]
+    place = torch.where(place < skipped, place + cached, torch.where(place < skipped + cached, place - skipped, place))
+    return tensor.gather(2, place[:, None, :, None].expand_as(tensor))
 
 
 def seed_of(dropout_p: float, device: torch.device) -> Tensor | None:

@@ -80,15 +80,6 @@ def check_hidden(name: str, hidden: Tensor, width: int | None, weight: Tensor | 
         raise TypeError(f"{name} must be {weight.dtype} like the weights (or autocast be on), got {hidden.dtype}")
 
 
-def check_padding(name: str, mask: Tensor, validate: bool = False) -> None:
-    """Raises ValueError unless `mask` is a tensor (B, N) of ones and, behind them, zeros; where values may be seen."""
-    checks.tensors(**{name: mask})
-    if mask.dim() != 2:
-        raise ValueError(f"{name} must have shape (B, N), got {tuple(mask.shape)}")
-    if may_look(mask, validate) and bool((mask.long().diff(dim=1) > 0).any() | ((mask != 0) & (mask != 1)).any()):
-        raise ValueError(f"{name} must be 1 for tokens and 0 for padding behind them, got {mask.tolist()}")
-
-
 def check_finite(name: str, tensor: Tensor, validate: bool = False) -> None:
     """Raises ValueError if `tensor` has an infinite or NaN component, where values may be looked at."""
     if may_look(tensor, validate) and not bool(tensor.isfinite().all()):
@@ -102,6 +93,20 @@ def check_count(name: str, count: Tensor | None, batch: int, device: torch.devic
         checks.typed(torch.int64, **{name: count})
         checks.same_device(device, **{name: count})
         checks.within(name, count, 0, most)
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raises ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_tokens(name: str, mask: Tensor | None, batch: int, length: int, device: torch.device) -> None:
+    """Raises ValueError or TypeError unless `mask` is None, or a bool tensor (B, N)."""
+    if mask is not None:
+        checks.Letters(B=batch, N=length).bind(name, mask, "B N")
+        checks.typed(torch.bool, **{name: mask})
+        checks.same_device(device, **{name: mask})
 
 
 def check_cache(name: str, cache: Tensor, batch: int, kv_heads: int, width: int, device: torch.device) -> None:

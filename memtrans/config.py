@@ -13,7 +13,9 @@ from memtrans.checks import check_number, sizes, whole_number
 from memtrans_kernels import checks
 
 # Arguments of the model that go to the attention of memorizing layers as they are, and are checked there.
-OF_MEMORY = ("num_retrieved_memories", "attn_scale_init", "memory_offset", "combine")
+OF_MEMORY = ("num_retrieved_memories", "attn_scale_init", "memory_offset", "combine", "similarity", "learn_scale")
+# Those that go to the attention of all layers so.
+OF_ALL = ("causal", "soft_cap", "sink")
 
 
 class Architecture(NamedTuple):
@@ -74,6 +76,7 @@ def architecture_of(arguments: Mapping[str, Any]) -> Architecture:
     checks.probability("attn_dropout", arguments["attn_dropout"])
     checks.probability("ff_dropout", arguments["ff_dropout"])
     check_number("ff_mult", arguments["ff_mult"], above=0)
+    check_causal(arguments)
     middle = (depth // 2,) if depth > 1 else ()
     return Architecture(
         num_tokens=num_tokens,
@@ -92,6 +95,14 @@ def architecture_of(arguments: Mapping[str, Any]) -> Architecture:
         memorizing=layer_numbers("memorizing_layers", arguments["memorizing_layers"], middle, depth),
         caching=layer_numbers("xl_memory_layers", arguments["xl_memory_layers"], range(1, depth + 1), depth),
     )
+
+
+def check_causal(arguments: Mapping[str, Any]) -> None:
+    """Raises ValueError where a model that is not causal is given what has a meaning in a causal one alone."""
+    names = ("clear_memories_on_sos_token_id", "clear_memories_on_eos_token_id")
+    given = [name for name in names if arguments[name] is not None] + ["legacy"] * bool(arguments["legacy"])
+    if not arguments["causal"] and given:
+        raise ValueError(f"causal must be True with {', '.join(given)}, got {arguments['causal']!r}")
 
 
 def layer_numbers(name: str, layers: int | Sequence[int] | None, default: Sequence[int], depth: int) -> tuple[int, ...]:
@@ -130,6 +141,7 @@ def attention_arguments(arguments: Mapping[str, Any], number: int, layers: Archi
         "kv_heads": arguments["kv_heads"],
         "dropout": arguments["attn_dropout"],
         "xl_max_memories": layers.xl_max_memories if number in layers.caching else 0,
+        **{name: arguments[name] for name in OF_ALL},
     }
     if number not in layers.memorizing:
         return {**of_layer, "heads": layers.heads}

@@ -12,23 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memtrans.attention import LayerInputs, LocalContext
-from memtrans.checks import check_number
+from memtrans.attention import LayerInputs, LocalContext, LocalKeys
+from memtrans.checks import check_choice, check_number, check_tokens
 from memtrans.memory.knn_memory import KNNMemory
 from memtrans.memory.leaving import add_leaving
 from memtrans.memory.ring import MemorySnapshot
 from memtrans.memory.snapshots import snapshot_for
+from memtrans.segments import ordered
 from memtrans_kernels import checks, cosine
 
 COMBINATIONS = ("softmax", "gate")
+SIMILARITIES = ("cosine", "product")
+COSINE_SCALE = 20.0  # what the learned temperature starts at
 
 
 class KNNAttention(LocalContext):
     """Attention to the local context and to the K nearest entries of a memory.
 
-    Cosine similarity with a learned temperature per head; the memory is never differentiated. Both parts share one
-    softmax; or each has its own, and g = sigmoid(memory_gate), learned per head, mixes what they give:
-    g · retrieved + (1 - g) · local. A query that finds nothing takes the local part whole.
+    Cosine similarity with a learned temperature per head, or products as plain layers have them; the memory is never
+    differentiated. Both parts share one softmax; or each has its own, and g = sigmoid(memory_gate), learned per head,
+    mixes what they give: g · retrieved + (1 - g) · local. A query that finds nothing takes the local part whole.
 
     Args:
         dim: model width.
@@ -37,11 +40,16 @@ class KNNAttention(LocalContext):
         dropout: probability of dropping an attention weight, in training.
         num_retrieved_memories: K, neighbours of each query.
         xl_max_memories: X, tokens that the XL cache keeps, 0 for none; only what leaves it is added to the memory.
-        attn_scale_init: what the learned temperature (H,) starts at.
+        attn_scale_init: what the learned temperature (H,) starts at, or is. Default: 20, for products dim_head**-0.5.
         gate_output: whether the result is multiplied by tanh of a learned number that starts at 0.
         kv_heads: G, key/value heads; divides H.
         memory_offset: what a learned offset (H,) on the retrieved logits starts at; None for none.
         combine: "softmax" for the joint one, "gate" for the mixture by a learned gate (H,), which starts at a half.
+        similarity: "cosine" of query and key, or their "product"; the memory then holds keys as they are.
+        learn_scale: whether the temperature is learned.
+        bias_out: whether the projection out has a bias.
+        causal, soft_cap, sink: as of `Attention`. The cap bounds retrieved logits too; the sink is in the joint
+            softmax, with a gate in that of the local part.
 
     Raises:
         ValueError, TypeError: an argument out of range; `memory_offset` beside a gate, where it would change nothing.
@@ -64,26 +72,41 @@ class KNNAttention(LocalContext):
         dropout: float = 0.0,
         num_retrieved_memories: int = 32,
         xl_max_memories: int = 0,
-        attn_scale_init: float = 20,
+        attn_scale_init: float | None = None,
         gate_output: bool = False,
         kv_heads: int = 1,
         memory_offset: float | None = None,
         combine: str = "softmax",
+        similarity: str = "cosine",
+        learn_scale: bool = True,
+        bias_out: bool = False,
+        causal: bool = True,
+        soft_cap: float | None = None,
+        sink: bool = False,
     ) -> None:
-        super().__init__(dim, heads, dim_head, dropout, xl_max_memories, kv_heads, bias_out=False)
+        super().__init__(
+            dim, heads, dim_head, dropout, xl_max_memories, kv_heads, bias_out,
+            causal=causal, soft_cap=soft_cap, sink=sink,
+        )  # fmt: skip
         self.num_retrieved_memories = checks.integer("num_retrieved_memories", num_retrieved_memories, low=1)
+        check_choice("combine", combine, COMBINATIONS)
+        check_choice("similarity", similarity, SIMILARITIES)
+        if attn_scale_init is None:
+            attn_scale_init = COSINE_SCALE if similarity == "cosine" else self.dim_head**-0.5
         check_number("attn_scale_init", attn_scale_init, above=0)
-        if combine not in COMBINATIONS:
-            raise ValueError(f"combine must be one of {', '.join(COMBINATIONS)}, got {combine!r}")
+        self.similarity = similarity
         if combine == "gate" and memory_offset is not None:
             raise ValueError(f"memory_offset must be None with combine='gate', got {memory_offset}")
-        self.scale = nn.Parameter(torch.full((self.heads, 1, 1), math.log(attn_scale_init)))
+        self.scale = nn.Parameter(torch.full((self.heads, 1, 1), math.log(attn_scale_init)), requires_grad=learn_scale)
         self.output_gate = nn.Parameter(torch.zeros(1)) if gate_output else None
         self.memory_offset = None
         if memory_offset is not None:
             check_number("memory_offset", memory_offset)
             self.memory_offset = nn.Parameter(torch.full((self.heads,), float(memory_offset)))
         self.memory_gate = nn.Parameter(torch.zeros(self.heads)) if combine == "gate" else None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"similarity": "cosine", **state})
 
     def forward(
         self,
@@ -99,6 +122,8 @@ class KNNAttention(LocalContext):
         add_to: KNNMemory | MemorySnapshot | None = None,
         return_memory: bool = False,
         temperature: Tensor | None = None,
+        mask: Tensor | None = None,
+        query_mask: Tensor | None = None,
     ) -> tuple[Any, ...]:
         """Searches, attends, then adds what leaves the XL cache (the whole segment where there is no cache).
 
@@ -116,6 +141,9 @@ class KNNAttention(LocalContext):
             add_to: the memory to add to. Default: `knn_memory`.
             return_memory: also return the state of the memory after the segment.
             temperature: (H,), what `temperature()` gives, from callers that read by the token. Default: computed here.
+            mask: (B, N) bool, False for padding anywhere: it is neither seen, cached nor stored, sees nothing and takes
+                no position. Default: all is real.
+            query_mask: (B, N) bool, False for tokens that see no neighbour. Default: all see theirs.
 
         Returns:
             out (B, N, dim), and the new XL cache, None without one; `Attention.forward` says what it holds of rows with
@@ -126,12 +154,14 @@ class KNNAttention(LocalContext):
             range. Nothing was added then.
         """
         if inputs is None:
-            inputs = LayerInputs(xl_memory, rel_pos_bias, local_length, lengths, temperature)
+            inputs = LayerInputs(xl_memory, rel_pos_bias, local_length, lengths, temperature, query_mask=query_mask)
             knn_memory, add_to = self.check_all(x, inputs, knn_memory, add_to)
         assert isinstance(knn_memory, MemorySnapshot) and not isinstance(add_to, KNNMemory)
         added_to = knn_memory if add_to is None else add_to
+        x, inputs, padding = self.in_order(x, inputs, mask)
         query, key, value = self.project(x)  # (B, H, N, D), (B, G, N, D), (B, G, N, D)
-        query, key = cosine(query, key)
+        if self.similarity == "cosine":
+            query, key = cosine(query, key)
         local, new_cache = self.extend(key, value, inputs)
         out = knn_memory.attend(
             query,
@@ -149,13 +179,22 @@ class KNNAttention(LocalContext):
                 local.value,
                 kept=self.xl_max_memories,
                 length=x.shape[1],
-                local_length=inputs.local_length,
+                local_length=self._staying(local, inputs),
                 lengths=inputs.lengths,
             )
         out = self.to_out(out.transpose(1, 2).flatten(2))  # (B, N, dim)
+        out = out if padding is None else ordered(out, padding.back)
         if self.output_gate is not None:
             out = out * self.output_gate.tanh()
         return (out, new_cache, added_to) if return_memory else (out, new_cache)
+
+    @staticmethod
+    def _staying(local: LocalKeys, inputs: LayerInputs) -> Tensor | None:
+        """How many of the newest local keys are of the document that goes on behind the segment (B,); None for all."""
+        if inputs.beginnings is None:
+            return local.local_length
+        left = inputs.beginnings.left
+        return torch.where(left < 0, local.key.shape[2] if local.local_length is None else local.local_length, left)
 
     def temperature(self) -> Tensor:
         """What logits are multiplied by, per head (H,): the exponential of what is learned."""
@@ -173,6 +212,7 @@ class KNNAttention(LocalContext):
         if inputs.temperature is not None:
             checks.Letters(H=self.heads).bind("temperature", inputs.temperature, "H")
         batch, length, _ = x.shape
+        check_tokens("query_mask", inputs.query_mask, batch, length, x.device)
         cached = inputs.xl_memory.shape[-3] if isinstance(inputs.xl_memory, Tensor) else 0
         fitting: dict[str, Any] = {
             "batch": batch,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from memtrans.attention import Attention, LayerInputs
-from memtrans.checks import check_count, check_finite, check_hidden, check_ids
+from memtrans.checks import check_count, check_finite, check_hidden, check_ids, check_tokens
 from memtrans.compatibility import UNUSED, warn_unused
 from memtrans.config import architecture_of, attention_arguments
 from memtrans.knn_attention import KNNAttention
@@ -25,6 +25,7 @@ from memtrans.memory.ring import MemorySnapshot
 from memtrans.memory.snapshots import snapshots_for
 from memtrans.position import T5RelativePositionBias
 from memtrans.pretrained import Pretrained, configuration_of
+from memtrans.segments import Beginnings, Padding, beginnings, leading, mask_of, ordered
 from memtrans.trainers import Configuration, ForTrainers, without_memories
 from memtrans.vocabulary import Vocabulary
 from memtrans.xl_memories import (
@@ -84,8 +85,10 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         memorizing_layers: layers (from 1) with a memory; an int, a sequence, `()` for none. Default: depth // 2.
         max_knn_memories: M, entries of each document that a memory keeps.
         num_retrieved_memories: K, neighbours of each query.
-        clear_memories_on_sos_token_id: a row that contains it forgets its memory before the segment. Default: none.
-        clear_memories_on_eos_token_id: a row that contains it forgets its memory after the segment. Default: none.
+        clear_memories_on_sos_token_id: a document begins with it: from it on nothing is seen of what the row said
+            before, neither in the segment nor in memory and XL cache, and only what comes from it on is kept. Default:
+            none.
+        clear_memories_on_eos_token_id: a document begins behind it, likewise. Default: none.
         knn_memories_directory: accepted and ignored, with a DeprecationWarning.
         shift_knn_memories_down: a layer searches the memory this many memorizing layers above, wrapping round.
         pad_id: labels equal to it, or to -100, are not scored; -1 scores every byte.
@@ -94,13 +97,20 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         shift_xl_memories_down: a layer attends to the XL cache this many caching layers above, wrapping round.
         knn_memory_multiprocessing: accepted and ignored, with a DeprecationWarning.
         kv_heads: G, key/value heads; divides H.
-        attn_scale_init: what the temperature (H,) of memorizing layers starts at.
+        attn_scale_init: what the temperature (H,) of memorizing layers starts at, or is. Default: 20, for products
+            dim_head**-0.5.
         memory_offset: what a learned offset (H,) on the retrieved logits starts at; None for none.
         combine: "softmax" over retrieved and local keys together, or one softmax each and a learned "gate" (H,).
         legacy: upstream's positions (the XL cache does not count) and shift (reads and writes rotate together), for
             checkpoints trained with it.
         activation_checkpointing: recompute each layer in the backward pass instead of keeping its activations.
         validate: also check values (token ids) on the GPU, at the price of waiting for it.
+        causal: whether a token sees none behind it; if not, there is neither an XL cache nor generation, nor start and
+            end tokens, and positions count how far a key is away on either side.
+        soft_cap: c, which makes c · tanh(x / c) of each logit x before its bias. Default: none.
+        sink: whether each attention head has a learned logit in the denominator of its softmax.
+        similarity: of queries and keys in memorizing layers, "cosine" or "product".
+        learn_scale: whether the temperature of memorizing layers is learned.
 
     Attributes:
         config: these arguments, as `save_pretrained` writes and `from_pretrained` reads them.
@@ -143,12 +153,17 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         shift_xl_memories_down: int = 0,
         knn_memory_multiprocessing: Any = UNUSED,
         kv_heads: int = 1,
-        attn_scale_init: float = 20,
+        attn_scale_init: float | None = None,
         memory_offset: float | None = None,
         combine: str = "softmax",
         legacy: bool = False,
         activation_checkpointing: bool = False,
         validate: bool = False,
+        causal: bool = True,
+        soft_cap: float | None = None,
+        sink: bool = False,
+        similarity: str = "cosine",
+        learn_scale: bool = True,
     ) -> None:
         arguments = configuration_of(locals(), without=("knn_memories_directory", "knn_memory_multiprocessing"))
         super().__init__()
@@ -167,6 +182,7 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         self.xl_memory_layers = layers.caching if layers.xl_max_memories > 0 else ()
         self.num_xl_memory_layers = len(self.xl_memory_layers)
         self.legacy, self.activation_checkpointing, self.validate = legacy, activation_checkpointing, validate
+        self.causal = causal
 
         self.token_emb = None if layers.num_tokens is None else nn.Embedding(layers.num_tokens, layers.dim)
         position_scale = layers.dim_head**0.5
@@ -180,6 +196,10 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
             self.layers.append(nn.ModuleList([attention, feed_forward]))
         last = () if layers.num_tokens is None else (nn.Linear(layers.dim, layers.num_tokens),)
         self.to_logits = nn.Sequential(nn.LayerNorm(layers.dim), *last)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A pickle of old is of a causal model."""
+        super().__setstate__({"causal": True, **state})
 
     # ------------------------------------------------------------------------------------------------- forward
 
@@ -198,6 +218,7 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        mask: Tensor | None = None,
     ) -> Any:
         """Reads one segment.
 
@@ -218,8 +239,10 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
                 whole cache, also for a row that fills less of it.
             input_ids: x, as tokenizers and collators call it. Without knn_memories each row is then a document of its
                 own, which begins here and is not kept.
-            attention_mask: (B, N), 1 for tokens and 0 for padding behind them, instead of `lengths`.
+            attention_mask: `mask`, as tokenizers give it: (B, N), 1 for tokens and 0 for padding.
             num_items_in_batch: what Trainer divides the sum of losses by.
+            mask: (B, N) bool, False for padding anywhere (before the text, behind it or inside): it is neither seen,
+                cached nor stored, takes no position, and start and end tokens there mean nothing. Default: all is real.
 
         Returns:
             logits (B, N, V), or the loss with `labels`, or embeddings (B, N, dim); with `num_items_in_batch` alone a
@@ -234,7 +257,7 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         """
         from_trainer = input_ids is not None or num_items_in_batch is not None
         if input_ids is not None or attention_mask is not None:
-            x, lengths = self.as_segment(x, input_ids, attention_mask, lengths, labels)
+            x, mask = self.as_segment(x, input_ids, attention_mask, mask, labels)
         if (x is None) == (inputs_embeds is None):
             raise ValueError("exactly one of x and inputs_embeds must be given")
         checked = not torch.compiler.is_compiling()  # what is refused is refused before the memory changes
@@ -254,34 +277,65 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         if from_trainer and without_memories(knn_memories, self.memorizing_layers):
             knn_memories, add_knn_memory = self.create_knn_memories(batch_size=batch, max_memories=1), False
         caches = caches_of(xl_memories, self.xl_memory_layers)
+        if checked:
+            check_caches(caches, batch, self.kv_heads, self.dim_head, device)
         xl_length = length_of(xl_memories) if xl_length is None else xl_length
         if checked:
             self.check_head((batch, length), labels, return_embeddings, device)
-            self._check(batch, length, device, caches, lengths, xl_length)
-        snapshots = self.snapshots(knn_memories, batch, length, device)
+            self._check(batch, length, device, caches, lengths, xl_length, mask)
+        searched = self.snapshots(knn_memories, batch, length, device)
 
+        hidden, ids, padding = self._padding_first(hidden, x, mask_of(mask, lengths, length))
+        lengths = lengths if padding is None else None
+        begun = self._beginnings(ids, lengths, padding)
+        added_to = searched
         start, end = self.clear_memories_on_sos_token_id, self.clear_memories_on_eos_token_id
-        ids = x if add_knn_memory else None  # read-only calls clear nothing
-        if ids is not None and start is not None:
-            snapshots = self._clear(snapshots, ids, lengths, start)
-        inputs = self._layer_inputs(length, device, caches, lengths, xl_length)
+        if add_knn_memory and begun is not None:  # read-only calls clear nothing
+            added_to = [snapshot.clear_rows(begun.left >= 0) for snapshot in searched]
+            elsewhere = added_to[0].cleared_elsewhere if added_to else None
+            begun = begun if elsewhere is None else begun.beside(*elsewhere)
+        elif add_knn_memory and self.legacy and ids is not None and start is not None:
+            searched = added_to = self._clear(searched, ids, lengths, padding, start)
+        inputs = self._layer_inputs(length, device, caches, lengths, xl_length, padding, begun)
         unused = self._nothing_of_unused_bias(device)
         hidden = hidden if unused is None else hidden + unused
-        hidden, stored, new_caches = self.run_layers(hidden, inputs, snapshots, add_knn_memory)
-        if ids is not None and end is not None:
-            self._clear(stored, ids, lengths, end)
+        hidden, stored, new_caches = self.run_layers(hidden, inputs, searched, add_knn_memory, added_to)
+        if add_knn_memory and self.legacy and ids is not None and end is not None:
+            self._clear(stored, ids, lengths, padding, end)
 
+        if padding is not None:
+            hidden = ordered(hidden, padding.back)
         result = self.head(hidden, labels, return_embeddings, num_items_in_batch)  # (B, N, V)
         if not self.num_xl_memory_layers or num_items_in_batch is not None:
             return result
         if "forward" in self.__dict__:  # accelerate's, which makes float32 copies of all else, and they say nothing
             new_caches = [cache.float() for cache in new_caches]
-        held = length_after(caches, length, lengths, xl_length)  # (B,)
+        counted = lengths if padding is None else length - padding.skipped
+        held = length_after(caches, length, counted, xl_length)  # (B,)
+        if begun is not None:
+            held = _held_of_new_documents(begun, held, length, lengths, longest_of(caches) + length)
         if held is None and checked:
             mark(new_caches, None)  # a compiled graph has nothing to say
         elif held is not None:
             new_caches = XLMemories(new_caches, held.clamp(max=new_caches[0].shape[-3]))
         return result, new_caches
+
+    @staticmethod
+    def _padding_first(
+        hidden: Tensor, ids: Tensor | None, real: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Padding | None]:
+        """Embeddings (B, N, dim) and ids (B, N) with all padding leading, where `real` (B, N) says what is none."""
+        if real is None:
+            return hidden, ids, None
+        padding = leading(real)
+        return ordered(hidden, padding.order), None if ids is None else ordered(ids, padding.order), padding
+
+    def _beginnings(self, ids: Tensor | None, lengths: Tensor | None, padding: Padding | None) -> Beginnings | None:
+        """Where documents begin in the segment; None where no token says it, or upstream's way of clearing holds."""
+        start, end = self.clear_memories_on_sos_token_id, self.clear_memories_on_eos_token_id
+        if ids is None or self.legacy or (start is None and end is None):
+            return None
+        return beginnings(ids, start, end, _real_tokens(ids, lengths, padding))
 
     def _nothing_of_unused_bias(self, device: torch.device) -> Tensor | None:
         """0 () that gives the bias of the kind of layer that this model has none of a gradient; None without such.
@@ -300,8 +354,11 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         caches: list[Tensor | None],
         lengths: Tensor | None,
         xl_length: Tensor | None,
+        padding: Padding | None,
+        begun: Beginnings | None,
     ) -> list[LayerInputs]:
         """For each layer the bias of its kind, and the XL cache that it attends to; of a segment of N = `length`."""
+        skipped = None if padding is None else padding.skipped
         free = longest_of(caches) if self.legacy else 0
         plain, of_memory = (bias.table(free, device) for bias in (self.rel_pos_bias, self.knn_rel_pos_bias))
         inputs = []
@@ -313,7 +370,7 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
                 cached = caches[place % self.num_xl_memory_layers]
             if cached is not None and xl_length is not None:
                 local_length = xl_length.clamp(max=cached.shape[-3]) + length  # (B,)
-            inputs.append(LayerInputs(cached, bias, local_length, lengths))
+            inputs.append(LayerInputs(cached, bias, local_length, lengths, skipped=skipped, beginnings=begun))
         return inputs
 
     def run_layers(
@@ -322,6 +379,7 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         inputs: Sequence[LayerInputs],
         snapshots: Sequence[MemorySnapshot],
         add_knn_memory: bool,
+        added_to: Sequence[MemorySnapshot] | None = None,
     ) -> tuple[Tensor, list[MemorySnapshot], list[Tensor]]:
         """Runs embeddings (B, N, dim) through all layers and checks nothing: for `forward`, and for callers that keep
         the local context themselves.
@@ -331,6 +389,7 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
             inputs: for each layer, what its attention is given beside them.
             snapshots: of the memories, one for each memorizing layer.
             add_knn_memory: False leaves the memories as they are.
+            added_to: the memories to add to, in which other entries may be cleared. Default: `snapshots`.
 
         Returns:
             the result (B, N, dim), the memories after it and the new XL caches.
@@ -345,8 +404,8 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
             attention, feed_forward = blocks
             of_memory: dict[str, Any] = {}
             if number in self.memorizing_layers:
-                searched, added_to = self.memories_of(self.memorizing_layers.index(number))
-                of_memory = {"knn_memory": snapshots[searched], "add_to": snapshots[added_to]}
+                searched, added = self.memories_of(self.memorizing_layers.index(number))
+                of_memory = {"knn_memory": snapshots[searched], "add_to": (added_to or snapshots)[added]}
                 of_memory |= {"add_knn_memory": add_knn_memory, "return_memory": True}
             hidden, new_cache, *after = attention(hidden, of_layer, **of_memory)  # (B, N, dim)
             hidden = feed_forward(hidden)  # (B, N, dim)
@@ -370,12 +429,14 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         caches: Sequence[Tensor | None],
         lengths: Tensor | None,
         xl_length: Tensor | None,
+        mask: Tensor | None,
     ) -> None:
         """Raises unless counts and caches fit a segment (B, N); see `forward`."""
         check_count("lengths", lengths, batch, device, length)
         check_count("xl_length", xl_length, batch, device)
-        check_caches(caches, batch, self.kv_heads, self.dim_head, device)
-        check_said(caches, lengths, xl_length)
+        check_tokens("mask", mask, batch, length, device)
+        real = mask_of(mask, lengths, length)
+        check_said(caches, lengths if real is None else real.sum(dim=1), xl_length)
 
     def snapshots(
         self, memories: Sequence[KNNMemory | MemorySnapshot], batch: int, longest: int, device: torch.device
@@ -402,11 +463,25 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
 
     @staticmethod
     def _clear(
-        snapshots: list[MemorySnapshot], x: Tensor, lengths: Tensor | None, token_id: int
+        snapshots: list[MemorySnapshot], x: Tensor, lengths: Tensor | None, padding: Padding | None, token_id: int
     ) -> list[MemorySnapshot]:
-        """Forgets the documents whose row of x contains the token before its padding; on the device."""
-        found = x == token_id
-        if lengths is not None:
-            found = found & (torch.arange(x.shape[1], device=x.device) < lengths[:, None])
-        mask = found.any(dim=-1)
+        """Forgets, as upstream means it, the documents whose row of x has the token outside padding; on the device."""
+        found, real = x == token_id, _real_tokens(x, lengths, padding)
+        mask = (found if real is None else found & real).any(dim=-1)
         return [snapshot.clear_rows(mask) for snapshot in snapshots]
+
+
+def _real_tokens(ids: Tensor, lengths: Tensor | None, padding: Padding | None) -> Tensor | None:
+    """Which of ids (B, N) are no padding: (B, N) bool; None where all are real."""
+    if padding is not None:
+        return padding.real
+    return None if lengths is None else torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+
+
+def _held_of_new_documents(
+    begun: Beginnings, held: Tensor | None, length: int, lengths: Tensor | None, all_of_them: int
+) -> Tensor:
+    """How many cached tokens are each row's document (B,), before a cache's size limits it: `held`, or `all_of_them`
+    where that is None, but for rows of which documents begin in a segment of N = `length` tokens."""
+    tail = 0 if lengths is None else length - lengths
+    return torch.where(begun.left < 0, all_of_them if held is None else held, begun.left - tail)

@@ -2,7 +2,9 @@
 
 The meaning is training's, row by row: a document is read in segments of N tokens. Each token sees the local keys of its
 segment and of the XL cache, and the memory as it stood when the segment began; at the segment's end the memory
-receives what leaves the XL cache. Rows stand at different places of their segments, so each ends at its own time.
+receives what leaves the XL cache. A start token begins a document anew, and so does what comes behind an end
+token, as in training: nothing older is seen from there on, and the segment's end stores what comes from there on. Rows
+stand at different places of their segments, so each ends at its own time.
 
 The host knows all places, because every step moves every row on by one; the device knows which rows have stopped.
 So a step has one shape, waits for nothing and can be replayed as a CUDA graph. Where rows may have stopped, the host
@@ -30,6 +32,7 @@ from memtrans.memory.leaving import add_leaving
 from memtrans.memory.memory_list import KNNMemoryList
 from memtrans.memory.ring import MemorySnapshot
 from memtrans.position import T5RelativePositionBias
+from memtrans.segments import Beginnings, beginnings
 from memtrans.transformer import MemorizingTransformer
 
 
@@ -50,8 +53,8 @@ class Decoder:
         position: (B,) int64, tokens in each row's open segment.
 
     Raises:
-        ValueError: sizes below 1, a model that is spread over ranks or has no vocabulary, memories of another batch,
-            width, number of heads or of layers. TypeError: a model inside a wrapper.
+        ValueError: sizes below 1, a model that is spread over ranks, not causal or without a vocabulary, memories of
+            another batch, width, number of heads or of layers. TypeError: a model inside a wrapper.
 
     >>> model = MemorizingTransformer(num_tokens=9, dim=16, depth=2, dim_head=8, heads=2, memorizing_layers=2).eval()
     >>> decoder = Decoder(model, batch=2, segment=4)
@@ -91,8 +94,15 @@ class Decoder:
         self._sizes = {cache.cached for cache in self._caches}
         self._longest_cache = max(self._sizes)
         self.position, self.cached = torch.zeros(2, batch, dtype=torch.int64, device=self.device)
-        self._ended = torch.zeros(batch, dtype=torch.bool, device=self.device)  # an end token in the open segment
-        self._positions, self._cached = [0] * batch, [0] * batch  # the same on the host, where all rows have gone on
+        self._ended = torch.zeros(
+            batch, dtype=torch.bool, device=self.device
+        )  # upstream's: an end token in the segment
+        self._begun = torch.full_like(self.position, -1)  # where in the open segment a document began last; -1: nowhere
+        self._tells = not model.legacy and (
+            model.clear_memories_on_sos_token_id is not None or model.clear_memories_on_eos_token_id is not None
+        )  # tokens say where documents begin
+        # the same on the host, where all rows have gone on; of what is cached maybe more than is of a row's document
+        self._positions, self._cached = [0] * batch, [0] * batch
         self._located = True  # whether that is so
         self.logits = torch.zeros(batch, model.vocabulary, dtype=torch.float32, device=self.device)
         of_kinds = [model.rel_pos_bias, model.knn_rel_pos_bias][: 2 if model.memorizing_layers else 1]
@@ -170,13 +180,13 @@ class Decoder:
     def _read_piece(self, rows: list[int], tokens: Tensor, position: int, cached: int) -> None:
         """Tokens (rows, count) of one place in the segment."""
         model, index = self.model, rows_of(rows, self.batch, self.device)
-        self._note_start_and_end(tokens, index)
         views = [ReadingView(cache, index, position, cached) for cache in self._caches]
+        seen = self._seen_by_piece(tokens, index, position)
         free = cached if model.legacy else 0
         bias = model.rel_pos_bias.table(free, self.device), model.knn_rel_pos_bias.table(free, self.device)
         with self._scoped(rows):
             snapshots = [memory.snapshot() for memory in self.memories]
-        self.logits[index] = self._logits(tokens, snapshots, views, bias)  # (rows, V)
+        self.logits[index] = self._logits(tokens, snapshots, views, bias, seen)  # (rows, V)
         self.position[index] += tokens.shape[1]
         for row in rows:
             self._positions[row] += tokens.shape[1]
@@ -187,22 +197,55 @@ class Decoder:
         snapshots: Sequence[MemorySnapshot],
         views: Sequence[LocalView],
         bias: tuple[Tensor, Tensor],
+        seen: Sequence[LayerInputs],
     ) -> Tensor:
-        """After the last of tokens (B, N): (B, V) float32."""
+        """After the last of tokens (B, N): (B, V) float32. seen: for each layer, what of the past these tokens see."""
         plain, of_memory_layers = bias
-        inputs = [
-            LayerInputs(view, of_memory_layers, temperature=self._temperatures[number])
-            if number in self._temperatures
-            else LayerInputs(view, plain)
-            for number, view in enumerate(views, start=1)
-        ]
+        inputs = []
+        for number, (view, of_layer) in enumerate(zip(views, seen, strict=True), start=1):
+            temperature = self._temperatures.get(number)
+            of_kind = of_memory_layers if number in self._temperatures else plain
+            inputs.append(of_layer._replace(xl_memory=view, rel_pos_bias=of_kind, temperature=temperature))
         assert self.model.token_emb is not None
         embeddings = self.model.token_emb(tokens)  # (B, N, dim)
         hidden, _, _ = self.model.run_layers(embeddings, inputs, snapshots, add_knn_memory=False)
         return self.model.head(hidden[:, -1:])[:, 0].float()
 
+    def _seen_by_piece(self, tokens: Tensor, index: Tensor | slice, position: int) -> list[LayerInputs]:
+        """For each layer, what tokens (rows, count) at a place of the segment see: where documents begin among them, or
+        began before them in the segment, and how much of what is cached is theirs."""
+        if not self._tells:
+            self._note_start_and_end(tokens, index)
+            return [LayerInputs() for _ in self._caches]
+        start, end = self.model.clear_memories_on_sos_token_id, self.model.clear_memories_on_eos_token_id
+        age, left = beginnings(tokens, start, end)
+        count, before, cached = tokens.shape[1], self._begun[index], self.cached[index]  # (rows,)
+        older = position + torch.arange(1, count + 1, device=self.device) - before[:, None]
+        age = torch.where((age < 0) & (before >= 0)[:, None], older, age)
+        self._begun[index] = torch.where(left < 0, before, position + count - left)
+        begun = Beginnings(age, left)
+        local = {size: cached.clamp(max=size) + position + count for size in self._sizes}
+        return [LayerInputs(local_length=local[cache.cached], beginnings=begun) for cache in self._caches]
+
+    def _seen_by_token(self, tokens: Tensor, going_on: Tensor) -> LayerInputs:
+        """What one token (B,) of each row sees of the memory; a bias says what of the local keys. A start token begins
+        a document, an end token lets one begin behind it: `_end_token` notes that when it was read."""
+        if not self._tells:
+            self._note_start_and_end(tokens[:, None], slice(None), going_on)
+            return LayerInputs()
+        start = self.model.clear_memories_on_sos_token_id
+        if start is not None:
+            self._begun.copy_(torch.where((tokens == start) & going_on, self.position, self._begun))
+        return LayerInputs(query_mask=(self._begun < 0)[:, None])
+
+    def _end_token(self, tokens: Tensor, going_on: Tensor) -> None:
+        end = self.model.clear_memories_on_eos_token_id
+        if self._tells and end is not None:
+            self._begun.copy_(torch.where((tokens == end) & going_on, self.position + 1, self._begun))
+
     def _note_start_and_end(self, tokens: Tensor, index: Tensor | slice, going_on: Tensor | None = None) -> None:
-        """A start token forgets its row's memory at once; an end token does when its segment is complete."""
+        """As upstream means it: a start token forgets its row's memory at once, an end token when its segment is
+        complete."""
         start, end = self.model.clear_memories_on_sos_token_id, self.model.clear_memories_on_eos_token_id
         for token_id, act in ((start, self._forget), (end, self._ended.logical_or_)):
             if token_id is not None:
@@ -232,11 +275,12 @@ class Decoder:
 
         tokens: (B,) int64. going_on: (B,) bool; a row that has stopped stays where it is, and so do its logits.
         """
-        self._note_start_and_end(tokens[:, None], slice(None), going_on)
+        seen = [self._seen_by_token(tokens, going_on)] * len(self._caches)
         slots = {cached: (self.position + cached)[:, None, None, None] for cached in self._sizes}  # (B, 1, 1, 1)
         views = [WritingView(cache, slots[cache.cached]) for cache in self._caches]
-        logits = self._logits(tokens[:, None], self._now, views, self._bias_of_places())  # (B, V)
+        logits = self._logits(tokens[:, None], self._now, views, self._bias_of_places(), seen)  # (B, V)
         torch.where(going_on[:, None], logits, self.logits, out=self.logits)
+        self._end_token(tokens, going_on)
         self.position.add_(going_on)
 
     def move_on(self) -> None:
@@ -261,7 +305,10 @@ class Decoder:
         """What one query of each row adds to its logits of the L local slots, (B, H, 1, L); -inf where nothing is."""
         distance = self.position[:, None] + self._behind  # of each slot (B, L); the query stands in slot X + position
         seen = distance - self.cached[:, None] if self.model.legacy else distance
-        unseen = (distance < 0) | (self._behind > self.cached[:, None])
+        oldest = self.cached
+        if self._tells:  # slots count backwards from the segment's first token
+            oldest = torch.where(self._begun < 0, oldest, -self._begun)
+        unseen = (distance < 0) | (self._behind > oldest[:, None])
         farthest = self._biases[0].shape[1] - 2
         column = torch.where(unseen, 0, seen.clamp(0, farthest) + 1)
         biases = [bias[:, column].transpose(0, 1)[:, :, None] for bias in self._biases]  # (B, H, 1, L)
@@ -274,32 +321,38 @@ class Decoder:
         if self.segment not in self._positions:
             return
         complete = self.position == self.segment
-        self._store(complete)
-        if self.model.clear_memories_on_eos_token_id is not None:
+        held = self.cached + self.segment  # (B,), of the document that goes on
+        if self._tells:
+            held = torch.where(self._begun < 0, held, self.segment - self._begun)
+            self._forget(complete & (self._begun >= 0))
+            self._begun.masked_fill_(complete, -1)
+        self._store(complete, held)
+        if not self._tells and self.model.clear_memories_on_eos_token_id is not None:
             self._forget(complete & self._ended)
             self._ended.logical_and_(~complete)
         self._shift_caches(complete)
-        self.cached.copy_(
-            torch.where(complete, (self.cached + self.segment).clamp(max=self._longest_cache), self.cached)
-        )
+        self.cached.copy_(torch.where(complete, held.clamp(max=self._longest_cache), self.cached))
         self.position.masked_fill_(complete, 0)
         for row, position in enumerate(self._positions):
             if position == self.segment:
                 self._positions[row] = 0
                 self._cached[row] = min(self._cached[row] + self.segment, self._longest_cache)
 
-    def _store(self, complete: Tensor) -> None:
-        """Adds what leaves to the memories of the rows where `complete` (B,) is True."""
+    def _store(self, complete: Tensor, held: Tensor) -> None:
+        """Adds what leaves to the memories of the rows where `complete` (B,) is True.
+
+        held: (B,), how many of the newest local keys, cached or of the segment, are of the document that goes on.
+        """
         model, whole = self.model, torch.where(complete, self.segment, 0)
         with self._scoped(range(self.batch)):
             snapshots = [memory.snapshot() for memory in self.memories]
         for place, number in enumerate(model.memorizing_layers):
             cache = self._caches[number - 1]
             _, added_to = model.memories_of(place)
-            if cache.cached == 0:  # the segment leaves as it lies there
+            if cache.cached == 0 and not self._tells:  # the segment leaves as it lies there
                 snapshots[added_to].append(cache.keys, cache.values, whole)
                 continue
-            local = torch.where(complete, self.cached.clamp(max=cache.cached) + self.segment, 0)
+            local = torch.where(complete, held.clamp(max=cache.cached + self.segment), 0)
             add_leaving(
                 snapshots[added_to], cache.keys, cache.values,
                 kept=cache.cached, length=self.segment, local_length=local,
@@ -315,11 +368,14 @@ class Decoder:
 
 
 def check_model(model: MemorizingTransformer) -> None:
-    """Refuses a wrapper such as `DistributedDataParallel`, and a model spread over ranks or without a vocabulary."""
+    """Refuses a wrapper such as `DistributedDataParallel`, and a model that is not causal, spread over ranks or has no
+    vocabulary."""
     if isinstance(getattr(model, "module", None), MemorizingTransformer):
         wrapper = type(model).__name__
         raise TypeError(f"model must be a MemorizingTransformer, got a {wrapper} around one: give its model.module")
     assert model.vocabulary  # raises where there is none
+    if not model.causal:
+        raise ValueError("model must be causal to be read by the token, got one with causal=False")
     check_whole("model", model.parameters())
 
 

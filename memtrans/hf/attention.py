@@ -149,8 +149,8 @@ def _attend(call: Call, state: ForwardState) -> tuple[Tensor, None]:
     else:  # the scores are what the memory was asked for; the query is that of the local keys
         out, lse = memory_attention(memory_offset=offset, **{**retrieved, **local})
     if state.watched is not None:
-        names = ("bias_table", "bias_dense", "local_length")
-        keys_seen = LocalKeys(key, value, *(mask.get(name) for name in names))
+        table, dense, local_length = (mask.get(name) for name in ("bias_table", "bias_dense", "local_length"))
+        keys_seen = LocalKeys(key, value, table, dense, local_length, soft_cap=retrieved.get("soft_cap"))
         tell(state, call.layer, {**retrieved, "query": call.query}, lse, offset=offset, local=keys_seen)
     return out.transpose(1, 2).contiguous(), None
 

@@ -38,7 +38,7 @@ def tell(
         local: the local context of the same softmax. Default: the model's own function attends to it.
         share: (B, H, N), what a gate gives to the memory. Default: there is no gate.
 
-    Raises ValueError where local weights are wanted and the model's own function has them, or its logits are capped.
+    Raises ValueError where local weights are wanted and the model's own function has them.
     """
     watched, slots, scale = state.watched, retrieved["slots"], retrieved["scale"]
     if watched is None or running_backward() != -1:
@@ -47,26 +47,16 @@ def tell(
         raise ValueError(
             "local must be False in tracing() with combine='gate', where the model itself attends, got True"
         )
-    cap = retrieved.get("soft_cap")
-    if watched.wants_local and cap is not None:
-        raise ValueError("local must be False in tracing() of a model with capped logits, got True")
     snapshot = state.snapshots[layer]
     positions, tokens = snapshot.positions(slots), None
     if watched.ids is not None:
         tokens, positions = _looked_up(watched.ids, snapshot, slots)
-    scores = retrieved["scores"] if cap is None else _capped(retrieved["scores"], scale, cap)
-    weights = retrieved_weights(scores, scale, lse, offset, share)
+    weights = retrieved_weights(retrieved["scores"], scale, lse, offset, share, retrieved.get("soft_cap"))
     of_local = None
     if watched.wants_local and local is not None:
         of_local = local_weights(retrieved["query"], local, scale, lse)
     rows = torch.arange(slots.shape[0], device=slots.device)
     watched.tell(layer, Observation(rows, positions, weights, of_local, tokens))
-
-
-def _capped(scores: Tensor, scale: Tensor, cap: float) -> Tensor:
-    """Scores (B, H, N, K) that scale (H,) makes capped logits of; -inf stays."""
-    factor = scale[:, None, None]
-    return torch.where(scores == -torch.inf, scores, (scores * factor / cap).tanh() * cap / factor)
 
 
 def _looked_up(ids: MemorySnapshot, snapshot: MemorySnapshot, slots: Tensor) -> tuple[Tensor, Tensor]:

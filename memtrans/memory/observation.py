@@ -74,15 +74,21 @@ class Watch:
 
 @torch.no_grad()
 def retrieved_weights(
-    scores: Tensor, scale: Tensor, lse: Tensor, offset: Tensor | None = None, share: Tensor | None = None
+    scores: Tensor,
+    scale: Tensor,
+    lse: Tensor,
+    offset: Tensor | None = None,
+    share: Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> Tensor:
     """exp(scale · score + offset - lse), the weights of retrieved entries (B, H, N, K); 0 where there is none.
 
     Args:
         scores: (B, H, N, K), -inf for none. scale: (H,). lse: (B, H, N), of the softmax that they are in.
         offset: (H,). Default: 0. share: (B, H, N) or (H, 1), what a gate gives to them. Default: 1.
+        soft_cap: what bounds scale · score. Default: nothing.
     """
-    logits = scores * scale[:, None, None]
+    logits = capped(scores * scale[:, None, None], soft_cap).masked_fill(scores == -torch.inf, -torch.inf)
     if offset is not None:
         logits = logits + offset[:, None, None]
     return weighed(logits, lse, share)
@@ -90,7 +96,7 @@ def retrieved_weights(
 
 @torch.no_grad()
 def local_weights(query: Tensor, local: LocalKeys, scale: Tensor, lse: Tensor, share: Tensor | None = None) -> Tensor:
-    """exp(scale · <q, k> + bias - lse), the weights of the causal local keys (B, H, N, L); 0 for what is not seen.
+    """exp(scale · <q, k> + bias - lse), the weights of the local keys (B, H, N, L); 0 for what is not seen.
 
     Args:
         query: (B, H, N, D). local: the local context. scale, lse, share: see `retrieved_weights`.
@@ -99,18 +105,28 @@ def local_weights(query: Tensor, local: LocalKeys, scale: Tensor, lse: Tensor, s
     wide = lse.dtype
     grouped = query.to(wide).unflatten(1, (local.key.shape[1], -1))
     logits = torch.einsum("bghnd,bgld->bghnl", grouped, local.key.to(wide)).flatten(1, 2) * scale[:, None, None]
+    logits = capped(logits, local.soft_cap)
     distance = torch.arange(local_keys - length, local_keys, device=query.device)[:, None] - torch.arange(
         local_keys, device=query.device
     )  # (N, L)
     if local.bias_table is not None:
-        logits = logits + local.bias_table[:, distance.clamp(0, local.bias_table.shape[1] - 1)]
+        logits = logits + local.bias_table[:, distance.abs().clamp(max=local.bias_table.shape[1] - 1)]
     if local.bias_dense is not None:
         logits = logits + local.bias_dense
-    logits = logits.masked_fill(distance < 0, -torch.inf)
+    if local.causal:
+        logits = logits.masked_fill(distance < 0, -torch.inf)
+    if local.first is not None:
+        before = torch.arange(local_keys, device=query.device) < local.first[..., None]  # (B, N, L)
+        logits = logits.masked_fill(before[:, None], -torch.inf)
     if local.local_length is not None:
         gone = torch.arange(local_keys, device=query.device) < local_keys - local.local_length[:, None]  # (B, L)
         logits = logits.masked_fill(gone[:, None, None], -torch.inf)
     return weighed(logits, lse, share)
+
+
+def capped(products: Tensor, soft_cap: float | None) -> Tensor:
+    """soft_cap · tanh(products / soft_cap)."""
+    return products if soft_cap is None else soft_cap * (products / soft_cap).tanh()
 
 
 def weighed(logits: Tensor, lse: Tensor, share: Tensor | None) -> Tensor:

@@ -26,7 +26,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from memtrans.attention import LocalKeys, seed_of
+from memtrans.attention import LocalKeys, attend_to_local, seed_of
 from memtrans.memory.checks import check_mask, running_backward, scoping
 from memtrans.memory.growth import Growth
 from memtrans.memory.ids import KeptIds, check_kept, positions, read_ids
@@ -39,7 +39,6 @@ from memtrans_kernels import (
     knn_search,
     ledger_advance_,
     ledger_ticket,
-    local_attention,
     memory_attention,
     read_cursors,
 )
@@ -241,6 +240,8 @@ class MemorySnapshot:
         ids: (R, M + S) int64, to read, where ids are kept.
         origin: (R,) int64, the entry that each row's document began with, as it stood, where ids are kept.
         read_only: whether it is of a view, in which rows may repeat.
+        cleared_elsewhere: after clearing a memory of several ranks, which documents (B,) bool a rank before this one
+            has cleared, and which one behind it; None of a memory of one.
     """
 
     ring: Ring
@@ -255,6 +256,7 @@ class MemorySnapshot:
     ids: Tensor | None = None
     origin: Tensor | None = None
     read_only: bool = False
+    cleared_elsewhere: tuple[Tensor, Tensor] | None = None
 
     def check_fits(self, name: str, documents: int, kv_heads: int, width: int) -> None:
         """Raises ValueError unless the snapshot is of so many documents, key/value heads and components."""
@@ -345,17 +347,20 @@ class MemorySnapshot:
             dropout_p: probability of dropping a weight.
         """
         if memory_gate is not None:
-            to_memory, memory_lse, scores, slots = self.attend_to_retrieved(query, k, scale, dropout_p)
+            to_memory, memory_lse, scores, slots = self.attend_to_retrieved(
+                query, k, scale, dropout_p, local.query_mask, local.soft_cap
+            )
             to_local, local_lse = attend_to_local(query, local, scale, dropout_p)
             share = memory_share(slots, memory_gate)
             if self.ring.watch.looks:
                 self.tell(query, local, scores, slots, scale, (memory_lse, local_lse), share=share)
             return mixed(to_memory, to_local, share)
-        scores, slots = self.nearest(query, k)
+        scores, slots = self._nearest_seen(query, k, local.query_mask)
         out, lse = memory_attention(
             query, local.key, local.value, self.keys, self.values, self.rows, scores, slots, scale,
             local.bias_table, local.bias_dense, memory_offset, local.local_length,
             dropout_p, seed_of(dropout_p, query.device), ledger=self.ledger,
+            causal=local.causal, first=local.first, soft_cap=local.soft_cap, sink=local.sink,
         )  # fmt: skip
         if self.ring.watch.looks:
             self.tell(query, local, scores, slots, scale, (lse, lse), memory_offset)
@@ -385,7 +390,7 @@ class MemorySnapshot:
             Observation(
                 documents=self.numbers(),
                 positions=self.positions(slots),
-                weights=retrieved_weights(scores, scale, lses[0], memory_offset, share),
+                weights=retrieved_weights(scores, scale, lses[0], memory_offset, share, local.soft_cap),
                 local=local_weights(query, local, scale, lses[1], local_share) if watch.wants_local else None,
             )
         )
@@ -417,19 +422,35 @@ class MemorySnapshot:
         entries = self.entries_in(slots)
         return (entries - self.of_heads(first, slots.shape[1])[:, :, None, None]).masked_fill(entries < 0, -1)
 
+    def _nearest_seen(self, query: Tensor, k: int, query_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`nearest`, without any for queries where the mask (B, N) is False: their slots are -1."""
+        scores, slots = self.nearest(query, k)
+        if query_mask is None:
+            return scores, slots
+        hidden = ~query_mask[:, None, :, None]
+        return scores.masked_fill(hidden, -torch.inf), slots.masked_fill(hidden, -1)
+
     def attend_to_retrieved(
-        self, query: Tensor, k: int, scale: Tensor, dropout_p: float = 0.0
+        self,
+        query: Tensor,
+        k: int,
+        scale: Tensor,
+        dropout_p: float = 0.0,
+        query_mask: Tensor | None = None,
+        soft_cap: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Attention of query (B, H, N, D) to its K nearest entries alone, with logits scale[h] · score.
+
+        query_mask: (B, N) bool, False for queries that see none. soft_cap: what bounds a logit.
 
         Returns out (B, H, N, D) and lse (B, H, N), differentiable in query and scale, and scores and slots as
         `nearest` does.
         """
-        scores, slots = self.nearest(query, k)
+        scores, slots = self._nearest_seen(query, k, query_mask)
         nothing = query.new_empty(self.documents, self.rows.numel() // self.documents, 0, query.shape[-1])
         out, lse = memory_attention(
             query, nothing, nothing, self.keys, self.values, self.rows, scores, slots, scale,
-            dropout_p=dropout_p, seed=seed_of(dropout_p, query.device), ledger=self.ledger,
+            dropout_p=dropout_p, seed=seed_of(dropout_p, query.device), soft_cap=soft_cap, ledger=self.ledger,
         )  # fmt: skip
         return out, lse, scores, slots
 
@@ -513,13 +534,6 @@ class MemorySnapshot:
         origin = torch.where(cleared, self.cursor, self.origin)
         self.ring.ids.origin.copy_(torch.maximum(self.ring.ids.origin, origin))
         return replace(self, start=start, origin=origin)
-
-
-def attend_to_local(query: Tensor, local: LocalKeys, scale: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
-    """Attention of query (B, H, N, D) to the local keys alone: out (B, H, N, D) and lse (B, H, N)."""
-    key, value, bias_table, bias_dense, local_length = local
-    seed = seed_of(dropout_p, query.device)
-    return local_attention(query, key, value, scale, bias_table, bias_dense, local_length, dropout_p, seed)
 
 
 def memory_share(slots: Tensor, memory_gate: Tensor) -> Tensor:

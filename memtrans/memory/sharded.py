@@ -37,13 +37,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from memtrans.attention import LocalKeys, seed_of
+from memtrans.attention import LocalKeys, attend_to_local, seed_of
 from memtrans.distributed.ranks import Ranks
 from memtrans.memory.checks import check_mask
 from memtrans.memory.exchange import by_rank, exchange, fetched, from_all, side_by_side
 from memtrans.memory.ids import NOTHING, check_kept
 from memtrans.memory.layout import NO_ENTRY, visible, without
-from memtrans.memory.ring import MemorySnapshot, Ring, attend_to_local
+from memtrans.memory.ring import MemorySnapshot, Ring
 from memtrans.memory.state import SHARD, held
 from memtrans_kernels import (
     knn_add_,
@@ -192,8 +192,11 @@ class ShardedSnapshot(MemorySnapshot):
         """See `MemorySnapshot.live`."""
         return replace(super().live(), cursor=self.ring.total)
 
-    def find(self, query: Tensor, k: int) -> Neighbours:
-        """Finds the K nearest entries of query (B, H, N, D) on all ranks, and this rank's candidates for all others."""
+    def find(self, query: Tensor, k: int, query_mask: Tensor | None = None) -> Neighbours:
+        """Finds the K nearest entries of query (B, H, N, D) on all ranks, and this rank's candidates for all others.
+
+        query_mask: (B, N) bool, False for queries that see none. Default: all see theirs.
+        """
         ring, ranks = self.ring, self.ring.ranks
         self.check_current()
         queries = side_by_side(from_all(query, ranks))
@@ -204,6 +207,10 @@ class ShardedSnapshot(MemorySnapshot):
         scores, theirs = (exchange(by_rank(tensor, ranks.size), ranks) for tensor in (own_scores, slots))
         backend = ring.backend if implements("knn_merge", ring.backend) else "auto"
         scores, entries, places = knn_merge(scores, theirs, self.rows, self.cursor, self.keys.shape[1], backend=backend)
+        if query_mask is not None:
+            hidden = ~query_mask[:, None, :, None]
+            scores, entries = scores.masked_fill(hidden, -torch.inf), entries.masked_fill(hidden, -1)
+            places = places.masked_fill(hidden, k)
         return Neighbours(scores, entries, places, queries, own_scores, slots)
 
     def won(self, found: Neighbours) -> Tensor:
@@ -273,7 +280,9 @@ class ShardedSnapshot(MemorySnapshot):
         """See `MemorySnapshot.attend`. The neighbours are on several ranks: one softmax is merged from two parts."""
         if memory_gate is not None:
             return super().attend(query, k, local, scale, None, memory_gate, dropout_p)
-        to_memory, memory_lse, scores, entries = self.attend_to_retrieved(query, k, scale, dropout_p)
+        to_memory, memory_lse, scores, entries = self.attend_to_retrieved(
+            query, k, scale, dropout_p, local.query_mask, local.soft_cap
+        )
         to_local, local_lse = attend_to_local(query, local, scale, dropout_p)
         if memory_offset is not None:
             memory_lse = memory_lse + memory_offset[:, None]
@@ -292,25 +301,31 @@ class ShardedSnapshot(MemorySnapshot):
         return self.since(self.start if self.origin is None else self.origin, slots)
 
     def attend_to_retrieved(
-        self, query: Tensor, k: int, scale: Tensor, dropout_p: float = 0.0
+        self,
+        query: Tensor,
+        k: int,
+        scale: Tensor,
+        dropout_p: float = 0.0,
+        query_mask: Tensor | None = None,
+        soft_cap: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """See `MemorySnapshot.attend_to_retrieved`.
 
         The winners travel, or the partial results: what is fewer bytes; the module has the count.
         """
-        found = self.find(query, k)
-        dropout = {"dropout_p": dropout_p, "seed": seed_of(dropout_p, query.device)}
+        found = self.find(query, k, query_mask)
+        options = {"dropout_p": dropout_p, "seed": seed_of(dropout_p, query.device), "soft_cap": soft_cap}
         width, learning = query.shape[-1], torch.is_grad_enabled()
         result = width * query.element_size() + 4
         part = 2 * result + width * query.element_size() if learning else result
         winner = width * (self.values.element_size() + (self.keys.element_size() if learning else 0))
         if self.ring.ranks.size * part <= k * winner:
-            out, lse = self._attend_in_parts(found, scale, dropout)
+            out, lse = self._attend_in_parts(found, scale, options)
         else:
-            out, lse = self._attend_to_fetched(query, found, scale, dropout)
+            out, lse = self._attend_to_fetched(query, found, scale, options)
         return out, lse, found.scores, found.entries
 
-    def _attend_in_parts(self, found: Neighbours, scale: Tensor, dropout: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def _attend_in_parts(self, found: Neighbours, scale: Tensor, options: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Each rank attends, for the queries of all, to the neighbours that it holds; who asked merges the parts.
 
         A query is multiplied by the scale of the rank that asked, so that the gradient of the scale goes there too.
@@ -323,13 +338,13 @@ class ShardedSnapshot(MemorySnapshot):
         out, lse = memory_attention(
             queries, nothing, nothing, self.keys, self.values, self.rows,
             found.candidate_scores * scales.detach(), torch.where(self.won(found), found.candidates, -1),
-            torch.ones_like(scale), **dropout, ledger=self.ledger,
+            torch.ones_like(scale), **options, ledger=self.ledger,
         )  # fmt: skip
         outs, lses = (exchange(by_rank(part, ranks.size), ranks) for part in (out, lse))
         return merge_attention(outs, lses)
 
     def _attend_to_fetched(
-        self, query: Tensor, found: Neighbours, scale: Tensor, dropout: Mapping[str, Any]
+        self, query: Tensor, found: Neighbours, scale: Tensor, options: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """Fetches the winners and attends to them as to a memory of N·K entries for each head.
 
@@ -342,7 +357,7 @@ class ShardedSnapshot(MemorySnapshot):
         nothing = query.detach()[:, :, :0]
         return memory_attention(
             query, nothing, nothing, keys, values, torch.arange(keys.shape[0], device=keys.device),
-            found.scores, torch.where(found.entries >= 0, slots, -1), scale, **dropout,
+            found.scores, torch.where(found.entries >= 0, slots, -1), scale, **options,
         )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------------ add, clear
@@ -379,7 +394,7 @@ class ShardedSnapshot(MemorySnapshot):
             ring.add(self.rows, keys, values, self._new_ids(ids, place, cursor[:, None] + offset), count=here, at=at)
         after = self.cursor.index_add(0, self.rows, added)
         ring.total.copy_(torch.maximum(ring.total, after))  # a recomputed forward adds nothing
-        return self.behind(after, ticket, again)
+        return replace(self.behind(after, ticket, again), cleared_elsewhere=None)
 
     def _new_ids(self, ids: Tensor | None, place: Tensor, entry: Tensor) -> Tensor | None:
         """The ids (B·G, N) of entries that this rank stores: those given (B, N) to all ranks, or positions.
@@ -396,4 +411,7 @@ class ShardedSnapshot(MemorySnapshot):
     def clear_rows(self, mask: Tensor) -> MemorySnapshot:
         """Forgets the documents where mask (B,) is True on one rank at least; returns the state after that."""
         check_mask(mask, self.documents, self.start.device)
-        return super().clear_rows(from_all(mask.to(torch.uint8), self.ring.ranks).bool().any(dim=0))
+        ranks = self.ring.ranks
+        of_all = from_all(mask.to(torch.uint8), ranks).bool()  # (W, B)
+        elsewhere = of_all[: ranks.rank].any(dim=0), of_all[ranks.rank + 1 :].any(dim=0)
+        return replace(super().clear_rows(of_all.any(dim=0)), cleared_elsewhere=elsewhere)

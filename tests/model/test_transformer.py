@@ -75,22 +75,23 @@ def test_no_layer_sees_this_segments_keys_shifted_or_not():
         assert torch.equal(added, read_only)
 
 
-def test_a_start_token_clears_its_row_before_the_search_and_an_end_token_after_the_add():
+def test_from_a_start_token_on_and_behind_an_end_token_a_row_is_a_new_document():
+    """`test_beginnings.py` has the rest."""
     model = build(clear_memories_on_sos_token_id=0, clear_memories_on_eos_token_id=1).eval()
     memories = model.create_knn_memories(batch_size=BATCH)
     first, second, third = segments(3)
     model(first, memories)
     second[0, 3] = 0
     with_start = model(second, memories)
-    assert memories[0].lengths.tolist() == [LENGTH, 2 * LENGTH]
-    fresh = model(second, model.create_knn_memories(batch_size=BATCH))
-    assert_close(with_start[0], fresh[0], SAME_GRAPH)
+    assert memories[0].lengths.tolist() == [LENGTH - 3, 2 * LENGTH]
+    fresh = model(second[:, 3:], model.create_knn_memories(batch_size=BATCH))
+    assert_close(with_start[0, 3:], fresh[0], SAME_GRAPH)
 
     third[1, 5] = 1
     model(third, memories, add_knn_memory=False)
-    assert memories[0].lengths.tolist() == [LENGTH, 2 * LENGTH], "a read-only call clears nothing"
+    assert memories[0].lengths.tolist() == [LENGTH - 3, 2 * LENGTH], "a read-only call clears nothing"
     model(third, memories)
-    assert memories[0].lengths.tolist() == [2 * LENGTH, 0]
+    assert memories[0].lengths.tolist() == [2 * LENGTH - 3, LENGTH - 6]
 
 
 @pytest.mark.parametrize("which", ["sos", "eos"])
@@ -104,7 +105,7 @@ def test_padding_that_looks_like_a_start_or_end_token_clears_nothing(which):
     model(second, memories, lengths=torch.tensor([LENGTH, 5]))
     assert memories[0].lengths.tolist() == [2 * LENGTH, LENGTH + 5]
     model(second, memories, lengths=torch.tensor([LENGTH, 6]))  # the first of them is a token
-    assert memories[0].lengths.tolist() == [3 * LENGTH, 6 if which == "sos" else 0]
+    assert memories[0].lengths.tolist() == [3 * LENGTH, 1 if which == "sos" else 0]
 
 
 def test_one_pass_over_a_document_in_scopes_equals_the_whole_batch():

@@ -147,12 +147,12 @@ def test_fault_f_the_scope_comes_back_after_an_exception(theirs: Callable[..., A
 
 
 @pytest.mark.parametrize(
-    ("token", "kept"), [("clear_memories_on_sos_token_id", [12, 24]), ("clear_memories_on_eos_token_id", [0, 24])]
+    ("token", "kept"), [("clear_memories_on_sos_token_id", [7, 24]), ("clear_memories_on_eos_token_id", [6, 24])]
 )
 def test_fault_g_start_and_end_tokens_clear_the_documents_that_contain_them(
     tmp_path: Path, exact_index: None, token: str, kept: list[int]
 ) -> None:
-    """A start token before the segment is stored, an end token after that."""
+    """Of the segment what comes from a start token on is stored, or behind an end token."""
     our_model, their_model = models(tmp_path, **{token: 2})
     first, second = tokens(), tokens()
     second[0, 5] = 2

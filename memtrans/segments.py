@@ -1,0 +1,116 @@
+"""Where documents begin inside a segment, and where its tokens are padding; on the device, without a host wait.
+
+Shapes: B documents, N tokens of the segment.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Beginnings(NamedTuple):
+    """Which tokens of a segment belong to documents that begin in it.
+
+    Attributes:
+        age: (B, N) int64, how many tokens a token's document has up to and with it; -1 where the document is older than
+            the segment.
+        left: (B,) int64, how many of the newest tokens belong to the document that goes on behind the segment; -1 where
+            it is older than the segment.
+    """
+
+    age: Tensor
+    left: Tensor
+
+    def beside(self, before: Tensor, behind: Tensor) -> Beginnings:
+        """The same where other processes read other segments of the same documents in the same step.
+
+        before, behind: (B,) bool, whether a document begins in a segment before this one, and in one behind it.
+
+        >>> none = beginnings(torch.tensor([[5, 6]]), start=0, end=1)
+        >>> none.beside(torch.tensor([True]), torch.tensor([False]))
+        Beginnings(age=tensor([[1, 2]]), left=tensor([2]))
+        """
+        length = self.age.shape[1]
+        place = torch.arange(1, length + 1, device=self.age.device)
+        age = torch.where((self.age < 0) & before[:, None], place, self.age)
+        left = torch.where((self.left < 0) & before, length, self.left)
+        return Beginnings(age, torch.where(behind, 0, left))
+
+
+def beginnings(ids: Tensor, start: int | None, end: int | None, real: Tensor | None = None) -> Beginnings:
+    """What start and end tokens say: a document begins with the one and behind the other.
+
+    Args:
+        ids: (B, N) integers.
+        start, end: the tokens; None for none.
+        real: (B, N) bool, False for padding, which says nothing. Default: all is real.
+
+    >>> beginnings(torch.tensor([[5, 0, 6, 1, 7]]), start=0, end=1)
+    Beginnings(age=tensor([[-1,  1,  2,  3,  1]]), left=tensor([1]))
+    >>> beginnings(torch.tensor([[5, 6, 1], [5, 6, 7]]), start=None, end=1).left.tolist()
+    [0, -1]
+    """
+    place = torch.arange(ids.shape[1], device=ids.device)
+    begins = torch.full_like(ids, -1, dtype=torch.int64)  # where one begins, (B, N + 1): the last is behind the segment
+    begins = torch.nn.functional.pad(begins, (0, 1), value=-1)
+    for token, behind in ((start, 0), (end, 1)):
+        if token is not None:
+            said = ids == token if real is None else (ids == token) & real
+            marks = torch.nn.functional.pad(torch.where(said, place + behind, -1), (behind, 1 - behind), value=-1)
+            begins = torch.maximum(begins, marks)
+    since = begins.cummax(dim=1).values
+    age = torch.where(since[:, :-1] < 0, -1, place - since[:, :-1] + 1)
+    return Beginnings(age, torch.where(since[:, -1] < 0, -1, ids.shape[1] - since[:, -1]))
+
+
+class Padding(NamedTuple):
+    """How the tokens of a segment are put in order so that all padding leads: it takes no position then.
+
+    Attributes:
+        order: (B, N) int64, padding first, then the real tokens in their order.
+        back: (B, N) int64, the order that undoes it.
+        skipped: (B,) int64, how many tokens are padding.
+    """
+
+    order: Tensor
+    back: Tensor
+    skipped: Tensor
+
+    @property
+    def real(self) -> Tensor:
+        """Which tokens are real once padding leads, (B, N) bool."""
+        return torch.arange(self.order.shape[1], device=self.order.device) >= self.skipped[:, None]
+
+
+def leading(mask: Tensor) -> Padding:
+    """The padding of a segment whose real tokens a mask (B, N) bool says.
+
+    >>> leading(torch.tensor([[True, False, True]]))
+    Padding(order=tensor([[1, 0, 2]]), back=tensor([[1, 0, 2]]), skipped=tensor([1]))
+    """
+    order = mask.to(torch.uint8).argsort(dim=1, stable=True)
+    return Padding(order, order.argsort(dim=1), (~mask).sum(dim=1))
+
+
+def ordered(tensor: Tensor, order: Tensor) -> Tensor:
+    """Tokens (B, N) or vectors (B, N, width) in another order (B, N).
+
+    >>> ordered(torch.tensor([[4, 5, 6]]), torch.tensor([[2, 0, 1]]))
+    tensor([[6, 4, 5]])
+    """
+    index = order if tensor.dim() == 2 else order[..., None].expand_as(tensor)
+    return tensor.gather(1, index)
+
+
+def mask_of(mask: Tensor | None, lengths: Tensor | None, length: int) -> Tensor | None:
+    """The tokens (B, N) bool that are real by a mask (B, N), where there is one, and by lengths (B,).
+
+    >>> mask_of(torch.tensor([[False, True, True]]), torch.tensor([2]), 3)
+    tensor([[False,  True, False]])
+    """
+    if mask is None or lengths is None:
+        return mask
+    return mask & (torch.arange(length, device=mask.device) < lengths[:, None])
