@@ -122,12 +122,16 @@ class ForTrainers(nn.Module):
             mask = attention_mask.bool()
         return x, mask
 
-    def _ask_labels(self, input_ids: Tensor, labels: Tensor | None) -> None:
+    def _ask_labels(self, input_ids: Any, labels: Any) -> None:
         """Warns where labels are the ids themselves, as for models that shift them; on a GPU of the first pass alone.
 
         There a look waits for the device.
         """
-        if labels is None or torch.compiler.is_compiling() or labels.shape != input_ids.shape:
+        if torch.compiler.is_compiling() or not isinstance(labels, Tensor) or not isinstance(input_ids, Tensor):
+            return
+        if labels.shape != input_ids.shape:
+            return
+        if labels.is_cuda and torch.cuda.is_current_stream_capturing():
             return
         if not may_look(labels, self.validate or not self._asked_labels):
             return
