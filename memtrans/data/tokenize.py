@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -41,8 +41,7 @@ from memtrans.files import MOST_JSON, parse_json, read_file
 from memtrans.storage import write_atomically
 
 SAVED_EVERY = 64 << 20  # bytes of text
-CHUNKS_AT_ONCE = 64  # that a tokenizer spreads over the cores
-PIECES_AT_ONCE = 4  # that are written at once where tokens are bytes
+CHUNKS_AT_ONCE, BYTES_AT_ONCE = 1024, 4 << 20  # of one text or many, which a tokenizer spreads over the cores
 LEAST = 2  # bytes of a text: a token and what comes after it
 
 
@@ -121,6 +120,15 @@ def check_new(out: Path) -> None:
         raise ValueError(f"out must be a directory or not exist, got {str(out)!r}, a file")
 
 
+class _End(NamedTuple):
+    """Where a text ends: the number of chunks in the queue up to there; and its name, bytes and SHA-256."""
+
+    chunk: int
+    name: str
+    size: int
+    digest: bytes
+
+
 class _Writer:
     """The files of a store that is being written."""
 
@@ -140,49 +148,50 @@ class _Writer:
         self._tokens = stack.enter_context(_cut_back(out / TOKENS, tokens))
         self._rows = stack.enter_context(_cut_back(out / DOCUMENTS, done.documents * ROW.itemsize))
         self._names = stack.enter_context(_cut_back(out / NAMES, done.names))
+        self._done_before = done.documents
         self._behind = np.fromfile(out / DOCUMENTS, dtype=ROW, count=done.documents)["digest"]
-        self._seen = 0  # documents, done earlier or now
-        self._at_once = PIECES_AT_ONCE if tokenizer is BYTES else CHUNKS_AT_ONCE
+        self._seen = 0  # documents, done earlier or taken
+        self._skipped = done.chunks  # of the first text that is not done
+        self._queue: list[bytes] = []  # chunks whose tokens are still to be made, of one text or many
+        self._queued = 0  # their bytes
+        self._ends: list[_End] = []  # of the texts that end among them
+        self._name = ""  # of the text that is taken
         self._unsaved = 0  # bytes
-        self._open_size = 0  # bytes of the text that was taken last, until it is done
-        self._digest = hashlib.sha256()  # of the same text
+        self._size, self._digest = 0, hashlib.sha256()  # of the text that is taken, as far as it is
         self.fingerprint = hashlib.sha256()
 
     def take(self, text: Text) -> None:
-        """Writes a text, or reads past one that is done."""
-        self._open_size, self._digest = 0, hashlib.sha256()
-        is_done = self._seen < self.done.documents
+        """Takes a text, or reads past one that is done."""
+        self._name, self._size, self._digest = text.name, 0, hashlib.sha256()
+        is_done = self._seen < self._done_before
         if is_done:
-            for _ in self._counted(text.pieces):
-                pass
+            for piece in text.pieces:
+                self._note(piece)
         else:
-            self._encode(text)
-        size, digest = self._open_size, self._digest.digest()
-        self._open_size = 0
-        if size < LEAST:
-            if not is_done:
-                self._forget()
+            self._enqueue(text)
+        digest = self._digest.digest()
+        if self._size < LEAST:
+            if self._size and not is_done:
+                self._queued -= len(self._queue.pop())
             return
         if not is_done:
-            self._end(text.name, size, digest)
+            self._ends.append(_End(len(self._queue), text.name, self._size, digest))
         elif digest != self._behind[self._seen].tobytes():
             raise self._changed(text.name)
         self._seen += 1
-        self.fingerprint.update(f"{text.name}\0{size}\0".encode(errors="surrogateescape"))
+        self.fingerprint.update(f"{text.name}\0{self._size}\0".encode(errors="surrogateescape"))
         self.fingerprint.update(digest)
 
     def end(self) -> None:
-        """Writes what is left. Raises ValueError where fewer texts came than were done earlier."""
-        if self._seen < self.done.documents or self.done.chunks:
+        """Writes what is left. Raises ValueError where fewer texts came than were begun earlier."""
+        self._flush()
+        if self._seen < self._done_before or self._skipped:
             raise self._changed("its end")
         self.save()
 
-    def _counted(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
-        """The chunks of a text; `_digest` and `_open_size` are of those that were taken."""
-        for chunk in chunks:
-            self._digest.update(chunk)
-            self._open_size += len(chunk)
-            yield chunk
+    def _note(self, piece: bytes) -> None:
+        self._digest.update(piece)
+        self._size += len(piece)
 
     def _changed(self, name: str) -> ValueError:
         return ValueError(
@@ -190,50 +199,65 @@ class _Writer:
             f"remove {str(self.out)!r} to begin again"
         )
 
-    def _encode(self, text: Text) -> None:
-        """Writes a text's tokens behind those of it that are written."""
-        name = text.name
-        chunks = self._counted(text.pieces if self.tokenizer is BYTES else chunks_of(text.pieces, self.cuts))
-        for _ in islice(chunks, self.done.chunks):
-            pass
-        if self.done.chunks and self._digest.hexdigest() != self.done.open_digest:
-            raise self._changed(name)
-        while some := list(islice(chunks, self._at_once)):
-            tokens = self._tokens_of(some)
-            count = self.done.open_tokens + len(tokens) // self._dtype.itemsize
-            if count >= MOST_TOKENS:
-                raise ValueError(
-                    f"data must hold documents of fewer than {MOST_TOKENS} tokens, got more in {name!r}: cut it into "
-                    "several files or records"
-                )
-            self._tokens.write(tokens)
-            self.done = replace(self.done, chunks=self.done.chunks + len(some), open_tokens=count)
-            self._unsaved += sum(map(len, some))
-            if self._unsaved >= SAVED_EVERY:
-                self.save()
+    def _enqueue(self, text: Text) -> None:
+        """Takes the chunks of a text behind those of it that are written."""
+        pieces = (piece for piece in text.pieces if piece)
+        chunks = pieces if self.tokenizer is BYTES else chunks_of(pieces, self.cuts)
+        if self._skipped:
+            for chunk in islice(chunks, self._skipped):
+                self._note(chunk)
+            if self._digest.hexdigest() != self.done.open_digest:
+                raise self._changed(text.name)
+            self._skipped = 0
+        for chunk in chunks:
+            if len(self._queue) >= CHUNKS_AT_ONCE or self._queued >= BYTES_AT_ONCE:
+                self._flush()
+            self._note(chunk)
+            self._queue.append(chunk)
+            self._queued += len(chunk)
 
-    def _tokens_of(self, chunks: list[bytes]) -> bytes:
-        """The tokens of pieces of a text, as they stand in the file."""
+    def _flush(self) -> None:
+        """Writes the tokens of what is queued, and the rows of the texts that end in it."""
+        encoded, counts = self._tokens_of(self._queue)
+        self._tokens.write(encoded)
+        start = 0
+        for end in self._ends:
+            self._add(sum(counts[start : end.chunk]), end.chunk - start, end.name)
+            self._close(end)
+            start = end.chunk
+        self._add(sum(counts[start:]), len(counts) - start, self._name)
+        self._unsaved += self._queued
+        self._queue, self._ends, self._queued = [], [], 0
+        if self._unsaved >= SAVED_EVERY:
+            self.save()
+
+    def _tokens_of(self, chunks: list[bytes]) -> tuple[bytes, list[int]]:
+        """The tokens of chunks, as they stand in the file, and how many each has."""
         if self.tokenizer is BYTES:
-            return b"".join(chunks)
-        return np.concatenate(self.tokenizer.encode_chunks(chunks)).astype(self._dtype, copy=False).tobytes()
+            return b"".join(chunks), [len(chunk) for chunk in chunks]
+        found = self.tokenizer.encode_chunks(chunks)
+        encoded = b"".join(tokens.astype(self._dtype, copy=False).tobytes() for tokens in found)
+        return encoded, [len(tokens) for tokens in found]
 
-    def _forget(self) -> None:
-        """Takes back a text that is too short."""
-        self._tokens.flush()
-        self._tokens.seek(self.done.tokens * self._dtype.itemsize)
-        self._tokens.truncate()
-        self.done = replace(self.done, chunks=0, open_tokens=0, open_digest="")
+    def _add(self, tokens: int, chunks: int, name: str) -> None:
+        """Counts tokens that are written of a text."""
+        count = self.done.open_tokens + tokens
+        if count >= MOST_TOKENS:
+            raise ValueError(
+                f"data must hold documents of fewer than {MOST_TOKENS} tokens, got more in {name!r}: cut it into "
+                "several files or records"
+            )
+        self.done = replace(self.done, chunks=self.done.chunks + chunks, open_tokens=count)
 
-    def _end(self, name: str, size: int, digest: bytes) -> None:
-        """Adds a document's row and name."""
-        done, encoded = self.done, name.encode(errors="surrogateescape")
+    def _close(self, end: _End) -> None:
+        """Adds the row and the name of a text whose tokens are written."""
+        done, name = self.done, end.name.encode(errors="surrogateescape")
         self.done = Progress(
-            done.documents + 1, done.names + len(encoded), done.tokens + done.open_tokens, done.size + size
+            done.documents + 1, done.names + len(name), done.tokens + done.open_tokens, done.size + end.size
         )
         row = np.zeros(1, dtype=ROW)
-        row[0] = (self.done.names, self.done.tokens, self.done.size, np.frombuffer(digest, dtype=np.uint8))
-        self._names.write(encoded)
+        row[0] = (self.done.names, self.done.tokens, self.done.size, np.frombuffer(end.digest, dtype=np.uint8))
+        self._names.write(name)
         self._rows.write(row.tobytes())
 
     def save(self) -> None:
@@ -245,7 +269,7 @@ class _Writer:
             self.done = replace(self.done, open_digest=self._digest.hexdigest())
         _write_progress(self.out, self.what, self.done)
         self._unsaved = 0
-        self.report(self.done.size + self._open_size)
+        self.report(self.done.size + (self._size if self.done.chunks else 0))
 
 
 def _what(source: Source, tokenizer: Tokenizer, way: str, cuts: tuple[int, ...]) -> str:

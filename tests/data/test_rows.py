@@ -6,7 +6,7 @@ import random
 import warnings
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memtrans.data.documents import Document, stretches
@@ -21,6 +21,7 @@ def random_text(length: int, seed: int = 0) -> bytes:
     return random.Random(seed).randbytes(length).replace(b"\0", b"\1")
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(2, 60), min_size=1, max_size=4), st.integers(1, 12))
 def test_stretches_ask_for_every_byte_of_a_document_but_its_first_once(lengths, rows):
     documents = [Document.of(str(number), random_text(length, number)) for number, length in enumerate(lengths)]

@@ -44,7 +44,7 @@ def written(data: str, out, tokenizer=BYTES, way: str = "drawn") -> Store:
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @given(contents=st.lists(st.binary(min_size=2, max_size=200), min_size=1, max_size=5))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
 def test_tokenize_store_stream_decode_gives_the_bytes_back(tmp_path_factory, name, contents):
     directory = tmp_path_factory.mktemp("corpus")
     (directory / "texts").mkdir()
@@ -135,7 +135,6 @@ def test_what_was_interrupted_goes_on_and_ends_as_if_it_never_was(tmp_path, monk
     monkeypatch.setattr(tokenize, "CHUNKS_AT_ONCE", 2)
     monkeypatch.setattr("memtrans.data.tokens.CHUNK", 150)
     monkeypatch.setattr("memtrans.data.texts.PIECE", 150)
-    monkeypatch.setattr(tokenize, "PIECES_AT_ONCE", 2)
     whole = written(data, tmp_path / "whole", tokenizer)
     calls = 0
 
@@ -165,6 +164,18 @@ def test_what_was_interrupted_goes_on_and_ends_as_if_it_never_was(tmp_path, monk
     }
 
 
+def test_many_short_texts_are_made_tokens_together(tmp_path, monkeypatch):
+    (tmp_path / "some.jsonl").write_text("".join(f'{{"text": "the fox {number}"}}\n' for number in range(500)))
+    tokenizer, calls = learned(), []
+    encode = type(tokenizer).encode_chunks
+    monkeypatch.setattr(
+        type(tokenizer), "encode_chunks", lambda self, chunks: calls.append(chunks) or encode(self, chunks)
+    )
+    found = written(str(tmp_path / "some.jsonl"), tmp_path / "store", tokenizer)
+    assert [len(chunks) for chunks in calls] == [500]
+    assert [found.document(number).text() for number in (0, 499)] == [b"the fox 0", b"the fox 499"]
+
+
 def test_texts_that_changed_meanwhile_and_other_tokenizers_are_refused(tmp_path, monkeypatch):
     data = folder(tmp_path)
     monkeypatch.setattr(tokenize, "SAVED_EVERY", 400)
@@ -189,7 +200,7 @@ def test_a_text_that_changed_is_told_wherever_the_work_stopped(tmp_path, monkeyp
     data = folder(tmp_path)
     monkeypatch.setattr(tokenize, "SAVED_EVERY", 300)
     monkeypatch.setattr("memtrans.data.texts.PIECE", 150)
-    monkeypatch.setattr(tokenize, "PIECES_AT_ONCE", 2)
+    monkeypatch.setattr(tokenize, "CHUNKS_AT_ONCE", 2)
     sizes = [path.stat().st_size for path in sorted((tmp_path / "texts").iterdir())]
 
     def report(size: int) -> None:

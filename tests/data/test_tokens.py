@@ -6,7 +6,7 @@ import json
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memtrans.data import tokens
@@ -30,6 +30,7 @@ HARD = [
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
+@settings(deadline=None)
 @given(text=texts)
 def test_a_text_comes_back(name, text):
     tokenizer = TOKENIZERS[name]()
@@ -45,6 +46,7 @@ def test_a_hard_text_comes_back(name, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@settings(deadline=None)
 @given(st.lists(texts, max_size=5), st.lists(st.integers(1, 500), max_size=3).map(lambda cuts: sorted(set(cuts))))
 def test_chunks_are_the_text_and_end_where_they_are_told_to(pieces, cuts):
     chunks = list(chunks_of(pieces, cuts))
