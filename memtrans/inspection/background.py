@@ -2,7 +2,7 @@
 
 A few entries, those of " the" or of punctuation, are near every query. So each place has a background in each head, its
 median weight over the queries, and what a query has looked up lies above it: its lift. A head that gives half of its
-weight to one entry tells more than ten that give a twentieth each: places are ranked by the third powers of their lifts.
+weight to one entry tells more than ten that give a twentieth each: the third powers of their lifts rank places.
 """
 
 from __future__ import annotations

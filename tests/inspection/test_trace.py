@@ -52,8 +52,10 @@ class Document:
             parts = [to_memory, to_local]
             if layer.sink is not None:
                 parts.append(layer.sink[:, None, None].expand(H, length, 1))
-            return torch.cat(parts, dim=2).softmax(2)[..., : len(self.stored) + local_keys].split(
-                [len(self.stored), local_keys], dim=2
+            return (
+                torch.cat(parts, dim=2)
+                .softmax(2)[..., : len(self.stored) + local_keys]
+                .split([len(self.stored), local_keys], dim=2)
             )
         gate = layer.memory_gate.sigmoid()[:, None, None] if self.stored else torch.zeros(H, 1, 1).double()
         memory = to_memory.softmax(2) if self.stored else to_memory
