@@ -2,7 +2,7 @@
 
 A few entries, those of " the" or of punctuation, are near every query. So each place has a background in each head, its
 median weight over the queries, and what a query has looked up lies above it: its lift. A head that gives half of its
-weight to one entry tells more than ten that give a twentieth each, so places are ranked by the squares of their lifts.
+weight to one entry tells more than ten that give a twentieth each: the third powers of their lifts rank places.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Shares(NamedTuple):
     Attributes:
         query: (n,) int64. position: (n,) int64. share: (n,) float64, of the query's weight.
         background: (n,) float64, of the place, the same for every query.
-        lift: (n,) float64, what heads give above their background. score: (n,) float64, of its squares.
+        lift: (n,) float64, what heads give above their background. score: (n,) float64, of its third powers.
         queries: how many there are.
     """
 
@@ -94,7 +94,7 @@ def shares_of(parts: Sequence[tuple[Tensor, Tensor]]) -> Shares:
 
     background = _of_places(head * beyond + position, of_head, median * _first(part, of_head, len(median)), beyond)
     at = pair % beyond
-    return Shares(pair // beyond, at, summed(weight), background[at], summed(lift), summed(lift * lift), queries)
+    return Shares(pair // beyond, at, summed(weight), background[at], summed(lift), summed(lift**3), queries)
 
 
 def _flat(parts: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, ...]]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 LONGEST = 32  # tokens of a passage
-SMALL = 0.01  # of the largest score: what has less neither makes a passage nor is named in one
+SMALL = 0.001  # of the largest score: what has less neither makes a passage nor is named in one
 
 
 class Passage(NamedTuple):
