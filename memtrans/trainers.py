@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memtrans.checks import check_padding
 from memtrans.layers import device_of, dtype_of
+from memtrans_kernels import checks
 from memtrans_kernels.checks import may_look
 
 
@@ -105,29 +105,33 @@ class ForTrainers(nn.Module):
         x: Tensor | None,
         input_ids: Tensor | None,
         attention_mask: Tensor | None,
-        lengths: Tensor | None,
+        mask: Tensor | None,
         labels: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """`x` and `lengths`, of arguments by the names that tokenizers and collators give them; see `forward`."""
+        """`x` and `mask`, of arguments by the names that tokenizers and collators give them; see `forward`."""
         if input_ids is not None:
             if x is not None:
                 raise ValueError("x must be None beside input_ids, which is another name for it")
             x = input_ids
             self._ask_labels(input_ids, labels)
         if attention_mask is not None:
-            if lengths is not None:
-                raise ValueError("lengths must be None beside attention_mask, which says the same")
-            if not torch.compiler.is_compiling():
-                check_padding("attention_mask", attention_mask, self.validate)
-            lengths = attention_mask.long().sum(dim=1)
-        return x, lengths
+            if mask is not None:
+                raise ValueError("mask must be None beside attention_mask, which is another name for it")
+            checks.tensors(attention_mask=attention_mask)
+            checks.within("attention_mask", attention_mask, 0, 1)
+            mask = attention_mask.bool()
+        return x, mask
 
-    def _ask_labels(self, input_ids: Tensor, labels: Tensor | None) -> None:
+    def _ask_labels(self, input_ids: Any, labels: Any) -> None:
         """Warns where labels are the ids themselves, as for models that shift them; on a GPU of the first pass alone.
 
         There a look waits for the device.
         """
-        if labels is None or torch.compiler.is_compiling() or labels.shape != input_ids.shape:
+        if torch.compiler.is_compiling() or not isinstance(labels, Tensor) or not isinstance(input_ids, Tensor):
+            return
+        if labels.shape != input_ids.shape:
+            return
+        if labels.is_cuda and torch.cuda.is_current_stream_capturing():
             return
         if not may_look(labels, self.validate or not self._asked_labels):
             return

@@ -93,7 +93,7 @@ def test_an_untrained_memory_finds_what_was_said_a_thousand_tokens_ago(
 @torch.no_grad()
 def test_the_first_passage_of_a_right_answer_holds_the_fact(model_and_tokenizer: tuple[Any, Any], encode: Any) -> None:
     model, _ = model_and_tokenizer
-    made_up = facts(8, seed=1, templates=TEMPLATES)
+    made_up = facts(8, 1, Words(TEMPLATES))
     document = plant(encode("\n".join(topics[name] for name in sorted(topics))[20_000:40_000]), made_up, [1000], encode)
     memory = add_memory(model, max_memories=1024, segment=256)
     memory.read(document.ids)

@@ -122,10 +122,13 @@ def test_22_9_an_attention_mask_says_the_lengths() -> None:
     _, expected = model(X, others, lengths=torch.tensor([LENGTH, 5]))
     assert memories[0].lengths.tolist() == [LENGTH - 3, 2]
     assert all(torch.equal(one, other) for one, other in zip(caches, expected, strict=True))
-    with pytest.raises(ValueError, match="attention_mask must be 1 for tokens and 0 for padding behind them, got"):
-        model(input_ids=X, attention_mask=mask.flip(1), knn_memories=memories)
-    with pytest.raises(ValueError, match="lengths must be None beside attention_mask"):
-        model(X, memories, attention_mask=mask, lengths=torch.tensor([1, 1]))
+    before = torch.cat((X[:, 3:], X[:, :3]), dim=1)  # padding may lead too
+    padded = model(input_ids=before, attention_mask=mask.flip(1), knn_memories=memories, add_knn_memory=False)[0]
+    assert_close(padded[1, 3:], model(before[1:, 3:], [others[0].expand([1])], add_knn_memory=False)[0][0], SAME_GRAPH)
+    with pytest.raises(ValueError, match=r"attention_mask must be in \[0, 1\], got"):
+        model(input_ids=X, attention_mask=mask * 2, knn_memories=memories)
+    with pytest.raises(ValueError, match="mask must be None beside attention_mask"):
+        model(X, memories, attention_mask=mask, mask=mask.bool())
 
 
 @pytest.mark.parametrize("pad_id", [-1, 0])
@@ -198,8 +201,6 @@ def test_22_9_peft_saves_the_head_beside_its_adapters(tmp_path: Path) -> None:
     wrapped = adapted(build())
     curve = losses(Trainer(wrapped, settings(tmp_path, learning_rate=3e-2), train_dataset=ROWS))
     assert curve[-1] < curve[0]
-    moved = {name.split(".lora")[0].split(".")[-1] for name, p in wrapped.named_parameters() if p.requires_grad}
-    assert any("lora" in name or "to_q" in name for name in moved)
     assert not torch.equal(head_of(wrapped), build().to_logits[1].weight)
     expected = logits_of(wrapped)
     wrapped.save_pretrained(tmp_path / "adapters")
