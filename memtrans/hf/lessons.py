@@ -94,10 +94,11 @@ class Course:
             raise ValueError(f"documents must have at least {FEWEST} tokens, got {len(ids)}")
         length = min(memory.settings.segment, len(ids) // 4 // SEGMENTS)
         chosen = _sizes(sizes, len(ids) - SEGMENTS * length, memory.settings.max_memories)
-        count = max(count, len(chosen))
         longest = max(len(encode(fact.sentence)) for fact in facts(400, 0))
         if chosen[0] < longest:
             raise ValueError(f"sizes must have room for a fact of {longest} tokens, got {chosen[0]}")
+        most = max(1, chosen[0] // (2 * longest))  # half of a text may be facts
+        count = min(max(count, len(chosen)), most * len(chosen))
         return Course(ids, chosen, length, count, batch, max(1, ASKED // batch) * batch, encode, longest + 8)
 
     @property
@@ -119,7 +120,7 @@ class Course:
             made = facts(self.facts, self.batch * seed + row)
             planted.append(plant(piece[:size], made, self.sizes, self.encode))
             behind.append(torch.tensor(piece[size:], dtype=torch.int64).view(SEGMENTS, self.length))
-        ids = torch.cat([document.ids for document in planted])
+        ids = torch.cat([document.ids[:, -self.sizes[-1] :] for document in planted])
         return Lesson(ids, torch.stack(behind), tuple(planted), self.encode, self.width)
 
 

@@ -103,13 +103,21 @@ def test_an_answer_is_scored_and_its_question_is_not() -> None:
     assert right.tolist() == [False, True] and float(nats[0]) > 5.0
 
 
+def test_more_facts_than_a_text_has_room_for_leave_it_as_long_as_it_was(model: PreTrainedModel) -> None:
+    course = Course.of(with_memory(model), bytes_tokenizer(), [TEXT * 40], [200, 600], 500, 2)
+    lesson = course.lesson(0)
+    assert lesson.ids.shape == (2, 600)
+    assert all(document.within(200) for document in lesson.documents)
+
+
 def test_no_lesson_repeats_another_and_the_end_of_a_text_is_kept_to_judge_by(model: PreTrainedModel) -> None:
-    course = Course.of(with_memory(model), bytes_tokenizer(), [TEXT * 40], [200, 600], 6, 2)
+    memory = with_memory(model, max_memories=2000)
+    course = Course.of(memory, bytes_tokenizer(), [TEXT * 40], [700, 1600], 6, 2)
     lessons = [course.lesson(seed) for seed in range(3)]
     known = [fact for lesson in lessons for document in lesson.documents for _, fact in document.facts]
     assert len({fact.question for fact in known}) == len(known) == 3 * 2 * 6
-    assert all(lesson.ids.shape == (2, 600) and lesson.behind.shape == (2, 8, 32) for lesson in lessons)
+    assert all(lesson.ids.shape == (2, 1600) and lesson.behind.shape == (2, 8, 32) for lesson in lessons)
     kept = course.lesson(9, len(course.ids) - course.tokens)
     assert kept.behind[0].flatten().tolist() == list(course.ids[-256:])
-    asked = kept.asked(200, 8, 1)
+    asked = kept.asked(700, 8, 1)
     assert len(asked.ids) == 8 and asked.ids.shape[1] == course.width
