@@ -9,13 +9,16 @@ less: our search for the neighbours alone, and a fresh copy of the result.
 
 from __future__ import annotations
 
+import os
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from common import DEVICE, MEMORIES, TOY, measure, peak_bytes
+from common import DEVICE, MEMORIES, TOY, dtype_name, environment, gpu_milliseconds, peak_bytes, write_down
 from torch import Tensor
 
 from memtrans import KNNMemory
@@ -84,16 +87,33 @@ def parts(sizes: Problem, memory: KNNMemory, query: Tensor) -> Callable[[], Any]
     return lambda: (memory.snapshot().nearest(flat, sizes.neighbours), result.clone())
 
 
-@pytest.mark.parametrize(
-    ("impl", "function"),
-    [("memtrans", ours), pytest.param("upstream", upstream, marks=pytest.mark.rival), ("parts", parts)],
-)
+IMPLEMENTATIONS = {"memtrans": ours, "upstream": upstream, "parts": parts}
+
+
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_memory_search(benchmark: Any, name: str, impl: str, function: Callable[..., Callable[[], Any]]) -> None:
+def test_memory_search(benchmark: Any, name: str) -> None:
+    """All in rounds that alternate, because on a CPU others may be at work; medians, and the load meanwhile."""
     sizes, memory, query = problem(name)
-    run = function(sizes, memory, query)
+    runs = {impl: make(sizes, memory, query) for impl, make in IMPLEMENTATIONS.items()}
+    seconds: dict[str, list[float]] = {impl: [] for impl in runs}
+
+    def round_of_all() -> None:
+        for impl, run in runs.items():
+            begin = time.perf_counter()
+            result = run()
+            seconds[impl].append(time.perf_counter() - begin)
+            del result
+
+    if DEVICE == "cpu":
+        benchmark.pedantic(round_of_all, rounds=2 if TOY else 15, warmup_rounds=1)
+        times = {impl: statistics.median(of_impl[1:]) * 1e3 for impl, of_impl in seconds.items()}
+        more = {impl: {"load": [round(load, 1) for load in os.getloadavg()]} for impl in runs}
+    else:
+        times = {impl: gpu_milliseconds(run)[0] for impl, run in runs.items()}
+        more = {impl: {"peak_bytes": peak_bytes(run, 0)} for impl, run in runs.items()}
+        benchmark.pedantic(lambda: (round_of_all(), torch.cuda.synchronize()), rounds=5)
     result = 2 * query.numel() * sizes.neighbours * DTYPE.itemsize
-    measure(
-        benchmark, run, op="memory_search", impl=impl, case=name, dtype=DTYPE, capturable=not TOY,
-        bytes=2 * result, result_bytes=result, peak_bytes=peak_bytes(run, 0),
-    )  # fmt: skip
+    for impl, milliseconds in times.items():
+        labels = {"op": "memory_search", "impl": impl, "case": name, "mode": "forward", "dtype": dtype_name(DTYPE)}
+        rates = {"result_bytes": result, "bytes_per_second": 2 * result / milliseconds * 1e3, "ms": milliseconds}
+        write_down({**labels, **environment(), **more[impl], **rates})

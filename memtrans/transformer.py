@@ -84,6 +84,7 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         sink: whether each attention head has a learned logit in the denominator of its softmax.
         similarity: of queries and keys in memorizing layers, "cosine" or "product".
         learn_scale: whether the temperature of memorizing layers is learned.
+        bias_out: whether their attention has a bias on its way out, as that of plain layers has.
 
     Attributes:
         config: these arguments, as `save_pretrained` writes and `from_pretrained` reads them.
@@ -137,6 +138,7 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         sink: bool = False,
         similarity: str = "cosine",
         learn_scale: bool = True,
+        bias_out: bool = False,
     ) -> None:
         arguments = configuration_of(locals(), without=("knn_memories_directory", "knn_memory_multiprocessing"))
         super().__init__()
@@ -212,7 +214,7 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
                 whole cache, also for a row that fills less of it.
             input_ids: x, as tokenizers and collators call it. Without knn_memories each row is then a document of its
                 own, which begins here and is not kept.
-            attention_mask: `mask`, as tokenizers give it: (B, N), 1 for tokens and 0 for padding.
+            attention_mask: (B, N), 1 for tokens and 0 for padding: `mask`, as tokenizers and collators call it.
             num_items_in_batch: what Trainer divides the sum of losses by.
             mask: (B, N) bool, False for padding anywhere (before the text, behind it or inside): it is neither seen,
                 cached nor stored, takes no position, and start and end tokens there mean nothing. Default: all is real.
