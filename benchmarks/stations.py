@@ -39,6 +39,7 @@ MODEL_LAYER = (
     "xl_memories",
     "position",
     "vocabulary",
+    "residual",
     *FORMER,
 )
 CHECKING = ("checks", "validation")

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memtrans.checks import check_ones
 from memtrans.layers import device_of, dtype_of
-from memtrans_kernels import checks
 from memtrans_kernels.checks import may_look
 
 
@@ -116,10 +116,10 @@ class ForTrainers(nn.Module):
             self._ask_labels(input_ids, labels)
         if attention_mask is not None:
             if mask is not None:
-                raise ValueError("mask must be None beside attention_mask, which is another name for it")
-            checks.tensors(attention_mask=attention_mask)
-            checks.within("attention_mask", attention_mask, 0, 1)
-            mask = attention_mask.bool()
+                raise ValueError("mask must be None beside attention_mask, which says the same")
+            if not torch.compiler.is_compiling():
+                check_ones("attention_mask", attention_mask, self.validate)
+            mask = attention_mask != 0
         return x, mask
 
     def _ask_labels(self, input_ids: Any, labels: Any) -> None:

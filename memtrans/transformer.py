@@ -214,7 +214,7 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
                 whole cache, also for a row that fills less of it.
             input_ids: x, as tokenizers and collators call it. Without knn_memories each row is then a document of its
                 own, which begins here and is not kept.
-            attention_mask: `mask`, as tokenizers give it: (B, N), 1 for tokens and 0 for padding.
+            attention_mask: (B, N), 1 for tokens and 0 for padding: `mask`, as tokenizers and collators call it.
             num_items_in_batch: what Trainer divides the sum of losses by.
             mask: (B, N) bool, False for padding anywhere (before the text, behind it or inside): it is neither seen,
                 cached nor stored, takes no position, and start and end tokens there mean nothing. Default: all is real.

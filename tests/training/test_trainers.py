@@ -114,21 +114,23 @@ def test_22_9_without_memories_input_ids_are_documents_of_their_own_and_that_is_
     assert torch.equal(logits, model(X, model.create_knn_memories(batch_size=BATCH)))
 
 
-def test_22_9_an_attention_mask_says_the_lengths() -> None:
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_22_9_an_attention_mask_says_what_is_padding_on_either_side(side: str) -> None:
     model, mask = build(xl_max_memories=3).eval(), torch.ones(BATCH, LENGTH, dtype=torch.int64)
     mask[1, 5:] = 0
     memories, others = (model.create_knn_memories(batch_size=BATCH) for _ in range(2))
-    _, caches = model(input_ids=X, attention_mask=mask, knn_memories=memories)
-    _, expected = model(X, others, lengths=torch.tensor([LENGTH, 5]))
+    expected, of_lengths = model(X, others, lengths=torch.tensor([LENGTH, 5]))
+    ids = X if side == "right" else torch.stack((X[0], X[1].roll(LENGTH - 5)))
+    given = mask if side == "right" else mask.flip(1)
+    logits, caches = model(input_ids=ids, attention_mask=given, knn_memories=memories)
     assert memories[0].lengths.tolist() == [LENGTH - 3, 2]
-    assert all(torch.equal(one, other) for one, other in zip(caches, expected, strict=True))
-    before = torch.cat((X[:, 3:], X[:, :3]), dim=1)  # padding may lead too
-    padded = model(input_ids=before, attention_mask=mask.flip(1), knn_memories=memories, add_knn_memory=False)[0]
-    assert_close(padded[1, 3:], model(before[1:, 3:], [others[0].expand([1])], add_knn_memory=False)[0][0], SAME_GRAPH)
-    with pytest.raises(ValueError, match=r"attention_mask must be in \[0, 1\], got"):
-        model(input_ids=X, attention_mask=mask * 2, knn_memories=memories)
+    assert_close(logits[given == 1], expected[mask == 1], SAME_GRAPH)
+    for one, other in zip(caches, of_lengths, strict=True):
+        assert_close(one, other, SAME_GRAPH)
+    with pytest.raises(ValueError, match="attention_mask must be 1 for tokens and 0 for padding, got"):
+        model(input_ids=X, attention_mask=2 * mask, knn_memories=memories)
     with pytest.raises(ValueError, match="mask must be None beside attention_mask"):
-        model(X, memories, attention_mask=mask, mask=mask.bool())
+        model(X, memories, attention_mask=mask, mask=mask == 1)
 
 
 @pytest.mark.parametrize("pad_id", [-1, 0])
