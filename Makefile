@@ -36,6 +36,7 @@ TESTS_READY :=
 NVCC_READY :=
 PRETRAINED_READY :=
 BROWSER_READY :=
+TRAINERS_READY :=
 else
 PYTHON_BIN := .venv/bin/python
 PACKAGE_READY := .venv/.package
@@ -43,6 +44,7 @@ TESTS_READY := .venv/.tests
 NVCC_READY := .venv/.nvcc
 PRETRAINED_READY := .venv/.pretrained
 BROWSER_READY := .venv/.browser
+TRAINERS_READY := .venv/.trainers
 endif
 
 CSRC := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
@@ -59,7 +61,7 @@ demo: $(PACKAGE_READY)
 test: $(TESTS_READY)
 	OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu" $(TESTS)
 
-test-slow: $(TESTS_READY) $(NVCC_READY) $(PRETRAINED_READY) $(BROWSER_READY)
+test-slow: $(TESTS_READY) $(NVCC_READY) $(PRETRAINED_READY) $(BROWSER_READY) $(TRAINERS_READY)
 	$(PYTHON_BIN) -m pytest -m "slow and not gpu" --ignore tests/install/test_wheel.py
 
 test-gpu: $(TESTS_READY)
@@ -158,6 +160,11 @@ clean:
 # What drives a browser for tests/inspection; the browser itself is Debian's chromium and chromium-driver.
 .venv/.browser: .venv/.tests
 	$(PIP) install --quiet selenium
+	@touch $@
+
+# What other people train with, for tests/training/test_other_trainers.py.
+.venv/.trainers: .venv/.tests
+	$(PIP) install --quiet --constraint constraints.txt lightning ema-pytorch
 	@touch $@
 
 .venv/bin/python:

@@ -1,21 +1,24 @@
 """`KNNMemory.search`: the keys and values of each query's nearest entries, with upstream's interface, for attention of
 one's own. The memory is full and has wrapped round.
 
-`upstream` is the arithmetic of memorizing-transformers-pytorch 0.4.1 on the device of the tensors: its search, a document
-at a time, a copy out of its database of pairs, a stack, and zeros where nothing was found. Its own index is approximate;
-here the search is `memtrans`'s, so that what differs is what happens around it. `parts` is what cannot be less: finding
-the neighbours, and a fresh copy of the result.
+`upstream` is the arithmetic of memorizing-transformers-pytorch 0.4.1 on the device of the tensors, as in upstream.py:
+a matrix product and `topk` stand for its approximate index; then, as its `search` does, a document at a time is copied
+out of a database of pairs, all are stacked, and what was not found is filled with zeros. `parts` is what cannot be
+less: our search for the neighbours alone, and a fresh copy of the result.
 """
 
 from __future__ import annotations
 
+import os
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from common import DEVICE, MEMORIES, TOY, measure, peak_bytes
+from common import DEVICE, MEMORIES, TOY, dtype_name, environment, gpu_milliseconds, peak_bytes, write_down
 from torch import Tensor
 
 from memtrans import KNNMemory
@@ -62,23 +65,16 @@ def ours(sizes: Problem, memory: KNNMemory, query: Tensor) -> Callable[[], Any]:
     return lambda: memory.search(query, sizes.neighbours)
 
 
-def nearest(sizes: Problem, memory: KNNMemory, query: Tensor) -> Tensor:
-    """Slots (B, ..., K)."""
-    flat = query.reshape(sizes.batch, 1, -1, sizes.width)
-    return memory.snapshot().nearest(flat, sizes.neighbours)[1].reshape(*query.shape[:-1], sizes.neighbours)
-
-
 def upstream(sizes: Problem, memory: KNNMemory, query: Tensor) -> Callable[[], Any]:
-    snapshot = memory.snapshot()
-    database = torch.stack((snapshot.keys, snapshot.values), dim=-2)  # (B, M + S, 2, D)
+    entries = memory.entries()
+    keys, database = entries.keys, torch.stack((entries.keys, entries.values), dim=-2)  # (B, M, D), (B, M, 2, D)
 
     def search() -> tuple[Tensor, Tensor]:
-        slots = nearest(sizes, memory, query)
         masks, found = [], []
-        for of_document, pairs in zip(slots, database, strict=True):
-            mask = of_document != -1
-            masks.append(mask)
-            found.append(pairs[torch.where(mask, of_document, 0).long()])
+        for of_document, of_keys, pairs in zip(query, keys, database, strict=True):
+            slots = (of_document @ of_keys.T).topk(sizes.neighbours).indices  # (..., K)
+            masks.append(slots != -1)
+            found.append(pairs[torch.where(masks[-1], slots, 0)])
         mask = torch.stack(masks)
         return torch.stack(found).masked_fill(~mask[..., None, None], 0.0), mask
 
@@ -87,19 +83,37 @@ def upstream(sizes: Problem, memory: KNNMemory, query: Tensor) -> Callable[[], A
 
 def parts(sizes: Problem, memory: KNNMemory, query: Tensor) -> Callable[[], Any]:
     result, _ = memory.search(query, sizes.neighbours)
-    return lambda: (nearest(sizes, memory, query), result.clone())
+    flat = query.reshape(sizes.batch, 1, -1, sizes.width)
+    return lambda: (memory.snapshot().nearest(flat, sizes.neighbours), result.clone())
 
 
-@pytest.mark.parametrize(
-    ("impl", "function"),
-    [("memtrans", ours), pytest.param("upstream", upstream, marks=pytest.mark.rival), ("parts", parts)],
-)
+IMPLEMENTATIONS = {"memtrans": ours, "upstream": upstream, "parts": parts}
+
+
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_memory_search(benchmark: Any, name: str, impl: str, function: Callable[..., Callable[[], Any]]) -> None:
+def test_memory_search(benchmark: Any, name: str) -> None:
+    """All in rounds that alternate, because on a CPU others may be at work; medians, and the load meanwhile."""
     sizes, memory, query = problem(name)
-    run = function(sizes, memory, query)
+    runs = {impl: make(sizes, memory, query) for impl, make in IMPLEMENTATIONS.items()}
+    seconds: dict[str, list[float]] = {impl: [] for impl in runs}
+
+    def round_of_all() -> None:
+        for impl, run in runs.items():
+            begin = time.perf_counter()
+            result = run()
+            seconds[impl].append(time.perf_counter() - begin)
+            del result
+
+    if DEVICE == "cpu":
+        benchmark.pedantic(round_of_all, rounds=2 if TOY else 15, warmup_rounds=1)
+        times = {impl: statistics.median(of_impl[1:]) * 1e3 for impl, of_impl in seconds.items()}
+        more = {impl: {"load": [round(load, 1) for load in os.getloadavg()]} for impl in runs}
+    else:
+        times = {impl: gpu_milliseconds(run)[0] for impl, run in runs.items()}
+        more = {impl: {"peak_bytes": peak_bytes(run, 0)} for impl, run in runs.items()}
+        benchmark.pedantic(lambda: (round_of_all(), torch.cuda.synchronize()), rounds=5)
     result = 2 * query.numel() * sizes.neighbours * DTYPE.itemsize
-    measure(
-        benchmark, run, op="memory_search", impl=impl, case=name, dtype=DTYPE, capturable=not TOY,
-        bytes=2 * result, result_bytes=result, peak_bytes=peak_bytes(run, 0),
-    )  # fmt: skip
+    for impl, milliseconds in times.items():
+        labels = {"op": "memory_search", "impl": impl, "case": name, "mode": "forward", "dtype": dtype_name(DTYPE)}
+        rates = {"result_bytes": result, "bytes_per_second": 2 * result / milliseconds * 1e3, "ms": milliseconds}
+        write_down({**labels, **environment(), **more[impl], **rates})

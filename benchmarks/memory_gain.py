@@ -4,11 +4,12 @@
     python benchmarks/memory_gain.py --data c-sources.zip --bytes 300000000 --memory 0 32 8192 65536 --seeds 0 1
     python benchmarks/memory_gain.py --data c-sources.zip --set position_start=null --label random-start
     python benchmarks/memory_gain.py --data c-sources.zip --memory 0 --set learning_rate=5e-4 --label half-rate
+    python benchmarks/memory_gain.py --data c-sources.zip --memory 65536 --late 0
     python benchmarks/memory_gain.py --plot docs/images/memory_gain.png --machine h100 --label "" half-rate
 
 Each run writes an entry into results/<machine>/memory_gain.json when it ends: held-out bits per byte along the way,
 against bytes and against seconds of training (evaluations and compilation not counted), and at the end by the position
-in the document, with the memory and with retrieval off.
+in the document, with the memory and with retrieval off. A `late-0-` run was trained with a plain layer first.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ import torch
 from common import DEVICE, RESULTS, environment, machine, write_down
 
 from memtrans.presets import PRESETS
+from memtrans.training.checkpoint import Checkpoint
 from memtrans.training.data import open_data
 from memtrans.training.evaluate import Evaluation, evaluate, held_out_stream
+from memtrans.training.gaining import GAINING
 from memtrans.training.settings import Settings
 from memtrans.training.trainer import Trainer
 
@@ -42,10 +45,11 @@ def evaluated(trainer: Trainer, size: int, retrieval: bool = True) -> Evaluation
 def curve(trainer: Trainer, size: int) -> list[dict[str, float]]:
     """Trains to the end; held-out bits per byte at POINTS places along the way."""
     steps, seconds, begin, points = trainer.settings.steps, 0.0, time.perf_counter(), []
-    marks = {max(1, steps * (point + 1) // POINTS) for point in range(POINTS)}
+    begun = trainer.step
+    marks = {max(1, begun + (steps - begun) * (point + 1) // POINTS) for point in range(POINTS)}
     while trainer.step < steps:
         trainer.advance()
-        if trainer.step == 10:  # compiled by now
+        if trainer.step == begun + 10:  # compiled by now
             trainer.check()
             begin = time.perf_counter()
         if trainer.step in marks:
@@ -58,16 +62,36 @@ def curve(trainer: Trainer, size: int) -> list[dict[str, float]]:
     return points
 
 
+def late(settings: Settings, first: int, share: float) -> Trainer:
+    """A run that is about to read with all of its memory, for such a share of steps more than it has done.
+
+    first: entries that it has done with; 0 for a plain layer.
+    """
+    gains = GAINING if first == 0 else {}
+    before = Trainer(dataclasses.replace(settings, memory=first), open_data(settings), torch.device(DEVICE))
+    while before.step < settings.steps:
+        before.advance()
+    after = dataclasses.replace(settings, steps=round((1.0 + share) * settings.steps), **gains)
+    trainer = Trainer(after, before.data, torch.device(DEVICE))
+    trainer.restore(Checkpoint(*before.state()))
+    return trainer
+
+
 def run(settings: Settings, options: argparse.Namespace) -> None:
     """One training run, written down."""
-    trainer = Trainer(settings, open_data(settings), torch.device(DEVICE))
+    if options.late is None:
+        trainer = Trainer(settings, open_data(settings), torch.device(DEVICE))
+    else:
+        trainer = late(settings, options.late, options.late_share)
+        settings = trainer.settings
     points = curve(trainer, options.eval_bytes)
     on, off = (evaluated(trainer, options.final_eval_bytes, retrieval) for retrieval in (True, False))
+    begun = "" if options.late is None else f"late-{options.late}-"
     label = "".join(f"-{label}" for label in options.label if label)
     entry = {
         "op": "memory_gain",
         "impl": "memtrans",
-        "case": f"memory-{settings.memory}-xl-{settings.xl}-seed-{settings.seed}{label}",
+        "case": f"{begun}memory-{settings.memory}-xl-{settings.xl}-seed-{settings.seed}{label}",
         "mode": "train",
         "dtype": settings.dtype,
         **environment(),
@@ -149,6 +173,8 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
         default=[0, 8192, 65536],
         help="sizes; 0 for a plain layer instead, 32 for the layer with next to no memory",
     )
+    parser.add_argument("--late", type=int, help="entries to train with at first; 0 for a plain layer")
+    parser.add_argument("--late-share", type=float, default=0.1, help="of steps more, with all of the memory (0.1)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--eval-bytes", type=int, default=1_000_000, help="held-out bytes at each place along the way")
     parser.add_argument("--final-eval-bytes", type=int, default=4_000_000, help="held-out bytes at the end, both ways")

@@ -80,15 +80,6 @@ def check_hidden(name: str, hidden: Tensor, width: int | None, weight: Tensor | 
         raise TypeError(f"{name} must be {weight.dtype} like the weights (or autocast be on), got {hidden.dtype}")
 
 
-def check_padding(name: str, mask: Tensor, validate: bool = False) -> None:
-    """Raises ValueError unless `mask` is a tensor (B, N) of ones and, behind them, zeros; where values may be seen."""
-    checks.tensors(**{name: mask})
-    if mask.dim() != 2:
-        raise ValueError(f"{name} must have shape (B, N), got {tuple(mask.shape)}")
-    if may_look(mask, validate) and bool((mask.long().diff(dim=1) > 0).any() | ((mask != 0) & (mask != 1)).any()):
-        raise ValueError(f"{name} must be 1 for tokens and 0 for padding behind them, got {mask.tolist()}")
-
-
 def check_finite(name: str, tensor: Tensor, validate: bool = False) -> None:
     """Raises ValueError if `tensor` has an infinite or NaN component, where values may be looked at."""
     if may_look(tensor, validate) and not bool(tensor.isfinite().all()):

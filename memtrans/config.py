@@ -13,7 +13,10 @@ from memtrans.checks import check_number, sizes, whole_number
 from memtrans_kernels import checks
 
 # Arguments of the model that go to the attention of memorizing layers as they are, and are checked there.
-OF_MEMORY = ("num_retrieved_memories", "attn_scale_init", "memory_offset", "combine", "similarity", "learn_scale")
+OF_MEMORY = (
+    *("num_retrieved_memories", "attn_scale_init", "memory_offset", "combine"),
+    *("similarity", "learn_scale", "bias_out"),
+)
 # Those that go to the attention of all layers so.
 OF_ALL = ("causal", "soft_cap", "sink")
 

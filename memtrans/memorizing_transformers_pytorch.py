@@ -7,7 +7,8 @@ from memtrans.attention import Attention
 from memtrans.knn_attention import KNNAttention
 from memtrans.memory import KNNMemoryList
 from memtrans.position import T5RelativePositionBias
-from memtrans.transformer import FeedForward, MemorizingTransformer, PreNormResidual
+from memtrans.residual import FeedForward, PreNormResidual
+from memtrans.transformer import MemorizingTransformer
 
 __all__ = [
     "Attention",

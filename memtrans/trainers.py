@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memtrans.checks import check_padding
 from memtrans.layers import device_of, dtype_of
+from memtrans_kernels import checks
 from memtrans_kernels.checks import may_look
 
 
@@ -63,15 +63,37 @@ class ForTrainers(nn.Module):
         """Of the model's first floating-point parameter."""
         return dtype_of(self)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
-        """Sets `activation_checkpointing`; `use_reentrant=True` is refused with a ValueError."""
-        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise ValueError("use_reentrant must be False: what a memory held is kept for checkpoints without it alone")
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Sets `activation_checkpointing`, as the newer Trainer does it.
+
+        Raises ValueError for what differs from PyTorch's checkpoints without `use_reentrant`, of each layer, kept where
+        they are.
+        """
+        given = {"every_n_layers": every_n_layers, "offload": offload, **(activation_checkpointing_kwargs or {})}
+        for name, value in given.items():
+            known = {"every_n_layers": 1, "offload": False, "use_reentrant": False}.get(name)
+            if value != known:
+                raise ValueError(f"{name} must be {known} in activation checkpointing, got {value!r}")
         self.activation_checkpointing = True
 
-    def gradient_checkpointing_disable(self) -> None:
+    def activation_checkpointing_disable(self) -> None:
         """Resets `activation_checkpointing`."""
         self.activation_checkpointing = False
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **options: Any
+    ) -> None:
+        """`activation_checkpointing_enable` by its older name."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """`activation_checkpointing_disable` by its older name."""
+        self.activation_checkpointing_disable()
 
     @property
     def is_gradient_checkpointing(self) -> bool:
@@ -83,29 +105,33 @@ class ForTrainers(nn.Module):
         x: Tensor | None,
         input_ids: Tensor | None,
         attention_mask: Tensor | None,
-        lengths: Tensor | None,
+        mask: Tensor | None,
         labels: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """`x` and `lengths`, of arguments by the names that tokenizers and collators give them; see `forward`."""
+        """`x` and `mask`, of arguments by the names that tokenizers and collators give them; see `forward`."""
         if input_ids is not None:
             if x is not None:
                 raise ValueError("x must be None beside input_ids, which is another name for it")
             x = input_ids
             self._ask_labels(input_ids, labels)
         if attention_mask is not None:
-            if lengths is not None:
-                raise ValueError("lengths must be None beside attention_mask, which says the same")
-            if not torch.compiler.is_compiling():
-                check_padding("attention_mask", attention_mask, self.validate)
-            lengths = attention_mask.long().sum(dim=1)
-        return x, lengths
+            if mask is not None:
+                raise ValueError("mask must be None beside attention_mask, which is another name for it")
+            checks.tensors(attention_mask=attention_mask)
+            checks.within("attention_mask", attention_mask, 0, 1)
+            mask = attention_mask.bool()
+        return x, mask
 
-    def _ask_labels(self, input_ids: Tensor, labels: Tensor | None) -> None:
+    def _ask_labels(self, input_ids: Any, labels: Any) -> None:
         """Warns where labels are the ids themselves, as for models that shift them; on a GPU of the first pass alone.
 
         There a look waits for the device.
         """
-        if labels is None or torch.compiler.is_compiling() or labels.shape != input_ids.shape:
+        if torch.compiler.is_compiling() or not isinstance(labels, Tensor) or not isinstance(input_ids, Tensor):
+            return
+        if labels.shape != input_ids.shape:
+            return
+        if labels.is_cuda and torch.cuda.is_current_stream_capturing():
             return
         if not may_look(labels, self.validate or not self._asked_labels):
             return

@@ -25,6 +25,7 @@ from memtrans.memory.ring import MemorySnapshot
 from memtrans.memory.snapshots import snapshots_for
 from memtrans.position import T5RelativePositionBias
 from memtrans.pretrained import Pretrained, configuration_of
+from memtrans.residual import FeedForward, PreNormResidual
 from memtrans.segments import Beginnings, Padding, beginnings, leading, mask_of, ordered
 from memtrans.trainers import Configuration, ForTrainers, without_memories
 from memtrans.vocabulary import Vocabulary
@@ -38,34 +39,6 @@ from memtrans.xl_memories import (
     longest_of,
     mark,
 )
-
-
-class PreNormResidual(nn.Module):
-    """x + fn(norm(x)) of x (B, N, dim); what fn returns beside its output is passed through."""
-
-    def __init__(self, dim: int, fn: nn.Module) -> None:
-        super().__init__()
-        self.fn = fn
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        out = self.fn(self.norm(x), *args, **kwargs)  # (B, N, dim)
-        if not isinstance(out, tuple):
-            return out + x
-        head, *tail = out
-        return (head + x, *tail)
-
-
-class FeedForward(nn.Module):
-    """Two linear layers with a GELU between them, of x (B, N, dim)."""
-
-    def __init__(self, dim: int, mult: float = 4, dropout: float = 0.0) -> None:
-        super().__init__()
-        inner = int(dim * mult)
-        self.net = nn.Sequential(nn.Linear(dim, inner), nn.GELU(), nn.Dropout(dropout), nn.Linear(inner, dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
 
 
 class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
@@ -111,6 +84,7 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         sink: whether each attention head has a learned logit in the denominator of its softmax.
         similarity: of queries and keys in memorizing layers, "cosine" or "product".
         learn_scale: whether the temperature of memorizing layers is learned.
+        bias_out: whether their attention has a bias on its way out, as that of plain layers has.
 
     Attributes:
         config: these arguments, as `save_pretrained` writes and `from_pretrained` reads them.
@@ -164,6 +138,7 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         sink: bool = False,
         similarity: str = "cosine",
         learn_scale: bool = True,
+        bias_out: bool = False,
     ) -> None:
         arguments = configuration_of(locals(), without=("knn_memories_directory", "knn_memory_multiprocessing"))
         super().__init__()
@@ -239,7 +214,7 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
                 whole cache, also for a row that fills less of it.
             input_ids: x, as tokenizers and collators call it. Without knn_memories each row is then a document of its
                 own, which begins here and is not kept.
-            attention_mask: (B, N), 1 for tokens and 0 for padding behind them, instead of `lengths`.
+            attention_mask: `mask`, as tokenizers give it: (B, N), 1 for tokens and 0 for padding.
             num_items_in_batch: what Trainer divides the sum of losses by.
             mask: (B, N) bool, False for padding anywhere (before the text, behind it or inside): it is neither seen,
                 cached nor stored, takes no position, and start and end tokens there mean nothing. Default: all is real.
@@ -257,7 +232,7 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         """
         from_trainer = input_ids is not None or num_items_in_batch is not None
         if input_ids is not None or attention_mask is not None:
-            x, lengths = self.as_segment(x, input_ids, attention_mask, lengths, labels)
+            x, mask = self.as_segment(x, input_ids, attention_mask, mask, labels)
         if (x is None) == (inputs_embeds is None):
             raise ValueError("exactly one of x and inputs_embeds must be given")
         checked = not torch.compiler.is_compiling()  # what is refused is refused before the memory changes
@@ -308,6 +283,8 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         result = self.head(hidden, labels, return_embeddings, num_items_in_batch)  # (B, N, V)
         if not self.num_xl_memory_layers or num_items_in_batch is not None:
             return result
+        if "forward" in self.__dict__:  # accelerate's, which makes float32 copies of all else, and they say nothing
+            new_caches = [cache.float() for cache in new_caches]
         counted = lengths if padding is None else length - padding.skipped
         held = length_after(caches, length, counted, xl_length)  # (B,)
         if begun is not None:

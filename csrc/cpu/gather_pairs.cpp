@@ -1,18 +1,25 @@
 // gather_pairs on the CPU: keys and values of the entries that a search found, straight into the result.
 //
-// pairs[b, h, n, k, 0] = keys[row, slot] and pairs[b, h, n, k, 1] = values[row, slot], with slot = slots[b, h, n, k] and
-// row = rows[b * G + h / (H / G)]; zeros where the slot is negative. Each number of the result is written once.
+// pairs[b, h, n, k, 0] = keys[row, slot] and pairs[b, h, n, k, 1] = values[row, slot], with slot = slots[b, h, n, k]
+// and row = rows[b * G + h / (H / G)]; zeros where the slot is negative. Each number of the result is written once.
+#include "cpu/parallel.h"
 #include "cpu/tensors.h"
 
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace memtrans {
 namespace {
 
 constexpr int64_t kBytesOfPart = 1 << 18;
-constexpr int64_t kAhead = 4;  // neighbours whose first bytes are asked for early: rows of few numbers are far apart
+constexpr int64_t kFresh = 1 << 25;    // bytes from which glibc gives each allocation pages of its own
+constexpr int64_t kBytesAhead = 4096;  // asked for early, because entries are far apart
+constexpr int64_t kCacheLine = 64;
 
 using CopyNumbers = void (*)(const void* from, void* to, int64_t count);
 
@@ -40,7 +47,26 @@ struct Source {
   CopyNumbers copy;
 
   const char* at(int64_t row, int64_t slot) const { return first + row * row_bytes + slot * slot_bytes; }
+
+  void prefetch(int64_t row, int64_t slot, int64_t bytes) const {
+    for (int64_t byte = 0; byte < bytes; byte += kCacheLine) {
+      __builtin_prefetch(at(row, slot) + byte);
+    }
+  }
 };
+
+// Lets the kernel lay out the pages of what is about to be written for the first time at once: by a fault for each of
+// them they are most of what a fresh result costs. Where it cannot, they come by faults.
+void lay_out_pages(char* first, int64_t bytes) {
+#if defined(__linux__)
+  constexpr int64_t kPage = 4096;
+  constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, of Linux 5.14; older headers have no name for it
+  const int64_t before = (kPage - reinterpret_cast<uintptr_t>(first) % kPage) % kPage;
+  if (bytes >= before + kPage) {
+    madvise(first + before, (bytes - before) / kPage * kPage, kPopulateWrite);
+  }
+#endif
+}
 
 int64_t bytes_of(ScalarType type) {
   int64_t bytes = 0;
@@ -102,25 +128,35 @@ void gather_pairs(Tensor keys, Tensor values, Tensor rows, Tensor slots, Tensor 
   const Source key_source = source_of(dense_keys, pairs.scalar_type());
   const Source value_source = source_of(dense_values, pairs.scalar_type());
   const int64_t bytes = width * bytes_of(pairs.scalar_type());  // of a key or a value in the result
+  const int64_t key_bytes = width * bytes_of(keys.scalar_type()), value_bytes = width * bytes_of(values.scalar_type());
+  const int64_t ahead = std::max<int64_t>(1, kBytesAhead / std::max<int64_t>(1, key_bytes + value_bytes));
   char* target = static_cast<char*>(pairs.data_ptr());
   const int64_t grain = std::max<int64_t>(1, kBytesOfPart / std::max<int64_t>(1, 2 * bytes * neighbours));
-  torch::stable::parallel_for(0, queries, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t query = begin; query < end; ++query) {
-      const int64_t row = row_list[query / queries_of_row];
-      const int32_t* of_query = slot_list + query * neighbours;
-      for (int64_t place = 0; place < neighbours; ++place) {
-        if (place + kAhead < neighbours && of_query[place + kAhead] >= 0) {
-          __builtin_prefetch(key_source.at(row, of_query[place + kAhead]));
-          __builtin_prefetch(value_source.at(row, of_query[place + kAhead]));
-        }
-        char* to = target + (query * neighbours + place) * 2 * bytes;
-        if (of_query[place] < 0) {
-          std::memset(to, 0, 2 * bytes);
-          continue;
-        }
-        key_source.copy(key_source.at(row, of_query[place]), to, width);
-        value_source.copy(value_source.at(row, of_query[place]), to + bytes, width);
+  const auto gather = [&](int64_t query) {
+    const int64_t row = row_list[query / queries_of_row];
+    const int32_t* of_query = slot_list + query * neighbours;
+    for (int64_t place = 0; place < neighbours; ++place) {
+      if (place + ahead < neighbours && of_query[place + ahead] >= 0) {
+        key_source.prefetch(row, of_query[place + ahead], key_bytes);
+        value_source.prefetch(row, of_query[place + ahead], value_bytes);
       }
+      char* to = target + (query * neighbours + place) * 2 * bytes;
+      if (of_query[place] < 0) {
+        std::memset(to, 0, 2 * bytes);
+        continue;
+      }
+      key_source.copy(key_source.at(row, of_query[place]), to, width);
+      value_source.copy(value_source.at(row, of_query[place]), to + bytes, width);
+    }
+  };
+  const bool fresh = 2 * bytes * found.numel() >= kFresh;
+  for_each_part((queries + grain - 1) / grain, [&](int64_t part) {
+    const int64_t begin = part * grain, end = std::min(queries, begin + grain);
+    if (fresh) {
+      lay_out_pages(target + begin * neighbours * 2 * bytes, (end - begin) * neighbours * 2 * bytes);
+    }
+    for (int64_t query = begin; query < end; ++query) {
+      gather(query);
     }
   });
 }

@@ -117,6 +117,11 @@ def check_vocabulary(model: MemorizingTransformer, tokenizer: Tokenizer) -> None
     if model.vocabulary > max(BYTES.vocabulary, tokenizer.vocabulary):
         known = "bytes" if tokenizer is BYTES else f"the {tokenizer.vocabulary} tokens of its tokenizer"
         raise ValueError(f"checkpoint must be of a model over {known}, got one of {model.vocabulary} tokens")
+    if tokenizer is not BYTES and tokenizer.vocabulary > model.vocabulary:
+        raise ValueError(
+            f"checkpoint must be of a model over the {tokenizer.vocabulary} tokens of its tokenizer, "
+            f"got one of {model.vocabulary}"
+        )
 
 
 def _check_memory_options(options: argparse.Namespace, model: MemorizingTransformer) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -36,12 +36,13 @@ from memtrans.data.store import (
     write_index,
 )
 from memtrans.data.texts import Source
-from memtrans.data.tokens import Tokenizer, chunks_of
+from memtrans.data.tokens import BYTES, Tokenizer, chunks_of
 from memtrans.files import MOST_JSON, parse_json, read_file
 from memtrans.storage import write_atomically
 
 SAVED_EVERY = 64 << 20  # bytes of text
 CHUNKS_AT_ONCE = 64  # that a tokenizer spreads over the cores
+PIECES_AT_ONCE = 4  # that are written at once where tokens are bytes
 LEAST = 2  # bytes of a text: a token and what comes after it
 
 
@@ -51,7 +52,8 @@ class Progress:
 
     Attributes:
         documents, names, tokens, size: documents that are whole, bytes of their names, their tokens, their bytes.
-        chunks, open_tokens: of the document after them: chunks that are done, and their tokens.
+        chunks, open_tokens, open_digest: of the document after them: chunks that are done, their tokens, the SHA-256 of
+            their bytes.
     """
 
     documents: int = 0
@@ -60,6 +62,7 @@ class Progress:
     size: int = 0
     chunks: int = 0
     open_tokens: int = 0
+    open_digest: str = ""
 
 
 def write_store(
@@ -99,7 +102,7 @@ def write_store(
         writer = _Writer(out, what, tokenizer, done, cuts, report, stack)
         for text in source.texts():
             writer.take(text)
-        writer.save()
+        writer.end()
     if not writer.done.documents:
         _remove(out)
         raise ValueError(f"data must hold text of at least 2 bytes, got none in {source.data!r}")
@@ -139,70 +142,88 @@ class _Writer:
         self._names = stack.enter_context(_cut_back(out / NAMES, done.names))
         self._behind = np.fromfile(out / DOCUMENTS, dtype=ROW, count=done.documents)["digest"]
         self._seen = 0  # documents, done earlier or now
+        self._at_once = PIECES_AT_ONCE if tokenizer is BYTES else CHUNKS_AT_ONCE
         self._unsaved = 0  # bytes
+        self._open_size = 0  # bytes of the text that was taken last, until it is done
+        self._digest = hashlib.sha256()  # of the same text
         self.fingerprint = hashlib.sha256()
 
     def take(self, text: Text) -> None:
         """Writes a text, or reads past one that is done."""
-        digest = hashlib.sha256()
-        size = 0
-
-        def counted() -> Iterator[bytes]:
-            nonlocal size
-            for piece in text.pieces:
-                digest.update(piece)
-                size += len(piece)
-                yield piece
-
-        if self._seen < self.done.documents:
-            for _ in counted():
+        self._open_size, self._digest = 0, hashlib.sha256()
+        is_done = self._seen < self.done.documents
+        if is_done:
+            for _ in self._counted(text.pieces):
                 pass
-            if size < LEAST:
-                return
-            if digest.digest() != self._behind[self._seen].tobytes():
-                raise self._changed(text)
         else:
-            self._encode(text.name, counted())
-            if size < LEAST:
+            self._encode(text)
+        size, digest = self._open_size, self._digest.digest()
+        self._open_size = 0
+        if size < LEAST:
+            if not is_done:
                 self._forget()
-                return
-            self._end(text.name, size, digest.digest())
+            return
+        if not is_done:
+            self._end(text.name, size, digest)
+        elif digest != self._behind[self._seen].tobytes():
+            raise self._changed(text.name)
         self._seen += 1
         self.fingerprint.update(f"{text.name}\0{size}\0".encode(errors="surrogateescape"))
-        self.fingerprint.update(digest.digest())
+        self.fingerprint.update(digest)
 
-    def _changed(self, text: Text) -> ValueError:
+    def end(self) -> None:
+        """Writes what is left. Raises ValueError where fewer texts came than were done earlier."""
+        if self._seen < self.done.documents or self.done.chunks:
+            raise self._changed("its end")
+        self.save()
+
+    def _counted(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+        """The chunks of a text; `_digest` and `_open_size` are of those that were taken."""
+        for chunk in chunks:
+            self._digest.update(chunk)
+            self._open_size += len(chunk)
+            yield chunk
+
+    def _changed(self, name: str) -> ValueError:
         return ValueError(
-            f"data must be what it was when tokenizing began, got {text.name!r} changed since: "
+            f"data must be what it was when tokenizing began, got {name!r} changed since: "
             f"remove {str(self.out)!r} to begin again"
         )
 
-    def _encode(self, name: str, pieces: Iterator[bytes]) -> None:
+    def _encode(self, text: Text) -> None:
         """Writes a text's tokens behind those of it that are written."""
-        chunks = chunks_of(pieces, self.cuts)
-        skipped = sum(1 for _ in islice(chunks, self.done.chunks))
-        if skipped < self.done.chunks:
-            raise self._changed(Text(name, pieces))
-        while some := list(islice(chunks, CHUNKS_AT_ONCE)):
-            tokens = np.concatenate(self.tokenizer.encode_chunks(some)).astype(self._dtype, copy=False)
-            count = self.done.open_tokens + len(tokens)
+        name = text.name
+        chunks = self._counted(text.pieces if self.tokenizer is BYTES else chunks_of(text.pieces, self.cuts))
+        for _ in islice(chunks, self.done.chunks):
+            pass
+        if self.done.chunks and self._digest.hexdigest() != self.done.open_digest:
+            raise self._changed(name)
+        while some := list(islice(chunks, self._at_once)):
+            tokens = self._tokens_of(some)
+            count = self.done.open_tokens + len(tokens) // self._dtype.itemsize
             if count >= MOST_TOKENS:
                 raise ValueError(
                     f"data must hold documents of fewer than {MOST_TOKENS} tokens, got more in {name!r}: cut it into "
                     "several files or records"
                 )
-            self._tokens.write(tokens.tobytes())
+            self._tokens.write(tokens)
             self.done = replace(self.done, chunks=self.done.chunks + len(some), open_tokens=count)
             self._unsaved += sum(map(len, some))
             if self._unsaved >= SAVED_EVERY:
                 self.save()
+
+    def _tokens_of(self, chunks: list[bytes]) -> bytes:
+        """The tokens of pieces of a text, as they stand in the file."""
+        if self.tokenizer is BYTES:
+            return b"".join(chunks)
+        return np.concatenate(self.tokenizer.encode_chunks(chunks)).astype(self._dtype, copy=False).tobytes()
 
     def _forget(self) -> None:
         """Takes back a text that is too short."""
         self._tokens.flush()
         self._tokens.seek(self.done.tokens * self._dtype.itemsize)
         self._tokens.truncate()
-        self.done = replace(self.done, chunks=0, open_tokens=0)
+        self.done = replace(self.done, chunks=0, open_tokens=0, open_digest="")
 
     def _end(self, name: str, size: int, digest: bytes) -> None:
         """Adds a document's row and name."""
@@ -220,9 +241,11 @@ class _Writer:
         for file in (self._tokens, self._rows, self._names):
             file.flush()
             os.fsync(file.fileno())
+        if self.done.chunks:
+            self.done = replace(self.done, open_digest=self._digest.hexdigest())
         _write_progress(self.out, self.what, self.done)
         self._unsaved = 0
-        self.report(self.done.size)
+        self.report(self.done.size + self._open_size)
 
 
 def _what(source: Source, tokenizer: Tokenizer, way: str, cuts: tuple[int, ...]) -> str:
@@ -242,13 +265,13 @@ def _read_progress(out: Path, what: str) -> Progress:
             )
         return Progress()
     values = parse_json(read_file(PROGRESS, out / PROGRESS, MOST_JSON))
-    names = list(Progress.__dataclass_fields__)
-    whole = isinstance(values, dict) and all(allows(int, values.get(name)) and values[name] >= 0 for name in names)
+    kinds = {name: type(value) for name, value in asdict(Progress()).items()}
+    whole = isinstance(values, dict) and all(allows(kind, values.get(name)) for name, kind in kinds.items())
     if not whole or values.get("kind") != KIND or values.get("version") != VERSION:
         raise ValueError(f"out must hold the progress of this version, got {str(out / PROGRESS)!r} of another")
     if values.get("what") != what:
         raise ValueError(f"out must be unfinished by the same data and tokenizer, got {str(out)!r}, begun with others")
-    return Progress(**{name: values[name] for name in names})
+    return Progress(**{name: values[name] for name in kinds})
 
 
 def _write_progress(out: Path, what: str, done: Progress) -> None:

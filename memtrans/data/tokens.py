@@ -92,7 +92,7 @@ class FileTokenizer:
         self._tokenizer = _library().Tokenizer.from_str(json.dumps(description))
         by_token = self._tokenizer.get_vocab(with_added_tokens=True)
         added = {token["content"] for token in description.get("added_tokens") or []}
-        self.vocabulary = max(by_token.values()) + 1
+        self.vocabulary = max(BYTES.vocabulary, max(by_token.values()) + 1)  # numbers without a token stand for nothing
         pieces = [b""] * self.vocabulary
         for token, number in by_token.items():
             pieces[number] = token.encode() if token in added else _bytes_of(token, _has(description, "ByteLevel"))

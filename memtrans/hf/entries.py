@@ -13,6 +13,7 @@ from memtrans.hf.probe import Layer
 from memtrans.hf.settings import MemorySettings
 from memtrans.hf.state import Padding, kept
 from memtrans.memory import KNNMemory, KNNMemoryList
+from memtrans.memory.announcement import made_together
 from memtrans.memory.ring import MemorySnapshot
 from memtrans.storage import load_tensors, save_tensors
 
@@ -35,18 +36,19 @@ class Entries:
         self.documents = documents
         sizes: dict[str, Any] = {"max_memories": settings.max_memories, "num_indices": documents}
         spare = max(settings.spare, settings.segment)
-        self.memories = {
-            number: KNNMemory(
-                dim=layer.width,
-                kv_heads=layer.kv_heads,
-                dtype=settings.dtype or layer.dtype,
-                device=layer.learned.memory_offset.device,
-                spare=spare,
-                backend=settings.backend,
-                **sizes,
-            )
-            for number, layer in layers.items()
-        }
+        with made_together(0):  # `ModelMemory.reset` has said what they take
+            self.memories = {
+                number: KNNMemory(
+                    dim=layer.width,
+                    kv_heads=layer.kv_heads,
+                    dtype=settings.dtype or layer.dtype,
+                    device=layer.learned.memory_offset.device,
+                    spare=spare,
+                    backend=settings.backend,
+                    **sizes,
+                )
+                for number, layer in layers.items()
+            }
         self.first = next(iter(self.memories.values()))
         self.ids: KNNMemory | None = None
         if settings.keep_ids:

@@ -113,7 +113,9 @@ def facts(count: int, seed: int, words: Words = Words()) -> list[Fact]:
     draw.shuffle(places)
     if count > len(places):
         raise ValueError(f"count must be at most {len(places)}, got {count}")
-    templates = draw.sample(list(words.templates), len(words.templates))
+    templates = list(words.templates)
+    if count < len(templates):
+        templates = draw.sample(templates, count)
     made = []
     for index, place in enumerate(places[:count]):
         beginning, kind = templates[index % len(templates)]

@@ -96,6 +96,8 @@ class Course:
         chosen = _sizes(sizes, len(ids) - SEGMENTS * length, memory.settings.max_memories)
         count = max(count, len(chosen))
         longest = max(len(encode(fact.sentence)) for fact in facts(400, 0))
+        if chosen[0] < longest:
+            raise ValueError(f"sizes must have room for a fact of {longest} tokens, got {chosen[0]}")
         return Course(ids, chosen, length, count, batch, max(1, ASKED // batch) * batch, encode, longest + 8)
 
     @property

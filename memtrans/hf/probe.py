@@ -20,6 +20,7 @@ from memtrans.hf.attention import base_of, configured
 from memtrans.hf.families import rotary_function
 from memtrans.hf.layer_memory import LayerMemory
 from memtrans.hf.rotation import Rotation, angles_back, rotations_of
+from memtrans.layers import device_of
 
 NAME = "memtrans_probe"
 SAME = {torch.float64: 1e-3, torch.float32: 1e-3}  # of the keys' norm: a pass at other positions rounds otherwise
@@ -106,7 +107,7 @@ def _same(first: Tensor, second: Tensor) -> bool:
 def _asked(decoder: PreTrainedModel, chosen: Mapping[int, nn.Module], turn: int | None) -> dict[int, dict[str, Any]]:
     """What the attention function of each chosen layer was handed; turn: None for a model without rotary positions."""
     seen = _Seen()
-    device = decoder.get_input_embeddings().weight.device
+    device = device_of(decoder.get_input_embeddings())
     tokens = torch.tensor([[0, 1, 2], [0, 1, 2], [0, 1, 0]], device=device)
     arguments: dict[str, Any] = {"input_ids": tokens, "use_cache": False, "memtrans_seen": seen}
     if turn is not None:

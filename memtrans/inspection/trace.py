@@ -72,6 +72,7 @@ class Trace:
 
     def __init__(self) -> None:
         self._seen: dict[int, list[Observation]] = {}
+        self._shares: dict[tuple[int, int | None, int | None, int], Shares] = {}  # by row, layer, head and passes seen
 
     def watcher(self, layer: int) -> Callable[[Observation], None]:
         """What a layer's memory tells what it sees."""
@@ -151,7 +152,11 @@ class Trace:
         """
         layers = self.layers if layer is None else [layer]
         heads = slice(None) if head is None else slice(head, head + 1)
-        return shares_of([(self.positions(row, at)[heads], self.weights(row, at)[heads]) for at in layers])
+        key = (row, layer, head, sum(map(len, self._seen.values())))
+        if key not in self._shares:
+            parts = [(self.positions(row, at)[heads], self.weights(row, at)[heads]) for at in layers]
+            self._shares[key] = shares_of(parts)
+        return self._shares[key]
 
     def citations(self, row: int, top: int = 16, *, layer: int | None = None, head: int | None = None) -> list[Cited]:
         """What each query of a row looked up.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from memtrans.compatibility import UNUSED, warn_unused
+from memtrans.memory.announcement import made_together
 from memtrans.memory.files import check_configuration, check_layers, of_class_alone
 from memtrans.memory.knn_memory import KNNMemory
 from memtrans.memory.moving import Movable
@@ -49,7 +50,9 @@ class KNNMemoryList(list[KNNMemory], Movable):
             *args: Any, memmap_filename: Any = UNUSED, multiprocessing: Any = UNUSED, **kwargs: Any
         ) -> MemoryType:
             warn_unused(memmap_filename=memmap_filename, multiprocessing=multiprocessing)  # once, not for each layer
-            return cls(KNNMemory(*args, **{**kwargs, "num_indices": batch_size}) for _ in range(num_memory_layers))
+            arguments = {**kwargs, "num_indices": batch_size}
+            with made_together(num_memory_layers):
+                return cls([KNNMemory(*args, **arguments) for _ in range(num_memory_layers)])
 
         return create
 
@@ -175,6 +178,7 @@ class KNNMemoryList(list[KNNMemory], Movable):
         layers = check_layers(configuration.pop("layers", None), state)
         check_configuration(configuration, state["0.keys"])
         arguments = {**memory_arguments(configuration, state["0.keys"], state["0.values"]), **overrides}
-        memories = cls(KNNMemory(**arguments, device=device) for _ in range(layers))
+        with made_together(layers):
+            memories = cls([KNNMemory(**arguments, device=device) for _ in range(layers)])
         memories.load_state_dict(state)
         return memories

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from memtrans.devices import usable_device
+from memtrans.memory.announcement import announcement
 from memtrans.memory.checks import running_backward
 from memtrans.memory.files import check_configuration, of_class_alone
 from memtrans.memory.moving import Movable, device_and_dtype
@@ -19,6 +20,7 @@ from memtrans.memory.stored import StoredMemory
 from memtrans.storage import load_tensors, save_tensors
 from memtrans_kernels import checks
 
+NOT_PICKLED = ("_ring", "_rows", "_announcement", "watch")
 MemoryType = TypeVar("MemoryType", bound="SavedMemory")
 
 
@@ -122,13 +124,13 @@ class SavedMemory(StoredMemory, Movable):
     def __getstate__(self) -> dict[str, Any]:
         if self._ranks is not None:
             raise TypeError("a sharded memory must be copied by its state_dict, got a copy that has no process group")
-        fields = {name: value for name, value in self.__dict__.items() if name not in ("_ring", "_rows", "watch")}
+        fields = {name: value for name, value in self.__dict__.items() if name not in NOT_PICKLED}
         return {"fields": fields, "device": self.device, "state": None if self._ring is None else self.state_dict()}
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
         self.grows = self.keep_ids = False  # of a pickle that does not say so
         self.__dict__.update(pickled["fields"])
-        self.made_in = running_backward()
+        self.made_in, self._announcement = running_backward(), announcement()
         self.watch = Watch()
         self._forget_storage()
         if pickled["state"] is not None:

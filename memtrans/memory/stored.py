@@ -17,6 +17,7 @@ from memtrans.checks import sizes
 from memtrans.compatibility import UNUSED, warn_unused
 from memtrans.devices import usable_device
 from memtrans.distributed.ranks import ranks_of
+from memtrans.memory.announcement import announcement
 from memtrans.memory.checks import check_no_recomputation, document_numbers, running_backward
 from memtrans.memory.observation import Watch
 from memtrans.memory.ring import MemorySnapshot, Ring
@@ -70,6 +71,7 @@ class StoredMemory:
         self._ranks = None if process_group is None else ranks_of(process_group)
         self.made_in = running_backward()
         self.watch = Watch()
+        self._announcement = announcement()
         self._ring: Ring | None = None
         self._rows: Tensor | None = None
         if device is not None:
@@ -102,6 +104,9 @@ class StoredMemory:
         dtype = self.dtype or (torch.float16 if device.type == "cuda" else torch.float32)
         value_dtype = self.value_dtype or dtype
         size = (self.num_indices * self.kv_heads, self.max_memories, spare, self.dim)
+        of_entry = self.dim * (dtype.itemsize + value_dtype.itemsize) + (8 if self.keep_ids else 0)
+        share = -(-self.max_memories // (1 if self._ranks is None else self._ranks.size))
+        self._announcement.say(size[0] * (share + spare) * of_entry, self.shape)
         storage: dict[str, Any] = {"key_dtype": dtype, "value_dtype": value_dtype}
         storage |= {"device": device, "backend": self.backend, "unbounded": self.grows, "keep_ids": self.keep_ids}
         storage["watch"] = self.watch

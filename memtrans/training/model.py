@@ -30,7 +30,9 @@ def build_model(settings: Settings) -> MemorizingTransformer:
         xl_max_memories=settings.xl,
         xl_memory_layers=settings.xl_layers,
         kv_heads=settings.kv_heads,
-        attn_scale_init=settings.temperature,
+        attn_scale_init=settings.temperature if settings.similarity == "cosine" else None,
+        similarity=settings.similarity,
+        bias_out=settings.similarity == "product",
         memory_offset=settings.memory_offset,
         combine=settings.combine,
     )

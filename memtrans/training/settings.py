@@ -80,6 +80,9 @@ class Settings:
     combine: Literal["softmax", "gate"] = _option(
         "softmax", "one softmax over retrieved and local keys, or one each and a learned gate"
     )
+    similarity: Literal["cosine", "product"] = _option(
+        "cosine", "of queries and keys in memory layers; product makes them plain layers with a memory"
+    )
     temperature: float = _option(20.0, "start of the learned factor on the cosine of memory layers", above=0)
     position_start: float | None = _option(
         None, "start the local heads at looking 1, 2, 3, ... tokens back, this strongly (default: random, strong)"

@@ -14,6 +14,7 @@ from memtrans.training.data import TOKENIZER_PART, TrainingData, open_data, read
 from memtrans.training.device import pick_device
 from memtrans.training.directory import Lock, check_directory, checkpoint_of, lock, metrics_of
 from memtrans.training.events import check_events
+from memtrans.training.gaining import GAINING, OF_MEMORY
 from memtrans.training.settings import Settings
 from memtrans.training.state import check_settings
 from memtrans.training.trainer import Trainer, check_shares
@@ -28,7 +29,8 @@ def resumed_settings(out: str | Path, given: Mapping[str, Any]) -> Settings:
     """The settings of the checkpoint in `out`, with those that were given and may change.
 
     A memory of another size keeps its newest entries, a larger one all of them: the paper trains with a small memory
-    and continues with a large one (its table 5).
+    and continues with a large one (its table 5). A run that was trained without one gets layers with products that are
+    its plain layers as long as their memory is empty; see `gaining.py`.
 
     Raises FileNotFoundError without a checkpoint, ValueError when it is damaged or was made with other settings.
     """
@@ -36,10 +38,15 @@ def resumed_settings(out: str | Path, given: Mapping[str, Any]) -> Settings:
     settings = Settings.from_json(checkpoint.values["settings"])
     check_settings(settings, checkpoint)
     saved = settings.to_json()
+    asked = given.get("memory", saved["memory"])
+    gains = bool(asked) and not saved["memory"]
     for name, value in given.items():
-        if name not in MAY_CHANGE and value != saved[name]:
+        may_change = name in MAY_CHANGE or (gains and name in OF_MEMORY)
+        if not may_change and value != saved[name]:
             raise ValueError(f"{name} must be {saved[name]!r}, as in the checkpoint to resume, got {value!r}")
-    check_memory(given.get("memory", saved["memory"]), saved["memory"])
+    if gains:
+        return Settings.from_json({**saved, **given, **GAINING})
+    check_memory(asked, saved["memory"])
     return Settings.from_json({**saved, **given})
 
 

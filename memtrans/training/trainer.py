@@ -21,6 +21,7 @@ from memtrans.inspection.share import measured_share, memory_fill
 from memtrans.training.checkpoint import Checkpoint, part_name, require
 from memtrans.training.data import TOKENIZER_PART, TrainingData, reading_of, tokenizer_part
 from memtrans.training.evaluate import NonFiniteLossError, perplexity
+from memtrans.training.gaining import gains_memory, with_memory
 from memtrans.training.loader import StepInputs, StepLoader
 from memtrans.training.model import build_model
 from memtrans.training.optimizer import learning_rate, make_optimizer
@@ -251,11 +252,17 @@ class Trainer:
             )
         if reading_of(values) != self.data.reading:
             raise ValueError(f"reading must be {reading_of(values)}, as the checkpoint's, got {self.data.reading}")
+        gains = gains_memory(values["settings"], self.settings)
         with self.ranks.listening():
+            if gains:
+                checkpoint = with_memory(checkpoint, weights_of(self.model))
             load_weights(self.model, checkpoint)
-            load_moments(self.model, self.optimizer, parts["optimizer"])
+            load_moments(self.model, self.optimizer, checkpoint.parts["optimizer"])
         self._fit_memories(checks.integer("step", values["step"], low=0))
-        self.reader.load_state_dict(parts_of_rows(parts, self.rows, self.settings.batch, saved_by))
+        carried = parts_of_rows(parts, self.rows, self.settings.batch, saved_by)
+        if gains:  # it begins empty
+            carried["memories"] = self.reader.state_dict()["memories"]
+        self.reader.load_state_dict(carried)
         self.loader.load_state_dict(values["stream"])
         self.step, self.tokens = (checks.integer(name, values[name], low=0) for name in ("step", "tokens"))
         self._pending = list(_with_nats(parts["loop"]["pending"]).to(self.device, torch.float32))

@@ -150,6 +150,24 @@ def test_a_resumed_run_may_have_a_larger_memory_but_not_lose_it(tmp_path, text, 
     assert "memory must be at least 1, as the run was trained with 256, got 0" in capsys.readouterr().err
 
 
+def test_a_run_without_a_memory_goes_on_with_one(tmp_path, text, capsys):
+    out = tmp_path / "run"
+    assert train(out, "--data", text, "--steps", "4", "--memory", "0") == 0
+    plain = load_checkpoint(out / "checkpoint")
+    resume = ["train", "--resume", "--out", str(out), "--plain"]
+    assert main([*resume, "--steps", "6", "--memory", "256", "--neighbours", "3", "--width", "32"]) == 2
+    assert "width must be 16, as in the checkpoint to resume, got 32" in capsys.readouterr().err
+    assert main([*resume, "--steps", "6", "--memory", "256", "--neighbours", "3"]) == 0
+    gained = load_checkpoint(out / "checkpoint")
+    assert gained.parts["memories"]["0.lengths"].tolist() == [64, 64]
+    settings = gained.values["settings"]
+    assert [settings[name] for name in ("memory", "neighbours", "similarity")] == [256, 3, "product"]
+    assert plain.values["settings"]["memory"] == 0
+    assert [line["step"] for line in without_times(out)] == [4, 6, 6]
+    assert main([*resume, "--steps", "7"]) == 0
+    assert main(["eval", "--out", str(out)]) == 0
+
+
 def test_a_foreign_record_is_refused_before_anything_is_written(tmp_path, text, capsys):
     out = tmp_path / "run"
     assert train(out, "--data", text, "--steps", "1") == 0

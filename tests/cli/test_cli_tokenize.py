@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from memtrans import MemorizingTransformer
 from memtrans.cli.main import main
 from memtrans.data import sources
 from memtrans.training.checkpoint import load_checkpoint, save_checkpoint
@@ -121,6 +122,17 @@ def test_a_larger_vocabulary_than_the_tokenizers_generates_its_tokens_alone(made
     capsys.readouterr()
     assert main(["generate", "--checkpoint", str(tmp_path / "run"), "--tokens", "200", "--temperature", "9"]) == 0
     assert capsys.readouterr().out
+
+
+def test_a_saved_model_may_have_a_tokenizer_beside_it(tmp_path, capsys):
+    sizes = {"dim": 16, "depth": 1, "heads": 2, "dim_head": 8, "memorizing_layers": (1,), "max_knn_memories": 64}
+    for name, vocabulary in (("fits", 280), ("small", 279)):
+        MemorizingTransformer(num_tokens=vocabulary, **sizes).save_pretrained(tmp_path / name)
+        (tmp_path / name / "tokenizer.json").write_bytes(learned().content)
+    assert main(["generate", "--checkpoint", str(tmp_path / "fits"), "--prompt", "the fox", "--tokens", "5"]) == 0
+    assert "read 2 tokens" in capsys.readouterr().err
+    status, error = ended(capsys, "generate", "--checkpoint", str(tmp_path / "small"), "--tokens", "5")
+    assert status == 2 and "a model over the 280 tokens of its tokenizer, got one of 279" in error
 
 
 def test_what_does_not_belong_together_ends_with_one_line(made, tmp_path, capsys):

@@ -65,7 +65,7 @@ def test_a_progress_bar_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None
     assert generate(model, [1, 2], tokens=2).shape == (1, 2)
 
 
-def test_push_to_hub_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_22_9_push_to_hub_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     model = MemorizingTransformer(num_tokens=16, dim=16, depth=2, dim_head=8, heads=2, memorizing_layers=2)
     with pytest.raises(ImportError, match=r"push_to_hub needs huggingface_hub: pip install 'memtrans\[hub\]'"):
@@ -88,7 +88,7 @@ class HubOfTheTest:
         return f"https://huggingface.co/{repo_id}/commit/1"
 
 
-def test_push_to_hub_uploads_what_save_pretrained_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_22_9_push_to_hub_uploads_what_save_pretrained_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     hub = types.ModuleType("huggingface_hub")
     hub.HfApi = HubOfTheTest  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)

@@ -134,6 +134,8 @@ def test_what_was_interrupted_goes_on_and_ends_as_if_it_never_was(tmp_path, monk
     monkeypatch.setattr(tokenize, "SAVED_EVERY", 400)
     monkeypatch.setattr(tokenize, "CHUNKS_AT_ONCE", 2)
     monkeypatch.setattr("memtrans.data.tokens.CHUNK", 150)
+    monkeypatch.setattr("memtrans.data.texts.PIECE", 150)
+    monkeypatch.setattr(tokenize, "PIECES_AT_ONCE", 2)
     whole = written(data, tmp_path / "whole", tokenizer)
     calls = 0
 
@@ -179,6 +181,30 @@ def test_texts_that_changed_meanwhile_and_other_tokenizers_are_refused(tmp_path,
         written(data, tmp_path / "store", learned())
     (tmp_path / "texts" / "0.txt").write_bytes(b"another text")
     with pytest.raises(ValueError, match=r"data must be what it was when tokenizing began, got '0.txt' changed since"):
+        written(data, tmp_path / "store")
+
+
+@pytest.mark.parametrize("change", ["begun text", "text that is done", "fewer texts"])
+def test_a_text_that_changed_is_told_wherever_the_work_stopped(tmp_path, monkeypatch, change):
+    data = folder(tmp_path)
+    monkeypatch.setattr(tokenize, "SAVED_EVERY", 300)
+    monkeypatch.setattr("memtrans.data.texts.PIECE", 150)
+    monkeypatch.setattr(tokenize, "PIECES_AT_ONCE", 2)
+    sizes = [path.stat().st_size for path in sorted((tmp_path / "texts").iterdir())]
+
+    def report(size: int) -> None:
+        if size > sizes[0] + sizes[1] + 400:
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write_store(Source(data), tmp_path / "store", BYTES, "drawn", report=report)
+    if change == "fewer texts":
+        for path in sorted((tmp_path / "texts").iterdir())[1:]:
+            path.unlink()
+    else:
+        path = tmp_path / "texts" / ("2.txt" if change == "begun text" else "1.txt")
+        path.write_bytes(b"X" + path.read_bytes()[1:])
+    with pytest.raises(ValueError, match="data must be what it was when tokenizing began"):
         written(data, tmp_path / "store")
 
 

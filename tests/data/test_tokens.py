@@ -97,6 +97,12 @@ def test_added_tokens_truncation_and_padding_change_no_text():
     assert tokenizer.decode(found) == b"the fox<|end|>the dog"
 
 
+def test_a_small_vocabulary_counts_as_large_as_that_of_bytes():
+    """A model has 256 tokens at least; those beyond the tokenizer's stand for nothing."""
+    assert losing().vocabulary == 256
+    assert losing().decode([1, 255]) == b"hello"
+
+
 def test_names_of_tokenizers(tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(learned().content)
     by_file, by_directory = (open_tokenizer(str(path)) for path in (tmp_path / "tokenizer.json", tmp_path))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 PARITY = 1e-5  # against upstream in float32: logits, loss and gradients, relative to the largest of each tensor
 SAME_GRAPH = 2e-5  # compiled against eager, float32
+GAINED = 1e-6  # a model whose plain layers gained a memory that is empty, float32
 SAME_FORMULA = 1e-11  # one formula computed in two ways, float64
 SAME_SUMS = 1e-5  # losses of several processes against one, float32: the same numbers added in another order
 GPU_MODEL = 1e-3  # losses and gradients on a GPU against the CPU, float32: sums in another order, near-ties swap

@@ -68,6 +68,7 @@ def test_the_same_seed_learns_the_same() -> None:
     [
         ({"sizes": [900]}, r"sizes must be .* up to max_memories=700 and the \d+ tokens .*, got \[900\]"),
         ({"sizes": []}, "sizes must be"),
+        ({"sizes": [20]}, r"sizes must have room for a fact of \d+ tokens, got 20"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"facts": 0}, "facts must be at least 1, got 0"),
         ({"documents": [""]}, "documents must have at least 64 tokens, got 0"),

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -53,6 +54,13 @@ def encode(model_and_tokenizer: tuple[Any, Any]) -> Callable[[str], list[int]]:
     return lambda text: model_and_tokenizer[1](text, add_special_tokens=False)["input_ids"]
 
 
+def prose() -> str:
+    """The paragraphs of Python's manual, without its grammar, tables and markup: amid those it fares worse."""
+    paragraphs = [" ".join(part.split()) for name in sorted(topics) for part in topics[name].split("\n\n")]
+    said = [part for part in paragraphs if len(part) > 200 and not re.search(r"::=|>>>|\*\*", part)]
+    return re.sub(r'[“”*"]', "", " ".join(said))
+
+
 @torch.no_grad()
 def test_an_empty_memory_changes_nothing(model_and_tokenizer: tuple[Any, Any], encode: Any) -> None:
     model, _ = model_and_tokenizer
@@ -71,7 +79,7 @@ def test_an_untrained_memory_finds_what_was_said_a_thousand_tokens_ago(
 ) -> None:
     model, _ = model_and_tokenizer
     made_up = facts(8, 1, Words(TEMPLATES))
-    text = encode("\n".join(topics[name] for name in sorted(topics))[20_000:40_000])
+    text = encode(prose())[20_000:30_000]
     document, asked = plant(text, made_up, [1000], encode), questions(made_up, encode)
     unknown, _ = asked.losses(model(asked.ids).logits)
     memory = add_memory(model, max_memories=8192, segment=256)
@@ -79,14 +87,13 @@ def test_an_untrained_memory_finds_what_was_said_a_thousand_tokens_ago(
     nats, right = fact_losses(model, memory, asked, 1)
     memory.remove()
     assert float(unknown.mean()) > 8.0
-    # amid the markup of a manual two answers begin with another token; of prose all eight are right
-    assert int(right.sum()) >= 6 and float(nats.mean()) <= 1.5
+    assert int(right.sum()) == len(made_up) and float(nats.mean()) <= 1.5
 
 
 @torch.no_grad()
 def test_the_first_passage_of_a_right_answer_holds_the_fact(model_and_tokenizer: tuple[Any, Any], encode: Any) -> None:
     model, _ = model_and_tokenizer
-    made_up = facts(8, seed=1, templates=TEMPLATES)
+    made_up = facts(8, 1, Words(TEMPLATES))
     document = plant(encode("\n".join(topics[name] for name in sorted(topics))[20_000:40_000]), made_up, [1000], encode)
     memory = add_memory(model, max_memories=1024, segment=256)
     memory.read(document.ids)

@@ -35,19 +35,28 @@ class Document:
         local = torch.stack([*self.cached, *key.unbind(1)], dim=1)[group]  # (H, L, D)
         length, local_keys, scale = query.shape[1], local.shape[1], layer.temperature()[:, None, None]
         distance = torch.arange(local_keys - length, local_keys)[:, None] - torch.arange(local_keys)
-        to_local = scale * query @ local.mT + table[:, distance.clamp(0, table.shape[1] - 1)]
-        to_local = to_local.masked_fill(distance < 0, -torch.inf)
+        apart = distance if layer.causal else distance.abs()
+        to_local = capped(layer, scale * query @ local.mT) + table[:, apart.clamp(0, table.shape[1] - 1)]
+        if layer.causal:
+            to_local = to_local.masked_fill(distance < 0, -torch.inf)
         to_memory = torch.full((H, length, len(self.stored)), -torch.inf, dtype=torch.float64)
         first = max(0, len(self.stored) - M)
         if self.stored:
             scores = query @ torch.stack(self.stored, dim=1)[group, first:].mT
             best = scores.topk(min(K, scores.shape[2]), dim=2)
-            logits = scale * best.values
+            logits = capped(layer, scale * best.values)
             if layer.memory_offset is not None:
                 logits = logits + layer.memory_offset[:, None, None]
             to_memory[:, :, first:] = to_memory[:, :, first:].scatter(2, best.indices, logits)
         if layer.memory_gate is None:
-            return torch.cat((to_memory, to_local), dim=2).softmax(2).split([len(self.stored), local_keys], dim=2)
+            parts = [to_memory, to_local]
+            if layer.sink is not None:
+                parts.append(layer.sink[:, None, None].expand(H, length, 1))
+            return (
+                torch.cat(parts, dim=2)
+                .softmax(2)[..., : len(self.stored) + local_keys]
+                .split([len(self.stored), local_keys], dim=2)
+            )
         gate = layer.memory_gate.sigmoid()[:, None, None] if self.stored else torch.zeros(H, 1, 1).double()
         memory = to_memory.softmax(2) if self.stored else to_memory
         return gate * memory, (1 - gate) * to_local.softmax(2)
@@ -58,6 +67,10 @@ class Document:
         leaving = max(0, len(local) - kept)
         self.stored += local[:leaving]
         self.cached = local[leaving:]
+
+
+def capped(layer: KNNAttention, products: Tensor) -> Tensor:
+    return products if layer.soft_cap is None else layer.soft_cap * (products / layer.soft_cap).tanh()
 
 
 def dense(positions: Tensor, weights: Tensor, stored: int) -> Tensor:
@@ -73,7 +86,7 @@ def memory_of(groups: int, **options: Any) -> KNNMemory:
 @pytest.mark.cpu
 @pytest.mark.parametrize("cached", [0, 7])
 @pytest.mark.parametrize("groups", [1, 2, H])
-@pytest.mark.parametrize("form", [{}, {"memory_offset": -0.5}, {"combine": "gate"}])
+@pytest.mark.parametrize("form", [{}, {"memory_offset": -0.5}, {"combine": "gate"}, {"soft_cap": 3.0}, {"sink": True}])
 @pytest.mark.parametrize("keep_ids", [False, True])
 @torch.no_grad()
 def test_weights_are_those_of_the_definition(

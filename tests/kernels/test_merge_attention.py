@@ -14,7 +14,7 @@ pytestmark = pytest.mark.device
 RANKS, SHAPE = 3, (2, 4, 5)  # B, H, N
 
 
-def test_parts_of_a_softmax_give_the_whole_one_and_its_gradient() -> None:
+def test_22_7_parts_of_a_softmax_give_the_whole_one_and_its_gradient() -> None:
     logits = torch.randn(RANKS, *SHAPE, 6, dtype=torch.float64, generator=seeded(0)).requires_grad_()
     values = torch.randn(RANKS, *SHAPE, 6, 8, dtype=torch.float64, generator=seeded(1))
     outs = torch.einsum("pbhnk,pbhnkd->pbhnd", logits.softmax(dim=-1), values)
@@ -31,7 +31,7 @@ def test_parts_of_a_softmax_give_the_whole_one_and_its_gradient() -> None:
     assert_close(found, wanted, SAME_FORMULA)
 
 
-def test_a_part_with_nothing_in_it_changes_nothing() -> None:
+def test_22_7_a_part_with_nothing_in_it_changes_nothing() -> None:
     outs, lses = torch.randn(2, *SHAPE, 8, generator=seeded(0)), torch.randn(2, *SHAPE, generator=seeded(1))
     lses[1, 0] = -torch.inf
     out, lse = merge_attention(outs, lses)
@@ -39,7 +39,7 @@ def test_a_part_with_nothing_in_it_changes_nothing() -> None:
     assert not torch.isclose(out[1], outs[0, 1]).all()
 
 
-def test_a_softmax_of_nothing_is_zero_and_has_no_gradient_that_is_not_a_number() -> None:
+def test_22_7_a_softmax_of_nothing_is_zero_and_has_no_gradient_that_is_not_a_number() -> None:
     outs = torch.zeros(RANKS, *SHAPE, 8, requires_grad=True)
     lses = torch.full((RANKS, *SHAPE), -torch.inf, requires_grad=True)
     out, _ = merge_attention(outs, lses)

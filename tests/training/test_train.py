@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.checks import SAME_CURVE
+from helpers.checks import GAINED, SAME_CURVE, assert_close
 
 from memtrans.data.stream import DocumentStream
 from memtrans.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -199,6 +199,43 @@ def test_a_late_memory_must_be_one_that_can_grow():
         Settings(memory=32, memory_late=0.1)
     with pytest.raises(ValueError, match="memory_late must be below 1, got 1"):
         Settings(memory_late=1.0)
+
+
+@pytest.mark.parametrize("changes", [{}, {"combine": "gate"}, {"memory_offset": -2.0, "kv_heads": 2, "xl": 16}])
+def test_a_run_gains_a_memory_and_is_what_it_was_while_that_is_empty(text, changes):
+    plain = trainer_of(dataclasses.replace(SMALL, data=text, memory=0, layers=3, **changes))
+    advance(plain, 5)
+    settings = dataclasses.replace(plain.settings, memory=64, similarity="product")
+    trainer = trainer_of(settings)
+    trainer.restore(checkpoint_of(plain))
+    assert trainer.model.memorizing_layers == (1,) and trainer.model.config["similarity"] == "product"
+    tokens = torch.randint(256, (3, 32), generator=torch.Generator().manual_seed(0))
+    empty = trainer.model.create_knn_memories(batch_size=3)
+    with torch.no_grad():
+        before, after = plain.model.eval()(tokens), trainer.model.eval()(tokens, knn_memories=empty)
+        if settings.xl:
+            before, after = before[0], after[0]
+    assert_close(after, before, GAINED, "logits")
+    attention, as_before = (one.model.layers[0][0].fn for one in (trainer, plain))
+    assert torch.equal(attention.to_out.bias, as_before.to_out.bias)
+    moments = [tensor for state in trainer.optimizer.state.values() for tensor in state.values()]
+    assert len({tensor.data_ptr() for tensor in moments}) == len(moments)
+    trainer.model.train()
+    advance(trainer, 2)
+    assert trainer.reader.memories[0].lengths.tolist() != [0, 0, 0]
+    assert not torch.equal(trainer.model.knn_rel_pos_bias.relative_attention_bias.weight,
+                           trainer.model.rel_pos_bias.relative_attention_bias.weight)  # fmt: skip
+    again = trainer_of(settings)
+    again.restore(checkpoint_of(trainer))
+    assert_same_state(again, trainer)
+
+
+def test_a_foreign_checkpoint_gains_nothing(text):
+    plain = trainer_of(dataclasses.replace(SMALL, data=text, memory=0))
+    checkpoint = checkpoint_of(plain)
+    del checkpoint.parts["model"]["layers.0.0.fn.to_q.weight"]
+    with pytest.raises(ValueError, match="checkpoint must hold weights of this model"):
+        trainer_of(dataclasses.replace(plain.settings, memory=64, similarity="product")).restore(checkpoint)
 
 
 def row_tokens(trainer: Trainer, row: int) -> int:

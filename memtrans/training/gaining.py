@@ -1,0 +1,47 @@
+"""A run that was trained without a memory goes on with one: its plain layers become layers with a memory.
+
+Such a layer takes products of queries and keys, as a plain one does, scaled by a learned factor of its own that starts
+at theirs. It has a bias on its way out and a table of positions, and starts with the plain layer's. So the model is the
+one it was for as long as nothing is remembered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from memtrans.training.checkpoint import Checkpoint
+from memtrans.training.settings import Settings
+
+GAINING = {"similarity": "product", "memory_heads": None}  # what else the settings of such a run say
+OF_MEMORY = ("memory_layers", "memory_late", "neighbours", "memory_offset", "combine")  # meant nothing until now
+PLAIN, WITH_MEMORY = "rel_pos_bias.", "knn_rel_pos_bias."  # the tables of positions of both kinds of layers
+OWN = (".scale", ".memory_offset", ".memory_gate")  # what a plain layer does not have
+
+
+def gains_memory(saved: Mapping[str, Any], settings: Settings) -> bool:
+    """Whether a checkpoint with these settings is of the run's model without its memory layers."""
+    return settings.memory > 0 and saved["memory"] == 0
+
+
+def with_memory(checkpoint: Checkpoint, fresh: Mapping[str, Tensor]) -> Checkpoint:
+    """A checkpoint of a model without a memory as one of the model with it.
+
+    fresh: the weights by name of a new model with the memory.
+    """
+    weights = {name: tensor for name, tensor in fresh.items() if name.endswith(OWN)}
+    weights.update(_with_table(checkpoint.parts.get("model", {})))
+    parts = {**checkpoint.parts, "model": weights, "optimizer": _with_table(checkpoint.parts.get("optimizer", {}))}
+    return Checkpoint(parts, checkpoint.values)
+
+
+def _with_table(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights or moments by name, those of the plain layers' table for the other one too."""
+    table = {
+        name.replace(PLAIN, WITH_MEMORY, 1): tensor.clone()
+        for name, tensor in tensors.items()
+        if name.startswith(PLAIN)
+    }
+    return {**tensors, **table}

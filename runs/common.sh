@@ -1,0 +1,88 @@
+# Read by the scripts beside it, one for each table of docs/results.md. Each of them gets its texts from Debian's packages,
+# trains what the table compares and writes a file for each figure to benchmarks/results/$MACHINE/text/.
+#
+# A call works for PIECE seconds on a run, then goes on to the next; call a script again until it says that all is done.
+# What is done is not done again.
+#
+#   PIECE     seconds of a piece of a run (480)      MACHINE   name of the machine, for results (h100)
+#   PYTHON    the interpreter (python)               TEXTS     where texts and stores are kept (runs/texts)
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+PIECE=${PIECE:-480}
+PYTHON=${PYTHON:-python}
+MACHINE=${MACHINE:-h100}
+TEXTS=${TEXTS:-runs/texts}
+RESULTS=benchmarks/results/$MACHINE/text
+left=0
+mkdir -p "$TEXTS" "$RESULTS"
+
+# package NAME: downloads a Debian package, and prints its file.
+package() {
+    if ! compgen -G "$TEXTS/$1_*.deb" > /dev/null; then
+        (cd "$TEXTS" && apt-get download "$1" >&2)
+    fi
+    compgen -G "$TEXTS/$1_*.deb" | head -1
+}
+
+# 330 MB of C, of which 300 MB are trained on: directories of Debian's Linux.
+c_sources() {
+    if [ ! -f "$TEXTS/c-sources.zip" ]; then
+        dpkg-deb --fsys-tarfile "$(package linux-source-6.1)" \
+            | tar -x -C "$TEXTS" --strip-components=3 ./usr/src/linux-source-6.1.tar.xz
+        "$PYTHON" benchmarks/c_sources.py "$TEXTS/linux-source-6.1.tar.xz" "$TEXTS/c-sources.part"
+        mv "$TEXTS/c-sources.part" "$TEXTS/c-sources.zip"
+    fi
+    echo "$TEXTS/c-sources.zip"
+}
+
+# About 90 MB of manuals.
+prose() {
+    if [ ! -f "$TEXTS/prose.zip" ]; then
+        local packages=() name
+        for name in linux-doc-6.1 perl-doc anarchism python3.11-doc debian-handbook; do
+            packages+=("$(package "$name")")
+        done
+        "$PYTHON" benchmarks/prose.py "${packages[@]}" "$TEXTS/prose.part" >&2
+        mv "$TEXTS/prose.part" "$TEXTS/prose.zip"
+    fi
+    echo "$TEXTS/prose.zip"
+}
+
+# store TEXT NAME VOCABULARY: tokens of a text, with a vocabulary learned from it.
+store() {
+    if [ ! -f "$TEXTS/$2/store.json" ]; then
+        "$PYTHON" -m memtrans tokenize "$1" --out "$TEXTS/$2" --train-vocabulary "$3" >&2
+    fi
+    echo "$TEXTS/$2"
+}
+
+# piece NAME OPTION...: trains for PIECE seconds at most, from the checkpoint on if there is one; fails if it did not end.
+piece() {
+    local out=runs/$1 status=0 resume=()
+    shift
+    if [ -f "$out/checkpoint/checkpoint.json" ]; then resume=(--resume); fi
+    timeout --signal=TERM --kill-after=120 "$PIECE" \
+        "$PYTHON" -m memtrans train --out "$out" --plain "${resume[@]}" "$@" >&2 || status=$?
+    if [ "$status" != 0 ] && [ "$status" != 124 ]; then exit "$status"; fi
+    return "$status"
+}
+
+# figure NAME OPTION...: a run to its end, and its evaluation on 4 MB of held-out text.
+figure() {
+    if [ -f "$RESULTS/$1.json" ]; then return; fi
+    if piece "$@"; then evaluated "$@"; else left=$((left + 1)); fi
+}
+
+# evaluated NAME OPTION...: writes the figures of a run that has ended.
+evaluated() {
+    local name=$1 report
+    shift
+    report=$("$PYTHON" -m memtrans eval --out "runs/$name" --eval-bytes 4000000 | tail -1)
+    printf '{"command": "%s", "result": %s}\n' "memtrans train $*" "$report" > "$RESULTS/$name.part"
+    mv "$RESULTS/$name.part" "$RESULTS/$name.json"
+}
+
+ended() {
+    if [ "$left" = 0 ]; then echo "all is done: $RESULTS"; else echo "$left runs have not ended: call this again"; fi
+}
