@@ -27,7 +27,7 @@ using torch::stable::Tensor;
 
 // Raised by one whenever an operator's schema or meaning changes, together with INTERFACE in
 // memtrans_kernels/native.py: a library left over from another version is then refused instead of misused.
-constexpr int64_t kInterface = 9;
+constexpr int64_t kInterface = 10;
 
 // Entries ever stored in a row: adding a segment to such a number does not overflow.
 constexpr int64_t kMostEntries = int64_t{1} << 62;
@@ -92,26 +92,34 @@ inline void check_writable(const Tensor& tensor, const char* name) {
   }
 }
 
-// What every device checks of knn_add_'s inputs; the numbers in rows, count and at are each device's own affair.
+// What every device checks of knn_add_'s inputs; the numbers in rows, count, first and at are each device's own affair.
 inline void check_knn_add(
     const Tensor& keys, const Tensor& values, const Tensor& cursor, const Tensor& rows, const Tensor& new_keys,
-    const Tensor& new_values, const std::optional<Tensor>& count, const std::optional<Tensor>& at) {
+    const Tensor& new_values, const std::optional<Tensor>& count, const std::optional<Tensor>& at,
+    const std::optional<Tensor>& first) {
   check_dims(keys, "keys", 3, "(R, M + S, D)");
+  check_dims(values, "values", 3, "(R, M + S, E)");
   check_dims(rows, "rows", 1, "(B * G,)");
   check_dims(new_keys, "new_keys", 4, "(B, G, N, D)");
   const int64_t ring_rows = keys.size(0), slots = keys.size(1), width = keys.size(2);
   MEMTRANS_CHECK(slots > 0, "keys must have at least one slot in a row, got shape ", shape_of(keys));
-  check_shape(values, "values", {ring_rows, slots, width}, "(R, M + S, D)");
+  check_shape(values, "values", {ring_rows, slots, values.size(2)}, "(R, M + S, E)");
   check_shape(cursor, "cursor", {ring_rows}, "(R,)");
   MEMTRANS_CHECK(
       rows.size(0) == new_keys.size(0) * new_keys.size(1) && new_keys.size(3) == width,
       "new_keys must have shape (B, G, N, D) with B * G = ", rows.size(0), " (the length of rows) and D = ", width,
       ", got ", shape_of(new_keys));
-  check_shape(new_values, "new_values", {new_keys.size(0), new_keys.size(1), new_keys.size(2), width}, "(B, G, N, D)");
+  check_shape(
+      new_values, "new_values", {new_keys.size(0), new_keys.size(1), new_keys.size(2), values.size(2)}, "(B, G, N, E)");
   if (count) {
     check_shape(*count, "count", {rows.size(0)}, "(B * G,)");
     check_int64(*count, "count");
     check_same_device(*count, "count", keys, "keys");
+  }
+  if (first) {
+    check_shape(*first, "first", {rows.size(0)}, "(B * G,)");
+    check_int64(*first, "first");
+    check_same_device(*first, "first", keys, "keys");
   }
   if (at) {
     check_shape(*at, "at", {ring_rows}, "(R,)");

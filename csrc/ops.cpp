@@ -8,7 +8,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(memtrans, library) {
   library.def("native_faiss_interface() -> int");
   library.def(
       "native_knn_add_(Tensor(a!) keys, Tensor(b!) values, Tensor(c!) cursor, Tensor rows, Tensor new_keys, "
-      "Tensor new_values, Tensor? count=None, Tensor? at=None) -> ()");
+      "Tensor new_values, Tensor? count=None, Tensor? at=None, Tensor? first=None) -> ()");
   library.def(
       "native_knn_search(Tensor query, Tensor keys, Tensor rows, Tensor start, Tensor cursor, int capacity, int k) -> "
       "(Tensor scores, Tensor slots)");

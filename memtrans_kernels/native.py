@@ -21,7 +21,7 @@ from memtrans_kernels.attention_inputs import AttentionInputs
 MODULES = ("cpu", "cuda", "faiss")
 FOLDER = Path(__file__).resolve().parent
 # Equals kInterface in csrc/memtrans.h; a library built for another number is refused.
-INTERFACE = 9
+INTERFACE = 10
 INTERFACE_OPERATORS = {"cpu": "native_interface", "cuda": "native_cuda_interface", "faiss": "native_faiss_interface"}
 FEW_QUERIES = 8  # of a memory row: equals kFewQueries in csrc/cuda/knn_search/search.h
 
@@ -87,9 +87,10 @@ def knn_add_(
     new_values: Tensor,
     count: Tensor | None = None,
     at: Tensor | None = None,
+    first: Tensor | None = None,
 ) -> None:
     """`memtrans_kernels.knn_add_` in C++; `status` must have said that it is live."""
-    torch.ops.memtrans.native_knn_add_.default(keys, values, cursor, rows, new_keys, new_values, count, at)
+    torch.ops.memtrans.native_knn_add_.default(keys, values, cursor, rows, new_keys, new_values, count, at, first)
 
 
 def knn_search(

@@ -19,6 +19,7 @@ def knn_add_(
     count: Tensor | None = None,
     *,
     at: Tensor | None = None,
+    first: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
     """Appends N entries to each picked row of a ring, in place: cast, wrap, advance the cursors.
@@ -30,14 +31,16 @@ def knn_add_(
 
     Args:
         keys: (R, M + S, D), floating point, the ring; no two slots in the same place, and no gradient asked of it.
-        values: (R, M + S, D), floating point, likewise.
+        values: (R, M + S, E), floating point, likewise.
         cursor: (R,) int64, entries ever stored per row; advanced to at least `base + count`.
         rows: (B·G,) int64, the ring row of each (document, group); no row twice.
         new_keys: (B, G, N, D), floating point, cast to the ring's dtype.
-        new_values: (B, G, N, D), floating point, likewise.
+        new_values: (B, G, N, E), floating point, likewise.
         count: (B·G,) int64 in [0, N]: only the first so many are stored (padded tails). Default: N.
         at: (R,) int64, where to write from: a snapshot of `cursor`, or an entry beyond it; those in between then count
             as stored, and a search sees whatever their slots hold. Default: `cursor`.
+        first: (B·G,) int64 in [0, N]: so many of the oldest are skipped (left padding), and those behind them up to
+            `count` are stored. Default: 0.
         backend: one of `auto`, `reference`, `triton`, `native`.
 
     Raises:
@@ -56,7 +59,7 @@ def knn_add_(
     >>> keys.flatten().tolist(), cursor.tolist()
     ([4.0, 2.0, 3.0], [4])
     """
-    _check_add(keys, values, cursor, rows, new_keys, new_values, count, at)
+    _check_add(keys, values, cursor, rows, new_keys, new_values, count, at, first)
     for name, ring in (("keys", keys), ("values", values), ("cursor", cursor)):
         checks.writable(name, ring)
     checks.within("rows", rows, 0, keys.shape[0] - 1)
@@ -64,7 +67,9 @@ def knn_add_(
     checks.entries("cursor", cursor)
     checks.entries("at", at)
     checks.within("count", count, 0, new_keys.shape[2])
-    ops.knn_add_(keys, values, cursor, rows, new_keys.detach(), new_values.detach(), count, at, check_name(backend))
+    checks.within("first", first, 0, new_keys.shape[2])
+    backend, new_keys, new_values = check_name(backend), new_keys.detach(), new_values.detach()
+    ops.knn_add_(keys, values, cursor, rows, new_keys, new_values, count, at, first, backend)
 
 
 def knn_search(
@@ -182,19 +187,21 @@ def _check_add(
     new_values: Tensor,
     count: Tensor | None,
     at: Tensor | None,
+    first: Tensor | None,
 ) -> None:
     letters = checks.Letters()
     _bind_ring(letters, keys, rows, cursor=cursor, at=at)
-    letters.bind("values", values, "R slots D")
+    letters.bind("values", values, "R slots E")
     letters.bind("new_keys", new_keys, "B G N D")
-    letters.bind("new_values", new_values, "B G N D")
-    if count is not None:
-        letters.bind("count", count, "B·G")
+    letters.bind("new_values", new_values, "B G N E")
+    for name, number in (("count", count), ("first", first)):
+        if number is not None:
+            letters.bind(name, number, "B·G")
     if letters["B"] * letters["G"] != letters["B·G"]:
         raise ValueError(f"new_keys must have B·G={letters['B·G']} rows as `rows` has, got {tuple(new_keys.shape)}")
     checks.floating(values=values, new_keys=new_keys, new_values=new_values)
-    checks.typed(torch.int64, count=count)
-    checks.same_device(keys.device, values=values, new_keys=new_keys, new_values=new_values, count=count)
+    checks.typed(torch.int64, count=count, first=first)
+    checks.same_device(keys.device, values=values, new_keys=new_keys, new_values=new_values, count=count, first=first)
 
 
 @checks.remembered

@@ -23,10 +23,11 @@ def knn_add_(
     new_values: Tensor,
     count: Tensor | None,
     at: Tensor | None,
+    first: Tensor | None,
     backend: str,
 ) -> None:
     """Writes in place; autograd's version counters count on, whoever writes."""
-    arguments = (keys, values, cursor, rows, new_keys, new_values, count, at)
+    arguments = (keys, values, cursor, rows, new_keys, new_values, count, at, first)
     if not is_plain(*arguments):
         return _knn_add_(*arguments, backend)
     backends.run("knn_add_", backend, *arguments)
@@ -43,9 +44,10 @@ def _knn_add_(
     new_values: Tensor,
     count: Tensor | None = None,
     at: Tensor | None = None,
+    first: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
-    backends.run("knn_add_", backend, keys, values, cursor, rows, new_keys, new_values, count, at)
+    backends.run("knn_add_", backend, keys, values, cursor, rows, new_keys, new_values, count, at, first)
 
 
 @_knn_add_.register_fake

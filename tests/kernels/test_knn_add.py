@@ -79,20 +79,21 @@ def write_entry_by_entry(
     new_values: Tensor,
     count: list[int],
     at: list[int],
+    first: list[int],
 ) -> Rings:
     """The definition, one number at a time."""
     keys, values, cursor = ring.keys.tolist(), ring.values.tolist(), ring.cursor.tolist()
     flat_keys, flat_values = new_keys.flatten(0, 1).tolist(), new_values.flatten(0, 1).tolist()
     slots = ring.keys.shape[1]
     for index, row in enumerate(rows):
-        for j in range(count[index]):
-            entry = at[row] + j
+        for j in range(first[index], count[index]):
+            entry = at[row] + j - first[index]
             if entry < cursor[row]:
                 continue  # stored already
             slot = entry % slots
             keys[row][slot] = [stored(x, ring.keys.dtype, is_key=True) for x in flat_keys[index][j]]
             values[row][slot] = [stored(x, ring.values.dtype, is_key=False) for x in flat_values[index][j]]
-        cursor[row] = max(cursor[row], at[row] + count[index])
+        cursor[row] = max(cursor[row], at[row] + max(0, count[index] - first[index]))
     return Rings(
         torch.tensor(keys, dtype=torch.float64).to(ring.keys.dtype),
         torch.tensor(values, dtype=torch.float64).to(ring.values.dtype),
@@ -118,10 +119,11 @@ def test_random_writes_equal_the_definition(backend: str, data: st.DataObject) -
     """Rows picked and permuted, several groups, counts, snapshots that lag behind, N beyond the ring, every dtype."""
     dtype = st.sampled_from(INTERPRETED_DTYPES if backend == "triton" else DTYPES)
     ring_rows, width = data.draw(st.integers(1, 6), "R"), data.draw(st.integers(1, 3), "D")
+    value_width = data.draw(st.integers(1, 3), "E")
     slots = data.draw(st.integers(1, 7), "M + S")
     ring = Rings(
         draw_entries(data, (ring_rows, slots, width), data.draw(dtype, "keys")),
-        draw_entries(data, (ring_rows, slots, width), data.draw(dtype, "values")),
+        draw_entries(data, (ring_rows, slots, value_width), data.draw(dtype, "values")),
         torch.tensor(data.draw(st.lists(st.integers(0, 20), min_size=ring_rows, max_size=ring_rows), "cursor")),
     )
     for _ in range(data.draw(st.integers(1, 3), "steps")):
@@ -130,14 +132,15 @@ def test_random_writes_equal_the_definition(backend: str, data: st.DataObject) -
         length = data.draw(st.integers(0, 2 * slots + 1), "N")
         shape = (len(rows) // groups, groups, length, width)
         new_keys = draw_entries(data, shape, data.draw(dtype, "new_keys"))
-        new_values = draw_entries(data, shape, data.draw(dtype, "new_values"))
+        new_values = draw_entries(data, (*shape[:3], value_width), data.draw(dtype, "new_values"))
         counts = st.lists(st.integers(0, length), min_size=len(rows), max_size=len(rows))
-        count = data.draw(st.none() | counts, "count")
+        count, first = data.draw(st.none() | counts, "count"), data.draw(st.none() | counts, "first")
         cursor = ring.cursor.tolist()
         at = data.draw(st.none() | st.tuples(*(st.integers(max(0, end - 5), end) for end in cursor)), "at")
         expected = write_entry_by_entry(
-            ring, rows, new_keys, new_values, [length] * len(rows) if count is None else count, list(at or cursor)
-        )
+            ring, rows, new_keys, new_values, [length] * len(rows) if count is None else count, list(at or cursor),
+            [0] * len(rows) if first is None else first,
+        )  # fmt: skip
         knn_add_(
             *ring,
             torch.tensor(rows),
@@ -145,6 +148,7 @@ def test_random_writes_equal_the_definition(backend: str, data: st.DataObject) -
             new_values,
             None if count is None else torch.tensor(count, dtype=torch.int64),
             at=None if at is None else torch.tensor(at),
+            first=None if first is None else torch.tensor(first, dtype=torch.int64),
             backend=backend,
         )
         assert_same_bits(ring, expected)
@@ -200,6 +204,15 @@ def test_count_leaves_a_padded_tail_out(backend: str) -> None:
     knn_add_(*ring, torch.tensor([0, 1, 2]), new, new, torch.tensor([0, 2, 3]), backend=backend)
     assert ring.keys[..., 0].tolist() == [[-1, -1, -1, -1], [4, 5, -1, -1], [7, 8, 9, -1]]
     assert ring.cursor.tolist() == [0, 2, 3]
+
+
+@on_every_backend
+def test_first_leaves_a_padded_beginning_out(backend: str) -> None:
+    ring = rings(rows=3, slots=4, width=1, filled=-1.0)
+    new, count, first = numbered(3, 1, 3, 1), torch.tensor([3, 2, 1]), torch.tensor([2, 1, 1])
+    knn_add_(*ring, torch.tensor([0, 1, 2]), new, new, count, first=first, backend=backend)
+    assert ring.keys[..., 0].tolist() == [[3, -1, -1, -1], [5, -1, -1, -1], [-1, -1, -1, -1]]
+    assert ring.cursor.tolist() == [1, 1, 0]
 
 
 @on_every_backend
@@ -373,7 +386,8 @@ INT = torch.zeros(3, dtype=torch.int64)
             ValueError,
             r"keys .* at most 1073741824 slots .*, got 1073741825",
         ),
-        ({"values": torch.zeros(3, 4, 3)}, ValueError, r"values must have shape .* D=2, got \(3, 4, 3\)"),
+        ({"values": torch.zeros(3, 4, 3)}, ValueError, r"new_values must have shape .* E=3, got \(3, 1, 2, 2\)"),
+        ({"values": torch.zeros(3, 5, 2)}, ValueError, r"values must have shape .* slots=4, got \(3, 5, 2\)"),
         ({"cursor": INT[:2]}, ValueError, r"cursor must have shape \(R\) with R=3, got \(2,\)"),
         ({"cursor": INT.int()}, TypeError, r"cursor must be torch.int64, got torch.int32"),
         ({"rows": INT.double()}, TypeError, r"rows must be torch.int64, got torch.float64"),
@@ -387,6 +401,8 @@ INT = torch.zeros(3, dtype=torch.int64)
         ({"count": INT.float()}, TypeError, r"count must be torch.int64, got torch.float32"),
         ({"count": torch.tensor([0, 3, 1])}, ValueError, r"count must be in \[0, 2\], got \[0, 3, 1\]"),
         ({"count": torch.tensor([-1, 0, 1])}, ValueError, r"count must be in \[0, 2\], got \[-1, 0, 1\]"),
+        ({"first": INT[:1]}, ValueError, r"first must have shape \(B·G\) with B·G=3, got \(1,\)"),
+        ({"first": torch.tensor([0, 3, 1])}, ValueError, r"first must be in \[0, 2\], got \[0, 3, 1\]"),
         ({"at": INT[:1]}, ValueError, r"at must have shape \(R\) with R=3, got \(1,\)"),
         ({"at": INT.int()}, TypeError, r"at must be torch.int64, got torch.int32"),
         ({"rows": torch.tensor([0, 1, 3])}, ValueError, r"rows must be in \[0, 2\], got \[0, 1, 3\]"),

@@ -173,9 +173,9 @@ BAD_INPUTS = {
     "count must have shape (B * G,) = (2), got (3)": {"count": torch.tensor([1, 1, 1])},
     "at must not be negative, got -1": {"at": torch.tensor([0, -1, 0])},
     "at must have shape (R,) = (3), got (2)": {"at": torch.tensor([0, 0])},
-    "values must have shape (R, M + S, D) = (3, 4, 2), got (3, 5, 2)": {"values": torch.zeros(3, 5, 2)},
+    "values must have shape (R, M + S, E) = (3, 4, 2), got (3, 5, 2)": {"values": torch.zeros(3, 5, 2)},
     "new_keys must have shape (B, G, N, D) with B * G = 2": {"new_keys": torch.ones(2, 2, 3, 2)},
-    "new_values must have shape (B, G, N, D) = (2, 1, 3, 2)": {"new_values": torch.ones(2, 1, 2, 2)},
+    "new_values must have shape (B, G, N, E) = (2, 1, 3, 2)": {"new_values": torch.ones(2, 1, 2, 2)},
     "new_values must be float32, float16, bfloat16 or float64": {
         "new_values": torch.ones(2, 1, 3, 2, dtype=torch.int32)
     },

@@ -1,12 +1,13 @@
 """knn_add_ in plain PyTorch: the oracle of all tests, and the last-resort kernel.
 
-With base = at[row], or cursor[row] without `at`, entry base + j goes to slot (base + j) mod (M + S), for j below count
-and only where it is not stored already (base + j >= cursor[row]) and among the newest M + S. Then cursor[row] becomes
-at least base + count.
+With base = at[row], or cursor[row] without `at`, entry base + j is new entry first + j. It goes to slot
+(base + j) mod (M + S), for first + j below count and only where it is not stored already (base + j >= cursor[row]) and
+among the newest M + S. Then cursor[row] becomes at least base + count - first.
 
-    keys, values (R, M + S, D) · cursor, at (R,) · rows, count (B·G,) · new_keys, new_values (B, G, N, D)
+    keys (R, M + S, D), values (R, M + S, E) · cursor, at (R,) · rows, count, first (B·G,)
+    new_keys (B, G, N, D), new_values (B, G, N, E)
 
-A row with a number out of range (count, entry below 0 or beyond 2^62) stays as it is.
+A row with a number out of range (count, first, entry below 0 or beyond 2^62) stays as it is.
 
 Source: Wu et al. 2022, section 3.2. Works on CPU and CUDA tensors alike, without a host round trip.
 """
@@ -27,26 +28,29 @@ def saturate(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def knn_add_(
     keys: Tensor,  # (R, M + S, D)
-    values: Tensor,  # (R, M + S, D)
+    values: Tensor,  # (R, M + S, E)
     cursor: Tensor,  # (R,)
     rows: Tensor,  # (B·G,)
     new_keys: Tensor,  # (B, G, N, D)
-    new_values: Tensor,  # (B, G, N, D)
+    new_values: Tensor,  # (B, G, N, E)
     count: Tensor | None = None,  # (B·G,)
     at: Tensor | None = None,  # (R,)
+    first: Tensor | None = None,  # (B·G,)
 ) -> None:
     """Entry base + j goes to slot (base + j) mod (M + S); what is stored already is left alone."""
     size, length = keys.shape[1], new_keys.shape[2]
     stored = cursor[rows]
     base = stored if at is None else at[rows]
-    entries = torch.full_like(base, length) if count is None else count
-    sound = _is_entry(stored) & _is_entry(base) & (entries >= 0) & (entries <= length)
-    end = base + entries
+    last = torch.full_like(base, length) if count is None else count
+    skipped = torch.zeros_like(base) if first is None else first
+    sound = _is_entry(stored) & _is_entry(base) & (last >= 0) & (last <= length)
+    sound = sound & (skipped >= 0) & (skipped <= length)
+    end = base + (last - skipped).clamp(min=0)
 
     window = min(length, size)  # consecutive entries, so no two of them share a slot
     entry = end[:, None] - window + torch.arange(window, device=keys.device)  # (B·G, window)
     fresh = sound[:, None] & (entry >= base[:, None]) & (entry >= stored[:, None])
-    source = (entry - base[:, None]).clamp(0, max(length - 1, 0))
+    source = (entry - base[:, None] + skipped[:, None]).clamp(0, max(length - 1, 0))
     slot = entry % size
     for ring, new, keep_infinite in ((keys, new_keys, True), (values, new_values, False)):
         new = new.flatten(0, 1).gather(1, source[..., None].expand(-1, -1, new.shape[-1]))

@@ -1,12 +1,13 @@
 """Ring write in Triton: cast, wrap and advance the cursors of all rows in one launch.
 
-With base = at[row], or cursor[row] without `at`, entry base + j goes to slot (base + j) mod (M + S), for j below count
-and only where it is not stored already (base + j >= cursor[row]) and among the newest M + S. Then cursor[row] becomes
-at least base + count.
+With base = at[row], or cursor[row] without `at`, entry base + j is new entry first + j. It goes to slot
+(base + j) mod (M + S), for first + j below count and only where it is not stored already (base + j >= cursor[row]) and
+among the newest M + S. Then cursor[row] becomes at least base + count - first.
 
-    keys, values (R, M + S, D) · cursor, at (R,) · rows, count (B·G,) · new_keys, new_values (B, G, N, D)
+    keys (R, M + S, D), values (R, M + S, E) · cursor, at (R,) · rows, count, first (B·G,)
+    new_keys (B, G, N, D), new_values (B, G, N, E)
 
-A row with a number out of range (row, count, entry below 0 or beyond 2^62) stays as it is.
+A row with a number out of range (row, count, first, entry below 0 or beyond 2^62) stays as it is.
 
 Source: Wu et al. 2022, section 3.2. Limits: none of shape; keys, values and cursor, which are written in place, must be
 contiguous, as `backends` checks; of the rest, what the kernel takes no strides of is made so. Precision: through
@@ -63,6 +64,7 @@ def knn_add_kernel(
     new_values,
     count,
     at,
+    first,
     ring_rows,
     groups,
     length,
@@ -75,6 +77,8 @@ def knn_add_kernel(
     value_stride_n,
     WIDTH: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    BLOCK_VALUES: tl.constexpr,
     BLOCK: tl.constexpr,
     KEY_LIMIT: tl.constexpr,
     VALUE_LIMIT: tl.constexpr,
@@ -93,19 +97,24 @@ def knn_add_kernel(
         entries = tl.load(count + program)
         sound = sound & (entries >= 0) & (entries <= length)
         end = base + entries
+    skipped = 0
+    if first is not None:
+        skipped = tl.load(first + program)
+        sound = sound & (skipped >= 0) & (skipped <= length)
+        end = tl.maximum(end - skipped, base)
     given = tl.where(sound, length, 0)
     keys += row * size * WIDTH
-    values += row * size * WIDTH
+    values += row * size * VALUE_WIDTH
     new_keys += b * key_stride_b + g * key_stride_g
     new_values += b * value_stride_b + g * value_stride_g
-    column = tl.arange(0, BLOCK_WIDTH)
-    for first in range(0, length, BLOCK):
-        source = first + tl.arange(0, BLOCK).to(tl.int64)  # (BLOCK,)
-        entry = base + source
-        fresh = (source < given) & (entry >= stored) & (entry < end) & (entry >= end - size)
+    column, value_column = tl.arange(0, BLOCK_WIDTH), tl.arange(0, BLOCK_VALUES)
+    for begin in range(0, length, BLOCK):
+        source = begin + tl.arange(0, BLOCK).to(tl.int64)  # (BLOCK,)
+        entry = base + source - skipped
+        fresh = (source >= skipped) & (source < given) & (entry >= stored) & (entry < end) & (entry >= end - size)
         slot = entry % size
         write(keys, new_keys, slot, source, column, fresh, key_stride_n, WIDTH, KEY_LIMIT, True)
-        write(values, new_values, slot, source, column, fresh, value_stride_n, WIDTH, VALUE_LIMIT, False)
+        write(values, new_values, slot, source, value_column, fresh, value_stride_n, VALUE_WIDTH, VALUE_LIMIT, False)
     tl.debug_barrier()  # every warp has read the cursor before one of them moves it
     if sound:
         tl.store(cursor + row, tl.maximum(stored, end))
@@ -120,13 +129,15 @@ def knn_add_(
     new_values: Tensor,
     count: Tensor | None = None,
     at: Tensor | None = None,
+    first: Tensor | None = None,
 ) -> None:
     """One program per picked row; it moves the cursor even where there is nothing to store."""
     _, groups, length, width = new_keys.shape
     if rows.numel() == 0:
         return
     new_keys, new_values = (new if new.stride(-1) == 1 else new.contiguous() for new in (new_keys, new_values))
-    launch = configs.ring_write(width)
+    value_width = new_values.shape[3]
+    launch = configs.ring_write(max(width, value_width))
     knn_add_kernel[(rows.numel(),)](
         keys,
         values,
@@ -136,6 +147,7 @@ def knn_add_(
         new_values,
         None if count is None else count.contiguous(),
         None if at is None else at.contiguous(),
+        None if first is None else first.contiguous(),
         keys.shape[0],
         groups,
         length,
@@ -144,6 +156,8 @@ def knn_add_(
         *new_values.stride()[:3],
         WIDTH=width,
         BLOCK_WIDTH=configs.power_of_two(width),
+        VALUE_WIDTH=value_width,
+        BLOCK_VALUES=configs.power_of_two(value_width),
         BLOCK=min(launch.block, configs.power_of_two(length)),
         KEY_LIMIT=torch.finfo(keys.dtype).max,
         VALUE_LIMIT=torch.finfo(values.dtype).max,
