@@ -177,7 +177,7 @@ def test_lists_and_models_pass_keep_ids_on() -> None:
     assert [ids(memory) for memory in memories] == [[list(range(3, 12))] * 2] * 2
 
 
-def test_a_start_token_clears_before_its_segment_and_the_numbers_begin_there() -> None:
+def test_a_document_that_begins_inside_a_segment_is_numbered_from_its_start_token() -> None:
     model = MemorizingTransformer(
         num_tokens=32, dim=16, depth=1, dim_head=8, heads=2, memorizing_layers=1, clear_memories_on_sos_token_id=1
     )
@@ -186,7 +186,7 @@ def test_a_start_token_clears_before_its_segment_and_the_numbers_begin_there() -
     model(tokens, memories)
     tokens[1, 2] = 1
     model(tokens, memories)
-    assert [of_document[-1] for of_document in ids(memories[0])] == [11, 5]
+    assert [of_document[-1] for of_document in ids(memories[0])] == [11, 3]
 
 
 def test_recomputing_and_compiling_store_the_same_ids() -> None:
