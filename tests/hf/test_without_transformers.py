@@ -13,7 +13,7 @@ BLOCKED = "import sys; sys.modules['transformers'] = None\n"
 
 def test_nothing_outside_imports_transformers() -> None:
     allowed = {
-        **dict.fromkeys(("transformers", "peft", "accelerate"), {("memtrans", "hf")}),
+        **{name: {("memtrans", "hf")} for name in ("transformers", "peft", "accelerate")},
         "tokenizers": {("memtrans", "data")},
     }
     importing: dict[str, set[tuple[str, ...]]] = {name: set() for name in allowed}
