@@ -16,7 +16,7 @@ from memtrans.attention import LayerInputs, LocalContext, LocalKeys
 from memtrans.checks import check_choice, check_number, check_tokens
 from memtrans.memory.knn_memory import KNNMemory
 from memtrans.memory.leaving import add_leaving
-from memtrans.memory.ring import MemorySnapshot
+from memtrans.memory.snapshot import MemorySnapshot
 from memtrans.memory.snapshots import snapshot_for
 from memtrans.segments import ordered
 from memtrans_kernels import checks, cosine

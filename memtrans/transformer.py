@@ -21,7 +21,7 @@ from memtrans.config import architecture_of, attention_arguments
 from memtrans.knn_attention import KNNAttention
 from memtrans.memory.knn_memory import KNNMemory
 from memtrans.memory.makes_memories import MakesMemories
-from memtrans.memory.ring import MemorySnapshot
+from memtrans.memory.snapshot import MemorySnapshot
 from memtrans.memory.snapshots import snapshots_for
 from memtrans.position import T5RelativePositionBias
 from memtrans.pretrained import Pretrained, configuration_of

@@ -30,7 +30,7 @@ from memtrans.knn_attention import KNNAttention
 from memtrans.layers import is_bare
 from memtrans.memory.leaving import add_leaving
 from memtrans.memory.memory_list import KNNMemoryList
-from memtrans.memory.ring import MemorySnapshot
+from memtrans.memory.snapshot import MemorySnapshot
 from memtrans.position import T5RelativePositionBias
 from memtrans.segments import Beginnings, beginnings
 from memtrans.transformer import MemorizingTransformer

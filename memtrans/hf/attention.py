@@ -17,7 +17,7 @@ from memtrans.attention import LocalKeys
 from memtrans.hf.families import file_of
 from memtrans.hf.state import ForwardState, kept
 from memtrans.hf.telling import tell
-from memtrans.memory.ring import memory_share
+from memtrans.memory.snapshot import memory_share
 from memtrans_kernels import local_attention, memory_attention, merge_attention
 
 NAME = "memtrans"

@@ -14,7 +14,7 @@ from memtrans.hf.settings import MemorySettings
 from memtrans.hf.state import Padding, kept
 from memtrans.memory import KNNMemory, KNNMemoryList
 from memtrans.memory.announcement import made_together
-from memtrans.memory.ring import MemorySnapshot
+from memtrans.memory.snapshot import MemorySnapshot
 from memtrans.storage import load_tensors, save_tensors
 
 KIND = "memtrans.hf.Entries"

@@ -25,7 +25,7 @@ from memtrans.hf.reading import read_segments, to_the_right
 from memtrans.hf.settings import MemorySettings
 from memtrans.hf.state import Watched, padding_of
 from memtrans.inspection.trace import Trace
-from memtrans.memory.ring import MemorySnapshot
+from memtrans.memory.snapshot import MemorySnapshot
 from memtrans.storage import load_tensors, save_tensors
 from memtrans_kernels import checks
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from memtrans.hf.rotation import Angles, Rotation
 from memtrans.memory.observation import Observation
-from memtrans.memory.ring import MemorySnapshot
+from memtrans.memory.snapshot import MemorySnapshot
 from memtrans_kernels.checks import may_look
 
 

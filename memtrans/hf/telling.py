@@ -15,7 +15,7 @@ from memtrans.attention import LocalKeys
 from memtrans.hf.state import ForwardState
 from memtrans.memory.checks import running_backward
 from memtrans.memory.observation import Observation, local_weights, retrieved_weights
-from memtrans.memory.ring import MemorySnapshot
+from memtrans.memory.snapshot import MemorySnapshot
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from memtrans.attention import LayerInputs
 from memtrans.knn_attention import KNNAttention
 from memtrans.memory.memory_list import KNNMemoryList
-from memtrans.memory.ring import MemorySnapshot
+from memtrans.memory.snapshot import MemorySnapshot
 from memtrans.transformer import MemorizingTransformer
 from memtrans_kernels import cosine
 

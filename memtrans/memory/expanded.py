@@ -12,7 +12,8 @@ from memtrans.memory.knn_memory import KNNMemory
 from memtrans_kernels import checks
 
 if TYPE_CHECKING:
-    from memtrans.memory.ring import MemorySnapshot, Ring
+    from memtrans.memory.ring import Ring
+    from memtrans.memory.snapshot import MemorySnapshot
 
 
 def _refused(name: str) -> Callable[..., NoReturn]:

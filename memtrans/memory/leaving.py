@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memtrans.memory.ring import MemorySnapshot
+from memtrans.memory.snapshot import MemorySnapshot
 
 
 def add_leaving(

@@ -43,7 +43,8 @@ from memtrans.memory.checks import check_mask
 from memtrans.memory.exchange import by_rank, exchange, fetched, from_all, side_by_side
 from memtrans.memory.ids import NOTHING, check_kept
 from memtrans.memory.layout import NO_ENTRY, visible, without
-from memtrans.memory.ring import MemorySnapshot, Ring
+from memtrans.memory.ring import Ring
+from memtrans.memory.snapshot import MemorySnapshot
 from memtrans.memory.state import SHARD, held
 from memtrans_kernels import (
     knn_add_,

@@ -12,7 +12,7 @@ import torch
 
 from memtrans.memory.checks import check_no_recomputation
 from memtrans.memory.knn_memory import KNNMemory
-from memtrans.memory.ring import MemorySnapshot
+from memtrans.memory.snapshot import MemorySnapshot
 
 PASSED_BY = ("search", "add", "clear_rows", "snapshot")  # what layers do through snapshots
 

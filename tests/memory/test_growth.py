@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from memtrans import KNNAttention, KNNMemory
-from memtrans.memory.ring import MemorySnapshot
+from memtrans.memory.snapshot import MemorySnapshot
 from memtrans_kernels import StaleMemoryError
 
 DIM, WIDTH, LENGTH, CAPACITY = 8, 4, 4, 6

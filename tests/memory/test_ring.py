@@ -9,7 +9,7 @@ from helpers.recomputation import in_backward
 from torch import Tensor
 
 from memtrans import KNNMemory
-from memtrans.memory.ring import MemorySnapshot
+from memtrans.memory.snapshot import MemorySnapshot
 from memtrans_kernels import StaleMemoryError
 
 

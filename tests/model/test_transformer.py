@@ -26,7 +26,7 @@ def segments(count: int) -> torch.Tensor:
 @pytest.fixture
 def searched(monkeypatch):
     """Which memory each search and each add of a forward went to, by its ring."""
-    from memtrans.memory.ring import MemorySnapshot
+    from memtrans.memory.snapshot import MemorySnapshot
 
     seen: dict[str, list[int]] = {"search": [], "add": []}
     nearest, append = MemorySnapshot.nearest, MemorySnapshot.append

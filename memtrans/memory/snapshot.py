@@ -1,0 +1,360 @@
+"""A memory as one forward pass sees it: what is searched, attended to, told to who watches, and stored.
+
+All its cursors are read once; every search of the pass uses them, whatever is added meanwhile. The storage is the
+ring's (`ring.py`).
+
+Shapes: the letters of `memtrans_kernels`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from memtrans.attention import LocalKeys, attend_to_local, seed_of
+from memtrans.memory.checks import check_mask, running_backward, scoping
+from memtrans.memory.ids import check_kept, positions, read_ids
+from memtrans.memory.observation import Observation, local_weights, retrieved_weights
+from memtrans_kernels import (
+    Ledger,
+    gather_pairs,
+    knn_add_,
+    knn_search,
+    ledger_advance_,
+    memory_attention,
+)
+from memtrans_kernels.backends import implements
+from memtrans_kernels.ledger import OUT_OF_SCOPE, check_not_stale, stored_since
+
+if TYPE_CHECKING:
+    from memtrans.memory.ring import Ring
+
+
+@dataclass(frozen=True)
+class MemorySnapshot:
+    """A memory as one forward pass sees it: the cursors are read once, whatever is added later.
+
+    Searching and adding through a snapshot can be repeated (activation checkpointing recomputes the forward): it finds
+    the same neighbours and stores the same entries in the same slots.
+
+    Attributes:
+        ring: the storage.
+        rows: (B·G,) int64, the ring rows in scope.
+        documents: B.
+        start: (R,) int64, as it stood.
+        cursor: (R,) int64, as it stood.
+        keys: (R, M + S, D), to read; a ring that was laid out again since no longer holds all that this sees.
+        values: (R, M + S, D), likewise.
+        ticket: (R,) int64 on the host, the counts as they stood.
+        written: (R,) int64 on the host, the counts of this storage, which go on.
+        ids: (R, M + S) int64, to read, where ids are kept.
+        origin: (R,) int64, the entry that each row's document began with, as it stood, where ids are kept.
+        read_only: whether it is of a view, in which rows may repeat.
+        cleared_elsewhere: after clearing a memory of several ranks, which documents (B,) bool a rank before this one
+            has cleared, and which one behind it; None of a memory of one.
+    """
+
+    ring: Ring
+    rows: Tensor
+    documents: int
+    start: Tensor
+    cursor: Tensor
+    keys: Tensor
+    values: Tensor
+    ticket: Tensor
+    written: Tensor
+    ids: Tensor | None = None
+    origin: Tensor | None = None
+    read_only: bool = False
+    cleared_elsewhere: tuple[Tensor, Tensor] | None = None
+
+    def check_fits(self, name: str, documents: int, kv_heads: int, width: int) -> None:
+        """Raises ValueError unless the snapshot is of so many documents, key/value heads and components."""
+        expected = (documents, kv_heads, width)
+        found = (self.documents, self.rows.numel() // self.documents, self.keys.shape[2])
+        if found != expected:
+            raise ValueError(
+                f"{name} must have the batch's {documents} documents in scope, kv_heads={kv_heads} and dim={width}, "
+                f"got {found[0]} documents, kv_heads={found[1]} and dim={found[2]}{scoping(found[0], documents)}"
+            )
+
+    def live(self) -> MemorySnapshot:
+        """The same rows as they stand whenever they are read, instead of now.
+
+        For a step that adds nothing and is replayed: it finds the memory where it lies, for as long as no longer
+        segment makes it lay itself out again.
+        """
+        ticket = torch.full_like(self.ticket, OUT_OF_SCOPE)  # it is never late
+        origin = None if self.ring.ids is None else self.ring.ids.origin
+        return replace(self, start=self.ring.start, cursor=self.ring.cursor, ticket=ticket, origin=origin)
+
+    def to_read(self) -> MemorySnapshot:
+        """The same, to search alone: adding to it or clearing it raises TypeError."""
+        return replace(self, read_only=True)
+
+    def _check_writable(self) -> None:
+        if self.read_only:
+            raise TypeError(
+                "the memory must be its owner's to change, got a view that `expand` made, to read alone: "
+                "pass add_knn_memory=False, or give the memory itself"
+            )
+
+    @property
+    def ledger(self) -> Ledger:
+        """What attention's backward needs to notice that it comes too late."""
+        return Ledger(self.written, self.ticket, self.keys.shape[1] - self.ring.capacity)
+
+    def check_current(self) -> None:
+        """Raises StaleMemoryError where what this sees may be overwritten; a compiled graph asks in attention."""
+        if not torch.compiler.is_compiling():
+            check_not_stale(*self.ledger)
+
+    def nearest(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Scores and slots (B, H, N, K) of the nearest keys of query (B, H, N, D).
+
+        Raises StaleMemoryError where more than `spare` entries were added since, and may stand in their places.
+        """
+        ring = self.ring
+        self.check_current()
+        return knn_search(query, self.keys, self.rows, self.start, self.cursor, ring.capacity, k, backend=ring.backend)
+
+    def pairs(self, query: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values (B, H, N, K, 2, D) of the nearest entries in the query's dtype, zeros where there is none;
+        and scores and slots, as `nearest` gives them."""
+        scores, slots = self.nearest(query, k)
+        backend = self.ring.backend if implements("gather_pairs", self.ring.backend) else "auto"
+        pairs = gather_pairs(self.keys, self.values, self.rows, slots, query.dtype, backend=backend)
+        return pairs, scores, slots
+
+    def ids_of(self, slots: Tensor) -> Tensor:
+        """The ids of entries in slots (B, H, ...) that `nearest` found, -1 where it found none.
+
+        Raises ValueError where ids are not kept.
+        """
+        return read_ids(slots, self.rows, check_kept(self.ids))
+
+    # ------------------------------------------------------------------------------------------------------- attention
+
+    def attend(
+        self,
+        query: Tensor,
+        k: int,
+        local: LocalKeys,
+        scale: Tensor,
+        memory_offset: Tensor | None = None,
+        memory_gate: Tensor | None = None,
+        dropout_p: float = 0.0,
+    ) -> Tensor:
+        """Attention of query (B, H, N, D) to its K nearest entries and to the local keys: (B, H, N, D).
+
+        Args:
+            k: K.
+            local: the local context.
+            scale: (H,), what logits are multiplied by.
+            memory_offset: (H,), added to the retrieved logits. Default: nothing.
+            memory_gate: (H,); each part then has a softmax of its own, and sigmoid(memory_gate) is the share of the
+                retrieved part. Default: one softmax over both.
+            dropout_p: probability of dropping a weight.
+        """
+        if memory_gate is not None:
+            to_memory, memory_lse, scores, slots = self.attend_to_retrieved(
+                query, k, scale, dropout_p, local.query_mask, local.soft_cap
+            )
+            to_local, local_lse = attend_to_local(query, local, scale, dropout_p)
+            share = memory_share(slots, memory_gate)
+            if self.ring.watch.looks:
+                self.tell(query, local, scores, slots, scale, (memory_lse, local_lse), share=share)
+            return mixed(to_memory, to_local, share)
+        scores, slots = self._nearest_seen(query, k, local.query_mask)
+        out, lse = memory_attention(
+            query, local.key, local.value, self.keys, self.values, self.rows, scores, slots, scale,
+            local.bias_table, local.bias_dense, memory_offset, local.local_length,
+            dropout_p, seed_of(dropout_p, query.device), ledger=self.ledger,
+            causal=local.causal, first=local.first, soft_cap=local.soft_cap, sink=local.sink,
+        )  # fmt: skip
+        if self.ring.watch.looks:
+            self.tell(query, local, scores, slots, scale, (lse, lse), memory_offset)
+        return out
+
+    @torch.no_grad()
+    def tell(
+        self,
+        query: Tensor,
+        local: LocalKeys,
+        scores: Tensor,
+        slots: Tensor,
+        scale: Tensor,
+        lses: tuple[Tensor, Tensor],
+        memory_offset: Tensor | None = None,
+        share: Tensor | None = None,
+    ) -> None:
+        """Tells who watches the memory what `attend` did with scores and slots (B, H, N, K).
+
+        lses: (B, H, N) each, of the softmax of the retrieved entries and of that of the local keys. share: (B, H, N),
+        of the retrieved part, with a gate.
+        """
+        watch = self.ring.watch
+        assert watch.tell is not None
+        local_share = None if share is None else 1.0 - share
+        watch.tell(
+            Observation(
+                documents=self.numbers(),
+                positions=self.positions(slots),
+                weights=retrieved_weights(scores, scale, lses[0], memory_offset, share, local.soft_cap),
+                local=local_weights(query, local, scale, lses[1], local_share) if watch.wants_local else None,
+            )
+        )
+
+    def numbers(self) -> Tensor:
+        """The numbers of the documents in scope (B,) int64; of a view's rows, in which documents repeat, their own."""
+        if self.read_only:
+            return torch.arange(self.documents, device=self.rows.device)
+        return self.rows.reshape(self.documents, -1)[:, 0] * self.documents // self.rows.numel()
+
+    def of_heads(self, counts: Tensor, heads: int) -> Tensor:
+        """Looks up numbers of rows (R,) for each document and query head in scope: (B, H)."""
+        of_rows = counts[self.rows].reshape(self.documents, -1)
+        return of_rows.repeat_interleave(heads // of_rows.shape[1], dim=1)
+
+    def entries_in(self, slots: Tensor) -> Tensor:
+        """The numbers of the entries in slots (B, H, N, K), int64; -1 for none."""
+        newest = self.of_heads(self.cursor, slots.shape[1])[:, :, None, None] - 1
+        entries = newest - (newest - slots) % self.keys.shape[1]
+        return entries.masked_fill(slots < 0, -1)
+
+    def positions(self, slots: Tensor) -> Tensor:
+        """The ids of the entries in slots (B, H, N, K), which are positions unless somebody gave others, int64; without
+        ids, how many entries the document stored before each. -1 for none."""
+        return self.since(self.start, slots) if self.ids is None else self.ids_of(slots)
+
+    def since(self, first: Tensor, slots: Tensor) -> Tensor:
+        """How many entries came since the first ones (R,) and before those in slots (B, H, N, K); -1 for none."""
+        entries = self.entries_in(slots)
+        return (entries - self.of_heads(first, slots.shape[1])[:, :, None, None]).masked_fill(entries < 0, -1)
+
+    def _nearest_seen(self, query: Tensor, k: int, query_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`nearest`, without any for queries where the mask (B, N) is False: their slots are -1."""
+        scores, slots = self.nearest(query, k)
+        if query_mask is None:
+            return scores, slots
+        hidden = ~query_mask[:, None, :, None]
+        return scores.masked_fill(hidden, -torch.inf), slots.masked_fill(hidden, -1)
+
+    def attend_to_retrieved(
+        self,
+        query: Tensor,
+        k: int,
+        scale: Tensor,
+        dropout_p: float = 0.0,
+        query_mask: Tensor | None = None,
+        soft_cap: float | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Attention of query (B, H, N, D) to its K nearest entries alone, with logits scale[h] · score.
+
+        query_mask: (B, N) bool, False for queries that see none. soft_cap: what bounds a logit.
+
+        Returns out (B, H, N, D) and lse (B, H, N), differentiable in query and scale, and scores and slots as
+        `nearest` does.
+        """
+        scores, slots = self._nearest_seen(query, k, query_mask)
+        nothing = query.new_empty(self.documents, self.rows.numel() // self.documents, 0, query.shape[-1])
+        out, lse = memory_attention(
+            query, nothing, nothing, self.keys, self.values, self.rows, scores, slots, scale,
+            dropout_p=dropout_p, seed=seed_of(dropout_p, query.device), soft_cap=soft_cap, ledger=self.ledger,
+        )  # fmt: skip
+        return out, lse, scores, slots
+
+    # ------------------------------------------------------------------------------------------------------ add, clear
+
+    def append(
+        self, keys: Tensor, values: Tensor, count: Tensor | None = None, ids: Tensor | None = None
+    ) -> MemorySnapshot:
+        """Stores keys and values (B, G, N, D) after the snapshot's entries; returns the state after them.
+
+        A forward pass that a backward pass runs again has stored them: nothing is written then.
+
+        Args:
+            count: (B,) int64, how many of the N each document stores. Default: all.
+            ids: (B, N) int64, where ids are kept. Default: positions in the document.
+
+        Raises StaleMemoryError where entries were added since the snapshot was made, or the ring would grow too large.
+        """
+        ring, length = self.ring, keys.shape[2]
+        if length == 0:
+            return self
+        groups = keys.shape[1]
+        count = None if count is None else count.repeat_interleave(groups)
+        ticket, again = self.advance(length)
+        if not again:
+            self._append_ids(ids, length, count)
+            backend = ring.backend if implements("knn_add_", ring.backend) else "auto"
+            knn_add_(
+                ring.keys, ring.values, ring.cursor, self.rows, keys, values, count, at=self.cursor, backend=backend
+            )
+        added = torch.full_like(self.rows, length) if count is None else count
+        cursor = self.cursor.index_add(0, self.rows, added)
+        return self.behind(cursor, ticket, again)
+
+    def _append_ids(self, ids: Tensor | None, length: int, count: Tensor | None) -> None:
+        """Stores ids (B, N), or positions, of what `append` is about to store. count: (B·G,)."""
+        kept = self.ring.ids
+        if kept is None or self.origin is None:
+            return
+        if ids is None:
+            ids = positions(self.rows, length, at=self.cursor, origin=self.origin)
+        else:
+            ids = ids.repeat_interleave(self.rows.numel() // self.documents, dim=0)
+        kept.write(self.rows, ids, count, cursor=self.ring.cursor, at=self.cursor)
+
+    def advance(self, length: int) -> tuple[Tensor, bool]:
+        """Counts `length` more entries, for which the ring makes room; the ticket after them, and whether they are
+        there already, because a backward pass runs a forward pass again."""
+        self._check_writable()
+        ring, again = self.ring, False
+        if not torch.compiler.is_compiling():
+            again = running_backward() != -1 and stored_since(ring.written, self.ticket)
+            if not again:
+                ring.make_room(self.ticket, length)
+        return ledger_advance_(ring.written, self.ticket, length), again
+
+    def behind(self, cursor: Tensor, ticket: Tensor, again: bool) -> MemorySnapshot:
+        """The memory after entries were added: its cursors (R,) and its ticket (R,); see `advance`."""
+        ring = self.ring
+        if again:
+            if bool(((ticket == OUT_OF_SCOPE) | (ticket <= self.written)).all()):
+                return replace(self, cursor=cursor, ticket=ticket)  # as the first forward pass left this storage
+            if int((ring.laid_out - ticket).max()) > ring.carried:
+                ticket = ticket - ring.spare  # the new storage did not take over all of it: a search is too late
+        ids = None if ring.ids is None else ring.ids.slots
+        return replace(
+            self, cursor=cursor, keys=ring.keys_read, values=ring.values_read, ticket=ticket, written=ring.written_read,
+            ids=ids,
+        )  # fmt: skip
+
+    def clear_rows(self, mask: Tensor) -> MemorySnapshot:
+        """Forgets all entries of the documents where mask (B,) is True; returns the state after that."""
+        self._check_writable()
+        check_mask(mask, self.documents, self.start.device)
+        of_rows = mask.repeat_interleave(self.rows.numel() // self.documents)
+        cleared = torch.zeros_like(self.start, dtype=torch.bool).index_copy(0, self.rows, of_rows)
+        start = torch.where(cleared, self.cursor, self.start)
+        self.ring.start.copy_(torch.maximum(self.ring.start, start))  # a recomputed forward clears nothing newer
+        if self.ring.ids is None or self.origin is None:
+            return replace(self, start=start)
+        origin = torch.where(cleared, self.cursor, self.origin)
+        self.ring.ids.origin.copy_(torch.maximum(self.ring.ids.origin, origin))
+        return replace(self, start=start, origin=origin)
+
+
+def memory_share(slots: Tensor, memory_gate: Tensor) -> Tensor:
+    """sigmoid(memory_gate (H,)) for each query (B, H, N); 0 where slots (B, H, N, K) hold nothing."""
+    return torch.where(slots[..., 0] >= 0, memory_gate.sigmoid()[:, None], 0.0)  # the best come first
+
+
+def mixed(to_memory: Tensor, to_local: Tensor, share: Tensor) -> Tensor:
+    """share · to_memory + (1 - share) · to_local, of (B, H, N, D), (B, H, N, D) and (B, H, N)."""
+    gate = share[..., None]  # (B, H, N, 1)
+    return (gate * to_memory + (1.0 - gate) * to_local).to(to_local.dtype)
