@@ -40,6 +40,7 @@ MODEL_LAYER = (
     "position",
     "vocabulary",
     "residual",
+    "segments",
     *FORMER,
 )
 CHECKING = ("checks", "validation")

@@ -74,6 +74,16 @@ class LayerInputs(NamedTuple):
             first = torch.where(real, 0 if first is None else first, local_keys)
         return first
 
+    def staying(self, local_length: Tensor | None, local_keys: int) -> Tensor | None:
+        """How many of the newest of L = `local_keys` are of the document that goes on behind the segment (B,).
+
+        local_length: (B,), how many of them count. None for all, as what is returned.
+        """
+        if self.beginnings is None:
+            return local_length
+        left = self.beginnings.left
+        return torch.where(left < 0, local_keys if local_length is None else local_length, left)
+
     def sees_neighbours(self, length: int) -> Tensor | None:
         """Which of N = `length` queries see neighbours, (B, N) bool; None where all do.
 
@@ -177,12 +187,8 @@ class LocalContext(nn.Module):
         if not self.causal and inputs.xl_memory is not None:
             raise ValueError("xl_memory must be None with causal=False: a cache is of a causal model")
 
-    def in_order(
-        self, x: Tensor, inputs: LayerInputs, mask: Tensor | None
-    ) -> tuple[Tensor, LayerInputs, Padding | None]:
+    def in_order(self, x: Tensor, inputs: LayerInputs, mask: Tensor) -> tuple[Tensor, LayerInputs, Padding]:
         """x (B, N, dim) and what comes with it once padding leads, where a mask (B, N) bool says what is padding."""
-        if mask is None:
-            return x, inputs, None
         batch, length, _ = x.shape
         check_tokens("mask", mask, batch, length, x.device)
         if inputs.rel_pos_bias is not None and inputs.rel_pos_bias.dim() != 2:
@@ -219,7 +225,14 @@ class LocalContext(nn.Module):
             value = torch.cat((cached_value, value), dim=-2)
             if inputs.skipped is not None:
                 key, value = (_behind_padding(tensor, length, inputs.skipped) for tensor in (key, value))
-        local = self._visible(key, value, length, inputs)
+        local_keys, local_length = key.shape[2], inputs.local_length
+        if inputs.skipped is not None:
+            local_length = (local_keys if local_length is None else local_length) - inputs.skipped
+        by_distance, dense = biases(inputs.rel_pos_bias, self.heads, length, local_keys)
+        local = LocalKeys(
+            key, value, by_distance, dense, local_length, inputs.first(length, local_keys), self.causal, self.soft_cap,
+            self.sink, inputs.sees_neighbours(length),
+        )  # fmt: skip
         if self.xl_max_memories == 0 or isinstance(cached, LocalView):
             return local, None
         newest, first = [key.detach(), value.detach()], max(0, key.shape[2] - self.xl_max_memories)
@@ -231,17 +244,6 @@ class LocalContext(nn.Module):
             newest = [tensor.gather(2, place.clamp(min=0)).masked_fill(place < 0, 0.0) for tensor in newest]
         new_cache = torch.stack(newest, dim=-2)  # (B, G, X, 2, D)
         return local, new_cache if self.kv_heads > 1 else new_cache[:, 0]
-
-    def _visible(self, key: Tensor, value: Tensor, length: int, inputs: LayerInputs) -> LocalKeys:
-        """Local keys and values (B, G, L, D), and what N = `length` queries see of them."""
-        local_keys, local_length = key.shape[2], inputs.local_length
-        if inputs.skipped is not None:
-            local_length = (local_keys if local_length is None else local_length) - inputs.skipped
-        by_distance, dense = biases(inputs.rel_pos_bias, self.heads, length, local_keys)
-        return LocalKeys(
-            key, value, by_distance, dense, local_length, inputs.first(length, local_keys), self.causal, self.soft_cap,
-            self.sink, inputs.sees_neighbours(length),
-        )  # fmt: skip
 
 
 class Attention(LocalContext):
@@ -322,7 +324,9 @@ class Attention(LocalContext):
         if inputs is None:
             inputs = LayerInputs(xl_memory, rel_pos_bias, local_length, lengths)
             self.check(x, inputs)
-        x, inputs, padding = self.in_order(x, inputs, mask)
+        padding = None
+        if mask is not None:
+            x, inputs, padding = self.in_order(x, inputs, mask)
         query, key, value = self.project(x)  # (B, H, N, D), (B, G, N, D), (B, G, N, D)
         local, new_cache = self.extend(key, value, inputs)
         dropout_p, plain = self.dropout_p, self.soft_cap is None and self.sink is None
@@ -330,7 +334,11 @@ class Attention(LocalContext):
         if of_view and query.shape[2] == 1 and local.bias_dense is not None and dropout_p == 0.0:
             return self.to_out(self._attend_once(query, local)), new_cache
         scale = torch.full((self.heads,), self.scale, dtype=arithmetic_dtype(query), device=x.device)
-        attended, _ = attend_to_local(query, local, scale, dropout_p)
+        attended, _ = local_attention(
+            query, local.key, local.value, scale, local.bias_table, local.bias_dense, local.local_length,
+            dropout_p, seed_of(dropout_p, x.device),
+            causal=self.causal, first=local.first, soft_cap=self.soft_cap, sink=self.sink,
+        )  # fmt: skip
         out = self.to_out(attended.transpose(1, 2).flatten(2))  # (B, N, dim)
         return out if padding is None else ordered(out, padding.back), new_cache
 
@@ -347,15 +355,6 @@ class Attention(LocalContext):
             query.reshape(*of_group, width), local.key, local.value, mask, scale=self.scale
         )  # (B, G, H/G, D)
         return out.reshape(batch, 1, heads * width)
-
-
-def attend_to_local(query: Tensor, local: LocalKeys, scale: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
-    """Attention of query (B, H, N, D) to the local keys alone: out (B, H, N, D) and lse (B, H, N)."""
-    return local_attention(
-        query, local.key, local.value, scale, local.bias_table, local.bias_dense, local.local_length,
-        dropout_p, seed_of(dropout_p, query.device),
-        causal=local.causal, first=local.first, soft_cap=local.soft_cap, sink=local.sink,
-    )  # fmt: skip
 
 
 def _behind_padding(tensor: Tensor, length: int, skipped: Tensor) -> Tensor:

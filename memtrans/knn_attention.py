@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memtrans.attention import LayerInputs, LocalContext, LocalKeys
+from memtrans.attention import LayerInputs, LocalContext
 from memtrans.checks import check_choice, check_number, check_tokens
 from memtrans.memory.knn_memory import KNNMemory
 from memtrans.memory.leaving import add_leaving
@@ -158,7 +158,9 @@ class KNNAttention(LocalContext):
             knn_memory, add_to = self.check_all(x, inputs, knn_memory, add_to)
         assert isinstance(knn_memory, MemorySnapshot) and not isinstance(add_to, KNNMemory)
         added_to = knn_memory if add_to is None else add_to
-        x, inputs, padding = self.in_order(x, inputs, mask)
+        padding = None
+        if mask is not None:
+            x, inputs, padding = self.in_order(x, inputs, mask)
         query, key, value = self.project(x)  # (B, H, N, D), (B, G, N, D), (B, G, N, D)
         if self.similarity == "cosine":
             query, key = cosine(query, key)
@@ -179,7 +181,7 @@ class KNNAttention(LocalContext):
                 local.value,
                 kept=self.xl_max_memories,
                 length=x.shape[1],
-                local_length=self._staying(local, inputs),
+                local_length=inputs.staying(local.local_length, local.key.shape[2]),
                 lengths=inputs.lengths,
             )
         out = self.to_out(out.transpose(1, 2).flatten(2))  # (B, N, dim)
@@ -187,14 +189,6 @@ class KNNAttention(LocalContext):
         if self.output_gate is not None:
             out = out * self.output_gate.tanh()
         return (out, new_cache, added_to) if return_memory else (out, new_cache)
-
-    @staticmethod
-    def _staying(local: LocalKeys, inputs: LayerInputs) -> Tensor | None:
-        """How many of the newest local keys are of the document that goes on behind the segment (B,); None for all."""
-        if inputs.beginnings is None:
-            return local.local_length
-        left = inputs.beginnings.left
-        return torch.where(left < 0, local.key.shape[2] if local.local_length is None else local.local_length, left)
 
     def temperature(self) -> Tensor:
         """What logits are multiplied by, per head (H,): the exponential of what is learned."""

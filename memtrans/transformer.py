@@ -260,13 +260,16 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
             self._check(batch, length, device, caches, lengths, xl_length, mask)
         searched = self.snapshots(knn_memories, batch, length, device)
 
-        hidden, ids, padding = self._padding_first(hidden, x, mask_of(mask, lengths, length))
+        ids, padding, real = x, None, mask_of(mask, lengths, length)
+        if real is not None:
+            hidden, ids, padding = self._padding_first(hidden, x, real)
         lengths = lengths if padding is None else None
-        begun = self._beginnings(ids, lengths, padding)
-        added_to = searched
+        added_to, begun = searched, None
         start, end = self.clear_memories_on_sos_token_id, self.clear_memories_on_eos_token_id
+        if ids is not None and not self.legacy and (start is not None or end is not None):
+            begun = beginnings(ids, start, end, _real_tokens(ids, lengths, padding))
         if add_knn_memory and begun is not None:  # read-only calls clear nothing
-            added_to = [snapshot.clear_rows(begun.left >= 0) for snapshot in searched]
+            added_to = [snapshot.cleared(begun.left >= 0) for snapshot in searched]
             elsewhere = added_to[0].cleared_elsewhere if added_to else None
             begun = begun if elsewhere is None else begun.beside(*elsewhere)
         elif add_knn_memory and self.legacy and ids is not None and start is not None:
@@ -296,21 +299,10 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         return result, new_caches
 
     @staticmethod
-    def _padding_first(
-        hidden: Tensor, ids: Tensor | None, real: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Padding | None]:
+    def _padding_first(hidden: Tensor, ids: Tensor | None, real: Tensor) -> tuple[Tensor, Tensor | None, Padding]:
         """Embeddings (B, N, dim) and ids (B, N) with all padding leading, where `real` (B, N) says what is none."""
-        if real is None:
-            return hidden, ids, None
         padding = leading(real)
         return ordered(hidden, padding.order), None if ids is None else ordered(ids, padding.order), padding
-
-    def _beginnings(self, ids: Tensor | None, lengths: Tensor | None, padding: Padding | None) -> Beginnings | None:
-        """Where documents begin in the segment; None where no token says it, or upstream's way of clearing holds."""
-        start, end = self.clear_memories_on_sos_token_id, self.clear_memories_on_eos_token_id
-        if ids is None or self.legacy or (start is None and end is None):
-            return None
-        return beginnings(ids, start, end, _real_tokens(ids, lengths, padding))
 
     def _nothing_of_unused_bias(self, device: torch.device) -> Tensor | None:
         """0 () that gives the bias of the kind of layer that this model has none of a gradient; None without such.
@@ -409,7 +401,8 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         """Raises unless counts and caches fit a segment (B, N); see `forward`."""
         check_count("lengths", lengths, batch, device, length)
         check_count("xl_length", xl_length, batch, device)
-        check_tokens("mask", mask, batch, length, device)
+        if mask is not None:
+            check_tokens("mask", mask, batch, length, device)
         real = mask_of(mask, lengths, length)
         check_said(caches, lengths if real is None else real.sum(dim=1), xl_length)
 
@@ -443,7 +436,7 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         """Forgets, as upstream means it, the documents whose row of x has the token outside padding; on the device."""
         found, real = x == token_id, _real_tokens(x, lengths, padding)
         mask = (found if real is None else found & real).any(dim=-1)
-        return [snapshot.clear_rows(mask) for snapshot in snapshots]
+        return [snapshot.cleared(mask) for snapshot in snapshots]
 
 
 def _real_tokens(ids: Tensor, lengths: Tensor | None, padding: Padding | None) -> Tensor | None:

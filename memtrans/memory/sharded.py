@@ -37,14 +37,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from memtrans.attention import LocalKeys, attend_to_local, seed_of
+from memtrans.attention import LocalKeys, seed_of
 from memtrans.distributed.ranks import Ranks
-from memtrans.memory.checks import check_mask
 from memtrans.memory.exchange import by_rank, exchange, fetched, from_all, side_by_side
 from memtrans.memory.ids import NOTHING, check_kept
 from memtrans.memory.layout import NO_ENTRY, visible, without
 from memtrans.memory.ring import Ring
-from memtrans.memory.snapshot import MemorySnapshot
+from memtrans.memory.snapshot import MemorySnapshot, attend_to_local
 from memtrans.memory.state import SHARD, held
 from memtrans_kernels import (
     knn_add_,
@@ -409,10 +408,9 @@ class ShardedSnapshot(MemorySnapshot):
         of_all = from_all(ids, self.ring.ranks).movedim(0, 1).flatten(1)  # (B, W·N)
         return of_all.repeat_interleave(place.shape[0] // ids.shape[0], dim=0).gather(1, place)
 
-    def clear_rows(self, mask: Tensor) -> MemorySnapshot:
+    def cleared(self, mask: Tensor) -> MemorySnapshot:
         """Forgets the documents where mask (B,) is True on one rank at least; returns the state after that."""
-        check_mask(mask, self.documents, self.start.device)
         ranks = self.ring.ranks
         of_all = from_all(mask.to(torch.uint8), ranks).bool()  # (W, B)
         elsewhere = of_all[: ranks.rank].any(dim=0), of_all[ranks.rank + 1 :].any(dim=0)
-        return replace(super().clear_rows(of_all.any(dim=0)), cleared_elsewhere=elsewhere)
+        return replace(super().cleared(of_all.any(dim=0)), cleared_elsewhere=elsewhere)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from memtrans.attention import LocalKeys, attend_to_local, seed_of
+from memtrans.attention import LocalKeys, seed_of
 from memtrans.memory.checks import check_mask, running_backward, scoping
 from memtrans.memory.ids import check_kept, positions, read_ids
 from memtrans.memory.observation import Observation, local_weights, retrieved_weights
@@ -24,6 +24,7 @@ from memtrans_kernels import (
     knn_add_,
     knn_search,
     ledger_advance_,
+    local_attention,
     memory_attention,
 )
 from memtrans_kernels.backends import implements
@@ -338,6 +339,10 @@ class MemorySnapshot:
         """Forgets all entries of the documents where mask (B,) is True; returns the state after that."""
         self._check_writable()
         check_mask(mask, self.documents, self.start.device)
+        return self.cleared(mask)
+
+    def cleared(self, mask: Tensor) -> MemorySnapshot:
+        """`clear_rows`, for callers who know that the mask fits."""
         of_rows = mask.repeat_interleave(self.rows.numel() // self.documents)
         cleared = torch.zeros_like(self.start, dtype=torch.bool).index_copy(0, self.rows, of_rows)
         start = torch.where(cleared, self.cursor, self.start)
@@ -347,6 +352,15 @@ class MemorySnapshot:
         origin = torch.where(cleared, self.cursor, self.origin)
         self.ring.ids.origin.copy_(torch.maximum(self.ring.ids.origin, origin))
         return replace(self, start=start, origin=origin)
+
+
+def attend_to_local(query: Tensor, local: LocalKeys, scale: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
+    """Attention of query (B, H, N, D) to the local keys alone: out (B, H, N, D) and lse (B, H, N)."""
+    return local_attention(
+        query, local.key, local.value, scale, local.bias_table, local.bias_dense, local.local_length,
+        dropout_p, seed_of(dropout_p, query.device),
+        causal=local.causal, first=local.first, soft_cap=local.soft_cap, sink=local.sink,
+    )  # fmt: skip
 
 
 def memory_share(slots: Tensor, memory_gate: Tensor) -> Tensor:
