@@ -37,7 +37,7 @@ def read_settings(file: Path) -> dict[str, Any]:
 def written(settings: Settings) -> str:
     """`settings` in TOML, each with what it means; what is None is left out, for TOML has no word for it.
 
-    >>> written(Settings()).splitlines()[2]
+    >>> written(Settings()).splitlines()[5]
     'window_segments = 5  # segments of a window, with --windows'
     """
     lines = []

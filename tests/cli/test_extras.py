@@ -98,5 +98,5 @@ def test_22_9_push_to_hub_uploads_what_save_pretrained_writes(monkeypatch: pytes
     assert address == "https://huggingface.co/user/name/commit/1"
     assert HubOfTheTest.uploaded == {
         "token": "secret", "repo": "user/name", "private": True, "exist_ok": True, "message": "first",
-        "files": ["config.json", "memories.safetensors", "model.safetensors"],
+        "files": ["README.md", "config.json", "memories.safetensors", "model.safetensors"],
     }  # fmt: skip
