@@ -30,6 +30,8 @@ def copy_entries(ring, row, slot, to, key_strides, there, WIDTH: tl.constexpr, B
         column = begin + tl.arange(0, BLOCK_WIDTH)
         inside = there[:, None] & (column < WIDTH)[None, :]
         entry = tl.load(source[:, None] + column[None, :], mask=inside & (slot >= 0)[:, None], other=0.0)
+        if to.dtype.element_ty.primitive_bitwidth < 32:
+            entry = entry.to(tl.float32)  # float64 is rounded twice, as PyTorch rounds it
         tl.store(to[:, None] + column[None, :], entry.to(to.dtype.element_ty), mask=inside)
 
 
