@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
+
 import pytest
 import torch
 from helpers.devices import DEVICE
@@ -12,6 +15,32 @@ torch.set_default_device(DEVICE)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out, on a GPU, what is promised of CPU tensors alone: values are looked at there, where that is free."""
     if DEVICE != "cpu":
-        out = [item for item in items if item.get_closest_marker("cpu")]
-        config.hook.pytest_deselected(items=out)
-        items[:] = [item for item in items if item not in out]
+        _leave_out([item for item in items if item.get_closest_marker("cpu")], config, items)
+
+
+class OneOfSeveral:
+    """Of the cases of each test that is left the first of every so many: interpreted kernels take their time."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+
+    @pytest.hookimpl(trylast=True)  # after -k and -m
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        seen = Counter[str]()
+        out = []
+        for item in items:
+            test = item.nodeid.partition("[")[0]
+            if seen[test] % self.every:
+                out.append(item)
+            seen[test] += 1
+        _leave_out(out, config, items)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if every := os.environ.get("MEMTRANS_TEST_ONE_OF"):
+        config.pluginmanager.register(OneOfSeveral(int(every)))
+
+
+def _leave_out(out: list[pytest.Item], config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.hook.pytest_deselected(items=out)
+    items[:] = [item for item in items if item not in out]

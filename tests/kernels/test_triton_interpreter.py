@@ -1,6 +1,7 @@
 """The Triton kernels pass their operators' tests in Triton's interpreter, where there is no GPU.
 
-A process of their own: Triton decides at import whether it interprets.
+A process of their own: Triton decides at import whether it interprets. It takes minutes, so that everyone's run has one
+of eight cases of each test, and `make test-slow` all.
 """
 
 from __future__ import annotations
@@ -27,16 +28,26 @@ MODULES = [  # those that take longest first
     "test_gather_pairs.py",
 ]
 
+DRAWN = ("test_memory_attention_drawn.py",)  # its examples are not cases: a minute and a half
+
 
 @pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Ended]]]:
-    yield from beside_each_other(
-        selected(request), lambda module: (["-k", "triton", str(TESTS / module)], {"TRITON_INTERPRET": "1"})
-    )
+    def run(name: str) -> tuple[list[str], dict[str, str]]:
+        module, every = name.split()
+        return ["-k", "triton", str(TESTS / module)], {"TRITON_INTERPRET": "1", "MEMTRANS_TEST_ONE_OF": every}
+
+    yield from beside_each_other(selected(request), run)
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize(
+    "module",
+    [
+        *(f"{module} 8" for module in MODULES if module not in DRAWN),
+        *(pytest.param(f"{module} 1", marks=pytest.mark.slow) for module in MODULES),
+    ],
+)
 def test_interpreted(module: str, runs: dict[str, Future[Ended]]) -> None:
     result = runs[module].result()
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
