@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from helpers.byte_tokenizers import bytes_tokenizer
 from helpers.hf_families import made
-from helpers.tokenizers import bytes_tokenizer
 
 from memtrans.cli.main import main
 

@@ -33,7 +33,9 @@ def shown(path: Path) -> dict[str, Any]:
 
 def command(directory: Path, *more: str) -> int:
     arguments = {"--checkpoint": "run", "--document": "book.txt", "--out": "page.html"}
-    given = [str(directory / word) if word in (*arguments.values(), "tiny", "all.json") else word for word in more]
+    given = [
+        str(directory / word) if word in (*arguments.values(), "tiny", "begun", "all.json") else word for word in more
+    ]
     for option, value in arguments.items():
         if option not in more and not (option == "--checkpoint" and "--model" in more):
             given += [option, str(directory / value)]
@@ -63,8 +65,8 @@ def test_the_end_of_training_leaves_a_page(directory: Path) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="of the extra memtrans[hf]")
 def test_a_pretrained_model_is_inspected(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from helpers.byte_tokenizers import bytes_tokenizer
     from helpers.hf_families import made
-    from helpers.tokenizers import bytes_tokenizer
 
     made("llama", vocab_size=260).save_pretrained(directory / "tiny")
     bytes_tokenizer().save_pretrained(directory / "tiny")
@@ -102,6 +104,6 @@ def test_bad_input_is_one_line(
 def test_places_that_a_token_moved_are_refused(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes: dict[str, Any] = {"dim": 16, "depth": 1, "dim_head": 8, "heads": 2, "memorizing_layers": 1}
     model = MemorizingTransformer(num_tokens=256, clear_memories_on_sos_token_id=ord("4"), **sizes)
-    model.save_pretrained(directory / "tiny")
-    assert command(directory, "--checkpoint", "tiny", "--segment", "64") == 2
+    model.save_pretrained(directory / "begun")
+    assert command(directory, "--checkpoint", "begun", "--segment", "64") == 2
     assert "must not hold the token that clears the memory" in capsys.readouterr().err

@@ -110,7 +110,15 @@ def libraries(process: subprocess.Popen[str]) -> str:
 @pytest.mark.parametrize("library", ["libc10.so", "libtorch_cpu.so", "libtorch_python.so"])
 def test_ctrl_c_while_the_command_is_imported_ends_it_quietly(library: str) -> None:
     command = [sys.executable, "-m", "memtrans", "eval", "--out", "/no/such/run"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # tests in the background would hand on a deaf ear
+    )
     while library not in libraries(process):
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.byte_tokenizers import bytes_tokenizer
 from helpers.hf_families import made
-from helpers.tokenizers import bytes_tokenizer
 from transformers import PreTrainedModel
 
 from memtrans.hf import ModelMemory, add_memory, calibrate

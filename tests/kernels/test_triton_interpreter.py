@@ -52,4 +52,4 @@ def test_interpreted(module: str, runs: dict[str, Future[Ended]]) -> None:
     result = runs[module].result()
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     passed = re.search(r"(\d+) passed", result.stdout)
-    assert passed and int(passed[1]) >= 3, "the triton backend was not live"
+    assert passed and int(passed[1]) >= (3 if module.endswith(" 1") else 1), "the triton backend was not live"
