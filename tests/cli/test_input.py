@@ -115,9 +115,8 @@ def test_ctrl_c_while_the_command_is_imported_ends_it_quietly(library: str) -> N
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        ),  # tests in the background would hand on a deaf ear
+        # A shell has its background jobs ignore the signal, and these hand that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while library not in libraries(process):
         time.sleep(0.002)
