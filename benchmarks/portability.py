@@ -78,6 +78,7 @@ MAIN_SEARCHES = (
 SEARCHES = (
     *MAIN_SEARCHES,
     Search(torch.float16, 256, 64, capacity=8192),
+    Search(torch.float16, 768, capacity=8192),
     Search(torch.float32, 256, capacity=8192),
     Search(torch.float32, 8, capacity=8192),
     Search(torch.bfloat16, 24, 256, 1, 600000),

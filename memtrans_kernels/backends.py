@@ -116,15 +116,16 @@ def _unfit_for_hopper(
     return None
 
 
-TRITON_SEARCH_MOST = 256  # head width, and neighbours: SEARCH_MOST in impl/triton/configs.py
-TRITON_SEARCH_LIMITS = f"{NARROW}, contiguous keys, D and K up to {TRITON_SEARCH_MOST}"
+TRITON_SEARCH_MOST = (2048, 256)  # D, which its tiles are chosen for; K, as a program holds what it chooses from
+TRITON_SEARCH_LIMITS = f"{NARROW}, contiguous keys, D up to {TRITON_SEARCH_MOST[0]}, K up to {TRITON_SEARCH_MOST[1]}"
 
 
 def _unfit_for_triton_search(
     query: Tensor, keys: Tensor, rows: Tensor, start: Tensor, cursor: Tensor, *sizes: int
 ) -> str | None:
-    if keys.shape[-1] > TRITON_SEARCH_MOST or sizes[1] > TRITON_SEARCH_MOST:
-        return f"D and K must be at most {TRITON_SEARCH_MOST}, got {keys.shape[-1]} and {sizes[1]}"
+    (width, neighbours), (most_width, most_neighbours) = (keys.shape[-1], sizes[1]), TRITON_SEARCH_MOST
+    if width > most_width or neighbours > most_neighbours:
+        return f"D must be at most {most_width} and K {most_neighbours}, got {width} and {neighbours}"
     if not keys.is_contiguous():
         return "keys must be contiguous, as `keys.contiguous()` is"
     return _no_float64_keys(query, keys)

@@ -51,7 +51,7 @@ def check(entries, capacity, k, *, spare=0, heads=2, length=1, groups=1, rows=No
 
 @FEW_AND_MANY
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [8, 24, 64, 80, 128, 200, 256])
+@pytest.mark.parametrize("width", [8, 24, 64, 80, 128, 200, 256, 264, 768, 2048])
 def test_every_width_and_dtype(width: int, dtype: torch.dtype, length: int) -> None:
     check([(0, keys_of(count, width, dtype, count)) for count in (0, 1, 700, 1500)], 1000, 32, spare=64, length=length)
 

@@ -117,8 +117,8 @@ def test_any_gpu_searches_in_triton_where_the_compiled_module_is_missing(
 @pytest.mark.parametrize(
     ("keys", "k", "reason"),
     [
-        (torch.zeros(1, 8, 264), 4, "D and K must be at most 256, got 264 and 4"),
-        (torch.zeros(1, 8, 64), 257, "D and K must be at most 256, got 64 and 257"),
+        (torch.zeros(1, 8, 2056), 4, "D must be at most 2048 and K 256, got 2056 and 4"),
+        (torch.zeros(1, 8, 64), 257, "D must be at most 2048 and K 256, got 64 and 257"),
         (torch.zeros(1, 64, 8).transpose(1, 2), 4, "keys must be contiguous, as `keys.contiguous()` is"),
         (torch.zeros(1, 8, 64).double(), 4, "it computes in float32, not in float64"),
     ],

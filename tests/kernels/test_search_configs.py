@@ -45,7 +45,7 @@ TARGETS = {
 
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("width", [8, 64, 128, 200, 256])
+@pytest.mark.parametrize("width", [8, 64, 128, 200, 256, 768, 2048])
 def test_every_target_has_a_tile_for_every_width(name: str, itemsize: int, width: int) -> None:
     """Of the operands alone; what a compiled kernel takes, test_targets.py asks the compiler."""
     target = TARGETS[name]

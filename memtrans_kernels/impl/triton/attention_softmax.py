@@ -9,7 +9,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from memtrans_kernels.impl.triton.attention_tiles import LOG2E, capped, gather_rows, kept, load_rows, local_logits
+from memtrans_kernels.impl.triton.attention_tiles import (
+    LOG2E,
+    capped,
+    gather_rows,
+    kept,
+    load_mask,
+    load_rows,
+    local_logits,
+)
 
 
 @triton.jit
@@ -87,10 +95,11 @@ def attend_to_local(
     """Adds the local keys [first, last) to a running softmax."""
     for start in tl.range(first, last, BLOCK_KEYS):
         j = start + tl.arange(0, BLOCK_KEYS)
+        seen = None if mask is None else load_mask(mask, j[None, :], sizes[1])
         k = load_rows(key, j, sizes[1], key_stride, WIDTH, BLOCK_WIDTH).to(q.dtype)
         dot = tl.dot(q, tl.trans(k), input_precision="ieee")
         logits = local_logits(
-            dot, n[:, None], j[None, :], scale, table, dense, dense_strides, mask, oldest, sizes, NEAR, BOUND, CAUSAL,
+            dot, n[:, None], j[None, :], scale, table, dense, dense_strides, seen, oldest, sizes, NEAR, BOUND, CAUSAL,
             CAP,
         )  # fmt: skip  # (BLOCK_QUERIES, BLOCK_KEYS)
         higher = tl.maximum(peak, tl.max(logits, axis=1))

@@ -29,11 +29,14 @@ def load_rows(base, row, end, stride, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.const
 
 @triton.jit
 def gather_rows(base, slot, stride, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
-    """Ring entries `slot` in float32, zeros where it is -1; (len(slot), BLOCK_WIDTH)."""
+    """Ring entries `slot` in float32, zeros where it is -1; (len(slot), BLOCK_WIDTH).
+
+    They are read once, so they stay out of the first-level cache, which holds the slots and scores of the next ones.
+    """
     column = tl.arange(0, BLOCK_WIDTH)
     mask = (slot >= 0)[:, None] & (column < WIDTH)[None, :]
-    rows = tl.load(base + slot.to(tl.int64)[:, None] * stride + column[None, :], mask=mask, other=0.0)
-    return rows.to(tl.float32)
+    place = base + slot.to(tl.int64)[:, None] * stride + column[None, :]
+    return tl.load(place, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
 
 
 @triton.jit
@@ -98,13 +101,20 @@ def through_cap(grad_logits, logits, CAP: tl.constexpr):
 
 
 @triton.jit
+def load_mask(mask, j, local_keys):
+    """Which local keys `j` are real. Asked for before a tile's product, it comes meanwhile."""
+    return tl.load(mask + j, mask=(j < local_keys) & (j >= 0), other=0) != 0
+
+
+@triton.jit
 def local_logits(
-    dot, n, j, scale, table, dense, dense_strides, mask, oldest, sizes, NEAR: tl.constexpr, BOUND: tl.constexpr,
+    dot, n, j, scale, table, dense, dense_strides, seen, oldest, sizes, NEAR: tl.constexpr, BOUND: tl.constexpr,
     CAUSAL: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """scale · dot + bias, -inf where query n must not look at key j; `scale` is in units of ln 2.
 
-    NEAR: some of the tile's distances are negative or inside the bias table. BOUND: `oldest` counts.
+    seen: which keys are real, None for all. NEAR: some of the tile's distances are negative or inside the bias table.
+    BOUND: `oldest` counts.
     """
     length, local_keys, distances = sizes
     distance = n + (local_keys - length) - j
@@ -123,9 +133,8 @@ def local_logits(
         logits += tl.load(dense + at, mask=inside, other=0.0).to(tl.float32) * LOG2E
     if NEAR or not CAUSAL:
         logits = tl.where((distance >= 0) & (j < local_keys) & (j >= 0), logits, float("-inf"))
-    if mask is not None:
-        seen = tl.load(mask + j, mask=(j < local_keys) & (j >= 0), other=0)
-        logits = tl.where(seen != 0, logits, float("-inf"))
+    if seen is not None:
+        logits = tl.where(seen, logits, float("-inf"))
     if BOUND:
         logits = tl.where(j >= oldest, logits, float("-inf"))
     return logits
@@ -143,9 +152,10 @@ def local_tile(
     The tile has the shape of dot(q, k): queries first if `q` and `grad` are rows and `k` and `v` columns, or the other
     way round with the two pairs exchanged.
     """
+    seen = None if mask is None else load_mask(mask, j, sizes[1])
     dot = tl.dot(q, k, input_precision="ieee")
     logits = local_logits(
-        dot, n, j, scale, table, dense, dense_strides, mask, oldest, sizes, NEAR, BOUND, CAUSAL, CAP
+        dot, n, j, scale, table, dense, dense_strides, seen, oldest, sizes, NEAR, BOUND, CAUSAL, CAP
     )  # fmt: skip
     weights = tl.exp2(logits - denominator)
     grad_weights = tl.dot(grad, v, input_precision="ieee")

@@ -53,9 +53,10 @@ def block_width(width: int) -> int:
     return max(16, power_of_two(width))
 
 
-def neighbours_at_once(neighbours: int) -> int:
-    """Logits of a query's neighbours that are in registers together."""
-    return min(128, power_of_two(neighbours))
+def neighbours_at_once(neighbours: int, queries: int) -> int:
+    """Logits of a query's neighbours that are in registers together: 8,192 numbers of a program leave room for two
+    programs, not four. H200, D 64, K 256, forward: 0.53 ms, with 128 of 64 queries 1.85."""
+    return min(4096 // queries, power_of_two(neighbours))
 
 
 def neighbours_of_one_query(neighbours: int, width: int) -> int:
@@ -65,14 +66,13 @@ def neighbours_of_one_query(neighbours: int, width: int) -> int:
 
 def attention_forward(itemsize: int, width: int, length: int, local_keys: int, neighbours: int) -> AttentionLaunch:
     """Measured on an H200, bf16, B=16 H=8 K=32, memory 64k; milliseconds. D 64, N 512: 0.133 against 0.165 with 64 keys
-    and 0.143 with 32 queries of 64 keys. D 128: 0.248 against 0.352 with 64 queries of 32 keys. On an H100, without
-    neighbours, D 128: 0.077 against 0.111 with 32 queries."""
+    and 0.143 with 32 queries of 64 keys. D 128: 0.248 against 0.352 with 64 queries of 32 keys. D 256: 0.431 against
+    0.655 with 8 warps and two tiles in flight. On an H100, without neighbours, D 128: 0.077 against 0.111 with 32
+    queries."""
     if itemsize > 2:
         return AttentionLaunch(queries=16 if length <= 16 or width > 128 else 32, keys=32, warps=4, stages=1)
     if width > 128:
-        return AttentionLaunch(
-            queries=16 if length <= 16 else 32, keys=32, warps=4 if length <= 16 else 8, stages=2, unroll=2
-        )
+        return AttentionLaunch(queries=16 if length <= 16 else 32, keys=32, warps=4, stages=1, unroll=2)
     if length <= 16 and local_keys <= 64:
         return AttentionLaunch(queries=16, keys=64, warps=2, stages=2, unroll=8)
     if length <= 16:
@@ -111,15 +111,13 @@ def attention_query_gradient(itemsize: int, width: int, length: int, neighbours:
     """Few queries: their rows and those of two neighbours' keys and values are in registers. Whole backward pass, as
     above: D 64 0.389 against 0.436 with 64 of each; D 128 0.633 against 0.925 with 64 keys. Without neighbours there is
     room for larger tiles; on an H100, L 512 and 1024 at D 64, 512 at D 128: 0.183, 0.274 and 0.271 against 0.232, 0.393
-    and 0.332. float32, D 128, compiled for sm_90 and not measured: 392 bytes of stack a thread with 8 warps, 6,424 with
-    4."""
+    and 0.332. D 256, forward pass included: 2.09 against 2.71 with 32 queries of 8 warps. float32, D 128, compiled for
+    sm_90 and not measured: 392 bytes of stack a thread with 8 warps, 6,424 with 4."""
     if itemsize > 2:
         few = length <= 16 or width > 128
         return AttentionLaunch(queries=16 if few else 32, keys=32, warps=8 if width > 64 and not few else 4, stages=1)
     if width > 128:
-        return AttentionLaunch(
-            queries=16 if length <= 16 else 32, keys=32, warps=4 if length <= 16 else 8, stages=1, unroll=2
-        )
+        return AttentionLaunch(queries=16, keys=32, warps=4, stages=1, unroll=2)
     if length <= 16:
         return AttentionLaunch(queries=16, keys=64, warps=4, stages=1, unroll=4)
     if neighbours == 0:
@@ -184,7 +182,6 @@ class SearchLaunch(NamedTuple):
 
 
 KNOWN_VENDORS = ("nvidia", "amd")
-SEARCH_MOST = 256  # D and K: a program holds a tile of keys, or the numbers it chooses from
 SEARCH_FAN = 8  # children of a run of a level beyond the second
 SEARCH_BLOCK = 128  # runs of a program that coarsens
 SEARCH_FEW_QUERIES = 64  # of a memory row: one program sees each key
@@ -209,24 +206,27 @@ SEARCH_TILES: dict[int, dict[tuple[int, int], SearchTile]] = {
         (2, 128): SearchTile(128, 128, 4, 4),
         (2, 256): SearchTile(128, 128, 8, 2),
         (2, 512): SearchTile(64, 64, 4, 2),
+        (2, 4096): SearchTile(128, 128, 8, 3, columns=64),
         (4, 256): SearchTile(128, 64, 8, 2),
-        (4, 1024): SearchTile(64, 64, 4, 1, columns=64),
+        (4, 8192): SearchTile(64, 64, 4, 1, columns=64),
     },
     160: {
         (2, 128): SearchTile(128, 128, 4, 4),
         (2, 256): SearchTile(128, 128, 8, 2),
         (2, 512): SearchTile(64, 64, 4, 2),
-        (4, 1024): SearchTile(64, 64, 8, 1, columns=64),  # 128 queries of 64 keys spill 5 KB a thread on an sm_80
+        (2, 4096): SearchTile(128, 128, 8, 3, columns=64),
+        (4, 8192): SearchTile(64, 64, 8, 1, columns=64),  # 128 queries of 64 keys spill 5 KB a thread on an sm_80
     },
     99: {
         (2, 128): SearchTile(64, 128, 4, 2),
         (2, 256): SearchTile(64, 64, 4, 2),
         (2, 512): SearchTile(64, 64, 4, 1, columns=128),
-        (4, 1024): SearchTile(64, 64, 8, 1, columns=64),
+        (2, 4096): SearchTile(64, 128, 4, 2, columns=64),
+        (4, 8192): SearchTile(64, 64, 8, 1, columns=64),
     },
     0: {
-        (2, 512): SearchTile(64, 64, 4, 1, columns=128),  # of 128 keys 684 bytes a thread spill on a gfx1100
-        (4, 1024): SearchTile(64, 64, 4, 1, columns=32),
+        (2, 4096): SearchTile(64, 64, 4, 1, columns=128),  # of 128 keys 684 bytes a thread spill on a gfx1100
+        (4, 8192): SearchTile(64, 64, 4, 1, columns=32),
     },
 }
 

@@ -16,8 +16,8 @@ Its work depends on the sizes alone, not on what the keys hold:
 
 Queries go in chunks, so that what is kept between the steps stays within WORKSPACE_BYTES. The host reads no number.
 
-Source: Wu et al. 2022, section 3.1. Limits: keys float16, bfloat16 or float32, D and K up to 256. Precision: one
-float32 accumulation; float32 keys by three products of tensor-float-32 parts on NVIDIA GPUs, never by one.
+Source: Wu et al. 2022, section 3.1. Limits: keys float16, bfloat16 or float32, D up to 2048, K up to 256. Precision:
+one float32 accumulation; float32 keys by three products of tensor-float-32 parts on NVIDIA GPUs, never by one.
 """
 
 from __future__ import annotations

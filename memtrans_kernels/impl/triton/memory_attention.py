@@ -152,7 +152,7 @@ def memory_attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
             query.stride()[:3], key.stride()[:3], value.stride()[:3], memory_values.stride()[:2],
             strides_of_dense(bias_dense),
             NEIGHBOURS=neighbours,
-            BLOCK_NEIGHBOURS=configs.neighbours_at_once(neighbours),
+            BLOCK_NEIGHBOURS=configs.neighbours_at_once(neighbours, launch.queries),
             BLOCK_QUERIES=launch.queries,
             BLOCK_KEYS=launch.keys,
             UNROLL=launch.unroll,
