@@ -134,7 +134,8 @@ def local_logits(
     if NEAR or not CAUSAL:
         logits = tl.where((distance >= 0) & (j < local_keys) & (j >= 0), logits, float("-inf"))
     if seen is not None:
-        logits = tl.where(seen, logits, float("-inf"))
+        if tl.min(seen.to(tl.int32)) == 0:  # most tiles of padded documents are real throughout
+            logits = tl.where(seen, logits, float("-inf"))
     if BOUND:
         logits = tl.where(j >= oldest, logits, float("-inf"))
     return logits
