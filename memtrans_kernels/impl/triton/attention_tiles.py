@@ -133,7 +133,7 @@ def local_logits(
         logits += tl.load(dense + at, mask=inside, other=0.0).to(tl.float32) * LOG2E
     if NEAR or not CAUSAL:
         logits = tl.where((distance >= 0) & (j < local_keys) & (j >= 0), logits, float("-inf"))
-    if seen is not None:
+    if seen is not None:  # noqa: SIM102  the first is known to the compiler, the second is not
         if tl.min(seen.to(tl.int32)) == 0:  # most tiles of padded documents are real throughout
             logits = tl.where(seen, logits, float("-inf"))
     if BOUND:
