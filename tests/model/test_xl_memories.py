@@ -115,7 +115,8 @@ def test_what_they_say_is_what_the_next_segment_takes_for_granted():
     explicit, _ = logits(plain, xl_length=REAL[:2].sum(dim=0))
     assert torch.equal(said, explicit)
     assert after.length.tolist() == (REAL[:2].sum(dim=0) + LENGTH).tolist()
-    assert not torch.equal(said, logits(plain)[0]), "a list of copies is full"
+    with pytest.raises(ValueError, match=r"xl_length must be given .* zeros lead all but \[6, 5, 4\] of 8 tokens"):
+        logits(plain)
     none, after = logits(xl_memories, xl_length=torch.zeros(BATCH, dtype=torch.int64))
     assert_close(none, logits(None)[0], SAME_GRAPH)
     assert after.length.tolist() == [LENGTH] * BATCH
