@@ -212,7 +212,8 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
             lengths: (B,) int64, how many tokens of each row are real; padding at the tail is neither cached nor stored,
                 and start and end tokens there mean nothing. The row may go on in the next segment. Default: all.
             xl_length: (B,) int64, how many of the newest cached tokens belong to each row's document. Default: what
-                the caches say that were returned, in whatever list; else all. Positions under `legacy` leave out a
+                the caches say that were returned, in whatever list; else all. Without `legacy` none do for a row that
+                one of the memories was told to forget since the caches were made. Positions under `legacy` leave out a
                 whole cache, also for a row that fills less of it.
             input_ids: x, as tokenizers and collators call it. Without knn_memories each row is then a document of its
                 own, which begins here and is not kept.
@@ -229,8 +230,9 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
 
         Raises:
             ValueError, IndexError: ids outside the vocabulary (checked on the CPU, or with `validate`), wrong numbers
-            of memories, wrong batch sizes; without `xl_length`, caches that lost what they said, beside `lengths` that
-            differ; return_embeddings beside a replaced `to_logits`.
+            of memories, wrong batch sizes; without `xl_length`, caches that lost what they said (clones, casts) where
+            rows differ or are not full, or beside memories that were cleared since their last segment;
+            return_embeddings beside a replaced `to_logits`.
         """
         from_trainer = input_ids is not None or num_items_in_batch is not None
         if input_ids is not None or attention_mask is not None:

@@ -87,7 +87,8 @@ def filled(caches: Sequence[Tensor | None]) -> Tensor:
     >>> filled([torch.tensor([0.0, 0.0, 3.0, 0.0]).reshape(1, 4, 1, 1)]).tolist()
     [2]
     """
-    cache = max((cache for cache in caches if cache is not None), key=lambda cache: cache.shape[-3])
+    longest = longest_of(caches)
+    cache = next(cache for cache in caches if cache is not None and cache.shape[-3] == longest)
     some = (cache.detach() != 0).any(-1).any(-1)  # (B, X), or (B, G, X)
     some = some if some.dim() == 2 else some.any(1)
     return some.to(torch.int64).cummax(dim=1).values.sum(dim=1)
