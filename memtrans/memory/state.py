@@ -130,6 +130,20 @@ def check_state(state: Mapping[str, Tensor], rows: int, dim: int, shard: tuple[i
         width = (width + 1) * size  # some ranks hold one more than this
     if not bool(((lengths >= 0) & (lengths <= width)).all()):
         raise ValueError(f"lengths must be in [0, {width}], got {lengths.tolist()}")
+    if checks.may_look(values):
+        _check_values(state)
+
+
+def _check_values(state: Mapping[str, Tensor]) -> None:
+    """Raises ValueError where an entry that a search may find has a value that `add` would refuse."""
+    keys, values, lengths = state_parts(state)
+    if SHARD in state:
+        total, (rank, size) = state["entries"], state[SHARD].tolist()
+        lengths = held(total, rank, size) - held(total - lengths, rank, size)
+    place = torch.arange(keys.shape[1], device=keys.device)
+    taken = place >= keys.shape[1] - lengths.to(keys.device)[:, None]
+    if bool((taken & keys.isfinite().all(dim=-1) & values.isnan().any(dim=-1)).any()):
+        raise ValueError("values must be numbers beside keys that can be found, got NaN components")
 
 
 def _check_ids(state: Mapping[str, Tensor]) -> None:
