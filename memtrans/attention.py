@@ -235,13 +235,19 @@ class LocalContext(nn.Module):
         )  # fmt: skip
         if self.xl_max_memories == 0 or isinstance(cached, LocalView):
             return local, None
-        newest, first = [key.detach(), value.detach()], max(0, key.shape[2] - self.xl_max_memories)
+        newest, first = [key.detach(), value.detach()], max(0, local_keys - self.xl_max_memories)
         if inputs.lengths is None:
             newest = [tensor[:, :, first:] for tensor in newest]  # (B, G, X, D)
-        else:  # zeros lead where a row has fewer
-            place = torch.arange(first, key.shape[2], device=key.device) - (length - inputs.lengths)[:, None]  # (B, X)
-            place = place[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])  # (B, G, X, D)
-            newest = [tensor.gather(2, place.clamp(min=0)).masked_fill(place < 0, 0.0) for tensor in newest]
+        staying = inputs.staying(local_length, local_keys)
+        if inputs.lengths is not None or staying is not None:  # zeros lead where a row has fewer
+            place = torch.arange(first, local_keys, device=key.device)
+            oldest = 0 if staying is None else local_keys - staying[:, None]
+            if inputs.lengths is not None:
+                place = place - (length - inputs.lengths)[:, None]  # (B, X)
+                index = place.clamp(min=0)[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])  # (B, G, X, D)
+                newest = [tensor.gather(2, index) for tensor in newest]
+            foreign = (place < oldest)[:, None, :, None]
+            newest = [tensor.masked_fill(foreign, 0.0) for tensor in newest]
         new_cache = torch.stack(newest, dim=-2)  # (B, G, X, 2, D)
         return local, new_cache if self.kv_heads > 1 else new_cache[:, 0]
 

@@ -7,6 +7,7 @@ keys, D head width, K retrieved neighbours. Source: Wu et al. 2022, section 3.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from memtrans.attention import LayerInputs, LocalContext
 from memtrans.checks import check_choice, check_number, check_tokens
+from memtrans.memory.clearings import cleared_since, remember
 from memtrans.memory.knn_memory import KNNMemory
 from memtrans.memory.leaving import add_leaving
 from memtrans.memory.snapshot import MemorySnapshot
@@ -147,15 +149,18 @@ class KNNAttention(LocalContext):
 
         Returns:
             out (B, N, dim), and the new XL cache, None without one; `Attention.forward` says what it holds of rows with
-            padding.
+            padding. Of rows that a memory is told to forget from now on, nothing of it is seen or stored.
 
         Raises:
             ValueError, TypeError: a shape, dtype, device or memory that does not fit; on the CPU also a count out of
             range. Nothing was added then.
         """
+        alone: tuple[MemorySnapshot, ...] = ()  # the memories of a layer that is called without a model
         if inputs is None:
             inputs = LayerInputs(xl_memory, rel_pos_bias, local_length, lengths, temperature, query_mask=query_mask)
             knn_memory, add_to = self.check_all(x, inputs, knn_memory, add_to)
+            alone = (knn_memory,) if add_to is None else (knn_memory, add_to)
+            inputs = _without_forgotten(inputs, x.shape[1], alone)
         assert isinstance(knn_memory, MemorySnapshot) and not isinstance(add_to, KNNMemory)
         added_to = knn_memory if add_to is None else add_to
         padding = None
@@ -184,6 +189,8 @@ class KNNAttention(LocalContext):
                 local_length=inputs.staying(local.local_length, local.key.shape[2]),
                 lengths=inputs.lengths,
             )
+        if alone and new_cache is not None:
+            remember(new_cache, alone)
         out = self.to_out(out.transpose(1, 2).flatten(2))  # (B, N, dim)
         out = out if padding is None else ordered(out, padding.back)
         if self.output_gate is not None:
@@ -217,3 +224,15 @@ class KNNAttention(LocalContext):
         }
         searched = snapshot_for("knn_memory", knn_memory, **fitting)
         return searched, None if add_to is None else snapshot_for("add_to", add_to, **fitting)
+
+
+def _without_forgotten(inputs: LayerInputs, length: int, snapshots: Sequence[MemorySnapshot]) -> LayerInputs:
+    """Without the XL cache of rows that a memory forgot since it was made; of a segment of N = `length`."""
+    if not isinstance(inputs.xl_memory, Tensor):
+        return inputs
+    cleared = cleared_since([inputs.xl_memory], snapshots)
+    if cleared is None:
+        return inputs
+    seen = inputs.local_length
+    seen = torch.full_like(cleared, length + inputs.xl_memory.shape[-3], dtype=torch.int64) if seen is None else seen
+    return inputs._replace(local_length=torch.where(cleared, seen.clamp(max=length), seen))

@@ -19,6 +19,7 @@ from memtrans.checks import check_count, check_finite, check_hidden, check_ids, 
 from memtrans.compatibility import UNUSED, warn_unused
 from memtrans.config import architecture_of, attention_arguments
 from memtrans.knn_attention import KNNAttention
+from memtrans.memory.clearings import check_known, length_seen
 from memtrans.memory.knn_memory import KNNMemory
 from memtrans.memory.makes_memories import MakesMemories
 from memtrans.memory.snapshot import MemorySnapshot
@@ -35,6 +36,7 @@ from memtrans.xl_memories import (
     check_caches,
     check_said,
     length_after,
+    length_found,
     length_of,
     longest_of,
     mark,
@@ -210,7 +212,8 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
             lengths: (B,) int64, how many tokens of each row are real; padding at the tail is neither cached nor stored,
                 and start and end tokens there mean nothing. The row may go on in the next segment. Default: all.
             xl_length: (B,) int64, how many of the newest cached tokens belong to each row's document. Default: what
-                the caches say that were returned, in whatever list; else all. Positions under `legacy` leave out a
+                the caches say that were returned, in whatever list; else all. Without `legacy` none do for a row that
+                one of the memories was told to forget since the caches were made. Positions under `legacy` leave out a
                 whole cache, also for a row that fills less of it.
             input_ids: x, as tokenizers and collators call it. Without knn_memories each row is then a document of its
                 own, which begins here and is not kept.
@@ -227,8 +230,9 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
 
         Raises:
             ValueError, IndexError: ids outside the vocabulary (checked on the CPU, or with `validate`), wrong numbers
-            of memories, wrong batch sizes; without `xl_length`, caches that lost what they said, beside `lengths` that
-            differ; return_embeddings beside a replaced `to_logits`.
+            of memories, wrong batch sizes; without `xl_length`, caches that lost what they said (clones, casts) where
+            rows differ or are not full, or beside memories that were cleared since their last segment;
+            return_embeddings beside a replaced `to_logits`.
         """
         from_trainer = input_ids is not None or num_items_in_batch is not None
         if input_ids is not None or attention_mask is not None:
@@ -259,6 +263,11 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
             self.check_head((batch, length), labels, return_embeddings, device)
             self._check(batch, length, device, caches, lengths, xl_length, mask)
         searched = self.snapshots(knn_memories, batch, length, device)
+        if checked and not self.legacy:
+            check_known(caches, xl_length, searched)
+        xl_length = length_found(caches, xl_length)
+        if not self.legacy:
+            xl_length = length_seen(caches, xl_length, searched)
 
         ids, padding, real = x, None, mask_of(mask, lengths, length)
         if real is not None:
@@ -292,10 +301,11 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         held = length_after(caches, length, counted, xl_length)  # (B,)
         if begun is not None:
             held = _held_of_new_documents(begun, held, length, lengths, longest_of(caches) + length)
-        if held is None and checked:
-            mark(new_caches, None)  # a compiled graph has nothing to say
-        elif held is not None:
-            new_caches = XLMemories(new_caches, held.clamp(max=new_caches[0].shape[-3]))
+        clearings = tuple(snapshot.clearings for snapshot in added_to)
+        if held is None:
+            mark(new_caches, None, clearings)
+        else:
+            new_caches = XLMemories(new_caches, held.clamp(max=new_caches[0].shape[-3]), clearings)
         return result, new_caches
 
     @staticmethod
@@ -404,7 +414,7 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         if mask is not None:
             check_tokens("mask", mask, batch, length, device)
         real = mask_of(mask, lengths, length)
-        check_said(caches, lengths if real is None else real.sum(dim=1), xl_length)
+        check_said(caches, lengths if real is None else real.sum(dim=1), xl_length, self.validate)
 
     def snapshots(
         self, memories: Sequence[KNNMemory | MemorySnapshot], batch: int, longest: int, device: torch.device

@@ -15,6 +15,7 @@ from memtrans.checks import check_cache
 from memtrans_kernels.checks import may_look
 
 LENGTH = "xl_length"  # of a cache: how many of its newest tokens are the row's document, (B,) int64; None for all
+CLEARINGS = "xl_clearings"  # of a cache: of each memory of the model, how often its rows were cleared when it was made
 
 
 class XLMemories(list[Tensor]):
@@ -22,7 +23,11 @@ class XLMemories(list[Tensor]):
 
     A list like any other. Each cache says how many in an attribute of its own, `xl_length`, which stays when the list
     is sliced, copied, or taken apart and put together again, as FSDP and DDP do, so that the next segment need not be
-    told. A copy of a cache, `cache.clone()`, says nothing any more: `xl_length=xl_memories.length` goes with those.
+    told, and so do `copy.deepcopy` and a pickle. A cache that was cloned, cast or moved to another device says nothing
+    any more: `xl_length=xl_memories.length` goes with those.
+
+    A cache also knows when it was made. Of a row that a memory was told to forget since, nothing of it is seen or
+    stored, whatever `length` says.
 
     Attributes:
         length: (B,) int64, how many of the newest cached tokens are the row's document; before them comes what another
@@ -34,10 +39,12 @@ class XLMemories(list[Tensor]):
     ([4, 1], [4, 1])
     """
 
-    def __init__(self, caches: Iterable[Tensor] = (), length: Tensor | None = None) -> None:
+    def __init__(
+        self, caches: Iterable[Tensor] = (), length: Tensor | None = None, clearings: tuple[Tensor, ...] = ()
+    ) -> None:
         super().__init__(caches)
         if length is not None:
-            mark(self, length)
+            mark(self, length, clearings)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A pickle of old has the length beside the caches."""
@@ -51,10 +58,40 @@ class XLMemories(list[Tensor]):
         return said[0] if said else None
 
 
-def mark(caches: Iterable[Tensor], length: Tensor | None) -> None:
-    """Lets each cache say how many of its newest tokens are each row's document: (B,) int64, or None for all."""
+def mark(caches: Iterable[Tensor], length: Tensor | None, clearings: tuple[Tensor, ...] = ()) -> None:
+    """Lets each cache say how many of its newest tokens are each row's document: (B,) int64, or None for all.
+
+    clearings: of each memory, how often its rows (R,) were cleared until now.
+    """
     for cache in caches:
         setattr(cache, LENGTH, length)
+        setattr(cache, CLEARINGS, clearings)
+
+
+def clearings_said(caches: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """What `mark` let caches say of clearings; nothing where they do not say it."""
+    said = [getattr(cache, CLEARINGS, ()) for cache in caches if cache is not None]
+    return said[0] if said else ()
+
+
+def is_silent(caches: Sequence[Tensor | None]) -> bool:
+    """Whether one of the caches that hold something says nothing."""
+    return any(cache is not None and cache.shape[-3] and not hasattr(cache, LENGTH) for cache in caches)
+
+
+def filled(caches: Sequence[Tensor | None]) -> Tensor:
+    """How many of the newest tokens (B,) int64 stand behind the zeros that lead the longest of the caches.
+
+    The model leaves zeros in place of what is not a row's document.
+
+    >>> filled([torch.tensor([0.0, 0.0, 3.0, 0.0]).reshape(1, 4, 1, 1)]).tolist()
+    [2]
+    """
+    longest = longest_of(caches)
+    cache = next(cache for cache in caches if cache is not None and cache.shape[-3] == longest)
+    some = (cache.detach() != 0).any(-1).any(-1)  # (B, X), or (B, G, X)
+    some = some if some.dim() == 2 else some.any(1)
+    return some.to(torch.int64).cummax(dim=1).values.sum(dim=1)
 
 
 def longest_of(xl_memories: Sequence[Tensor | None]) -> int:
@@ -75,17 +112,33 @@ def length_of(xl_memories: Sequence[Tensor | None] | None) -> Tensor | None:
     return known[0] if known else None
 
 
-def check_said(caches: Sequence[Tensor | None], lengths: Tensor | None, xl_length: Tensor | None) -> None:
-    """Raises ValueError where rows differ in what is real of them and the caches do not say how they were filled.
+def check_said(
+    caches: Sequence[Tensor | None], lengths: Tensor | None, xl_length: Tensor | None, validate: bool = False
+) -> None:
+    """Raises ValueError where rows differ in what is real of them, or are not full, and the caches do not say so.
 
     The model marks what it returns; copies, and caches that moved to another device or dtype, have lost it.
     """
-    silent = [cache for cache in caches if cache is not None and cache.shape[-3] and not hasattr(cache, LENGTH)]
-    if xl_length is None and lengths is not None and silent and may_look(lengths) and len(lengths.unique()) > 1:
-        raise ValueError(
-            f"xl_length must be given with xl_memories that do not say how much of them each row filled, for rows of "
-            f"different lengths {lengths.tolist()}: xl_length=xl_memories.length of the list that the model returned"
-        )
+    if xl_length is not None or not is_silent(caches):
+        return
+    must = "xl_length must be given with xl_memories that do not say how much of them each row filled"
+    mend = "xl_length=xl_memories.length of the list that the model returned"
+    if lengths is not None and may_look(lengths) and len(lengths.unique()) > 1:
+        raise ValueError(f"{must}, for rows of different lengths {lengths.tolist()}: {mend}")
+    held = filled(caches)
+    if may_look(held, validate) and bool((held < longest_of(caches)).any()):
+        raise ValueError(f"{must}, where zeros lead all but {held.tolist()} of {longest_of(caches)} tokens: {mend}")
+
+
+def length_found(caches: Sequence[Tensor | None], xl_length: Tensor | None) -> Tensor | None:
+    """`xl_length` (B,); where that is None and caches say nothing, what stands behind the zeros that lead in them.
+
+    Where values may be looked at, `check_said` has found them full.
+    """
+    if xl_length is not None or not is_silent(caches):
+        return xl_length
+    held = filled(caches)
+    return None if may_look(held) else held
 
 
 def length_after(

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -49,7 +50,9 @@ class Decoder:
     Attributes:
         logits: (B, V) float32, for the token after the last one of each row; the next call writes over it, while what
             `read` and `step` return stays.
-        memories: one for each memorizing layer; a segment reaches them when it is complete.
+        memories: one for each memorizing layer; a segment reaches them when it is complete. A row that one of them is
+            told to forget, by `clear_memory` or `clear_rows`, begins anew with the next token, as that of a new
+            decoder.
         position: (B,) int64, tokens in each row's open segment.
 
     Raises:
@@ -76,6 +79,7 @@ class Decoder:
         self.memories = memories
         self._now = [snapshot.live() for snapshot in model.snapshots(memories, batch, segment, self.device)]
         self._documents = [list(memory.scoped_indices) for memory in memories]  # of the rows
+        self._clearings = [memory.clearings() for memory in memories]
 
         self._attentions = [module for module in model.modules() if isinstance(module, LocalContext)]
         # computed once: each would be a launch a token; None where a hook brings the weights for a call
@@ -128,13 +132,28 @@ class Decoder:
         """Looks where the memories keep their entries, which changes when one is widened or loaded.
 
         Asks the host alone. Returns whether it has changed: then a captured `advance` reads what they held before.
+
+        Rows that a memory was told to forget since begin anew, as those of a new decoder; then the host waits for the
+        device, to learn which.
         """
+        self._begin_where_cleared()
         if all(memory.still_holds(now) for memory, now in zip(self.memories, self._now, strict=True)):
             return False
         with self._scoped(range(self.batch)):
             snapshots = self.model.snapshots(self.memories, self.batch, self.segment, self.device)
         self._now = [snapshot.live() for snapshot in snapshots]
         return True
+
+    def _begin_where_cleared(self) -> None:
+        stood, self._clearings = self._clearings, [memory.clearings() for memory in self.memories]
+        if self.model.legacy or all(map(is_, stood, self._clearings)):
+            return
+        cleared = [(then < now)[of.rows] for then, now, of in zip(stood, self._clearings, self._now, strict=True)]
+        fresh = torch.stack(cleared).any(dim=0).reshape(self.batch, -1)[:, 0]
+        for counts, first in ((self.position, 0), (self.cached, 0), (self._begun, -1)):
+            counts.masked_fill_(fresh, first)
+        self._located = False
+        self.locate()
 
     # --------------------------------------------------------------------------------------------------- reading
 
@@ -165,6 +184,7 @@ class Decoder:
                 for row in rows:
                     unread[row] = unread[row][count:]
                 on_tokens(count * len(rows))
+            self._begin_where_cleared()  # by `on_tokens`
             self._end_segments()
         return self.logits.clone()
 
@@ -256,6 +276,7 @@ class Decoder:
     def _forget(self, mask: Tensor) -> None:
         for snapshot in self._now:
             snapshot.clear_rows(mask)
+        self._clearings = [memory.clearings() for memory in self.memories]
 
     # --------------------------------------------------------------------------------------------------- writing
 

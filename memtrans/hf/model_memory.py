@@ -158,7 +158,11 @@ class ModelMemory:
             self._held[self._place] = Entries(self.layers, self.settings, documents)
 
     def clear_rows(self, mask: Tensor) -> None:
-        """Forgets the documents where mask (B,) bool is True; for a memory that holds none, nothing."""
+        """Forgets the documents where mask (B,) bool is True; for a memory that holds none, nothing.
+
+        A pass that writes has no cache, so nothing of them can be stored later; `past_key_values` that a pass without
+        writing is given are the model's own, and the caller's to leave out.
+        """
         if self._entries is not None:
             self._entries.clear_rows(mask)
 

@@ -235,6 +235,9 @@ class KNNMemory(SavedMemory):
     def clear(self, batch_indices: int | Iterable[int] | None = None) -> None:
         """Forgets documents, counted absolutely even inside a scope; all of them by default.
 
+        Another document begins then: what an XL cache that was made before holds of these rows is neither seen nor
+        stored any more (but by models with `legacy=True`), in the layers of every model that reads with this memory.
+
         Raises ValueError or TypeError when one is repeated, out of range or no integer (a mask is for `clear_rows`).
         """
         if batch_indices is None:
@@ -250,7 +253,10 @@ class KNNMemory(SavedMemory):
                 self.clear_rows(mask.to(self._ring.keys.device))
 
     def clear_rows(self, mask: Tensor) -> None:
-        """Forgets the documents in scope where mask (B,) bool, on the memory's device, is True. No host round trip."""
+        """Forgets the documents in scope where mask (B,) bool, on the memory's device, is True, as `clear` does.
+
+        No host round trip.
+        """
         if self._ring is not None:
             self.snapshot().clear_rows(mask)
         else:

@@ -110,6 +110,9 @@ class KNNMemoryList(list[KNNMemory], Movable):
     ) -> None:
         """Forgets documents (all by default), counted absolutely, in the memories named (all by default).
 
+        A row begins anew when one of its memories forgets it: XL caches of before are out of sight for it in all
+        layers, while the memories that are not named still answer. See `KNNMemory.clear`.
+
         Raises IndexError or TypeError when there is no such memory; see `KNNMemory.clear` for documents.
         """
         named: Any = range(len(self)) if memory_indices is None else memory_indices
@@ -122,7 +125,7 @@ class KNNMemoryList(list[KNNMemory], Movable):
             self[index].clear(batch_indices)
 
     def clear_rows(self, mask: Tensor) -> None:
-        """Forgets the documents in scope where mask (B,) bool, on the device, is True. No host round trip."""
+        """Forgets the documents in scope where mask (B,) bool, on the device, is True; see `KNNMemory.clear_rows`."""
         for memory in self:
             memory.clear_rows(mask)
 

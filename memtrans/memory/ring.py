@@ -8,6 +8,7 @@ for a value, so nothing here waits for it.
 
     keys, values   (R, M + S, D)  written by `knn_add_` alone
     cursor, start  (R,) int64     on the device
+    clearings                     how often each row was cleared (`clearings.py`)
     written        (R,) int64     on the host: entries ever given to each row
     ids                           of the entries, where they are kept (`ids.py`)
 
@@ -25,6 +26,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from memtrans.memory.clearings import Clearings
 from memtrans.memory.growth import Growth
 from memtrans.memory.ids import KeptIds
 from memtrans.memory.layout import laid_out, visible, without
@@ -78,6 +80,7 @@ class Ring:
         self.growth = Growth(capacity, spare, unbounded)
         self.cursor = torch.zeros(rows, dtype=torch.int64, device=device)
         self.start = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.clearings = Clearings(rows, device)
         self._count_on(torch.zeros(rows, dtype=torch.int64, device="cpu"))
         self.carried = 0  # spare slots of the storage before this one, and what was written when it was laid out anew
         self.laid_out = self.written.clone()
@@ -169,7 +172,7 @@ class Ring:
         start, cursor = read_cursors(self.start, self.cursor)
         return MemorySnapshot(
             self, rows, documents, start, cursor, self.keys_read, self.values_read, ticket, self.written_read,
-            *self.ids_seen(),
+            self.clearings.as_they_stand(), *self.ids_seen(),
         )  # fmt: skip
 
     def ids_seen(self) -> tuple[Tensor, Tensor] | tuple[()]:
@@ -185,11 +188,13 @@ class Ring:
     def state(self) -> dict[str, Tensor]:
         """Copies of what it holds; see `state.py`."""
         lengths = self.lengths()
-        return {**self.newest(int(lengths.max())), "lengths": lengths, **self.positions(self.cursor)}
+        return {**self.newest(int(lengths.max())), "lengths": lengths, **self.counts(self.cursor)}
 
-    def positions(self, cursor: Tensor) -> dict[str, Tensor]:
-        """How many entries each row's document was given (R,), where ids are kept. cursor: (R,), of the whole row."""
-        return {} if self.ids is None else {"positions": cursor - self.ids.origin}
+    def counts(self, cursor: Tensor) -> dict[str, Tensor]:
+        """How many entries each row's document was given (R,), where ids are kept, and how often each row was cleared
+        (R,), where one was. cursor: (R,), of the whole row."""
+        positions = {} if self.ids is None else {"positions": cursor - self.ids.origin}
+        return {**positions, "clearings": self.clearings.count.clone()} if self.clearings.any else positions
 
     def newest(self, count: int) -> dict[str, Tensor]:
         """Copies of the newest so many keys and values of each row (R, count, D), and ids (R, count), old to new."""
@@ -207,5 +212,11 @@ class Ring:
             snapshot = self.snapshot(torch.arange(count, device=device), range(count), documents=count)
             snapshot.append(newest["keys"][:, None], newest["values"][:, None], ids=newest.get("ids"))
         self.start.copy_(kept - state["lengths"].clamp(max=kept))
+        self.load_clearings(state)
         if self.ids is not None:
             self.ids.origin.copy_(kept - state["positions"].to(device))
+
+    def load_clearings(self, state: Mapping[str, Tensor]) -> None:
+        """Takes up how often each row was cleared, where the state says that one was."""
+        if "clearings" in state:
+            self.clearings.go_on(state["clearings"].to(self.cursor.device))

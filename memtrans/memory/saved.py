@@ -59,14 +59,16 @@ class SavedMemory(StoredMemory, Movable):
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of what the memory holds: keys and values (R, longest row, D), old to new and ending with the newest
         entry, and lengths (R,); with keep_ids also ids (R, longest row), and positions (R,), how many entries each
-        document was given. Of a sharded memory this rank's share, which `join_shards` puts together."""
+        document was given; once a document was cleared also clearings (R,), how often each was. Of a sharded memory
+        this rank's share, which `join_shards` puts together."""
         rows = self.num_indices * self.kv_heads
         if self._ring is None:
             keys = torch.zeros(rows, 0, self.dim, dtype=self.dtype)
             values = torch.zeros(rows, 0, self.dim, dtype=self.value_dtype or self.dtype)
             nothing = torch.zeros(rows, dtype=torch.int64)
             ids = {"ids": nothing.new_zeros(rows, 0), "positions": nothing.clone()} if self.keep_ids else {}
-            return {"keys": keys, "values": values, "lengths": nothing, **ids}
+            cleared = {} if self._cleared is None else {"clearings": self._cleared.clone()}
+            return {"keys": keys, "values": values, "lengths": nothing, **ids, **cleared}
         return self._ring.state()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -80,6 +82,7 @@ class SavedMemory(StoredMemory, Movable):
         of heads, or is a share of another sharding.
         """
         self.check_state(state)
+        self._cleared = state.get("clearings") if holds_nothing(state) else None
         if self._ring is None and holds_nothing(state):
             return
         device = self.device or state["keys"].device
@@ -129,6 +132,7 @@ class SavedMemory(StoredMemory, Movable):
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
         self.grows = self.keep_ids = False  # of a pickle that does not say so
+        self._cleared = None
         self.__dict__.update(pickled["fields"])
         self.made_in, self._announcement = running_backward(), announcement()
         self.watch = Watch()

@@ -92,7 +92,7 @@ class ShardedRing(Ring):
         start, total = read_cursors(self.start, self.total)
         return ShardedSnapshot(
             self, rows, documents, start, total, self.keys_read, self.values_read, ticket, self.written_read,
-            *self.ids_seen(),
+            self.clearings.as_they_stand(), *self.ids_seen(),
         )  # fmt: skip
 
     def visible(self) -> tuple[Tensor, Tensor]:
@@ -124,7 +124,7 @@ class ShardedRing(Ring):
         first = self.own(self.total - self.lengths())
         most = int((self.cursor - first).max())
         shard = torch.tensor([self.ranks.rank, self.ranks.size], device="cpu")
-        counts = {"lengths": self.lengths(), "entries": self.total.clone(), **self.positions(self.total)}
+        counts = {"lengths": self.lengths(), "entries": self.total.clone(), **self.counts(self.total)}
         return {**self.newest(most), **counts, SHARD: shard}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -141,6 +141,7 @@ class ShardedRing(Ring):
         total = total + self.ranks.size * longest  # rows that hold less than the longest must not begin before entry 0
         self.total.copy_(total)
         self.start.copy_(total - lengths)
+        self.load_clearings(state)
         if self.ids is not None:
             self.ids.origin.copy_(total - state["positions"].to(device))
         rows = torch.arange(total.shape[0], device=device)
@@ -374,6 +375,7 @@ class ShardedSnapshot(MemorySnapshot):
         """
         ring, ranks = self.ring, self.ring.ranks
         batch, groups, length, _ = keys.shape
+        ring.clearings.note_segment()
         if length == 0:
             return self
         ticket, again = self.advance(length)

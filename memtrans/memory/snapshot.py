@@ -51,6 +51,7 @@ class MemorySnapshot:
         values: (R, M + S, D), likewise.
         ticket: (R,) int64 on the host, the counts as they stood.
         written: (R,) int64 on the host, the counts of this storage, which go on.
+        clearings: (R,) int64, how often each row was cleared, as it stood.
         ids: (R, M + S) int64, to read, where ids are kept.
         origin: (R,) int64, the entry that each row's document began with, as it stood, where ids are kept.
         read_only: whether it is of a view, in which rows may repeat.
@@ -67,6 +68,7 @@ class MemorySnapshot:
     values: Tensor
     ticket: Tensor
     written: Tensor
+    clearings: Tensor
     ids: Tensor | None = None
     origin: Tensor | None = None
     read_only: bool = False
@@ -284,6 +286,7 @@ class MemorySnapshot:
         Raises StaleMemoryError where entries were added since the snapshot was made, or the ring would grow too large.
         """
         ring, length = self.ring, keys.shape[2]
+        ring.clearings.note_segment()
         if length == 0:
             return self
         groups = keys.shape[1]
@@ -347,11 +350,17 @@ class MemorySnapshot:
         cleared = torch.zeros_like(self.start, dtype=torch.bool).index_copy(0, self.rows, of_rows)
         start = torch.where(cleared, self.cursor, self.start)
         self.ring.start.copy_(torch.maximum(self.ring.start, start))  # a recomputed forward clears nothing newer
+        clearings = self.clearings + cleared
+        self.ring.clearings.go_on(clearings)
         if self.ring.ids is None or self.origin is None:
-            return replace(self, start=start)
+            return replace(self, start=start, clearings=clearings)
         origin = torch.where(cleared, self.cursor, self.origin)
         self.ring.ids.origin.copy_(torch.maximum(self.ring.ids.origin, origin))
-        return replace(self, start=start, origin=origin)
+        return replace(self, start=start, clearings=clearings, origin=origin)
+
+    def cleared_since(self, clearings: Tensor) -> Tensor:
+        """Which documents in scope (B,) bool were cleared since their rows' counts were `clearings` (R,)."""
+        return (clearings < self.clearings)[self.rows].reshape(self.documents, -1)[:, 0]
 
 
 def attend_to_local(query: Tensor, local: LocalKeys, scale: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:

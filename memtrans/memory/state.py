@@ -6,6 +6,7 @@ A whole memory has one state; of a memory that several ranks hold, each rank has
     lengths       (R,) int64  how many entries each row holds, in all shards together
     ids           (R, E) int64  the ids of the entries, where they are kept
     positions     (R,) int64  how many entries each row's document was given, where ids are kept
+    clearings     (R,) int64  how often each row was cleared, where one was: XL caches saved beside it say it too
     entries       (R,) int64  a shard's alone: how many entries the whole memory has ever stored in each row
     shard         (2,) int64  a shard's alone: its number and W; entry i of a row is in shard i mod W
 
@@ -117,6 +118,8 @@ def check_state(state: Mapping[str, Tensor], rows: int, dim: int, shard: tuple[i
         )
     if "ids" in state:
         _check_ids(state)
+    if "clearings" in state:
+        _check_clearings(state["clearings"], rows)
     if SHARD in state:
         rank, size = state[SHARD].tolist()
         if (rank, size) != shard:
@@ -127,6 +130,20 @@ def check_state(state: Mapping[str, Tensor], rows: int, dim: int, shard: tuple[i
         width = (width + 1) * size  # some ranks hold one more than this
     if not bool(((lengths >= 0) & (lengths <= width)).all()):
         raise ValueError(f"lengths must be in [0, {width}], got {lengths.tolist()}")
+    if checks.may_look(values):
+        _check_values(state)
+
+
+def _check_values(state: Mapping[str, Tensor]) -> None:
+    """Raises ValueError where an entry that a search may find has a value that `add` would refuse."""
+    keys, values, lengths = state_parts(state)
+    if SHARD in state:
+        total, (rank, size) = state["entries"], state[SHARD].tolist()
+        lengths = held(total, rank, size) - held(total - lengths, rank, size)
+    place = torch.arange(keys.shape[1], device=keys.device)
+    taken = place >= keys.shape[1] - lengths.to(keys.device)[:, None]
+    if bool((taken & keys.isfinite().all(dim=-1) & values.isnan().any(dim=-1)).any()):
+        raise ValueError("values must be numbers beside keys that can be found, got NaN components")
 
 
 def _check_ids(state: Mapping[str, Tensor]) -> None:
@@ -139,6 +156,12 @@ def _check_ids(state: Mapping[str, Tensor]) -> None:
             f"state must hold ids of shape ({rows}, {width}) and positions of shape ({rows},), "
             f"got {tuple(state['ids'].shape)} and {tuple(state['positions'].shape)}"
         )
+
+
+def _check_clearings(clearings: Tensor, rows: int) -> None:
+    checks.typed(torch.int64, clearings=clearings)
+    if clearings.shape != (rows,) or not bool((clearings >= 0).all()):
+        raise ValueError(f"clearings must be counts of shape ({rows},), got {clearings.tolist()}")
 
 
 def held(entries: Tensor, rank: int | Tensor, size: int) -> Tensor:
@@ -175,7 +198,8 @@ def join_shards(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     for name in ("keys", "values", "ids"):
         if all(name in state for state in states):
             whole[name] = _interleaved([state[name] for state in states], total, lengths)
-    return {**whole, "positions": states[0]["positions"]} if "ids" in whole else whole
+    of_all = ("positions", "clearings") if "ids" in whole else ("clearings",)
+    return {**whole, **{name: states[0][name] for name in of_all if name in states[0]}}
 
 
 def _interleaved(shards: Sequence[Tensor], total: Tensor, lengths: Tensor) -> Tensor:

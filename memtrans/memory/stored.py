@@ -73,6 +73,7 @@ class StoredMemory:
         self.made_in = running_backward()
         self.watch = Watch()
         self._announcement = announcement()
+        self._cleared: Tensor | None = None  # how often each row was (R,), where the ring that knows it is to come
         self._ring: Ring | None = None
         self._rows: Tensor | None = None
         if device is not None:
@@ -92,6 +93,8 @@ class StoredMemory:
         if self._ring is None:
             self._ring = self._new_ring(device, max(self.spare, longest))
             self._rows = self._scoped_rows()
+            if self._cleared is not None:
+                self._ring.clearings.go_on(self._cleared.to(device))
         elif longest > self._ring.spare:
             self._ring.widen(longest)
         self.spare = max(self.spare, longest)
@@ -169,6 +172,11 @@ class StoredMemory:
         Asks the host alone.
         """
         return self._ring is snapshot.ring and self._ring.keys_read is snapshot.keys
+
+    def clearings(self) -> Tensor:
+        """How often each row was cleared (R,), on the device; the same tensor until one is cleared."""
+        assert self._ring is not None  # of a memory that was read
+        return self._ring.clearings.as_they_stand()
 
     # --------------------------------------------------------------------------------------------------- scope
 

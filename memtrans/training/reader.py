@@ -96,7 +96,9 @@ class DocumentReader:
         if not carried.xl_memories:
             return result, Carried([], xl_length)
         logits, caches = result
-        return logits, Carried([cache.to(self.dtype).contiguous() for cache in caches], caches.length)
+        # detached, they say nothing of their own, as those that the first segment is given
+        bare = [cache.to(self.dtype).contiguous().detach() for cache in caches]
+        return logits, Carried(bare, caches.length)
 
     @torch.no_grad()
     def look(self, tokens: Tensor, lengths: Tensor) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memtrans_kernels import backends
+from memtrans_kernels import backends, checks
 from memtrans_kernels.eager import is_plain
 from memtrans_kernels.precision import arithmetic_dtype
 
@@ -47,6 +47,8 @@ def _knn_add_(
     first: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
+    for name, tensor in (("keys", keys), ("values", values), ("cursor", cursor)):
+        checks.writable(name, tensor)  # again: this operator can be called without `knn_add_`, which asks it
     backends.run("knn_add_", backend, keys, values, cursor, rows, new_keys, new_values, count, at, first)
 
 

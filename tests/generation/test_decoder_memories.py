@@ -9,7 +9,7 @@ import torch
 from helpers.checks import SAME_GRAPH, assert_close
 from helpers.devices import DEVICE, seeded
 
-from memtrans import KNNMemoryList, MemorizingTransformer, generate
+from memtrans import KNNMemory, KNNMemoryList, MemorizingTransformer, generate
 from memtrans.generation.decoder import Decoder
 from memtrans.generation.generate import stream
 from memtrans.generation.sampling import Sampling
@@ -92,17 +92,26 @@ def test_generate_inside_a_scope_reads_and_writes_the_documents_in_scope() -> No
     assert_holds(memories, [2, 3], held)
 
 
+def others(memory: KNNMemory) -> dict[str, torch.Tensor]:
+    """As many other entries as the memory has room for."""
+    state = memory.state_dict()
+    times = memory.max_memories // state["keys"].shape[1] + 1
+    full = {name: state[name].flip(0).repeat(1, times, 1)[:, -memory.max_memories :] for name in ("keys", "values")}
+    return {**full, "lengths": torch.full_like(state["lengths"], memory.max_memories)}
+
+
 def replaced(memories: KNNMemoryList) -> None:
     """Gives every memory other entries, in a ring of its own."""
-    memories.load_state_dict({name: tensor.flip(0).clone() for name, tensor in memories.state_dict().items()})
+    for memory in memories:
+        memory.load_state_dict(others(memory))
 
 
 def refilled(memories: KNNMemoryList) -> None:
     """Gives every memory the entries that `replaced` gives it, in the ring that it has."""
     for memory in memories:
-        state = memory.state_dict()
-        memory.clear()
-        memory.add(torch.stack((state["keys"].flip(0), state["values"].flip(0)), dim=-2))
+        state = others(memory)
+        for pairs in torch.stack((state["keys"], state["values"]), dim=-2).split(SEGMENT, dim=1):
+            memory.add(pairs)
 
 
 def widened(memories: KNNMemoryList) -> None:

@@ -364,6 +364,30 @@ def test_21_1_no_number_however_large_leads_outside_the_ring(backend: str, argum
     assert (around[:, [0, 1, 2, 6, 7, 8]] == 7.0).all()
 
 
+NOT_WRITABLE = {
+    "keys that need a gradient": ("keys", lambda ring: ring.keys.clone().requires_grad_()),
+    "values that need a gradient": ("values", lambda ring: ring.values.clone().requires_grad_()),
+    "keys that need one by what made them": ("keys", lambda ring: ring.keys * torch.ones(1, requires_grad=True)),
+    "rows that share their slots": ("keys", lambda ring: ring.keys[:1].expand(3, 4, 2)),
+    "slots that share their place": ("values", lambda ring: ring.values[:, :1].expand(3, 4, 2)),
+    "windows that overlap": ("values", lambda ring: torch.zeros(20).as_strided((3, 4, 2), (4, 2, 1))),
+    "a cursor for all rows": ("cursor", lambda ring: ring.cursor[:1].expand(3)),
+}
+
+
+@on_every_backend
+@pytest.mark.parametrize("case", NOT_WRITABLE)
+def test_21_1_the_operator_itself_writes_to_no_ring_that_is_not_its_own_numbers(backend: str, case: str) -> None:
+    name, make = NOT_WRITABLE[case]
+    ring = rings()
+    refused = make(ring)
+    given, before = ring._replace(**{name: refused}), refused.detach().clone()
+    with pytest.raises(ValueError, match=f"{name} must (not require a gradient|have a place in memory)"):
+        torch.ops.memtrans.knn_add_(*given, ROWS, NEW + 1, NEW + 1, None, None, None, backend)
+    assert torch.equal(refused, before)
+    assert not any(tensor.any() for tensor in ring)
+
+
 @on_every_backend
 def test_the_highest_entry_number_is_written_where_it_belongs(backend: str) -> None:
     ring, at = rings(rows=1), torch.tensor([2**62])

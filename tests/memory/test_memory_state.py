@@ -143,6 +143,10 @@ def changed(**fields: Any) -> dict[str, Tensor]:
         ({"keys": torch.zeros(2, 3, 2)}, ValueError, r"got none of \['lengths', 'values'\]"),
         (changed(values=[1.0]), TypeError, "values must be a torch.Tensor, got list"),
         ([1], TypeError, "state must be a mapping of names to tensors, got list"),
+        (changed(values=torch.full((2, 3, 2), torch.nan)), ValueError, "values must be numbers .* got NaN"),
+        (changed(clearings=torch.tensor([1])), ValueError, r"clearings must be counts of shape \(2,\), got \[1\]"),
+        (changed(clearings=torch.tensor([1, -1])), ValueError, r"clearings must be counts .* got \[1, -1\]"),
+        (changed(clearings=torch.zeros(2)), TypeError, "clearings must be torch.int64, got torch.float32"),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused_and_nothing_is_lost(
@@ -152,6 +156,20 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_is_lost(
     with pytest.raises(error, match=message):
         memory.load_state_dict(state)
     assert held(memory) == [[1, 2, 3]] * 2
+
+
+@pytest.mark.parametrize("where", ["filler", "beside a key that is never found"])
+def test_21_13_a_value_that_no_search_finds_may_be_anything(where: str) -> None:
+    state = {name: tensor.clone() for name, tensor in filled().state_dict().items()}
+    state["values"][:, 0] = torch.nan
+    if where == "filler":
+        state["lengths"] -= 1
+    else:
+        state["keys"][:, 0] = torch.inf
+    memory = filled()
+    memory.load_state_dict(state)
+    key_values, mask = memory.search(torch.ones(2, 1, 2), topk=3)
+    assert key_values[mask].isfinite().all() and int(mask.sum()) == 4
 
 
 def test_a_list_refuses_another_number_of_memories_and_loads_all_or_none() -> None:

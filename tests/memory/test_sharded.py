@@ -346,6 +346,35 @@ def test_a_model_reads_with_a_sharded_memory_recomputed_or_not(two: Processes) -
         assert expected[-4:] == [12, 24, 12, 24], "what comes from the token on: two of its rank, ten of the next step"
 
 
+@torch.no_grad()
+def read_on_behind_a_clearing(rank: int) -> dict[str, Any]:
+    """The second rank alone forgets document 0, between two segments."""
+    torch.manual_seed(0)
+    model = MemorizingTransformer(
+        num_tokens=11, dim=16, depth=2, heads=2, dim_head=8, memorizing_layers=(1, 2), max_knn_memories=40,
+        num_retrieved_memories=4, xl_max_memories=4,
+    ).eval()  # fmt: skip
+    tokens = torch.randint(0, 10, (3, dist.get_world_size(), 2, 6), generator=torch.Generator().manual_seed(1))[:, rank]
+    memories, fresh = (model.create_knn_memories(batch_size=2, process_group=dist.group.WORLD) for _ in range(2))
+    caches = None
+    for segment in tokens[:2]:
+        _, caches = model(segment, memories, caches)
+    memories.clear_rows(torch.tensor([rank == 1, False]))
+    found, _ = model(tokens[2], memories, caches)
+    alone, _ = model(tokens[2], fresh)
+    state = memories[0].state_dict()
+    return {"found": found, "alone": alone, "lengths": memories[0].lengths.tolist(), "state": state}
+
+
+def test_21_5_what_one_rank_forgets_is_out_of_sight_in_the_caches_of_all(two: Processes) -> None:
+    ranks = two.run(read_on_behind_a_clearing)
+    for rank in ranks:
+        assert_close(rank["found"][0], rank["alone"][0], SAME_SUMS)
+        assert not torch.allclose(rank["found"][1], rank["alone"][1])
+        assert rank["lengths"] == [2 * (6 - 4), 2 * (18 - 4)], "of each rank what its segments hold beyond its cache"
+    assert join_shards([rank["state"] for rank in ranks])["clearings"].tolist() == [1, 0]
+
+
 # --------------------------------------------------------------------------------------------------- states, bad input
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -115,7 +118,8 @@ def test_what_they_say_is_what_the_next_segment_takes_for_granted():
     explicit, _ = logits(plain, xl_length=REAL[:2].sum(dim=0))
     assert torch.equal(said, explicit)
     assert after.length.tolist() == (REAL[:2].sum(dim=0) + LENGTH).tolist()
-    assert not torch.equal(said, logits(plain)[0]), "a list of copies is full"
+    with pytest.raises(ValueError, match=r"xl_length must be given .* zeros lead all but \[6, 5, 4\] of 8 tokens"):
+        logits(plain)
     none, after = logits(xl_memories, xl_length=torch.zeros(BATCH, dtype=torch.int64))
     assert_close(none, logits(None)[0], SAME_GRAPH)
     assert after.length.tolist() == [LENGTH] * BATCH
@@ -152,7 +156,17 @@ def moved_by_ddp(caches):
     return arguments[0]
 
 
-@pytest.mark.parametrize("pick", [list, tuple, lambda caches: caches[:], copy.copy, copy.deepcopy, moved_by_ddp])
+def stored_and_loaded(caches):
+    file = io.BytesIO()
+    torch.save(list(caches), file)
+    file.seek(0)
+    return torch.load(file)
+
+
+PICKS = [list, tuple, lambda caches: caches[:], copy.copy, copy.deepcopy, moved_by_ddp, stored_and_loaded]
+
+
+@pytest.mark.parametrize("pick", [*PICKS, lambda caches: pickle.loads(pickle.dumps(caches))])
 def test_the_length_stays_whatever_list_the_caches_are_put_in(pick):
     model, texts = build(xl_max_memories=10), tokens()
     results, _ = read(model, texts[:2], lengths=REAL[:2])
@@ -182,3 +196,63 @@ def test_caches_that_say_nothing_are_refused_where_rows_differ():
     assert [memory.lengths.tolist() for memory in memories] == [[0] * BATCH] * 2
     model(texts[1], memories, list(full), lengths=REAL[1])
     model(texts[1], memories, [cache.clone() for cache in ragged], lengths=REAL[1], xl_length=ragged.length)
+
+
+COPIES = {
+    "clone": lambda cache: cache.clone(),
+    "detach": lambda cache: cache.detach(),
+    "another dtype": lambda cache: cache.double(),
+    "NumPy": lambda cache: torch.from_numpy(cache.numpy().copy()),
+    "rows picked": lambda cache: cache[torch.arange(BATCH)],
+}
+SHORT = {
+    "lengths": {"lengths": REAL[0]},
+    "all rows alike": {"lengths": torch.full((BATCH,), 2)},
+    "padding on the left": {"mask": torch.tensor([[False, False, True, True]]).expand(BATCH, -1)},
+    "padding inside": {"mask": torch.tensor([[True, False, True, True]]).expand(BATCH, -1)},
+}
+
+
+@pytest.mark.parametrize("short", SHORT)
+@pytest.mark.parametrize("copied", COPIES)
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@torch.no_grad()
+def test_21_6_copies_that_say_nothing_are_refused_where_a_row_is_not_full(short: str, copied: str, kv_heads: int):
+    model, texts = build(xl_max_memories=6, kv_heads=kv_heads), tokens()
+    memories = model.create_knn_memories(batch_size=BATCH)
+    _, caches = model(texts[4], memories, **SHORT[short])
+    copies = [COPIES[copied](cache) for cache in caches]
+    with pytest.raises(ValueError, match=r"xl_length must be given with xl_memories .* zeros lead all but"):
+        model(texts[1], memories, copies)
+    expected, _ = model(texts[1], memories, caches, add_knn_memory=False)
+    assert torch.equal(model(texts[1], memories, copies, xl_length=caches.length)[0], expected)
+    _, full = model(texts[4], model.create_knn_memories(batch_size=BATCH))
+    model(texts[1], model.create_knn_memories(batch_size=BATCH), [COPIES[copied](cache) for cache in full])
+
+
+@pytest.mark.parametrize("marks", [{"clear_memories_on_sos_token_id": 0}, {"clear_memories_on_eos_token_id": 1}])
+@torch.no_grad()
+def test_21_6_so_they_are_where_a_document_began_in_the_segment(marks: dict[str, Any]):
+    """What is not the row's document is zero in what the model returns."""
+    model, texts = build(xl_max_memories=6, **marks), tokens()[4:].repeat(2, 1, 1)
+    texts[0, 1, 2] = next(iter(marks.values()))
+    memories = model.create_knn_memories(batch_size=BATCH)
+    _, caches = model(texts[0], memories)
+    with pytest.raises(ValueError, match="zeros lead all but"):
+        model(texts[1], memories, [cache.clone() for cache in caches])
+
+
+@torch.no_grad()
+def test_21_6_where_nobody_may_look_copies_are_taken_for_what_they_hold():
+    """A compiled model cannot refuse them, no more than one on a GPU, which would wait."""
+    torch._dynamo.reset()
+    model, texts = build(xl_max_memories=6), tokens()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    memories = [model.create_knn_memories(batch_size=BATCH, device="cpu") for _ in range(2)]
+    caches = [model(texts[0], of, lengths=REAL[0])[1] for of in memories]
+    expected, after = model(texts[1], memories[0], caches[0])
+    found, same = compiled(texts[1], memories[1], [cache.clone() for cache in caches[1]])
+    assert_close(found, expected, SAME_GRAPH)
+    assert same.length.tolist() == after.length.tolist()
+    for memory, other in zip(*memories, strict=True):
+        assert memory.lengths.tolist() == other.lengths.tolist()
