@@ -325,7 +325,6 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         begun: Beginnings | None,
     ) -> list[LayerInputs]:
         """For each layer the bias of its kind, and the XL cache that it attends to; of a segment of N = `length`."""
-        skipped = None if padding is None else padding.skipped
         free = longest_of(caches) if self.legacy else 0
         plain, of_memory = (bias.table(free, device) for bias in (self.rel_pos_bias, self.knn_rel_pos_bias))
         inputs = []
@@ -337,7 +336,7 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
                 cached = caches[place % self.num_xl_memory_layers]
             if cached is not None and xl_length is not None:
                 local_length = xl_length.clamp(max=cached.shape[-3]) + length  # (B,)
-            inputs.append(LayerInputs(cached, bias, local_length, lengths, skipped=skipped, beginnings=begun))
+            inputs.append(LayerInputs(cached, bias, local_length, lengths, padding=padding, beginnings=begun))
         return inputs
 
     def run_layers(
