@@ -19,10 +19,10 @@ from memtrans.checks import check_count, check_finite, check_hidden, check_ids, 
 from memtrans.compatibility import UNUSED, warn_unused
 from memtrans.config import architecture_of, attention_arguments
 from memtrans.knn_attention import KNNAttention
+from memtrans.memory.given import snapshots_for
 from memtrans.memory.knn_memory import KNNMemory
 from memtrans.memory.makes_memories import MakesMemories
 from memtrans.memory.snapshot import MemorySnapshot
-from memtrans.memory.snapshots import snapshots_for
 from memtrans.position import T5RelativePositionBias
 from memtrans.pretrained import Pretrained, configuration_of
 from memtrans.residual import FeedForward, PreNormResidual
