@@ -162,9 +162,11 @@ clean:
 	$(PIP) install --quiet selenium
 	@touch $@
 
-# What other people train with, for tests/training/test_other_trainers.py.
+# What other people train and quantise with, for test_other_trainers.py and test_wrapped_layers.py. DeepSpeed is built
+# with the torch that is there, and without the operators that it would compile.
 .venv/.trainers: .venv/.tests
-	$(PIP) install --quiet --constraint constraints.txt lightning ema-pytorch
+	$(PIP) install --quiet --constraint constraints.txt lightning ema-pytorch bitsandbytes
+	DS_BUILD_OPS=0 $(PIP) install --quiet --constraint constraints.txt --no-build-isolation deepspeed
 	@touch $@
 
 .venv/bin/python:

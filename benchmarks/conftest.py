@@ -7,10 +7,6 @@ import os
 import pytest
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "rival: measures what another commit of memtrans does not change")
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if os.environ.get("MEMTRANS_BENCH_OURS") != "1":
         return

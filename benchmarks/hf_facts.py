@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 import torch
 from common import DEVICE, environment, write_down
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memtrans.hf import ModelMemory, add_memory, calibrate
 from memtrans.hf.calibrate import text_loss
 from memtrans.hf.facts import Fact, Words, facts
+from memtrans.hf.opening import open_model
 from memtrans.hf.planted import plant, questions
 
 WORDS = Words(
@@ -60,13 +60,6 @@ class Documents(NamedTuple):
     ids: Tensor
     facts: list[list[Fact]]
     behind: Tensor
-
-
-def opened(options: argparse.Namespace) -> tuple[Any, Any]:
-    said = {} if options.gguf is None else {"gguf_file": options.gguf}
-    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, local_files_only=True, **said)
-    return model.to(DEVICE).eval(), AutoTokenizer.from_pretrained(options.model, local_files_only=True, **said)
 
 
 def documents_of(texts: Sequence[Sequence[int]], size: int, segment: int, encode: Any) -> Documents:
@@ -143,7 +136,7 @@ def asked_for() -> argparse.Namespace:
 
 def main() -> None:
     options = asked_for()
-    model, tokenizer = opened(options)
+    model, tokenizer = open_model(options.model, "bfloat16" if DEVICE == "cuda" else "float32", DEVICE, options.gguf)
 
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])

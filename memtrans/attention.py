@@ -48,7 +48,7 @@ class LayerInputs(NamedTuple):
         local_length: (B,) int64, how many of the newest of the L local keys are this document's. Default: all.
         lengths: (B,) int64, how many of the N tokens are real. Default: all.
         temperature: (H,), of a memorizing layer. Default: the layer computes it.
-        skipped: (B,) int64, how many of the N tokens lead as padding, which takes no position. Default: none.
+        padding: of the N tokens, which leads and takes no position. Default: none.
         beginnings: of documents inside the segment. Default: none begins in it.
         query_mask: (B, N) bool, False for tokens that see no neighbour. Default: all see theirs.
     """
@@ -58,7 +58,7 @@ class LayerInputs(NamedTuple):
     local_length: Tensor | None = None
     lengths: Tensor | None = None
     temperature: Tensor | None = None
-    skipped: Tensor | None = None
+    padding: Padding | None = None
     beginnings: Beginnings | None = None
     query_mask: Tensor | None = None
 
@@ -69,9 +69,8 @@ class LayerInputs(NamedTuple):
             age = self.beginnings.age
             own = torch.arange(local_keys - length, local_keys, device=age.device)
             first = torch.where(age < 0, 0, own + 1 - age)
-        if self.skipped is not None:
-            real = torch.arange(length, device=self.skipped.device) >= self.skipped[:, None]
-            first = torch.where(real, 0 if first is None else first, local_keys)
+        if self.padding is not None:
+            first = torch.where(self.padding.real, 0 if first is None else first, local_keys)
         return first
 
     def staying(self, local_length: Tensor | None, local_keys: int) -> Tensor | None:
@@ -84,8 +83,8 @@ class LayerInputs(NamedTuple):
         left = self.beginnings.left
         return torch.where(left < 0, local_keys if local_length is None else local_length, left)
 
-    def sees_neighbours(self, length: int) -> Tensor | None:
-        """Which of N = `length` queries see neighbours, (B, N) bool; None where all do.
+    def sees_neighbours(self) -> Tensor | None:
+        """Which queries see neighbours, (B, N) bool; None where all do.
 
         A memory holds nothing of a document that begins in the segment.
         """
@@ -93,9 +92,8 @@ class LayerInputs(NamedTuple):
         if self.beginnings is not None:
             older = self.beginnings.age < 0
             sees = older if sees is None else sees & older
-        if self.skipped is not None:
-            real = torch.arange(length, device=self.skipped.device) >= self.skipped[:, None]
-            sees = real if sees is None else sees & real
+        if self.padding is not None:
+            sees = self.padding.real if sees is None else sees & self.padding.real
         return sees
 
 
@@ -112,6 +110,7 @@ class LocalKeys(NamedTuple):
         soft_cap: what bounds a logit before its bias, the retrieved ones too. Default: none.
         sink: (H,), a logit in the denominator alone. Default: none.
         query_mask: (B, N) bool, False for queries that see no neighbour. Default: all see theirs.
+        padding: how the queries were put in this order, for whoever wants them as they were given. Default: they were.
     """
 
     key: Tensor
@@ -124,6 +123,7 @@ class LocalKeys(NamedTuple):
     soft_cap: float | None = None
     sink: Tensor | None = None
     query_mask: Tensor | None = None
+    padding: Padding | None = None
 
 
 class LocalContext(nn.Module):
@@ -197,7 +197,7 @@ class LocalContext(nn.Module):
         assert real is not None
         padding = leading(real)
         query_mask = None if inputs.query_mask is None else ordered(inputs.query_mask, padding.order)
-        inputs = inputs._replace(lengths=None, skipped=padding.skipped, query_mask=query_mask)
+        inputs = inputs._replace(lengths=None, padding=padding, query_mask=query_mask)
         return ordered(x, padding.order), inputs, padding
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -223,15 +223,15 @@ class LocalContext(nn.Module):
             cached_key, cached_value = by_group.to(key.dtype).unbind(dim=-2)  # (B, G, X, D)
             key = torch.cat((cached_key, key), dim=-2)  # (B, G, L, D)
             value = torch.cat((cached_value, value), dim=-2)
-            if inputs.skipped is not None:
-                key, value = (_behind_padding(tensor, length, inputs.skipped) for tensor in (key, value))
+            if inputs.padding is not None:
+                key, value = (_behind_padding(tensor, length, inputs.padding.skipped) for tensor in (key, value))
         local_keys, local_length = key.shape[2], inputs.local_length
-        if inputs.skipped is not None:
-            local_length = (local_keys if local_length is None else local_length) - inputs.skipped
+        if inputs.padding is not None:
+            local_length = (local_keys if local_length is None else local_length) - inputs.padding.skipped
         by_distance, dense = biases(inputs.rel_pos_bias, self.heads, length, local_keys)
         local = LocalKeys(
             key, value, by_distance, dense, local_length, inputs.first(length, local_keys), self.causal, self.soft_cap,
-            self.sink, inputs.sees_neighbours(length),
+            self.sink, inputs.sees_neighbours(), inputs.padding,
         )  # fmt: skip
         if self.xl_max_memories == 0 or isinstance(cached, LocalView):
             return local, None

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from memtrans.attention import LayerInputs, LocalContext
 from memtrans.checks import check_choice, check_number, check_tokens
 from memtrans.memory.clearings import cleared_since, remember
+from memtrans.memory.given import snapshot_for
 from memtrans.memory.knn_memory import KNNMemory
 from memtrans.memory.leaving import add_leaving
 from memtrans.memory.snapshot import MemorySnapshot
-from memtrans.memory.snapshots import snapshot_for
 from memtrans.segments import ordered
 from memtrans_kernels import checks, cosine
 

@@ -20,10 +20,10 @@ from memtrans.compatibility import UNUSED, warn_unused
 from memtrans.config import architecture_of, attention_arguments
 from memtrans.knn_attention import KNNAttention
 from memtrans.memory.clearings import check_known, length_seen
+from memtrans.memory.given import snapshots_for
 from memtrans.memory.knn_memory import KNNMemory
 from memtrans.memory.makes_memories import MakesMemories
 from memtrans.memory.snapshot import MemorySnapshot
-from memtrans.memory.snapshots import snapshots_for
 from memtrans.position import T5RelativePositionBias
 from memtrans.pretrained import Pretrained, configuration_of
 from memtrans.residual import FeedForward, PreNormResidual
@@ -335,7 +335,6 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         begun: Beginnings | None,
     ) -> list[LayerInputs]:
         """For each layer the bias of its kind, and the XL cache that it attends to; of a segment of N = `length`."""
-        skipped = None if padding is None else padding.skipped
         free = longest_of(caches) if self.legacy else 0
         plain, of_memory = (bias.table(free, device) for bias in (self.rel_pos_bias, self.knn_rel_pos_bias))
         inputs = []
@@ -347,7 +346,7 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
                 cached = caches[place % self.num_xl_memory_layers]
             if cached is not None and xl_length is not None:
                 local_length = xl_length.clamp(max=cached.shape[-3]) + length  # (B,)
-            inputs.append(LayerInputs(cached, bias, local_length, lengths, skipped=skipped, beginnings=begun))
+            inputs.append(LayerInputs(cached, bias, local_length, lengths, padding=padding, beginnings=begun))
         return inputs
 
     def run_layers(

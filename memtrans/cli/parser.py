@@ -108,7 +108,12 @@ def _add_tokenize(commands: Any) -> None:
     add("data", help="stdlib, or a file or directory: text, archives, .jsonl, .parquet, a saved dataset")
     add("--out", type=Path, required=True, help="directory of the store; it must not exist, or be empty")
     add("--tokenizer", metavar="FILE", help="bytes, or a tokenizer.json or a directory with one (default: bytes)")
-    add("--train-vocabulary", type=int, metavar="V", help="learn a byte-level vocabulary of V tokens from the texts")
+    add(
+        "--train-vocabulary",
+        type=int,
+        metavar="V",
+        help="learn a byte-level vocabulary of V tokens from the texts that are not held out",
+    )
     add("--text-field", default=Settings.text_field, help="field of a record that holds its text (text)")
     add("--join-by", metavar="FIELD", help="records side by side with the same value of this field are one document")
 

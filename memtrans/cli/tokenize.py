@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from memtrans.cli.ending import EndedError, reading_input, show_json
+from memtrans.data.held_out import cuts_of, pieces_to_learn, way_of
 from memtrans.data.records import Fields
-from memtrans.data.sources import cuts_of, way_of
 from memtrans.data.store import PROGRESS
 from memtrans.data.texts import Source
 from memtrans.data.tokenize import check_new, describe, write_store
@@ -47,16 +46,14 @@ def _tokenizer(options: argparse.Namespace, source: Source) -> Tokenizer:
         return open_tokenizer(options.tokenizer)
     if options.tokenizer is not None:
         raise ValueError(f"tokenizer must not be given with train_vocabulary, got {options.tokenizer!r}")
+    if source.is_pipe():
+        raise ValueError(f"data must be read twice to learn a vocabulary, got {options.data!r}, a pipe")
     file = options.out / FILE
     if (options.out / PROGRESS).is_file() and file.is_file():
         return FileTokenizer(read_file("tokenizer", file, MOST_JSON), str(file))
     check_new(options.out)
     print(f"learning a vocabulary of {options.train_vocabulary} tokens", file=sys.stderr, flush=True)
-    return FileTokenizer(train_vocabulary(_pieces(source), options.train_vocabulary), str(file))
-
-
-def _pieces(source: Source) -> Iterator[bytes]:
-    return (piece for text in source.texts() for piece in text.pieces)
+    return FileTokenizer(train_vocabulary(pieces_to_learn(source), options.train_vocabulary), str(file))
 
 
 def _report(size: int) -> None:

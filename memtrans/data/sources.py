@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +20,11 @@ import torch
 from numpy.typing import NDArray
 
 from memtrans.data.documents import Chosen, Document, Library
+from memtrans.data.held_out import ENWIK8, LEAST, NAMED, before_end, cuts_of, drawn, enwik8_ends, named, way_of
 from memtrans.data.records import Fields
 from memtrans.data.store import INDEX, VERSION, Store, is_store
 from memtrans.data.texts import RECORD_FIELDS, STANDARD_LIBRARY, Source, standard_library_files
-from memtrans.data.tokenize import LEAST, write_store
+from memtrans.data.tokenize import write_store
 from memtrans.data.tokens import BYTES, Tokenizer, chunks_of
 
 try:
@@ -33,11 +33,6 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 READING = 2  # how documents are held out and shared out to rows; a checkpoint keeps the number of its run
-ENWIK8_SPLIT = (90_000_000, 5_000_000, 5_000_000)
-HELD_OUT_SHARE = 0.05  # of the bytes of several documents
-HELD_OUT_END = 0.1  # of a single document
-DRAWN, NAMED, ENWIK8 = "drawn", "named", "enwik8"  # the ways in which documents are held out
-VALIDATION_NAMES, TEST_NAME = ("validation", "valid", "dev"), "test"  # of splits that a corpus has itself
 MOST_READ = 256 << 20  # bytes that are read into memory
 MOST_ENCODED = 8 << 20  # bytes of which a run's tokens are made each time it starts
 CACHE = "MEMTRANS_CACHE"  # names the directory of stores that runs made
@@ -108,19 +103,6 @@ def standard_library() -> list[Document]:
     """
     files = standard_library_files()
     return [Document.of(name, b"".join(file.read_bytes() for file in of_name)) for name, of_name in files]
-
-
-def way_of(source: Source) -> str:
-    """How documents of a source are held out: drawn by the hash of their names, or as the source or everybody does."""
-    if source.has_splits():
-        return NAMED
-    is_enwik8 = source.path.name.split(".")[0] == "enwik8" and not source.path.is_dir()
-    return ENWIK8 if is_enwik8 and source.data != STANDARD_LIBRARY else DRAWN
-
-
-def cuts_of(way: str) -> tuple[int, ...]:
-    """Places of bytes that no token may reach over."""
-    return tuple(accumulate(ENWIK8_SPLIT))[:-1] if way == ENWIK8 else ()
 
 
 def _most_read(tokenizer: Tokenizer) -> int:
@@ -221,11 +203,11 @@ def _split(library: Store | _Read, data: str) -> Parts:
 
 def _enwik8(data: str, library: Library) -> tuple[list[Document], list[Document], list[Document]]:
     """The split of enwik8 that everybody reports, one document each."""
-    sizes = library.sizes.tolist()
-    if sizes != [sum(ENWIK8_SPLIT)]:
-        raise ValueError(f"data must be one file of {sum(ENWIK8_SPLIT)} bytes to be enwik8, got {sizes} in {data!r}")
+    sizes, ends = library.sizes.tolist(), enwik8_ends()
+    if sizes != [ends[-1]]:
+        raise ValueError(f"data must be one file of {ends[-1]} bytes to be enwik8, got {sizes} in {data!r}")
     only = library.document(0)
-    places = [0, *(only.place(cut) for cut in accumulate(ENWIK8_SPLIT))]
+    places = [0, *(only.place(end) for end in ends)]
     names = ("train", "validation", "test")
     parts = [only.part(name, *places[number : number + 2]) for number, name in enumerate(names)]
     return [parts[0]], [parts[1]], [parts[2]]
@@ -233,11 +215,12 @@ def _enwik8(data: str, library: Library) -> tuple[list[Document], list[Document]
 
 def _named(library: Library) -> tuple[Sequence[Document], Sequence[Document], Sequence[Document]]:
     """The splits that names begin with; without one for validation some of the rest is held out."""
-    splits = np.array([library.name(index).split("/", 1)[0] for index in range(len(library.sizes))])
-    validation, test = np.isin(splits, VALIDATION_NAMES), splits == TEST_NAME
+    names = [library.name(index) for index in range(len(library.sizes))]
+    validation, test = named(names)
     rest = np.flatnonzero(~validation & ~test)
     if not len(rest):
-        raise ValueError(f"data must hold a split to learn from, got {', '.join(sorted(set(splits.tolist())))}")
+        splits = sorted({name.split("/", 1)[0] for name in names})
+        raise ValueError(f"data must hold a split to learn from, got {', '.join(splits)}")
     held_out = Chosen(library, np.flatnonzero(test))
     if validation.any():
         return Chosen(library, rest), Chosen(library, np.flatnonzero(validation)), held_out
@@ -245,25 +228,10 @@ def _named(library: Library) -> tuple[Sequence[Document], Sequence[Document], Se
 
 
 def _drawn(library: Library, indices: NDArray[np.int64]) -> tuple[Sequence[Document], Sequence[Document]]:
-    """Holds out whole documents, drawn by the hash of their names, copies together; of a single text its end."""
-    digests = np.ascontiguousarray(library.digests[indices, :8]).view(np.uint64)[:, 0]
-    groups, group = np.unique(digests, return_inverse=True)
-    if len(groups) == 1:
+    """Holds out whole documents, drawn by the hash of their names; of a single text its end."""
+    held_out = drawn(library.name, library.sizes, library.digests, indices)
+    if held_out is None:
         return _single(library, indices)
-    draws = np.array([_draw(library.name(int(index))) for index in indices], dtype=np.uint64)
-    first = np.full(len(groups), 2**64 - 1, dtype=np.uint64)
-    np.minimum.at(first, group, draws)
-    sizes = np.zeros(len(groups), dtype=np.int64)
-    np.add.at(sizes, group, library.sizes[indices])
-    share, size = int(sizes.sum() * HELD_OUT_SHARE), 0
-    chosen = []
-    for candidate in np.argsort(first, kind="stable").tolist():
-        if size >= share:
-            break
-        if size + sizes[candidate] <= 2 * share:
-            chosen.append(candidate)
-            size += int(sizes[candidate])
-    held_out = np.isin(group, chosen or [int(sizes.argmin())])
     return Chosen(library, indices[~held_out]), Chosen(library, indices[held_out])
 
 
@@ -272,16 +240,12 @@ def _single(library: Library, indices: NDArray[np.int64]) -> tuple[Sequence[Docu
     only, size = library.document(int(indices[0])), int(library.sizes[indices[0]])
     if len(indices) > 1:
         warnings.warn(f"data holds one text {len(indices)} times, of which {only.name!r} is read", stacklevel=5)
-    end = max(2, int(size * HELD_OUT_END))
-    if size < end + 2:
+    border = before_end(size)
+    if border < 2:
         raise ValueError(f"data must hold at least 4 bytes, got {size} in {only.name!r}")
-    place = only.place(size - end)
+    place = only.place(border)
     if place < 2 or len(only) - place < 2:
         raise ValueError(
             f"data must hold at least 2 tokens to learn from and 2 held out, got {len(only)} in {only.name!r}"
         )
     return [only.part(only.name, 0, place)], [only.part(f"{only.name} (its end)", place, len(only))]
-
-
-def _draw(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(name.encode(errors="surrogateescape")).digest()[:8], "big")

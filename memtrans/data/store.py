@@ -61,7 +61,7 @@ class Store:
 
     Attributes:
         tokenizer: what made the tokens. sizes, lengths, digests: of each document, see `documents.Library`.
-        fingerprint: of the corpus. way: how documents are held out, see `sources.way_of`.
+        fingerprint: of the corpus. way: how documents are held out, see `held_out.way_of`.
 
     Raises FileNotFoundError where there is none, ValueError where it is damaged, of another version or not yet whole.
     """

@@ -19,6 +19,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from memtrans.annotations import allows
+from memtrans.data.held_out import LEAST
 from memtrans.data.records import Text
 from memtrans.data.store import (
     DOCUMENTS,
@@ -42,7 +43,6 @@ from memtrans.storage import write_atomically
 
 SAVED_EVERY = 64 << 20  # bytes of text
 CHUNKS_AT_ONCE, BYTES_AT_ONCE = 1024, 4 << 20  # of one text or many, which a tokenizer spreads over the cores
-LEAST = 2  # bytes of a text: a token and what comes after it
 
 
 @dataclass(frozen=True)

@@ -12,18 +12,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from memtrans.hf.model_memory import ModelMemory
 
 
-def open_model(directory: Path, dtype: str, device: str | None) -> tuple[Any, Any]:
+def open_model(directory: Path, dtype: str, device: str | None, gguf: str | None = None) -> tuple[Any, Any]:
     """The model in a directory that `save_pretrained` wrote, or transformers downloaded, in `eval()` mode; a tokenizer.
 
-    dtype: the name of one, or "auto" for that of the weights. device: Default: a GPU if there is one.
+    dtype: the name of one, or "auto" for that of the weights. device: Default: a GPU if there is one. gguf: a file of
+        quantised weights in the directory, which holds the tokenizer too. Default: weights as transformers keeps them.
 
     Raises ValueError or OSError when there is none or it is damaged.
     """
     if not directory.is_dir():
         raise FileNotFoundError(f"model must be a directory, got {str(directory)!r}")
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
+    where = {"local_files_only": True} if gguf is None else {"local_files_only": True, "gguf_file": gguf}
+    tokenizer = AutoTokenizer.from_pretrained(directory, **where)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **where)
     return model.to(torch.device(chosen)).eval(), tokenizer
 
 

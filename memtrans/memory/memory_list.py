@@ -72,6 +72,9 @@ class KNNMemoryList(list[KNNMemory], Movable):
         A graph's inside cannot be watched: `generate` captures none meanwhile; a captured step, and a model compiled
         with fullgraph=True, raise RuntimeError.
 
+        Rows and queries are those that were given, whatever became of their padding. All ranks of a sharded memory
+        trace together: with keep_ids they ask each other where an entry's token stood.
+
         local: also keep the weights of the local keys, (B, H, N, L) for each pass.
 
         Yields a trace, which `memtrans.inspection.trace.Trace` describes. Raises ValueError inside another `tracing`.

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from memtrans.attention import LocalKeys
 from memtrans.memory.checks import running_backward
+from memtrans.segments import Padding
 
 
 class Observation(NamedTuple):
-    """The weights of one call of attention.
+    """The weights of one call of attention; queries and local keys in the order in which tokens were given.
 
     Attributes:
         documents: (B,) int64, the document of each row.
@@ -122,6 +123,25 @@ def local_weights(query: Tensor, local: LocalKeys, scale: Tensor, lse: Tensor, s
         gone = torch.arange(local_keys, device=query.device) < local_keys - local.local_length[:, None]  # (B, L)
         logits = logits.masked_fill(gone[:, None, None], -torch.inf)
     return weighed(logits, lse, share)
+
+
+def as_given(of_queries: Tensor, padding: Padding | None) -> Tensor:
+    """What is known of each query (B, H, N, ...), by the place of its token before padding was put first."""
+    if padding is None:
+        return of_queries
+    index = padding.back[:, None, :, None].expand_as(of_queries)
+    return of_queries.gather(2, index)
+
+
+def keys_as_given(of_keys: Tensor, padding: Padding | None) -> Tensor:
+    """The same of each local key (B, H, N, L): what was cached before the segment, then the segment."""
+    if padding is None:
+        return of_keys
+    cached, skipped = of_keys.shape[3] - of_keys.shape[2], padding.skipped[:, None]
+    in_front = torch.arange(cached, device=of_keys.device) + skipped  # padding lies before what is cached
+    own = torch.where(padding.back < skipped, padding.back, padding.back + cached)
+    index = torch.cat((in_front, own), dim=1)[:, None, None].expand_as(of_keys)
+    return of_keys.gather(3, index)
 
 
 def capped(products: Tensor, soft_cap: float | None) -> Tensor:

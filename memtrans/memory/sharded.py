@@ -297,10 +297,6 @@ class ShardedSnapshot(MemorySnapshot):
         """What `nearest` gives here are numbers of entries."""
         return slots
 
-    def positions(self, slots: Tensor) -> Tensor:
-        """See `MemorySnapshot.positions`; ids are on other ranks, so of given ones this says nothing."""
-        return self.since(self.start if self.origin is None else self.origin, slots)
-
     def attend_to_retrieved(
         self,
         query: Tensor,

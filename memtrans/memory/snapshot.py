@@ -17,7 +17,7 @@ from torch import Tensor
 from memtrans.attention import LocalKeys, seed_of
 from memtrans.memory.checks import check_mask, running_backward, scoping
 from memtrans.memory.ids import check_kept, positions, read_ids
-from memtrans.memory.observation import Observation, local_weights, retrieved_weights
+from memtrans.memory.observation import Observation, as_given, keys_as_given, local_weights, retrieved_weights
 from memtrans_kernels import (
     Ledger,
     gather_pairs,
@@ -199,17 +199,15 @@ class MemorySnapshot:
         lses: (B, H, N) each, of the softmax of the retrieved entries and of that of the local keys. share: (B, H, N),
         of the retrieved part, with a gate.
         """
-        watch = self.ring.watch
+        watch, padding, of_local = self.ring.watch, local.padding, None
         assert watch.tell is not None
-        local_share = None if share is None else 1.0 - share
-        watch.tell(
-            Observation(
-                documents=self.numbers(),
-                positions=self.positions(slots),
-                weights=retrieved_weights(scores, scale, lses[0], memory_offset, share, local.soft_cap),
-                local=local_weights(query, local, scale, lses[1], local_share) if watch.wants_local else None,
-            )
-        )
+        if watch.wants_local:
+            local_share = None if share is None else 1.0 - share
+            of_local = local_weights(query, local, scale, lses[1], local_share)
+            of_local = as_given(keys_as_given(of_local, padding), padding)
+        weights = retrieved_weights(scores, scale, lses[0], memory_offset, share, local.soft_cap)
+        positions = as_given(self.positions(slots), padding)
+        watch.tell(Observation(self.numbers(), positions, as_given(weights, padding), of_local))
 
     def numbers(self) -> Tensor:
         """The numbers of the documents in scope (B,) int64; of a view's rows, in which documents repeat, their own."""

@@ -118,7 +118,7 @@ class Trainer:
         tokens, _, lengths, fresh = inputs.rounds()[0][0]
         places = torch.arange(tokens.shape[1], device=tokens.device)
         counted = (places < lengths[:, None]) & ~fresh[:, None]
-        share = measured_share(self.model, lambda: self.reader.look(tokens, lengths), counted)
+        share = measured_share(self.model, self.reader.memories, lambda: self.reader.look(tokens, lengths), counted)
         with self.ranks.listening():
             found = self.ranks.gather((memory_fill(self.reader.memories), share))
         names = ("memory_fill", "memory_share")

@@ -9,7 +9,7 @@ import zipfile
 import pytest
 import torch
 
-from memtrans.data import sources
+from memtrans.data import held_out
 from memtrans.data.sources import load_corpus, standard_library
 
 TEXT = b"the quick brown fox jumps over the lazy dog\n" * 20
@@ -103,7 +103,7 @@ def test_the_fingerprint_changes_with_a_byte_and_with_a_name(tmp_path):
 
 
 def test_enwik8_gets_the_standard_split(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "ENWIK8_SPLIT", (90, 5, 5))
+    monkeypatch.setattr(held_out, "ENWIK8_SPLIT", (90, 5, 5))
     (tmp_path / "enwik8").write_bytes(bytes(range(100)))
     corpus = load_corpus(str(tmp_path / "enwik8"))
     assert content(corpus.train) == [bytes(range(90))]
@@ -112,7 +112,7 @@ def test_enwik8_gets_the_standard_split(tmp_path, monkeypatch):
 
 
 def test_the_standard_split_is_of_exactly_a_hundred_million_bytes(tmp_path):
-    assert sources.ENWIK8_SPLIT == (90_000_000, 5_000_000, 5_000_000)
+    assert held_out.ENWIK8_SPLIT == (90_000_000, 5_000_000, 5_000_000)
     (tmp_path / "enwik8").write_bytes(TEXT)
     with pytest.raises(ValueError, match=r"one file of 100000000 bytes to be enwik8, got \[880\]"):
         load_corpus(str(tmp_path / "enwik8"))

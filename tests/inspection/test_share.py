@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from memtrans import KNNAttention, KNNMemory, MemorizingTransformer
-from memtrans.attention import LayerInputs
-from memtrans.inspection.share import measured_share, memory_fill, memory_share
+from memtrans import KNNAttention, KNNMemory, KNNMemoryList, MemorizingTransformer
+from memtrans.inspection.share import measured_share, memory_fill, watched_shares
 from memtrans_kernels import cosine
 from tests.helpers.checks import ATTENTION, assert_close
 
@@ -25,7 +24,9 @@ def layer(entries: int = 40, **options) -> tuple[KNNAttention, torch.Tensor, KNN
 
 @torch.no_grad()
 def share_of(attention: KNNAttention, x: torch.Tensor, memory: KNNMemory) -> torch.Tensor:
-    return memory_share(attention, x, LayerInputs(), memory.snapshot(x, longest=x.shape[1]))
+    with watched_shares(KNNMemoryList([memory])) as found:
+        attention(x, knn_memory=memory, add_knn_memory=False)
+    return found[0]
 
 
 @pytest.mark.parametrize("offset", [None, -1.5])
@@ -61,8 +62,8 @@ def test_the_mean_counts_the_tokens_that_it_is_told_to_and_changes_nothing():
     assert memory_fill(memories) == 8 / 64
     before = memories.state_dict()
     counted = torch.ones(2, 8, dtype=torch.bool)
-    share = measured_share(model, lambda: model(ids, knn_memories=memories, add_knn_memory=False), counted)
+    share = measured_share(model, memories, lambda: model(ids, memories, add_knn_memory=False), counted)
     assert 0 < share < 1
     assert all(torch.equal(tensor, memories.state_dict()[name]) for name, tensor in before.items())
-    assert measured_share(model, lambda: None, ~counted) is None
+    assert measured_share(model, memories, lambda: None, ~counted) is None
     assert model.training

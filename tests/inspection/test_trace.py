@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.checks import SAME_FORMULA, assert_close
-from torch import Tensor
+from helpers.definition import Document, dense
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memtrans import KNNAttention, KNNMemory, KNNMemoryList, MemorizingTransformer, generate
@@ -21,91 +20,35 @@ from memtrans_kernels import cosine
 B, H, N, K, D, M, DIM = 2, 4, 5, 3, 8, 11, 12
 
 
-@dataclass
-class Document:
-    """One row as the definition has it: everything that it stored, and what is still in its XL cache; (G, n, D)."""
-
-    groups: int
-    stored: list[Tensor] = field(default_factory=list)  # keys (G, D), in their order
-    cached: list[Tensor] = field(default_factory=list)
-
-    def weights(self, layer: KNNAttention, query: Tensor, key: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-        """Of query (H, N, D), with the segment's keys (G, N, D): to all stored (H, N, stored), to all local keys."""
-        group = torch.arange(H) // (H // self.groups)
-        local = torch.stack([*self.cached, *key.unbind(1)], dim=1)[group]  # (H, L, D)
-        length, local_keys, scale = query.shape[1], local.shape[1], layer.temperature()[:, None, None]
-        distance = torch.arange(local_keys - length, local_keys)[:, None] - torch.arange(local_keys)
-        apart = distance if layer.causal else distance.abs()
-        to_local = capped(layer, scale * query @ local.mT) + table[:, apart.clamp(0, table.shape[1] - 1)]
-        if layer.causal:
-            to_local = to_local.masked_fill(distance < 0, -torch.inf)
-        to_memory = torch.full((H, length, len(self.stored)), -torch.inf, dtype=torch.float64)
-        first = max(0, len(self.stored) - M)
-        if self.stored:
-            scores = query @ torch.stack(self.stored, dim=1)[group, first:].mT
-            best = scores.topk(min(K, scores.shape[2]), dim=2)
-            logits = capped(layer, scale * best.values)
-            if layer.memory_offset is not None:
-                logits = logits + layer.memory_offset[:, None, None]
-            to_memory[:, :, first:] = to_memory[:, :, first:].scatter(2, best.indices, logits)
-        if layer.memory_gate is None:
-            parts = [to_memory, to_local]
-            if layer.sink is not None:
-                parts.append(layer.sink[:, None, None].expand(H, length, 1))
-            return (
-                torch.cat(parts, dim=2)
-                .softmax(2)[..., : len(self.stored) + local_keys]
-                .split([len(self.stored), local_keys], dim=2)
-            )
-        gate = layer.memory_gate.sigmoid()[:, None, None] if self.stored else torch.zeros(H, 1, 1).double()
-        memory = to_memory.softmax(2) if self.stored else to_memory
-        return gate * memory, (1 - gate) * to_local.softmax(2)
-
-    def go_on(self, key: Tensor, kept: int) -> None:
-        """Stores what leaves the XL cache of a segment's keys (G, N, D)."""
-        local = [*self.cached, *key.unbind(1)]
-        leaving = max(0, len(local) - kept)
-        self.stored += local[:leaving]
-        self.cached = local[leaving:]
-
-
-def capped(layer: KNNAttention, products: Tensor) -> Tensor:
-    return products if layer.soft_cap is None else layer.soft_cap * (products / layer.soft_cap).tanh()
-
-
-def dense(positions: Tensor, weights: Tensor, stored: int) -> Tensor:
-    """Weights (H, Q, K) by position (H, Q, stored)."""
-    by_position = torch.zeros(*weights.shape[:2], stored + 1, dtype=weights.dtype)
-    return by_position.scatter_add(2, positions + 1, weights)[..., 1:]
-
-
 def memory_of(groups: int, **options: Any) -> KNNMemory:
     return KNNMemory(D, M, B, kv_heads=groups, dtype=torch.float64, device="cpu", spare=N + 3, **options)
 
 
+CAUSAL = [{}, {"memory_offset": -0.5}, {"combine": "gate"}, {"soft_cap": 3.0}, {"sink": True}]
+FORMS: list[dict[str, Any]] = [
+    *(form | {"xl_max_memories": cached} for form in CAUSAL for cached in (0, 7)),
+    *(form | {"causal": False} for form in CAUSAL),  # which have no cache
+]
+
+
 @pytest.mark.cpu
-@pytest.mark.parametrize("cached", [0, 7])
 @pytest.mark.parametrize("groups", [1, 2, H])
-@pytest.mark.parametrize("form", [{}, {"memory_offset": -0.5}, {"combine": "gate"}, {"soft_cap": 3.0}, {"sink": True}])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("keep_ids", [False, True])
 @torch.no_grad()
-def test_weights_are_those_of_the_definition(
-    form: dict[str, Any], groups: int, cached: int, keep_ids: bool, tmp_path: Path
-) -> None:
+def test_weights_are_those_of_the_definition(form: dict[str, Any], groups: int, keep_ids: bool, tmp_path: Path) -> None:
     """Through segments that fill the ring, go round it, clear a row, and read on in a memory that was saved."""
     torch.manual_seed(0)
-    layer = KNNAttention(
-        dim=DIM, heads=H, dim_head=D, num_retrieved_memories=K, xl_max_memories=cached, kv_heads=groups, **form
-    ).double()
+    layer = KNNAttention(dim=DIM, heads=H, dim_head=D, num_retrieved_memories=K, kv_heads=groups, **form).double()
     if layer.memory_gate is not None:
         layer.memory_gate.normal_()
-    table, documents = torch.randn(H, 6, dtype=torch.float64), [Document(groups) for _ in range(B)]
+    table, documents = torch.randn(H, 6, dtype=torch.float64), [Document(layer, M) for _ in range(B)]
     memories, xl_memory = KNNMemoryList([memory_of(groups, keep_ids=keep_ids)]), None
     before = [0] * B  # stored when the memory was saved: there positions begin anew without ids
     for segment in range(9):
         if segment == 5:
             memories.clear_rows(torch.tensor([True, False]))
-            documents[0] = Document(groups)
+            documents[0] = Document(layer, M)
         if segment == 7:
             memories.save(tmp_path / "memories.safetensors")
             memories = KNNMemoryList.load(tmp_path / "memories.safetensors", device="cpu")
@@ -117,7 +60,7 @@ def test_weights_are_those_of_the_definition(
         with memories.tracing(local=True) as trace:
             _, xl_memory = layer(x, knn_memory=memories[0], xl_memory=xl_memory, rel_pos_bias=table, local_length=held)
         for row, document in enumerate(documents):
-            to_memory, to_local = document.weights(layer, query[row], key[row], table)
+            to_memory, to_local = document.weights(query[row], key[row], table)
             positions = trace.positions(row, 0)
             found = dense(
                 positions.where(positions < 0, positions + before[row]), trace.weights(row, 0), len(document.stored)
@@ -126,8 +69,57 @@ def test_weights_are_those_of_the_definition(
             local = trace.local_weights(row, 0)[0]
             assert_close(local[..., -int(held[row]) :], to_local, SAME_FORMULA, "local weights")
             assert not local[..., : -int(held[row])].any()
-            document.go_on(key[row], cached)
+            document.go_on(key[row], layer.xl_max_memories)
     assert len(documents[1].stored) > 2 * M
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("form", [{}, {"xl_max_memories": 7}, {"causal": False}, {"combine": "gate", "causal": False}])
+@torch.no_grad()
+def test_of_rows_with_padding_it_says_the_same_by_the_places_of_their_tokens(form: dict[str, Any], groups: int) -> None:
+    """Padding before the text, behind it and inside it looks at nothing and is not looked at."""
+    torch.manual_seed(0)
+    layer = KNNAttention(dim=DIM, heads=H, dim_head=D, num_retrieved_memories=K, kv_heads=groups, **form).double()
+    table, documents = torch.randn(H, 6, dtype=torch.float64), [Document(layer, M) for _ in range(B)]
+    memories, cache = KNNMemoryList([memory_of(groups)]), {}
+    masks = torch.tensor([[[0, 1, 1, 1, 1], [1, 1, 1, 0, 0]], [[1, 0, 1, 0, 1], [1, 1, 1, 1, 1]]]).bool()
+    for mask in masks.repeat(4, 1, 1):
+        x, held = torch.randn(B, N, DIM, dtype=torch.float64), [len(document.cached) for document in documents]
+        if cache:
+            cache["local_length"] = torch.tensor(held) + N
+        with memories.tracing(local=True) as trace:
+            _, xl_memory = layer(x, knn_memory=memories[0], rel_pos_bias=table, mask=mask, **cache)
+        for row, (document, real) in enumerate(zip(documents, mask, strict=True)):
+            query, key = (vectors[0] for vectors in cosine(*layer.project(x[row, real][None])[:2]))
+            to_memory, to_local = document.weights(query, key, table)
+            found = dense(trace.positions(row, 0), trace.weights(row, 0), len(document.stored))
+            assert_close(found[:, real], to_memory, SAME_FORMULA, "weights")
+            local = trace.local_weights(row, 0)[0]
+            seen = torch.cat((torch.arange(local.shape[2] - N) >= local.shape[2] - N - held[row], real))
+            assert_close(local[:, real][..., seen], to_local, SAME_FORMULA, "local weights")
+            assert not found[:, ~real].any() and not local[:, ~real].any() and not local[..., ~seen].any()
+            document.go_on(key, layer.xl_max_memories)
+        cache = {} if xl_memory is None else {"xl_memory": xl_memory}
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("causal", [True, False])
+@torch.no_grad()
+def test_a_models_padding_is_no_query_of_another_token(causal: bool) -> None:
+    model, tokens = small_model(causal=causal), torch.arange(1, 9)[None]
+    mask = torch.tensor([[True, True, False, True, False, True, True, True]])
+    memories, others = memories_of(model, 1), memories_of(model, 1)
+    for memory in (memories, others):
+        model(torch.arange(30)[None], memory)
+    with memories.tracing() as trace:
+        model(tokens, memories, mask=mask)
+    with others.tracing() as expected:
+        model(tokens[mask][None], others)
+    for layer in trace.layers:
+        assert torch.equal(trace.positions(0, layer)[:, mask[0]], expected.positions(0, layer))
+        assert_close(trace.weights(0, layer)[:, mask[0]], expected.weights(0, layer), SAME_FORMULA, "weights")
+        assert (trace.positions(0, layer)[:, ~mask[0]] == -1).all()
 
 
 def small_model(**options: Any) -> MemorizingTransformer:

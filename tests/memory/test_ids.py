@@ -52,7 +52,7 @@ def found_ids(memory: KNNMemory, topk: int = 9) -> list[list[int]]:
 # ------------------------------------------------------------------------------------------------------ what was found
 
 
-def test_search_says_where_entries_are_and_how_well_they_fit() -> None:
+def test_22_6_search_says_where_entries_are_and_how_well_they_fit() -> None:
     memory = KNNMemory(2, 4, keep_ids=True)
     memory.add(torch.tensor([[[[1.0, 0.0], [5.0, 5.0]], [[3.0, 0.0], [6.0, 6.0]]]]))
     query = torch.tensor([[2.0, 0.0]])
@@ -64,7 +64,7 @@ def test_search_says_where_entries_are_and_how_well_they_fit() -> None:
     assert len(memory.search(query, 3)) == 2
 
 
-def test_slots_have_the_shape_of_the_queries_and_ids_of_the_slots() -> None:
+def test_22_6_slots_have_the_shape_of_the_queries_and_ids_of_the_slots() -> None:
     memory = KNNMemory(2, 4, 2, kv_heads=2, keep_ids=True)
     memory.add(torch.randn(2, 2, 3, 2, 2))
     _, _, slots, scores = memory.search(torch.randn(2, 4, 5, 7, 2), 2, return_slots=True, return_scores=True)
@@ -77,7 +77,7 @@ def test_slots_have_the_shape_of_the_queries_and_ids_of_the_slots() -> None:
 # ----------------------------------------------------------------------------------------------------------------- ids
 
 
-def test_ids_are_positions_in_the_document_and_outlive_what_is_dropped() -> None:
+def test_22_6_ids_are_positions_in_the_document_and_outlive_what_is_dropped() -> None:
     memory = with_ids(spare=2)
     memory.add(pairs(4, 5, batch=2))
     assert ids(memory) == found_ids(memory) == [[1, 2, 3, 4]] * 2
@@ -89,7 +89,7 @@ def test_ids_are_positions_in_the_document_and_outlive_what_is_dropped() -> None
         assert ids(memory) == found_ids(memory) == [[8, 9, 10, 11]]
 
 
-def test_ids_that_are_given_come_back_in_every_head() -> None:
+def test_22_6_ids_that_are_given_come_back_in_every_head() -> None:
     memory = KNNMemory(2, 3, 2, kv_heads=2, keep_ids=True)
     memory.add(torch.randn(2, 2, 4, 2, 2), ids=torch.tensor([[7, 6, 5, 4], [-3, 2**62, 0, 1]]))
     assert ids(memory) == [[6, 5, 4], [2**62, 0, 1]]
@@ -97,7 +97,7 @@ def test_ids_that_are_given_come_back_in_every_head() -> None:
     assert memory.ids_of(slots).sort(dim=-1).values[0].tolist() == [[[4, 5, 6]]] * 4
 
 
-def test_ids_that_nobody_keeps_are_refused_and_cost_nothing() -> None:
+def test_22_6_ids_that_nobody_keeps_are_refused_and_cost_nothing() -> None:
     memory, (_, _, slots) = filled(), filled().search(torch.ones(2, 1, 2), 2, return_slots=True)
     with pytest.raises(ValueError, match="keep_ids must be True for ids to be stored, got ids and keep_ids=False"):
         memory.add(pairs(1, batch=2), ids=torch.zeros(2, 1, dtype=torch.int64))
@@ -108,14 +108,14 @@ def test_ids_that_nobody_keeps_are_refused_and_cost_nothing() -> None:
 
 
 @pytest.mark.parametrize("wrong", [torch.zeros(2, 2).long(), torch.zeros(1, 3).long(), torch.zeros(2, 3).int()])
-def test_ids_of_another_shape_or_dtype_are_refused(wrong: Tensor) -> None:
+def test_22_6_ids_of_another_shape_or_dtype_are_refused(wrong: Tensor) -> None:
     memory = with_ids()
     with pytest.raises((ValueError, TypeError), match="ids must"):
         memory.add(pairs(4, 5, 6, batch=2), ids=wrong)
     assert ids(memory) == [[0, 1, 2]] * 2
 
 
-def test_ids_are_kept_in_files_states_pickles_and_copies(tmp_path: Path) -> None:
+def test_22_6_ids_are_kept_in_files_states_pickles_and_copies(tmp_path: Path) -> None:
     memory = with_ids()
     memory.add(pairs(4, 5, batch=2), ids=torch.tensor([[70, 71], [80, 81]]))
     memory.clear([0])
@@ -141,7 +141,7 @@ def test_ids_are_kept_in_files_states_pickles_and_copies(tmp_path: Path) -> None
     assert none.entries().ids is None and held(none) == held(memory)
 
 
-def test_old_files_load_with_and_without_ids() -> None:
+def test_22_6_old_files_load_with_and_without_ids() -> None:
     memory = KNNMemory.load(BEFORE / "memory.safetensors")
     assert not memory.keep_ids and int(memory.lengths.max()) > 0
     numbered = KNNMemory.load(BEFORE / "memory.safetensors", keep_ids=True)
@@ -160,14 +160,14 @@ def test_old_files_load_with_and_without_ids() -> None:
         ({"ids": torch.zeros(2, 3)}, "ids must be torch.int64"),
     ],
 )
-def test_a_state_with_other_ids_is_refused(change: dict[str, Tensor], message: str) -> None:
+def test_22_6_a_state_with_other_ids_is_refused(change: dict[str, Tensor], message: str) -> None:
     memory = with_ids()
     with pytest.raises((ValueError, TypeError), match=message):
         memory.load_state_dict({**memory.state_dict(), **change})
     assert ids(memory) == [[0, 1, 2]] * 2
 
 
-def test_lists_and_models_pass_keep_ids_on() -> None:
+def test_22_6_lists_and_models_pass_keep_ids_on() -> None:
     memories = KNNMemoryList.create_memories(batch_size=2, num_memory_layers=2)(dim=2, max_memories=4, keep_ids=True)
     assert all(memory.keep_ids for memory in memories)
     model = MemorizingTransformer(num_tokens=32, dim=16, depth=2, dim_head=8, heads=2, memorizing_layers=(1, 2))
@@ -177,7 +177,7 @@ def test_lists_and_models_pass_keep_ids_on() -> None:
     assert [ids(memory) for memory in memories] == [[list(range(3, 12))] * 2] * 2
 
 
-def test_a_document_that_begins_inside_a_segment_is_numbered_from_its_start_token() -> None:
+def test_22_6_a_document_that_begins_inside_a_segment_is_numbered_from_its_start_token() -> None:
     model = MemorizingTransformer(
         num_tokens=32, dim=16, depth=1, dim_head=8, heads=2, memorizing_layers=1, clear_memories_on_sos_token_id=1
     )
@@ -189,7 +189,7 @@ def test_a_document_that_begins_inside_a_segment_is_numbered_from_its_start_toke
     assert [of_document[-1] for of_document in ids(memories[0])] == [11, 3]
 
 
-def test_recomputing_and_compiling_store_the_same_ids() -> None:
+def test_22_6_recomputing_and_compiling_store_the_same_ids() -> None:
     torch.manual_seed(0)
     attention = KNNAttention(dim=8, heads=2, dim_head=4, num_retrieved_memories=3)
     memories = [KNNMemory(4, 6, 2, spare=8, device="cpu", keep_ids=True) for _ in range(3)]
@@ -206,7 +206,7 @@ def test_recomputing_and_compiling_store_the_same_ids() -> None:
         assert ids(memory) == [list(range(5, 11))] * 2
 
 
-def test_ids_follow_a_ring_that_is_laid_out_anew() -> None:
+def test_22_6_ids_follow_a_ring_that_is_laid_out_anew() -> None:
     memory = with_ids(spare=1)
     memory.add(pairs(*range(4, 16), batch=2))
     assert ids(memory) == found_ids(memory) == [[11, 12, 13, 14]] * 2
@@ -223,7 +223,7 @@ def remove(memory: KNNMemory, *places: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("spare", [0, 1, 5])
-def test_what_is_removed_is_not_found_not_counted_and_not_saved(tmp_path: Path, spare: int) -> None:
+def test_22_6_what_is_removed_is_not_found_not_counted_and_not_saved(tmp_path: Path, spare: int) -> None:
     memory = with_ids(spare=spare)
     memory.add(pairs(4, 5, batch=2))  # 2 3 4 5
     remove(memory, (0, 0), (0, 2), (1, 3))
@@ -239,14 +239,14 @@ def test_what_is_removed_is_not_found_not_counted_and_not_saved(tmp_path: Path, 
         assert ids(same) == [[2, 4, 5, 6], [2, 3, 5, 6]]
 
 
-def test_removal_speaks_of_the_documents_in_scope() -> None:
+def test_22_6_removal_speaks_of_the_documents_in_scope() -> None:
     memory = with_ids(3)
     with memory.at_batch_indices([2, 0]):
         remove(memory, (0, 1))
     assert held(memory) == [[1, 2, 3], [1, 2, 3], [1, 3]]
 
 
-def test_everything_can_be_removed_and_nothing_too() -> None:
+def test_22_6_everything_can_be_removed_and_nothing_too() -> None:
     memory = filled()
     memory.remove(torch.zeros(2, 4, dtype=torch.bool))
     assert held(memory) == [[1, 2, 3]] * 2
@@ -258,7 +258,7 @@ def test_everything_can_be_removed_and_nothing_too() -> None:
 @pytest.mark.parametrize(
     "wrong", [torch.ones(2, 3, dtype=torch.bool), torch.ones(1, 4, dtype=torch.bool), torch.ones(2, 4)]
 )
-def test_another_mask_is_refused(wrong: Tensor) -> None:
+def test_22_6_another_mask_is_refused(wrong: Tensor) -> None:
     memory = filled()
     with pytest.raises(ValueError, match=r"mask must be a bool tensor of shape \(2, 4\)"):
         memory.remove(wrong)
@@ -273,7 +273,7 @@ def test_another_mask_is_refused(wrong: Tensor) -> None:
     capacity=st.integers(1, 6),
     spare=st.integers(0, 4),
 )
-def test_it_holds_what_a_list_holds(steps: list[tuple[str, int, int]], capacity: int, spare: int) -> None:
+def test_22_6_it_holds_what_a_list_holds(steps: list[tuple[str, int, int]], capacity: int, spare: int) -> None:
     memory, expected, numbers = KNNMemory(2, capacity, 2, spare=spare, keep_ids=True), [[], []], [0, 0]
     for what, length, seed in steps:
         chosen = torch.rand(2, capacity, generator=seeded(seed)) < 0.5
@@ -298,7 +298,7 @@ def test_it_holds_what_a_list_holds(steps: list[tuple[str, int, int]], capacity:
 
 @pytest.mark.filterwarnings("ignore:a memory of .* bytes grows to")
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_a_pending_backward_reads_what_its_forward_retrieved(checkpointed: bool) -> None:
+def test_22_6_a_pending_backward_reads_what_its_forward_retrieved(checkpointed: bool) -> None:
     def gradients(removing: bool) -> list[Tensor]:
         torch.manual_seed(0)
         attention = KNNAttention(dim=8, heads=2, dim_head=4, num_retrieved_memories=3, attn_scale_init=5).double()
@@ -325,7 +325,7 @@ def test_a_pending_backward_reads_what_its_forward_retrieved(checkpointed: bool)
         assert_close(actual, expected, SAME_FORMULA)
 
 
-def test_nothing_can_be_added_behind_a_snapshot_of_before() -> None:
+def test_22_6_nothing_can_be_added_behind_a_snapshot_of_before() -> None:
     memory = filled(spare=4)
     snapshot = memory.snapshot()
     remove(memory, (0, 1))
@@ -385,7 +385,7 @@ def _spread(rank: int, capacity: int, kv_heads: int, seed: int) -> dict[str, Ten
 
 @pytest.mark.cpu
 @pytest.mark.parametrize(("capacity", "kv_heads", "seed"), [(8, 1, 0), (7, 1, 1), (5, 2, 2), (20, 2, 3)])
-def test_two_ranks_keep_and_remove_what_one_memory_does(
+def test_22_6_two_ranks_keep_and_remove_what_one_memory_does(
     two: Processes, capacity: int, kv_heads: int, seed: int
 ) -> None:
     whole = KNNMemory(2, capacity, 2, kv_heads=kv_heads, keep_ids=True)

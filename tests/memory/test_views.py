@@ -31,7 +31,7 @@ def random_memory(batch: int, kv_heads: int = 1, **kwargs: Any) -> KNNMemory:
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
 @pytest.mark.parametrize(("rows", "documents"), [(6, [0, 0, 1, 1, 2, 2]), ([2, 0, 2], [2, 0, 2]), (3, [0, 1, 2])])
-def test_a_row_of_a_view_finds_what_its_document_finds(kv_heads: int, rows: Any, documents: list[int]) -> None:
+def test_22_5_a_row_of_a_view_finds_what_its_document_finds(kv_heads: int, rows: Any, documents: list[int]) -> None:
     memory = random_memory(3, kv_heads, keep_ids=True)
     view = memory.expand(rows)
     assert (view.num_indices, view.scoped_indices) == (len(documents), list(range(len(documents))))
@@ -50,7 +50,7 @@ def test_a_row_of_a_view_finds_what_its_document_finds(kv_heads: int, rows: Any,
         assert torch.equal(view.search(queries[1, None], 3)[0][0], found[0][1])
 
 
-def test_a_view_sees_what_the_memory_is_given_later_and_leaves_it_alone() -> None:
+def test_22_5_a_view_sees_what_the_memory_is_given_later_and_leaves_it_alone() -> None:
     memory = KNNMemory(2, 4, 2)
     view = memory.expand(4)
     assert held(view) == [[]] * 4
@@ -78,7 +78,7 @@ def test_a_view_sees_what_the_memory_is_given_later_and_leaves_it_alone() -> Non
         lambda view: view.save("nowhere"),
     ],
 )
-def test_a_view_is_to_read_alone(change: Any) -> None:
+def test_22_5_a_view_is_to_read_alone(change: Any) -> None:
     memory = filled()
     with pytest.raises(TypeError, match=r"got a view .*`expand` made, to read alone"):
         change(memory.expand(4))
@@ -86,12 +86,12 @@ def test_a_view_is_to_read_alone(change: Any) -> None:
 
 
 @pytest.mark.parametrize("wrong", [3, 0, [0, 2], [-1], [], 2.0])
-def test_rows_that_are_no_documents_are_refused(wrong: Any) -> None:
+def test_22_5_rows_that_are_no_documents_are_refused(wrong: Any) -> None:
     with pytest.raises((ValueError, TypeError), match="rows must be"):
         filled().expand(wrong)
 
 
-def test_layers_and_models_read_a_view_with_gradients() -> None:
+def test_22_5_layers_and_models_read_a_view_with_gradients() -> None:
     torch.manual_seed(0)
     model = MemorizingTransformer(**OPTIONS).double()
     memories = model.create_knn_memories(batch_size=1, max_memories=20, dtype=torch.float64)
@@ -112,7 +112,7 @@ def test_layers_and_models_read_a_view_with_gradients() -> None:
     assert memories[0].lengths.tolist() == [16]
 
 
-def test_several_questions_are_answered_from_one_document() -> None:
+def test_22_5_several_questions_are_answered_from_one_document() -> None:
     torch.manual_seed(0)
     model = MemorizingTransformer(**OPTIONS)
     memories = model.create_knn_memories(batch_size=1, max_memories=20)
@@ -125,7 +125,7 @@ def test_several_questions_are_answered_from_one_document() -> None:
         assert torch.equal(alone[0], answer)
 
 
-def test_the_refusal_of_another_batch_names_the_ways_out() -> None:
+def test_22_5_the_refusal_of_another_batch_names_the_ways_out() -> None:
     memory, attention = random_memory(1), KNNAttention(dim=8, heads=2, dim_head=4)
     ways = r"; at_batch_indices chooses .*, expand\(rows\) lends"
     for ask in (
@@ -142,7 +142,7 @@ def test_the_refusal_of_another_batch_names_the_ways_out() -> None:
 # -------------------------------------------------------------------------------------------------------------- moving
 
 
-def test_half_and_to_store_in_another_dtype_and_give_the_memory_back() -> None:
+def test_22_5_half_and_to_store_in_another_dtype_and_give_the_memory_back() -> None:
     memory = filled(keep_ids=True, spare=3)
     memory.clear([0])
     assert memory.half() is memory
@@ -157,14 +157,14 @@ def test_half_and_to_store_in_another_dtype_and_give_the_memory_back() -> None:
     assert held(memory) == [[4], [1, 2, 3, 4]]
 
 
-def test_a_memory_that_saw_nothing_yet_can_be_moved() -> None:
+def test_22_5_a_memory_that_saw_nothing_yet_can_be_moved() -> None:
     memory = KNNMemory(2, 4).half()
     assert memory.device is None and memory.dtype == torch.float16
     assert memory.to("cpu").device == torch.device("cpu")
     assert memory.state_dict()["values"].dtype == torch.float16
 
 
-def test_a_list_moves_all_and_gives_itself_back() -> None:
+def test_22_5_a_list_moves_all_and_gives_itself_back() -> None:
     memories = KNNMemoryList([filled(), filled()])
     assert memories.half() is memories
     assert [memory.dtype for memory in memories] == [torch.float16] * 2
@@ -172,14 +172,14 @@ def test_a_list_moves_all_and_gives_itself_back() -> None:
 
 
 @pytest.mark.parametrize("wrong", ["meta", "cuda:99", torch.complex64, torch.int64])
-def test_what_no_memory_can_be_is_refused_and_changes_nothing(wrong: Any) -> None:
+def test_22_5_what_no_memory_can_be_is_refused_and_changes_nothing(wrong: Any) -> None:
     memory = filled()
     with pytest.raises((ValueError, TypeError)):
         memory.to(wrong)
     assert held(memory) == [[1, 2, 3]] * 2 and memory.dtype is None
 
 
-def test_a_pending_backward_outlives_a_cast() -> None:
+def test_22_5_a_pending_backward_outlives_a_cast() -> None:
     def gradient(cast: bool) -> torch.Tensor:
         torch.manual_seed(0)
         memory, attention = random_memory(2), KNNAttention(dim=8, heads=2, dim_head=4, num_retrieved_memories=3)

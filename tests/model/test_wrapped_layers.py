@@ -11,6 +11,8 @@ import pytest
 import torch
 from helpers.checks import SAME_GRAPH, assert_close
 from helpers.devices import seeded
+from helpers.packages import package
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -200,3 +202,83 @@ def test_22_8_an_offloaded_model_is_not_saved_without_its_numbers(tmp_path: Path
     with pytest.raises(ValueError, match=r"must hold its weights to be saved, got token_emb\.weight.* offloaded"):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+# -------------------------------------------------------------------------------------------- bitsandbytes, on the CPU
+
+
+def in_four_bits(layer: nn.Linear) -> nn.Module:
+    bits = package("bitsandbytes").nn
+    packed = bits.Linear4bit(
+        layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=torch.float32, quant_type="nf4"
+    )
+    packed.weight = bits.Params4bit(layer.weight.detach().clone(), requires_grad=False, quant_type="nf4")
+    packed.bias = layer.bias
+    return packed.to("cpu")  # which packs
+
+
+def in_eight_bits(layer: nn.Linear) -> nn.Module:
+    bits = package("bitsandbytes").nn
+    packed = bits.Linear8bitLt(
+        layer.in_features, layer.out_features, layer.bias is not None, has_fp16_weights=False, threshold=6.0
+    )
+    packed.weight = bits.Int8Params(layer.weight.detach().clone(), requires_grad=False, has_fp16_weights=False)
+    packed.bias = layer.bias
+    return packed.to("cpu")
+
+
+def unpacked(model: nn.Module) -> MemorizingTransformer:
+    """A model of plain layers with the weights that 4-bit ones stand for."""
+    plain, functional = build(dim=64), package("bitsandbytes").functional
+    layers = dict(plain.named_modules())
+    for name, module in model.named_modules():
+        if isinstance(module, package("bitsandbytes").nn.Linear4bit):
+            layers[name].weight.data = functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+    return plain
+
+
+@pytest.mark.slow
+def test_22_8_four_bits_of_bitsandbytes_read_and_write_as_the_weights_that_they_stand_for() -> None:
+    model = build(dim=64)
+    before = read(model)
+    replace_all(model, nn.Linear, in_four_bits)
+    assert model.to_logits[1].weight.dtype == torch.uint8
+    expected = unpacked(model)
+    assert not torch.equal(read(expected), before)
+    assert_close(read(model), read(expected), SAME_GRAPH)
+    texts = [generate(each, TOKENS, tokens=12, segment=LENGTH, temperature=0) for each in (model, expected)]
+    assert torch.equal(*texts)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_22_8_eight_bits_of_bitsandbytes_are_read_and_written_with() -> None:
+    model = build(dim=64)
+    expected = read(model)
+    replace_all(model, nn.Linear, in_eight_bits)
+    logits = read(model)
+    assert not torch.equal(logits, expected)
+    assert nn.functional.cosine_similarity(logits.flatten(), expected.flatten(), dim=0) > 0.99
+    assert generate(model, TOKENS, tokens=4, segment=LENGTH).shape == (BATCH, 4)
+
+
+@pytest.mark.slow
+def test_22_8_adapters_learn_beside_four_bits() -> None:
+    """As QLoRA has it: what is packed stays, low-rank matrices beside it learn."""
+    model = build(dim=64)
+    replace_all(model, nn.Linear, in_four_bits)
+    model.is_loaded_in_4bit = True
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["to_q", "to_kv", "to_out"], lora_alpha=8))
+    layer = adapted.base_model.model.layers[1][0].fn.to_q
+    packed = layer.base_layer.weight.clone()
+    moving, losses = torch.optim.AdamW((p for p in adapted.parameters() if p.requires_grad), lr=1e-2), []
+    for _ in range(8):
+        memories, cache = model.create_knn_memories(batch_size=BATCH), None
+        first, second, _ = TOKENS.split(LENGTH, dim=1)
+        _, cache = adapted(first, memories, cache)
+        loss, _ = adapted(second, memories, cache, labels=second.roll(-1, 1))
+        loss.backward()
+        moving.step()
+        moving.zero_grad()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0] and torch.equal(layer.base_layer.weight, packed)

@@ -1,4 +1,4 @@
-"""Trainers and wrappers of other packages, and PyTorch's own: accelerate, Lightning, EMA, FSDP in both forms.
+"""Trainers and wrappers of other packages, and PyTorch's own: accelerate, Lightning, EMA, DeepSpeed, both FSDPs.
 
 `make test-slow` installs what `memtrans[test]` lacks; a package that is missing fails its tests.
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import import_module
@@ -17,13 +18,14 @@ import pytest
 import torch
 from helpers.checks import SAME_GRAPH, assert_close
 from helpers.devices import seeded
+from helpers.packages import package
 from helpers.processes import Processes
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-from memtrans import KNNMemoryList, MemorizingTransformer
+from memtrans import KNNMemoryList, MemorizingTransformer, generate
 from memtrans.memorizing_transformers_pytorch import PreNormResidual
 
 pytestmark = pytest.mark.cpu
@@ -35,13 +37,6 @@ SEGMENTS = [
     {"x": TEXT[:, :-1][:, at : at + LENGTH], "labels": TEXT[:, 1:][:, at : at + LENGTH], "lengths": lengths}
     for at, lengths in zip(range(0, STEPS * LENGTH, LENGTH), LENGTHS, strict=True)
 ]
-
-
-def package(name: str) -> Any:
-    try:
-        return import_module(name)
-    except ImportError as error:
-        pytest.fail(f"{name} is missing, which `make test-slow` installs: {error}")
 
 
 def build() -> MemorizingTransformer:
@@ -216,3 +211,58 @@ def test_22_10_weights_spread_over_ranks_learn_the_same(two: Processes, form: st
     for losses, lengths in two.run(spread_losses, form):
         assert_close(torch.tensor(losses), torch.tensor(expected), SAME_GRAPH)
         assert lengths == stored()
+
+
+# ------------------------------------------------------------------------------------------------ DeepSpeed, stage 3
+
+
+def deepspeed_losses(rank: int) -> tuple[list[float], list[int], int, list[int]]:
+    """Losses, the memory's lengths, how many numbers the parameters hold between the passes, and what is written then.
+
+    The operator that several ranks on one CPU would share memory by is not compiled. What a model returns is copied, so
+    its XL caches no longer say how much of them a row filled: that is told.
+    """
+    os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    deepspeed = import_module("deepspeed")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+    model = build()
+    memories, caches, losses, held = model.create_knn_memories(batch_size=BATCH), None, [], None
+    settings = {
+        "train_micro_batch_size_per_gpu": BATCH, "zero_allow_untested_optimizer": True, "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    }  # fmt: skip
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=model.parameters(), optimizer=optimiser(model), config=settings
+    )
+    for segment in SEGMENTS:
+        loss, caches = engine(knn_memories=memories, xl_memories=caches, xl_length=held, **segment)
+        held = (segment["lengths"] + (0 if held is None else held)).clamp(max=caches[0].shape[1])
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    lengths = memories[0].lengths.tolist()
+    with torch.no_grad():
+        written = generate(engine.module.eval(), TEXT[:, :LENGTH], tokens=6, segment=LENGTH, temperature=0)
+    return losses, lengths, numbers, written.flatten().tolist()
+
+
+@pytest.mark.slow
+def test_22_10_deepspeed_trains_with_weights_that_are_empty_between_calls() -> None:
+    package("deepspeed")
+    expected, weights, lengths = by_hand()
+    one = Processes(1)
+    try:
+        (found,) = one.run(deepspeed_losses)
+    finally:
+        one.close()
+    losses, filled, numbers, written = found
+    assert_close(torch.tensor(losses), torch.tensor(expected), SAME_GRAPH)
+    assert filled == lengths == stored() and numbers == 0
+    model = build()
+    with torch.no_grad():
+        for parameter, weight in zip(model.parameters(), weights, strict=True):
+            parameter.copy_(weight)
+    expected_text = generate(model.eval(), TEXT[:, :LENGTH], tokens=6, segment=LENGTH, temperature=0)
+    assert written == expected_text.flatten().tolist()
