@@ -34,10 +34,12 @@ from memtrans_kernels import memory_attention
 XL = "-xl512"
 GPU_CASES = ("d64-64k", "d64-64k-xl512", "d128-64k", "paper-64k", "decode-d64-64k", "decode-d64-64k-xl512")
 ARGUMENTS = ("-mask", "-first", "-sink", "-cap", "-both-ways")
-OF_ARGUMENTS = tuple(f"d64-64k{name}" for name in ARGUMENTS)
-ALONE = ("d256-64k", "d64-64k-k64", "d64-64k-k256", *OF_ARGUMENTS)  # without rivals
+OF_ARGUMENTS = ("-k64", "-k256", *ARGUMENTS)
+ALONE = ("d256-64k", *(f"d64-64k{name}" for name in OF_ARGUMENTS))  # without rivals
+CPU_CASES = ("cpu-d64-64k", "cpu-d64-64k-xl512")
+CPU_ALONE = ("cpu-d128-64k", "cpu-d256-64k", *(f"cpu-d64-64k{name}" for name in OF_ARGUMENTS))
 TOY_CASES = ("d64-64k-xl512", "paper-64k", "decode-d64-64k", "d64-64k-mask")
-CASES = TOY_CASES if TOY else GPU_CASES + ALONE if DEVICE == "cuda" else ("cpu-d64-64k", "cpu-d64-64k-xl512")
+CASES = TOY_CASES if TOY else GPU_CASES + ALONE if DEVICE == "cuda" else CPU_CASES + CPU_ALONE
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 DISTANCES = 129  # of the bias table: T5 tells distances up to 128 apart
 SAME = {torch.float32: 5e-3, torch.bfloat16: 8e-2}  # between implementations; the largest value is about 4
@@ -218,7 +220,7 @@ def has_gradients(name: str, impl: str) -> bool:
 
 MEASURED = [(name, impl, FORWARD) for name in CASES for impl in RIVALS]
 MEASURED += [(name, impl, BACKWARD) for name in CASES for impl in RIVALS if has_gradients(name, impl)]
-MEASURED = [(name, impl, mode) for name, impl, mode in MEASURED if impl == "memtrans" or name not in ALONE]
+MEASURED = [(name, impl, mode) for name, impl, mode in MEASURED if impl == "memtrans" or name not in ALONE + CPU_ALONE]
 
 
 def step(rival: Rival, grad_out: Tensor, mode: str) -> Callable[[], list[Tensor]]:

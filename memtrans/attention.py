@@ -1,7 +1,8 @@
 """Attention to the local context, and what it shares with attention that also reads a memory (`knn_attention.py`).
 
 Shapes: B documents, H query heads, G key/value heads, N tokens of the segment, X cached XL tokens, L = X + N local
-keys, D head width. Source: Wu et al. 2022, section 3; the XL cache is Dai et al. 2019 (Transformer-XL).
+keys, D head width, E width of values (D unless they have one of their own; an XL cache is then (..., X, 1, D + E), key
+first). Source: Wu et al. 2022, section 3; the XL cache is Dai et al. 2019 (Transformer-XL).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from memtrans.checks import (
     whole_number,
 )
 from memtrans.layers import bare_weight
+from memtrans.pairs import paired, taken_apart
 from memtrans.segments import Beginnings, Padding, leading, mask_of, ordered
 from memtrans_kernels import checks, local_attention
 from memtrans_kernels.precision import arithmetic_dtype
@@ -35,7 +37,7 @@ class LocalView:
     """
 
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """key, value (B, G, N, D) of the new tokens -> local keys and values (B, G, L, D)."""
+        """key (B, G, N, D), value (B, G, N, E) of the new tokens -> local keys (B, G, L, D), values (B, G, L, E)."""
         raise NotImplementedError
 
 
@@ -101,7 +103,8 @@ class LocalKeys(NamedTuple):
     """The local context that queries attend to, as the kernels take it.
 
     Attributes:
-        key, value: (B, G, L, D).
+        key: (B, G, L, D).
+        value: (B, G, L, E).
         bias_table: (H, distances), a bias by distance.
         bias_dense: (1 or B, H, N, L), a bias of each pair.
         local_length: (B,) int64, how many of the newest keys count. Default: all.
@@ -129,7 +132,7 @@ class LocalKeys(NamedTuple):
 class LocalContext(nn.Module):
     """What both kinds of attention share: projections to heads, the XL cache, the way out.
 
-    Subclasses say what to do with query (B, H, N, D) and the local keys and values (B, G, L, D).
+    Subclasses say what to do with query (B, H, N, D), the local keys (B, G, L, D) and values (B, G, L, E).
     """
 
     def __init__(
@@ -144,12 +147,14 @@ class LocalContext(nn.Module):
         causal: bool = True,
         soft_cap: float | None = None,
         sink: bool = False,
+        value_dim_head: int | None = None,
     ) -> None:
         super().__init__()
         dim, heads, dim_head, kv_heads = sizes(1, dim=dim, heads=heads, dim_head=dim_head, kv_heads=kv_heads)
+        (value_width,) = sizes(1, value_dim_head=dim_head if value_dim_head is None else value_dim_head)
         checks.divides(kv_heads, "kv_heads", heads, "heads")
         checks.probability("dropout", dropout)
-        self.heads, self.kv_heads, self.dim_head = heads, kv_heads, dim_head
+        self.heads, self.kv_heads, self.dim_head, self.value_dim_head = heads, kv_heads, dim_head, value_width
         self.xl_max_memories = whole_number("xl_max_memories", xl_max_memories, low=0)
         checks.positive("soft_cap", soft_cap)
         if not causal and self.xl_max_memories:
@@ -158,13 +163,18 @@ class LocalContext(nn.Module):
         self.sink = nn.Parameter(torch.zeros(heads)) if sink else None
         self.dropout = nn.Dropout(dropout)
         self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
-        self.to_kv = nn.Linear(dim, kv_heads * dim_head * 2, bias=False)
-        self.to_out = nn.Linear(heads * dim_head, dim, bias=bias_out)
+        self.to_kv = nn.Linear(dim, kv_heads * (dim_head + value_width), bias=False)  # all keys, then all values
+        self.to_out = nn.Linear(heads * value_width, dim, bias=bias_out)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A pickle of old lacks what layers had no choice about."""
-        super().__setstate__({"causal": True, "soft_cap": None, **state})
+        super().__setstate__({"causal": True, "soft_cap": None, "value_dim_head": state["dim_head"], **state})
         self._parameters.setdefault("sink", None)
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """D and E, of keys and of values."""
+        return self.dim_head, self.value_dim_head
 
     @property
     def dropout_p(self) -> float:
@@ -179,7 +189,7 @@ class LocalContext(nn.Module):
         batch, length, _ = x.shape
         local_keys = length
         if isinstance(inputs.xl_memory, Tensor):
-            check_cache("xl_memory", inputs.xl_memory, batch, self.kv_heads, self.dim_head, x.device)
+            check_cache("xl_memory", inputs.xl_memory, batch, self.kv_heads, self.widths, x.device)
             local_keys += inputs.xl_memory.shape[-3]
         check_count("local_length", inputs.local_length, batch, x.device, local_keys)
         check_count("lengths", inputs.lengths, batch, x.device, length)
@@ -201,15 +211,21 @@ class LocalContext(nn.Module):
         return ordered(x, padding.order), inputs, padding
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query (B, H, N, D), key and value (B, G, N, D) of x (B, N, dim)."""
+        """Query (B, H, N, D), key (B, G, N, D) and value (B, G, N, E) of x (B, N, dim)."""
         batch, length, _ = x.shape
         query = self.to_q(x).view(batch, length, self.heads, self.dim_head).transpose(1, 2)  # (B, H, N, D)
-        key_value = self.to_kv(x).view(batch, length, 2, self.kv_heads, self.dim_head)  # (B, N, 2, G, D)
-        key, value = key_value.permute(2, 0, 3, 1, 4).unbind()  # (B, G, N, D) each
+        key_value, (width, value_width) = self.to_kv(x), self.widths
+        if width == value_width:
+            pairs = key_value.view(batch, length, 2, self.kv_heads, width)  # (B, N, 2, G, D)
+            key, value = pairs.permute(2, 0, 3, 1, 4).unbind()  # (B, G, N, D) each
+            return query, key, value
+        keys, values = key_value.split((self.kv_heads * width, self.kv_heads * value_width), dim=-1)
+        key = keys.view(batch, length, self.kv_heads, width).transpose(1, 2)  # (B, G, N, D)
+        value = values.view(batch, length, self.kv_heads, value_width).transpose(1, 2)  # (B, G, N, E)
         return query, key, value
 
     def extend(self, key: Tensor, value: Tensor, inputs: LayerInputs) -> tuple[LocalKeys, Tensor | None]:
-        """Puts the cached keys and values before the segment's own, (B, G, N, D) each, to be attended to.
+        """Puts the cached keys and values before the segment's own, (B, G, N, D) and (B, G, N, E), to be attended to.
 
         Returns the local context and the XL cache for the next segment, (B, X, 2, D), or (B, G, X, 2, D) if G > 1; None
         where there is none, or a view keeps it. Each row's cache ends with its newest real token, so that distances in
@@ -217,10 +233,10 @@ class LocalContext(nn.Module):
         """
         length, cached = key.shape[2], inputs.xl_memory
         if isinstance(cached, LocalView):
-            key, value = cached.extend(key, value)  # (B, G, L, D)
+            key, value = cached.extend(key, value)  # (B, G, L, D), (B, G, L, E)
         elif cached is not None:
             by_group = cached if self.kv_heads > 1 else cached[:, None]  # (B, G, X, 2, D)
-            cached_key, cached_value = by_group.to(key.dtype).unbind(dim=-2)  # (B, G, X, D)
+            cached_key, cached_value = taken_apart(by_group.to(key.dtype), self.dim_head)  # (B, G, X, D), (B, G, X, E)
             key = torch.cat((cached_key, key), dim=-2)  # (B, G, L, D)
             value = torch.cat((cached_value, value), dim=-2)
             if inputs.padding is not None:
@@ -244,11 +260,11 @@ class LocalContext(nn.Module):
             oldest = 0 if staying is None else local_keys - staying[:, None]
             if inputs.lengths is not None:
                 place = place - (length - inputs.lengths)[:, None]  # (B, X)
-                index = place.clamp(min=0)[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])  # (B, G, X, D)
-                newest = [tensor.gather(2, index) for tensor in newest]
+                index = place.clamp(min=0)[:, None, :, None]  # (B, 1, X, 1)
+                newest = [tensor.gather(2, index.expand(-1, tensor.shape[1], -1, tensor.shape[3])) for tensor in newest]
             foreign = (place < oldest)[:, None, :, None]
             newest = [tensor.masked_fill(foreign, 0.0) for tensor in newest]
-        new_cache = torch.stack(newest, dim=-2)  # (B, G, X, 2, D)
+        new_cache = paired(*newest)  # (B, G, X, 2, D)
         return local, new_cache if self.kv_heads > 1 else new_cache[:, 0]
 
 
@@ -266,6 +282,7 @@ class Attention(LocalContext):
             a key is away on either side.
         soft_cap: c, which makes c · tanh(x / c) of each logit x before its bias. Default: none.
         sink: whether each head has a learned logit, which starts at 0, in the denominator of its softmax.
+        value_dim_head: E, width of a head's values. Default: D.
 
     Raises:
         ValueError, TypeError: a size that is no integer or below 1, an H that G does not divide, a dropout outside
@@ -289,10 +306,11 @@ class Attention(LocalContext):
         causal: bool = True,
         soft_cap: float | None = None,
         sink: bool = False,
+        value_dim_head: int | None = None,
     ) -> None:
         super().__init__(
             dim, heads, dim_head, dropout, xl_max_memories, kv_heads, bias_out=True,
-            causal=causal, soft_cap=soft_cap, sink=sink,
+            causal=causal, soft_cap=soft_cap, sink=sink, value_dim_head=value_dim_head,
         )  # fmt: skip
         self.scale = dim_head**-0.5
 
@@ -333,7 +351,7 @@ class Attention(LocalContext):
         padding = None
         if mask is not None:
             x, inputs, padding = self.in_order(x, inputs, mask)
-        query, key, value = self.project(x)  # (B, H, N, D), (B, G, N, D), (B, G, N, D)
+        query, key, value = self.project(x)  # (B, H, N, D), (B, G, N, D), (B, G, N, E)
         local, new_cache = self.extend(key, value, inputs)
         dropout_p, plain = self.dropout_p, self.soft_cap is None and self.sink is None
         of_view = isinstance(inputs.xl_memory, LocalView) and plain
@@ -349,7 +367,7 @@ class Attention(LocalContext):
         return out if padding is None else ordered(out, padding.back), new_cache
 
     def _attend_once(self, query: Tensor, local: LocalKeys) -> Tensor:
-        """One query a head, (B, H, 1, D), that finds itself, by PyTorch's attention; (B, 1, H·D).
+        """One query a head, (B, H, 1, D), that finds itself, by PyTorch's attention; (B, 1, H·E).
 
         Heads that share keys are queries of one head.
         """
@@ -359,8 +377,8 @@ class Attention(LocalContext):
         mask = local.bias_dense.to(query.dtype).reshape(*of_group, -1)  # (B, G, H/G, L)
         out = F.scaled_dot_product_attention(
             query.reshape(*of_group, width), local.key, local.value, mask, scale=self.scale
-        )  # (B, G, H/G, D)
-        return out.reshape(batch, 1, heads * width)
+        )  # (B, G, H/G, E)
+        return out.reshape(batch, 1, heads * self.value_dim_head)
 
 
 def _behind_padding(tensor: Tensor, length: int, skipped: Tensor) -> Tensor:

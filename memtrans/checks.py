@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memtrans.pairs import pair_shape
 from memtrans_kernels import checks
 from memtrans_kernels.checks import may_look
 
@@ -118,14 +119,17 @@ def check_tokens(name: str, mask: Tensor | None, batch: int, length: int, device
         checks.same_device(device, **{name: mask})
 
 
-def check_cache(name: str, cache: Tensor, batch: int, kv_heads: int, width: int, device: torch.device) -> None:
+def check_cache(
+    name: str, cache: Tensor, batch: int, kv_heads: int, widths: tuple[int, int], device: torch.device
+) -> None:
     """Raises ValueError or TypeError unless `cache` is a floating-point XL cache.
 
-    That is a tensor (B, X, 2, D), or (B, G, X, 2, D) if G > 1, of any X.
+    That is a tensor (B, X, 2, D), or (B, G, X, 2, D) if G > 1, of any X; (1, D + E) stands for (2, D) where keys and
+    values differ in their widths D and E.
     """
     checks.floating(**{name: cache})
     heads = () if kv_heads == 1 else (kv_heads,)
-    expected = (batch, *heads, cache.shape[-3] if cache.dim() >= 3 else "X", 2, width)
+    expected = (batch, *heads, cache.shape[-3] if cache.dim() >= 3 else "X", *pair_shape(*widths))
     if tuple(cache.shape) != expected:
         raise ValueError(f"{name} must have shape {expected}, got {tuple(cache.shape)}")
     checks.same_device(device, **{name: cache})

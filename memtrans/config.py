@@ -18,7 +18,7 @@ OF_MEMORY = (
     *("similarity", "learn_scale", "bias_out"),
 )
 # Those that go to the attention of all layers so.
-OF_ALL = ("causal", "soft_cap", "sink")
+OF_ALL = ("causal", "soft_cap", "sink", "value_dim_head")
 
 
 class Architecture(NamedTuple):

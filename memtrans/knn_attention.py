@@ -1,7 +1,8 @@
 """Attention that reads a memory beside the local context.
 
 Shapes: B documents, H query heads, G key/value heads, N tokens of the segment, X cached XL tokens, L = X + N local
-keys, D head width, K retrieved neighbours. Source: Wu et al. 2022, section 3.
+keys, D head width, E width of values (D unless they have one of their own), K retrieved neighbours. Source: Wu et al.
+2022, section 3.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class KNNAttention(LocalContext):
         similarity: "cosine" of query and key, or their "product"; the memory then holds keys as they are.
         learn_scale: whether the temperature is learned.
         bias_out: whether the projection out has a bias.
-        causal, soft_cap, sink: as of `Attention`. The cap bounds retrieved logits too; the sink is in the joint
-            softmax, with a gate in that of the local part.
+        causal, soft_cap, sink, value_dim_head: as of `Attention`. The cap bounds retrieved logits too; the sink is in
+            the joint softmax, with a gate in that of the local part; the memory has `value_dim=value_dim_head`.
 
     Raises:
         ValueError, TypeError: an argument out of range; `memory_offset` beside a gate, where it would change nothing.
@@ -85,10 +86,11 @@ class KNNAttention(LocalContext):
         causal: bool = True,
         soft_cap: float | None = None,
         sink: bool = False,
+        value_dim_head: int | None = None,
     ) -> None:
         super().__init__(
             dim, heads, dim_head, dropout, xl_max_memories, kv_heads, bias_out,
-            causal=causal, soft_cap=soft_cap, sink=sink,
+            causal=causal, soft_cap=soft_cap, sink=sink, value_dim_head=value_dim_head,
         )  # fmt: skip
         self.num_retrieved_memories = checks.integer("num_retrieved_memories", num_retrieved_memories, low=1)
         check_choice("combine", combine, COMBINATIONS)
@@ -166,7 +168,7 @@ class KNNAttention(LocalContext):
         padding = None
         if mask is not None:
             x, inputs, padding = self.in_order(x, inputs, mask)
-        query, key, value = self.project(x)  # (B, H, N, D), (B, G, N, D), (B, G, N, D)
+        query, key, value = self.project(x)  # (B, H, N, D), (B, G, N, D), (B, G, N, E)
         if self.similarity == "cosine":
             query, key = cosine(query, key)
         local, new_cache = self.extend(key, value, inputs)
@@ -178,7 +180,7 @@ class KNNAttention(LocalContext):
             self.memory_offset,
             self.memory_gate,
             self.dropout_p,
-        )  # (B, H, N, D)
+        )  # (B, H, N, E)
         if add_knn_memory:
             added_to = add_leaving(
                 added_to,
@@ -221,6 +223,7 @@ class KNNAttention(LocalContext):
             "device": x.device,
             "kv_heads": self.kv_heads,
             "width": self.dim_head,
+            "value_width": self.value_dim_head,
         }
         searched = snapshot_for("knn_memory", knn_memory, **fitting)
         return searched, None if add_to is None else snapshot_for("add_to", add_to, **fitting)

@@ -21,6 +21,7 @@ from memtrans.annotations import allows, described
 from memtrans.distributed.dtensors import gathered, holders_of
 from memtrans.files import MOST_JSON, parse_json, parse_tensors, read_file
 from memtrans.layers import device_of
+from memtrans.memory.checks import widths_named
 from memtrans.memory.knn_memory import KNNMemory
 from memtrans.memory.memory_list import KNNMemoryList
 from memtrans.model_card import model_card
@@ -56,6 +57,7 @@ class Pretrained(nn.Module):
     memorizing_layers: tuple[int, ...]
     kv_heads: int
     dim_head: int
+    value_dim_head: int
 
     def save_pretrained(self, directory: str | Path, memories: KNNMemoryList | None = None) -> None:
         """Writes config.json, model.safetensors and, if memories are given, memories.safetensors; and a model card.
@@ -191,10 +193,11 @@ class Pretrained(nn.Module):
                 f"{name} must hold one memory for each of the layers {self.memorizing_layers}, got {len(memories)}"
             )
         for memory in memories:
-            if (memory.dim, memory.kv_heads) != (self.dim_head, self.kv_heads):
+            widths = self.dim_head, self.value_dim_head
+            if (memory.dim, memory.value_dim, memory.kv_heads) != (*widths, self.kv_heads):
                 raise ValueError(
-                    f"{name} must hold memories of dim={self.dim_head} and kv_heads={self.kv_heads}, "
-                    f"got dim={memory.dim} and kv_heads={memory.kv_heads}"
+                    f"{name} must hold memories of {widths_named(*widths)} and kv_heads={self.kv_heads}, "
+                    f"got {widths_named(memory.dim, memory.value_dim)} and kv_heads={memory.kv_heads}"
                 )
 
 

@@ -87,6 +87,7 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         similarity: of queries and keys in memorizing layers, "cosine" or "product".
         learn_scale: whether the temperature of memorizing layers is learned.
         bias_out: whether their attention has a bias on its way out, as that of plain layers has.
+        value_dim_head: E, width of an attention head's values, in all layers. Default: D.
 
     Attributes:
         config: these arguments, as `save_pretrained` writes and `from_pretrained` reads them.
@@ -141,6 +142,7 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         similarity: str = "cosine",
         learn_scale: bool = True,
         bias_out: bool = False,
+        value_dim_head: int | None = None,
     ) -> None:
         arguments = configuration_of(locals(), without=("knn_memories_directory", "knn_memory_multiprocessing"))
         super().__init__()
@@ -160,6 +162,7 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         self.num_xl_memory_layers = len(self.xl_memory_layers)
         self.legacy, self.activation_checkpointing, self.validate = legacy, activation_checkpointing, validate
         self.causal = causal
+        self.value_dim_head = layers.dim_head if value_dim_head is None else value_dim_head
 
         self.token_emb = None if layers.num_tokens is None else nn.Embedding(layers.num_tokens, layers.dim)
         position_scale = layers.dim_head**0.5
@@ -175,8 +178,8 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         self.to_logits = nn.Sequential(nn.LayerNorm(layers.dim), *last)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A pickle of old is of a causal model."""
-        super().__setstate__({"causal": True, **state})
+        """A pickle of old is of a causal model, whose values are as wide as its keys."""
+        super().__setstate__({"causal": True, "value_dim_head": state["dim_head"], **state})
 
     # ------------------------------------------------------------------------------------------------- forward
 
@@ -203,7 +206,7 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
             x: token ids (B, N) int64 or int32.
             knn_memories: one per memorizing layer, memories or snapshots of them.
             xl_memories: one (B, X, 2, D), or (B, G, X, 2, D) if G > 1, per caching layer, as the last call returned
-                them. Default: none yet.
+                them; (1, D + E) stands for (2, D) where values have a width of their own. Default: none yet.
             labels: (B, N) int64 or int32, what comes after each token; the mean loss over those that are neither pad_id
                 nor -100 is returned. They are not shifted.
             add_knn_memory: False leaves the memories as they are.
@@ -257,7 +260,7 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
             knn_memories, add_knn_memory = self.create_knn_memories(batch_size=batch, max_memories=1), False
         caches = caches_of(xl_memories, self.xl_memory_layers)
         if checked:
-            check_caches(caches, batch, self.kv_heads, self.dim_head, device)
+            check_caches(caches, batch, self.kv_heads, (self.dim_head, self.value_dim_head), device)
         xl_length = length_of(xl_memories) if xl_length is None else xl_length
         if checked:
             self.check_head((batch, length), labels, return_embeddings, device)
@@ -436,6 +439,7 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
             device=device,
             kv_heads=self.kv_heads,
             width=self.dim_head,
+            value_width=self.value_dim_head,
         )
 
     @staticmethod

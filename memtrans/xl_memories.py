@@ -162,8 +162,13 @@ def caches_of(xl_memories: Sequence[Tensor | None] | None, layers: Sequence[int]
     return caches
 
 
-def check_caches(caches: Sequence[Tensor | None], batch: int, kv_heads: int, width: int, device: torch.device) -> None:
-    """Raises ValueError or TypeError unless every XL cache is (B, X, 2, D), or (B, G, X, 2, D) if G > 1."""
+def check_caches(
+    caches: Sequence[Tensor | None], batch: int, kv_heads: int, widths: tuple[int, int], device: torch.device
+) -> None:
+    """Raises ValueError or TypeError unless every XL cache is (B, X, 2, D), or (B, G, X, 2, D) if G > 1.
+
+    widths: D and E, of keys and values; see `check_cache`.
+    """
     for place, cache in enumerate(caches):
         if cache is not None:
-            check_cache(f"xl_memories[{place}]", cache, batch, kv_heads, width, device)
+            check_cache(f"xl_memories[{place}]", cache, batch, kv_heads, widths, device)

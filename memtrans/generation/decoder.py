@@ -91,7 +91,7 @@ class Decoder:
         self._caches = [
             LocalCache(
                 batch, model.kv_heads, model.dim_head, cached=attention.xl_max_memories, segment=segment,
-                dtype=self._dtype, device=self.device,
+                dtype=self._dtype, device=self.device, value_width=model.value_dim_head,
             )
             for attention in self._attentions
         ]  # fmt: skip

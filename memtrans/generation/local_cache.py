@@ -6,7 +6,7 @@
 
 A layer without an XL cache has X = 0. A whole segment is this buffer exactly as training sees it: what leaves at its
 end are the slots before N, what stays are the newest X.
-Shapes: B documents, G key/value heads, N tokens of a segment, X cached XL tokens, D head width.
+Shapes: B documents, G key/value heads, N tokens of a segment, X cached XL tokens, D head width, E of values.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ class LocalCache:
         documents: B.
         kv_heads: G.
         width: D.
+        value_width: E. Default: D.
         cached: X.
         segment: N.
         dtype: of keys and values.
@@ -43,18 +44,19 @@ class LocalCache:
         segment: int,
         dtype: torch.dtype,
         device: torch.device,
+        value_width: int | None = None,
     ) -> None:
         self.cached, self.segment = cached, segment
-        size = (documents, kv_heads, cached + segment, width)
-        self.keys = torch.zeros(size, dtype=dtype, device=device)
-        self.values = torch.zeros(size, dtype=dtype, device=device)
+        size = (documents, kv_heads, cached + segment)
+        self.keys = torch.zeros(*size, width, dtype=dtype, device=device)
+        self.values = torch.zeros(*size, value_width or width, dtype=dtype, device=device)
 
     def newest(self) -> tuple[Tensor, Tensor]:
         """What a whole segment leaves for the next one: the last X keys and values."""
         return self.keys[:, :, self.segment :], self.values[:, :, self.segment :]
 
     def begin(self, keys: Tensor, values: Tensor, documents: Tensor) -> None:
-        """Makes keys and values (B, G, X, D) the XL cache of the documents where the mask (B,) is True."""
+        """Makes keys (B, G, X, D) and values (B, G, X, E) the XL cache of the documents where the mask (B,) is True."""
         chosen = documents[:, None, None, None]
         for held, new in ((self.keys, keys), (self.values, values)):
             cache = held[:, :, : self.cached]
@@ -103,9 +105,8 @@ class WritingView(LocalView):
 
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         cache = self.cache
-        slot = self.slot.expand_as(key)  # (B, G, 1, D)
-        cache.keys.scatter_(2, slot, key.to(cache.keys.dtype))
-        cache.values.scatter_(2, slot, value.to(cache.values.dtype))
+        cache.keys.scatter_(2, self.slot.expand_as(key), key.to(cache.keys.dtype))  # (B, G, 1, D)
+        cache.values.scatter_(2, self.slot.expand_as(value), value.to(cache.values.dtype))
         return cache.keys.to(key.dtype), cache.values.to(value.dtype)
 
 

@@ -1,6 +1,7 @@
 """The attention function of a layer with a memory, in the form that transformers' AttentionInterface asks for.
 
-query (B, H, N, D), key and value (B, G, L, D), rotated and with what a cache holds: what `memory_attention` takes.
+query (B, H, N, D), key (B, G, L, D) and value (B, G, L, E), rotated and with what a cache holds: what
+`memory_attention` takes.
 Shapes: the letters of `memtrans_kernels`.
 """
 
@@ -134,7 +135,7 @@ def _dropout(probability: float, query: Tensor) -> dict[str, Any]:
 
 
 def _attend(call: Call, state: ForwardState) -> tuple[Tensor, None]:
-    """One softmax over neighbours and local keys; (B, N, H, D)."""
+    """One softmax over neighbours and local keys; (B, N, H, E)."""
     length, keys = call.query.shape[2], call.key.shape[2]
     if call.mask is None and keys > length > 1:
         keys = length  # a static cache that is being filled: transformers' own functions look at its first N
@@ -159,8 +160,8 @@ def _in_parts(retrieved: dict[str, Any], local: dict[str, Any], offset: Tensor) 
     """The same softmax, from one over the neighbours and one over the local keys, each with a query of its own."""
     again = {name: retrieved[name] for name in ("dropout_p", "seed", "soft_cap") if name in retrieved}
     to_local, of_local = local_attention(scale=retrieved["scale"], **local, **again)
-    nothing = local["key"][:, :, :0].detach()
-    to_memory, of_memory = memory_attention(key=nothing, value=nothing, **retrieved)
+    nothing = {name: local[name][:, :, :0].detach() for name in ("key", "value")}
+    to_memory, of_memory = memory_attention(**nothing, **retrieved)
     lses = torch.stack((of_memory + offset[:, None], of_local))
     return merge_attention(torch.stack((to_memory, to_local)), lses)
 
@@ -178,10 +179,11 @@ def _soft_cap(call: Call) -> dict[str, float]:
 
 
 def _attend_by_gate(call: Call, state: ForwardState) -> tuple[Tensor, Tensor | None]:
-    """The model's own attention and one over the neighbours, mixed; (B, N, H, D). Found nothing: the local part."""
+    """The model's own attention and one over the neighbours, mixed; (B, N, H, E). Found nothing: the local part."""
     to_local, weights = call.base()
-    nothing, retrieved = call.key[:, :, :0].detach(), _retrieved(call, state)
-    to_memory, lse = memory_attention(key=nothing, value=nothing, **retrieved)
+    nothing: dict[str, Any] = {"key": call.key[:, :, :0].detach(), "value": call.value[:, :, :0].detach()}
+    retrieved = _retrieved(call, state)
+    to_memory, lse = memory_attention(**nothing, **retrieved)
     share = memory_share(retrieved["slots"], call.offset(state))  # (B, H, N)
     if state.watched is not None:
         tell(state, call.layer, retrieved, lse, share=share)

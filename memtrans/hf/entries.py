@@ -40,6 +40,7 @@ class Entries:
             self.memories = {
                 number: KNNMemory(
                     dim=layer.width,
+                    value_dim=layer.value_width,
                     kv_heads=layer.kv_heads,
                     dtype=settings.dtype or layer.dtype,
                     device=layer.learned.memory_offset.device,

@@ -23,7 +23,8 @@ def file_of(attention: nn.Module) -> ModuleType:
 
 def rotary_function(attention: nn.Module) -> Any:
     """The family's own rotary embedding of query and key; None where it has none."""
-    return getattr(file_of(attention), "apply_rotary_pos_emb", None)
+    names = ("apply_rotary_pos_emb", "apply_rotary_emb")  # the second one's angles are complex numbers (DeepSeek-V2)
+    return next((function for name in names if (function := getattr(file_of(attention), name, None))), None)
 
 
 def attentions_of(model: nn.Module) -> dict[int, nn.Module]:

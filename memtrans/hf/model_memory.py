@@ -100,7 +100,7 @@ class ModelMemory:
         """Bytes that the memories of one document take, spare slots included."""
         slots = self.settings.max_memories + max(self.settings.spare, self.settings.segment)
         widths = [
-            2 * layer.kv_heads * layer.width * (self.settings.dtype or layer.dtype).itemsize
+            layer.kv_heads * (layer.width + layer.value_width) * (self.settings.dtype or layer.dtype).itemsize
             for layer in self.layers.values()
         ]
         return slots * sum(widths)

@@ -32,7 +32,7 @@ class Layer:
     """What is known of a chosen layer.
 
     Attributes:
-        attention: the module. heads: H. kv_heads: G. width: D. dtype: of its keys.
+        attention: the module. heads: H. kv_heads: G. width: D. value_width: E. dtype: of its keys.
         rotation: how its keys turn; None where they have no rotary positions.
     """
 
@@ -40,6 +40,7 @@ class Layer:
     heads: int
     kv_heads: int
     width: int
+    value_width: int
     dtype: torch.dtype
     rotation: Rotation | None
 
@@ -52,21 +53,31 @@ class Layer:
 def probed(decoder: PreTrainedModel, chosen: Mapping[int, nn.Module], combine: str, turn: int) -> dict[int, Layer]:
     """The chosen layers of a model, which is as it was afterwards. Raises ValueError for what cannot have a memory."""
     name = type(decoder).__name__
-    rotary = any(rotary_function(attention) is not None for attention in chosen.values())
+    rotary = _is_rotary(decoder, chosen)
     seen = _asked(decoder, chosen, turn if rotary else None)
     unseen = [number for number in chosen if number not in seen]
     if unseen:
         raise ValueError(f"model must hand keyword arguments on to its attention, {name} does not in layers {unseen}")
     return {
-        number: _layer(decoder, attention, seen[number], number, combine, turn) for number, attention in chosen.items()
+        number: _layer(decoder, attention, seen[number], number, combine, turn if rotary else None)
+        for number, attention in chosen.items()
     }
 
 
-def _layer(decoder: Any, attention: nn.Module, seen: dict[str, Any], number: int, combine: str, turn: int) -> Layer:
+def _is_rotary(decoder: nn.Module, chosen: Mapping[int, nn.Module]) -> bool:
+    """Whether keys may turn with positions, by a function that is known or not."""
+    known = any(rotary_function(attention) is not None for attention in chosen.values())
+    return known or getattr(decoder, "rotary_emb", None) is not None
+
+
+def _layer(
+    decoder: Any, attention: nn.Module, seen: dict[str, Any], number: int, combine: str, turn: int | None
+) -> Layer:
+    """What is known of one; turn: None for a model without rotary positions."""
     name, key, value, arguments = type(decoder).__name__, seen["key"], seen["value"], seen["arguments"]
-    if value.shape != key.shape:
+    if value.shape[:3] != key.shape[:3]:
         raise ValueError(
-            f"layers must have keys and values of one shape, got {tuple(key.shape)} and {tuple(value.shape)} in layer "
+            f"layers must have as many values as keys, got {tuple(value.shape)} and {tuple(key.shape)} in layer "
             f"{number} of {name}"
         )
     if combine == "softmax" and arguments.get("position_bias") is not None:
@@ -74,10 +85,10 @@ def _layer(decoder: Any, attention: nn.Module, seen: dict[str, Any], number: int
     if not _same(key[0, :, :2], key[2, :, :2]):
         raise ValueError(f"model must be causal, got {name}, whose tokens see later ones")
     rotation = None
-    if rotary_function(attention) is not None:
+    if turn is not None:
         rotation = _rotation(decoder, attention, key, number, turn)
-    heads, kv_heads, width = seen["query"].shape[1], key.shape[1], key.shape[3]
-    return Layer(attention, heads, kv_heads, width, key.dtype, rotation)
+    heads, kv_heads = seen["query"].shape[1], key.shape[1]
+    return Layer(attention, heads, kv_heads, key.shape[3], value.shape[3], key.dtype, rotation)
 
 
 def _rotation(decoder: Any, attention: nn.Module, key: Tensor, number: int, turn: int) -> Rotation | None:

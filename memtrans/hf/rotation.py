@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from memtrans.hf.families import rotary_function
 
-Angles = tuple[Tensor, Tensor]  # cos and sin, (B or 1, 1, part of D)
+Angles = tuple[Tensor, ...]  # cos and sin, or one of complex numbers, (B or 1, 1, part of D)
 
 
 @dataclass(frozen=True)
@@ -26,25 +26,33 @@ class Rotation:
     Attributes:
         kind: the layer's type, where the model has a rotation for each; else None.
         part: how many components turn, where the family's function is given those alone; None for its own choice.
+        last: whether these are the last ones of a key, and not the first.
     """
 
     apply: Callable[..., Any]
     kind: str | None
     part: int | None
+    last: bool = False
 
     def turned(self, key: Tensor, angles: Angles) -> Tensor:
         """key (B, G, N, D) turned by what `angles_back` gave."""
-        cos, sin = (angle.to(key.device, key.dtype) for angle in angles)
+        angles = tuple(angle.to(key.device, None if angle.is_complex() else key.dtype) for angle in angles)
         if self.part is None:
-            return self.apply(key, key, cos, sin)[1]
-        return torch.cat((self.apply(*(key[..., : self.part],) * 2, cos, sin)[1], key[..., self.part :]), dim=-1)
+            return self.apply(key, key, *angles)[1]
+        if self.last:
+            kept, turning = key[..., : -self.part], key[..., -self.part :]
+            return torch.cat((kept, self.apply(turning, turning, *angles)[1]), dim=-1)
+        turning, kept = key[..., : self.part], key[..., self.part :]
+        return torch.cat((self.apply(turning, turning, *angles)[1], kept), dim=-1)
 
 
 def angles_back(decoder: nn.Module, like: Tensor, by: int, kind: str | None) -> Angles:
-    """cos and sin of a rotation by so many positions back; like: a tensor of the device and dtype to use."""
+    """The angles of a rotation by so many positions back; like: a tensor of the device and dtype to use."""
     position = torch.full((1, 1), by, dtype=torch.int64, device=like.device)
-    cos, sin = decoder.rotary_emb(like, position, *([] if kind is None else [kind]))  # type: ignore[operator]
-    cos, sin = cos.float(), sin.float()
+    angles = decoder.rotary_emb(like, position, *([] if kind is None else [kind]))  # type: ignore[operator]
+    if isinstance(angles, Tensor):
+        return ((angles / angles.abs()).conj().resolve_conj(),)
+    cos, sin = (angle.float() for angle in angles)
     factor = (cos.square() + sin.square()).sqrt()
     return cos / factor, -sin / factor
 
@@ -56,5 +64,6 @@ def rotations_of(decoder: nn.Module, attention: nn.Module) -> list[Rotation]:
         return []
     by_kind = "layer_type" in inspect.signature(rotary.forward).parameters
     kind = getattr(attention, "layer_type", None) if by_kind else None
-    width = angles_back(decoder, next(decoder.parameters()), 1, kind)[0].shape[-1]
-    return [Rotation(apply, kind, None), Rotation(apply, kind, width)]
+    angle = angles_back(decoder, next(decoder.parameters()), 1, kind)[0]
+    width = angle.shape[-1] * (2 if angle.is_complex() else 1)
+    return [Rotation(apply, kind, None), *(Rotation(apply, kind, width, last) for last in (False, True))]

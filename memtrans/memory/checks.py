@@ -1,12 +1,12 @@
 """What a memory refuses before it changes: an error names the argument, its value and what was expected.
 
-Shapes: B documents in scope, H query heads, G key/value heads, N entries, D width. Values are looked at on CPU tensors
-alone: on a GPU a look is a host round trip.
+Shapes: B documents in scope, H query heads, G key/value heads, N entries, D width of keys, E of values. Values are
+looked at on CPU tensors alone: on a GPU a look is a host round trip.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,47 @@ def scoping(documents: int, wanted: int) -> str:
     if documents == wanted:
         return ""
     return "; at_batch_indices chooses among its documents, expand(rows) lends them to many rows that only read"
+
+
+def widths_named(width: int, value_width: int) -> str:
+    """The widths of a memory by the names of its arguments.
+
+    >>> widths_named(8, 8), widths_named(8, 4)
+    ('dim=8', 'dim=8, value_dim=4')
+    """
+    return f"dim={width}" if width == value_width else f"dim={width}, value_dim={value_width}"
+
+
+def check_keys_and_values(memories: Sequence[Tensor], batch: int, kv_heads: int, widths: tuple[int, int]) -> None:
+    """Raises TypeError or ValueError unless `memories` are keys (B, N, D) and values (B, N, E), G behind B if G > 1.
+
+    widths: D and E.
+    """
+    if len(memories) != 2:
+        raise ValueError(f"memories must be pairs in one tensor, or keys and values, got {len(memories)} tensors")
+    keys, values = memories
+    given = {"keys": keys, "values": values}
+    checks.tensors(**given)
+    checks.floating(**given)
+    checks.same_device(keys.device, values=values)
+    heads, groups = ((), "") if kv_heads == 1 else ((kv_heads,), f"{kv_heads}, ")
+    length = keys.shape[-2] if keys.dim() >= 2 else 0
+    for (name, tensor), width in zip(given.items(), widths, strict=True):
+        if tuple(tensor.shape) != (batch, *heads, length, width):
+            entries = "N" if tensor is keys else length
+            raise ValueError(
+                f"{name} must have shape ({batch}, {groups}{entries}, {width}) for {batch} documents in scope, "
+                f"got {tuple(tensor.shape)}{scoping(batch, tensor.shape[0] if tensor.dim() else 0)}"
+            )
+
+
+def check_one_width(name: str, width: int, value_width: int) -> None:
+    """Raises ValueError where keys and values are not of one width: then no tensor of pairs can hold them."""
+    if width != value_width:
+        raise ValueError(
+            f"{name} must be keys and values, two tensors whose last axes are {width} and {value_width}, in a memory "
+            f"with {widths_named(width, value_width)}, got pairs in one tensor"
+        )
 
 
 def check_memories(memories: Tensor, batch: int, kv_heads: int, width: int) -> None:
@@ -56,13 +97,13 @@ def check_mask(mask: Tensor, documents: int, device: torch.device | None = None)
         checks.same_device(device, mask=mask)
 
 
-def check_ids(ids: Tensor, memories: Tensor, kept: bool) -> None:
-    """Raises ValueError or TypeError unless `ids` is int64 (B, N) as memories (B, ..., N, 2, D) are, and ids kept."""
+def check_ids(ids: Tensor, keys: Tensor, kept: bool) -> None:
+    """Raises ValueError or TypeError unless `ids` is int64 (B, N) as keys (B, G, N, D) are, and ids kept."""
     if not kept:
         raise ValueError("keep_ids must be True for ids to be stored, got ids and keep_ids=False")
     checks.typed(torch.int64, ids=ids)
-    checks.same_device(memories.device, ids=ids)
-    expected = (memories.shape[0], memories.shape[-3])
+    checks.same_device(keys.device, ids=ids)
+    expected = (keys.shape[0], keys.shape[2])
     if tuple(ids.shape) != expected:
         raise ValueError(f"ids must have shape {expected} as memories have, got {tuple(ids.shape)}")
 

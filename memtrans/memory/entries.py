@@ -1,6 +1,6 @@
 """What a memory holds, as a table: a row for each document, its entries from old to new.
 
-Shapes: B documents in scope, G key/value heads, M visible entries, D width.
+Shapes: B documents in scope, G key/value heads, M visible entries, D width of keys, E of values.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Entries(NamedTuple):
 
     Attributes:
         keys: (B, M, D), or (B, G, M, D) when kv_heads > 1; zeros in places that are not taken.
-        values: likewise.
+        values: (B, M, E), or (B, G, M, E), likewise.
         mask: (B, M) bool, which places are taken: the first `lengths` of each document.
         ids: (B, M) int64, -1 in places that are not taken; None where ids are not kept.
     """
@@ -47,12 +47,16 @@ def entries_of(ring: Ring, rows: Tensor, documents: int) -> Entries:
 
 
 def no_entries(
-    shape: tuple[int, ...], dtype: torch.dtype | None, value_dtype: torch.dtype | None, ids: bool
+    shape: tuple[int, ...],
+    widths: tuple[int, int],
+    dtypes: tuple[torch.dtype | None, torch.dtype | None],
+    ids: bool,
 ) -> Entries:
-    """Those of a memory that saw no tensor yet. shape: (B, M, 2, D), with G after B if there are several."""
-    *rows, entries, _, width = shape
-    keys = torch.zeros(*rows, entries, width, dtype=dtype)
-    mask = torch.zeros(rows[0], entries, dtype=torch.bool)
-    return Entries(
-        keys, keys.to(value_dtype or keys.dtype, copy=True), mask, torch.full(mask.shape, NOTHING) if ids else None
-    )
+    """Those of a memory that saw no tensor yet.
+
+    shape: (B, M), or (B, G, M) if G > 1. widths: D and E. dtypes: of keys and values, None for the default.
+    """
+    keys = torch.zeros(*shape, widths[0], dtype=dtypes[0])
+    values = torch.zeros(*shape, widths[1], dtype=dtypes[1] or keys.dtype)
+    mask = torch.zeros(shape[0], shape[-1], dtype=torch.bool)
+    return Entries(keys, values, mask, torch.full(mask.shape, NOTHING) if ids else None)

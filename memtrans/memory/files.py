@@ -12,7 +12,7 @@ from memtrans.annotations import allows, described
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 ARGUMENTS: dict[str, Any] = {
-    **dict.fromkeys(("dim", "max_memories", "num_indices", "kv_heads"), int),
+    **dict.fromkeys(("dim", "max_memories", "num_indices", "kv_heads", "value_dim"), int),
     "spare": int | Literal["grow"],
     "keep_ids": bool,
     **dict.fromkeys(("dtype", "value_dtype"), str | None),

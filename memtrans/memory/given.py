@@ -1,6 +1,6 @@
 """Snapshots of the memories that a layer or a model is given, which must fit what it reads.
 
-Shapes: B documents, G key/value heads, D width.
+Shapes: B documents, G key/value heads, D width of keys, E of values.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ def snapshot_for(
     device: torch.device,
     kv_heads: int,
     width: int,
+    value_width: int | None = None,
 ) -> MemorySnapshot:
     """The snapshot given, or one of the memory given, for segments of at most `longest` tokens on that device.
 
     Raises:
         TypeError: `memory` is something else, or has a method of its own that no layer would call.
-        ValueError: it is not of B = `batch` documents in scope, G = `kv_heads` and D = `width`.
+        ValueError: it is not of B = `batch` documents in scope, G = `kv_heads`, D = `width` and E =
+            `value_width`, by default D.
         RuntimeError: it is a memory, and activation checkpointing runs a forward pass again.
     """
     if isinstance(memory, KNNMemory):
@@ -40,7 +42,7 @@ def snapshot_for(
         memory = memory.as_it_stands(device, longest)
     elif not isinstance(memory, MemorySnapshot):
         raise TypeError(f"{name} must be a KNNMemory or a snapshot of one, got {_named(type(memory))}")
-    memory.check_fits(name, batch, kv_heads, width)
+    memory.check_fits(name, batch, kv_heads, width, width if value_width is None else value_width)
     return memory
 
 

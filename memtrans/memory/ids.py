@@ -15,6 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from memtrans.memory.layout import in_slots
+
 NOTHING = -1  # the id where there is no entry
 
 
@@ -59,10 +61,7 @@ def read_ids(slots: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
     >>> read_ids(torch.tensor([[[2, -1]]]), torch.tensor([0]), torch.tensor([[7, 8, 9]])).tolist()
     [[[9, -1]]]
     """
-    batch, heads = slots.shape[:2]
-    row = rows.reshape(batch, -1).repeat_interleave(heads * batch // rows.numel(), dim=1)  # (B, H)
-    row = row.reshape(batch, heads, *[1] * (slots.dim() - 2))
-    return torch.where(slots >= 0, ids[row, slots.clamp(min=0).long()], NOTHING)
+    return torch.where(slots >= 0, in_slots(ids, rows, slots), NOTHING)
 
 
 def check_kept(ids: Tensor | None) -> Tensor:

@@ -6,7 +6,7 @@ is an operator of `memtrans_kernels`. Source: Wu et al. 2022, sections 3.1 and 3
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,12 @@ from memtrans.checks import check_finite
 from memtrans.compatibility import UNUSED, warn_unused
 from memtrans.memory.checks import (
     check_ids,
+    check_keys_and_values,
     check_mask,
     check_memories,
     check_no_recomputation,
     check_numbers,
+    check_one_width,
     check_queries,
     check_removal,
     check_slots,
@@ -35,7 +37,7 @@ class KNNMemory(SavedMemory):
     """A first-in, first-out memory of (key, value) pairs for each document of a batch, searched exactly.
 
     Args:
-        dim: D, width of keys and values.
+        dim: D, width of keys, and of values unless they have one of their own.
         max_memories: M, entries visible per document; the oldest are dropped.
         num_indices: documents in the batch, B.
         memmap_filename: accepted and ignored, with a DeprecationWarning.
@@ -55,6 +57,8 @@ class KNNMemory(SavedMemory):
             them, so it grows with their number. Each rank reads a segment of its own of the same documents; what one
             does with the memory all do, with the same sizes; see `memtrans.memory.sharded`. Default: this process.
         keep_ids: keep an int64 id beside each entry: see `add` and `ids_of`. Default: False, at no cost.
+        value_dim: E, width of values. Default: `dim`. With another one, what is a tensor of pairs (..., 2, D) else is a
+            tuple of keys (..., D) and values (..., E), in `add` and in what `search` returns.
 
     A search of a sharded memory costs what it costs to search M / W entries for the queries of all W ranks. From each
     of the others a rank receives, for one query, D·e + 8·K + K bytes to search, and D·e + 4 to attend or D·e·K / W
@@ -62,7 +66,8 @@ class KNNMemory(SavedMemory):
 
     Attributes:
         scoped_indices: the documents that `add` and `search` speak of.
-        shape: (num_indices, max_memories, 2, dim), with kv_heads after num_indices if there are several.
+        shape: (num_indices, max_memories, 2, dim), with kv_heads after num_indices if there are several; with values of
+            another width dim + value_dim instead of the last two.
         made_in: the number of the backward pass in which the memory was made; -1 outside of one.
         watch: who watches what is retrieved; see `KNNMemoryList.tracing`.
 
@@ -80,30 +85,48 @@ class KNNMemory(SavedMemory):
 
     # ------------------------------------------------------------------------------------- add, search, clear
 
-    def add(self, memories: Tensor, count: Tensor | None = None, *, ids: Tensor | None = None) -> None:
+    def add(
+        self, memories: Tensor | Sequence[Tensor], count: Tensor | None = None, *, ids: Tensor | None = None
+    ) -> None:
         """Stores key/value pairs, as they are; the oldest ones make room.
 
         Args:
-            memories: (B, N, 2, D), or (B, G, N, 2, D) when kv_heads > 1; key first, then value. Never differentiated.
+            memories: (B, N, 2, D), or (B, G, N, 2, D) when kv_heads > 1; key first, then value. Or keys (B, N, D) and
+                values (B, N, E), in a tuple, likewise. Never differentiated.
             count: (B,) int64, store only the first so many of each document.
             ids: (B, N) int64, with keep_ids. Default: how many entries the document was given before each.
 
         Raises:
             ValueError, TypeError: another shape, dtype or device; on the CPU also values that are NaN; ids without
             keep_ids.
+
+        >>> memory = KNNMemory(dim=2, value_dim=1, max_memories=3)
+        >>> memory.add((torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]), torch.tensor([[[5.0], [7.0]]])))
+        >>> (keys, values), mask = memory.search(torch.tensor([[0.0, 2.0]]), topk=1)
+        >>> keys.tolist(), values.tolist(), mask.tolist()
+        ([[[0.0, 1.0]]], [[[7.0]]], [[True]])
         """
-        checks.tensors(memories=memories)
-        checks.floating(memories=memories)
         checks.typed(torch.int64, count=count)
-        batch = len(self.scoped_indices)
-        check_memories(memories, batch, self.kv_heads, self.dim)
+        keys, values = (tensor.detach() for tensor in self._entries_given(memories))  # (B, G, N, D), (B, G, N, E)
         if ids is not None:
-            check_ids(ids, memories, self.keep_ids)
-        pairs = memories.detach().reshape(batch, self.kv_heads, memories.shape[-3], 2, self.dim)
+            check_ids(ids, keys, self.keep_ids)
         # infinite values saturate, and such keys are never retrieved
-        check_numbers("the values in memories", pairs[..., 1, :])
-        snapshot = self.snapshot(like=memories, longest=pairs.shape[2])
-        snapshot.append(pairs[..., 0, :], pairs[..., 1, :], count, ids)
+        check_numbers("the values in memories", values)
+        self.snapshot(like=keys, longest=keys.shape[2]).append(keys, values, count, ids)
+
+    def _entries_given(self, memories: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys (B, G, N, D) and values (B, G, N, E) of what `add` is given, which is checked."""
+        batch, widths = len(self.scoped_indices), (self.dim, self.value_dim)
+        if isinstance(memories, Sequence):
+            check_keys_and_values(memories, batch, self.kv_heads, widths)
+            keys, values = memories
+        else:
+            checks.tensors(memories=memories)
+            checks.floating(memories=memories)
+            check_one_width("memories", *widths)
+            check_memories(memories, batch, self.kv_heads, self.dim)
+            keys, values = memories.unbind(dim=-2)
+        return (keys[:, None], values[:, None]) if self.kv_heads == 1 else (keys, values)
 
     def search(
         self,
@@ -115,7 +138,7 @@ class KNNMemory(SavedMemory):
         *,
         return_slots: bool = False,
         return_scores: bool = False,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Any, ...]:
         """Finds the nearest keys of each query, best first.
 
         Args:
@@ -126,9 +149,9 @@ class KNNMemory(SavedMemory):
             return_scores: also return the inner products.
 
         Returns:
-            key_values (B, ..., K, 2, D) in the queries' dtype and mask (B, ..., K); then, if asked for, slots
-            (B, ..., K), -1 where there is none, and scores (B, ..., K) float32 (float64 for float64 keys), -inf where
-            there is none.
+            key_values (B, ..., K, 2, D) in the queries' dtype, or keys (B, ..., K, D) and values (B, ..., K, E) where
+            they differ in width, and mask (B, ..., K); then, if asked for, slots (B, ..., K), -1 where there is none,
+            and scores (B, ..., K) float32 (float64 for float64 keys), -inf where there is none.
 
         Raises:
             ValueError, TypeError: another shape, dtype or device, or a topk that is no integer of at least 1; on the
@@ -143,11 +166,17 @@ class KNNMemory(SavedMemory):
         check_finite("queries", queries)
         heads = 1 if self.kv_heads == 1 else queries.shape[1]
         flat = queries.detach().reshape(batch, heads, -1, self.dim)
-        key_values, scores, slots = self.snapshot(like=queries).pairs(flat, topk)
-        shape = (*queries.shape[:-1], topk)
+        snapshot, shape = self.snapshot(like=queries), (*queries.shape[:-1], topk)
+        key_values: Tensor | tuple[Tensor, Tensor]
+        if self.value_dim == self.dim:
+            pairs, scores, slots = snapshot.pairs(flat, topk)
+            key_values = pairs.reshape(*shape, 2, self.dim)
+        else:
+            keys, values, scores, slots = snapshot.found(flat, topk)
+            key_values = keys.reshape(*shape, self.dim), values.reshape(*shape, self.value_dim)
         scores, slots = scores.reshape(shape), slots.reshape(shape)
         asked = [*([slots] if return_slots else []), *([scores] if return_scores else [])]
-        return key_values.reshape(*shape, 2, self.dim), slots >= 0, *asked
+        return key_values, slots >= 0, *asked
 
     def ids_of(self, slots: Tensor) -> Tensor:
         """The ids of entries that a search found, as long as nothing was added, cleared or removed since.
@@ -171,7 +200,7 @@ class KNNMemory(SavedMemory):
     def entries(self) -> Entries:
         """Copies of all that the documents in scope hold, old to new: keys, values, mask and ids, by these names.
 
-        keys and values are (B, M, D), or (B, G, M, D) when kv_heads > 1; mask is (B, M) bool, True in the first
+        keys are (B, M, D), values (B, M, E), with G behind B when kv_heads > 1; mask is (B, M) bool, True in the first
         `lengths` places of each document; ids are (B, M) int64, or None without keep_ids.
 
         >>> memory = KNNMemory(dim=1, max_memories=3, keep_ids=True)
@@ -181,8 +210,10 @@ class KNNMemory(SavedMemory):
         ([5.0, 6.0, 0.0], [[True, True, False]], [[0, 1, -1]])
         """
         if self._ring is None:
-            shape = (len(self.scoped_indices), *self.shape[1:])
-            return no_entries(shape, self.dtype, self.value_dtype, self.keep_ids)
+            heads = () if self.kv_heads == 1 else (self.kv_heads,)
+            shape = (len(self.scoped_indices), *heads, self.max_memories)
+            dtypes = (self.dtype, self.value_dtype)
+            return no_entries(shape, (self.dim, self.value_dim), dtypes, self.keep_ids)
         snapshot = self.snapshot()
         return entries_of(self._ring, snapshot.rows, snapshot.documents)
 

@@ -46,6 +46,23 @@ def without(start: Tensor, cursor: Tensor, gone: Tensor) -> tuple[Tensor, Tensor
     return source, target, stays.sum(dim=1)
 
 
+def in_slots(ring: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
+    """What a ring (R, M + S, ...) holds in the slots (B, H, ...) that a search found: (B, H, ..., ...); zeros where
+    it found none.
+
+    rows: (B·G,), H a multiple of G.
+
+    >>> in_slots(torch.tensor([[7, 8, 9]]), torch.tensor([0]), torch.tensor([[[2, -1]]])).tolist()
+    [[[9, 0]]]
+    """
+    batch, heads = slots.shape[:2]
+    row = rows.reshape(batch, -1).repeat_interleave(heads * batch // rows.numel(), dim=1)  # (B, H)
+    row = row.reshape(batch, heads, *[1] * (slots.dim() - 2))
+    found = ring[row, slots.clamp(min=0).long()]
+    found[slots < 0] = 0
+    return found
+
+
 def laid_out(ring: Tensor, source: Tensor, target: Tensor, slots: int) -> Tensor:
     """A ring (R, `slots`, ...) in which entry `source` of this one (R, slots before, ...) is entry `target`.
 

@@ -1,6 +1,6 @@
 """What leaves a local context for the memory: the oldest keys and values, that the XL cache has no room for.
 
-Shapes: B documents, G key/value heads, N tokens of the segment, L local keys, D head width.
+Shapes: B documents, G key/value heads, N tokens of the segment, L local keys, D head width, E of values.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def add_leaving(
 
     Args:
         snapshot: of the memory to add to.
-        key, value: (B, G, L, D), the segment's N behind what was cached before it.
+        key, value: (B, G, L, D) and (B, G, L, E), the segment's N behind what was cached before it.
         kept: X, how many of the newest stay in the XL cache.
         length: N.
         local_length: (B,) int64, how many of the newest of the L are of this document. Default: all.
@@ -38,8 +38,9 @@ def add_leaving(
         return snapshot.append(key, value)
     first, last = leaving_range(leaving, local_keys, length, local_length, lengths)  # (B,) each
     index = (first[:, None] + torch.arange(leaving, device=key.device)).clamp(max=max(leaving - 1, 0))
-    index = index[:, None, :, None].expand_as(key)
-    return snapshot.append(key.gather(2, index), value.gather(2, index), (last - first).clamp(min=0))
+    index = index[:, None, :, None].expand(-1, key.shape[1], -1, -1)
+    key, value = (given.gather(2, index.expand(-1, -1, -1, given.shape[3])) for given in (key, value))
+    return snapshot.append(key, value, (last - first).clamp(min=0))
 
 
 def leaving_range(

@@ -14,15 +14,15 @@ class MakesMemories:
 
     num_memory_layers: int
     dim_head: int
+    value_dim_head: int
     max_knn_memories: int
     kv_heads: int
 
     def create_knn_memories(self, *, batch_size: int, **kwargs: Any) -> KNNMemoryList:
         """Empty memories for a batch of documents; keyword arguments go to `KNNMemory` (device, dtype, spare, ...)."""
         create = KNNMemoryList.create_memories(batch_size=batch_size, num_memory_layers=self.num_memory_layers)
-        return create(
-            **{"dim": self.dim_head, "max_memories": self.max_knn_memories, "kv_heads": self.kv_heads, **kwargs}
-        )
+        sizes = {"dim": self.dim_head, "value_dim": self.value_dim_head, "kv_heads": self.kv_heads}
+        return create(**{**sizes, "max_memories": self.max_knn_memories, **kwargs})
 
     @contextmanager
     def knn_memories_context(self, **kwargs: Any) -> Iterator[KNNMemoryList]:

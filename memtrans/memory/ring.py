@@ -6,7 +6,8 @@ moves `start`; nothing is rewritten. Where a backward pass that is outstanding w
 laid out anew (`growth.py`); the old storage stays as it is, with host counts of its own. Nothing here asks the device
 for a value, so nothing here waits for it.
 
-    keys, values   (R, M + S, D)  written by `knn_add_` alone
+    keys           (R, M + S, D)  written by `knn_add_` alone
+    values         (R, M + S, E)  likewise
     cursor, start  (R,) int64     on the device
     clearings                     how often each row was cleared (`clearings.py`)
     written        (R,) int64     on the host: entries ever given to each row
@@ -51,6 +52,7 @@ class Ring:
         capacity: M.
         spare: S.
         dim: D.
+        value_dim: E. Default: D.
         key_dtype: of the keys.
         value_dtype: of the values.
         device: of both.
@@ -67,6 +69,7 @@ class Ring:
         spare: int,
         dim: int,
         *,
+        value_dim: int | None = None,
         key_dtype: torch.dtype,
         value_dtype: torch.dtype,
         device: torch.device,
@@ -87,7 +90,7 @@ class Ring:
         self.ids = KeptIds(rows, capacity + spare, device) if keep_ids else None
         self._hold(
             torch.zeros(rows, capacity + spare, dim, dtype=key_dtype, device=device),
-            torch.zeros(rows, capacity + spare, dim, dtype=value_dtype, device=device),
+            torch.zeros(rows, capacity + spare, value_dim or dim, dtype=value_dtype, device=device),
         )
 
     def _hold(self, keys: Tensor, values: Tensor) -> None:
@@ -197,7 +200,7 @@ class Ring:
         return {**positions, "clearings": self.clearings.count.clone()} if self.clearings.any else positions
 
     def newest(self, count: int) -> dict[str, Tensor]:
-        """Copies of the newest so many keys and values of each row (R, count, D), and ids (R, count), old to new."""
+        """Copies of the newest so many keys (R, count, D), values (R, count, E) and ids (R, count), old to new."""
         _, slot = self.window(count)
         row = torch.arange(slot.shape[0], device=slot.device)[:, None]
         ids = {} if self.ids is None else {"ids": self.ids.slots[row, slot]}

@@ -57,14 +57,14 @@ class SavedMemory(StoredMemory, Movable):
         return self
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies of what the memory holds: keys and values (R, longest row, D), old to new and ending with the newest
-        entry, and lengths (R,); with keep_ids also ids (R, longest row), and positions (R,), how many entries each
-        document was given; once a document was cleared also clearings (R,), how often each was. Of a sharded memory
-        this rank's share, which `join_shards` puts together."""
+        """Copies of what the memory holds: keys (R, longest row, D) and values (R, longest row, E), old to new and
+        ending with the newest entry, and lengths (R,); with keep_ids also ids (R, longest row), and positions (R,), how
+        many entries each document was given; once a document was cleared also clearings (R,), how often each was. Of a
+        sharded memory this rank's share, which `join_shards` puts together."""
         rows = self.num_indices * self.kv_heads
         if self._ring is None:
             keys = torch.zeros(rows, 0, self.dim, dtype=self.dtype)
-            values = torch.zeros(rows, 0, self.dim, dtype=self.value_dtype or self.dtype)
+            values = torch.zeros(rows, 0, self.value_dim, dtype=self.value_dtype or self.dtype)
             nothing = torch.zeros(rows, dtype=torch.int64)
             ids = {"ids": nothing.new_zeros(rows, 0), "positions": nothing.clone()} if self.keep_ids else {}
             cleared = {} if self._cleared is None else {"clearings": self._cleared.clone()}
@@ -94,7 +94,7 @@ class SavedMemory(StoredMemory, Movable):
     def check_state(self, state: Mapping[str, Tensor]) -> None:
         """Raises ValueError or TypeError unless `load_state_dict` can take the state up."""
         shard = None if self._ranks is None else (self._ranks.rank, self._ranks.size)
-        check_state(state, self.num_indices * self.kv_heads, self.dim, shard)
+        check_state(state, self.num_indices * self.kv_heads, (self.dim, self.value_dim), shard)
 
     def save(self, path: str | Path) -> None:
         """Writes the memory as one safetensors file, atomically: a file that was there before survives a failure.
@@ -133,7 +133,7 @@ class SavedMemory(StoredMemory, Movable):
     def __setstate__(self, pickled: dict[str, Any]) -> None:
         self.grows = self.keep_ids = False  # of a pickle that does not say so
         self._cleared = None
-        self.__dict__.update(pickled["fields"])
+        self.__dict__.update({"value_dim": pickled["fields"]["dim"], **pickled["fields"]})
         self.made_in, self._announcement = running_backward(), announcement()
         self.watch = Watch()
         self._forget_storage()

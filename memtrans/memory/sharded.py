@@ -18,7 +18,8 @@ their candidates (score and slot) and K for which of its own won. A partial resu
 pass then sends D·e + 4 and D·e. The winners are K / W entries, on average, of D numbers as they are stored: the value,
 and the key too where a gradient is wanted; a backward pass then sends nothing. `attend_to_retrieved` takes what is
 fewer bytes in both passes together. With K = 32, D = 64 and two bytes a number that is the partial result, up to 31
-ranks without a gradient and up to 20 with one. An entry that is added travels once to each rank.
+ranks without a gradient and up to 20 with one. An entry that is added travels once to each rank. Values of a width E
+of their own count E·e wherever these are a result's or a value's bytes, and winners then bring their keys always.
 
 Equal keys on different ranks come older first if a backend gives them equal scores, that is, if it rounds a score alike
 wherever the key stands. Plain matrix products round by place, and `native` on a GPU rounds otherwise in the rare query
@@ -151,8 +152,8 @@ class ShardedRing(Ring):
             self.add(rows, keys, values, ids[0][:, 0] if ids else None, count=count, at=at)
 
     def add(self, rows: Tensor, keys: Tensor, values: Tensor, ids: Tensor | None, count: Tensor, at: Tensor) -> None:
-        """Stores the first `count` (B·G,) of keys and values (B, G, N, D), and of ids (B·G, N) where they are kept, on
-        this rank, behind its first `at` (R,)."""
+        """Stores the first `count` (B·G,) of keys (B, G, N, D), values (B, G, N, E), and ids (B·G, N) where they are
+        kept, on this rank, behind its first `at` (R,)."""
         if self.ids is not None and ids is not None:
             self.ids.write(rows, ids, count, cursor=self.cursor, at=at)
         backend = self.backend if implements("knn_add_", self.backend) else "auto"
@@ -239,17 +240,22 @@ class ShardedSnapshot(MemorySnapshot):
 
         The host waits for the device once, to learn how much each rank sends.
         """
+        keys, values, scores, entries = self.found(query, k)
+        return torch.stack((keys, values), dim=-2), scores, entries  # zeros where there is none
+
+    def found(self, query: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See `MemorySnapshot.found`, and `pairs`."""
         found = self.find(query, k)
         keys, values = self.fetch(found, [self.keys, self.values])
-        pairs = torch.stack((keys.to(query.dtype), values.to(query.dtype)), dim=-2)  # zeros where there is none
-        return pairs, found.scores, found.entries
+        return keys.to(query.dtype), values.to(query.dtype), found.scores, found.entries
 
     def fetch(self, found: Neighbours, rings: Sequence[Tensor]) -> list[Tensor]:
-        """Fetches the neighbours' keys or values from the ranks that hold them: (B, H, N, K, D) for each of `rings`.
+        """Fetches the neighbours' keys or values from the ranks that hold them: (B, H, N, K, D or E) for each of
+        `rings`.
 
-        rings: of (R, slots, D), `self.keys` or `self.values`. Where there is no neighbour the result is zero.
+        rings: `self.keys` (R, slots, D) or `self.values` (R, slots, E). Where there is no neighbour the result is zero.
         """
-        ranks, (_, width) = self.ring.ranks, self.keys.shape[1:]
+        ranks = self.ring.ranks
         won, slots = (by_rank(tensor, ranks.size) for tensor in (self.won(found), found.candidates))
         row = self.of_heads(torch.arange(self.start.shape[0], device=slots.device), slots.shape[2])
         row, slot = row[:, :, None, None].expand_as(slots)[won], slots[won].long()
@@ -258,10 +264,10 @@ class ShardedSnapshot(MemorySnapshot):
         index = mine.nonzero(as_tuple=True)
         fetched = []
         for ring in rings:
-            got = ring.new_empty(sum(received), width)
+            got = ring.new_empty(sum(received), ring.shape[2])
             with ranks.listening():
                 dist.all_to_all_single(got, ring[row, slot], received, sent, group=ranks.quick)
-            whole = ring.new_zeros(*found.scores.shape, width)
+            whole = ring.new_zeros(*found.scores.shape, ring.shape[2])
             whole[(*index[1:4], found.places[mine].long())] = got
             fetched.append(whole)
         return fetched
@@ -312,10 +318,10 @@ class ShardedSnapshot(MemorySnapshot):
         """
         found = self.find(query, k, query_mask)
         options = {"dropout_p": dropout_p, "seed": seed_of(dropout_p, query.device), "soft_cap": soft_cap}
-        width, learning = query.shape[-1], torch.is_grad_enabled()
-        result = width * query.element_size() + 4
-        part = 2 * result + width * query.element_size() if learning else result
-        winner = width * (self.values.element_size() + (self.keys.element_size() if learning else 0))
+        learning, number = torch.is_grad_enabled(), query.element_size()
+        result = self.values.shape[2] * number + 4
+        part = 2 * result + query.shape[-1] * number if learning else result
+        winner = sum(ring.shape[2] * ring.element_size() for ring in self._rings_to_fetch())
         if self.ring.ranks.size * part <= k * winner:
             out, lse = self._attend_in_parts(found, scale, options)
         else:
@@ -331,9 +337,8 @@ class ShardedSnapshot(MemorySnapshot):
         length = found.queries.shape[2] // ranks.size
         scales = from_all(scale, ranks).T.repeat_interleave(length, dim=1)[None, :, :, None]  # (1, H, W·N, 1)
         queries = (found.queries * scales).to(found.queries.dtype)
-        nothing = queries.detach().new_empty(self.documents, self.rows.numel() // self.documents, 0, queries.shape[-1])
         out, lse = memory_attention(
-            queries, nothing, nothing, self.keys, self.values, self.rows,
+            queries, *self.no_local_keys(queries.detach()), self.keys, self.values, self.rows,
             found.candidate_scores * scales.detach(), torch.where(self.won(found), found.candidates, -1),
             torch.ones_like(scale), **options, ledger=self.ledger,
         )  # fmt: skip
@@ -345,17 +350,22 @@ class ShardedSnapshot(MemorySnapshot):
     ) -> tuple[Tensor, Tensor]:
         """Fetches the winners and attends to them as to a memory of N·K entries for each head.
 
-        The scores are known, so the keys are fetched for the gradient alone; without one the values stand for them.
+        The scores are known, so the keys are fetched for the gradient alone; without one, values of their width stand
+        for them.
         """
-        rings = [self.keys, self.values] if torch.is_grad_enabled() else [self.values]
-        fetched = [ring.flatten(2, 3).flatten(0, 1) for ring in self.fetch(found, rings)]  # (B·H, N·K, D)
+        fetched = [ring.flatten(2, 3).flatten(0, 1) for ring in self.fetch(found, self._rings_to_fetch())]
         keys, values = fetched[0], fetched[-1]
         slots = torch.arange(keys.shape[1], dtype=torch.int32, device=keys.device).reshape(found.scores.shape[2:])
-        nothing = query.detach()[:, :, :0]
+        no_key, no_value = (query.new_empty(*query.shape[:2], 0, ring.shape[-1]) for ring in (keys, values))
         return memory_attention(
-            query, nothing, nothing, keys, values, torch.arange(keys.shape[0], device=keys.device),
+            query, no_key, no_value, keys, values, torch.arange(keys.shape[0], device=keys.device),
             found.scores, torch.where(found.entries >= 0, slots, -1), scale, **options,
         )  # fmt: skip
+
+    def _rings_to_fetch(self) -> list[Tensor]:
+        """What of the neighbours travels, see `_attend_to_fetched`."""
+        needs_keys = torch.is_grad_enabled() or self.keys.shape[2] != self.values.shape[2]
+        return [self.keys, self.values] if needs_keys else [self.values]
 
     # ------------------------------------------------------------------------------------------------------ add, clear
 
@@ -365,7 +375,7 @@ class ShardedSnapshot(MemorySnapshot):
         """Stores the keys and values of all ranks, in the order of the ranks; returns the state after that.
 
         Args:
-            keys, values: (B, G, N, D), this rank's. All ranks give the same N.
+            keys, values: (B, G, N, D) and (B, G, N, E), this rank's. All ranks give the same N.
             count: (B,) int64, how many of this rank's N each document stores. Default: all.
             ids: (B, N) int64, this rank's, where ids are kept. Default: positions in the document.
         """
@@ -384,8 +394,10 @@ class ShardedSnapshot(MemorySnapshot):
         source = torch.searchsorted(ends, offset, right=True).clamp(max=ranks.size - 1)
         before = torch.cat((torch.zeros_like(added[:, None]), ends), dim=1).gather(1, source)
         place = (source * length + (offset - before)).clamp(max=ranks.size * length - 1)
-        index = place.reshape(batch, groups, length, 1).expand_as(keys)
-        keys, values = (side_by_side(from_all(new.detach(), ranks)).gather(2, index) for new in (keys, values))
+        index = place.reshape(batch, groups, length, 1)
+        keys, values = (
+            side_by_side(from_all(new.detach(), ranks)).gather(2, index.expand_as(new)) for new in (keys, values)
+        )
         here = (added - first + ranks.size - 1).div(ranks.size, rounding_mode="floor").clamp(min=0)
         if not again:
             at = ring.own(self.cursor)

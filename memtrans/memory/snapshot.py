@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from memtrans.attention import LocalKeys, seed_of
-from memtrans.memory.checks import check_mask, running_backward, scoping
+from memtrans.memory.checks import check_mask, running_backward, scoping, widths_named
 from memtrans.memory.ids import check_kept, positions, read_ids
+from memtrans.memory.layout import in_slots
 from memtrans.memory.observation import Observation, as_given, keys_as_given, local_weights, retrieved_weights
 from memtrans_kernels import (
     Ledger,
@@ -48,7 +49,7 @@ class MemorySnapshot:
         start: (R,) int64, as it stood.
         cursor: (R,) int64, as it stood.
         keys: (R, M + S, D), to read; a ring that was laid out again since no longer holds all that this sees.
-        values: (R, M + S, D), likewise.
+        values: (R, M + S, E), likewise.
         ticket: (R,) int64 on the host, the counts as they stood.
         written: (R,) int64 on the host, the counts of this storage, which go on.
         clearings: (R,) int64, how often each row was cleared, as it stood.
@@ -74,14 +75,15 @@ class MemorySnapshot:
     read_only: bool = False
     cleared_elsewhere: tuple[Tensor, Tensor] | None = None
 
-    def check_fits(self, name: str, documents: int, kv_heads: int, width: int) -> None:
-        """Raises ValueError unless the snapshot is of so many documents, key/value heads and components."""
-        expected = (documents, kv_heads, width)
-        found = (self.documents, self.rows.numel() // self.documents, self.keys.shape[2])
+    def check_fits(self, name: str, documents: int, kv_heads: int, width: int, value_width: int) -> None:
+        """Raises ValueError unless the snapshot is of so many documents and key/value heads, and of these widths."""
+        expected = (documents, kv_heads, width, value_width)
+        found = (self.documents, self.rows.numel() // self.documents, self.keys.shape[2], self.values.shape[2])
         if found != expected:
+            wanted, got = (f"kv_heads={heads} and {widths_named(*widths)}" for _, heads, *widths in (expected, found))
             raise ValueError(
-                f"{name} must have the batch's {documents} documents in scope, kv_heads={kv_heads} and dim={width}, "
-                f"got {found[0]} documents, kv_heads={found[1]} and dim={found[2]}{scoping(found[0], documents)}"
+                f"{name} must have the batch's {documents} documents in scope, {wanted}, "
+                f"got {found[0]} documents, {got}{scoping(found[0], documents)}"
             )
 
     def live(self) -> MemorySnapshot:
@@ -126,11 +128,17 @@ class MemorySnapshot:
 
     def pairs(self, query: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values (B, H, N, K, 2, D) of the nearest entries in the query's dtype, zeros where there is none;
-        and scores and slots, as `nearest` gives them."""
+        and scores and slots, as `nearest` gives them. Needs values as wide as keys; see `found`."""
         scores, slots = self.nearest(query, k)
         backend = self.ring.backend if implements("gather_pairs", self.ring.backend) else "auto"
         pairs = gather_pairs(self.keys, self.values, self.rows, slots, query.dtype, backend=backend)
         return pairs, scores, slots
+
+    def found(self, query: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`pairs`, of values of any width: keys (B, H, N, K, D) and values (B, H, N, K, E) by themselves."""
+        scores, slots = self.nearest(query, k)
+        keys, values = (in_slots(ring, self.rows, slots).to(query.dtype) for ring in (self.keys, self.values))
+        return keys, values, scores, slots
 
     def ids_of(self, slots: Tensor) -> Tensor:
         """The ids of entries in slots (B, H, ...) that `nearest` found, -1 where it found none.
@@ -151,7 +159,7 @@ class MemorySnapshot:
         memory_gate: Tensor | None = None,
         dropout_p: float = 0.0,
     ) -> Tensor:
-        """Attention of query (B, H, N, D) to its K nearest entries and to the local keys: (B, H, N, D).
+        """Attention of query (B, H, N, D) to its K nearest entries and to the local keys: (B, H, N, E).
 
         Args:
             k: K.
@@ -257,23 +265,28 @@ class MemorySnapshot:
 
         query_mask: (B, N) bool, False for queries that see none. soft_cap: what bounds a logit.
 
-        Returns out (B, H, N, D) and lse (B, H, N), differentiable in query and scale, and scores and slots as
+        Returns out (B, H, N, E) and lse (B, H, N), differentiable in query and scale, and scores and slots as
         `nearest` does.
         """
         scores, slots = self._nearest_seen(query, k, query_mask)
-        nothing = query.new_empty(self.documents, self.rows.numel() // self.documents, 0, query.shape[-1])
         out, lse = memory_attention(
-            query, nothing, nothing, self.keys, self.values, self.rows, scores, slots, scale,
+            query, *self.no_local_keys(query), self.keys, self.values, self.rows, scores, slots, scale,
             dropout_p=dropout_p, seed=seed_of(dropout_p, query.device), soft_cap=soft_cap, ledger=self.ledger,
         )  # fmt: skip
         return out, lse, scores, slots
+
+    def no_local_keys(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Key (B, G, 0, D) and value (B, G, 0, E) of the query's dtype and device."""
+        groups = self.rows.numel() // self.documents
+        key, value = (query.new_empty(self.documents, groups, 0, ring.shape[2]) for ring in (self.keys, self.values))
+        return key, value
 
     # ------------------------------------------------------------------------------------------------------ add, clear
 
     def append(
         self, keys: Tensor, values: Tensor, count: Tensor | None = None, ids: Tensor | None = None
     ) -> MemorySnapshot:
-        """Stores keys and values (B, G, N, D) after the snapshot's entries; returns the state after them.
+        """Stores keys (B, G, N, D) and values (B, G, N, E) after the snapshot's entries; returns the state after them.
 
         A forward pass that a backward pass runs again has stored them: nothing is written then.
 
@@ -362,7 +375,7 @@ class MemorySnapshot:
 
 
 def attend_to_local(query: Tensor, local: LocalKeys, scale: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
-    """Attention of query (B, H, N, D) to the local keys alone: out (B, H, N, D) and lse (B, H, N)."""
+    """Attention of query (B, H, N, D) to the local keys alone: out (B, H, N, E) and lse (B, H, N)."""
     return local_attention(
         query, local.key, local.value, scale, local.bias_table, local.bias_dense, local.local_length,
         dropout_p, seed_of(dropout_p, query.device),
@@ -376,6 +389,6 @@ def memory_share(slots: Tensor, memory_gate: Tensor) -> Tensor:
 
 
 def mixed(to_memory: Tensor, to_local: Tensor, share: Tensor) -> Tensor:
-    """share · to_memory + (1 - share) · to_local, of (B, H, N, D), (B, H, N, D) and (B, H, N)."""
+    """share · to_memory + (1 - share) · to_local, of (B, H, N, E), (B, H, N, E) and (B, H, N)."""
     gate = share[..., None]  # (B, H, N, 1)
     return (gate * to_memory + (1.0 - gate) * to_local).to(to_local.dtype)

@@ -2,15 +2,16 @@
 
 A whole memory has one state; of a memory that several ranks hold, each rank has the state of its shard.
 
-    keys, values  (R, E, D)   each row's entries, old to new, behind filler where a row holds fewer than the longest one
+    keys          (R, n, D)   each row's entries, old to new, behind filler where a row holds fewer than the longest one
+    values        (R, n, E)   likewise
     lengths       (R,) int64  how many entries each row holds, in all shards together
-    ids           (R, E) int64  the ids of the entries, where they are kept
+    ids           (R, n) int64  the ids of the entries, where they are kept
     positions     (R,) int64  how many entries each row's document was given, where ids are kept
     clearings     (R,) int64  how often each row was cleared, where one was: XL caches saved beside it say it too
     entries       (R,) int64  a shard's alone: how many entries the whole memory has ever stored in each row
     shard         (2,) int64  a shard's alone: its number and W; entry i of a row is in shard i mod W
 
-Shapes: R memory rows, E entries of the longest row, D width, W shards.
+Shapes: R memory rows, n entries of the longest row, D width of keys, E of values, W shards.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ SHARD = "shard"  # the name that a shard's state has, and a whole memory's has n
 
 
 def state_parts(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys (R, E, D), values (R, E, D) and lengths (R,) of a state.
+    """Keys (R, n, D), values (R, n, E) and lengths (R,) of a state.
 
     Raises TypeError where `state` is no mapping, ValueError where one of the three is missing.
     """
@@ -97,23 +98,24 @@ def memory_arguments(configuration: Mapping[str, Any], keys: Tensor, values: Ten
     return {**configuration, **held, **{name: by_name.get(dtype) for name, dtype in said.items()}}
 
 
-def check_state(state: Mapping[str, Tensor], rows: int, dim: int, shard: tuple[int, int] | None) -> None:
+def check_state(state: Mapping[str, Tensor], rows: int, widths: tuple[int, int], shard: tuple[int, int] | None) -> None:
     """Raises ValueError or TypeError unless a memory can take the state up.
 
     Args:
         state: of a whole memory or of a shard.
         rows: R of the memory.
-        dim: D of the memory.
+        widths: D and E of the memory.
         shard: number of the memory's own shard, and W; None for a whole memory.
     """
     keys, values, lengths = state_parts(state)
     checks.floating(keys=keys, values=values)
     checks.typed(torch.int64, lengths=lengths)
     width = keys.shape[1] if keys.dim() == 3 else 0
-    expected = (rows, width, dim)
-    if tuple(keys.shape) != expected or values.shape != keys.shape or tuple(lengths.shape) != (rows,):
+    fits = all(tensor.shape == (rows, width, of_each) for tensor, of_each in zip((keys, values), widths, strict=True))
+    if not fits or tuple(lengths.shape) != (rows,):
+        of_values = "" if widths[0] == widths[1] else f" of shape ({rows}, entries, {widths[0]})"
         raise ValueError(
-            f"state must hold keys and values of shape ({rows}, entries, {dim}) and lengths of shape "
+            f"state must hold keys{of_values} and values of shape ({rows}, entries, {widths[1]}) and lengths of shape "
             f"({rows},), got {tuple(keys.shape)}, {tuple(values.shape)} and {tuple(lengths.shape)}"
         )
     if "ids" in state:
@@ -203,7 +205,7 @@ def join_shards(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _interleaved(shards: Sequence[Tensor], total: Tensor, lengths: Tensor) -> Tensor:
-    """Puts the keys, values or ids of all shards, (R, E, ...) each, into one tensor; zeros lead in shorter rows.
+    """Puts the keys, values or ids of all shards, (R, n, ...) each, into one tensor; zeros lead in shorter rows.
 
     total: (R,), entries ever stored in the whole memory. lengths: (R,), entries that it holds.
     """

@@ -56,14 +56,17 @@ class StoredMemory:
         backend: str = "auto",
         process_group: dist.ProcessGroup | None = None,
         keep_ids: bool = False,
+        value_dim: int | None = None,
     ) -> None:
         warn_unused(memmap_filename=memmap_filename, multiprocessing=multiprocessing)
         checks.stored(dtype=dtype, value_dtype=value_dtype)
         self.dim, self.max_memories, self.num_indices, self.kv_heads = sizes(
             1, dim=dim, max_memories=max_memories, num_indices=num_indices, kv_heads=kv_heads
         )
+        self.value_dim = self.dim if value_dim is None else checks.integer("value_dim", value_dim, low=1)
         heads = () if self.kv_heads == 1 else (self.kv_heads,)
-        self.shape = (self.num_indices, *heads, self.max_memories, 2, self.dim)
+        of_entry = (2, self.dim) if self.value_dim == self.dim else (self.dim + self.value_dim,)
+        self.shape = (self.num_indices, *heads, self.max_memories, *of_entry)
         self.dtype, self.value_dtype = dtype, value_dtype
         self.keep_ids = bool(keep_ids)
         self.grows, self.backend = spare == "grow", check_name(backend)
@@ -108,12 +111,12 @@ class StoredMemory:
         dtype = self.dtype or (torch.float16 if device.type == "cuda" else torch.float32)
         value_dtype = self.value_dtype or dtype
         size = (self.num_indices * self.kv_heads, self.max_memories, spare, self.dim)
-        of_entry = self.dim * (dtype.itemsize + value_dtype.itemsize) + (8 if self.keep_ids else 0)
+        of_entry = self.dim * dtype.itemsize + self.value_dim * value_dtype.itemsize + (8 if self.keep_ids else 0)
         share = -(-self.max_memories // (1 if self._ranks is None else self._ranks.size))
         self._announcement.say(size[0] * (share + spare) * of_entry, self.shape)
         storage: dict[str, Any] = {"key_dtype": dtype, "value_dtype": value_dtype}
         storage |= {"device": device, "backend": self.backend, "unbounded": self.grows, "keep_ids": self.keep_ids}
-        storage["watch"] = self.watch
+        storage |= {"watch": self.watch, "value_dim": self.value_dim}
         if self._ranks is None:
             return Ring(*size, **storage)
         resolved = {"dtype": dtype, "value_dtype": value_dtype, "device": device.type}
@@ -222,4 +225,6 @@ class StoredMemory:
         arguments = {name: getattr(self, name) for name in names} | dtypes
         if self.keep_ids:  # not said where it is off, as before there were ids
             arguments["keep_ids"] = True
+        if self.value_dim != self.dim:  # likewise
+            arguments["value_dim"] = self.value_dim
         return {**arguments, "spare": "grow"} if self.grows else arguments

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from memtrans.attention import LocalContext
 from memtrans.data.stream import Batch
+from memtrans.pairs import pair_shape
 from memtrans.transformer import MemorizingTransformer
 
 
@@ -62,7 +63,7 @@ class DocumentReader:
         groups = () if model.kv_heads == 1 else (model.kv_heads,)
         attentions = [module for module in model.modules() if isinstance(module, LocalContext)]
         self.xl_capacity = max(attention.xl_max_memories for attention in attentions)
-        shape = (batch, *groups, self.xl_capacity, 2, model.dim_head)
+        shape = (batch, *groups, self.xl_capacity, *pair_shape(model.dim_head, model.value_dim_head))
         caches = [torch.zeros(shape, dtype=dtype, device=self.device) for _ in model.xl_memory_layers]
         self.carried = Carried(caches, torch.zeros(batch, dtype=torch.int64, device=self.device))
 

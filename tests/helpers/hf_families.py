@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 VOCABULARY, LENGTH, PADDED = 64, 24, 5
 SIZES = {
@@ -25,6 +25,11 @@ SIZES = {
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 FULL = {"layer_types": ["full_attention"] * 2}
 ALL_ALIKE = {"num_key_value_heads": 4}
+LATENT = {
+    "num_key_value_heads": 4, "q_lora_rank": 12, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+    "v_head_dim": 12, "first_k_dense_replace": 2, "n_routed_experts": 4, "num_local_experts": 4, **EXPERTS,
+}  # fmt: skip
+ONE_GROUP = {"n_group": 1, "topk_group": 1}
 
 # family: model_type and what its configuration says beside SIZES
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -61,13 +66,23 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("granite", {"attention_multiplier": 0.2}),
     "gpt_oss": ("gpt_oss", {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}),
     "gpt_oss_full": ("gpt_oss", {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, **FULL}),
+    "deepseek_v2": ("deepseek_v2", {**LATENT, **ONE_GROUP, "topk_method": "greedy"}),
+    "deepseek_v3": ("deepseek_v3", {**LATENT, **ONE_GROUP}),
+    "deepseek_v3_halves": ("deepseek_v3", {**LATENT, **ONE_GROUP, "q_lora_rank": None, "rope_interleave": False}),
+    "minicpm3": ("minicpm3", LATENT),
+    "mimo_v2_flash": ("mimo_v2_flash", {"head_dim": 16, "v_head_dim": 8}),
+    "llama4": ("llama4_text", {"head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48,
+                               "no_rope_layers": [1, 0], "attention_chunk_size": 128, "use_qk_norm": False}),
     "opt": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}),
 }  # fmt: skip
+FAMILIES = {name: family for name, family in FAMILIES.items() if family[0] in CONFIG_MAPPING}  # older ones lack some
 # Rotary positions and full attention in every layer: two segments are one pass, if nothing is left out.
 ORACLE = (
     *("llama", "llama_yarn", "llama3", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gpt_neox", "phi", "cohere", "olmo2"),
     *("smollm3", "starcoder2", "granite", "gemma2_full", "gpt_oss_full"),
+    *("llama4", "deepseek_v2", "deepseek_v3", "deepseek_v3_halves", "minicpm3"),
 )
+ORACLE = tuple(name for name in ORACLE if name in FAMILIES)
 REFUSED = {
     "falcon": ("falcon", {"alibi": False}),
     "bloom": ("bloom", {"n_layer": 2, "n_head": 4}),
