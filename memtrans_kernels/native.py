@@ -21,7 +21,7 @@ from memtrans_kernels.attention_inputs import AttentionInputs
 MODULES = ("cpu", "cuda", "faiss")
 FOLDER = Path(__file__).resolve().parent
 # Equals kInterface in csrc/memtrans.h; a library built for another number is refused.
-INTERFACE = 10
+INTERFACE = 11
 INTERFACE_OPERATORS = {"cpu": "native_interface", "cuda": "native_cuda_interface", "faiss": "native_faiss_interface"}
 FEW_QUERIES = 8  # of a memory row: equals kFewQueries in csrc/cuda/knn_search/search.h
 
