@@ -82,6 +82,8 @@ def memory_attention_forward(
     if memtrans_state is None:
         return call.base()
     memtrans_state.seen.add(call.layer)
+    if memtrans_state.plain and _is_causal_alone(call):
+        call = call._replace(mask=None)
     if not memtrans_state.searches:
         result = call.base()
     elif memtrans_state.combine == "gate":
@@ -91,6 +93,21 @@ def memory_attention_forward(
     if memtrans_state.writes:
         _store(call, memtrans_state)
     return result
+
+
+def _is_causal_alone(call: Call) -> bool:
+    """Whether the dense mask of a pass that said nothing of masks hides later tokens and no others.
+
+    Transformers leaves such a mask out, but not while a graph is captured, when it cannot look at positions.
+    """
+    window = call.arguments.get("sliding_window")
+    return (
+        isinstance(call.mask, Tensor)
+        and call.mask.dim() == 4
+        and (window is None or call.query.shape[2] <= window)
+        and getattr(call.module, "layer_type", "full_attention") in ("full_attention", "sliding_attention")
+        and getattr(call.module.config, BASE)._attn_implementation == "sdpa"  # which is causal without a mask
+    )
 
 
 def _store(call: Call, state: ForwardState) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 STATE, COUNT = "memtrans_state", "memtrans_count"
 CACHES = ("cache", "past_key_values", "layer_past")
+SHAPING = ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids", *CACHES)  # what masks depend on
 
 
 def before_decoder(memory: ModelMemory, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -44,6 +45,7 @@ def before_decoder(memory: ModelMemory, decoder: nn.Module, args: Any, kwargs: d
     if fresh is not None:
         entries.clear_rows(fresh.bool())
     mask = kwargs.get("attention_mask")
+    plain = count is None and all(kwargs.get(name) is None for name in SHAPING)
     padding = padding_of(mask, length) if count is None else Padding(torch.zeros_like(count), count)
     if writes and isinstance(mask, Tensor) and padding is not None and _counts_positions(memory, kwargs):
         kwargs["position_ids"] = (mask[:, -length:].long().cumsum(-1) - 1).clamp(min=0)
@@ -59,6 +61,7 @@ def before_decoder(memory: ModelMemory, decoder: nn.Module, args: Any, kwargs: d
         sink=memory.settings.sink,
         padding=padding,
         turns=_turns(memory, decoder, given) if writes else {},
+        plain=plain,
         watched=memory.watched(entries),
     )
     if writes:

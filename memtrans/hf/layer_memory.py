@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 FROM = 1024  # entries up to which an untrained memory needs no offset
 ASKING = ("memory_sharpness", "memory_gain", "memory_mix")
+FORMS = {"offset": 0, "gain": 2, "mix": 3}  # how many of these are learned beside the offsets
 
 
 class LayerMemory(nn.Module):
@@ -25,12 +26,13 @@ class LayerMemory(nn.Module):
 
         q + q · memory_mix[h],  q = query · exp(memory_gain[h] + memory_sharpness[h] · beyond)
 
-    instead of the query: among more entries more are near a query by chance, and other components of it tell them apart
-    than among a segment's.
+    instead of the query (form "mix"; with "gain" it is q): among more entries more are near a query by chance, and
+    other components of it tell them apart than among a segment's.
 
     Attributes:
         memory_offset, memory_slope: (H,) float32.
-        memory_sharpness: (H,), memory_gain: (H, D), memory_mix: (H, D, D), float32; None before `learn_to_ask`.
+        memory_sharpness: (H,), memory_gain: (H, D), memory_mix: (H, D, D), float32; None before `learn_to_ask`, the
+            last one also of the form "gain".
     """
 
     memory_sharpness: nn.Parameter | None
@@ -46,19 +48,18 @@ class LayerMemory(nn.Module):
         for name in ASKING:
             self.register_parameter(name, None)
 
-    def learn_to_ask(self) -> None:
-        """Gives it the parameters that make the query another one; they change nothing yet."""
+    def learn_to_ask(self, form: str = "mix") -> None:
+        """Gives it the parameters that make the query another one; they change nothing yet.
+
+        form: "offset" for none of them, "gain" for a factor of each component, "mix" for a matrix too; what it has
+            already stays.
+        """
         heads = len(self.memory_offset)
         shapes = {"memory_sharpness": (heads,), "memory_gain": (heads, self.width)}
-        for name in ASKING:
+        for name in ASKING[: FORMS[form]]:
             if getattr(self, name) is None:
                 shape = shapes.get(name, (heads, self.width, self.width))
                 setattr(self, name, nn.Parameter(torch.zeros(shape, device=self.memory_offset.device)))
-
-    @property
-    def asks(self) -> bool:
-        """Whether the memory is asked with another query than the local keys."""
-        return self.memory_mix is not None
 
     def forward(self, entries: Tensor) -> Tensor:
         """The offset (H,), for a memory of entries () int64.
@@ -71,16 +72,18 @@ class LayerMemory(nn.Module):
 
     def asking(self, query: Tensor, entries: Tensor) -> Tensor:
         """What query (B, H, N, D) asks a memory of entries () int64 with: (B, H, N, D)."""
-        if self.memory_mix is None or self.memory_gain is None or self.memory_sharpness is None:
+        if self.memory_gain is None or self.memory_sharpness is None:
             return query
         gain = self.memory_gain + (self.memory_sharpness * self._beyond(entries))[:, None]
         wide = query * gain.exp()[:, None]  # of the wider dtype
-        return (wide + wide @ self.memory_mix.to(wide.dtype)).to(query.dtype)
+        if self.memory_mix is not None:
+            wide = wide + wide @ self.memory_mix.to(wide.dtype)
+        return wide.to(query.dtype)
 
     def take(self, state: Mapping[str, Tensor]) -> None:
         """Takes up what another one learned."""
-        if any(name in state for name in ASKING):
-            self.learn_to_ask()
+        learned = sum(name in state for name in ASKING)
+        self.learn_to_ask(next(form for form, count in FORMS.items() if count >= learned))
         self.load_state_dict(dict(state))
 
     def _beyond(self, entries: Tensor) -> Tensor:

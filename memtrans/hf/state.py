@@ -58,6 +58,7 @@ class ForwardState:
         blind: (1 or B, N) bool, the tokens that look at no memory; None for none.
         sink: how many of the first real tokens are not stored. padding: None where all tokens are real.
         turns: by layer, how a key is turned before it is stored; none for a layer without rotary positions.
+        plain: whether the pass was given no mask, positions or cache: each token then sees all before it.
         watched: who watches; None for nobody.
         seen: layers whose attention function was handed this.
     """
@@ -72,6 +73,7 @@ class ForwardState:
     sink: int
     padding: Padding | None
     turns: Mapping[int, tuple[Rotation, Angles]]
+    plain: bool = False
     watched: Watched | None = None
     seen: set[int] = field(default_factory=set)
 
