@@ -240,7 +240,9 @@ def put(path: Path, entry: dict[str, Any]) -> None:
         del entries[number]
     entries.insert(same[0] if same else len(entries), entry)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(entries, indent=1) + "\n")
+    whole = path.with_suffix(".part")  # so that a run that is cut off leaves what it had
+    whole.write_text(json.dumps(entries, indent=1) + "\n")
+    whole.replace(path)
 
 
 def environment() -> dict[str, str]:

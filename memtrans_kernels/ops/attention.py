@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memtrans_kernels import backends
+from memtrans_kernels import backends, checks
 from memtrans_kernels.attention_inputs import NUMBERS, AttentionInputs
 from memtrans_kernels.eager import is_differentiated_by_transform, is_plain
 from memtrans_kernels.ledger import Ledger, check_not_stale, note_saved, to_save
@@ -64,6 +64,7 @@ def _memory_attention(
         query, key, value, memory_keys, memory_values, rows, scores, slots, scale,
         bias_table, bias_dense, memory_offset, local_length, dropout_p, seed, causal, key_mask, first, soft_cap, sink,
     )  # fmt: skip
+    checks.dropout(dropout_p, seed)  # again: this operator can be called without the function that asks it
     check_not_stale(written, ticket, spare)
     note_saved(written, ticket)
     return backends.run("memory_attention", backend, inputs)
@@ -108,6 +109,7 @@ def _memory_attention_backward(
     of_keys: bool = True,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    checks.dropout(dropout_p, seed)
     check_not_stale(written, ticket, spare)
     inputs = AttentionInputs(
         query, key, value, memory_keys, memory_values, rows, scores, slots, scale,
