@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 
 from memtrans.hf import ModelMemory, add_memory, calibrate, load_memory
 from memtrans.hf.calibrate import SLOWER, Plan, Step, fill, text_loss
-from memtrans.hf.facts import facts
+from memtrans.hf.facts import FIRST, LAST, MIDDLE, facts
 from memtrans.hf.lessons import Course, Drawn, Lesson
 from memtrans.hf.planted import plant, questions
 from memtrans_kernels import memory_attention
@@ -146,6 +147,13 @@ def test_a_passage_goes_on_as_its_document_does(model: PreTrainedModel) -> None:
         begin = len(document) - distance
         assert asked[:end].tolist() == document[begin : begin + end]
         assert int(answer.sum()) == 4 and end <= course.width
+
+
+def test_facts_of_a_lesson_are_told_apart_by_their_places() -> None:
+    place = re.compile(rf"\b({'|'.join(FIRST)})({'|'.join(MIDDLE)})({'|'.join(LAST)})\b")
+    made_up = facts(64, seed=1, alike=8)
+    said = [place.sub("{place}", fact.question) for fact in made_up]
+    assert all(said.count(one) == 8 for one in said) and len({fact.question for fact in made_up}) == 64
 
 
 def test_what_is_drawn_is_within_the_size_that_is_seen(model: PreTrainedModel) -> None:
