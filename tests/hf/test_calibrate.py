@@ -225,7 +225,7 @@ def test_a_step_on_static_buffers_learns_what_one_by_hand_learns() -> None:
         optimizer.step()
         optimizer.zero_grad()
         seen.append(torch.stack((nats, text)).detach())
-    assert_close(step.seen, torch.stack(seen).mean(0), PARITY)
+    assert_close(step.seen, torch.stack(seen).sum(0), PARITY)
     assert by_hand.layers[0].learned.memory_mix.abs().max() > 0.005
     for mine, its in zip(memory.parameters(), by_hand.parameters(), strict=True):
         assert_close(mine.detach(), its.detach(), PARITY)
@@ -299,7 +299,5 @@ def test_a_form_says_what_is_learned_and_is_saved(
 
 def test_a_calibration_ends_when_its_time_is_up(model: PreTrainedModel) -> None:
     memory = with_memory(model)
-    learned = calibrate(
-        model, memory, bytes_tokenizer(), [TEXT], steps=1000, lessons=500, facts=4, batch=1, seconds=1e-3
-    )
-    assert learned["after"]["steps"] == 2
+    learned = calibrate(model, memory, bytes_tokenizer(), [TEXT], steps=10**6, facts=4, batch=1, seconds=1.0)
+    assert learned["after"]["steps"] < 1000
