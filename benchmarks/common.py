@@ -259,11 +259,14 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    """MEMTRANS_COMMIT, where a copy does not know it; else the checkout's, `-dirty` where files differ."""
+    """MEMTRANS_COMMIT, where a copy does not know it; else the checkout's, `-dirty` where more differs than results."""
     if given := os.environ.get("MEMTRANS_COMMIT"):
         return given
-    command = ["git", "-C", str(FOLDER), "describe", "--always", "--dirty", "--abbrev=12"]
+    git = ["git", "-C", str(FOLDER)]
+    changed = [*git, "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        dirty = subprocess.run(changed, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return commit.stdout.strip() + ("-dirty" if dirty else "")

@@ -80,6 +80,8 @@ MEMTRANS_INLINE void read_extra(const Attention& attention, const Block& block, 
     read_dense(attention, block, key, keys, tile);
   } else if (attention.has_extra()) {
     std::fill_n(tile[0], keys * kQueries, 0.0f);
+  } else {
+    return;
   }
   hide(attention, block, key, keys, tile);
 }
@@ -144,19 +146,30 @@ MEMTRANS_INLINE void exponentials(float reference, std::vector<float>& weights) 
   }
 }
 
+// What a soft cap leaves of a product, one by one.
+inline float capped(float soft_cap, float product) { return soft_cap * std::tanh(product / soft_cap); }
+
 // The retrieved logits of a query, -inf where nothing was found. Returns the largest one.
 MEMTRANS_INLINE float retrieved_logits(
     const Attention& attention, const Block& block, int64_t query, std::vector<float>& logits) {
-  const int64_t first = (block.first + query) * attention.neighbours;
+  const int64_t neighbours = attention.neighbours, first = (block.first + query) * neighbours;
   const float* scores = attention.scores.const_data_ptr<float>() + first;
   const int32_t* slots = attention.slots.const_data_ptr<int32_t>() + first;
-  const float scale = attention.scale[block.head], offset = attention.offset[block.head];
+  const float scale = attention.scale[block.head], offset = attention.offset[block.head], cap = attention.soft_cap;
   float highest = -kInfinity;
   std::fill(logits.begin(), logits.end(), -kInfinity);
-  for (int64_t rank = 0; rank < attention.neighbours; ++rank) {
+  if (cap > 0.0f) {  // a loop of its own: the other one is fast without a call in it
+    for (int64_t rank = 0; rank < neighbours; ++rank) {
+      if (slots[rank] >= 0) {
+        logits[rank] = capped(cap, scale * scores[rank]) + offset;
+        highest = std::max(highest, logits[rank]);
+      }
+    }
+    return highest;
+  }
+  for (int64_t rank = 0; rank < neighbours; ++rank) {
     if (slots[rank] >= 0) {
-      const float product = scale * scores[rank], cap = attention.soft_cap;
-      logits[rank] = (cap > 0.0f ? cap * std::tanh(product / cap) : product) + offset;
+      logits[rank] = scale * scores[rank] + offset;
       highest = std::max(highest, logits[rank]);
     }
   }

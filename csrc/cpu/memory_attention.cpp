@@ -52,7 +52,7 @@ MEMTRANS_INLINE void attend_to_retrieved(
 }
 
 // Turns the scores of a tile into weights, and what is known so far into what it is relative to the new maximum.
-template <int kLanes>
+template <int kLanes, bool kCapped>
 MEMTRANS_INLINE void take_weights(
     const Attention& attention, const Block& block, int64_t key, int64_t keys, Tile tile, Running& running) {
   const float scale = attention.scale[block.head];
@@ -67,7 +67,7 @@ MEMTRANS_INLINE void take_weights(
     for (int64_t row = 0; row < keys; ++row) {
       Vector<kLanes>& logit = at<kLanes>(&tile[row][lane]);
       logit *= scale;
-      if (attention.soft_cap > 0.0f) {
+      if constexpr (kCapped) {
         Vector<kLanes> bent;
         cap<kLanes>(attention.soft_cap, logit, bent);
       }
@@ -126,7 +126,11 @@ MEMTRANS_INLINE void attend_to_local(const Attention& attention, const Block& bl
   for (int64_t key = block.begin; key < block.end; key += kKeys) {
     const int64_t count = std::min(kKeys, block.end - key), place = first_row + key;
     score<kLanes, kRows>(block, {keys + place * row_width, row_width}, count, attention.width, columns.data(), tile);
-    take_weights<kLanes>(attention, block, key, count, tile, running);
+    if (attention.soft_cap > 0.0f) {
+      take_weights<kLanes, true>(attention, block, key, count, tile, running);
+    } else {
+      take_weights<kLanes, false>(attention, block, key, count, tile, running);
+    }
     drop_weights(attention, block, key, count, tile);
     add_product<kLanes, kRows, true>(
         {tile[0], kQueries}, {values + place * value_width, value_width}, block.queries, count, value_width,

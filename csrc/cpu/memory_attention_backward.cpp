@@ -49,9 +49,9 @@ MEMTRANS_INLINE void begin(const Attention& attention, const Block& block, const
   }
 }
 
-// What a soft cap multiplies the gradient of a retrieved logit by; 1 without.
-MEMTRANS_INLINE float slope(const Attention& attention, float product) {
-  const float bent = attention.soft_cap > 0.0f ? std::tanh(product / attention.soft_cap) : 0.0f;
+// What a soft cap multiplies the gradient of a retrieved logit by.
+inline float slope(float soft_cap, float product) {
+  const float bent = std::tanh(product / soft_cap);
   return 1.0f - bent * bent;
 }
 
@@ -64,6 +64,7 @@ MEMTRANS_INLINE void through_retrieved(
   const int32_t* slots = attention.slots.const_data_ptr<int32_t>() + block.first * neighbours;
   const float* scores = attention.scores.const_data_ptr<float>() + block.first * neighbours;
   std::vector<float> weights(padded(neighbours)), storage(std::max(width, value_width));
+  const float factor_of_score = attention.scale[block.head], soft_cap = attention.soft_cap;
   double scale = 0.0, offset = 0.0;
   for (int64_t query = 0; query < block.queries && neighbours; ++query) {
     const float* grad_out =
@@ -76,7 +77,8 @@ MEMTRANS_INLINE void through_retrieved(
         const float factor = attention.dropout.any ? dropout_factor(attention, block, rank, query) : 1.0f;
         const float grad_weight = dot(grad_out, entry(values, row, slots[place], storage.data()), value_width);
         const float grad_logit = weights[rank] * (factor * grad_weight - work.delta[query]);
-        const float grad_product = grad_logit * slope(attention, attention.scale[block.head] * scores[place]);
+        const float grad_product =
+            soft_cap > 0.0f ? grad_logit * slope(soft_cap, factor_of_score * scores[place]) : grad_logit;
         add_scaled(
             grad_product, entry(keys, row, slots[place], storage.data()), width,
             &work.grad_query[query * attention.row_width]);
@@ -91,25 +93,27 @@ MEMTRANS_INLINE void through_retrieved(
 
 // Turns the scores of a tile into weights after dropout, and the gradients of these into those of the products, scale
 // times score; those of the logits are added to the bias's, and left in `of_dense` if that has a gradient of its own.
-template <int kLanes>
+template <int kLanes, bool kCapped>
 MEMTRANS_INLINE void through_softmax(
     const Attention& attention, const Block& block, int64_t key, int64_t keys, const Work& work, Tile scores,
     Tile grads, Tile of_dense, Gradients& gradients) {
   const int64_t of_head = block.document * attention.heads + block.head, place = block.position - key;
   const float* bias = attention.bias_of(block.head) + place;  // of the first query and the first key
   float* grad_bias = &gradients.bias[of_head * attention.distances() + attention.ahead()] + place;
-  const float scale = attention.scale[block.head], soft_cap = attention.soft_cap;
-  const bool has_extra = attention.has_extra();
+  const float scale = attention.scale[block.head];
+  const bool has_extra = attention.has_extra(), has_dense = attention.dense.has_value();
+  const bool drops = attention.dropout.any;
   Tile extra, factors;
   read_extra(attention, block, key, keys, extra);
   draw_factors(attention, block, key, keys, factors);
   Vector<kLanes> grad_scale = {};
   for (int64_t row = 0; row < keys; ++row) {
     for (int64_t lane = 0; lane < block.lanes; lane += kLanes) {
-      Vector<kLanes>&score = at<kLanes>(&scores[row][lane]), &grad = at<kLanes>(&grads[row][lane]);
-      Vector<kLanes> logit = scale * score, bent;
-      if (soft_cap > 0.0f) {
-        cap<kLanes>(soft_cap, logit, bent);
+      // Each is read once and written once: a write in between might be to any of them, as far as a compiler knows.
+      const Vector<kLanes> score = load<kLanes>(&scores[row][lane]);
+      Vector<kLanes> grad = load<kLanes>(&grads[row][lane]), logit = scale * score, bent;
+      if constexpr (kCapped) {
+        cap<kLanes>(attention.soft_cap, logit, bent);
       }
       add_bias<kLanes>(logit, load<kLanes>(bias + lane - row));
       if (has_extra) {
@@ -118,20 +122,22 @@ MEMTRANS_INLINE void through_softmax(
       Vector<kLanes> weight = logit - load<kLanes>(&work.lse[lane]), dropped;
       exponentiate<kLanes>(weight);
       dropped = weight;
-      if (attention.dropout.any) {
+      if (drops) {
         dropped *= load<kLanes>(&factors[row][lane]);
         grad *= load<kLanes>(&factors[row][lane]);
       }
       grad = weight * (grad - load<kLanes>(&work.delta[lane]));
-      at<kLanes>(grad_bias + lane - row) += grad;
-      if (attention.dense) {
-        at<kLanes>(&of_dense[row][lane]) = grad;
-      }
-      if (soft_cap > 0.0f) {
+      const Vector<kLanes> of_logit = grad;
+      if constexpr (kCapped) {
         grad *= 1.0f - bent * bent;
       }
       grad_scale += grad * score;
-      score = dropped;
+      at<kLanes>(&scores[row][lane]) = dropped;
+      at<kLanes>(&grads[row][lane]) = grad;
+      at<kLanes>(grad_bias + lane - row) += of_logit;
+      if (has_dense) {
+        at<kLanes>(&of_dense[row][lane]) = of_logit;
+      }
     }
   }
   double sum = 0.0;
@@ -169,7 +175,11 @@ MEMTRANS_INLINE void through_local(
     const float* values = attention.value.const_data_ptr<float>() + place * value_width;
     score<kLanes, kRows>(block, {keys, row_width}, count, attention.width, work.query_columns.data(), scores);
     score<kLanes, kRows>(block, {values, value_width}, count, attention.value_width, work.grad_columns.data(), grads);
-    through_softmax<kLanes>(attention, block, key, count, work, scores, grads, of_dense, gradients);
+    if (attention.soft_cap > 0.0f) {
+      through_softmax<kLanes, true>(attention, block, key, count, work, scores, grads, of_dense, gradients);
+    } else {
+      through_softmax<kLanes, false>(attention, block, key, count, work, scores, grads, of_dense, gradients);
+    }
     add_dense(attention, block, key, count, of_dense, gradients);
     add_product<kLanes, kRows, false>(
         {scores[0], kQueries}, grad_out, count, block.queries, value_width,

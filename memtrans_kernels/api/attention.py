@@ -209,12 +209,10 @@ def _check(*arguments: Tensor | float | None) -> None:
         raise ValueError(f"rows must have B·G={letters['B'] * letters['G']} entries, got {letters['B·G']}")
     if 0 < letters["L"] < letters["N"]:
         raise ValueError(f"key must hold the segment itself: L at least N={letters['N']}, or 0, got {letters['L']}")
-    checks.probability("dropout_p", inputs.dropout_p)
+    checks.dropout(inputs.dropout_p, inputs.seed)
     if not isinstance(inputs.causal, bool):
         raise TypeError(f"causal must be True or False, got {inputs.causal!r}")
     checks.positive("soft_cap", inputs.soft_cap)
-    if inputs.dropout_p > 0.0 and inputs.seed is None:
-        raise ValueError("seed must be an int64 tensor when dropout_p > 0, got None")
 
 
 def _check_kinds(inputs: AttentionInputs) -> None:
@@ -244,7 +242,6 @@ def _check_shapes(inputs: AttentionInputs) -> checks.Letters:
         "bias_dense": "1 H N L" if dense is not None and dense.shape[:1] == (1,) else "B H N L",
         "memory_offset": "H",
         "local_length": "B",
-        "seed": "",
         "key_mask": "B L",
         "first": "B N",
         "sink": "H",

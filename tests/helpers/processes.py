@@ -14,12 +14,15 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+# What ranks import; of them it is forked, so that it is imported once. Threads and groups begin after the fork.
+WARM = ["pytest", "torch.distributed.fsdp", "memtrans.cli.main", "memtrans.training.trainer", "memtrans.presets"]
 SECONDS = 30
 MOMENT = 5  # seconds that the other ranks have to answer once one has failed
 COMPILING_SECONDS = 150  # more on GPUs: each rank compiles its kernels first, one maybe long after the other
@@ -39,7 +42,7 @@ class Processes:
         self._start()
 
     def _start(self) -> None:
-        size, context = self.size, multiprocessing.get_context("spawn")
+        size, context = self.size, _context(self.device)
         self._directory = tempfile.TemporaryDirectory()
         store = Path(self._directory.name) / "store"
         pairs = [context.Pipe() for _ in range(size)]
@@ -85,6 +88,15 @@ class Processes:
             process.terminate()
             process.join()
         self._directory.cleanup()
+
+
+def _context(device: str) -> SpawnContext | ForkServerContext:
+    """How ranks start: forked from a server that has imported what they need; those on GPUs anew."""
+    if device != "cpu" or "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(WARM)
+    return context
 
 
 def _serve(rank: int, size: int, device: str, seconds: int, store: str, pipe: Connection) -> None:

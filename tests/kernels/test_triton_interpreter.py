@@ -7,6 +7,7 @@ of eight cases of each test, and `make test-slow` all.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -28,28 +29,26 @@ MODULES = [  # those that take longest first
     "test_gather_pairs.py",
 ]
 
-DRAWN = ("test_memory_attention_drawn.py",)  # its examples are not cases: a minute and a half
+DRAWN = "test_memory_attention_drawn.py"  # its examples are not cases: a minute and a half
+QUICK = [module for module in MODULES if module != DRAWN]
+EVERYONES = {"one half": QUICK[::2], "the other half": QUICK[1::2]}  # in two processes, which start once
 
 
 @pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Ended]]]:
     def run(name: str) -> tuple[list[str], dict[str, str]]:
-        module, every = name.split()
-        return ["-k", "triton", str(TESTS / module)], {"TRITON_INTERPRET": "1", "MEMTRANS_TEST_ONE_OF": every}
+        modules, every = (EVERYONES[name], "8") if name in EVERYONES else ([name], "1")
+        arguments = ["-k", "triton", "-rp", *(str(TESTS / module) for module in modules)]
+        return arguments, {"TRITON_INTERPRET": "1", "MEMTRANS_TEST_ONE_OF": every}
 
     yield from beside_each_other(selected(request), run)
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    "module",
-    [
-        *(f"{module} 8" for module in MODULES if module not in DRAWN),
-        *(pytest.param(f"{module} 1", marks=pytest.mark.slow) for module in MODULES),
-    ],
-)
+@pytest.mark.parametrize("module", [*EVERYONES, *(pytest.param(module, marks=pytest.mark.slow) for module in MODULES)])
 def test_interpreted(module: str, runs: dict[str, Future[Ended]]) -> None:
     result = runs[module].result()
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", result.stdout)
-    assert passed and int(passed[1]) >= (3 if module.endswith(" 1") else 1), "the triton backend was not live"
+    passed = Counter(re.findall(r"^PASSED \S*?(\w+\.py)::", result.stdout, re.MULTILINE))
+    least = dict.fromkeys(EVERYONES[module], 1) if module in EVERYONES else {module: 3}
+    assert all(passed[name] >= count for name, count in least.items()), f"the triton backend was not live: {passed}"

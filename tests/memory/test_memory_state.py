@@ -241,7 +241,7 @@ def test_a_saved_file_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None
     assert saved.stat().st_mode == plain.stat().st_mode
 
 
-def test_load_on_an_instance_names_what_was_meant(tmp_path: Path) -> None:
+def test_21_9_load_on_an_instance_names_what_was_meant(tmp_path: Path) -> None:
     memory = filled()
     memory.save(tmp_path / "memory")
     memories = KNNMemoryList([filled()])
@@ -254,14 +254,14 @@ def test_load_on_an_instance_names_what_was_meant(tmp_path: Path) -> None:
     assert isinstance(KNNMemoryList.load(tmp_path / "list"), KNNMemoryList)
 
 
-def test_save_makes_directories_that_are_missing(tmp_path: Path) -> None:
+def test_21_9_save_makes_directories_that_are_missing(tmp_path: Path) -> None:
     filled().save(tmp_path / "one" / "more" / "memory")
     KNNMemoryList([filled()]).save(str(tmp_path / "another" / "list"))
     assert held(KNNMemory.load(tmp_path / "one" / "more" / "memory")) == [[1, 2, 3]] * 2
     assert len(KNNMemoryList.load(tmp_path / "another" / "list")) == 1
 
 
-def test_a_pickled_memory_lives_where_its_tensors_are_loaded_to() -> None:
+def test_21_16_a_pickled_memory_lives_where_its_tensors_are_loaded_to() -> None:
     """`torch.load(path, map_location="cpu")` of what a GPU held moves the tensors, not what is said beside them."""
     memory = filled()
     pickled = {**memory.__getstate__(), "device": torch.device("cuda")}
