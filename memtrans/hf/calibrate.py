@@ -63,8 +63,8 @@ def calibrate(
         facts: planted in a piece. batch: pieces that are read at once; each takes the memory of a document.
         lessons: how often the memory is filled anew; at most steps. rate: of AdamW for offsets, falling to 0.
         text_weight: of a token's nats of text beside an answer's. form: what is learned, one of `offset`, `gain` and
-            `mix`; see `LayerMemory`. seconds: after which it ends with the lesson that it is in; the rate falls
-            accordingly. seed: of pieces, facts and the order.
+            `mix`; see `LayerMemory`. seconds: of training, after which it ends; the rate falls accordingly.
+        seed: of pieces, facts and the order.
         report: called with a line of text after each lesson.
 
     Returns:
@@ -184,23 +184,23 @@ def fact_losses(model: Any, memory: ModelMemory, asked: Questions, documents: in
 
 def _train(model: Any, memory: ModelMemory, course: Course, plan: Plan, report: Any) -> int:
     """AdamW on the memory's parameters, a lesson after the other; how many steps there was time for."""
-    step, begin = Step(model, memory, course, plan), time.perf_counter()
-    each, done = -(-plan.steps // plan.lessons), 0
+    step, each, done = Step(model, memory, course, plan), -(-plan.steps // plan.lessons), 0
+    begin = time.perf_counter()
     with ThreadPoolExecutor(1) as aside:  # the host makes a lesson while the device learns from the one before
         coming = aside.submit(course.lesson, plan.seed + 1)
         for number in range(plan.lessons):
             lesson = coming.result().to(model.device)
             coming = aside.submit(course.lesson, plan.seed + 2 + number)
             fill(memory, lesson)
-            count = min(each, plan.steps - done)
-            step.take_up(lesson, lesson.draw(count, course.asked, course.sizes, plan.seed + number))
-            for _ in range(count):
+            step.take_up(lesson, lesson.draw(each, course.asked, course.sizes, plan.seed + number))
+            first = done
+            while done < min(first + each, plan.steps) and plan.passed(done, time.perf_counter() - begin) < 1.0:
                 step.run(1.0 - plan.passed(done, time.perf_counter() - begin))
                 done += 1
-            nats, text = step.seen.tolist()
+            nats, text = (step.seen / max(1, done - first)).tolist()
             if report is not None:
                 report(f"step {done}/{plan.steps}: {nats:.2f} nats an answer, {text:.3f} a token of text")
-            if done == plan.steps or plan.passed(done, time.perf_counter() - begin) >= 1.0:
+            if plan.passed(done, time.perf_counter() - begin) >= 1.0:
                 break
     step.replay.release()
     return done
@@ -212,7 +212,7 @@ class Step:
     It works on buffers that stay where they are and never asks for a value, so that a GPU replays it as one graph.
 
     Attributes:
-        seen: (2,), nats of an answer and of a token of text, the mean of the steps of a lesson.
+        seen: (2,), nats of an answer and of a token of text, the sum over the steps since `take_up`.
     """
 
     def __init__(self, model: Any, memory: ModelMemory, course: Course, plan: Plan) -> None:
@@ -231,10 +231,9 @@ class Step:
             self.segments = lesson.segments.clone()
             self.drawn = Drawn(*(tensor.to(self.seen.device) for tensor in drawn))
         for mine, its in zip((self.bank.ids, self.bank.answers, self.segments, *self.drawn), new, strict=True):
-            mine[: len(its)].copy_(its)
+            mine.copy_(its)
         self.at.zero_()
         self.seen.zero_()
-        self.steps = len(drawn.sizes)
 
     def run(self, rate: float) -> None:
         """One step; rate: the share of the highest rate."""
@@ -251,7 +250,7 @@ class Step:
         with self.memory.newest(size[0], behind[0]):
             text = text_loss(self.model, self.segments.index_select(1, place)[:, 0])
         (self.plan.text_weight * text).backward()
-        self.seen += torch.stack((nats, text)).detach() / self.steps
+        self.seen += torch.stack((nats, text)).detach()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
         self.at += 1

@@ -22,6 +22,7 @@ SIZES = (4096, 16384, 65536, 262144)
 SEGMENTS = 8  # of running text behind a document
 FEWEST = 64  # tokens of all documents together
 ASKED = 32  # questions of a step
+ALIKE = 8  # facts of a document that say the same of different places
 
 
 class Drawn(NamedTuple):
@@ -171,7 +172,8 @@ class Course:
         for row in range(self.batch):
             at = draw.randint(0, max(0, latest)) if begin is None else begin
             piece = self.ids[at : at + self.tokens]
-            document = plant(piece[:size], facts(self.facts, self.batch * seed + row), self.sizes, self.encode)
+            made = facts(self.facts, self.batch * seed + row, alike=ALIKE)
+            document = plant(piece[:size], made, self.sizes, self.encode)
             planted.append(document)
             behind.append(torch.tensor(piece[size:], dtype=torch.int64).view(SEGMENTS, self.length))
             banks.append(self._bank(document, draw))

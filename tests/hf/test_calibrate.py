@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 
 from memtrans.hf import ModelMemory, add_memory, calibrate, load_memory
 from memtrans.hf.calibrate import SLOWER, Plan, Step, fill, text_loss
-from memtrans.hf.facts import facts
+from memtrans.hf.facts import FIRST, LAST, MIDDLE, facts
 from memtrans.hf.lessons import Course, Drawn, Lesson
 from memtrans.hf.planted import plant, questions
 from memtrans_kernels import memory_attention
@@ -148,6 +149,13 @@ def test_a_passage_goes_on_as_its_document_does(model: PreTrainedModel) -> None:
         assert int(answer.sum()) == 4 and end <= course.width
 
 
+def test_facts_of_a_lesson_are_told_apart_by_their_places() -> None:
+    place = re.compile(rf"\b({'|'.join(FIRST)})({'|'.join(MIDDLE)})({'|'.join(LAST)})\b")
+    made_up = facts(64, seed=1, alike=8)
+    said = [place.sub("{place}", fact.question) for fact in made_up]
+    assert all(said.count(one) == 8 for one in said) and len({fact.question for fact in made_up}) == 64
+
+
 def test_what_is_drawn_is_within_the_size_that_is_seen(model: PreTrainedModel) -> None:
     _, lesson, drawn = lesson_of(with_memory(model), 12)
     each = len(lesson.distances) // 2
@@ -217,7 +225,7 @@ def test_a_step_on_static_buffers_learns_what_one_by_hand_learns() -> None:
         optimizer.step()
         optimizer.zero_grad()
         seen.append(torch.stack((nats, text)).detach())
-    assert_close(step.seen, torch.stack(seen).mean(0), PARITY)
+    assert_close(step.seen, torch.stack(seen).sum(0), PARITY)
     assert by_hand.layers[0].learned.memory_mix.abs().max() > 0.005
     for mine, its in zip(memory.parameters(), by_hand.parameters(), strict=True):
         assert_close(mine.detach(), its.detach(), PARITY)
@@ -291,7 +299,5 @@ def test_a_form_says_what_is_learned_and_is_saved(
 
 def test_a_calibration_ends_when_its_time_is_up(model: PreTrainedModel) -> None:
     memory = with_memory(model)
-    learned = calibrate(
-        model, memory, bytes_tokenizer(), [TEXT], steps=1000, lessons=500, facts=4, batch=1, seconds=1e-3
-    )
-    assert learned["after"]["steps"] == 2
+    learned = calibrate(model, memory, bytes_tokenizer(), [TEXT], steps=10**6, facts=4, batch=1, seconds=1.0)
+    assert learned["after"]["steps"] < 1000
