@@ -65,18 +65,17 @@ def reading(model: LlamaForCausalLM, memory: ModelMemory | None, documents: int)
     return read
 
 
-def writing(model: LlamaForCausalLM) -> Callable[[], Any]:
-    """One token behind a prompt, at one place of a static cache."""
-    vocabulary = 64 if TOY else SHAPE["vocab_size"]
-    cache = StaticCache(config=model.config, max_cache_len=2 * SEGMENT)
-    model(torch.randint(vocabulary, (1, SEGMENT), device=DEVICE), past_key_values=cache, use_cache=True)
-    ids, position = torch.ones(1, 1, dtype=torch.int64, device=DEVICE), torch.full((1, 1), SEGMENT, device=DEVICE)
-    mask = (torch.arange(2 * SEGMENT, device=DEVICE) <= SEGMENT)[None, None, None]
+def writing(model: Any, prompt: int = SEGMENT) -> Callable[[], Any]:
+    """One token behind a prompt of so many, at one place of a static cache."""
+    cache = StaticCache(config=model.config, max_cache_len=2 * prompt)
+    model(torch.randint(model.config.vocab_size, (1, prompt), device=DEVICE), past_key_values=cache, use_cache=True)
+    ids, position = torch.ones(1, 1, dtype=torch.int64, device=DEVICE), torch.full((1, 1), prompt, device=DEVICE)
+    mask = (torch.arange(2 * prompt, device=DEVICE) <= prompt)[None, None, None]
 
     def write() -> None:
         model.model(input_ids=ids, position_ids=position, attention_mask=mask, past_key_values=cache, use_cache=True)
         for layer in cache.layers:  # the next call writes into the same place
-            layer.cumulative_length.fill_(SEGMENT)
+            layer.cumulative_length.fill_(prompt)
 
     return write
 

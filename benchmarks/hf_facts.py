@@ -1,27 +1,32 @@
-"""What a memory buys a pretrained model: facts found and running text predicted, by how much was read before.
+"""What a memory buys a pretrained model: facts found, running text predicted, tokens read and written in a second.
 
     python benchmarks/hf_facts.py --model DIRECTORY [--gguf FILE] --calibration a.txt --texts b.txt c.txt d.txt e.txt
 
-One calibration serves all sizes. Then the texts are read as documents with 64 facts each at even depths, of sentences,
-names and places that the calibration has not seen, and are asked for them at each size; running text is what follows a
-document, against the same segments without the memory. An entry for each size goes into
-results/<machine>/hf_facts.json, and one, `in-context`, with as much of a document before each question as the model's
-positions allow.
+Forms of calibration are compared one after the other, each trained from the start for as long as `--seconds` for all
+of it allows. After each the texts are read as documents with 64 facts each at even depths, of sentences, names and
+places that the calibration has not seen, and are asked for them at each size. Running text is what follows a document:
+as it is read on, segment by segment (`text`), and with the memory as it stood (`text_behind`), against the same
+segments without the memory. An entry for each form and size goes into results/<machine>/hf.json at once, and one,
+`in-context`, with as much of a document before each question as the model's positions allow. Last, with the form whose
+facts are best, a document of the largest size is read from nothing, and a token is written, as in `bench_hf.py`.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import DEVICE, environment, write_down
+from common import DEVICE, environment, gpu_milliseconds, write_down
 from torch import Tensor
 
-from memtrans.hf import ModelMemory, add_memory, calibrate
+from memtrans.hf import ModelMemory, add_memory, calibrate, load_memory
 from memtrans.hf.calibrate import text_loss
 from memtrans.hf.facts import Fact, Words, facts
 from memtrans.hf.opening import open_model
@@ -52,6 +57,7 @@ WORDS = Words(
     ),
 )
 FACTS, SEGMENTS, QUESTIONS, CONTEXT = 64, 8, 16, 3500
+PART = 200_000  # characters
 
 
 class Documents(NamedTuple):
@@ -81,11 +87,18 @@ def judged(model: Any, memory: ModelMemory, documents: Documents, search: bool, 
         torch.cuda.synchronize()
     seconds = time.perf_counter() - begin
     nats, right = asked(model, memory, documents, encode)
-    text = torch.stack([text_loss(model, segments) for segments in documents.behind.unbind(1)]).mean()
+    behind = of_text(model, documents)
     with memory.off():
-        plain = torch.stack([text_loss(model, segments) for segments in documents.behind.unbind(1)]).mean()
-    found = {"nats": float(nats), "right": float(right), "text": float(text), "text_without": float(plain)}
+        plain = of_text(model, documents)
+    with memory.writing():
+        text = of_text(model, documents)
+    found = {"nats": float(nats), "right": float(right), "text": text, "text_behind": behind, "text_without": plain}
     return {**found, "read_tokens_per_second": documents.ids.numel() / seconds}
+
+
+def of_text(model: Any, documents: Documents) -> float:
+    """Nats of a token of the running text."""
+    return float(torch.stack([text_loss(model, segments) for segments in documents.behind.unbind(1)]).mean())
 
 
 def asked(model: Any, memory: ModelMemory, documents: Documents, encode: Any) -> tuple[Tensor, Tensor]:
@@ -118,56 +131,203 @@ def mean(parts: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
 
 
+class Remembering:
+    """A tokenizer that reads no text twice: each form is calibrated with the same ones."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.known = tokenizer, dict[str, list[int]]()
+
+    def __call__(self, text: str, add_special_tokens: bool = False) -> dict[str, list[int]]:
+        if text not in self.known:
+            self.known[text] = list(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+        return {"input_ids": self.known[text]}
+
+    def parts(self, text: str) -> list[str]:
+        """Parts of a text at ends of paragraphs, read by all cores at once."""
+        parts = [""]
+        for paragraph in text.split("\n\n"):
+            if len(parts[-1]) > PART:
+                parts.append("")
+            parts[-1] += paragraph + "\n\n"
+        self.known.update(zip(parts, self.tokenizer(parts, add_special_tokens=False)["input_ids"], strict=True))
+        return parts
+
+
+class Clock:
+    """How much time is left."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end, self.begin = time.perf_counter() + seconds, time.perf_counter()
+
+    @property
+    def left(self) -> float:
+        return self.end - time.perf_counter()
+
+    def say(self, *said: object) -> None:
+        print(f"[{time.perf_counter() - self.begin:5.1f} s]", *said, flush=True)
+
+
+@contextmanager
+def part_of(clock: Clock, name: str) -> Iterator[None]:
+    """A part of the run; one that fails says so, and the next ones run."""
+    try:
+        yield
+    except Exception:
+        clock.say(name, "failed")
+        traceback.print_exc()
+
+
+class Bench:
+    """The model, the texts, and what is done with them."""
+
+    def __init__(self, options: argparse.Namespace, clock: Clock) -> None:
+        self.options, self.clock = options, clock
+        dtype = "bfloat16" if DEVICE == "cuda" else "float32"
+        self.model, tokenizer = open_model(options.model, dtype, DEVICE, options.gguf)
+        clock.say("model", "opened")
+        self.tokenizer = Remembering(tokenizer)
+        self.texts = [self.encode(path.read_text()) for path in options.texts]
+        self.calibration = self.tokenizer.parts(options.calibration.read_text())
+        self.labels = {"op": "hf", "impl": "memtrans", "mode": "forward", "dtype": dtype, **environment()}
+        clock.say("texts of", [len(text) for text in self.texts], "tokens")
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer(text)["input_ids"]
+
+    def add(self) -> ModelMemory:
+        """A memory that has learned nothing."""
+        options = self.options
+        most = max(*options.sizes, *options.calibration_sizes)
+        return add_memory(self.model, max_memories=most, segment=options.segment, keep_ids=False)
+
+    def write(self, case: str, **figures: Any) -> None:
+        write_down({**self.labels, "case": case, **figures})
+        self.clock.say(case, {name: value for name, value in figures.items() if isinstance(value, int | float)})
+
+    def measured(self, memory: ModelMemory, size: int) -> dict[str, float]:
+        together = self.options.together
+        groups = [self.texts[at : at + together] for at in range(0, len(self.texts), together)]
+        made = (documents_of(group, size, self.options.segment, self.encode) for group in groups)
+        return mean([judged(self.model, memory, documents, self.options.search, self.encode) for documents in made])
+
+    def judge(self, memory: ModelMemory, form: str, **said: Any) -> float:
+        """Facts and text at each size; the nats at the largest one that is calibrated for."""
+        nats = math.inf
+        for size in self.options.sizes:
+            figures = self.measured(memory, size)
+            self.write(f"facts-{size}-{form}", **figures, documents=len(self.texts), search=self.options.search, **said)
+            if size <= max(self.options.calibration_sizes):
+                nats = figures["nats"]
+        return nats
+
+    def in_context(self) -> None:
+        memory = self.add()
+        documents = documents_of(self.texts, self.options.context, self.options.segment, self.encode)
+        self.write("in-context", **in_context(self.model, memory, documents, self.encode))
+        memory.remove()
+
+    def calibrated(self, form: str, seconds: float, place: Path) -> float:
+        """Learns a form in so many seconds, judges and saves it."""
+        memory, options = self.add(), self.options
+        text = {"documents": self.calibration, "sizes": options.calibration_sizes, "report": self.clock.say}
+        steps = {"steps": options.steps, "lessons": -(-options.steps // options.lesson_steps), "seconds": seconds}
+        begin = time.perf_counter()
+        learned = calibrate(self.model, memory, self.tokenizer, form=form, **text, **steps)
+        took = time.perf_counter() - begin
+        self.clock.say(form, learned)
+        memory.save(place / form)
+        nats = self.judge(memory, form, ms=took * 1e3, training_s=min(took, seconds), calibration=learned)
+        memory.remove()
+        return nats
+
+    @torch.no_grad()
+    def timed(self, memory: ModelMemory, form: str) -> None:
+        """Reading from nothing, and a token behind it."""
+        from bench_hf import writing  # which pytest has to be there for
+
+        size, segment = max(self.options.calibration_sizes), self.options.segment
+        for documents in (len(self.texts), 1):
+            ids = torch.tensor([text[:size] for text in self.texts[:documents]], device=DEVICE)
+            for search in (True, False):
+                seconds = [self.read(memory, ids, search) for _ in range(2)][-1]
+                case = f"reading-{size}-b{documents}-{form}" + ("" if search else "-no-search")
+                self.write(case, ms=seconds * 1e3, tokens_per_second=ids.numel() / seconds)
+        write = writing(self.model, segment)
+        captured, eager = gpu_milliseconds(write, math.inf) if DEVICE == "cuda" else 2 * (timed_here(write),)
+        self.write(f"token-{size}-{form}", ms=captured, eager_ms=eager)
+        with memory.off():
+            write = writing(self.model, segment)
+            captured, eager = gpu_milliseconds(write, math.inf) if DEVICE == "cuda" else 2 * (timed_here(write),)
+        self.write(f"token-off-{form}", ms=captured, eager_ms=eager)
+
+    def read(self, memory: ModelMemory, ids: Tensor, search: bool) -> float:
+        memory.reset(len(ids))
+        begin = time.perf_counter()
+        memory.read(ids, search=search, progress=False)
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+
+def timed_here(function: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    function()
+    return (time.perf_counter() - begin) * 1e3
+
+
 def asked_for() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--gguf", help="file of quantised weights in the directory")
     parser.add_argument("--calibration", type=Path, required=True, help="text to calibrate with")
     parser.add_argument("--texts", type=Path, nargs="+", required=True, help="documents, of other text")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[16384, 65536, 262144])
-    parser.add_argument("--calibration-sizes", type=int, nargs="+", default=[4096, 16384, 65536, 262144])
-    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[16384, 65536])
+    parser.add_argument("--calibration-sizes", type=int, nargs="+", default=[4096, 16384, 65536])
+    parser.add_argument("--forms", nargs="+", default=["mix", "gain", "offset"])
+    parser.add_argument("--seconds", type=float, default=470.0, help="for all of it")
+    parser.add_argument("--most", type=float, default=300.0, help="seconds of training of a form")
+    parser.add_argument("--reserve", type=float, default=60.0, help="seconds kept for what is timed at the end")
+    parser.add_argument("--judging", type=float, default=25.0, help="seconds kept for judging a form")
+    parser.add_argument("--steps", type=int, default=100000)
+    parser.add_argument("--lesson-steps", type=int, default=48)
     parser.add_argument("--segment", type=int, default=512)
+    parser.add_argument("--context", type=int, default=CONTEXT)
     parser.add_argument("--together", type=int, default=4, help="documents that are read at once")
     parser.add_argument("--search", action="store_true", help="segments look at what was read before them")
-    parser.add_argument("--save", type=Path, help="directory for what was learned")
+    parser.add_argument("--untrained", action="store_true", help="also judge a memory that has learned nothing")
+    parser.add_argument("--save", type=Path, required=True, help="directory for what was learned, by form")
     return parser.parse_args()
 
 
 def main() -> None:
     options = asked_for()
-    model, tokenizer = open_model(options.model, "bfloat16" if DEVICE == "cuda" else "float32", DEVICE, options.gguf)
-
-    def encode(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    memory = add_memory(model, max_memories=max(*options.sizes, *options.calibration_sizes), segment=options.segment)
-    texts = [encode(path.read_text()) for path in options.texts]
-
-    def measured(size: int) -> dict[str, float]:
-        groups = [texts[at : at + options.together] for at in range(0, len(texts), options.together)]
-        made = (documents_of(group, size, options.segment, encode) for group in groups)
-        return mean([judged(model, memory, documents, options.search, encode) for documents in made])
-
-    untrained = {size: measured(size) for size in options.sizes[:2]}
-    print("untrained", untrained, flush=True)
-    begin = time.perf_counter()
-    text = options.calibration.read_text()
-    learned = calibrate(model, memory, tokenizer, [text], options.steps, options.calibration_sizes, report=print)
-    seconds = time.perf_counter() - begin
-    print(seconds, learned, flush=True)
-    if options.save is not None:
-        memory.save(options.save)
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    labels = {"op": "hf_facts", "impl": "memtrans", "mode": "forward", "dtype": dtype, **environment()}
-    context = in_context(model, memory, documents_of(texts, CONTEXT, options.segment, encode), encode)
-    write_down({**labels, "case": "in-context", "ms": seconds * 1e3, **context})
-    print("in context", context, flush=True)
-    for size in options.sizes:
-        figures = measured(size)
-        entry = {"case": f"facts-{size}", "ms": seconds * 1e3, "documents": len(texts), "calibration": learned}
-        write_down({**labels, **entry, **figures, "search": options.search, "untrained": untrained.get(size)})
-        print(size, figures, flush=True)
+    clock = Clock(options.seconds)
+    bench = Bench(options, clock)
+    if options.untrained:
+        with part_of(clock, "untrained"):
+            memory = bench.add()
+            bench.judge(memory, "untrained")
+            memory.remove()
+    found: dict[str, float] = {}
+    for place, form in enumerate(options.forms):
+        share = (clock.left - options.reserve) / (len(options.forms) - place) - options.judging
+        if share <= 0:
+            clock.say("no time for", form)
+            continue
+        with part_of(clock, form):
+            found[form] = bench.calibrated(form, min(share, options.most), options.save)
+    for form in sorted(found, key=lambda form: found[form])[:1]:
+        with part_of(clock, "times"):
+            memory = load_memory(bench.model, options.save / form)
+            bench.timed(memory, form)
+            memory.remove()
+    with part_of(clock, "untrained times"):
+        memory = bench.add()
+        bench.timed(memory, "untrained")
+        memory.remove()
+    with part_of(clock, "in context"):
+        bench.in_context()
+    clock.say("done")
 
 
 if __name__ == "__main__":

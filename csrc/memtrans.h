@@ -27,7 +27,7 @@ using torch::stable::Tensor;
 
 // Raised by one whenever an operator's schema or meaning changes, together with INTERFACE in
 // memtrans_kernels/native.py: a library left over from another version is then refused instead of misused.
-constexpr int64_t kInterface = 10;
+constexpr int64_t kInterface = 11;
 
 // Entries ever stored in a row: adding a segment to such a number does not overflow.
 constexpr int64_t kMostEntries = int64_t{1} << 62;

@@ -25,9 +25,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(memtrans, library) {
       "float dropout_p, Tensor? seed, bool causal, Tensor? key_mask, Tensor? first, float soft_cap, Tensor? sink) -> "
       "(Tensor query, Tensor key, Tensor value, Tensor scale, Tensor bias_table, Tensor bias_dense, "
       "Tensor memory_offset, Tensor sink)");
-  library.def(
-      "native_faiss_search(Tensor query, Tensor keys, Tensor rows, Tensor start, Tensor cursor, int capacity, int k) "
-      "-> (Tensor scores, Tensor positions)");
+  library.def("native_faiss_search(Tensor query, Tensor keys, int k) -> (Tensor scores, Tensor positions)");
   library.def("native_faiss_versions() -> (int headers, int library)");
 }
 

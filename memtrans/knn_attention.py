@@ -26,6 +26,7 @@ from memtrans_kernels import checks, cosine
 
 COMBINATIONS = ("softmax", "gate")
 SIMILARITIES = ("cosine", "product")
+ATTENDED = ("neighbours", "all")
 COSINE_SCALE = 20.0  # what the learned temperature starts at
 
 
@@ -51,6 +52,9 @@ class KNNAttention(LocalContext):
         similarity: "cosine" of query and key, or their "product"; the memory then holds keys as they are.
         learn_scale: whether the temperature is learned.
         bias_out: whether the projection out has a bias.
+        attend_to: "neighbours", the K nearest entries, or "all" entries that a search could find. Then nothing is
+            searched and K changes nothing. It is meant for small memories: up to some thousand entries attention to
+            all is cheaper than a search. The memory is of one process, and untraced.
         causal, soft_cap, sink, value_dim_head: as of `Attention`. The cap bounds retrieved logits too; the sink is in
             the joint softmax, with a gate in that of the local part; the memory has `value_dim=value_dim_head`.
 
@@ -87,6 +91,7 @@ class KNNAttention(LocalContext):
         soft_cap: float | None = None,
         sink: bool = False,
         value_dim_head: int | None = None,
+        attend_to: str = "neighbours",
     ) -> None:
         super().__init__(
             dim, heads, dim_head, dropout, xl_max_memories, kv_heads, bias_out,
@@ -95,10 +100,11 @@ class KNNAttention(LocalContext):
         self.num_retrieved_memories = checks.integer("num_retrieved_memories", num_retrieved_memories, low=1)
         check_choice("combine", combine, COMBINATIONS)
         check_choice("similarity", similarity, SIMILARITIES)
+        check_choice("attend_to", attend_to, ATTENDED)
         if attn_scale_init is None:
             attn_scale_init = COSINE_SCALE if similarity == "cosine" else self.dim_head**-0.5
         check_number("attn_scale_init", attn_scale_init, above=0)
-        self.similarity = similarity
+        self.similarity, self.attend_to = similarity, attend_to
         if combine == "gate" and memory_offset is not None:
             raise ValueError(f"memory_offset must be None with combine='gate', got {memory_offset}")
         self.scale = nn.Parameter(torch.full((self.heads, 1, 1), math.log(attn_scale_init)), requires_grad=learn_scale)
@@ -110,7 +116,7 @@ class KNNAttention(LocalContext):
         self.memory_gate = nn.Parameter(torch.zeros(self.heads)) if combine == "gate" else None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"similarity": "cosine", **state})
+        super().__setstate__({"similarity": "cosine", "attend_to": "neighbours", **state})
 
     def forward(
         self,
@@ -174,7 +180,7 @@ class KNNAttention(LocalContext):
         local, new_cache = self.extend(key, value, inputs)
         out = knn_memory.attend(
             query,
-            self.num_retrieved_memories,
+            None if self.attend_to == "all" else self.num_retrieved_memories,
             local,
             self.temperature() if inputs.temperature is None else inputs.temperature,
             self.memory_offset,

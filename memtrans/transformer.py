@@ -88,6 +88,8 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         learn_scale: whether the temperature of memorizing layers is learned.
         bias_out: whether their attention has a bias on its way out, as that of plain layers has.
         value_dim_head: E, width of an attention head's values, in all layers. Default: D.
+        attend_to: what memorizing layers attend to, the K nearest "neighbours" of a query or "all" entries that it may
+            see, which is cheaper with memories of up to some thousand entries; see `KNNAttention`.
 
     Attributes:
         config: these arguments, as `save_pretrained` writes and `from_pretrained` reads them.
@@ -143,6 +145,7 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         learn_scale: bool = True,
         bias_out: bool = False,
         value_dim_head: int | None = None,
+        attend_to: str = "neighbours",
     ) -> None:
         arguments = configuration_of(locals(), without=("knn_memories_directory", "knn_memory_multiprocessing"))
         super().__init__()

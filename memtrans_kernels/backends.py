@@ -147,7 +147,7 @@ def _beyond_attention_tiles(inputs: AttentionInputs, *of_backward: Tensor) -> st
 
 
 FAISS_MOST_NEIGHBOURS = 2048  # getMaxKSelection in Faiss
-FAISS_LIMITS = f"no float64, finite keys, K up to {FAISS_MOST_NEIGHBOURS}; it reads lengths on the host: no CUDA graphs"
+FAISS_LIMITS = f"no float64, K up to {FAISS_MOST_NEIGHBOURS}, scores within ±2e9 for float16 keys; no CUDA graphs"
 
 
 def _unfit_for_faiss(
@@ -155,8 +155,6 @@ def _unfit_for_faiss(
 ) -> str | None:
     if k > FAISS_MOST_NEIGHBOURS:
         return f"k must be at most {FAISS_MOST_NEIGHBOURS}, got {k}"
-    if keys.stride()[1:] != (keys.shape[2], 1):
-        return "the slots of a row of keys must be contiguous"
     return _no_float64(keys)
 
 

@@ -236,6 +236,23 @@ def probability(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be in [0, 1), got {value!r}")
 
 
+def dropout(dropout_p: Any, seed: Tensor | None) -> None:
+    """Raises ValueError or TypeError unless `dropout_p` is in [0, 1), and `seed` () int64 where dropout needs one.
+
+    >>> dropout(0.1, torch.tensor([1]))
+    Traceback (most recent call last):
+        ...
+    ValueError: seed must have shape (), got (1,)
+    """
+    probability("dropout_p", dropout_p)
+    if seed is None:
+        if dropout_p > 0.0:
+            raise ValueError("seed must be an int64 tensor when dropout_p > 0, got None")
+        return
+    Letters().bind("seed", seed, "")
+    typed(torch.int64, seed=seed)
+
+
 def positive(name: str, value: Any) -> None:
     """Raises ValueError unless `value` is None or a finite number above 0; a truth value is none."""
     is_number = isinstance(value, Real) and value is not True

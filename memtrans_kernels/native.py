@@ -21,7 +21,7 @@ from memtrans_kernels.attention_inputs import AttentionInputs
 MODULES = ("cpu", "cuda", "faiss")
 FOLDER = Path(__file__).resolve().parent
 # Equals kInterface in csrc/memtrans.h; a library built for another number is refused.
-INTERFACE = 10
+INTERFACE = 11
 INTERFACE_OPERATORS = {"cpu": "native_interface", "cuda": "native_cuda_interface", "faiss": "native_faiss_interface"}
 FEW_QUERIES = 8  # of a memory row: equals kFewQueries in csrc/cuda/knn_search/search.h
 
@@ -126,11 +126,12 @@ def memory_attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
 
 
 def memory_attention_backward(
-    inputs: AttentionInputs, grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor
+    inputs: AttentionInputs, grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, of_keys: bool = True
 ) -> tuple[Tensor, ...]:
-    """Its gradients in C++, with the results of the reference's. No float64."""
+    """Its gradients in C++, with the results of the reference's. No float64. Those of keys are computed in any case."""
     given = _with_number_as_cap(inputs)
-    return torch.ops.memtrans.native_memory_attention_backward.default(grad_out, grad_lse, out, lse, *given)
+    found = torch.ops.memtrans.native_memory_attention_backward.default(grad_out, grad_lse, out, lse, *given)
+    return found if of_keys else (found[0], inputs.query.new_empty(0), inputs.query.new_empty(0), *found[3:])
 
 
 def _with_number_as_cap(inputs: AttentionInputs) -> tuple[Any, ...]:

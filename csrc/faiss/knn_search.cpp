@@ -1,9 +1,7 @@
-// Faiss's brute-force search on the GPU over rings of keys, driven from C++ on PyTorch's current stream.
+// Faiss's brute-force search on the GPU, driven from C++ on PyTorch's current stream, one set of keys at a time.
 //
-// Faiss has neither a batch dimension nor rings: each row's visible window is searched in one piece, or in two where it
-// wraps round. Both pieces' neighbours are returned side by side, with positions that count from the piece's first key;
-// memtrans_kernels/impl/faiss/gpu.py merges them. The row lengths have to be on the host, so none of this can be
-// captured.
+// Faiss has neither a batch dimension nor rings: memtrans_kernels/impl/faiss/gpu.py makes of a memory sets of keys of one
+// size, all of which may be found, so nothing has to be known on the host.
 #include "memtrans.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -14,8 +12,6 @@
 #include <faiss/gpu/StandardGpuResources.h>
 #include <faiss/utils/utils.h>
 
-#include <algorithm>
-#include <array>
 #include <cstdio>
 #include <map>
 #include <tuple>
@@ -50,97 +46,59 @@ faiss::gpu::DistanceDataType element_type(ScalarType type) {
   }
 }
 
-// Where the pieces of a row's visible window begin and how many keys they have; the second may be empty.
-struct Pieces {
-  std::array<int64_t, 2> slot;
-  std::array<int64_t, 2> size;
-};
-
-Pieces visible_pieces(int64_t start, int64_t cursor, int64_t capacity, int64_t slots) {
-  const int64_t end = std::max<int64_t>(0, cursor);  // no entry number overflows from here on
-  const int64_t first = std::max({int64_t{0}, start, end - capacity});
-  const int64_t visible = std::max<int64_t>(0, end - first), slot = first % slots;
-  const int64_t before_end = std::min(visible, slots - slot);
-  return {{slot, 0}, {before_end, visible - before_end}};
-}
-
 const char* element(const Tensor& tensor, int64_t index) {
   return static_cast<const char*>(tensor.const_data_ptr()) + index * tensor.element_size();
 }
 
-// What all pieces have in common.
-faiss::gpu::GpuDistanceParams common_parameters(const Tensor& keys, int64_t queries, int64_t k) {
+// What the searches of all sets have in common.
+faiss::gpu::GpuDistanceParams common_parameters(const Tensor& query, const Tensor& keys, int64_t k) {
   faiss::gpu::GpuDistanceParams parameters;
   parameters.metric = faiss::METRIC_INNER_PRODUCT;
   parameters.k = static_cast<int>(k);
   parameters.dims = static_cast<int>(keys.size(2));
   parameters.vectorType = parameters.queryType = element_type(keys.scalar_type());
-  parameters.numQueries = queries;
+  parameters.numQueries = query.size(1);
+  parameters.numVectors = keys.size(1);
   parameters.outIndicesType = faiss::gpu::IndicesDataType::I32;
   parameters.device = keys.get_device_index();
   parameters.use_cuvs = false;
   return parameters;
 }
 
-void search_rows(
-    const Tensor& query, const Tensor& keys, const Tensor& rows, const Tensor& start, const Tensor& cursor,
-    int64_t capacity, int64_t k, Tensor& scores, Tensor& positions) {
-  const int64_t count = rows.size(0), of_piece = query.size(0) * query.size(1) * query.size(2);
-  const int64_t queries = of_piece / count;
+void search_sets(const Tensor& query, const Tensor& keys, int64_t k, Tensor& scores, Tensor& positions) {
+  const int64_t queries = query.size(1), width = keys.size(2);
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(keys.get_device_index(), &stream));
   auto& provider = resources(keys.get_device_index(), static_cast<cudaStream_t>(stream));
-  faiss::gpu::GpuDistanceParams parameters = common_parameters(keys, queries, k);
-  for (int64_t index = 0; index < count; ++index) {
-    const int64_t row = rows.const_data_ptr<int64_t>()[index];
-    const Pieces pieces = visible_pieces(
-        start.const_data_ptr<int64_t>()[row], cursor.const_data_ptr<int64_t>()[row], capacity, keys.size(1));
-    parameters.queries = element(query, index * queries * keys.size(2));
-    for (int64_t piece = 0; piece < 2; ++piece) {
-      if (pieces.size[piece] == 0) {
-        continue;
-      }
-      const int64_t out = (piece * of_piece + index * queries) * k;
-      parameters.vectors = element(keys, row * keys.stride(0) + pieces.slot[piece] * keys.size(2));
-      parameters.numVectors = pieces.size[piece];
-      parameters.outDistances = scores.mutable_data_ptr<float>() + out;
-      parameters.outIndices = positions.mutable_data_ptr<int32_t>() + out;
-      faiss::gpu::bfKnn(&provider, parameters);
-    }
+  faiss::gpu::GpuDistanceParams parameters = common_parameters(query, keys, k);
+  for (int64_t set = 0; set < keys.size(0); ++set) {
+    parameters.queries = element(query, set * queries * width);
+    parameters.vectors = element(keys, set * keys.size(1) * width);
+    parameters.outDistances = scores.mutable_data_ptr<float>() + set * queries * k;
+    parameters.outIndices = positions.mutable_data_ptr<int32_t>() + set * queries * k;
+    faiss::gpu::bfKnn(&provider, parameters);
   }
 }
 
-void check_on_host(const Tensor& tensor, const char* name) {
-  check_int64(tensor, name);
-  MEMTRANS_CHECK(tensor.is_cpu() && tensor.is_contiguous(), name, " must be contiguous and on the host");
-}
-
-// rows, start and cursor are on the host. Returns scores and positions (2, B, H, N, K), -1 where there is no key.
-std::tuple<Tensor, Tensor> faiss_search(
-    Tensor query, Tensor keys, Tensor rows, Tensor start, Tensor cursor, int64_t capacity, int64_t k) {
-  check_search_shapes(query, keys, rows, start, cursor, capacity, k);
-  check_on_host(rows, "rows");
-  check_on_host(start, "start");
-  check_on_host(cursor, "cursor");
-  for (int64_t index = 0; index < rows.size(0); ++index) {
-    const int64_t row = rows.const_data_ptr<int64_t>()[index];
-    MEMTRANS_CHECK(row >= 0 && row < keys.size(0), "rows must lie in 0..", keys.size(0) - 1, ", got ", row);
-  }
+// query (sets, Q, D) and keys (sets, C, D). Returns scores and positions (sets, Q, K), best first, then -inf and -1.
+std::tuple<Tensor, Tensor> faiss_search(Tensor query, Tensor keys, int64_t k) {
+  check_dims(query, "query", 3, "(sets, Q, D)");
+  check_shape(keys, "keys", {query.size(0), keys.dim() > 1 ? keys.size(1) : 0, query.size(2)}, "(sets, C, D)");
+  MEMTRANS_CHECK(k >= 1, "k must be at least 1, got ", k);
+  check_narrow(keys, "keys");
   MEMTRANS_CHECK(query.is_cuda(), "query must be on a CUDA device");
   check_same_device(query, "query", keys, "keys");
   MEMTRANS_CHECK(query.scalar_type() == keys.scalar_type(), "query must be of the keys' dtype");
-  MEMTRANS_CHECK(query.is_contiguous(), "query must be contiguous");
-  MEMTRANS_CHECK(
-      keys.stride(2) == 1 && keys.stride(1) == keys.size(2), "the slots of a row of keys must be contiguous");
+  MEMTRANS_CHECK(query.is_contiguous() && keys.is_contiguous(), "query and keys must be contiguous");
 
   const torch::stable::accelerator::DeviceGuard guard(keys.get_device_index());
-  const std::initializer_list<int64_t> shape{2, query.size(0), query.size(1), query.size(2), k};
+  const std::initializer_list<int64_t> shape{query.size(0), query.size(1), k};
   Tensor scores = torch::stable::new_empty(query, shape, ScalarType::Float);
   Tensor positions = torch::stable::new_empty(query, shape, ScalarType::Int);
   torch::stable::fill_(scores, -std::numeric_limits<float>::infinity());
   torch::stable::fill_(positions, -1);
-  if (query.size(0) * query.size(1) * query.size(2) > 0) {
-    search_rows(query, keys, rows, start, cursor, capacity, k, scores, positions);
+  if (query.size(0) * query.size(1) > 0 && keys.size(1) > 0) {
+    search_sets(query, keys, k, scores, positions);
   }
   return {scores, positions};
 }

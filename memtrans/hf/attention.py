@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from memtrans.attention import LocalKeys
 from memtrans.hf.families import file_of
+from memtrans.hf.layer_memory import Asking
 from memtrans.hf.state import ForwardState, kept
 from memtrans.hf.telling import tell
 from memtrans.memory.snapshot import memory_share
@@ -55,12 +56,10 @@ class Call(NamedTuple):
         """The number of the layer."""
         return int(self.module.layer_idx)  # type: ignore[arg-type]
 
-    def asking(self, state: ForwardState) -> Tensor:
-        """What the memory is asked with (B, H, N, D)."""
-        return self.module.memtrans.asking(self.query, state.entries)  # type: ignore[union-attr, operator]
-
-    def offset(self, state: ForwardState) -> Tensor:
-        """What is added to the logits of the memory (H,)."""
+    def asking(self, state: ForwardState) -> Asking:
+        """How its memory is asked."""
+        if self.layer in state.asking:
+            return state.asking[self.layer]
         return self.module.memtrans(state.entries)  # type: ignore[operator]
 
     def base(self) -> tuple[Tensor, Tensor | None]:
@@ -82,6 +81,8 @@ def memory_attention_forward(
     if memtrans_state is None:
         return call.base()
     memtrans_state.seen.add(call.layer)
+    if memtrans_state.plain and _is_causal_alone(call):
+        call = call._replace(mask=None)
     if not memtrans_state.searches:
         result = call.base()
     elif memtrans_state.combine == "gate":
@@ -91,6 +92,21 @@ def memory_attention_forward(
     if memtrans_state.writes:
         _store(call, memtrans_state)
     return result
+
+
+def _is_causal_alone(call: Call) -> bool:
+    """Whether the dense mask of a pass that said nothing of masks hides later tokens and no others.
+
+    Transformers leaves such a mask out, but not while a graph is captured, when it cannot look at positions.
+    """
+    window = call.arguments.get("sliding_window")
+    return (
+        isinstance(call.mask, Tensor)
+        and call.mask.dim() == 4
+        and (window is None or call.query.shape[2] <= window)
+        and getattr(call.module, "layer_type", "full_attention") in ("full_attention", "sliding_attention")
+        and getattr(call.module.config, BASE)._attn_implementation == "sdpa"  # which is causal without a mask
+    )
 
 
 def _store(call: Call, state: ForwardState) -> None:
@@ -104,9 +120,10 @@ def _store(call: Call, state: ForwardState) -> None:
     state.snapshots[call.layer].append(key, value, count)
 
 
-def _retrieved(call: Call, state: ForwardState) -> dict[str, Any]:
-    """What attention to the memory hands to the operator: the neighbours, and how logits are scaled."""
-    query, snapshot = call.asking(state), state.snapshots[call.layer]
+def _retrieved(call: Call, state: ForwardState) -> tuple[dict[str, Any], Tensor]:
+    """What attention to the memory hands to the operator, the neighbours and how logits are scaled; and the offset."""
+    offset, query = call.asking(state).offset, call.asking(state).asked(call.query)
+    snapshot = state.snapshots[call.layer]
     scores, slots = snapshot.nearest(query, state.k)
     if state.blind is not None:
         blind = state.blind.to(query.device)[:, None, :, None]
@@ -114,18 +131,23 @@ def _retrieved(call: Call, state: ForwardState) -> dict[str, Any]:
     scaling = call.arguments.get("scaling")
     factor = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return {
+    heads, device = query.shape[1], query.device
+    scale = state.once(
+        ("scale", heads, factor, device), lambda: torch.full((heads,), factor, device=device, dtype=wide)
+    )
+    retrieved = {
         "query": query,
         "memory_keys": snapshot.keys,
         "memory_values": snapshot.values,
         "rows": snapshot.rows,
         "scores": scores,
         "slots": slots,
-        "scale": torch.full((query.shape[1],), factor, device=query.device, dtype=wide),
+        "scale": scale,
         "ledger": snapshot.ledger,
         **_dropout(call.arguments.get("dropout", 0.0), query),
         **_soft_cap(call),
     }
+    return retrieved, offset
 
 
 def _dropout(probability: float, query: Tensor) -> dict[str, Any]:
@@ -139,8 +161,12 @@ def _attend(call: Call, state: ForwardState) -> tuple[Tensor, None]:
     length, keys = call.query.shape[2], call.key.shape[2]
     if call.mask is None and keys > length > 1:
         keys = length  # a static cache that is being filled: transformers' own functions look at its first N
-    retrieved, offset = _retrieved(call, state), call.offset(state)
-    mask = _local_mask(call.mask, call.query, keys, call.arguments.get("sliding_window"))
+    retrieved, offset = _retrieved(call, state)
+    window = call.arguments.get("sliding_window")
+    mask = state.once(  # most layers have the same, and the key keeps it from being another tensor's by then
+        ("mask", call.mask, window, keys, call.query.shape, call.query.device),
+        lambda: _local_mask(call.mask, call.query, keys, window),
+    )
     key, value = call.key[:, :, :keys], call.value[:, :, :keys]
     local = {"query": call.query, "key": key, "value": value, **mask, **_sink(call)}
     # training decides by its mode: a checkpoint's first pass has no gradients, and must round as its second one
@@ -182,9 +208,9 @@ def _attend_by_gate(call: Call, state: ForwardState) -> tuple[Tensor, Tensor | N
     """The model's own attention and one over the neighbours, mixed; (B, N, H, E). Found nothing: the local part."""
     to_local, weights = call.base()
     nothing: dict[str, Any] = {"key": call.key[:, :, :0].detach(), "value": call.value[:, :, :0].detach()}
-    retrieved = _retrieved(call, state)
+    retrieved, offset = _retrieved(call, state)
     to_memory, lse = memory_attention(**nothing, **retrieved)
-    share = memory_share(retrieved["slots"], call.offset(state))  # (B, H, N)
+    share = memory_share(retrieved["slots"], offset)  # (B, H, N)
     if state.watched is not None:
         tell(state, call.layer, retrieved, lse, share=share)
     gate = share.transpose(1, 2)[..., None]

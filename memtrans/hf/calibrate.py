@@ -6,7 +6,10 @@ on, at several sizes of the memory, with facts and text that are not seen twice.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +19,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from memtrans.checks import check_number
-from memtrans.hf.lessons import SEGMENTS, Course, Lesson
+from memtrans.cuda_graph import Replay
+from memtrans.hf.layer_memory import FORMS
+from memtrans.hf.lessons import Course, Drawn, Lesson
 from memtrans.hf.model_memory import ModelMemory
 from memtrans.hf.planted import Questions
 from memtrans_kernels import checks
 
+DECAY = 0.1  # of those: what does not help returns to the model's own query
 SLOWER = {"memory_sharpness": 0.2, "memory_gain": 0.2, "memory_mix": 0.02}  # than offsets these are learned
 
 
@@ -29,37 +35,43 @@ def calibrate(
     memory: ModelMemory,
     tokenizer: Any,
     documents: Sequence[str],
-    steps: int = 240,
+    steps: int = 2000,
     sizes: Sequence[int] | None = None,
     facts: int = 96,
     batch: int = 4,
-    lessons: int = 8,
-    rate: float = 0.15,
+    lessons: int = 40,
+    rate: float = 0.05,
     text_weight: float = 4.0,
+    form: str = "mix",
+    seconds: float = math.inf,
     seed: int = 0,
     report: Callable[[str], None] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Trains how the heads of a memory ask it and trust it, on planted facts and on running text; see `LayerMemory`.
 
-    The documents are taken as one text. A lesson reads pieces of it with made-up facts in them, without a search; each
-    step asks for some of the facts and reads segments of what follows, with as much of the memory as one of the sizes.
-    Every lesson has facts and pieces of its own. The memory is empty afterwards.
+    The documents are taken as one text. A lesson reads pieces of it with made-up facts in them, without a search. Each
+    step asks for some of the facts, and for how passages of the pieces go on, and reads a segment of each piece again
+    with what was read before it; both see as much of the memory as one of the sizes. Every lesson has facts and pieces
+    of its own. On a GPU a step replays one captured graph. The memory is empty afterwards.
 
     Args:
         model: with the memory, in any mode. memory: of `add_memory`.
         tokenizer: the model's; called with a text and add_special_tokens=False.
         documents: texts, together longer than the largest size.
-        steps: of Adam. sizes: numbers of entries to calibrate for. Default: those of 4,096, 16,384, 65,536 and 262,144
+        steps: of AdamW. sizes: numbers of entries to calibrate for. Default: those of 4,096, 16,384, 65,536 and 262,144
             that the memory has room for and the documents fill, or else what there is.
         facts: planted in a piece. batch: pieces that are read at once; each takes the memory of a document.
-        lessons: how often the memory is filled anew; at most steps. rate: of Adam for offsets, falling to 0.
-        text_weight: of a token's nats of text beside an answer's. seed: of pieces, facts and the order.
-        report: called with a line of text now and then.
+        lessons: how often the memory is filled anew; at most steps. rate: of AdamW for offsets, falling to 0.
+        text_weight: of a token's nats of text beside an answer's. form: what is learned, one of `offset`, `gain` and
+            `mix`; see `LayerMemory`. seconds: of training, after which it ends; the rate falls accordingly.
+        seed: of pieces, facts and the order.
+        report: called with a line of text after each lesson.
 
     Returns:
         For "before" and "after", and each size n: `facts_n` nats of an answer, `right_n` share of answers whose first
         token is the likeliest, `text_n` nats of a token of running text; and `text`, that without the memory. Of facts
-        that were not trained on, and of the end of the text, which is kept for this where there is enough.
+        that were not trained on, and of the end of the text, which is kept for this where there is enough. And `steps`,
+        those that there was time for, of "after".
 
     Raises:
         ValueError, TypeError: too little text for the sizes, a size beyond the memory's, a number out of range.
@@ -75,23 +87,25 @@ def calibrate(
     ...         return {"input_ids": list(text.encode())}
     >>> learned = calibrate(model, memory, Bytes(), ["word " * 200], steps=2, facts=4, batch=1)
     >>> sorted(learned["after"])
-    ['facts_400', 'right_400', 'text', 'text_400']
+    ['facts_400', 'right_400', 'steps', 'text', 'text_400']
     """
     check_number("rate", rate, above=0)
     check_number("text_weight", text_weight)
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
     steps, lessons = checks.integer("steps", steps, low=1), checks.integer("lessons", lessons, low=1)
-    plan = Plan(steps, min(steps, lessons), float(rate), float(text_weight), seed)
+    plan = Plan(steps, min(steps, lessons), float(rate), float(text_weight), seed, seconds)
     made, batch = checks.integer("facts", facts, low=1), checks.integer("batch", batch, low=1)
     course = Course.of(memory, tokenizer, documents, sizes, made, batch)
     judge = course.lesson(seed, len(course.ids) - course.tokens).to(model.device)  # type: ignore[arg-type]
     for layer in memory.layers.values():
-        layer.learned.learn_to_ask()
-    with _alone(model, memory):
-        memory.reset(batch)
+        layer.learned.learn_to_ask(form)
+    memory.reset(batch)
+    with _alone(model, memory), memory.reading_again():
         try:
             before = _judged(model, memory, course, judge)
-            _train(model, memory, course, plan, report)
-            return {"before": before, "after": _judged(model, memory, course, judge)}
+            done = _train(model, memory, course, plan, report)
+            return {"before": before, "after": {**_judged(model, memory, course, judge), "steps": float(done)}}
         finally:
             memory.reset()
 
@@ -105,16 +119,29 @@ class Plan:
     rate: float
     text_weight: float
     seed: int
+    seconds: float = math.inf
 
-    def optimizer(self, memory: ModelMemory) -> torch.optim.Adam:
-        """Of offsets, and, slower, of what the memory is asked with: those numbers are factors and their logarithms."""
-        groups: dict[float, list[nn.Parameter]] = {}
+    def passed(self, steps: int, seconds: float) -> float:
+        """The share of the calibration that is over after so many steps and seconds."""
+        return min(1.0, max(steps / self.steps, seconds / self.seconds))
+
+    def optimizer(self, memory: ModelMemory) -> torch.optim.Optimizer:
+        """Of offsets, and, slower, of what the memory is asked with: those numbers are factors and their logarithms.
+
+        Its rates are on the device, and a captured graph can hold it.
+        """
+        kinds: dict[str, list[nn.Parameter]] = {}
         for layer in memory.layers.values():
             for name, tensor in layer.learned.named_parameters():
-                groups.setdefault(SLOWER.get(name, 1.0), []).append(tensor)
-        return torch.optim.Adam(
-            [{"params": tensors, "lr": slower * self.rate} for slower, tensors in groups.items()], betas=(0.9, 0.98)
-        )
+                kinds.setdefault(name, []).append(tensor)
+        groups = []
+        for name, tensors in kinds.items():
+            highest = SLOWER.get(name, 1.0) * self.rate
+            decay = DECAY if name in SLOWER else 0.0
+            rate = torch.tensor(highest, device=tensors[0].device)
+            groups.append({"params": tensors, "lr": rate, "highest": highest, "weight_decay": decay})
+        on_gpu = memory.parameters()[0].is_cuda
+        return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True, capturable=on_gpu)
 
 
 @torch.no_grad()
@@ -155,29 +182,78 @@ def fact_losses(model: Any, memory: ModelMemory, asked: Questions, documents: in
         return asked.losses(model(input_ids=asked.ids, use_cache=False).logits)
 
 
-def _train(model: Any, memory: ModelMemory, course: Course, plan: Plan, report: Any) -> None:
-    """Adam on the memory's parameters: at each step one size, some of its facts and some segments."""
-    optimizer = plan.optimizer(memory)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / plan.steps)
-    each = -(-plan.steps // plan.lessons)
-    for step in range(plan.steps):
-        if step % each == 0:
-            lesson = course.lesson(plan.seed + 1 + step // each).to(model.device)
+def _train(model: Any, memory: ModelMemory, course: Course, plan: Plan, report: Any) -> int:
+    """AdamW on the memory's parameters, a lesson after the other; how many steps there was time for."""
+    step, each, done = Step(model, memory, course, plan), -(-plan.steps // plan.lessons), 0
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(1) as aside:  # the host makes a lesson while the device learns from the one before
+        coming = aside.submit(course.lesson, plan.seed + 1)
+        for number in range(plan.lessons):
+            lesson = coming.result().to(model.device)
+            coming = aside.submit(course.lesson, plan.seed + 2 + number)
             fill(memory, lesson)
-        size, place = course.sizes[step % len(course.sizes)], step // len(course.sizes)
-        with memory.newest(size):
-            nats = fact_losses(model, memory, lesson.asked(size, course.asked, place), course.batch)[0].mean()
-            nats.backward()
-            text = text_loss(model, lesson.behind[:, place % SEGMENTS])
-            (plan.text_weight * text).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        if report is not None and (step + 1) % 20 == 0:
-            report(
-                f"step {step + 1}/{plan.steps}: {size} entries, {float(nats.detach()):.2f} nats an answer, "
-                f"{float(text.detach()):.3f} a token of text"
-            )
+            step.take_up(lesson, lesson.draw(each, course.asked, course.sizes, plan.seed + number))
+            first = done
+            while done < min(first + each, plan.steps) and plan.passed(done, time.perf_counter() - begin) < 1.0:
+                step.run(1.0 - plan.passed(done, time.perf_counter() - begin))
+                done += 1
+            nats, text = (step.seen / max(1, done - first)).tolist()
+            if report is not None:
+                report(f"step {done}/{plan.steps}: {nats:.2f} nats an answer, {text:.3f} a token of text")
+            if plan.passed(done, time.perf_counter() - begin) >= 1.0:
+                break
+    step.replay.release()
+    return done
+
+
+class Step:
+    """A step of a calibration: some facts, a segment of each document, and AdamW.
+
+    It works on buffers that stay where they are and never asks for a value, so that a GPU replays it as one graph.
+
+    Attributes:
+        seen: (2,), nats of an answer and of a token of text, the sum over the steps since `take_up`.
+    """
+
+    def __init__(self, model: Any, memory: ModelMemory, course: Course, plan: Plan) -> None:
+        self.model, self.memory, self.course, self.plan = model, memory, course, plan
+        self.seen = torch.zeros(2, device=model.device)
+        self.optimizer = plan.optimizer(memory)
+        self.at = torch.zeros(1, dtype=torch.int64, device=model.device)
+        self.bank: Questions | None = None
+        self.replay = Replay(self._step, model.device)
+
+    def take_up(self, lesson: Lesson, drawn: Drawn) -> None:
+        """Puts what the next steps are about into the buffers."""
+        new = (*(lesson.bank.ids, lesson.bank.answers, lesson.segments), *drawn)
+        if self.bank is None:
+            self.bank = Questions(lesson.bank.ids.clone(), lesson.bank.answers.clone())
+            self.segments = lesson.segments.clone()
+            self.drawn = Drawn(*(tensor.to(self.seen.device) for tensor in drawn))
+        for mine, its in zip((self.bank.ids, self.bank.answers, self.segments, *self.drawn), new, strict=True):
+            mine.copy_(its)
+        self.at.zero_()
+        self.seen.zero_()
+
+    def run(self, rate: float) -> None:
+        """One step; rate: the share of the highest rate."""
+        for group in self.optimizer.param_groups:
+            group["lr"].fill_(rate * group["highest"])
+        self.replay()
+
+    def _step(self) -> None:
+        assert self.bank is not None
+        rows, place, size, behind = (tensor[self.at] for tensor in self.drawn)
+        with self.memory.newest(size[0]):
+            nats = fact_losses(self.model, self.memory, self.bank.rows(rows[0]), self.course.batch)[0].mean()
+        nats.backward()
+        with self.memory.newest(size[0], behind[0]):
+            text = text_loss(self.model, self.segments.index_select(1, place)[:, 0])
+        (self.plan.text_weight * text).backward()
+        self.seen += torch.stack((nats, text)).detach()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)
+        self.at += 1
 
 
 @contextmanager

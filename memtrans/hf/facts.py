@@ -102,8 +102,8 @@ class Words:
     names: Sequence[str] = NAMES
 
 
-def facts(count: int, seed: int, words: Words = Words()) -> list[Fact]:
-    """So many facts, no two of one place.
+def facts(count: int, seed: int, words: Words = Words(), alike: int = 1) -> list[Fact]:
+    """So many facts, no two of one place. alike: how many at least are of one template, so that the place decides.
 
     >>> facts(3, seed=0)[0] == facts(3, seed=0)[0]
     True
@@ -114,8 +114,8 @@ def facts(count: int, seed: int, words: Words = Words()) -> list[Fact]:
     if count > len(places):
         raise ValueError(f"count must be at most {len(places)}, got {count}")
     templates = list(words.templates)
-    if count < len(templates):
-        templates = draw.sample(templates, count)
+    if count < alike * len(templates):
+        templates = draw.sample(templates, -(-count // alike))
     made = []
     for index, place in enumerate(places[:count]):
         beginning, kind = templates[index % len(templates)]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from memtrans.hf.layer_memory import asking_of
 from memtrans.hf.rotation import Angles, Rotation, angles_back
 from memtrans.hf.state import ForwardState, Padding, padding_of
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 STATE, COUNT = "memtrans_state", "memtrans_count"
 CACHES = ("cache", "past_key_values", "layer_past")
+SHAPING = ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids", *CACHES)  # what masks depend on
 
 
 def before_decoder(memory: ModelMemory, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -44,21 +46,26 @@ def before_decoder(memory: ModelMemory, decoder: nn.Module, args: Any, kwargs: d
     if fresh is not None:
         entries.clear_rows(fresh.bool())
     mask = kwargs.get("attention_mask")
+    plain = count is None and all(kwargs.get(name) is None for name in SHAPING)
     padding = padding_of(mask, length) if count is None else Padding(torch.zeros_like(count), count)
     if writes and isinstance(mask, Tensor) and padding is not None and _counts_positions(memory, kwargs):
         kwargs["position_ids"] = (mask[:, -length:].long().cumsum(-1) - 1).clamp(min=0)
     snapshots = memory.views(entries)
+    most = _most(snapshots[memory.numbers[0]])
+    learned = {number: layer.learned for number, layer in memory.layers.items()}
     kwargs[STATE] = ForwardState(
         snapshots=snapshots,
         k=memory.settings.k,
         combine=memory.settings.combine,
         writes=writes,
         searches=memory.searches,
-        entries=_most(snapshots[memory.numbers[0]]),
+        entries=most,
+        asking={} if decoder.training or not memory.searches else asking_of(learned, most),
         blind=_blind(memory.settings.sink, given, kwargs, cache, padding),
         sink=memory.settings.sink,
         padding=padding,
         turns=_turns(memory, decoder, given) if writes else {},
+        plain=plain,
         watched=memory.watched(entries),
     )
     if writes:

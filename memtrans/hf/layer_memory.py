@@ -5,13 +5,35 @@ Shapes: the letters of `memtrans_kernels`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 FROM = 1024  # entries up to which an untrained memory needs no offset
+TRUSTING = ("memory_offset", "memory_slope")
 ASKING = ("memory_sharpness", "memory_gain", "memory_mix")
+FORMS = {"offset": 0, "gain": 2, "mix": 3}  # how many of these are learned beside the offsets
+
+
+class Asking(NamedTuple):
+    """How a memory of a given size is asked.
+
+    Attributes:
+        offset: (H,), added to the logits of what is found. factor: what a query is multiplied by: (H, 1, D), or
+            (H, D, D), a matrix product; None for the query as it is.
+    """
+
+    offset: Tensor
+    factor: Tensor | None
+
+    def asked(self, query: Tensor) -> Tensor:
+        """What query (B, H, N, D) asks the memory with: (B, H, N, D)."""
+        if self.factor is None:
+            return query
+        factor = self.factor.to(query.dtype)
+        return query * factor if self.factor.shape[1] == 1 else query @ factor
 
 
 class LayerMemory(nn.Module):
@@ -25,12 +47,13 @@ class LayerMemory(nn.Module):
 
         q + q · memory_mix[h],  q = query · exp(memory_gain[h] + memory_sharpness[h] · beyond)
 
-    instead of the query: among more entries more are near a query by chance, and other components of it tell them apart
-    than among a segment's.
+    instead of the query (form "mix"; with "gain" it is q): among more entries more are near a query by chance, and
+    other components of it tell them apart than among a segment's.
 
     Attributes:
         memory_offset, memory_slope: (H,) float32.
-        memory_sharpness: (H,), memory_gain: (H, D), memory_mix: (H, D, D), float32; None before `learn_to_ask`.
+        memory_sharpness: (H,), memory_gain: (H, D), memory_mix: (H, D, D), float32; None before `learn_to_ask`, the
+            last one also of the form "gain".
     """
 
     memory_sharpness: nn.Parameter | None
@@ -46,42 +69,59 @@ class LayerMemory(nn.Module):
         for name in ASKING:
             self.register_parameter(name, None)
 
-    def learn_to_ask(self) -> None:
-        """Gives it the parameters that make the query another one; they change nothing yet."""
+    def learn_to_ask(self, form: str = "mix") -> None:
+        """Gives it the parameters that make the query another one; they change nothing yet.
+
+        form: "offset" for none of them, "gain" for a factor of each component, "mix" for a matrix too; what it has
+            already stays.
+        """
         heads = len(self.memory_offset)
         shapes = {"memory_sharpness": (heads,), "memory_gain": (heads, self.width)}
-        for name in ASKING:
+        for name in ASKING[: FORMS[form]]:
             if getattr(self, name) is None:
                 shape = shapes.get(name, (heads, self.width, self.width))
-                setattr(self, name, nn.Parameter(torch.zeros(shape, device=self.memory_offset.device)))
+                setattr(self, name, nn.Parameter(self.memory_offset.new_zeros(shape)))
 
-    @property
-    def asks(self) -> bool:
-        """Whether the memory is asked with another query than the local keys."""
-        return self.memory_mix is not None
-
-    def forward(self, entries: Tensor) -> Tensor:
-        """The offset (H,), for a memory of entries () int64.
+    def forward(self, entries: Tensor) -> Asking:
+        """How a memory of entries () int64 is asked.
 
         >>> layer = LayerMemory(2, 8, "auto", torch.device("cpu"))
-        >>> layer(torch.tensor(1000)).tolist(), layer(torch.tensor(2048)).neg().exp().tolist()
+        >>> layer(torch.tensor(1000)).offset.tolist(), layer(torch.tensor(2048)).offset.neg().exp().tolist()
         ([0.0, 0.0], [2.0, 2.0])
         """
-        return self.memory_offset + self.memory_slope * self._beyond(entries)
-
-    def asking(self, query: Tensor, entries: Tensor) -> Tensor:
-        """What query (B, H, N, D) asks a memory of entries () int64 with: (B, H, N, D)."""
-        if self.memory_mix is None or self.memory_gain is None or self.memory_sharpness is None:
-            return query
-        gain = self.memory_gain + (self.memory_sharpness * self._beyond(entries))[:, None]
-        wide = query * gain.exp()[:, None]  # of the wider dtype
-        return (wide + wide @ self.memory_mix.to(wide.dtype)).to(query.dtype)
+        return asking_of({0: self}, entries)[0]
 
     def take(self, state: Mapping[str, Tensor]) -> None:
         """Takes up what another one learned."""
-        if any(name in state for name in ASKING):
-            self.learn_to_ask()
+        learned = sum(name in state for name in ASKING)
+        self.learn_to_ask(next(form for form, count in FORMS.items() if count >= learned))
         self.load_state_dict(dict(state))
 
-    def _beyond(self, entries: Tensor) -> Tensor:
-        return (entries.to(self.memory_offset.device).float() / FROM).clamp(min=1.0).log()
+
+def asking_of(layers: Mapping[int, LayerMemory], entries: Tensor) -> dict[int, Asking]:
+    """How the memory of entries () int64 of each layer is asked; layers of one shape in a few kernels for all."""
+    alike: dict[Any, list[int]] = {}
+    for number, layer in layers.items():
+        kinds = tuple((name, tensor.shape, tensor.device) for name, tensor in layer.named_parameters())
+        alike.setdefault(kinds, []).append(number)
+    found: dict[int, Asking] = {}
+    for numbers in alike.values():
+        some = [layers[number] for number in numbers]
+        offset, slope, sharpness, gain, mix = (_together(some, name) for name in (*TRUSTING, *ASKING))
+        assert offset is not None and slope is not None
+        beyond = (entries.to(offset.device).float() / FROM).clamp(min=1.0).log()
+        offsets = (offset + slope * beyond).unbind()
+        factors: Sequence[Tensor | None] = [None] * len(numbers)
+        if gain is not None and sharpness is not None:
+            factor = (gain + (sharpness * beyond)[..., None]).exp()[..., None, :]  # (layers, H, 1, D)
+            if mix is not None:
+                factor = factor.mT * (mix + torch.eye(mix.shape[-1], device=mix.device))  # (layers, H, D, D)
+            factors = factor.unbind()
+        found.update(zip(numbers, map(Asking, offsets, factors), strict=True))
+    return {number: found[number] for number in layers}
+
+
+def _together(layers: Sequence[LayerMemory], name: str) -> Tensor | None:
+    """A parameter of each of them, (layers, H, ...); None where they have none."""
+    found = [getattr(layer, name) for layer in layers]
+    return None if found[0] is None else torch.stack(found)

@@ -7,21 +7,36 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from memtrans.hf.facts import Fact, facts
+from memtrans.hf.facts import facts
 from memtrans.hf.model_memory import ModelMemory
-from memtrans.hf.planted import Planted, Questions, plant, questions
+from memtrans.hf.planted import Planted, Questions, passages, plant, questions
 from memtrans_kernels import checks
 
 SIZES = (4096, 16384, 65536, 262144)
 SEGMENTS = 8  # of running text behind a document
 FEWEST = 64  # tokens of all documents together
 ASKED = 32  # questions of a step
+ALIKE = 8  # facts of a document that say the same of different places
+
+
+class Drawn(NamedTuple):
+    """What each of E steps of a lesson is about.
+
+    Attributes:
+        rows: (E, Q), of the lesson's questions. places: (E,), of the lesson's segments. sizes: (E,), entries that are
+            seen. behind: (E,), entries that were stored since the segment that is read again.
+    """
+
+    rows: Tensor
+    places: Tensor
+    sizes: Tensor
+    behind: Tensor
 
 
 @dataclass(frozen=True)
@@ -29,32 +44,65 @@ class Lesson:
     """B documents with facts in them, and the running text behind each.
 
     Attributes:
-        ids: (B, tokens). behind: (B, SEGMENTS, N). documents: with their facts. width: tokens of a question's row.
+        ids: (B, tokens). behind: (B, SEGMENTS, N). bank: questions (B * F, N) about each document's facts, and
+            some whose answer is how a passage goes on. distances: (B * F,), tokens from where each begins to the end.
+        facts: how many of the F questions of a document are of facts; they come first.
+        segments: (B, S, N), those of the documents, and the one behind them. stored: (S,), entries that each document
+            has got since each of them began.
     """
 
     ids: Tensor
     behind: Tensor
-    documents: tuple[Planted, ...]
-    encode: Callable[[str], list[int]]
-    width: int
+    bank: Questions
+    distances: Tensor
+    facts: int
+    segments: Tensor
+    stored: Tensor
 
     def to(self, device: torch.device) -> Lesson:
-        """The same on a device."""
-        return Lesson(self.ids.to(device), self.behind.to(device), self.documents, self.encode, self.width)
+        """The same on a device; what is drawn by stays on the host."""
+        moved = {name: getattr(self, name).to(device) for name in ("ids", "behind", "bank", "segments")}
+        return replace(self, **moved)
+
+    @property
+    def documents(self) -> int:
+        """B."""
+        return self.ids.shape[0]
+
+    def known(self, size: int, passages: bool = False) -> list[list[int]]:
+        """The rows of the questions about facts, or passages, within the last so many tokens of each document."""
+        each = self.distances.numel() // self.documents
+        some = range(self.facts, each) if passages else range(self.facts)
+        near = (self.distances <= size).tolist()
+        return [[row * each + at for at in some if near[row * each + at]] for row in range(self.documents)]
 
     def rounds(self, size: int, asked: int) -> int:
         """How many times so many questions of a size are asked until every fact within it was."""
-        known = min(len(document.within(size)) for document in self.documents)
-        return max(1, known * len(self.documents) // asked)
+        return max(1, min(map(len, self.known(size))) * self.documents // asked)
 
     def asked(self, size: int, asked: int, place: int) -> Questions:
         """So many questions (Q, N) about the facts within a size: those of that place in turn, documents in order."""
-        each = asked // len(self.documents)
-        chosen: list[Fact] = []
-        for document in self.documents:
-            known = document.within(size)
-            chosen += [known[(place * each + number) % len(known)] for number in range(each)]
-        return questions(chosen, self.encode, self.width).to(self.ids.device)
+        each = asked // self.documents
+        rows = [known[(place * each + at) % len(known)] for known in self.known(size) for at in range(each)]
+        return self.bank.rows(torch.tensor(rows, device=self.ids.device))
+
+    def draw(self, steps: int, asked: int, sizes: Sequence[int], seed: int) -> Drawn:
+        """What so many steps are about; a quarter of each document's questions are of passages."""
+        draw, each = random.Random(seed), asked // self.documents
+        stored = self.stored.tolist()
+        chosen = [sizes[step % len(sizes)] for step in range(steps)]
+        known = {size: list(zip(self.known(size), self.known(size, True), strict=True)) for size in sizes}
+        rows, places = [], []
+        for size in chosen:
+            drawn: list[int] = []
+            for of_facts, of_passages in known[size]:
+                some = draw.choices(of_passages, k=each // 4) if of_passages else []
+                drawn += some + draw.choices(of_facts, k=each - len(some))
+            rows.append(drawn)
+            enough = 0.75 * min(size, stored[0])
+            places.append(draw.choice([at for at, since in enumerate(stored) if stored[0] - since >= enough]))
+        at = torch.tensor(places)
+        return Drawn(torch.tensor(rows), at, torch.tensor(chosen), self.stored[at])
 
 
 @dataclass(frozen=True)
@@ -63,7 +111,8 @@ class Course:
 
     Attributes:
         ids: of the whole text. sizes: of the memory. length: N. facts: of a document. batch: B.
-        asked: questions of a step. width: tokens of a question's row.
+        asked: questions of a step. width: tokens of a question's row. reads: tokens of a segment that is read, of which
+        the first `sink` are not stored.
     """
 
     ids: Sequence[int]
@@ -74,6 +123,8 @@ class Course:
     asked: int
     encode: Callable[[str], list[int]]
     width: int
+    reads: int
+    sink: int
 
     @staticmethod
     def of(
@@ -99,7 +150,10 @@ class Course:
             raise ValueError(f"sizes must have room for a fact of {longest} tokens, got {chosen[0]}")
         most = max(1, chosen[0] // (2 * longest))  # half of a text may be facts
         count = min(max(count, len(chosen)), most * len(chosen))
-        return Course(ids, chosen, length, count, batch, max(1, ASKED // batch) * batch, encode, longest + 8)
+        return Course(
+            ids, chosen, length, count, batch, max(1, ASKED // batch) * batch, encode, longest + 8,
+            memory.settings.segment, memory.settings.sink,
+        )  # fmt: skip
 
     @property
     def tokens(self) -> int:
@@ -113,15 +167,42 @@ class Course:
         """
         draw = random.Random(seed)
         latest = len(self.ids) - 2 * self.tokens
-        planted, behind = [], []
+        planted, behind, banks = [], [], []
+        size = self.sizes[-1]
         for row in range(self.batch):
             at = draw.randint(0, max(0, latest)) if begin is None else begin
-            size, piece = self.sizes[-1], self.ids[at : at + self.tokens]
-            made = facts(self.facts, self.batch * seed + row)
-            planted.append(plant(piece[:size], made, self.sizes, self.encode))
+            piece = self.ids[at : at + self.tokens]
+            made = facts(self.facts, self.batch * seed + row, alike=ALIKE)
+            document = plant(piece[:size], made, self.sizes, self.encode)
+            planted.append(document)
             behind.append(torch.tensor(piece[size:], dtype=torch.int64).view(SEGMENTS, self.length))
-        ids = torch.cat([document.ids[:, -self.sizes[-1] :] for document in planted])
-        return Lesson(ids, torch.stack(behind), tuple(planted), self.encode, self.width)
+            banks.append(self._bank(document, draw))
+        ids, after = torch.cat([document.ids[:, -size:] for document in planted]), torch.stack(behind)
+        distances = torch.tensor([distance for of_one, _ in banks for distance in of_one])
+        segments, stored = self._segments(ids, after)
+        bank = Questions(*(torch.cat(parts) for parts in zip(*((q.ids, q.answers) for _, q in banks), strict=True)))
+        return Lesson(ids, after, bank, distances, self.facts, segments, stored)
+
+    def _bank(self, document: Planted, draw: random.Random) -> tuple[list[int], Questions]:
+        """The questions about a document, of facts and then of passages, and how far before its end each begins."""
+        asked = questions([fact for _, fact in document.facts], self.encode, self.width)
+        distances = [distance for distance, _ in document.facts]
+        ids = document.ids[0, -self.sizes[-1] :]
+        low, places = 0, []
+        for high in self.sizes:  # as facts, equally many within each size and beyond the one before it
+            places += [draw.randint(min(low + self.width, high), high) for _ in range(self.facts // len(self.sizes))]
+            low = high
+        of_passages = passages(ids, places, self.width, draw)
+        both = Questions(torch.cat((asked.ids, of_passages.ids)), torch.cat((asked.answers, of_passages.answers)))
+        return distances + places, both
+
+    def _segments(self, ids: Tensor, behind: Tensor) -> tuple[Tensor, Tensor]:
+        """The whole segments of documents (B, tokens) and the first one behind them; see `Lesson`."""
+        tokens, whole = ids.shape[1], ids.shape[1] // self.reads
+        parts = ids[:, : whole * self.reads].view(len(ids), whole, self.reads)[..., : self.length]
+        rest = max(0, tokens - whole * self.reads - self.sink)
+        stored = [(whole - at) * (self.reads - self.sink) + rest for at in range(whole)]
+        return torch.cat((parts, behind[:, :1]), 1), torch.tensor([*stored, 0])
 
 
 def _sizes(asked: Sequence[int] | None, tokens: int, most: int) -> tuple[int, ...]:

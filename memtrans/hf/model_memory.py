@@ -21,7 +21,7 @@ from memtrans.hf.attention import BASE
 from memtrans.hf.entries import Entries, read_entries
 from memtrans.hf.hooks import COUNT, after_decoder, before_decoder
 from memtrans.hf.probe import Layer
-from memtrans.hf.reading import read_segments, to_the_right
+from memtrans.hf.reading import Reader, to_the_right
 from memtrans.hf.settings import MemorySettings
 from memtrans.hf.state import Watched, padding_of
 from memtrans.inspection.trace import Trace
@@ -63,7 +63,11 @@ class ModelMemory:
         self.numbers = list(layers)
         self.is_rotary = any(layer.rotation is not None for layer in layers.values())
         self.is_off = self.is_writing = False
-        self._questions, self._newest = 1, 0
+        self._questions = 1
+        self._newest: int | Tensor = 0
+        self._behind: int | Tensor = 0
+        self._kept_reader: Reader | None = None
+        self._keeps_reader = False
         self._watched: Watched | None = None
         self._splits = False
         self.searches = True
@@ -128,11 +132,8 @@ class ModelMemory:
     def views(self, entries: Entries) -> dict[int, MemorySnapshot]:
         """Every layer's memory as this pass sees it: rows repeated by `expand`, and no more entries than `newest`."""
         snapshots = entries.snapshots()
-        if self._newest:
-            snapshots = {
-                number: replace(view, start=torch.maximum(view.start, view.cursor - self._newest))
-                for number, view in snapshots.items()
-            }
+        if isinstance(self._newest, Tensor) or self._newest:
+            snapshots = {number: _part(view, self._newest, self._behind) for number, view in snapshots.items()}
         if self._questions > 1:
             snapshots = {number: _repeated(view, self._questions) for number, view in snapshots.items()}
         return snapshots
@@ -151,6 +152,7 @@ class ModelMemory:
         if documents is not None:
             documents = checks.integer("documents", documents, low=1)
         self._held.pop(self._place, None)
+        self._forget_reader()
         if documents is not None:
             size = documents * self.bytes_per_document
             text = f"a memory of {documents} documents in {len(self.layers)} layers takes {size / 1e9:.2f} GB"
@@ -190,8 +192,38 @@ class ModelMemory:
         padding = padding_of(attention_mask, ids.shape[1])
         real = None if padding is None else padding.real
         ids = ids if padding is None else to_the_right(ids, padding)
+        reader = self._reader_for(ids, search)
         with self._reading(search), reading_bar(ids.numel(), progress) as read:
-            read_segments(self.decoder, ids, self.settings.segment, real, COUNT, read)
+            reader.read(ids, real, read)
+        if reader is not self._kept_reader:
+            reader.release()
+
+    def _reader_for(self, ids: Tensor, search: bool) -> Reader:
+        """The one that is kept, where it fits."""
+        kind = (ids.shape[0], search)
+        if self._kept_reader is not None and self._kept_reader.kind == kind:
+            return self._kept_reader
+        reader = Reader(self.decoder, self.settings.segment, COUNT, kind)
+        if self._keeps_reader:
+            self._forget_reader()
+            self._kept_reader = reader
+        return reader
+
+    def _forget_reader(self) -> None:
+        if self._kept_reader is not None:
+            self._kept_reader.release()
+            self._kept_reader = None
+
+    @contextmanager
+    def reading_again(self) -> Iterator[None]:
+        """Inside, `read` keeps the pass that it captures on a GPU for its next call of as many documents.
+
+        Whoever replaces what the memory holds inside, by `reset` or `load`, captures anew.
+        """
+        try:
+            yield from self._with(_keeps_reader=True)
+        finally:
+            self._forget_reader()
 
     @contextmanager
     def _reading(self, search: bool) -> Iterator[None]:
@@ -228,9 +260,19 @@ class ModelMemory:
         yield from self._with(_questions=checks.integer("questions", questions, low=1))
 
     @contextmanager
-    def newest(self, entries: int) -> Iterator[None]:
-        """Inside, a pass sees only so many of the newest entries of each document: as if the memory were that small."""
-        yield from self._with(_newest=checks.integer("entries", entries, low=1))
+    def newest(self, entries: int | Tensor, behind: int | Tensor = 0) -> Iterator[None]:
+        """Inside, a pass sees only so many of the newest entries of each document: as if the memory were that small.
+
+        behind: leaves out so many that were added last: the memory as it stood before them. What a full memory has
+            dropped for them does not come back.
+
+        Both are numbers or, for a step that is replayed, () int64 on the memory's device, which are not checked.
+        """
+        if not isinstance(entries, Tensor):
+            entries = checks.integer("entries", entries, low=1)
+        if not isinstance(behind, Tensor):
+            behind = checks.integer("behind", behind, low=0)
+        yield from self._with(_newest=entries, _behind=behind)
 
     @contextmanager
     def tracing(self, *, local: bool = False) -> Iterator[Trace]:
@@ -297,6 +339,7 @@ class ModelMemory:
             state, documents = read_entries(place / ENTRIES)
             entries = Entries(self.layers, self.settings, documents)
             entries.load(state)
+            self._forget_reader()
             self._held[READ] = entries
         for number, layer in self.layers.items():
             prefix = f"{number}."
@@ -315,5 +358,11 @@ class ModelMemory:
 
 def _repeated(view: MemorySnapshot, times: int) -> MemorySnapshot:
     """Each document's rows so many times, one after the other."""
-    rows = view.rows.reshape(view.documents, -1).repeat_interleave(times, dim=0).flatten()
+    rows = view.rows.reshape(view.documents, 1, -1).expand(-1, times, -1).flatten()
     return replace(view, rows=rows, documents=view.documents * times)
+
+
+def _part(view: MemorySnapshot, newest: int | Tensor, behind: int | Tensor) -> MemorySnapshot:
+    """The same, before the last `behind` entries of each row were added, and of what is left only the newest."""
+    cursor = torch.maximum(view.start, view.cursor - behind)
+    return replace(view, cursor=cursor, start=torch.maximum(view.start, cursor - newest))

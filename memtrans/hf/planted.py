@@ -5,6 +5,7 @@ Shapes: Q questions, N tokens, T tokens of running text.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from memtrans.hf.facts import Fact
 
 FAR = 64  # tokens that a fact moves at most to stand behind a sentence
+GOES_ON = 4  # tokens of a passage's answer
 Encode = Callable[[str], list[int]]
 
 
@@ -88,6 +90,10 @@ class Questions:
         """The same on a device."""
         return Questions(self.ids.to(device), self.answers.to(device))
 
+    def rows(self, chosen: Tensor) -> Questions:
+        """Those of these numbers (Q,)."""
+        return Questions(self.ids[chosen], self.answers[chosen])
+
     def losses(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Of logits (Q, N, vocabulary): nats of each answer (Q,), and whether its first token is the likeliest (Q,)."""
         ids, answers = self.ids[:, 1:], self.answers[:, 1:]
@@ -110,3 +116,17 @@ def questions(facts: Sequence[Fact], encode: Encode, width: int = 0) -> Question
         ids[row, :end] = torch.tensor(question + answer)
         answers[row, len(question) : end] = True
     return Questions(ids, answers)
+
+
+def passages(ids: Tensor, distances: Sequence[int], width: int, draw: random.Random) -> Questions:
+    """Passages of a document (tokens,) as questions whose answers are how they go on, in rows of `width` tokens.
+
+    distances: how many tokens before the document's end each begins.
+    """
+    rows, answers = torch.zeros(2, len(distances), width, dtype=torch.int64)
+    for row, distance in enumerate(distances):
+        begin, most = len(ids) - distance, min(width, distance)
+        end = draw.randint(min(most, width // 3 + GOES_ON), most)
+        rows[row, :end] = ids[begin : begin + end]
+        answers[row, max(1, end - GOES_ON) : end] = 1
+    return Questions(rows, answers.bool())

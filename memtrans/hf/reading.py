@@ -23,27 +23,49 @@ def to_the_right(ids: Tensor, padding: Padding) -> Tensor:
     return ids.gather(1, at.clamp(max=ids.shape[1] - 1))
 
 
-def read_segments(
-    decoder: nn.Module, ids: Tensor, segment: int, real: Tensor | None, keyword: str, read: Callable[[int], object]
-) -> None:
-    """Passes of so many tokens of ids (B, any length), and of what is left of them.
+class Reader:
+    """Passes over documents, segment by segment; those of whole segments replay one captured graph where that pays.
 
-    real: (B,), how many tokens of each row are real, padding is at the end; a pass is told, by that keyword, how many
-    of its own are. read: is called with the number of tokens of each pass.
+    Args:
+        decoder: what reads. segment: tokens of a pass. keyword: tells a pass how many of its tokens are real.
+        kind: what a caller who keeps this tells it from others by.
     """
-    whole = ids.shape[1] // segment
-    captured = real is None and whole >= WORTH and _stays_on_one_gpu(decoder, ids)
-    place = ids[:, :segment].clone()
-    replay = Replay(lambda: _pass(decoder, place, {}), ids.device, captured)
-    for begin in range(0, ids.shape[1], segment):
-        part = ids[:, begin : begin + segment]
-        if captured and part.shape[1] == segment:
-            place.copy_(part)
-            replay()
-        else:
-            _pass(decoder, part, {} if real is None else {keyword: (real - begin).clamp(0, part.shape[1])})
-        read(part.numel())
-    replay.release()
+
+    def __init__(self, decoder: nn.Module, segment: int, keyword: str, kind: tuple[int, bool]) -> None:
+        self.decoder, self.segment, self.keyword, self.kind = decoder, segment, keyword, kind
+        self._place: Tensor | None = None
+        self._replay: Replay | None = None
+
+    def read(self, ids: Tensor, real: Tensor | None, read: Callable[[int], object]) -> None:
+        """Passes of so many tokens of ids (B, any length), and of what is left of them.
+
+        real: (B,), how many tokens of each row are real, padding is at the end. read: is called with the number of
+        tokens of each pass.
+        """
+        whole = ids.shape[1] // self.segment
+        captured = real is None and whole >= WORTH and _stays_on_one_gpu(self.decoder, ids)
+        for begin in range(0, ids.shape[1], self.segment):
+            part = ids[:, begin : begin + self.segment]
+            if captured and part.shape[1] == self.segment:
+                self._again(part)
+            else:
+                said = {} if real is None else {self.keyword: (real - begin).clamp(0, part.shape[1])}
+                _pass(self.decoder, part, said)
+            read(part.numel())
+
+    def _again(self, part: Tensor) -> None:
+        """The same pass as before over other ids."""
+        if self._replay is None or self._place is None:
+            place = self._place = part.clone()
+            self._replay = Replay(lambda: _pass(self.decoder, place, {}), part.device)
+        self._place.copy_(part)
+        self._replay()
+
+    def release(self) -> None:
+        """Lets the graph go."""
+        if self._replay is not None:
+            self._replay.release()
+            self._replay = None
 
 
 def _pass(decoder: nn.Module, ids: Tensor, said: dict[str, Any]) -> None:

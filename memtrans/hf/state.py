@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from memtrans.hf.layer_memory import Asking
 from memtrans.hf.rotation import Angles, Rotation
 from memtrans.memory.observation import Observation
 from memtrans.memory.snapshot import MemorySnapshot
@@ -55,9 +57,12 @@ class ForwardState:
         snapshots: by layer. k: K. combine: as in `add_memory`. writes: whether this pass's keys are stored.
         searches: whether this pass looks at the memory.
         entries: () int64, of the longest document, which the offsets depend on.
+        asking: by layer, how it is asked; empty while training: a layer then finds out by itself, as it may be run
+            again by a checkpoint.
         blind: (1 or B, N) bool, the tokens that look at no memory; None for none.
         sink: how many of the first real tokens are not stored. padding: None where all tokens are real.
         turns: by layer, how a key is turned before it is stored; none for a layer without rotary positions.
+        plain: whether the pass was given no mask, positions or cache: each token then sees all before it.
         watched: who watches; None for nobody.
         seen: layers whose attention function was handed this.
     """
@@ -68,12 +73,21 @@ class ForwardState:
     writes: bool
     searches: bool
     entries: Tensor
+    asking: Mapping[int, Asking]
     blind: Tensor | None
     sink: int
     padding: Padding | None
     turns: Mapping[int, tuple[Rotation, Angles]]
+    plain: bool = False
     watched: Watched | None = None
     seen: set[int] = field(default_factory=set)
+    made: dict[Any, Any] = field(default_factory=dict)
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What every layer makes alike, made by the first; the key holds what it was made of."""
+        if key not in self.made:
+            self.made[key] = make()
+        return self.made[key]
 
 
 def padding_of(mask: Tensor | None, length: int) -> Padding | None:

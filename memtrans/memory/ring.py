@@ -175,13 +175,13 @@ class Ring:
         start, cursor = read_cursors(self.start, self.cursor)
         return MemorySnapshot(
             self, rows, documents, start, cursor, self.keys_read, self.values_read, ticket, self.written_read,
-            self.clearings.as_they_stand(), *self.ids_seen(),
+            self.clearings.as_they_stand(), *self.ids_seen(), in_order=list(host_rows) == list(range(len(self.start))),
         )  # fmt: skip
 
-    def ids_seen(self) -> tuple[Tensor, Tensor] | tuple[()]:
-        """What a snapshot holds of the ids: their slots, and where the documents began; nothing where none are kept."""
+    def ids_seen(self) -> tuple[Tensor | None, Tensor | None]:
+        """What a snapshot holds of the ids: their slots, and where the documents began; None where none are kept."""
         if self.ids is None:
-            return ()
+            return None, None
         return self.ids.slots, read_cursors(self.ids.origin, self.ids.origin)[0]
 
     def lengths(self) -> Tensor:

@@ -43,8 +43,9 @@ from memtrans.distributed.ranks import Ranks
 from memtrans.memory.exchange import by_rank, exchange, fetched, from_all, side_by_side
 from memtrans.memory.ids import NOTHING, check_kept
 from memtrans.memory.layout import NO_ENTRY, visible, without
+from memtrans.memory.parts import attend_to_local
 from memtrans.memory.ring import Ring
-from memtrans.memory.snapshot import MemorySnapshot, attend_to_local
+from memtrans.memory.snapshot import MemorySnapshot
 from memtrans.memory.state import SHARD, held
 from memtrans_kernels import (
     knn_add_,
@@ -277,14 +278,20 @@ class ShardedSnapshot(MemorySnapshot):
     def attend(
         self,
         query: Tensor,
-        k: int,
+        k: int | None,
         local: LocalKeys,
         scale: Tensor,
         memory_offset: Tensor | None = None,
         memory_gate: Tensor | None = None,
         dropout_p: float = 0.0,
     ) -> Tensor:
-        """See `MemorySnapshot.attend`. The neighbours are on several ranks: one softmax is merged from two parts."""
+        """See `MemorySnapshot.attend`. The neighbours are on several ranks: one softmax is merged from two parts.
+
+        Raises ValueError where all entries are asked for.
+        """
+        if k is None:
+            number = self.ring.ranks.size
+            raise ValueError(f"attend_to must be 'neighbours' with a memory spread over {number} ranks, got 'all'")
         if memory_gate is not None:
             return super().attend(query, k, local, scale, None, memory_gate, dropout_p)
         to_memory, memory_lse, scores, entries = self.attend_to_retrieved(

@@ -19,13 +19,14 @@ from memtrans.memory.checks import check_mask, running_backward, scoping, widths
 from memtrans.memory.ids import check_kept, positions, read_ids
 from memtrans.memory.layout import in_slots
 from memtrans.memory.observation import Observation, as_given, keys_as_given, local_weights, retrieved_weights
+from memtrans.memory.parts import attend_to_local, mixed
+from memtrans.memory.whole import attend_to_whole
 from memtrans_kernels import (
     Ledger,
     gather_pairs,
     knn_add_,
     knn_search,
     ledger_advance_,
-    local_attention,
     memory_attention,
 )
 from memtrans_kernels.backends import implements
@@ -58,6 +59,7 @@ class MemorySnapshot:
         read_only: whether it is of a view, in which rows may repeat.
         cleared_elsewhere: after clearing a memory of several ranks, which documents (B,) bool a rank before this one
             has cleared, and which one behind it; None of a memory of one.
+        in_order: whether `rows` are all rows of the ring, one after the other.
     """
 
     ring: Ring
@@ -74,6 +76,7 @@ class MemorySnapshot:
     origin: Tensor | None = None
     read_only: bool = False
     cleared_elsewhere: tuple[Tensor, Tensor] | None = None
+    in_order: bool = False
 
     def check_fits(self, name: str, documents: int, kv_heads: int, width: int, value_width: int) -> None:
         """Raises ValueError unless the snapshot is of so many documents and key/value heads, and of these widths."""
@@ -152,7 +155,7 @@ class MemorySnapshot:
     def attend(
         self,
         query: Tensor,
-        k: int,
+        k: int | None,
         local: LocalKeys,
         scale: Tensor,
         memory_offset: Tensor | None = None,
@@ -162,7 +165,7 @@ class MemorySnapshot:
         """Attention of query (B, H, N, D) to its K nearest entries and to the local keys: (B, H, N, E).
 
         Args:
-            k: K.
+            k: K; None for all entries that may be seen, without a search.
             local: the local context.
             scale: (H,), what logits are multiplied by.
             memory_offset: (H,), added to the retrieved logits. Default: nothing.
@@ -170,6 +173,8 @@ class MemorySnapshot:
                 retrieved part. Default: one softmax over both.
             dropout_p: probability of dropping a weight.
         """
+        if k is None:
+            return attend_to_whole(self, query, local, scale, memory_offset, memory_gate, dropout_p)
         if memory_gate is not None:
             to_memory, memory_lse, scores, slots = self.attend_to_retrieved(
                 query, k, scale, dropout_p, local.query_mask, local.soft_cap
@@ -374,21 +379,6 @@ class MemorySnapshot:
         return (clearings < self.clearings)[self.rows].reshape(self.documents, -1)[:, 0]
 
 
-def attend_to_local(query: Tensor, local: LocalKeys, scale: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
-    """Attention of query (B, H, N, D) to the local keys alone: out (B, H, N, E) and lse (B, H, N)."""
-    return local_attention(
-        query, local.key, local.value, scale, local.bias_table, local.bias_dense, local.local_length,
-        dropout_p, seed_of(dropout_p, query.device),
-        causal=local.causal, first=local.first, soft_cap=local.soft_cap, sink=local.sink,
-    )  # fmt: skip
-
-
 def memory_share(slots: Tensor, memory_gate: Tensor) -> Tensor:
     """sigmoid(memory_gate (H,)) for each query (B, H, N); 0 where slots (B, H, N, K) hold nothing."""
     return torch.where(slots[..., 0] >= 0, memory_gate.sigmoid()[:, None], 0.0)  # the best come first
-
-
-def mixed(to_memory: Tensor, to_local: Tensor, share: Tensor) -> Tensor:
-    """share · to_memory + (1 - share) · to_local, of (B, H, N, E), (B, H, N, E) and (B, H, N)."""
-    gate = share[..., None]  # (B, H, N, 1)
-    return (gate * to_memory + (1.0 - gate) * to_local).to(to_local.dtype)

@@ -9,6 +9,7 @@ from memtrans_kernels import checks, ops
 from memtrans_kernels.attention_inputs import NUMBERS, AttentionInputs
 from memtrans_kernels.backends import check_name
 from memtrans_kernels.ledger import Ledger
+from memtrans_kernels.precision import arithmetic_dtype
 
 # Of the arguments that are tensors, those that are not floating point.
 KINDS = {torch.int32: ("slots",), torch.int64: ("rows", "local_length", "seed", "first"), torch.bool: ("key_mask",)}
@@ -152,7 +153,7 @@ def local_attention(
     letters.bind("value", value, "B G L E")
     batch, heads, length, width = query.shape
     no_keys, no_values = (query.new_empty(1, 1, of) for of in (width, value.shape[3]))  # nobody reads them
-    scores = torch.empty(batch, heads, length, 0, device=query.device)
+    scores = torch.empty(batch, heads, length, 0, dtype=arithmetic_dtype(query), device=query.device)
     slots = torch.empty(batch, heads, length, 0, dtype=torch.int32, device=query.device)
     rows = torch.zeros(batch * key.shape[1], dtype=torch.int64, device=query.device)
     return memory_attention(
@@ -209,12 +210,10 @@ def _check(*arguments: Tensor | float | None) -> None:
         raise ValueError(f"rows must have B·G={letters['B'] * letters['G']} entries, got {letters['B·G']}")
     if 0 < letters["L"] < letters["N"]:
         raise ValueError(f"key must hold the segment itself: L at least N={letters['N']}, or 0, got {letters['L']}")
-    checks.probability("dropout_p", inputs.dropout_p)
+    checks.dropout(inputs.dropout_p, inputs.seed)
     if not isinstance(inputs.causal, bool):
         raise TypeError(f"causal must be True or False, got {inputs.causal!r}")
     checks.positive("soft_cap", inputs.soft_cap)
-    if inputs.dropout_p > 0.0 and inputs.seed is None:
-        raise ValueError("seed must be an int64 tensor when dropout_p > 0, got None")
 
 
 def _check_kinds(inputs: AttentionInputs) -> None:
@@ -244,7 +243,6 @@ def _check_shapes(inputs: AttentionInputs) -> checks.Letters:
         "bias_dense": "1 H N L" if dense is not None and dense.shape[:1] == (1,) else "B H N L",
         "memory_offset": "H",
         "local_length": "B",
-        "seed": "",
         "key_mask": "B L",
         "first": "B N",
         "sink": "H",

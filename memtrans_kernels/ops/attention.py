@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memtrans_kernels import backends
+from memtrans_kernels import backends, checks
 from memtrans_kernels.attention_inputs import NUMBERS, AttentionInputs
 from memtrans_kernels.eager import is_differentiated_by_transform, is_plain
 from memtrans_kernels.ledger import Ledger, check_not_stale, note_saved, to_save
@@ -17,6 +17,7 @@ from memtrans_kernels.precision import arithmetic_dtype
 
 Output = tuple[Tensor, Tensor]
 DIFFERENTIABLE = ("query", "key", "value", "scale", "bias_table", "bias_dense", "memory_offset", "sink")
+OF_KEYS = ("key", "value")  # of these, whose gradients cost as much as all others, none is computed that nobody wants
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -63,6 +64,7 @@ def _memory_attention(
         query, key, value, memory_keys, memory_values, rows, scores, slots, scale,
         bias_table, bias_dense, memory_offset, local_length, dropout_p, seed, causal, key_mask, first, soft_cap, sink,
     )  # fmt: skip
+    checks.dropout(dropout_p, seed)  # again: this operator can be called without the function that asks it
     check_not_stale(written, ticket, spare)
     note_saved(written, ticket)
     return backends.run("memory_attention", backend, inputs)
@@ -104,23 +106,28 @@ def _memory_attention_backward(
     written: Tensor | None,
     ticket: Tensor | None,
     spare: int,
+    of_keys: bool = True,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    checks.dropout(dropout_p, seed)
     check_not_stale(written, ticket, spare)
     inputs = AttentionInputs(
         query, key, value, memory_keys, memory_values, rows, scores, slots, scale,
         bias_table, bias_dense, memory_offset, local_length, dropout_p, seed, causal, key_mask, first, soft_cap, sink,
     )  # fmt: skip
-    return backends.run("memory_attention_backward", backend, inputs, grad_out, grad_lse, out, lse)
+    return backends.run("memory_attention_backward", backend, inputs, grad_out, grad_lse, out, lse, of_keys)
 
 
 @_memory_attention_backward.register_fake
 def _(grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> Gradients:
-    inputs = AttentionInputs(*arguments[: len(AttentionInputs._fields)])
+    fields = len(AttentionInputs._fields)
+    inputs, others = AttentionInputs(*arguments[:fields]), arguments[fields:]  # arguments at their default are left out
+    of_keys = others[3] if len(others) > 3 else True
 
     def like(name: str) -> Tensor:
         tensor = getattr(inputs, name)
-        return inputs.query.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
+        absent = tensor is None or (name in OF_KEYS and not of_keys)
+        return inputs.query.new_empty(0) if absent else tensor.new_empty(tensor.shape)
 
     query, key, value, scale, table, dense, offset, sink = (like(name) for name in DIFFERENTIABLE)
     return query, key, value, scale, table, dense, offset, sink
@@ -139,16 +146,20 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | No
     names = (name for name in AttentionInputs._fields if name not in NUMBERS)
     inputs = AttentionInputs(**dict(zip(names, tensors, strict=True)), **ctx.numbers)
     given = grad_out, grad_lse, out, lse
+    of_keys = any(ctx.needs_input_grad[AttentionInputs._fields.index(name)] for name in OF_KEYS)
     if not is_plain(*given, *inputs):
-        rest = written, ticket, ctx.spare, ctx.backend
-        return _in_places(inputs, _memory_attention_backward(*given, *inputs, *rest))
+        rest = written, ticket, ctx.spare, of_keys, ctx.backend
+        return _in_places(inputs, _memory_attention_backward(*given, *inputs, *rest), of_keys)
     check_not_stale(written, ticket, ctx.spare)
     if torch.is_grad_enabled():
-        return _in_places(inputs, _differentiable_gradients(inputs, given, ctx.backend))
-    return _in_places(inputs, backends.run("memory_attention_backward", ctx.backend, inputs, *given))
+        return _in_places(inputs, _differentiable_gradients(inputs, given, of_keys, ctx.backend), of_keys)
+    found = backends.run("memory_attention_backward", ctx.backend, inputs, *given, of_keys)
+    return _in_places(inputs, found, of_keys)
 
 
-def _differentiable_gradients(inputs: AttentionInputs, given: tuple[Tensor, ...], backend: str) -> Sequence[Any]:
+def _differentiable_gradients(
+    inputs: AttentionInputs, given: tuple[Tensor, ...], of_keys: bool, backend: str
+) -> Sequence[Any]:
     """For create_graph=True: by the reference's formula, or in a graph that refuses to be differentiated."""
     names = _given(inputs)
     differentiable = [getattr(inputs, name) for name in names]
@@ -162,7 +173,7 @@ def _differentiable_gradients(inputs: AttentionInputs, given: tuple[Tensor, ...]
         return [found.get(name) for name in DIFFERENTIABLE]
 
     def gradients() -> tuple[Tensor, ...]:
-        return backends.run("memory_attention_backward", backend, inputs, *given)
+        return backends.run("memory_attention_backward", backend, inputs, *given, of_keys)
 
     return second("memory_attention", backend, gradients, *given[:2], *differentiable)
 
@@ -172,9 +183,12 @@ def _given(inputs: AttentionInputs) -> list[str]:
     return [name for name in DIFFERENTIABLE if getattr(inputs, name) is not None]
 
 
-def _in_places(inputs: AttentionInputs, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """Gradients of DIFFERENTIABLE in the places of the operator's arguments, none of what is not there."""
+def _in_places(
+    inputs: AttentionInputs, grads: Sequence[Tensor | None], of_keys: bool = True
+) -> tuple[Tensor | None, ...]:
+    """Gradients of DIFFERENTIABLE in the places of the operator's arguments, none of what is not there or wanted."""
     found = dict(zip(DIFFERENTIABLE, grads, strict=True))
+    found |= {} if of_keys else dict.fromkeys(OF_KEYS)
     of_inputs = (found.get(name) if value is not None else None for name, value in inputs._asdict().items())
     return (*of_inputs, None, None, None, None)  # written, ticket, spare, backend
 

@@ -48,7 +48,7 @@ def test_the_first_rank_alone_prints_and_writes_and_all_end_well(text: str, tmp_
     assert load_checkpoint(checkpoint_of(out)).values["step"] == 4
 
 
-def test_eval_and_generate_print_on_the_first_rank_alone(text: str, tmp_path: Path, capsys: Any) -> None:
+def test_21_4_eval_and_generate_print_on_the_first_rank_alone(text: str, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "run"
     assert tiny_runs.train(out, "--data", text, "--steps", "2", "--batch", "4") == 0
     assert main(["eval", "--out", str(out)]) == 0
@@ -68,7 +68,7 @@ def test_eval_and_generate_print_on_the_first_rank_alone(text: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("command", [["presets"], ["info"], ["generate", "--checkpoint", "none"]])
-def test_what_ranks_do_not_share_the_first_one_does_alone(
+def test_21_4_what_ranks_do_not_share_the_first_one_does_alone(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(outcome, "launched", lambda: Ranks(1, 2))

@@ -95,7 +95,7 @@ def commands(run: Path) -> dict[str, list[str]]:
     ],
 )
 @pytest.mark.parametrize("command", ["train", "eval", "generate"])
-def test_a_checkpoint_that_says_what_cannot_be_is_refused(
+def test_21_3_a_checkpoint_that_says_what_cannot_be_is_refused(
     run: Path, capsys: pytest.CaptureFixture[str], command: str, alter: Any, message: str
 ) -> None:
     change(run, alter)
@@ -116,14 +116,14 @@ def test_a_checkpoint_that_says_what_cannot_be_is_refused(
         ({"stream": {"taken": 3, "rows": [[0], [0, 0]]}}, "state must hold two numbers for each row"),
     ],
 )
-def test_a_position_that_no_run_has_is_refused(
+def test_21_3_a_position_that_no_run_has_is_refused(
     run: Path, capsys: pytest.CaptureFixture[str], alter: dict[str, Any], message: str
 ) -> None:
     change(run, lambda index: index["values"].update(alter))
     assert_refused(capsys, commands(run)["train"], message)
 
 
-def test_an_xl_cache_that_is_longer_than_it_can_be_is_refused(
+def test_21_3_an_xl_cache_that_is_longer_than_it_can_be_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
@@ -136,7 +136,7 @@ def test_an_xl_cache_that_is_longer_than_it_can_be_is_refused(
 
 @pytest.mark.parametrize("command", ["train", "eval", "generate"])
 @pytest.mark.parametrize("kind", ["pipe", "device", "nested"])
-def test_an_index_or_a_part_that_is_no_file_or_nests_without_end_is_refused(
+def test_21_3_an_index_or_a_part_that_is_no_file_or_nests_without_end_is_refused(
     run: Path, capsys: pytest.CaptureFixture[str], command: str, kind: str
 ) -> None:
     (part,) = (run / "checkpoint").glob("model-*.safetensors")
@@ -174,7 +174,7 @@ def model(tmp_path: Path) -> Path:
         ({"colour": 1}, "config.json must hold arguments of MemorizingTransformer, got others"),
     ],
 )
-def test_a_model_of_impossible_arguments_is_refused(
+def test_21_3_a_model_of_impossible_arguments_is_refused(
     model: Path, capsys: pytest.CaptureFixture[str], changed: dict[str, Any], message: str
 ) -> None:
     config = json.loads((model / "config.json").read_text())
@@ -184,7 +184,7 @@ def test_a_model_of_impossible_arguments_is_refused(
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 @pytest.mark.parametrize("kind", ["pipe", "device", "nested"])
-def test_a_model_whose_file_is_none_or_nests_without_end_is_refused(
+def test_21_3_a_model_whose_file_is_none_or_nests_without_end_is_refused(
     model: Path, capsys: pytest.CaptureFixture[str], name: str, kind: str
 ) -> None:
     place = model / name
@@ -223,7 +223,7 @@ def save_memories(path: Path, changed: dict[str, Any], state: dict[str, torch.Te
         ({"device": "cpu"}, "configuration must hold dim, max_memories, num_indices, kv_heads, value_dim, spare"),
     ],
 )
-def test_memories_that_say_what_cannot_be_are_refused(
+def test_21_3_memories_that_say_what_cannot_be_are_refused(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: dict[str, Any], message: str
 ) -> None:
     save_memories(tmp_path / "memories", changed)
@@ -232,7 +232,7 @@ def test_memories_that_say_what_cannot_be_are_refused(
 
 
 @pytest.mark.parametrize("state", [{"0.keys": torch.ones(1, 2, 8).long()}, {"0.lengths": torch.tensor([9])}])
-def test_memories_that_hold_what_cannot_be_are_refused(
+def test_21_3_memories_that_hold_what_cannot_be_are_refused(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], state: dict[str, torch.Tensor]
 ) -> None:
     save_memories(tmp_path / "memories", {}, state)
@@ -241,7 +241,7 @@ def test_memories_that_hold_what_cannot_be_are_refused(
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "nested"])
-def test_a_memory_whose_file_is_none_is_refused(tmp_path: Path, kind: str) -> None:
+def test_21_3_a_memory_whose_file_is_none_is_refused(tmp_path: Path, kind: str) -> None:
     place = tmp_path / "memory"
     if kind == "pipe":
         os.mkfifo(place)
@@ -268,14 +268,14 @@ def test_a_memory_whose_file_is_none_is_refused(tmp_path: Path, kind: str) -> No
         ('{"step": 1, "bits_per_byte": 1' + "0" * 400 + "}", "metrics.jsonl must hold a number as bits_per_byte"),
     ],
 )
-def test_a_record_that_no_run_wrote_is_refused(
+def test_21_3_a_record_that_no_run_wrote_is_refused(
     run: Path, capsys: pytest.CaptureFixture[str], line: str, message: str
 ) -> None:
     (run / "metrics.jsonl").write_text(line + "\n")
     assert_refused(capsys, commands(run)["train"], message)
 
 
-def test_a_record_that_is_a_pipe_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_21_3_a_record_that_is_a_pipe_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "metrics.jsonl").unlink()
     os.mkfifo(run / "metrics.jsonl")
     assert_refused(capsys, commands(run)["train"], "metrics must be a regular file, got")

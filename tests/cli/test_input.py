@@ -35,7 +35,7 @@ def pipe(tmp_path: Path) -> str:
     return str(tmp_path / "pipe")
 
 
-def test_a_pipe_to_which_nobody_writes_is_refused(
+def test_21_4_a_pipe_to_which_nobody_writes_is_refused(
     tmp_path: Path, model: str, pipe: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     generate = ["generate", "--checkpoint", model, "--tokens", "2"]
@@ -53,12 +53,12 @@ def test_a_pipe_to_which_nobody_writes_is_refused(
 
 
 @pytest.mark.parametrize("option", ["data", "prompt_file"])
-def test_a_device_that_never_ends_is_refused(option: str) -> None:
+def test_21_4_a_device_that_never_ends_is_refused(option: str) -> None:
     with pytest.raises(ValueError, match=f"{option} must be a regular file or a pipe, got '/dev/zero', a device"):
         read_input(option, "/dev/zero")
 
 
-def test_a_pipe_of_the_shell_is_read_to_its_end(tmp_path: Path) -> None:
+def test_21_4_a_pipe_of_the_shell_is_read_to_its_end(tmp_path: Path) -> None:
     """Also where whoever writes to it takes a moment, as in `--prompt-file <(...)`."""
     command = "import sys; from memtrans.files import read_input; print(len(read_input('prompt_file', sys.argv[1])))"
     line = f'{sys.executable} -c "{command}" <(sleep 0.3; head -c 200000 /dev/zero; sleep 0.3; echo)'
@@ -78,7 +78,7 @@ def test_a_pipe_of_the_shell_is_read_to_its_end(tmp_path: Path) -> None:
         (["--memory", str(10**30)], f"memory must be below {2**63}, got"),
     ],
 )
-def test_sizes_that_no_machine_would_end_a_step_of_are_refused_at_once(
+def test_21_4_sizes_that_no_machine_would_end_a_step_of_are_refused_at_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
     begin = time.perf_counter()
@@ -87,7 +87,7 @@ def test_sizes_that_no_machine_would_end_a_step_of_are_refused_at_once(
     assert message in capsys.readouterr().err
 
 
-def test_members_of_a_zip_archive_that_are_no_text_or_hidden_are_left_out(tmp_path: Path) -> None:
+def test_21_4_members_of_a_zip_archive_that_are_no_text_or_hidden_are_left_out(tmp_path: Path) -> None:
     text = b"the quick brown fox " * 20
     members = {"b.txt": text, "a/picture.png": b"\x89PNG\0\0" * 50, "__MACOSX/._b.txt": text, ".git/config": text}
     with zipfile.ZipFile(tmp_path / "texts.zip", "w") as archive:
@@ -108,7 +108,7 @@ def libraries(process: subprocess.Popen[str]) -> str:
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what a process has loaded")
 @pytest.mark.parametrize("library", ["libc10.so", "libtorch_cpu.so", "libtorch_python.so"])
-def test_ctrl_c_while_the_command_is_imported_ends_it_quietly(library: str) -> None:
+def test_21_4_ctrl_c_while_the_command_is_imported_ends_it_quietly(library: str) -> None:
     command = [sys.executable, "-m", "memtrans", "eval", "--out", "/no/such/run"]
     process = subprocess.Popen(
         command,

@@ -41,7 +41,7 @@ def running(tmp_path: Path, text: str) -> Iterator[tuple[Path, subprocess.Popen[
     process.communicate()
 
 
-def test_a_second_run_is_refused_while_the_first_one_lives_and_goes_on_when_it_was_killed(running, capsys) -> None:
+def test_21_2_a_second_run_is_refused_while_the_first_one_lives_and_goes_on_when_it_was_killed(running, capsys) -> None:
     out, process = running
     before = checkpoint_files(out)
     assert main(["train", "--resume", "--out", str(out), "--plain", "--steps", "3"]) == 2
@@ -53,7 +53,7 @@ def test_a_second_run_is_refused_while_the_first_one_lives_and_goes_on_when_it_w
     assert main(["train", "--resume", "--out", str(out), "--plain", "--steps", "3"]) == 0
 
 
-def test_a_run_that_begins_meanwhile_is_refused_under_the_lock(tmp_path: Path, text: str) -> None:
+def test_21_2_a_run_that_begins_meanwhile_is_refused_under_the_lock(tmp_path: Path, text: str) -> None:
     """It saw no checkpoint when it was started, and another run has ended in the directory before it came to write."""
     assert train(tmp_path / "run", "--data", text, "--steps", "1") == 0
     with pytest.raises(ValueError, match="out must be a directory without a checkpoint, or come with --resume"):
@@ -61,7 +61,7 @@ def test_a_run_that_begins_meanwhile_is_refused_under_the_lock(tmp_path: Path, t
     Lock(tmp_path / "run").release()  # it is not kept
 
 
-def test_a_directory_is_locked_until_it_is_released(tmp_path: Path) -> None:
+def test_21_2_a_directory_is_locked_until_it_is_released(tmp_path: Path) -> None:
     first = Lock(tmp_path / "run")
     with pytest.raises(ValueError, match=rf"no other run writes to, got .* where process {os.getpid()} trains"):
         Lock(tmp_path / "run")
@@ -69,7 +69,7 @@ def test_a_directory_is_locked_until_it_is_released(tmp_path: Path) -> None:
     Lock(tmp_path / "run").release()
 
 
-def test_runs_without_out_that_start_at_once_take_different_directories(
+def test_21_2_runs_without_out_that_start_at_once_take_different_directories(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -81,7 +81,7 @@ def test_runs_without_out_that_start_at_once_take_different_directories(
         taken.release()
 
 
-def test_what_is_refused_leaves_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_21_2_what_is_refused_leaves_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--data", "/no/such/file"]) == 2
     assert not (tmp_path / "runs").exists()

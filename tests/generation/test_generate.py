@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers.devices import DEVICE, seeded
+from helpers.devices import DEVICE, default_dtype, seeded
 
 from memtrans import MemorizingTransformer, generate
 from memtrans.generation.decoder import Decoder
@@ -274,12 +274,12 @@ def broken(how: str) -> MemorizingTransformer:
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("how", ["a weight that is no number", "an infinite logit", "every token banned"])
-def test_logits_that_name_no_token_are_refused_with_the_token(how, options):
+def test_21_12_logits_that_name_no_token_are_refused_with_the_token(how, options):
     with pytest.raises(NoTokenError, match=r"logits must name a next token, .* at token 0 of rows \[0, 1, 2\]"):
         generate(broken(how).to(DEVICE), PROMPTS, 5, segment=SEGMENT, **options)
 
 
-def test_a_memory_that_holds_no_numbers_is_refused_for_its_row_alone():
+def test_21_12_a_memory_that_holds_no_numbers_is_refused_for_its_row_alone():
     model = build().to(DEVICE)
     memories = model.create_knn_memories(batch_size=3, device=DEVICE, dtype=torch.float32, spare=SEGMENT)
     Decoder(model.eval(), 3, segment=SEGMENT, memories=memories).read([torch.arange(2, 31)] * 3)
@@ -289,7 +289,7 @@ def test_a_memory_that_holds_no_numbers_is_refused_for_its_row_alone():
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_a_token_that_fails_later_is_named_by_its_number(options):
+def test_21_12_a_token_that_fails_later_is_named_by_its_number(options):
     decoder = Decoder(build().eval().to(DEVICE), 2, segment=SEGMENT)
     decoder.read([torch.arange(2, 7)] * 2)
     tokens = []
@@ -301,18 +301,15 @@ def test_a_token_that_fails_later_is_named_by_its_number(options):
         check_chosen(torch.stack(tokens, dim=1))
 
 
-def test_some_banned_tokens_and_the_coldest_temperature_are_fine():
+def test_21_12_some_banned_tokens_and_the_coldest_temperature_are_fine():
     logits = torch.tensor([[-float("inf"), 3.0, 1.0]])
     for sampling in (Sampling(temperature=0), Sampling(temperature=1e-40), Sampling(temperature=5e-324)):
         assert sampling.choose(logits, torch.tensor([0.5])).tolist() == [1]
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_a_default_dtype_of_bfloat16_generates_what_the_model_in_bfloat16_does(options):
+def test_21_16_a_default_dtype_of_bfloat16_generates_what_the_model_in_bfloat16_does(options):
     model = build().to(DEVICE, torch.bfloat16)
     expected = generate(model, PROMPTS, 12, segment=SEGMENT, **options)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
+    with default_dtype(torch.bfloat16):
         assert torch.equal(generate(model, PROMPTS, 12, segment=SEGMENT, **options), expected)
-    finally:
-        torch.set_default_dtype(torch.float32)

@@ -7,10 +7,14 @@ import torch
 
 pytest.importorskip("transformers")
 
+from helpers.byte_tokenizers import bytes_tokenizer
 from helpers.checks import GPU_MODEL, assert_close
 from helpers.hf_families import made, tokens
 
+from memtrans import cuda_graph
 from memtrans.hf import add_memory, reading
+from memtrans.hf.calibrate import Plan, Step, fill
+from memtrans.hf.lessons import Course
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
@@ -29,3 +33,30 @@ def test_reading_by_replays_stores_what_passes_do(search: bool, monkeypatch: pyt
         held.append((memory.ids(1), memory._entries.memories[1].state_dict()["keys"]))
     assert torch.equal(held[0][0], held[1][0])
     assert_close(held[0][1], held[1][1], GPU_MODEL, "keys")
+
+
+@pytest.mark.parametrize("form", ["offset", "gain", "mix"])
+def test_a_step_that_is_replayed_learns_what_steps_one_by_one_learn(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "It was a bright cold day in the hills, and all the clocks were being wound again. " * 60
+    learned, captured = [], []
+    for first in (2, 10**6):
+        monkeypatch.setattr(cuda_graph, "EAGER_CALLS", first)
+        model = made("llama", vocab_size=260, head_dim=32).to("cuda").requires_grad_(False)
+        memory = add_memory(model, max_memories=1500, k=8, segment=16)
+        for layer in memory.layers.values():
+            layer.learned.learn_to_ask(form)
+        memory.reset(2)
+        course = Course.of(memory, bytes_tokenizer(), [text], [400, 1200], 8, 2)
+        step = Step(model, memory, course, Plan(12, 2, 0.05, 2.0, 0))
+        for seed in (1, 2):
+            lesson = course.lesson(seed).to(model.device)
+            with memory.reading_again():
+                fill(memory, lesson)
+            step.take_up(lesson, lesson.draw(6, course.asked, course.sizes, seed))
+            for number in range(6):
+                step.run(1.0 - number / 12)
+        captured.append(step.replay.captured)
+        learned.append([parameter.detach().clone() for parameter in memory.parameters()])
+    assert captured == [True, False]
+    for mine, its in zip(*learned, strict=True):
+        assert_close(mine, its, GPU_MODEL)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.byte_tokenizers import bytes_tokenizer
+from helpers.checks import PARITY, assert_close
 from helpers.hf_families import made
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from memtrans.hf import ModelMemory, add_memory, calibrate
-from memtrans.hf.facts import facts
-from memtrans.hf.lessons import Course
+from memtrans.hf import ModelMemory, add_memory, calibrate, load_memory
+from memtrans.hf.calibrate import SLOWER, Plan, Step, fill, text_loss
+from memtrans.hf.facts import FIRST, LAST, MIDDLE, facts
+from memtrans.hf.lessons import Course, Drawn, Lesson
 from memtrans.hf.planted import plant, questions
+from memtrans_kernels import memory_attention
 
 TEXT = "It was a bright cold day in the hills, and all the clocks were being wound again. " * 12
 
@@ -41,6 +47,7 @@ def test_a_memory_that_drowns_the_text_is_trusted_less(model: PreTrainedModel) -
     )
     assert all(learned["after"][f"text_{size}"] < learned["before"][f"text_{size}"] for size in (100, 600))
     assert learned["after"]["text"] == learned["before"]["text"]
+    assert learned["after"].pop("steps") == 30
     assert set(learned["after"]) == {
         "text",
         *(f"{n}_{size}" for n in ("facts", "right", "text") for size in (100, 600)),
@@ -71,6 +78,7 @@ def test_the_same_seed_learns_the_same() -> None:
         ({"sizes": [20]}, r"sizes must have room for a fact of \d+ tokens, got 20"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"facts": 0}, "facts must be at least 1, got 0"),
+        ({"form": "gains"}, "form must be one of offset, gain, mix, got 'gains'"),
         ({"documents": [""]}, "documents must have at least 64 tokens, got 0"),
     ],
 )
@@ -107,17 +115,189 @@ def test_more_facts_than_a_text_has_room_for_leave_it_as_long_as_it_was(model: P
     course = Course.of(with_memory(model), bytes_tokenizer(), [TEXT * 40], [200, 600], 500, 2)
     lesson = course.lesson(0)
     assert lesson.ids.shape == (2, 600)
-    assert all(document.within(200) for document in lesson.documents)
+    assert all(known for known in lesson.known(200))
 
 
 def test_no_lesson_repeats_another_and_the_end_of_a_text_is_kept_to_judge_by(model: PreTrainedModel) -> None:
     memory = with_memory(model, max_memories=2000)
     course = Course.of(memory, bytes_tokenizer(), [TEXT * 40], [700, 1600], 6, 2)
     lessons = [course.lesson(seed) for seed in range(3)]
-    known = [fact for lesson in lessons for document in lesson.documents for _, fact in document.facts]
-    assert len({fact.question for fact in known}) == len(known) == 3 * 2 * 6
+    known = [tuple(lesson.bank.ids[row].tolist()) for lesson in lessons for rows in lesson.known(1600) for row in rows]
+    assert len(set(known)) == len(known) == 3 * 2 * 6
     assert all(lesson.ids.shape == (2, 1600) and lesson.behind.shape == (2, 8, 32) for lesson in lessons)
     kept = course.lesson(9, len(course.ids) - course.tokens)
     assert kept.behind[0].flatten().tolist() == list(course.ids[-256:])
     asked = kept.asked(700, 8, 1)
     assert len(asked.ids) == 8 and asked.ids.shape[1] == course.width
+
+
+def lesson_of(memory: ModelMemory, steps: int) -> tuple[Course, Lesson, Drawn]:
+    course = Course.of(memory, bytes_tokenizer(), [TEXT * 10], [200, 600], 8, 2)
+    lesson = course.lesson(3)
+    return course, lesson, lesson.draw(steps, course.asked, course.sizes, 0)
+
+
+def test_a_passage_goes_on_as_its_document_does(model: PreTrainedModel) -> None:
+    course, lesson, _ = lesson_of(with_memory(model), 1)
+    each = len(lesson.distances) // 2
+    for row in (lesson.facts, each - 1, each + lesson.facts):
+        document, distance = lesson.ids[row // each].tolist(), int(lesson.distances[row])
+        asked, answer = lesson.bank.ids[row], lesson.bank.answers[row]
+        end = int(answer.nonzero().max()) + 1
+        begin = len(document) - distance
+        assert asked[:end].tolist() == document[begin : begin + end]
+        assert int(answer.sum()) == 4 and end <= course.width
+
+
+def test_facts_of_a_lesson_are_told_apart_by_their_places() -> None:
+    place = re.compile(rf"\b({'|'.join(FIRST)})({'|'.join(MIDDLE)})({'|'.join(LAST)})\b")
+    made_up = facts(64, seed=1, alike=8)
+    said = [place.sub("{place}", fact.question) for fact in made_up]
+    assert all(said.count(one) == 8 for one in said) and len({fact.question for fact in made_up}) == 64
+
+
+def test_what_is_drawn_is_within_the_size_that_is_seen(model: PreTrainedModel) -> None:
+    _, lesson, drawn = lesson_of(with_memory(model), 12)
+    each = len(lesson.distances) // 2
+    assert drawn.sizes.tolist() == [200, 600] * 6
+    for rows, place, size, behind in zip(*drawn, strict=True):
+        assert int(lesson.distances[rows].max()) <= int(size)
+        assert (rows // each).tolist() == [0] * 16 + [1] * 16 and (rows % each >= lesson.facts).any()
+        assert behind == lesson.stored[place] and int(lesson.stored[0] - behind) >= 150
+
+
+def test_a_segment_is_read_again_with_what_was_read_before_it(model: PreTrainedModel) -> None:
+    memory = with_memory(model)
+    _, lesson, _ = lesson_of(memory, 1)
+    for place in (3, 17):
+        memory.reset(2)
+        fill(memory, lesson)
+        with torch.no_grad(), memory.newest(200, int(lesson.stored[place])):
+            found = text_loss(model, lesson.segments[:, place])
+        memory.reset(2)
+        memory.read(lesson.ids[:, : place * 32], search=False, progress=False)
+        with torch.no_grad(), memory.newest(200):
+            wanted = text_loss(model, lesson.ids[:, place * 32 : place * 32 + 32])
+        assert_close(found, wanted, PARITY)
+
+
+def test_a_step_on_static_buffers_learns_what_one_by_hand_learns() -> None:
+    def prepared() -> tuple[PreTrainedModel, ModelMemory]:
+        model = made("llama", vocab_size=260).requires_grad_(False)
+        memory = with_memory(model)
+        for layer in memory.layers.values():
+            layer.learned.learn_to_ask("mix")
+        memory.reset(2)
+        return model, memory
+
+    plan = Plan(4, 1, 0.1, 2.0, 0)
+    model, memory = prepared()
+    course, lesson, drawn = lesson_of(memory, 4)
+    fill(memory, lesson)
+    step = Step(model, memory, course, plan)
+    step.take_up(lesson, drawn)
+    for number in range(4):
+        step.run(1.0 - number / 4)
+
+    other, by_hand = prepared()
+    fill(by_hand, lesson)
+    kinds = {name for name, _ in by_hand.layers[0].learned.named_parameters()}
+    groups = [
+        {
+            "params": [getattr(layer.learned, name) for layer in by_hand.layers.values()],
+            "highest": 0.1 * SLOWER.get(name, 1.0),
+            "weight_decay": 0.1 if name in SLOWER else 0.0,
+        }
+        for name in sorted(kinds)
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
+    seen = []
+    for number in range(4):
+        rows, place, size, behind = (tensor[number] for tensor in drawn)
+        with by_hand.newest(int(size)), by_hand.expand(16):
+            asked = lesson.bank.rows(rows)
+            nats = asked.losses(other(input_ids=asked.ids, use_cache=False).logits)[0].mean()
+        with by_hand.newest(int(size), int(behind)):
+            text = text_loss(other, lesson.segments[:, int(place)])
+        for group in optimizer.param_groups:
+            group["lr"] = group["highest"] * (1.0 - number / 4)
+        (nats + 2.0 * text).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(torch.stack((nats, text)).detach())
+    assert_close(step.seen, torch.stack(seen).sum(0), PARITY)
+    assert by_hand.layers[0].learned.memory_mix.abs().max() > 0.005
+    for mine, its in zip(memory.parameters(), by_hand.parameters(), strict=True):
+        assert_close(mine.detach(), its.detach(), PARITY)
+
+
+class Unaskable(TorchDispatchMode):
+    """Refuses what would make the host wait for the device, which a captured graph cannot hold."""
+
+    ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.name().split("::")[1].split(".")[0]
+        assert name not in self.ASKING, f"{name} asks the device for a value"
+        assert not (name == "index" and any(at is not None and at.dtype == torch.bool for at in args[1]))
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_asks_the_device_for_no_value(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = with_memory(model.requires_grad_(False))
+    for layer in memory.layers.values():
+        layer.learned.learn_to_ask("mix")
+    memory.reset(2)
+    course, lesson, drawn = lesson_of(memory, 3)
+    fill(memory, lesson)
+    step = Step(model, memory, course, Plan(3, 1, 0.1, 2.0, 0))
+    step.take_up(lesson, drawn)
+    step.run(1.0)
+    monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda tensor=None: True)  # as while capturing
+    monkeypatch.setattr("memtrans_kernels.checks.may_look", lambda *said: False)  # as off the CPU
+    monkeypatch.setattr("memtrans_kernels.ledger._added", lambda *counts: 0)  # those are on the host
+    step.optimizer.step = lambda: None  # on a CPU, AdamW asks for its rate
+    with Unaskable():
+        step.run(1.0)
+
+
+def test_a_mask_that_is_made_while_capturing_is_left_out(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = with_memory(model)
+    ids = torch.tensor([encode(TEXT)[:200]])
+    memory.read(ids, progress=False)
+    seen: list[Any] = []
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs.get("bias_dense"))
+        return memory_attention(*args, **kwargs)
+
+    monkeypatch.setattr("memtrans.hf.attention.memory_attention", noted)
+    with torch.no_grad():
+        wanted = model(ids[:, :20]).logits
+        monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda tensor=None: True)
+        assert_close(model(ids[:, :20]).logits, wanted, PARITY)
+        assert seen == [None] * 4
+        model(ids[:, :20], attention_mask=torch.ones(1, 20))
+        assert seen[4] is not None
+
+
+@pytest.mark.parametrize(("form", "learned"), [("offset", 2), ("gain", 4), ("mix", 5)])
+def test_a_form_says_what_is_learned_and_is_saved(
+    model: PreTrainedModel, form: str, learned: int, tmp_path: Path
+) -> None:
+    memory = with_memory(model)
+    calibrate(model, memory, bytes_tokenizer(), [TEXT], steps=2, facts=4, batch=1, form=form)
+    wanted = [parameter.detach().clone() for parameter in memory.parameters()]
+    assert len(wanted) == 2 * learned
+    memory.save(tmp_path)
+    memory.remove()
+    again = load_memory(model, tmp_path).parameters()
+    assert all(torch.equal(mine, its) for mine, its in zip(again, wanted, strict=True))
+
+
+def test_a_calibration_ends_when_its_time_is_up(model: PreTrainedModel) -> None:
+    memory = with_memory(model)
+    learned = calibrate(model, memory, bytes_tokenizer(), [TEXT], steps=10**6, facts=4, batch=1, seconds=1.0)
+    assert learned["after"]["steps"] < 1000

@@ -1,7 +1,7 @@
 """backend="faiss": exact up to the order of equal keys, on the CPU by a flat index, on a GPU through csrc/faiss.
 
-The bridge returns what Faiss finds in each of the two pieces of a window; a stand-in for it on the CPU shows that these
-are put together rightly.
+The bridge gives Faiss all slots of a row, with a column that says which may be found; a stand-in for Faiss on the CPU
+shows that it says so rightly.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers.devices import DEVICE, live_backends, seeded
+from helpers.devices import DEVICE, default_dtype, live_backends, seeded
 from helpers.rings import INF, assert_exact, memory, search
 from torch import Tensor
+from torch.nn.functional import pad
 
 from memtrans_kernels import backends_info, knn_search
-from memtrans_kernels.impl.faiss import cpu as faiss_cpu
 from memtrans_kernels.impl.faiss import gpu as faiss_gpu
 
 pytestmark = pytest.mark.device
@@ -48,11 +48,12 @@ def test_windows_of_all_kinds_are_exact(dtype: torch.dtype, k: int, heads: int, 
     assert_exact(query, held, rows, scores, slots, k)
 
 
-@pytest.mark.gpu
-def test_a_non_finite_score_is_an_error_on_a_gpu() -> None:
-    held = memory([(0, torch.tensor([[1.0, INF], [2.0, 1.0]]))], capacity=2)
-    with pytest.raises(RuntimeError, match="backend='faiss' met a score that is not finite"):
-        search(torch.ones(1, 1, 1, 2), held, 2, "faiss")
+def test_21_16_scores_are_float32_whatever_the_default_is() -> None:
+    held, query = memory([(0, torch.randn(9, 16, generator=seeded(0)))], capacity=9), torch.randn(1, 2, 3, 16)
+    expected, _ = search(query, held, 4, "faiss")
+    with default_dtype(torch.bfloat16):
+        scores, _ = search(query, held, 4, "faiss")
+    assert scores.dtype == torch.float32 and torch.equal(scores, expected)
 
 
 @pytest.mark.gpu
@@ -67,41 +68,52 @@ def test_the_search_runs_on_the_current_stream() -> None:
         assert slots.flatten().tolist() == [2]
 
 
-def bfknn_of_both_pieces(
-    query: Tensor, keys: Tensor, rows: Tensor, start: Tensor, cursor: Tensor, capacity: int, k: int
-) -> tuple[Tensor, Tensor]:
-    """What the bridge returns, in Python: scores and positions (2, B, H, N, K), padded as Faiss pads."""
-    size, lowest = keys.shape[1], torch.finfo(torch.float32).min
-    scores, positions = [], []
-    for piece in (0, 1):
-        begins, ends = [], []
-        for begin, end in zip(start.tolist(), cursor.tolist(), strict=True):
-            first = max(0, begin, end - capacity)
-            before_the_end = min(end, first + size - first % size)
-            begins.append(first if piece == 0 else before_the_end)
-            ends.append(before_the_end if piece == 0 else end)
-        found, slots = faiss_cpu.knn_search(query, keys, rows, torch.tensor(begins), torch.tensor(ends), size, k)
-        by_head = torch.tensor(begins)[rows].reshape(len(query), -1) % size
-        by_head = by_head.repeat_interleave(query.shape[1] // by_head.shape[1], dim=1)[..., None, None]
-        scores.append(found.masked_fill(slots < 0, lowest))
-        positions.append(torch.where(slots < 0, -1, slots - by_head).to(torch.int32))
-    return torch.stack(scores), torch.stack(positions)
+@pytest.mark.gpu
+def test_the_host_never_waits_for_the_device() -> None:
+    """A wrapped ring, a cleared row, an empty one, a key that is not finite: nothing of it is read back."""
+    held = memory(entries_of(torch.float16), capacity=51, spare=9, hidden=1e3)
+    query, rows = torch.randn(4, 4, 3, 16), torch.tensor([5, 3, 0, 7, 6, 1, 2, 4])
+    arguments = (query, held.keys, rows, held.start, held.cursor, 51, 5)
+    knn_search(*arguments, backend="faiss")  # loads libraries, and lets them have their workspaces
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        scores, slots = knn_search(*arguments, backend="faiss")
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    assert_exact(query, held, rows.tolist(), scores, slots, 5)
+
+
+def bfknn(query: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """What the bridge returns, in Python: scores and positions (sets, Q, K), padded as Faiss pads."""
+    assert query.is_contiguous() and keys.is_contiguous() and keys.stride(1) * keys.element_size() % 16 == 0
+    assert query.dtype == keys.dtype and keys.isfinite().all()
+    found = min(k, keys.shape[1])
+    scores, positions = (query.float() @ keys.float().transpose(1, 2)).topk(found, dim=-1)
+    more = (0, k - found)
+    lowest = torch.finfo(torch.float32).min
+    return pad(scores, more, value=lowest), pad(positions.to(torch.int32), more, value=-1)
 
 
 @pytest.fixture
 def stand_in() -> Iterator[None]:
     library = torch.library.Library("memtrans", "IMPL", "CPU")
-    library.impl("native_faiss_search", bfknn_of_both_pieces)
+    library.impl("native_faiss_search", bfknn)
     yield
     library._destroy()
 
 
 @pytest.mark.cpu
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [1, 5, 51, 64])
 @pytest.mark.parametrize(("heads", "groups"), [(1, 1), (4, 2), (2, 2)])
+@pytest.mark.parametrize("hidden", [1e3, INF, float("nan")])
 @pytest.mark.usefixtures("stand_in")
-def test_the_pieces_of_a_wrapped_window_are_put_together(k: int, heads: int, groups: int) -> None:
-    held = memory(entries_of(torch.float32), capacity=51, spare=9, hidden=1e3)
+def test_the_bridge_hides_what_a_search_must_not_see(
+    dtype: torch.dtype, k: int, heads: int, groups: int, hidden: float
+) -> None:
+    """Through scores below zero, too: more neighbours are asked for than score above it."""
+    held = memory(entries_of(dtype), capacity=51, spare=9, hidden=hidden)
     rows = [5, 3, 0, 7, 6, 1, 2, 4]
     query = torch.randn(len(rows) // groups, heads, 3, 16, generator=seeded(1))
     scores, slots = faiss_gpu.knn_search(query, held.keys, torch.tensor(rows), held.start, held.cursor, 51, k)
@@ -111,11 +123,28 @@ def test_the_pieces_of_a_wrapped_window_are_put_together(k: int, heads: int, gro
 
 @pytest.mark.cpu
 @pytest.mark.usefixtures("stand_in")
-def test_the_bridge_refuses_scores_that_are_not_finite() -> None:
-    huge = torch.full((1, 2, 2), 3e38)
-    arguments = (torch.tensor([0]), torch.tensor([0]), torch.tensor([2]), 2, 1)
-    with pytest.raises(RuntimeError, match="backend='faiss' met a score that is not finite"):
-        faiss_gpu.knn_search(torch.full((1, 1, 1, 2), 2.0), huge, *arguments)
+def test_the_bridge_never_finds_keys_that_are_not_finite() -> None:
+    keys = torch.randn(9, 4, generator=seeded(1))
+    keys[2, 1], keys[5], keys[7, 0] = torch.nan, INF, -INF
+    held = memory([(0, keys)], capacity=9)
+    query = torch.randn(1, 2, 3, 4, generator=seeded(2))
+    scores, slots = faiss_gpu.knn_search(query, held.keys, torch.tensor([0]), held.start, held.cursor, 9, 9)
+    assert_exact(query, held, [0], scores, slots, 9)
+    assert (slots[..., 6:] == -1).all() and (scores[..., 6:] == -INF).all()
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_column_of_the_bridge_costs_no_bit_of_a_score(dtype: torch.dtype) -> None:
+    query, keys = (
+        torch.randn(1, 2, 5, generator=seeded(1)).to(dtype),
+        torch.randn(1, 3, 5, generator=seeded(2)).to(dtype),
+    )
+    seen = torch.tensor([[True, False, True]])
+    wide_query, wide_keys = faiss_gpu.with_column(query, keys, seen)
+    products = wide_query.double() @ wide_keys.double().transpose(1, 2)
+    assert torch.equal(products[..., [0, 2]], (query.double() @ keys.double().transpose(1, 2))[..., [0, 2]])
+    assert (products[..., 1] == -(faiss_gpu.COLUMN[dtype] ** 2)).all()
 
 
 def test_auto_never_takes_it() -> None:

@@ -16,14 +16,16 @@ from helpers.cases import (
     NEIGHBOURS,
     SHAPES,
     WIDTH,
+    Shape,
     attention_inputs,
     in_float64,
     random_attention,
 )
 from helpers.checks import ATTENTION, LSE, assert_close
-from helpers.devices import DEVICE, live_backends, seeded
+from helpers.devices import DEVICE, default_dtype, live_backends, seeded
 
 from memtrans_kernels import local_attention, memory_attention
+from memtrans_kernels.attention_inputs import AttentionInputs
 from memtrans_kernels.impl.reference.philox import keep_mask
 
 pytestmark = pytest.mark.device
@@ -254,6 +256,41 @@ def test_errors_of_attention_without_a_memory_name_them_too(change, error, messa
     local = {"query": torch.zeros(1, 2, 3, 4), "key": torch.zeros(1, 1, 3, 4), "value": torch.zeros(1, 1, 3, 4)}
     with pytest.raises(error, match=message):
         local_attention(**{**local, "scale": torch.ones(2), **change})
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_21_16_attention_without_a_memory_is_the_same_whatever_the_default_is(backend, dtype):
+    """A float64 among the arguments would keep every fast backend from running."""
+    query, key, value = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    arguments = {"query": query, "key": key, "value": value, "scale": torch.ones(4), "backend": backend}
+    expected = local_attention(**arguments)
+    with default_dtype(dtype):
+        found = local_attention(**arguments)
+    for actual, wanted in zip(found, expected, strict=True):
+        assert actual.dtype == torch.float32 and torch.equal(actual, wanted)
+
+
+WRONG_SEEDS = {
+    "none": (None, ValueError, "seed must be an int64 tensor when dropout_p > 0, got None"),
+    "nothing in it": (torch.zeros(0, dtype=torch.int64), ValueError, r"seed must have shape \(\), got \(0,\)"),
+    "three numbers": (torch.zeros(3, dtype=torch.int64), ValueError, r"seed must have shape \(\), got \(3,\)"),
+    "of 32 bits": (torch.tensor(1, dtype=torch.int32), TypeError, "seed must be torch.int64, got torch.int32"),
+}
+
+
+@on_every_backend
+@pytest.mark.parametrize("wrong", WRONG_SEEDS)
+def test_21_1_the_operators_themselves_read_no_seed_that_is_not_one_number(backend, wrong):
+    """A kernel would read whatever lies where the number should be."""
+    seed, error, message = WRONG_SEEDS[wrong]
+    inputs = AttentionInputs(**random_attention(Shape(dropout_p=0.2), torch.float32, seeded(0)))
+    out, lse = torch.ops.memtrans.memory_attention(*inputs)
+    inputs = inputs._replace(seed=seed)
+    with pytest.raises(error, match=message):
+        torch.ops.memtrans.memory_attention(*inputs, backend=backend)
+    with pytest.raises(error, match=message):
+        torch.ops.memtrans.memory_attention_backward(out, lse, out, lse, *inputs, None, None, 0, backend)
 
 
 @on_every_backend

@@ -57,6 +57,18 @@ def test_every_backend_equals_the_formula_in_float64(poisoned, backend, dtype, s
 
 
 @on_every_backend
+def test_without_gradients_of_keys_all_others_are_the_same_bits(backend):
+    shape = SHAPES["table inside one tile, groups"]
+    inputs, (grad_out, grad_lse) = random_attention(shape, torch.float32, seeded(0)), gradients_of_results(shape)
+    expected = gradients(inputs, grad_out, grad_lse, backend)
+    wanted = {name: inputs[name].detach().requires_grad_() for name in expected if name not in ("key", "value")}
+    results = memory_attention(**{**inputs, **wanted}, backend=backend)
+    torch.autograd.backward(results, (grad_out, grad_lse))
+    for name, leaf in wanted.items():
+        assert torch.equal(leaf.grad, expected[name]), name
+
+
+@on_every_backend
 @pytest.mark.parametrize("shape", [SHAPES["dropout"], SHAPES["dense bias of every document"]], ids=["table", "dense"])
 def test_two_passes_give_the_same_bits(backend, shape):
     inputs, upstream = random_attention(shape, torch.float16, seeded(0)), gradients_of_results(shape)

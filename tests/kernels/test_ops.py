@@ -110,6 +110,7 @@ def test_opcheck(name):
 def test_opcheck_of_every_argument_of_attention():
     torch.library.opcheck(ops.memory_attention, _attention_of_every_argument())
     torch.library.opcheck(ops.memory_attention_backward, _backward_of(_attention_of_every_argument()))
+    torch.library.opcheck(ops.memory_attention_backward, (*_backward_of(_attention_of_every_argument()), False))
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

@@ -56,7 +56,7 @@ def gradients(segments: int, spare: int | str, checkpointed: bool = False) -> li
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_a_late_backward_has_the_gradient_of_one_with_room_enough(checkpointed: bool) -> None:
+def test_21_8_a_late_backward_has_the_gradient_of_one_with_room_enough(checkpointed: bool) -> None:
     expected = gradients(8, spare=8 * LENGTH)
     with pytest.warns(UserWarning, match=GROWS) as told:
         actual = gradients(8, spare=0, checkpointed=checkpointed)
@@ -65,7 +65,7 @@ def test_a_late_backward_has_the_gradient_of_one_with_room_enough(checkpointed: 
         assert_close(grad, wanted, SAME_FORMULA)
 
 
-def test_the_warning_names_the_bytes_and_the_spare_that_avoids_it() -> None:
+def test_21_8_the_warning_names_the_bytes_and_the_spare_that_avoids_it() -> None:
     message = r"a memory of 1,280 bytes grows to 2,560, .* spare=8 or more avoids it"
     with pytest.warns(UserWarning, match=message):
         gradients(2, spare=LENGTH)
@@ -75,7 +75,7 @@ def test_the_warning_names_the_bytes_and_the_spare_that_avoids_it() -> None:
 
 
 @pytest.mark.filterwarnings(f"ignore:{GROWS}")
-def test_what_the_memory_holds_is_what_it_would_hold_otherwise() -> None:
+def test_21_8_what_the_memory_holds_is_what_it_would_hold_otherwise() -> None:
     memories = [memory_of("grow"), memory_of(100)]
     kept = [losses(layer(), memory, 9) for memory in memories]
     del kept
@@ -83,7 +83,7 @@ def test_what_the_memory_holds_is_what_it_would_hold_otherwise() -> None:
     assert all(torch.equal(states[0][name], tensor) for name, tensor in states[1].items())
 
 
-def test_several_segments_in_one_recomputation_find_what_they_found() -> None:
+def test_21_8_several_segments_in_one_recomputation_find_what_they_found() -> None:
     """Each reads the state that the one before it left, in a ring that is laid out anew between them."""
 
     def gradients_of(spare: int | str, checkpointed: bool) -> list[Tensor]:
@@ -112,7 +112,7 @@ def test_several_segments_in_one_recomputation_find_what_they_found() -> None:
         assert_close(grad, wanted, SAME_FORMULA)
 
 
-def test_a_snapshot_that_is_kept_holds_nothing_once_its_backward_is_done() -> None:
+def test_21_8_a_snapshot_that_is_kept_holds_nothing_once_its_backward_is_done() -> None:
     attention, memory, kept = layer(), memory_of(LENGTH), []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -124,7 +124,7 @@ def test_a_snapshot_that_is_kept_holds_nothing_once_its_backward_is_done() -> No
 
 
 @pytest.mark.parametrize("how", ["dropped", "backward", "no gradient"])
-def test_a_loss_that_is_gone_holds_nothing(how: str) -> None:
+def test_21_8_a_loss_that_is_gone_holds_nothing(how: str) -> None:
     """Dropped, or with a backward pass behind it although the loss itself is kept."""
     attention, memory, kept = layer(), memory_of(LENGTH), []
     with warnings.catch_warnings():
@@ -140,7 +140,7 @@ def test_a_loss_that_is_gone_holds_nothing(how: str) -> None:
     assert memory._ring.spare == LENGTH
 
 
-def test_a_ring_ends_at_eight_times_its_first_size_before_it_is_allocated() -> None:
+def test_21_8_a_ring_ends_at_eight_times_its_first_size_before_it_is_allocated() -> None:
     attention, memory = layer(), memory_of(LENGTH)
     first = CAPACITY + LENGTH
     message = r"spare must be \d+ or more, or 'grow', .* got 74: the memory would grow to 20,480 bytes"
@@ -149,7 +149,7 @@ def test_a_ring_ends_at_eight_times_its_first_size_before_it_is_allocated() -> N
     assert memory._ring.keys.shape[1] == 8 * first
 
 
-def test_dropping_the_losses_lets_a_ring_at_its_end_go_on() -> None:
+def test_21_8_dropping_the_losses_lets_a_ring_at_its_end_go_on() -> None:
     attention, memory = layer(), memory_of(LENGTH)
     with pytest.warns(UserWarning, match=GROWS), pytest.raises(StaleMemoryError, match="or let go of losses"):
         losses(attention, memory, 100)
@@ -158,7 +158,7 @@ def test_dropping_the_losses_lets_a_ring_at_its_end_go_on() -> None:
     assert all(x.grad is not None for x in inputs)
 
 
-def test_a_spare_of_grow_has_no_such_end(tmp_path: Path) -> None:
+def test_21_8_a_spare_of_grow_has_no_such_end(tmp_path: Path) -> None:
     expected = gradients(60, spare=60 * LENGTH)
     with pytest.warns(UserWarning, match=GROWS):
         actual = gradients(60, spare="grow")
@@ -169,7 +169,7 @@ def test_a_spare_of_grow_has_no_such_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings(f"ignore:{GROWS}")
-def test_a_ring_that_was_laid_out_anew_leaves_older_passes_what_they_read() -> None:
+def test_21_8_a_ring_that_was_laid_out_anew_leaves_older_passes_what_they_read() -> None:
     """However much is added behind it by passes that nothing can make it grow for."""
 
     def gradient(between: bool) -> Tensor:
@@ -186,7 +186,7 @@ def test_a_ring_that_was_laid_out_anew_leaves_older_passes_what_they_read() -> N
     assert torch.equal(gradient(True), gradient(False))
 
 
-def test_a_compiled_step_raises_and_names_the_number_that_is_enough() -> None:
+def test_21_8_a_compiled_step_raises_and_names_the_number_that_is_enough() -> None:
     attention, memory = layer(), memory_of(LENGTH)
     compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
     _, results = losses(compiled, memory, 5)

@@ -275,7 +275,7 @@ def test_a_list_clears_the_memories_and_documents_named() -> None:
     assert [memory.lengths.tolist() for memory in memories] == [[0, 0]] * 3
 
 
-def test_cleanup_leaves_the_memories_readable_and_clear_empties_them() -> None:
+def test_21_11_cleanup_leaves_the_memories_readable_and_clear_empties_them() -> None:
     memories = KNNMemoryList([filled()])
     memories.cleanup()
     assert held(memories[0]) == [[1, 2, 3]] * 2
@@ -285,7 +285,7 @@ def test_cleanup_leaves_the_memories_readable_and_clear_empties_them() -> None:
     assert held(memories[0]) == [[], []]
 
 
-def test_storage_goes_with_the_last_reference() -> None:
+def test_21_11_storage_goes_with_the_last_reference() -> None:
     memory = filled()
     storage = weakref.ref(memory._ring)
     memory.cleanup()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -241,7 +242,7 @@ def test_a_saved_file_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None
     assert saved.stat().st_mode == plain.stat().st_mode
 
 
-def test_load_on_an_instance_names_what_was_meant(tmp_path: Path) -> None:
+def test_21_9_load_on_an_instance_names_what_was_meant(tmp_path: Path) -> None:
     memory = filled()
     memory.save(tmp_path / "memory")
     memories = KNNMemoryList([filled()])
@@ -254,14 +255,14 @@ def test_load_on_an_instance_names_what_was_meant(tmp_path: Path) -> None:
     assert isinstance(KNNMemoryList.load(tmp_path / "list"), KNNMemoryList)
 
 
-def test_save_makes_directories_that_are_missing(tmp_path: Path) -> None:
+def test_21_9_save_makes_directories_that_are_missing(tmp_path: Path) -> None:
     filled().save(tmp_path / "one" / "more" / "memory")
     KNNMemoryList([filled()]).save(str(tmp_path / "another" / "list"))
     assert held(KNNMemory.load(tmp_path / "one" / "more" / "memory")) == [[1, 2, 3]] * 2
     assert len(KNNMemoryList.load(tmp_path / "another" / "list")) == 1
 
 
-def test_a_pickled_memory_lives_where_its_tensors_are_loaded_to() -> None:
+def test_21_16_a_pickled_memory_lives_where_its_tensors_are_loaded_to() -> None:
     """`torch.load(path, map_location="cpu")` of what a GPU held moves the tensors, not what is said beside them."""
     memory = filled()
     pickled = {**memory.__getstate__(), "device": torch.device("cuda")}
@@ -269,3 +270,21 @@ def test_a_pickled_memory_lives_where_its_tensors_are_loaded_to() -> None:
     moved.__setstate__(pickled)
     assert moved.device == torch.device("cpu")
     assert held(moved) == held(memory)
+
+
+def test_21_16_a_file_that_was_pickled_on_a_gpu_loads_with_map_location(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here without a GPU: the tensors in the file are marked as one's, and the memory says that it lives there."""
+    memories = KNNMemoryList([filled(), KNNMemory(2, 4, 2)])
+    memories[0].clear([1])
+    file = io.BytesIO()
+    with monkeypatch.context() as context:
+        context.setattr(torch.serialization, "location_tag", lambda _: "cuda:0")
+        context.setattr(KNNMemory, "device", property(lambda memory: memory._ring and torch.device("cuda:0")))
+        torch.save(memories, file)
+    file.seek(0)
+    loaded = torch.load(file, map_location="cpu", weights_only=False)
+    assert [memory.device for memory in loaded] == [torch.device("cpu"), None]
+    assert held(loaded[0]) == held(memories[0]) == [[1, 2, 3], []]
+    for memory in loaded:
+        memory.add(pairs(4, batch=2))
+    assert [held(memory) for memory in loaded] == [[[1, 2, 3, 4], [4]], [[4]] * 2]

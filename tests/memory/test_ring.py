@@ -56,7 +56,7 @@ def test_appending_again_in_a_backward_pass_writes_over_nothing_newer() -> None:
     assert held(memory) == [[12, 13, 14, 15]] * 2
 
 
-def test_one_snapshot_for_several_segments_is_refused_before_anything_is_lost() -> None:
+def test_21_7_one_snapshot_for_several_segments_is_refused_before_anything_is_lost() -> None:
     memory = filled(spare=4)
     snapshot, other = memory.snapshot(), memory.snapshot()
     snapshot.append(*segment(4))
@@ -67,7 +67,7 @@ def test_one_snapshot_for_several_segments_is_refused_before_anything_is_lost() 
 
 
 @pytest.mark.parametrize("grown", [False, True])
-def test_a_snapshot_searched_after_more_than_spare_entries_is_refused(grown: bool) -> None:
+def test_21_7_a_snapshot_searched_after_more_than_spare_entries_is_refused(grown: bool) -> None:
     """Unless the ring was laid out anew: then its storage stays as it was."""
     memory = filled(spare=3)
     snapshot = memory.snapshot()

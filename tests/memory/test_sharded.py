@@ -441,6 +441,7 @@ def messages(rank: int) -> list[str]:
         lambda: join_shards([state, other]),
         lambda: copy.deepcopy(memory),
         lambda: memory.add(torch.full((2, 1, 2, 2), torch.nan)),
+        lambda: KNNAttention(dim=4, heads=1, dim_head=2, attend_to="all")(torch.ones(2, 3, 4), knn_memory=memory),
     ]
     raised = []
     for call in calls:
@@ -461,6 +462,7 @@ def test_what_cannot_be_is_refused_by_name(two: Processes) -> None:
         "states must be those of all shards of one memory, got shards [({rank}, 2), (0, 4)]",
         "a sharded memory must be copied by its state_dict, got a copy that has no process group",
         "the values in memories must be numbers, got NaN components",
+        "attend_to must be 'neighbours' with a memory spread over 2 ranks, got 'all'",
     ]
     for rank, got in enumerate(two.run(messages)):
         assert got == [message.replace("{rank}", str(rank)) for message in expected]

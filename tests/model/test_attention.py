@@ -324,7 +324,7 @@ class OwnName(KNNMemory):
 
 
 @pytest.mark.parametrize(("kind", "named"), [(OwnSearch, "OwnSearch with search"), (OwnAdd, "OwnAdd with add")])
-def test_a_memory_whose_methods_no_layer_would_call_is_refused_by_name(kind, named):
+def test_21_10_a_memory_whose_methods_no_layer_would_call_is_refused_by_name(kind, named):
     attention, memory = layer(), kind(WIDTH, 50, 2)
     for given in ({"knn_memory": memory}, {"knn_memory": KNNMemory(WIDTH, 50, 2), "add_to": memory}):
         with pytest.raises(TypeError, match=f"must have the methods of KNNMemory, .* got a .*{named} of its own"):
@@ -335,13 +335,13 @@ def test_a_memory_whose_methods_no_layer_would_call_is_refused_by_name(kind, nam
         attention(torch.randn(2, 3, DIM), knn_memory=patched)
 
 
-def test_a_subclass_with_other_methods_of_its_own_is_a_memory():
+def test_21_10_a_subclass_with_other_methods_of_its_own_is_a_memory():
     memory = OwnName(WIDTH, 50, 2)
     layer()(torch.randn(2, 3, DIM), knn_memory=memory)
     assert memory.lengths.tolist() == [3, 3]
 
 
-def test_a_foreign_memory_of_the_same_name_is_named_with_its_module():
+def test_21_10_a_foreign_memory_of_the_same_name_is_named_with_its_module():
     foreign = type("KNNMemory", (), {"__module__": "elsewhere.knn_memory"})()
     with pytest.raises(TypeError, match=r"must be a KNNMemory or .*, got elsewhere\.knn_memory\.KNNMemory"):
         layer()(torch.randn(2, 3, DIM), knn_memory=foreign)

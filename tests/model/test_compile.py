@@ -44,6 +44,7 @@ CONFIGURATIONS_APART = {
     "memory, cache, shifts, start tokens": CACHED,
     "activation checkpointing": {"memorizing_layers": (2,), "activation_checkpointing": True},
     "gate": {"memorizing_layers": (2,), "combine": "gate"},
+    "all entries, cache": {"memorizing_layers": (2, 3), "attend_to": "all", "xl_max_memories": SEGMENT},
     "per-head memory with an offset": {"memorizing_layers": (2,), "kv_heads": 2, "memory_offset": -1.0},
 }
 

@@ -299,7 +299,7 @@ def compiled(model):
 
 
 @pytest.mark.parametrize("change", [grown, tied, shared, compiled])
-def test_a_changed_model_is_saved_so_that_it_loads(tmp_path, change):
+def test_21_15_a_changed_model_is_saved_so_that_it_loads(tmp_path, change):
     model = build().eval()
     change(model)
     model.save_pretrained(tmp_path)
@@ -330,7 +330,7 @@ def with_a_buffer(model):
     ("change", "named"),
     [(half_grown, "token_emb.weight"), (adapted, "to_q"), (parametrised, "parametrizations"), (with_a_buffer, "mean")],
 )
-def test_a_changed_model_that_would_not_load_is_refused_before_anything_is_written(tmp_path, change, named):
+def test_21_15_a_changed_model_that_would_not_load_is_refused_before_anything_is_written(tmp_path, change, named):
     model = build()
     change(model)
     with pytest.raises(ValueError, match=f"a model must have the weights of its arguments .* got others: .*{named}"):

@@ -335,7 +335,7 @@ def read_then_fail(model, memories):
     model(torch.full((1, 9), 9), memories)
 
 
-def test_memories_of_a_context_stay_readable_behind_it_also_after_an_exception():
+def test_21_11_memories_of_a_context_stay_readable_behind_it_also_after_an_exception():
     model = MemorizingTransformer(num_tokens=9, dim=16, depth=2, dim_head=8, heads=2, memorizing_layers=2)
     with pytest.raises(IndexError), model.knn_memories_context(batch_size=1) as memories:
         read_then_fail(model, memories)
@@ -345,7 +345,7 @@ def test_memories_of_a_context_stay_readable_behind_it_also_after_an_exception()
 
 
 @pytest.mark.parametrize("memorizing", [(), (1, 2), (2,)])
-def test_every_parameter_has_a_gradient_whichever_layers_have_a_memory(memorizing):
+def test_21_16_every_parameter_has_a_gradient_whichever_layers_have_a_memory(memorizing):
     """DistributedDataParallel with its defaults waits for all of them."""
     model = MemorizingTransformer(num_tokens=9, dim=16, depth=2, dim_head=8, heads=2, memorizing_layers=memorizing)
     x, memories = torch.arange(9)[None], model.create_knn_memories(batch_size=1)
@@ -354,7 +354,7 @@ def test_every_parameter_has_a_gradient_whichever_layers_have_a_memory(memorizin
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
-def test_a_snapshot_made_under_inference_mode_can_be_trained_with():
+def test_21_16_a_snapshot_made_under_inference_mode_can_be_trained_with():
     model = MemorizingTransformer(num_tokens=9, dim=16, depth=2, dim_head=8, heads=2, memorizing_layers=2)
     x, memories = torch.arange(9)[None], model.create_knn_memories(batch_size=1)
     model(x, memories)

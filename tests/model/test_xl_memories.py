@@ -136,7 +136,7 @@ def test_whole_segments_give_the_same_bits_with_lengths_as_without(kv_heads):
         assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in memory.state_dict().items())
 
 
-def test_copies_keep_what_they_say_and_lists_that_lost_it_are_refused():
+def test_21_6_copies_keep_what_they_say_and_lists_that_lost_it_are_refused():
     model, texts = build(xl_max_memories=6), tokens()
     (_, xl_memories), *_ = read(model, texts[:1], lengths=REAL[:1])[0]
     assert copy.deepcopy(xl_memories).length.tolist() == REAL[0].tolist()
@@ -167,7 +167,7 @@ PICKS = [list, tuple, lambda caches: caches[:], copy.copy, copy.deepcopy, moved_
 
 
 @pytest.mark.parametrize("pick", [*PICKS, lambda caches: pickle.loads(pickle.dumps(caches))])
-def test_the_length_stays_whatever_list_the_caches_are_put_in(pick):
+def test_21_6_the_length_stays_whatever_list_the_caches_are_put_in(pick):
     model, texts = build(xl_max_memories=10), tokens()
     results, _ = read(model, texts[:2], lengths=REAL[:2])
     xl_memories = results[-1][1]
@@ -181,7 +181,7 @@ def test_the_length_stays_whatever_list_the_caches_are_put_in(pick):
         assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in memory.state_dict().items())
 
 
-def test_caches_that_say_nothing_are_refused_where_rows_differ():
+def test_21_6_caches_that_say_nothing_are_refused_where_rows_differ():
     model, texts = build(xl_max_memories=6), tokens()
     (_, ragged), (_, full) = (
         model(texts[0], model.create_knn_memories(batch_size=BATCH), lengths=lengths) for lengths in (REAL[0], None)

@@ -4,41 +4,53 @@ scores[b, h, n] = the K largest <query[b, h, n], key> over the visible keys of r
 2022, section 3.1. query (B, H, N, D), keys (R, M + S, D), rows (B·G,), start and cursor (R,) -> scores and slots
 (B, H, N, K).
 
-Faiss takes lengths from the host, so every call reads the cursors back: no CUDA graph can hold it. Arithmetic is
-Faiss's own for the keys' dtype; equal keys come in no particular order. Keys have to be finite: where a score is not,
-an error is raised instead of too few neighbours returned.
+Faiss takes the number of keys from the host, so it is given all slots of a row, whatever they hold, in a copy with one
+more column: 0 for what a search may see, else so low a number that, times that of the query, it outweighs any product.
+So the host never waits for the device. Columns of zeros make rows a multiple of 16 bytes. Arithmetic is Faiss's own for
+the keys' dtype; equal keys come in no particular order.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+# What the column of a hidden key and that of a query hold, with opposite signs: the score of a hidden key is minus its
+# square, and a visible key is found if its score is above half of that.
+COLUMN = {torch.float16: 65504.0, torch.bfloat16: 2.0**60, torch.float32: 2.0**60}
+ALIGNED = 16  # bytes
 
 
 def knn_search(
     query: Tensor, keys: Tensor, rows: Tensor, start: Tensor, cursor: Tensor, capacity: int, k: int
 ) -> tuple[Tensor, Tensor]:
-    host = torch.cat((rows, start, cursor)).cpu().split((len(rows), len(start), len(cursor)))
-    query = query.to(keys.dtype).contiguous()
-    scores, positions = torch.ops.memtrans.native_faiss_search(query, keys, *host, capacity, k)  # (2, B, H, N, K)
-    slots = _slots(positions, keys.shape[1], rows, start, cursor, capacity)
-    missing = positions < 0
-    if not bool((scores.isfinite() | missing).all()):
-        raise RuntimeError("backend='faiss' met a score that is not finite: keys and queries must be finite for it")
-    return _best_of_pieces(scores.masked_fill(missing, -torch.inf), slots, k)
+    batch, heads, length, width = query.shape
+    sets = keys[rows]  # (B·G, M + S, D)
+    seen = _visible(start[rows], cursor[rows], capacity, keys.shape[1]) & sets.isfinite().all(dim=-1)
+    of_queries = query.to(keys.dtype).reshape(len(rows), query[..., 0].numel() // max(len(rows), 1), width)
+    scores, slots = torch.ops.memtrans.native_faiss_search(*with_column(of_queries, sets, seen), k)
+    missing = (slots < 0) | ~(scores > -0.5 * COLUMN[keys.dtype] ** 2)
+    scores, slots = scores.masked_fill(missing, -torch.inf), slots.masked_fill(missing, -1)
+    return scores.reshape(batch, heads, length, k), slots.reshape(batch, heads, length, k)
 
 
-def _slots(positions: Tensor, size: int, rows: Tensor, start: Tensor, cursor: Tensor, capacity: int) -> Tensor:
-    """Positions (2, B, H, N, K) in a piece as slots: the first piece begins with the window, the second in slot 0."""
-    first = torch.maximum(start, cursor - capacity).clamp(min=0)[rows] % size  # (B·G,)
-    batch, heads = positions.shape[1:3]
-    first = first.reshape(batch, -1).repeat_interleave(heads * batch // len(rows), dim=1)[..., None, None]
-    offset = torch.stack((first, torch.zeros_like(first))).to(torch.int32)  # (2, B, H, 1, 1)
-    return torch.where(positions < 0, -1, positions + offset)
+def with_column(query: Tensor, keys: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries (sets, Q, D) and keys (sets, C, D) of products that say which keys are seen, (sets, C) bool.
+
+    What is not seen is zero but for its column, so that no number in it counts.
+    """
+    column, width = COLUMN[keys.dtype], keys.shape[2]
+    step = ALIGNED // keys.element_size()
+    more = (0, -(-(width + 1) // step) * step - width)  # zeros behind D
+    query, keys = F.pad(query, more), F.pad(keys.masked_fill(~seen[..., None], 0.0), more)
+    query[..., width] = column
+    keys[..., width] = torch.where(seen, 0.0, -column)
+    return query, keys
 
 
-def _best_of_pieces(scores: Tensor, slots: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The best K of the two pieces' K each: (2, B, H, N, K) -> (B, H, N, K)."""
-    scores, slots = (tensor.movedim(0, -2).flatten(-2) for tensor in (scores, slots))
-    best, order = scores.topk(k, dim=-1)
-    return best, slots.gather(-1, order)
+def _visible(start: Tensor, cursor: Tensor, capacity: int, slots: int) -> Tensor:
+    """Which slots of rows hold an entry that a search may see: (B·G, M + S) bool. start, cursor: (B·G,)."""
+    newest = cursor[:, None] - 1
+    entry = newest - (newest - torch.arange(slots, device=cursor.device)) % slots  # the newest that went there
+    return (entry >= start.clamp(min=0)[:, None]) & (entry > newest - capacity)

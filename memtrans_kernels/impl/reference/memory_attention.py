@@ -77,8 +77,11 @@ def memory_attention_backward(
     grad_lse: Tensor,  # (B, H, N)
     out: Tensor,  # (B, H, N, E)
     lse: Tensor,  # (B, H, N)
+    of_keys: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, scale, bias_table, bias_dense, memory_offset, sink (empty where there is none).
+
+    of_keys: whether those of key and value are wanted; else they are empty too.
 
     With P the softmax, P' = P after dropout, dP' = <grad_out, values> and delta = <grad_out, out> = sum P' dP':
     d logits = P (keep / (1 - p) dP' - delta + grad_lse), d products = cap'(products) d logits, and the sink's weight
@@ -108,13 +111,15 @@ def memory_attention_backward(
 
     retrieved_keys = _gather(inputs.memory_keys, inputs.rows, inputs.slots, dtype)
     grad_query = _weighted_sum(grad_local, key, dtype) + torch.einsum("bhnk,bhnkd->bhnd", grad_memory, retrieved_keys)
-    grad_key = _sum_over_queries(grad_local * scale_wide, query, key, dtype)
-    grad_value = _sum_over_queries(dropped.split(sizes, dim=-1)[1], grad_out, value, dtype)
+    grad_key = grad_value = query.new_empty(0)
+    if of_keys:
+        grad_key = _sum_over_queries(grad_local * scale_wide, query, key, dtype).to(key.dtype)
+        grad_value = _sum_over_queries(dropped.split(sizes, dim=-1)[1], grad_out, value, dtype).to(value.dtype)
     grad_scale = (grad_local * dot).sum(dim=(0, 2, 3)) + (grad_memory * found_scores).sum(dim=(0, 2, 3))
     return (
         (grad_query * scale_wide).to(query.dtype).contiguous(),
-        grad_key.to(key.dtype).contiguous(),
-        grad_value.to(value.dtype).contiguous(),
+        grad_key.contiguous(),
+        grad_value.contiguous(),
         grad_scale.to(scale.dtype),
         *of_biases,
         query.new_empty(0) if inputs.sink is None else _grad_sink(inputs.sink, lse.to(dtype), delta[..., 0]),

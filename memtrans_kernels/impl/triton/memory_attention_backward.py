@@ -330,16 +330,19 @@ def _key_gradient(batch: int, shared: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def memory_attention_backward(
-    inputs: AttentionInputs, grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor
+    inputs: AttentionInputs, grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, of_keys: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value, scale, bias_table, bias_dense, memory_offset, sink; empty where there is none."""
+    """Gradients of query, key, value, scale, bias_table, bias_dense, memory_offset, sink; empty where there is none.
+
+    of_keys: whether those of key and value are wanted; else they are empty too.
+    """
     batch = inputs.query.shape[0]
     shared = _shared(inputs, rows_of(grad_out), lse)
     grad_query, sums = _query_gradient(inputs, shared, grad_lse, rows_of(out))
     of_scale, of_offset, far = sums.sum(dim=-1)
-    grad_key, grad_value = _key_gradient(batch, shared)
     table, dense, offset = inputs.bias_table, inputs.bias_dense, inputs.memory_offset
     nothing = inputs.query.new_empty
+    grad_key, grad_value = _key_gradient(batch, shared) if of_keys else (nothing(0), nothing(0))
     return (
         grad_query,
         grad_key,

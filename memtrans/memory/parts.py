@@ -1,0 +1,26 @@
+"""The two parts of a memorizing layer's attention: the local one by itself, and both put together.
+
+Shapes: the letters of `memtrans_kernels`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from memtrans.attention import LocalKeys, seed_of
+from memtrans_kernels import local_attention
+
+
+def attend_to_local(query: Tensor, local: LocalKeys, scale: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
+    """Attention of query (B, H, N, D) to the local keys alone: out (B, H, N, E) and lse (B, H, N)."""
+    return local_attention(
+        query, local.key, local.value, scale, local.bias_table, local.bias_dense, local.local_length,
+        dropout_p, seed_of(dropout_p, query.device),
+        causal=local.causal, first=local.first, soft_cap=local.soft_cap, sink=local.sink,
+    )  # fmt: skip
+
+
+def mixed(to_memory: Tensor, to_local: Tensor, share: Tensor) -> Tensor:
+    """share · to_memory + (1 - share) · to_local, of (B, H, N, E), (B, H, N, E) and (B, H, N)."""
+    gate = share[..., None]  # (B, H, N, 1)
+    return (gate * to_memory + (1.0 - gate) * to_local).to(to_local.dtype)
