@@ -11,12 +11,12 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -126,23 +126,36 @@ def free_port() -> int:
     raise RuntimeError("no port is free")
 
 
+def launched(size: int) -> list[dict[str, str]]:
+    """The variables that torchrun sets on each rank."""
+    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [{**shared, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+
+
 def started(size: int, *arguments: str, **changes: tuple[str, ...]) -> list[subprocess.Popen[str]]:
     """`python -m memtrans` on each rank with the variables that torchrun sets; changes: of one rank's arguments."""
-    port = free_port()
     processes = []
-    for rank in range(size):
-        environment = {
-            **os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        }  # fmt: skip
+    for rank, variables in enumerate(launched(size)):
         command = [sys.executable, "-m", "memtrans", *arguments, *changes.get(f"rank{rank}", ())]
+        environment = {**os.environ, **variables}
         processes.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         )
     return processes
 
 
-def ended(processes: list[subprocess.Popen[str]], seconds: float = SECONDS) -> list[tuple[int, str, str]]:
+class Ending(Protocol):
+    """What is asked of a process that is waited for."""
+
+    @property
+    def returncode(self) -> int | None: ...
+
+    def communicate(self, *, timeout: float) -> tuple[str, str]: ...
+
+    def kill(self) -> None: ...
+
+
+def ended(processes: Sequence[Ending], seconds: float = SECONDS) -> list[tuple[int, str, str]]:
     """Status, standard output and standard error of each, once all have ended."""
     try:
         texts = [process.communicate(timeout=seconds) for process in processes]
