@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import torch.distributed as dist
 # What a process imports that is forked from others of its kind. Threads and groups begin after the fork.
 WARM = ["pytest", "torch.distributed.fsdp", "memtrans.cli.main", "memtrans.training.trainer", "memtrans.presets"]
 SECONDS = 30
+GLOO_SAYS = re.compile(r"^\[Gloo\] Rank \d+ is connected to .*\n", re.MULTILINE)  # some versions, to standard error
 MOMENT = 5  # seconds that the other ranks have to answer once one has failed
 COMPILING_SECONDS = 150  # more on GPUs: each rank compiles its kernels first, one maybe long after the other
 
@@ -156,10 +158,11 @@ class Ending(Protocol):
 
 
 def ended(processes: Sequence[Ending], seconds: float = SECONDS) -> list[tuple[int, str, str]]:
-    """Status, standard output and standard error of each, once all have ended."""
+    """Status, standard output and standard error of each, once all have ended; without what Gloo says of its own."""
     try:
         texts = [process.communicate(timeout=seconds) for process in processes]
-        return [(process.returncode, *text) for process, text in zip(processes, texts, strict=True)]
+        pairs = zip(processes, texts, strict=True)
+        return [(process.returncode, out, GLOO_SAYS.sub("", error)) for process, (out, error) in pairs]
     finally:
         for process in processes:
             process.kill()
