@@ -57,9 +57,11 @@ demo: $(PACKAGE_READY)
 	$(PYTHON_BIN) -m memtrans train --preset recall
 	$(PYTHON_BIN) -m memtrans train --preset demo
 
-# One thread a process: beside another process the threads of one wait for each other, and a test of 1 s took 19.
+# One thread a process: beside another process the threads of one wait for each other, and a test of 1 s took 19. The
+# modules begin in the order of tests/conftest.py, not of their number of tests.
+SPREAD = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 test: $(TESTS_READY)
-	OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu" $(TESTS)
+	OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest $(SPREAD) -m "not slow and not gpu" $(TESTS)
 
 test-slow: $(TESTS_READY) $(NVCC_READY) $(PRETRAINED_READY) $(BROWSER_READY) $(TRAINERS_READY)
 	$(PYTHON_BIN) -m pytest -m "slow and not gpu" --ignore tests/install/test_wheel.py
@@ -137,7 +139,7 @@ test-torch: $(TESTS_READY)
 	MEMTRANS_SKIP_BUILD=1 $(OTHER) -m pip --disable-pip-version-check install --quiet --no-build-isolation ".[test,train]"
 	$(OTHER) -m pip install --quiet joblib filelock
 	$(OTHER) -m pip install --quiet --no-deps memorizing-transformers-pytorch==0.4.1 einops-exts==0.0.4
-	OMP_NUM_THREADS=1 $(OTHER) -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(OTHER) -m pytest $(SPREAD) -m "not slow and not gpu"
 
 bench: $(TESTS_READY)
 	$(PYTHON_BIN) -m pytest benchmarks
