@@ -217,8 +217,12 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
   choose(to);
 });
+// The text's box ends where the window does, below whatever height the title has.
+const fit = () => document.documentElement.style.setProperty("--head", document.querySelector("header").offsetHeight + "px");
+window.addEventListener("resize", fit);
 if (data.tokens.length) {
   legend.hidden = false;
+  fit();
   const strength = data.tokens.map((token) => (token.passages.length ? token.passages[0].share : 0));
   choose(strength.indexOf(Math.max(...strength)), true);
 }
