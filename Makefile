@@ -37,6 +37,7 @@ NVCC_READY :=
 PRETRAINED_READY :=
 BROWSER_READY :=
 TRAINERS_READY :=
+FORMATS_READY :=
 else
 PYTHON_BIN := .venv/bin/python
 PACKAGE_READY := .venv/.package
@@ -45,6 +46,7 @@ NVCC_READY := .venv/.nvcc
 PRETRAINED_READY := .venv/.pretrained
 BROWSER_READY := .venv/.browser
 TRAINERS_READY := .venv/.trainers
+FORMATS_READY := .venv/.formats
 endif
 
 CSRC := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
@@ -63,7 +65,7 @@ SPREAD = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 test: $(TESTS_READY)
 	OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest $(SPREAD) -m "not slow and not gpu" $(TESTS)
 
-test-slow: $(TESTS_READY) $(NVCC_READY) $(PRETRAINED_READY) $(BROWSER_READY) $(TRAINERS_READY)
+test-slow: $(TESTS_READY) $(NVCC_READY) $(PRETRAINED_READY) $(BROWSER_READY) $(TRAINERS_READY) $(FORMATS_READY)
 	$(PYTHON_BIN) -m pytest -m "slow and not gpu" --ignore tests/install/test_wheel.py
 
 test-gpu: $(TESTS_READY)
@@ -169,6 +171,11 @@ clean:
 .venv/.trainers: .venv/.tests
 	$(PIP) install --quiet --constraint constraints.txt lightning ema-pytorch bitsandbytes
 	DS_BUILD_OPS=0 $(PIP) install --quiet --constraint constraints.txt --no-build-isolation deepspeed
+	@touch $@
+
+# What reads Parquet, datasets and TensorBoard's files, for test_records.py and test_cli_log.py.
+.venv/.formats: .venv/.tests
+	$(PIP) install --quiet pyarrow tensorboard
 	@touch $@
 
 .venv/bin/python:

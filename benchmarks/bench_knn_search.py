@@ -221,9 +221,10 @@ def test_knn_search_of_float32_keys(benchmark: Any) -> None:
 
 
 @pytest.mark.parametrize("name", HARD_CASES if DEVICE == "cuda" or TOY else ())
-def test_hard_keys(benchmark: Any, name: str) -> None:
+@pytest.mark.parametrize("impl", [impl for impl in ("memtrans", "memtrans-triton") if runs_here(impl, case("d64-64k"))])
+def test_hard_keys(benchmark: Any, impl: str, name: str) -> None:
     """Beside the entries of dense attention, whose time does not depend on the keys."""
-    measure_search(benchmark, name, "memtrans", *problem(name))
+    measure_search(benchmark, name, impl, *problem(name))
 
 
 @pytest.mark.parametrize("ceiling", ["matrix-product", "copy"])

@@ -48,8 +48,9 @@ def trained(source: str, steps: int) -> Trained:
     if trainer.step > _steps(steps):
         _trainer.cache_clear()
         trainer = _trainer(source)
-    while trainer.step < _steps(steps):
-        trainer.advance()
+    with torch.enable_grad():  # who asks may be timing a forward pass alone
+        while trainer.step < _steps(steps):
+            trainer.advance()
     trainer.check()
     layer = next(module for module in trainer.model.modules() if isinstance(module, KNNAttention))
     return Trained(layer, _inputs(trainer, layer), digest(source))

@@ -27,7 +27,7 @@ from memtrans.hf.planted import Questions
 from memtrans_kernels import checks
 
 DECAY = 0.1  # of those: what does not help returns to the model's own query
-SLOWER = {"memory_sharpness": 0.2, "memory_gain": 0.2, "memory_mix": 0.02}  # than offsets these are learned
+SLOWER = {"memory_sharpness": 0.2, "memory_gain": 0.2, "memory_mix": 0.03}  # than offsets these are learned
 
 
 def calibrate(
@@ -39,7 +39,7 @@ def calibrate(
     sizes: Sequence[int] | None = None,
     facts: int = 96,
     batch: int = 4,
-    lessons: int = 40,
+    lesson_steps: int = 50,
     rate: float = 0.05,
     text_weight: float = 4.0,
     form: str = "mix",
@@ -61,7 +61,7 @@ def calibrate(
         steps: of AdamW. sizes: numbers of entries to calibrate for. Default: those of 4,096, 16,384, 65,536 and 262,144
             that the memory has room for and the documents fill, or else what there is.
         facts: planted in a piece. batch: pieces that are read at once; each takes the memory of a document.
-        lessons: how often the memory is filled anew; at most steps. rate: of AdamW for offsets, falling to 0.
+        lesson_steps: after how many the memory is filled anew. rate: of AdamW for offsets, falling to 0.
         text_weight: of a token's nats of text beside an answer's. form: what is learned, one of `offset`, `gain` and
             `mix`; see `LayerMemory`. seconds: of training, after which it ends; the rate falls accordingly.
         seed: of pieces, facts and the order.
@@ -93,8 +93,8 @@ def calibrate(
     check_number("text_weight", text_weight)
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
-    steps, lessons = checks.integer("steps", steps, low=1), checks.integer("lessons", lessons, low=1)
-    plan = Plan(steps, min(steps, lessons), float(rate), float(text_weight), seed, seconds)
+    steps, each = checks.integer("steps", steps, low=1), checks.integer("lesson_steps", lesson_steps, low=1)
+    plan = Plan(steps, min(steps, each), float(rate), float(text_weight), seed, seconds)
     made, batch = checks.integer("facts", facts, low=1), checks.integer("batch", batch, low=1)
     course = Course.of(memory, tokenizer, documents, sizes, made, batch)
     judge = course.lesson(seed, len(course.ids) - course.tokens).to(model.device)  # type: ignore[arg-type]
@@ -115,7 +115,7 @@ class Plan:
     """How it is trained; see `calibrate`."""
 
     steps: int
-    lessons: int
+    each: int
     rate: float
     text_weight: float
     seed: int
@@ -184,17 +184,16 @@ def fact_losses(model: Any, memory: ModelMemory, asked: Questions, documents: in
 
 def _train(model: Any, memory: ModelMemory, course: Course, plan: Plan, report: Any) -> int:
     """AdamW on the memory's parameters, a lesson after the other; how many steps there was time for."""
-    step, each, done = Step(model, memory, course, plan), -(-plan.steps // plan.lessons), 0
-    begin = time.perf_counter()
+    step, done, begin = Step(model, memory, course, plan), 0, time.perf_counter()
     with ThreadPoolExecutor(1) as aside:  # the host makes a lesson while the device learns from the one before
         coming = aside.submit(course.lesson, plan.seed + 1)
-        for number in range(plan.lessons):
+        for number in range(-(-plan.steps // plan.each)):
             lesson = coming.result().to(model.device)
             coming = aside.submit(course.lesson, plan.seed + 2 + number)
             fill(memory, lesson)
-            step.take_up(lesson, lesson.draw(each, course.asked, course.sizes, plan.seed + number))
+            step.take_up(lesson, lesson.draw(plan.each, course.asked, course.sizes, plan.seed + number))
             first = done
-            while done < min(first + each, plan.steps) and plan.passed(done, time.perf_counter() - begin) < 1.0:
+            while done < min(first + plan.each, plan.steps) and plan.passed(done, time.perf_counter() - begin) < 1.0:
                 step.run(1.0 - plan.passed(done, time.perf_counter() - begin))
                 done += 1
             nats, text = (step.seen / max(1, done - first)).tolist()

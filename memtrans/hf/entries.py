@@ -50,6 +50,7 @@ class Entries:
                 )
                 for number, layer in layers.items()
             }
+        self._live: dict[int, MemorySnapshot] = {}
         self.first = next(iter(self.memories.values()))
         self.ids: KNNMemory | None = None
         if settings.keep_ids:
@@ -70,6 +71,14 @@ class Entries:
     def snapshots(self) -> dict[int, MemorySnapshot]:
         """Every layer's memory as it stands."""
         return {number: memory.snapshot() for number, memory in self.memories.items()}
+
+    def live(self) -> dict[int, MemorySnapshot]:
+        """Every layer's memory whenever it is read, for passes that add nothing and have no gradients: no copies."""
+        if not all(view.keys is view.ring.keys_read for view in self._live.values()):  # laid out again
+            self._live = {}
+        if not self._live:
+            self._live = {number: view.live() for number, view in self.snapshots().items()}
+        return dict(self._live)
 
     def clear_rows(self, mask: Tensor) -> None:
         """Forgets the documents where mask (B,) bool is True."""

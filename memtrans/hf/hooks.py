@@ -60,7 +60,7 @@ def before_decoder(memory: ModelMemory, decoder: nn.Module, args: Any, kwargs: d
         writes=writes,
         searches=memory.searches,
         entries=most,
-        asking={} if decoder.training or not memory.searches else asking_of(learned, most),
+        asking={} if decoder.training or not memory.searches else asking_of(learned, most, memory.dtype),
         blind=_blind(memory.settings.sink, given, kwargs, cache, padding),
         sink=memory.settings.sink,
         padding=padding,

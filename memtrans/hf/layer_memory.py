@@ -98,8 +98,13 @@ class LayerMemory(nn.Module):
         self.load_state_dict(dict(state))
 
 
-def asking_of(layers: Mapping[int, LayerMemory], entries: Tensor) -> dict[int, Asking]:
-    """How the memory of entries () int64 of each layer is asked; layers of one shape in a few kernels for all."""
+def asking_of(
+    layers: Mapping[int, LayerMemory], entries: Tensor, dtype: torch.dtype = torch.float32
+) -> dict[int, Asking]:
+    """How the memory of entries () int64 of each layer is asked; layers of one shape in a few kernels for all.
+
+    dtype: of the factors, that of the queries where they all are of one.
+    """
     alike: dict[Any, list[int]] = {}
     for number, layer in layers.items():
         kinds = tuple((name, tensor.shape, tensor.device) for name, tensor in layer.named_parameters())
@@ -116,7 +121,7 @@ def asking_of(layers: Mapping[int, LayerMemory], entries: Tensor) -> dict[int, A
             factor = (gain + (sharpness * beyond)[..., None]).exp()[..., None, :]  # (layers, H, 1, D)
             if mix is not None:
                 factor = factor.mT * (mix + torch.eye(mix.shape[-1], device=mix.device))  # (layers, H, D, D)
-            factors = factor.unbind()
+            factors = factor.to(dtype).unbind()
         found.update(zip(numbers, map(Asking, offsets, factors), strict=True))
     return {number: found[number] for number in layers}
 

@@ -61,6 +61,7 @@ class ModelMemory:
     def __init__(self, decoder: nn.Module, layers: Mapping[int, Layer], settings: MemorySettings) -> None:
         self.decoder, self.layers, self.settings = decoder, dict(layers), settings
         self.numbers = list(layers)
+        self.dtype = next(iter(layers.values())).dtype
         self.is_rotary = any(layer.rotation is not None for layer in layers.values())
         self.is_off = self.is_writing = False
         self._questions = 1
@@ -131,7 +132,7 @@ class ModelMemory:
 
     def views(self, entries: Entries) -> dict[int, MemorySnapshot]:
         """Every layer's memory as this pass sees it: rows repeated by `expand`, and no more entries than `newest`."""
-        snapshots = entries.snapshots()
+        snapshots = entries.snapshots() if self.is_writing or torch.is_grad_enabled() else entries.live()
         if isinstance(self._newest, Tensor) or self._newest:
             snapshots = {number: _part(view, self._newest, self._behind) for number, view in snapshots.items()}
         if self._questions > 1:
@@ -359,7 +360,7 @@ class ModelMemory:
 def _repeated(view: MemorySnapshot, times: int) -> MemorySnapshot:
     """Each document's rows so many times, one after the other."""
     rows = view.rows.reshape(view.documents, 1, -1).expand(-1, times, -1).flatten()
-    return replace(view, rows=rows, documents=view.documents * times)
+    return replace(view, rows=rows, documents=view.documents * times, in_order=False)
 
 
 def _part(view: MemorySnapshot, newest: int | Tensor, behind: int | Tensor) -> MemorySnapshot:

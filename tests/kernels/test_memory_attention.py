@@ -290,7 +290,7 @@ def test_21_1_the_operators_themselves_read_no_seed_that_is_not_one_number(backe
     with pytest.raises(error, match=message):
         torch.ops.memtrans.memory_attention(*inputs, backend=backend)
     with pytest.raises(error, match=message):
-        torch.ops.memtrans.memory_attention_backward(out, lse, out, lse, *inputs, None, None, 0, backend)
+        torch.ops.memtrans.memory_attention_backward(out, lse, out, lse, *inputs, None, None, 0, backend=backend)
 
 
 @on_every_backend
