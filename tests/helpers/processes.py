@@ -94,8 +94,8 @@ class Processes:
 
 
 def warm_context() -> SpawnContext | ForkServerContext:
-    """How processes start quickly: forked from a server that has imported what they need, where there are forks."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
+    """How processes start quickly: forked from a server that has imported what they need, where forks are safe."""
+    if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(WARM)
