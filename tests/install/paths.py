@@ -111,7 +111,7 @@ def uv(place: Place) -> None:
 
 
 def uv_sync(place: Place) -> None:
-    """uv takes constraints of a project from its pyproject.toml alone, and the hashes of what it builds with by version.
+    """uv takes constraints of a project from pyproject.toml alone, and finds hashes of what it builds with by version.
 
     So the build gets the very version that this interpreter has, with its local label.
     """
