@@ -41,7 +41,6 @@ class Place(NamedTuple):
 
     def run(self, *command: str | Path, **environment: str) -> None:
         pinned = {"PIP_CONSTRAINT": str(CONSTRAINTS), "PIP_BUILD_CONSTRAINT": str(CONSTRAINTS)}
-        pinned |= {"UV_CONSTRAINT": str(CONSTRAINTS), "UV_BUILD_CONSTRAINT": str(CONSTRAINTS)}
         variables = inherited() | pinned | environment
         done = subprocess.run(command, cwd=self.folder, env=variables, capture_output=True, text=True)
         if done.returncode:
@@ -107,7 +106,9 @@ def wheel(place: Place) -> None:
 
 def uv(place: Place) -> None:
     place.pip("uv")
-    place.run(place.python, "-m", "uv", "pip", "install", "--python", place.python, *uv_links(), place.source)
+    command = (place.python, "-m", "uv", "pip", "install", "--python", place.python)
+    pinned = ("--constraint", CONSTRAINTS, "--build-constraint", CONSTRAINTS)
+    place.run(*command, *pinned, *uv_links(), place.source)
 
 
 def uv_sync(place: Place) -> None:
