@@ -37,6 +37,7 @@ NVCC_READY :=
 PRETRAINED_READY :=
 BROWSER_READY :=
 TRAINERS_READY :=
+FORMATS_READY :=
 else
 PYTHON_BIN := .venv/bin/python
 PACKAGE_READY := .venv/.package
@@ -45,6 +46,7 @@ NVCC_READY := .venv/.nvcc
 PRETRAINED_READY := .venv/.pretrained
 BROWSER_READY := .venv/.browser
 TRAINERS_READY := .venv/.trainers
+FORMATS_READY := .venv/.formats
 endif
 
 CSRC := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
@@ -57,11 +59,13 @@ demo: $(PACKAGE_READY)
 	$(PYTHON_BIN) -m memtrans train --preset recall
 	$(PYTHON_BIN) -m memtrans train --preset demo
 
-# One thread a process: beside another process the threads of one wait for each other, and a test of 1 s took 19.
+# One thread a process: beside another process the threads of one wait for each other, and a test of 1 s took 19. The
+# modules begin in the order of tests/conftest.py, not of their number of tests.
+SPREAD = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 test: $(TESTS_READY)
-	OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu" $(TESTS)
+	OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest $(SPREAD) -m "not slow and not gpu" $(TESTS)
 
-test-slow: $(TESTS_READY) $(NVCC_READY) $(PRETRAINED_READY) $(BROWSER_READY) $(TRAINERS_READY)
+test-slow: $(TESTS_READY) $(NVCC_READY) $(PRETRAINED_READY) $(BROWSER_READY) $(TRAINERS_READY) $(FORMATS_READY)
 	$(PYTHON_BIN) -m pytest -m "slow and not gpu" --ignore tests/install/test_wheel.py
 
 test-gpu: $(TESTS_READY)
@@ -137,7 +141,7 @@ test-torch: $(TESTS_READY)
 	MEMTRANS_SKIP_BUILD=1 $(OTHER) -m pip --disable-pip-version-check install --quiet --no-build-isolation ".[test,train]"
 	$(OTHER) -m pip install --quiet joblib filelock
 	$(OTHER) -m pip install --quiet --no-deps memorizing-transformers-pytorch==0.4.1 einops-exts==0.0.4
-	OMP_NUM_THREADS=1 $(OTHER) -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(OTHER) -m pytest $(SPREAD) -m "not slow and not gpu"
 
 bench: $(TESTS_READY)
 	$(PYTHON_BIN) -m pytest benchmarks
@@ -167,6 +171,11 @@ clean:
 .venv/.trainers: .venv/.tests
 	$(PIP) install --quiet --constraint constraints.txt lightning ema-pytorch bitsandbytes
 	DS_BUILD_OPS=0 $(PIP) install --quiet --constraint constraints.txt --no-build-isolation deepspeed
+	@touch $@
+
+# What reads Parquet, datasets and TensorBoard's files, for test_records.py and test_cli_log.py.
+.venv/.formats: .venv/.tests
+	$(PIP) install --quiet pyarrow tensorboard
 	@touch $@
 
 .venv/bin/python:

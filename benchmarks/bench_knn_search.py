@@ -1,7 +1,8 @@
 """Exact top-K search against its rivals, all in one run, over memories that are full and have wrapped.
 
-Keys and queries are random; those of `trained-*` are what a small model made of text, whose neighbours cluster in time,
-those of `hard-<kind>-*` are of hard_rings.py.
+Keys and queries are random; those of `trained-<steps>-*` and `hexdump-<steps>-*` are what a small model made of text
+(trained_keys.py), those of `hard-<kind>-*` are of hard_rings.py. `b1-*` is one document. `ceiling_*` are what the
+machine does at best in the same run, `workspace_bytes` what PyTorch allocates beside inputs and results.
 `sdpa-dense` is the rival that matters: plain attention to the whole memory, which finds no neighbours but needs none.
 """
 
@@ -14,28 +15,25 @@ from typing import Any
 
 import pytest
 import torch
-from bench_train import text
-from common import DEVICE, TOY, Case, Ring, case, full_ring, measure, peak_bytes
+from common import DEVICE, TOY, Case, Ring, case, full_ring, gpu_milliseconds, measure, peak_bytes
 from hard_rings import KINDS, hard_problem
 from torch import Tensor
 from torch.nn.functional import normalize, scaled_dot_product_attention
+from trained_keys import SOURCES, STEPS, split_trained, trained, trained_problem
 
-from memtrans import KNNAttention
-from memtrans.training.settings import Settings
-from memtrans.training.trainer import Trainer
 from memtrans_kernels import backends_info, knn_search
 
 DTYPE = torch.float16 if DEVICE == "cuda" else torch.float32
 GPU_CASES = (
     "d64-8k", "d64-64k", "d64-262k", "d128-8k", "d128-64k", "paper-64k", "decode-d64-64k", "decode-paper-64k",
-    "trained-d64-64k",
+    "b1-d64-64k",
 )  # fmt: skip
+TRAINED_CASES = tuple(f"{source}-{steps}-d64-64k" for source in SOURCES for steps in STEPS)
 HARD_SHAPES = ("d64-8k", "d64-64k", "d128-64k", "paper-64k", "decode-d64-64k")
 HARD_CASES = (
     *(f"hard-{kind}-{shape}" for kind in KINDS for shape in HARD_SHAPES),
     *(f"hard-mixed-{percent}-d64-64k" for percent in (1, 50)),
 )
-TRAINING_STEPS = 500
 CASES = GPU_CASES if DEVICE == "cuda" else ("cpu-d64-64k",)
 MOST_SCORE_BYTES = 2**31  # of one row in float16: beyond it a matrix of all scores is no rival
 
@@ -87,28 +85,6 @@ def faiss_on_the_cpu(sizes: Case, ring: Ring, query: Tensor) -> Callable[[], Any
     return lambda: [i.search(q.numpy(), sizes.neighbours) for i, q in zip(indices, queries, strict=True)]
 
 
-@functools.cache
-def trained() -> tuple[Ring, Tensor]:
-    """The memory of a model after TRAINING_STEPS segments of the standard library's sources, and its next queries."""
-    sizes = case("d64-64k")
-    settings = Settings(
-        steps=TRAINING_STEPS, batch=sizes.batch, segment=sizes.length, layers=4, width=512, heads=sizes.heads,
-        head_width=sizes.width, memory=sizes.capacity, memory_offset=-4.0, dtype="bfloat16",
-    )  # fmt: skip
-    trainer = Trainer(settings, text(sizes.batch), torch.device(DEVICE))
-    for _ in range(TRAINING_STEPS):
-        trainer.advance()
-    snapshot = trainer.reader.memories[0].snapshot()
-    layer = next(module for module in trainer.model.modules() if isinstance(module, KNNAttention))
-    found: list[Tensor] = []
-    layer.register_forward_pre_hook(lambda module, given: found.append(normalize(module.project(given[0])[0], dim=-1)))
-    tokens = trainer.loader.take()[0].tokens[0, 0]
-    with torch.no_grad():
-        trainer.model(tokens, trainer.reader.memories, add_knn_memory=False)
-    keys, values = snapshot.keys.clone(), snapshot.values.clone()
-    return Ring(keys, values, snapshot.cursor, snapshot.start, snapshot.rows), found[0].to(DTYPE)
-
-
 def split_hard(name: str) -> tuple[str, str]:
     """The kind and the shape of `hard-<kind>-<shape>`.
 
@@ -122,8 +98,9 @@ def split_hard(name: str) -> tuple[str, str]:
 
 def problem(name: str) -> tuple[Case, Ring, Tensor]:
     """Sizes, a full ring, and queries of unit length (B, H, N, D)."""
-    if name.startswith("trained-"):
-        return case(name.removeprefix("trained-")), *trained()
+    if of_model := split_trained(name):
+        source, steps, shape = of_model
+        return case(shape), *trained_problem(source, steps, case(shape), DTYPE)
     if name.startswith("hard-"):
         kind, shape = split_hard(name)
         return case(shape), *hard_problem(kind, case(shape), DTYPE)
@@ -158,25 +135,72 @@ def runs_here(impl: str, sizes: Case) -> bool:
     return impl != "torch" or score_bytes <= MOST_SCORE_BYTES
 
 
-@pytest.mark.parametrize(
-    ("name", "impl"),
-    [(name, impl) for name in CASES for impl in RIVALS if runs_here(impl, case(name.removeprefix("trained-")))],
-)
-def test_knn_search(benchmark: Any, name: str, impl: str) -> None:
-    sizes, ring, query = problem(name)
-    flop = 2 * query.numel() * sizes.capacity
-    key_bytes = sizes.rows * sizes.capacity * sizes.width * DTYPE.itemsize
+@functools.cache
+def ceiling_run(ceiling: str) -> tuple[Callable[[], Any], dict[str, float]]:
+    """What the machine does at best, and its FLOP or bytes: square matrices multiplied, or copied."""
+    size = 64 if TOY else 8192 if DEVICE == "cuda" else 1024
+    left, right = torch.randn(2, size, size, device=DEVICE).to(DTYPE)
+    source = torch.randn(4 * size * size, device=DEVICE).to(DTYPE)
+    target = torch.empty_like(source)
+    if ceiling == "matrix-product":
+        return lambda: left @ right, {"flop": 2 * size**3}
+    return lambda: target.copy_(source), {"bytes": 2 * source.nbytes}
+
+
+@functools.cache
+def ceilings() -> dict[str, float]:
+    """The rates that this run is held against, a second; none on a CPU, whose other processes change them."""
+    if DEVICE == "cpu":
+        return {}
+    found = {}
+    for ceiling in ("matrix-product", "copy"):
+        run, amounts = ceiling_run(ceiling)
+        milliseconds = gpu_milliseconds(run)[0]
+        found |= {f"ceiling_{name}_per_second": amount / milliseconds * 1e3 for name, amount in amounts.items()}
+    return found
+
+
+def measure_search(benchmark: Any, name: str, impl: str, sizes: Case, ring: Ring, query: Tensor, **extra: Any) -> None:
+    """Times one implementation and writes its entry down."""
+    run, of_bridge = RIVALS[impl](sizes, ring, query), impl == "faiss-gpu"
+    results = 8 * query[..., 0].numel() * sizes.neighbours
+    if not of_bridge:  # Faiss allocates past PyTorch
+        extra["workspace_bytes"] = max(0, peak_bytes(run, 0) - results)
     measure(
         benchmark,
-        RIVALS[impl](sizes, ring, query),
+        run,
         op="knn_search",
         impl=impl,
         case=name,
         dtype=DTYPE,
-        capturable=impl != "faiss-gpu" and not TOY,
-        flop=flop,
-        bytes=key_bytes,
+        capturable=not of_bridge and not TOY,
+        flop=2 * query.numel() * sizes.capacity,
+        bytes=sizes.rows * sizes.capacity * sizes.width * DTYPE.itemsize,
+        **ceilings(),
+        **extra,
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "impl"), [(name, impl) for name in CASES for impl in RIVALS if runs_here(impl, case(name))]
+)
+def test_knn_search(benchmark: Any, name: str, impl: str) -> None:
+    measure_search(benchmark, name, impl, *problem(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "impl"),  # by name: a model is trained once
+    [
+        (name, impl)
+        for name in (TRAINED_CASES if DEVICE == "cuda" or TOY else ())
+        for impl in ("memtrans", "memtrans-triton", "faiss-gpu", "sdpa-dense")
+        if runs_here(impl, case(name.split("-", 2)[2]))
+    ],
+)
+def test_keys_of_a_model(benchmark: Any, name: str, impl: str) -> None:
+    sizes, ring, query = problem(name)
+    source, steps, _ = split_trained(name) or ("", 0, "")
+    measure_search(benchmark, name, impl, sizes, ring, query, data_sha256=trained(source, steps).data_sha256)
 
 
 @pytest.mark.rival
@@ -197,32 +221,14 @@ def test_knn_search_of_float32_keys(benchmark: Any) -> None:
 
 
 @pytest.mark.parametrize("name", HARD_CASES if DEVICE == "cuda" or TOY else ())
-def test_hard_keys(benchmark: Any, name: str) -> None:
+@pytest.mark.parametrize("impl", [impl for impl in ("memtrans", "memtrans-triton") if runs_here(impl, case("d64-64k"))])
+def test_hard_keys(benchmark: Any, impl: str, name: str) -> None:
     """Beside the entries of dense attention, whose time does not depend on the keys."""
-    sizes, ring, query = problem(name)
-    run = ours(sizes, ring, query)
-    results = 8 * query[..., 0].numel() * sizes.neighbours
-    measure(
-        benchmark,
-        run,
-        op="knn_search",
-        impl="memtrans",
-        case=name,
-        dtype=DTYPE,
-        capturable=not TOY,
-        workspace_bytes=max(0, peak_bytes(run, 0) - results),
-    )
+    measure_search(benchmark, name, impl, *problem(name))
 
 
 @pytest.mark.parametrize("ceiling", ["matrix-product", "copy"])
 def test_ceilings(benchmark: Any, ceiling: str) -> None:
-    """What the machine does at best: square matrices multiplied (8192 rows on a GPU, 1024 on a CPU), and copied."""
-    size = 64 if TOY else 8192 if DEVICE == "cuda" else 1024
-    left, right = torch.randn(2, size, size, device=DEVICE).to(DTYPE)
-    source = torch.randn(4 * size * size, device=DEVICE).to(DTYPE)
-    target = torch.empty_like(source)
-    run, rate = {
-        "matrix-product": (lambda: left @ right, {"flop": 2 * size**3}),
-        "copy": (lambda: target.copy_(source), {"bytes": 2 * source.nbytes}),
-    }[ceiling]
+    """Matrices of 8192 rows on a GPU, of 1024 on a CPU."""
+    run, rate = ceiling_run(ceiling)
     measure(benchmark, run, op="ceilings", impl="torch", case=ceiling, dtype=DTYPE, **rate)

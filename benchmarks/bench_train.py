@@ -2,8 +2,10 @@
 
 Cases: `enwik8-*` is upstream's set-up (d512, 8 layers, 5 backward passes of 16 x 512 tokens a step, memory at layer 4,
 XL caches at layers 7 and 8), `paper-*` the paper's shape (d1024, 12 layers, per-head memory at layer 9). `off` has no
-memory layer. The `upstream` entry is memorizing-transformers-pytorch 0.4.1 with its own set-up, a fresh memory for each
-window, which is its best case: its search is then over 2,560 entries at most.
+memory layer. `code-*` is the preset `code` on sources in C, or on hexdumps of programs (machine_texts.py): its memories
+hold what the model itself stored while it was trained, not random keys. The `upstream` entry is
+memorizing-transformers-pytorch 0.4.1 with its own set-up, a fresh memory for each window, which is its best case: its
+search is then over 2,560 entries at most.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from common import DEVICE, MEMORIES, TOY, busy_share, environment, write_down
+from machine_texts import training_data
 
 from memtrans.data.documents import Document, Shuffled
 from memtrans.data.sources import load_corpus
@@ -40,17 +43,28 @@ PAPER = dataclasses.replace(
     xl=0,
     xl_layers=None,
 )
+CODE = dataclasses.replace(PRESETS["code"], keep_memory=True, dtype=ENWIK8.dtype)
 SIZES = {"off": 0, "7680": 7680, **MEMORIES}
 CASES = ("enwik8-off", "enwik8-7680", "enwik8-64k", "paper-off", "paper-8k", "paper-64k")
+OF_TEXT = {
+    "code-off-c": ("off", "c"), "code-64k-c": ("64k", "c"), "code-64k-c-triton": ("64k", "c"),
+    "code-64k-hexdump": ("64k", "hexdump"),
+}  # fmt: skip
+LEARNT = 4 if TOY else 300  # steps before the first that is timed: the memories are then full
 WARM_UP, STEPS, ROUNDS = (4, 1, 1) if TOY else (6, 10, 3)
 
 
 def settings_of(case: str, compiled: bool) -> Settings:
     shape, memory = case.rsplit("-", 1)
     made = dataclasses.replace({"enwik8": ENWIK8, "paper": PAPER}[shape], memory=SIZES[memory], compile=compiled)
+    return small(made)
+
+
+def small(made: Settings) -> Settings:
+    """The same, or at toy size a model of its kind that a CPU trains at once."""
     if TOY:
-        small = {"batch": 2, "segment": 16, "width": 16, "head_width": 8, "xl": made.xl and 16, "compile": False}
-        made = dataclasses.replace(made, **small, memory=min(made.memory, 32))
+        sizes = {"batch": 2, "segment": 16, "width": 16, "head_width": 8, "xl": made.xl and 16, "compile": False}
+        made = dataclasses.replace(made, **sizes, memory=min(made.memory, 32))
     return made
 
 
@@ -103,19 +117,42 @@ def test_train(benchmark: Any, case: str, impl: str) -> None:
         torch.cuda.reset_peak_memory_stats()
     torch.compiler.reset()
     settings = settings_of(case, compiled=impl == "memtrans")
-    trainer = full_trainer(settings)
+    time_steps(benchmark, full_trainer(settings), WARM_UP, impl=impl, case=case)
+
+
+@pytest.mark.parametrize("case", OF_TEXT)
+def test_train_on_a_text(benchmark: Any, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What training costs where the memories hold keys of the model itself, after LEARNT steps.
+
+    `-triton` is without the CUDA module, as every GPU but a Hopper trains.
+    """
+    if case.endswith("-triton") and DEVICE == "cuda":
+        monkeypatch.setenv("MEMTRANS_BACKEND", "triton")
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    torch.compiler.reset()
+    memory, source = OF_TEXT[case]
+    settings = small(dataclasses.replace(CODE, memory=SIZES[memory], compile=DEVICE == "cuda"))
+    data = training_data(source, settings.batch)
+    trainer = Trainer(settings, data, pick_device(DEVICE, ALONE))
+    time_steps(benchmark, trainer, LEARNT, impl="memtrans", case=case, data_sha256=data.fingerprint)
+    assert all((memory.lengths == settings.memory).all() for memory in trainer.reader.memories)
+
+
+def time_steps(benchmark: Any, trainer: Trainer, warm_up: int, **labels: Any) -> None:
+    """Times STEPS steps after some others, and writes the entry down."""
 
     def steps(count: int = STEPS) -> None:
         for _ in range(count):
             trainer.advance()
 
-    steps(WARM_UP)
+    settings = trainer.settings
+    steps(warm_up)
     peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else None
     busy = busy_share(lambda: steps(5))
     per_step = settings.batch * settings.segment * settings.segments * settings.accumulate
-    timed(
-        benchmark, steps, STEPS * per_step, impl=impl, case=case, dtype=settings.dtype, gpu_busy=busy, peak_bytes=peak
-    )
+    timed(benchmark, steps, STEPS * per_step, dtype=settings.dtype, gpu_busy=busy, peak_bytes=peak, **labels)
     trainer.check()  # every loss was finite
 
 

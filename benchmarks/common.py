@@ -59,19 +59,22 @@ class Case:
 
 
 def case(name: str) -> Case:
-    """`[decode-|cpu-]<d64|d128|d256|paper>-<8k|64k|262k>`, as tables and result files name it.
+    """`[decode-|cpu-|b1-]<d64|d128|d256|paper>-<8k|64k|262k>`, as tables and result files name it.
 
-    `decode-` is one query a head; `cpu-` is two documents and one head, for machines of two cores.
+    `decode-` is one query a head; `b1-` one document; `cpu-` two documents and one head, for machines of two cores.
 
     >>> case("decode-paper-64k").length, case("cpu-d64-64k").batch
     (1, 2)
     """
-    shape, memory = name.removeprefix("decode-").removeprefix("cpu-").rsplit("-", 1)
+    shape, memory = name.removeprefix("decode-").removeprefix("cpu-").removeprefix("b1-").rsplit("-", 1)
     width, groups = {"d64": (64, 1), "d128": (128, 1), "d256": (256, 1), "paper": (128, 8)}[shape]
     made = Case(name, width, groups, MEMORIES[memory], length=1 if name.startswith("decode-") else 512)
     if name.startswith("cpu-"):
         made = replace(made, batch=2, heads=1)
-    return replace(made, batch=2, capacity=32, length=min(8, made.length), neighbours=4, spare=8) if TOY else made
+    if name.startswith("b1-"):
+        made = replace(made, batch=1)
+    small = {"batch": min(2, made.batch), "capacity": 32, "length": min(8, made.length), "neighbours": 4, "spare": 8}
+    return replace(made, **small) if TOY else made
 
 
 @dataclass

@@ -80,7 +80,7 @@ class LayerMemory(nn.Module):
         for name in ASKING[: FORMS[form]]:
             if getattr(self, name) is None:
                 shape = shapes.get(name, (heads, self.width, self.width))
-                setattr(self, name, nn.Parameter(torch.zeros(shape, device=self.memory_offset.device)))
+                setattr(self, name, nn.Parameter(self.memory_offset.new_zeros(shape)))
 
     def forward(self, entries: Tensor) -> Asking:
         """How a memory of entries () int64 is asked.

@@ -62,7 +62,7 @@ const stretch = (node, begin, end, marks, near) => {
 // ------------------------------------------------------------------------------------------------------ the text
 const most = Math.max(1, ...data.tokens.map((token) => token.share));
 const level = (share) => (share <= 0 ? 0 : Math.max(1, Math.ceil((4 * share) / most)));
-const text = at("text");
+const text = at("text"), writing = at("writing");
 text.replaceChildren(made("span", data.prompt, "prompt"));
 data.tokens.forEach((token, number) => {
   const node = made("span", undefined, "t s" + level(token.share));
@@ -89,14 +89,16 @@ at("model").textContent = data.model;
 
 // ---------------------------------------------------------------------------------------------------- the choice
 let chosen = -1, layer = 0;
-const choose = (number) => {
+// On opening the text's box alone is moved, so that the page begins with its title.
+const choose = (number, opening) => {
   if (number < 0 || number >= data.tokens.length) return;
   if (chosen >= 0) at("t" + chosen).setAttribute("aria-selected", "false");
   chosen = number;
   const node = at("t" + chosen);
   node.setAttribute("aria-selected", "true");
   text.setAttribute("aria-activedescendant", node.id);
-  node.scrollIntoView({ block: "nearest" });
+  if (opening) writing.scrollTop += node.getBoundingClientRect().top - writing.getBoundingClientRect().top - writing.clientHeight / 3;
+  else node.scrollIntoView({ block: "nearest" });
   show(data.tokens[chosen]);
 };
 const show = (token) => {
@@ -215,8 +217,12 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
   choose(to);
 });
+// The text's box ends where the window does, below whatever height the title has.
+const fit = () => document.documentElement.style.setProperty("--head", document.querySelector("header").offsetHeight + "px");
+window.addEventListener("resize", fit);
 if (data.tokens.length) {
   legend.hidden = false;
+  fit();
   const strength = data.tokens.map((token) => (token.passages.length ? token.passages[0].share : 0));
-  choose(strength.indexOf(Math.max(...strength)));
+  choose(strength.indexOf(Math.max(...strength)), true);
 }

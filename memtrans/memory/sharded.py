@@ -22,8 +22,7 @@ ranks without a gradient and up to 20 with one. An entry that is added travels o
 of their own count E·e wherever these are a result's or a value's bytes, and winners then bring their keys always.
 
 Equal keys on different ranks come older first if a backend gives them equal scores, that is, if it rounds a score alike
-wherever the key stands. Plain matrix products round by place, and `native` on a GPU rounds otherwise in the rare query
-that it scores a second time (`knn_redo`): such keys may change places.
+wherever the key stands, as `native` does. Plain matrix products round by place: such keys may change places.
 
 Shapes: the letters of `memtrans_kernels`, and W ranks.
 """

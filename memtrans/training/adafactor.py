@@ -111,7 +111,7 @@ def _root_mean_square(tensor: Tensor) -> Tensor:
 
 def initial_state(weight: Tensor) -> dict[str, Tensor]:
     """What the optimiser keeps for a weight before its first step: zeros, on the weight's device."""
-    step = torch.zeros((), device=weight.device)
+    step = torch.zeros((), dtype=torch.float32, device=weight.device)
     if weight.dim() < 2:
         return {"step": step, "variance": torch.zeros_like(weight)}
     row, column = (*weight.shape[:-1], 1), (*weight.shape[:-2], 1, weight.shape[-1])

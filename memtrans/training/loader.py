@@ -41,7 +41,8 @@ class StepInputs:
         scored = sum(batch.scored for segments in rounds for batch in segments)
         size = scored + sum(batch.more for segments in rounds for batch in segments)
         scalars = (
-            torch.tensor(value, device="cpu") for value in (float(max(1, scored)), max(1, scored) / max(1, size))
+            torch.tensor(value, dtype=torch.float32, device="cpu")
+            for value in (max(1, scored), max(1, scored) / max(1, size))
         )
         tokens, labels, lengths, fresh = map(stacked, ("tokens", "labels", "lengths", "fresh"))
         return cls(tokens, labels, lengths, fresh, *scalars)

@@ -26,7 +26,9 @@ def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimize
         {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
     ]
     on_gpu = parameters[0].is_cuda and not is_sharded(parameters[0])  # no graph captures sharded ones
-    rate = torch.tensor(settings.learning_rate, device=parameters[0].device) if on_gpu else settings.learning_rate
+    rate: Tensor | float = settings.learning_rate
+    if on_gpu:
+        rate = torch.tensor(rate, dtype=torch.float32, device=parameters[0].device)
     if settings.optimizer == "adafactor":
         return Adafactor(groups, lr=rate)
     return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True, capturable=on_gpu)

@@ -98,7 +98,7 @@ class Step:
         """Losses and gradients of every round of segments, then the update; leaves the result in `_result`."""
         assert self._inputs is not None
         carried = self.reader.carried
-        total = torch.zeros((), device=self._inputs.tokens.device)
+        total = torch.zeros((), dtype=torch.float32, device=self._inputs.tokens.device)
         rounds = self._inputs.rounds()
         for number, segments in enumerate(rounds, start=1):
             losses = []

@@ -130,7 +130,7 @@ class Trainer:
         Raises NonFiniteLossError if one is infinite or NaN, and such steps are not skipped: then the model is lost.
         """
         if not self._pending:
-            return torch.zeros(0, 3)
+            return torch.zeros(0, 3, dtype=torch.float32)
         self.ranks.wait(self._reached)
         self._reached = []
         pending = torch.stack(self._pending).cpu()

@@ -9,6 +9,7 @@ from memtrans_kernels import checks, ops
 from memtrans_kernels.attention_inputs import NUMBERS, AttentionInputs
 from memtrans_kernels.backends import check_name
 from memtrans_kernels.ledger import Ledger
+from memtrans_kernels.precision import arithmetic_dtype
 
 # Of the arguments that are tensors, those that are not floating point.
 KINDS = {torch.int32: ("slots",), torch.int64: ("rows", "local_length", "seed", "first"), torch.bool: ("key_mask",)}
@@ -152,7 +153,7 @@ def local_attention(
     letters.bind("value", value, "B G L E")
     batch, heads, length, width = query.shape
     no_keys, no_values = (query.new_empty(1, 1, of) for of in (width, value.shape[3]))  # nobody reads them
-    scores = torch.empty(batch, heads, length, 0, device=query.device)
+    scores = torch.empty(batch, heads, length, 0, dtype=arithmetic_dtype(query), device=query.device)
     slots = torch.empty(batch, heads, length, 0, dtype=torch.int32, device=query.device)
     rows = torch.zeros(batch * key.shape[1], dtype=torch.int64, device=query.device)
     return memory_attention(

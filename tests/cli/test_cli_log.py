@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
+from helpers.packages import package
 
 from memtrans.cli.main import main
 from memtrans.training.events import GROUPS
@@ -86,11 +87,9 @@ def test_a_missing_library_is_named_before_anything_is_written(tmp_path, capsys,
 
 @pytest.mark.slow
 def test_tensorboard_reads_what_was_written(tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+    accumulator = package("tensorboard.backend.event_processing.event_accumulator")
     assert train(tmp_path / "run", "--data", written_text(tmp_path), "--steps", "4", *OPTIONS) == 0
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     assert {"training/bits_per_byte", "memory/memory_fill", "memory/memory_share"} <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("training/gradient_norm")] == [2, 4]

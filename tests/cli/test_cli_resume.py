@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.devices import threads
+from helpers.programs import Program
 from helpers.tiny_runs import TINY, checkpoint_files, last_line, train, without_times, written_text
 
 from memtrans.cli.main import main
@@ -60,13 +58,9 @@ def test_a_half_written_last_line_of_metrics_is_cut(tmp_path, text):
     assert without_times(out) == whole
 
 
-def start(out: Path, *options: str) -> subprocess.Popen:
+def start(out: Path, *options: str) -> Program:
     """A run in a process of its own that is past its first steps."""
-    command = [sys.executable, "-m", "memtrans", "train", "--out", str(out), *TINY, *options]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert process.stdout is not None
+    process = Program("train", "--out", str(out), *TINY, *options)
     for line in process.stdout:
         if line.startswith("step 3/"):
             return process

@@ -220,7 +220,7 @@ def save_memories(path: Path, changed: dict[str, Any], state: dict[str, torch.Te
         ({"dtype": 32}, "dtype must be of type str | None, got 32 in the file"),
         ({"dtype": "int3"}, "configuration must name dtypes of"),
         ({"dim": "left out"}, "configuration must hold dim, got none"),
-        ({"device": "cpu"}, "configuration must hold dim, max_memories, num_indices, kv_heads, spare"),
+        ({"device": "cpu"}, "configuration must hold dim, max_memories, num_indices, kv_heads, value_dim, spare"),
     ],
 )
 def test_21_3_memories_that_say_what_cannot_be_are_refused(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from helpers.programs import Program
 from helpers.tiny_runs import TINY, checkpoint_files, train, written_text
 
 from memtrans.cli.main import main
@@ -24,17 +23,11 @@ def text(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def running(tmp_path: Path, text: str) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
+def running(tmp_path: Path, text: str) -> Iterator[tuple[Path, Program]]:
     """A run in a process of its own that is past its first steps."""
     out = tmp_path / "run"
     options = ["--out", str(out), "--data", text, *TINY, "--steps", "1000000", "--log-every", "1"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "memtrans", "train", *options],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert process.stdout is not None
+    process = Program("train", *options)
     assert any(line.startswith("step 3/") for line in process.stdout)
     yield out, process
     process.kill()

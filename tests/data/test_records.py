@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers.packages import package
 
 from memtrans.data.records import Fields
 from memtrans.data.sources import load_corpus
@@ -125,13 +126,13 @@ def test_a_missing_library_is_named(tmp_path, monkeypatch):
 
 
 def table(records=RECORDS):
-    arrow = pytest.importorskip("pyarrow")
+    arrow = package("pyarrow")
     return arrow.Table.from_pylist([{"text": record["text"], "book": record["book"]} for record in records])
 
 
 def saved_dataset(directory, records=RECORDS):
     """As `datasets.Dataset.save_to_disk` writes it: streams of Arrow, and a file that names them."""
-    arrow = pytest.importorskip("pyarrow")
+    arrow = package("pyarrow")
     directory.mkdir(parents=True)
     rows = table(records)
     for number, part in enumerate((rows.slice(0, 4), rows.slice(4))):
@@ -145,8 +146,7 @@ def saved_dataset(directory, records=RECORDS):
 
 @pytest.mark.slow
 def test_a_row_of_parquet_is_a_document(tmp_path):
-    pytest.importorskip("pyarrow")
-    from pyarrow import parquet
+    parquet = package("pyarrow.parquet")
 
     parquet.write_table(table(), tmp_path / "some.parquet", row_group_size=2)
     assert list(read(tmp_path / "some.parquet").values()) == [record["text"] for record in RECORDS]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers.devices import DEVICE, seeded
+from helpers.devices import DEVICE, default_dtype, seeded
 
 from memtrans import MemorizingTransformer, generate
 from memtrans.generation.decoder import Decoder
@@ -311,8 +311,5 @@ def test_21_12_some_banned_tokens_and_the_coldest_temperature_are_fine():
 def test_21_16_a_default_dtype_of_bfloat16_generates_what_the_model_in_bfloat16_does(options):
     model = build().to(DEVICE, torch.bfloat16)
     expected = generate(model, PROMPTS, 12, segment=SEGMENT, **options)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
+    with default_dtype(torch.bfloat16):
         assert torch.equal(generate(model, PROMPTS, 12, segment=SEGMENT, **options), expected)
-    finally:
-        torch.set_default_dtype(torch.float32)

@@ -41,6 +41,17 @@ def threads(count: int) -> Iterator[None]:
 
 
 @contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Tensors are made in this dtype where nobody says one."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
 def uninitialised_is_nan() -> Iterator[None]:
     """`torch.empty` gives NaN, so that a number that no kernel wrote shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)

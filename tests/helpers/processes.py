@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# What ranks import; of them it is forked, so that it is imported once. Threads and groups begin after the fork.
+# What a process imports that is forked from others of its kind. Threads and groups begin after the fork.
 WARM = ["pytest", "torch.distributed.fsdp", "memtrans.cli.main", "memtrans.training.trainer", "memtrans.presets"]
 SECONDS = 30
 MOMENT = 5  # seconds that the other ranks have to answer once one has failed
@@ -42,7 +42,8 @@ class Processes:
         self._start()
 
     def _start(self) -> None:
-        size, context = self.size, _context(self.device)
+        size = self.size
+        context = warm_context() if self.device == "cpu" else multiprocessing.get_context("spawn")
         self._directory = tempfile.TemporaryDirectory()
         store = Path(self._directory.name) / "store"
         pairs = [context.Pipe() for _ in range(size)]
@@ -90,9 +91,9 @@ class Processes:
         self._directory.cleanup()
 
 
-def _context(device: str) -> SpawnContext | ForkServerContext:
-    """How ranks start: forked from a server that has imported what they need; those on GPUs anew."""
-    if device != "cpu" or "forkserver" not in multiprocessing.get_all_start_methods():
+def warm_context() -> SpawnContext | ForkServerContext:
+    """How processes start quickly: forked from a server that has imported what they need, where there are forks."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(WARM)

@@ -97,9 +97,12 @@ def test_keys_go_from_word_to_word(browser: Any, page: Path) -> None:
 
 
 def test_layers_and_heads_are_shown_on_demand(browser: Any, page: Path) -> None:
+    from selenium.webdriver.support.wait import WebDriverWait
+
     opened(browser, page)
     assert not browser.find_element("id", "entries").is_displayed()
     browser.find_element("css selector", "#layers summary").click()
+    WebDriverWait(browser, 10).until(lambda browser: texts(browser, "#bars button"))  # drawn a moment later
     assert texts(browser, "#bars button") == ["layer 062\u202f%", "layer 262\u202f%"]
     rows = texts(browser, "#entries tr td:nth-child(2)")
     assert rows[0] == str(FACT + 19) and 1 < len(rows) <= 16
@@ -148,9 +151,29 @@ def test_shares_show_without_colour(browser: Any, page: Path) -> None:
     assert lines == sorted(lines) and len(set(lines)) == 4
 
 
+@pytest.mark.parametrize("size", [WIDE, NARROW])
+def test_a_long_text_opens_at_its_title_with_the_chosen_word_in_sight(
+    browser: Any, tmp_path: Path, size: tuple[int, int]
+) -> None:
+    path = tmp_path / "page.html"
+    write_page(path, records(tokens=256))
+    opened(browser, path, size)
+    assert texts(browser, "#token") == ["␣fact255"]  # the last word, far below
+    top, bottom = browser.execute_script(
+        "const box = document.querySelector('[aria-selected=true]').getBoundingClientRect();"
+        "return [box.top, box.bottom]"
+    )
+    assert browser.execute_script("return window.scrollY") == 0
+    assert 0 < top < bottom <= size[1]
+
+
 def test_a_document_of_a_million_tokens_opens_in_a_second(browser: Any, tmp_path: Path) -> None:
+    """The quickest of three times: the machine may have other work."""
     path = tmp_path / "page.html"
     write_page(path, records(tokens=256, document=1_000_000, layers=8))
-    opened(browser, path)
-    assert texts(browser, "#token") == ["␣fact255"]
-    assert browser.execute_script("return performance.now()") < 1500  # the machine's own second is the benchmark's
+    milliseconds = []
+    for _ in range(3):
+        opened(browser, path)
+        assert texts(browser, "#token") == ["␣fact255"]
+        milliseconds.append(browser.execute_script("return performance.getEntriesByType('navigation')[0].duration"))
+    assert 0 < min(milliseconds) < 1000

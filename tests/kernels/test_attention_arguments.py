@@ -222,6 +222,26 @@ def test_a_soft_cap_far_above_all_logits_changes_little_and_a_near_one_bounds_th
     assert ((lse - count.double().log()).abs() <= 0.5).all()
 
 
+@on_every_backend
+@pytest.mark.parametrize("name", ["key mask", "first", "length"])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_a_hidden_key_shows_in_no_result_whatever_it_holds(name: str, number: float, backend: str) -> None:
+    shape = BASE._replace(**ARGUMENTS[name])
+    inputs = random_attention(shape, torch.float32, seeded(0))
+    if name == "first":
+        inputs["first"] = torch.full_like(inputs["first"], 7)
+    hidden = {
+        "key mask": lambda: ~inputs["key_mask"],
+        "first": lambda: (torch.arange(BASE.local) < 7).expand(shape.batch, -1),
+        "length": lambda: torch.arange(BASE.local) < BASE.local - inputs["local_length"][:, None],
+    }[name]()
+    assert hidden.any()
+    expected = memory_attention(**inputs, backend=backend)
+    inputs["key"] = inputs["key"].masked_fill(hidden[:, None, :, None], number)
+    for actual, wanted in zip(memory_attention(**inputs, backend=backend), expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
 # ------------------------------------------------------------------------------------------------------------ misuse
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers.devices import DEVICE, live_backends, seeded
+from helpers.devices import DEVICE, default_dtype, live_backends, seeded
 from helpers.rings import INF, assert_exact, memory, search
 from torch import Tensor
 from torch.nn.functional import pad
@@ -46,6 +46,14 @@ def test_windows_of_all_kinds_are_exact(dtype: torch.dtype, k: int, heads: int, 
     scores, slots = search(query, held, k, "faiss", rows)
     assert scores.dtype == torch.float32 and slots.dtype == torch.int32
     assert_exact(query, held, rows, scores, slots, k)
+
+
+def test_21_16_scores_are_float32_whatever_the_default_is() -> None:
+    held, query = memory([(0, torch.randn(9, 16, generator=seeded(0)))], capacity=9), torch.randn(1, 2, 3, 16)
+    expected, _ = search(query, held, 4, "faiss")
+    with default_dtype(torch.bfloat16):
+        scores, _ = search(query, held, 4, "faiss")
+    assert scores.dtype == torch.float32 and torch.equal(scores, expected)
 
 
 @pytest.mark.gpu

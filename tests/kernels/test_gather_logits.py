@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.cases import CAPACITY, ring
 from helpers.checks import ATTENTION, assert_close
-from helpers.devices import live_backends
+from helpers.devices import default_dtype, live_backends
 
 from memtrans_kernels import gather_logits, knn_search
 
@@ -55,6 +55,15 @@ def test_22_7_they_are_the_scores_of_the_search(backend):
     logits = gather_logits(query, state["keys"], state["rows"], slots, backend=backend)
     assert torch.equal(logits == -torch.inf, scores == -torch.inf)
     torch.testing.assert_close(logits, scores)
+
+
+@on_every_backend
+def test_21_16_logits_are_float32_whatever_the_default_is(backend):
+    arguments = given()
+    expected = gather_logits(*arguments, backend=backend)
+    with default_dtype(torch.bfloat16):
+        logits = gather_logits(*arguments, backend=backend)
+    assert logits.dtype == torch.float32 and torch.equal(logits, expected)
 
 
 def test_22_7_gradcheck_and_in_blocks(monkeypatch):

@@ -22,7 +22,7 @@ from helpers.cases import (
     random_attention,
 )
 from helpers.checks import ATTENTION, LSE, assert_close
-from helpers.devices import DEVICE, live_backends, seeded
+from helpers.devices import DEVICE, default_dtype, live_backends, seeded
 
 from memtrans_kernels import local_attention, memory_attention
 from memtrans_kernels.attention_inputs import AttentionInputs
@@ -258,6 +258,19 @@ def test_errors_of_attention_without_a_memory_name_them_too(change, error, messa
         local_attention(**{**local, "scale": torch.ones(2), **change})
 
 
+@on_every_backend
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_21_16_attention_without_a_memory_is_the_same_whatever_the_default_is(backend, dtype):
+    """A float64 among the arguments would keep every fast backend from running."""
+    query, key, value = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    arguments = {"query": query, "key": key, "value": value, "scale": torch.ones(4), "backend": backend}
+    expected = local_attention(**arguments)
+    with default_dtype(dtype):
+        found = local_attention(**arguments)
+    for actual, wanted in zip(found, expected, strict=True):
+        assert actual.dtype == torch.float32 and torch.equal(actual, wanted)
+
+
 WRONG_SEEDS = {
     "none": (None, ValueError, "seed must be an int64 tensor when dropout_p > 0, got None"),
     "nothing in it": (torch.zeros(0, dtype=torch.int64), ValueError, r"seed must have shape \(\), got \(0,\)"),
@@ -277,7 +290,7 @@ def test_21_1_the_operators_themselves_read_no_seed_that_is_not_one_number(backe
     with pytest.raises(error, match=message):
         torch.ops.memtrans.memory_attention(*inputs, backend=backend)
     with pytest.raises(error, match=message):
-        torch.ops.memtrans.memory_attention_backward(out, lse, out, lse, *inputs, None, None, 0, backend)
+        torch.ops.memtrans.memory_attention_backward(out, lse, out, lse, *inputs, None, None, 0, backend=backend)
 
 
 @on_every_backend

@@ -278,6 +278,7 @@ def test_a_list_clears_the_memories_and_documents_named() -> None:
 def test_21_11_cleanup_leaves_the_memories_readable_and_clear_empties_them() -> None:
     memories = KNNMemoryList([filled()])
     memories.cleanup()
+    memories[0].cleanup()
     assert held(memories[0]) == [[1, 2, 3]] * 2
     memories[0].add(pairs(5, batch=2))
     assert held(memories[0]) == [[1, 2, 3, 5]] * 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -269,3 +270,21 @@ def test_21_16_a_pickled_memory_lives_where_its_tensors_are_loaded_to() -> None:
     moved.__setstate__(pickled)
     assert moved.device == torch.device("cpu")
     assert held(moved) == held(memory)
+
+
+def test_21_16_a_file_that_was_pickled_on_a_gpu_loads_with_map_location(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here without a GPU: the tensors in the file are marked as one's, and the memory says that it lives there."""
+    memories = KNNMemoryList([filled(), KNNMemory(2, 4, 2)])
+    memories[0].clear([1])
+    file = io.BytesIO()
+    with monkeypatch.context() as context:
+        context.setattr(torch.serialization, "location_tag", lambda _: "cuda:0")
+        context.setattr(KNNMemory, "device", property(lambda memory: memory._ring and torch.device("cuda:0")))
+        torch.save(memories, file)
+    file.seek(0)
+    loaded = torch.load(file, map_location="cpu", weights_only=False)
+    assert [memory.device for memory in loaded] == [torch.device("cpu"), None]
+    assert held(loaded[0]) == held(memories[0]) == [[1, 2, 3], []]
+    for memory in loaded:
+        memory.add(pairs(4, batch=2))
+    assert [held(memory) for memory in loaded] == [[[1, 2, 3, 4], [4]], [[4]] * 2]

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.checks import SAME_FORMULA, SAME_SUMS, assert_close
+from helpers.hard_keys import KINDS, hard_keys, queries_near
 from helpers.processes import Processes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -171,6 +172,31 @@ def empty_and_full(rank: int) -> tuple[list[bool], list[float], list[int]]:
 def test_equal_keys_come_older_first_across_ranks_and_only_the_newest_m_are_there(two: Processes) -> None:
     expected = ([False] * 6, [11.0, 12.0, 13.0, 14.0, 15.0, 0.0, 0.0, 0.0, 0.0], [5])
     assert two.run(empty_and_full) == [expected, expected]
+
+
+def beside_one_memory(rank: int, kind: str, width: int, dtype: torch.dtype, k: int) -> None:
+    """Scores and entries, bit for bit, over a memory that wraps, of keys that stand at other places on two ranks."""
+    arguments: dict[str, Any] = {"device": "cpu", "dtype": dtype, "spare": 64, "backend": "native"}
+    sharded = KNNMemory(width, 500, process_group=dist.group.WORLD, **arguments)
+    whole = KNNMemory(width, 500, **arguments)
+    keys = hard_keys(kind, 2 * 7 * 61, width, torch.float32)
+    for pair in keys.reshape(7, 2, 1, 61, width):  # of both ranks, in their order
+        sharded.add((pairs := torch.stack((pair, pair), dim=-2))[rank])
+        for segment in pairs:
+            whole.add(segment)
+    query = queries_near(keys, 2 * 23).reshape(2, 1, 1, 23, width)[rank]
+    scores, entries = sharded.snapshot().nearest(query, k)
+    expected_scores, slots = whole.snapshot().nearest(query, k)
+    assert torch.equal(entries, whole.snapshot().entries_in(slots))
+    assert torch.equal(scores, expected_scores)
+    again = sharded.snapshot().nearest(query, k)
+    assert torch.equal(scores, again[0]) and torch.equal(entries, again[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_find_bit_for_bit_what_one_memory_finds(two: Processes, kind: str) -> None:
+    for width, dtype, k in ((64, torch.float32, 32), (24, torch.float16, 3), (96, torch.bfloat16, 70)):
+        two.run(beside_one_memory, kind, width, dtype, k)
 
 
 # ----------------------------------------------------------------------------------------------------------- attention

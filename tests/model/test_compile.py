@@ -15,22 +15,34 @@ from memtrans import MemorizingTransformer
 
 BATCH, SEGMENT, CAPACITY = 2, 12, 29
 SMALL = {"num_tokens": 50, "dim": 16, "depth": 3, "dim_head": 8, "heads": 2, "num_retrieved_memories": 4, "pad_id": -1}
+ONE_LAYER = {**SMALL, "depth": 1, "memorizing_layers": 1}
+CACHED = {
+    "memorizing_layers": (2, 3),
+    "xl_max_memories": SEGMENT,
+    "shift_knn_memories_down": 1,
+    "shift_xl_memories_down": 1,
+    "clear_memories_on_sos_token_id": 7,
+    "clear_memories_on_eos_token_id": 8,
+}
 CONFIGURATIONS = {
-    "memory": {"memorizing_layers": (2, 3)},
-    "memory, cache, shifts, start tokens": {
-        "memorizing_layers": (2, 3),
-        "xl_max_memories": SEGMENT,
-        "shift_knn_memories_down": 1,
-        "shift_xl_memories_down": 1,
-        "clear_memories_on_sos_token_id": 7,
-        "clear_memories_on_eos_token_id": 8,
-    },
-    "activation checkpointing": {"memorizing_layers": (2,), "activation_checkpointing": True},
     "gate, activation checkpointing": {
         "memorizing_layers": (2, 3),
         "combine": "gate",
         "activation_checkpointing": True,
     },
+    "cache, shifts, start tokens, per-head memory with an offset": {
+        **CACHED,
+        "memorizing_layers": (1, 2),
+        "depth": 2,
+        "kv_heads": 2,
+        "memory_offset": -1.0,
+    },
+}
+# What those have together, apart: the compiler takes its time.
+CONFIGURATIONS_APART = {
+    "memory": {"memorizing_layers": (2, 3)},
+    "memory, cache, shifts, start tokens": CACHED,
+    "activation checkpointing": {"memorizing_layers": (2,), "activation_checkpointing": True},
     "gate": {"memorizing_layers": (2,), "combine": "gate"},
     "all entries, cache": {"memorizing_layers": (2, 3), "attend_to": "all", "xl_max_memories": SEGMENT},
     "per-head memory with an offset": {"memorizing_layers": (2,), "kv_heads": 2, "memory_offset": -1.0},
@@ -78,17 +90,23 @@ def assert_same_reading(model, compiled_model, spare):
             assert_close(compiled.state_dict()[name], tensor, SAME_GRAPH, name)
 
 
-@pytest.mark.parametrize("configuration", CONFIGURATIONS.values(), ids=CONFIGURATIONS.keys())
+@pytest.mark.parametrize(
+    "configuration",
+    [
+        *(pytest.param(options, id=name) for name, options in CONFIGURATIONS.items()),
+        *(pytest.param(options, id=name, marks=pytest.mark.slow) for name, options in CONFIGURATIONS_APART.items()),
+    ],
+)
 def test_one_graph_equals_eager(configuration):
-    model = MemorizingTransformer(**SMALL, **configuration, max_knn_memories=CAPACITY)
+    model = MemorizingTransformer(**{**SMALL, **configuration}, max_knn_memories=CAPACITY)
     assert_same_reading(model, torch.compile(model, fullgraph=True, backend="aot_eager"), 5 * SEGMENT)
 
 
 @torch.no_grad()
 def test_one_graph_reads_rows_with_padding_in_the_middle_of_their_documents():
     """What the XL memories say of themselves comes out of the graph and goes into the next one."""
-    options = CONFIGURATIONS["memory, cache, shifts, start tokens"]
-    model = MemorizingTransformer(**SMALL, **options, max_knn_memories=CAPACITY).eval()
+    options = {**SMALL, **CACHED, "depth": 2, "memorizing_layers": (1, 2)}
+    model = MemorizingTransformer(**options, max_knn_memories=CAPACITY).eval()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     memories = [model.create_knn_memories(batch_size=BATCH) for _ in range(2)]
     left = right = None
@@ -104,7 +122,7 @@ def test_one_graph_reads_rows_with_padding_in_the_middle_of_their_documents():
 
 def test_one_graph_serves_memories_of_every_size():
     """From the second size on the compiler takes sizes as symbols."""
-    model = MemorizingTransformer(**SMALL, memorizing_layers=(2,), max_knn_memories=CAPACITY)
+    model = MemorizingTransformer(**ONE_LAYER, max_knn_memories=CAPACITY)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for capacity in (CAPACITY, CAPACITY + 3, CAPACITY + 14):
         model.max_knn_memories = capacity
@@ -114,7 +132,7 @@ def test_one_graph_serves_memories_of_every_size():
 def counted(**options):
     """A model of one memorizing layer, the same compiled, and what counts its graphs."""
     graphs = CompileCounterWithBackend("aot_eager")
-    model = MemorizingTransformer(**{**SMALL, "depth": 1}, memorizing_layers=1, max_knn_memories=CAPACITY)
+    model = MemorizingTransformer(**ONE_LAYER, max_knn_memories=CAPACITY)
     return model, torch.compile(model, fullgraph=True, backend=graphs, **options), graphs
 
 
@@ -169,7 +187,7 @@ def test_one_graph_serves_a_new_memory_for_each_document():
 
 def test_what_inductor_generates_equals_eager_and_never_copies_the_memory():
     """60 entries through a capacity of 29. No buffer of the generated code has the ring's shape: 97 slots."""
-    model = MemorizingTransformer(**{**SMALL, "depth": 1}, memorizing_layers=1, max_knn_memories=CAPACITY)
+    model = MemorizingTransformer(**ONE_LAYER, max_knn_memories=CAPACITY)
     compiled = torch.compile(model, fullgraph=True)
     _, code = run_and_get_code(assert_same_reading, model, compiled, 97 - CAPACITY)
     generated = "\n".join(code)
@@ -180,7 +198,7 @@ def test_what_inductor_generates_equals_eager_and_never_copies_the_memory():
 
 
 def test_a_compiled_backward_that_comes_too_late_is_an_error_that_names_spare():
-    model = MemorizingTransformer(**SMALL, memorizing_layers=(2,), max_knn_memories=CAPACITY)
+    model = MemorizingTransformer(**ONE_LAYER, max_knn_memories=CAPACITY)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     memories = model.create_knn_memories(batch_size=BATCH, spare=2 * SEGMENT)
     losses = [compiled(tokens()[:, :SEGMENT], memories, labels=tokens()[:, :SEGMENT]) for _ in range(3)]

@@ -214,6 +214,8 @@ def in_four_bits(layer: nn.Linear) -> nn.Module:
     )
     packed.weight = bits.Params4bit(layer.weight.detach().clone(), requires_grad=False, quant_type="nf4")
     packed.bias = layer.bias
+    # Its own arithmetic on CPUs that have it takes widths of multiples of 32 alone, and rounds to bfloat16.
+    packed.support_avx512bf16_for_cpu = False
     return packed.to("cpu")  # which packs
 
 

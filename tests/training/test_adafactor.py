@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.checks import SAME_GRAPH, assert_close
-from helpers.devices import DEVICE, seeded
+from helpers.devices import DEVICE, default_dtype, seeded
 
 from memtrans.training.adafactor import Adafactor
 
@@ -22,7 +22,7 @@ def weights() -> list[torch.nn.Parameter]:
 def move(optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], seed: int) -> None:
     generator = seeded(seed)
     for weight in parameters:
-        weight.grad = torch.randn(weight.shape, generator=generator) * (1 + seed % 5)
+        weight.grad = torch.randn(weight.shape, generator=generator, dtype=weight.dtype) * (1 + seed % 5)
     optimizer.step()
 
 
@@ -100,3 +100,13 @@ def test_an_option_out_of_range_is_refused(options, message):
 def test_a_closure_is_refused():
     with pytest.raises(ValueError, match="closure must be None"):
         Adafactor(weights()).step(lambda: 0.0)
+
+
+def test_21_16_steps_are_counted_in_float32_whatever_the_default_is():
+    """bfloat16 counts to 256 and stays there."""
+    parameters = weights()
+    with default_dtype(torch.bfloat16):
+        optimizer = Adafactor(parameters)
+        for seed in range(260):
+            move(optimizer, parameters, seed)
+    assert optimizer.state[parameters[0]]["step"].item() == 260

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.checks import GAINED, SAME_CURVE, assert_close
+from helpers.devices import default_dtype
 
 from memtrans.data.stream import DocumentStream
 from memtrans.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -63,6 +64,19 @@ def trainer_of(settings: Settings) -> Trainer:
 def advance(trainer: Trainer, steps: int) -> None:
     for _ in range(steps):
         trainer.advance()
+
+
+@pytest.mark.parametrize("variant", ["several backward passes before one step", "adafactor"])
+def test_21_16_a_step_is_the_same_whatever_the_default_dtype_is(variant):
+    """Of a model that was made before: what comes without a dtype is a sum of losses, a share, a count."""
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        trainer = trainer_of(VARIANTS[variant])
+        with default_dtype(dtype):
+            advance(trainer, 3)
+            losses.append(trainer.check())
+    assert losses[0].dtype == torch.float32
+    assert all(torch.equal(of_dtype, losses[0]) for of_dtype in losses)
 
 
 def advance_poisoned(trainer: Trainer, which: int = 1) -> None:

@@ -19,7 +19,7 @@ def knn_search(
 ) -> tuple[Tensor, Tensor]:
     batch, heads, length, width = query.shape
     shape = (len(rows), batch * heads * length // max(len(rows), 1), k)
-    scores = torch.full(shape, -torch.inf, device=query.device)
+    scores = torch.full(shape, -torch.inf, dtype=torch.float32, device=query.device)
     slots = torch.full(shape, -1, dtype=torch.int32, device=query.device)
     by_row = query.to(keys.dtype).float().reshape(*shape[:2], width)
     if scores.numel():

@@ -79,7 +79,7 @@ def _launch(kernel: Any, tensors: tuple[Tensor, ...], slots: Tensor, groups: int
 def gather_logits(query: Tensor, keys: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
     """(B, H, N, K) float32."""
     query, keys, rows, slots = rows_of(query), rows_of(keys), rows.contiguous(), slots.contiguous()
-    logits = torch.empty(slots.shape, device=query.device)
+    logits = torch.empty(slots.shape, dtype=torch.float32, device=query.device)
     groups, strides = rows.numel() // max(query.shape[0], 1), (query.stride()[:3], keys.stride()[:2])
     _launch(gather_logits_kernel, (query, keys, rows, slots, logits), slots, groups, strides, query.shape[3])
     return logits
