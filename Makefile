@@ -22,7 +22,7 @@
 #
 #   PYTHON=python3.12      the interpreter that .venv is made with (>= 3.10)
 #   PYTHON_BIN=python3     an interpreter that has everything installed already: no .venv is made
-#   TESTS=tests/model      those of them that `make test` runs (all)
+#   TESTS=tests/model      those of them that `make test` and `make test-torch` run (all)
 #   WORKERS=2              processes that `make test` spreads its modules over, of one core each
 
 PYTHON ?= python3
@@ -141,7 +141,7 @@ test-torch: $(TESTS_READY)
 	MEMTRANS_SKIP_BUILD=1 $(OTHER) -m pip --disable-pip-version-check install --quiet --no-build-isolation ".[test,train]"
 	$(OTHER) -m pip install --quiet joblib filelock
 	$(OTHER) -m pip install --quiet --no-deps memorizing-transformers-pytorch==0.4.1 einops-exts==0.0.4
-	OMP_NUM_THREADS=1 $(OTHER) -m pytest $(SPREAD) -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(OTHER) -m pytest $(SPREAD) -m "not slow and not gpu" $(TESTS)
 
 bench: $(TESTS_READY)
 	$(PYTHON_BIN) -m pytest benchmarks

@@ -14,8 +14,8 @@ torch.set_default_device(DEVICE)
 # The modules of most work, which begin first: one that begins last has one of the processes work alone.
 LONGEST = [
     "test_compile.py", "test_triton_interpreter.py", "test_benchmarks.py", "test_ranks.py", "test_targets.py",
-    "test_native_search.py", "test_cli.py", "test_cli_resume.py", "test_cleared.py", "test_beginnings.py",
-    "test_build.py", "test_native_attention.py", "test_against.py", "test_widths_of_layers.py",
+    "test_instruction_sets.py", "test_cli.py", "test_cli_resume.py", "test_cleared.py", "test_beginnings.py",
+    "test_build.py", "test_against.py", "test_widths_of_layers.py",
 ]  # fmt: skip
 
 

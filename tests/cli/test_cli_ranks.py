@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers import tiny_runs
 from helpers.processes import ended, started
+from helpers.programs import forked
 
 from memtrans.cli import outcome, train
 from memtrans.cli.ending import EndedError
@@ -37,7 +38,7 @@ def text(tmp_path: Path) -> str:
 
 def test_the_first_rank_alone_prints_and_writes_and_all_end_well(text: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    first, second = ended(started(2, "train", "--data", text, "--out", str(out), "--steps", "4", *TINY))
+    first, second = ended(forked(2, "train", "--data", text, "--out", str(out), "--steps", "4", *TINY))
     assert (first[0], second[0]) == (0, 0), (first, second)
     report = json.loads(first[1].splitlines()[-1])
     assert (report["steps"], report["ranks"], report["tokens"]) == (4, 2, 512)
@@ -53,7 +54,7 @@ def test_21_4_eval_and_generate_print_on_the_first_rank_alone(text: str, tmp_pat
     assert tiny_runs.train(out, "--data", text, "--steps", "2", "--batch", "4") == 0
     assert main(["eval", "--out", str(out)]) == 0
     alone = json.loads(capsys.readouterr().out.splitlines()[-1])
-    evaluated, generated = started(2, "eval", "--out", str(out)), started(2, "generate", "--checkpoint", str(out))
+    evaluated, generated = forked(2, "eval", "--out", str(out)), forked(2, "generate", "--checkpoint", str(out))
     first, second = ended(evaluated)
     assert (first[0], second[0], second[1], second[2]) == (0, 0, "", ""), (first, second)
     report = json.loads(first[1])

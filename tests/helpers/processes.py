@@ -5,18 +5,19 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,7 @@ import torch.distributed as dist
 # What a process imports that is forked from others of its kind. Threads and groups begin after the fork.
 WARM = ["pytest", "torch.distributed.fsdp", "memtrans.cli.main", "memtrans.training.trainer", "memtrans.presets"]
 SECONDS = 30
+GLOO_SAYS = re.compile(r"^\[Gloo\] Rank \d+ is connected to .*\n", re.MULTILINE)  # some versions, to standard error
 MOMENT = 5  # seconds that the other ranks have to answer once one has failed
 COMPILING_SECONDS = 150  # more on GPUs: each rank compiles its kernels first, one maybe long after the other
 
@@ -92,8 +94,8 @@ class Processes:
 
 
 def warm_context() -> SpawnContext | ForkServerContext:
-    """How processes start quickly: forked from a server that has imported what they need, where there are forks."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
+    """How processes start quickly: forked from a server that has imported what they need, where forks are safe."""
+    if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(WARM)
@@ -126,27 +128,41 @@ def free_port() -> int:
     raise RuntimeError("no port is free")
 
 
+def launched(size: int) -> list[dict[str, str]]:
+    """The variables that torchrun sets on each rank."""
+    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [{**shared, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+
+
 def started(size: int, *arguments: str, **changes: tuple[str, ...]) -> list[subprocess.Popen[str]]:
     """`python -m memtrans` on each rank with the variables that torchrun sets; changes: of one rank's arguments."""
-    port = free_port()
     processes = []
-    for rank in range(size):
-        environment = {
-            **os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        }  # fmt: skip
+    for rank, variables in enumerate(launched(size)):
         command = [sys.executable, "-m", "memtrans", *arguments, *changes.get(f"rank{rank}", ())]
+        environment = {**os.environ, **variables}
         processes.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         )
     return processes
 
 
-def ended(processes: list[subprocess.Popen[str]], seconds: float = SECONDS) -> list[tuple[int, str, str]]:
-    """Status, standard output and standard error of each, once all have ended."""
+class Ending(Protocol):
+    """What is asked of a process that is waited for."""
+
+    @property
+    def returncode(self) -> int | None: ...
+
+    def communicate(self, *, timeout: float) -> tuple[str, str]: ...
+
+    def kill(self) -> None: ...
+
+
+def ended(processes: Sequence[Ending], seconds: float = SECONDS) -> list[tuple[int, str, str]]:
+    """Status, standard output and standard error of each, once all have ended; without what Gloo says of its own."""
     try:
         texts = [process.communicate(timeout=seconds) for process in processes]
-        return [(process.returncode, *text) for process, text in zip(processes, texts, strict=True)]
+        pairs = zip(processes, texts, strict=True)
+        return [(process.returncode, out, GLOO_SAYS.sub("", error)) for process, (out, error) in pairs]
     finally:
         for process in processes:
             process.kill()

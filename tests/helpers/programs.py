@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from subprocess import TimeoutExpired
 
 import torch
-from helpers.processes import warm_context
+from helpers.processes import launched, warm_context
 
 
 class Program:
@@ -66,6 +66,11 @@ class Program:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+
+def forked(size: int, *arguments: str) -> list[Program]:
+    """The command line on each rank, with the variables that torchrun sets."""
+    return [Program(*arguments, variables=variables) for variables in launched(size)]
 
 
 def _run(arguments: tuple[str, ...], environment: dict[str, str], out: Connection, err: Connection) -> None:
