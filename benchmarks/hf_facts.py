@@ -218,11 +218,19 @@ class Bench:
     def encode(self, text: str) -> list[int]:
         return self.tokenizer(text)["input_ids"]
 
-    def add(self) -> ModelMemory:
-        """A memory that has learned nothing."""
+    @contextmanager
+    def memory(self, learned: Path | None = None, **changed: Any) -> Iterator[ModelMemory]:
+        """One that has learned nothing, or what was saved; the model is without it afterwards, whatever happens."""
         options = self.options
-        most = max(*options.sizes, *options.calibration_sizes)
-        return add_memory(self.model, max_memories=most, segment=options.segment, keep_ids=False)
+        if learned is None:
+            most = max(*options.sizes, *options.calibration_sizes)
+            memory = add_memory(self.model, max_memories=most, segment=options.segment, keep_ids=False)
+        else:
+            memory = load_memory(self.model, learned, **changed)
+        try:
+            yield memory
+        finally:
+            memory.remove()
 
     def write(self, case: str, **figures: Any) -> None:
         write_down({**self.labels, "case": case, **figures})
@@ -247,39 +255,35 @@ class Bench:
         return nats
 
     def in_context(self) -> None:
-        memory = self.add()
-        for kind, words in KINDS.items():
-            documents = documents_of(self.texts, self.options.context, self.options.segment, self.encode, words)
-            self.write(f"{kind}-in-context", **in_context(self.model, memory, documents, self.encode))
-        memory.remove()
+        with self.memory() as memory:
+            for kind, words in KINDS.items():
+                documents = documents_of(self.texts, self.options.context, self.options.segment, self.encode, words)
+                self.write(f"{kind}-in-context", **in_context(self.model, memory, documents, self.encode))
 
     def otherwise(self, form: str) -> None:
         """What was learned, with other numbers of neighbours and a larger memory than it was learned with."""
         place, options = self.options.save / form, self.options
         for k in options.other_k:
-            memory = load_memory(self.model, place, k=k)
-            self.judge(memory, f"{form}-k{k}", options.sizes)
-            memory.remove()
+            with self.memory(place, k=k) as memory:
+                self.judge(memory, f"{form}-k{k}", options.sizes)
         if options.far:
-            memory = load_memory(self.model, place, max_memories=max(options.far))
-            self.judge(memory, form, options.far)
-            memory.remove()
+            with self.memory(place, max_memories=max(options.far)) as memory:
+                self.judge(memory, form, options.far)
 
     def calibrated(self, form: str, seconds: float, place: Path) -> float:
         """Learns a form in so many seconds, judges and saves it."""
-        memory, options = self.add(), self.options
+        options = self.options
         text = {"documents": self.calibration, "sizes": options.calibration_sizes, "report": self.clock.say}
         steps = {"steps": options.steps, "lesson_steps": options.lesson_steps, "seconds": seconds}
         steps |= {name: getattr(options, name) for name in ("rate", "text_weight") if getattr(options, name)}
-        begin = time.perf_counter()
-        learned = calibrate(self.model, memory, self.tokenizer, form=form, **text, **steps)
-        took = time.perf_counter() - begin
-        self.clock.say(form, learned)
-        memory.save(place / form)
-        said = {"ms": took * 1e3, "training_s": min(took, seconds), "calibration": learned}
-        nats = self.judge(memory, form, options.sizes, **said)
-        memory.remove()
-        return nats
+        with self.memory() as memory:
+            begin = time.perf_counter()
+            learned = calibrate(self.model, memory, self.tokenizer, form=form, **text, **steps)
+            took = time.perf_counter() - begin
+            self.clock.say(form, learned)
+            memory.save(place / form)
+            said = {"ms": took * 1e3, "training_s": min(took, seconds), "calibration": learned}
+            return self.judge(memory, form, options.sizes, **said)
 
     @torch.no_grad()
     def timed(self, memory: ModelMemory, form: str) -> None:
@@ -354,10 +358,8 @@ def main() -> None:
     clock = Clock(options.seconds)
     bench = Bench(options, clock)
     if options.untrained:
-        with part_of(clock, "untrained"):
-            memory = bench.add()
+        with part_of(clock, "untrained"), bench.memory() as memory:
             bench.judge(memory, "untrained", options.sizes)
-            memory.remove()
     found: dict[str, float] = {}
     shares = options.shares or [1.0] * len(options.forms)
     for place, form in enumerate(options.forms):
@@ -372,15 +374,11 @@ def main() -> None:
         with part_of(clock, "otherwise"):
             bench.otherwise(form)
         if options.times:
-            with part_of(clock, "times"):
-                memory = load_memory(bench.model, options.save / form)
+            with part_of(clock, "times"), bench.memory(options.save / form) as memory:
                 bench.timed(memory, form)
-                memory.remove()
     if options.times:
-        with part_of(clock, "untrained times"):
-            memory = bench.add()
+        with part_of(clock, "untrained times"), bench.memory() as memory:
             bench.timed(memory, "untrained")
-            memory.remove()
     with part_of(clock, "in context"):
         bench.in_context()
     clock.say("done")
