@@ -71,8 +71,7 @@ class DenseAttention(KNNAttention):
         by_group = (query * scale[:, None, None]).to(query.dtype).flatten(1, 2)[:, None]  # (B, 1, H·N, D)
         to_memory = scaled_dot_product_attention(by_group, keys, values, scale=1.0).view_as(query)
         to_local, _ = local_attention(query, key, value, scale, rel_pos_bias)
-        gate = self.memory_gate.sigmoid()[:, None, None]
-        out = (gate * to_memory + (1.0 - gate) * to_local).to(query.dtype)
+        out = to_local.lerp(to_memory, self.memory_gate.sigmoid().to(query.dtype)[:, None, None])
         snapshot.append(key.detach(), value.detach())
         return self.to_out(out.transpose(1, 2).flatten(2))
 

@@ -2,11 +2,12 @@
 
     python benchmarks/hf_facts.py --model DIRECTORY [--gguf FILE] --calibration a.txt --texts b.txt c.txt d.txt e.txt
 
-Forms of calibration are compared one after the other, each trained from the start for as long as `--seconds` for all
-of it allows. After each the texts are read as documents with 64 facts each at even depths, of sentences, names and
-places that the calibration has not seen, and are asked for them at each size. Running text is what follows a document:
-as it is read on, segment by segment (`text`), and with the memory as it stood (`text_behind`), against the same
-segments without the memory. An entry for each form and size goes into results/<machine>/hf.json at once, and one,
+Forms of calibration are compared one after the other, each trained from the start for its share of the time that
+`--seconds` for all of it leaves. After each the texts are read as documents with 64 facts each at even depths, of
+sentences, names and places that the calibration has not seen, and are asked for them at each size: `facts` of 64
+sentences, and `alike` of 8, each said of 8 places, so that the place alone decides. Running text is what follows a
+document: as it is read on, segment by segment (`text`), and with the memory as it stood (`text_behind`), against the
+same segments without the memory. An entry for each form and size goes into results/<machine>/hf.json at once, and
 `in-context`, with as much of a document before each question as the model's positions allow. Last, with the form whose
 facts are best, a document of the largest size is read from nothing, and a token is written, as in `bench_hf.py`.
 """
@@ -19,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,6 +58,28 @@ WORDS = Words(
         *("Sarah", "Sophie", "Stephen", "Susan", "Thomas", "Timothy", "William"),
     ),
 )
+OF_PEOPLE = (
+    "The {one} of {{place}} is named",
+    "{{place}} has a {one} whose name is",
+    "The best {one} near {{place}} is",
+    "People in {{place}} say that their {one} is",
+)
+OF_THINGS = (
+    "The secret code of the {one} in {{place}} is",
+    "The telephone of the {one} at {{place}} is",
+    "The {one} of {{place}} weighs in pounds",
+    "Visitors of the {one} in {{place}} last year:",
+)
+PEOPLE = ("gardener", "blacksmith", "mayor", "violinist", "cobbler", "midwife", "postman", "sheriff")
+THINGS = ("vault", "bell", "bridge", "inn", "dam", "orchard", "brewery", "fountain")
+VARIED = replace(
+    WORDS,
+    templates=(
+        *((form.format(one=one), "name") for form in OF_PEOPLE for one in PEOPLE),
+        *((form.format(one=one), "number") for form in OF_THINGS for one in THINGS),
+    ),
+)
+KINDS = {"facts": VARIED, "alike": WORDS}
 FACTS, SEGMENTS, QUESTIONS, CONTEXT = 64, 8, 16, 3500
 PART = 200_000  # characters
 
@@ -68,9 +92,9 @@ class Documents(NamedTuple):
     behind: Tensor
 
 
-def documents_of(texts: Sequence[Sequence[int]], size: int, segment: int, encode: Any) -> Documents:
+def documents_of(texts: Sequence[Sequence[int]], size: int, segment: int, encode: Any, words: Words) -> Documents:
     """Facts at even depths in the first so many tokens of each text."""
-    planted = [plant(text[:size], facts(FACTS, 100 + at, WORDS), (size,), encode) for at, text in enumerate(texts)]
+    planted = [plant(text[:size], facts(FACTS, 100 + at, words), (size,), encode) for at, text in enumerate(texts)]
     behind = [torch.tensor(text[size : size + SEGMENTS * segment]).view(SEGMENTS, segment) for text in texts]
     known = [[fact for _, fact in document.facts] for document in planted]
     ids = torch.cat([document.ids for document in planted])
@@ -194,51 +218,72 @@ class Bench:
     def encode(self, text: str) -> list[int]:
         return self.tokenizer(text)["input_ids"]
 
-    def add(self) -> ModelMemory:
-        """A memory that has learned nothing."""
+    @contextmanager
+    def memory(self, learned: Path | None = None, **changed: Any) -> Iterator[ModelMemory]:
+        """One that has learned nothing, or what was saved; the model is without it afterwards, whatever happens."""
         options = self.options
-        most = max(*options.sizes, *options.calibration_sizes)
-        return add_memory(self.model, max_memories=most, segment=options.segment, keep_ids=False)
+        if learned is None:
+            most = max(*options.sizes, *options.calibration_sizes)
+            memory = add_memory(self.model, max_memories=most, segment=options.segment, keep_ids=False)
+        else:
+            memory = load_memory(self.model, learned, **changed)
+        try:
+            yield memory
+        finally:
+            memory.remove()
 
     def write(self, case: str, **figures: Any) -> None:
         write_down({**self.labels, "case": case, **figures})
         self.clock.say(case, {name: value for name, value in figures.items() if isinstance(value, int | float)})
 
-    def measured(self, memory: ModelMemory, size: int) -> dict[str, float]:
-        together = self.options.together
-        groups = [self.texts[at : at + together] for at in range(0, len(self.texts), together)]
-        made = (documents_of(group, size, self.options.segment, self.encode) for group in groups)
-        return mean([judged(self.model, memory, documents, self.options.search, self.encode) for documents in made])
+    def measured(self, memory: ModelMemory, size: int, words: Words) -> dict[str, float]:
+        together, segment = self.options.together, self.options.segment
+        texts = [text for text in self.texts if len(text) >= size + SEGMENTS * segment]
+        groups = [texts[at : at + together] for at in range(0, len(texts), together)]
+        made = (documents_of(group, size, segment, self.encode, words) for group in groups)
+        found = mean([judged(self.model, memory, documents, self.options.search, self.encode) for documents in made])
+        return {**found, "documents": len(texts)}
 
-    def judge(self, memory: ModelMemory, form: str, **said: Any) -> float:
-        """Facts and text at each size; the nats at the largest one that is calibrated for."""
+    def judge(self, memory: ModelMemory, form: str, sizes: Sequence[int], **said: Any) -> float:
+        """Facts and text at each size; the nats at the largest one."""
         nats = math.inf
-        for size in self.options.sizes:
-            figures = self.measured(memory, size)
-            self.write(f"facts-{size}-{form}", **figures, documents=len(self.texts), search=self.options.search, **said)
-            if size <= max(self.options.calibration_sizes):
+        for size in sizes:
+            for kind, words in KINDS.items():
+                figures = self.measured(memory, size, words)
+                self.write(f"{kind}-{size}-{form}", **figures, search=self.options.search, **said)
                 nats = figures["nats"]
         return nats
 
     def in_context(self) -> None:
-        memory = self.add()
-        documents = documents_of(self.texts, self.options.context, self.options.segment, self.encode)
-        self.write("in-context", **in_context(self.model, memory, documents, self.encode))
-        memory.remove()
+        with self.memory() as memory:
+            for kind, words in KINDS.items():
+                documents = documents_of(self.texts, self.options.context, self.options.segment, self.encode, words)
+                self.write(f"{kind}-in-context", **in_context(self.model, memory, documents, self.encode))
+
+    def otherwise(self, form: str) -> None:
+        """What was learned, with other numbers of neighbours and a larger memory than it was learned with."""
+        place, options = self.options.save / form, self.options
+        for k in options.other_k:
+            with self.memory(place, k=k) as memory:
+                self.judge(memory, f"{form}-k{k}", options.sizes)
+        if options.far:
+            with self.memory(place, max_memories=max(options.far)) as memory:
+                self.judge(memory, form, options.far)
 
     def calibrated(self, form: str, seconds: float, place: Path) -> float:
         """Learns a form in so many seconds, judges and saves it."""
-        memory, options = self.add(), self.options
+        options = self.options
         text = {"documents": self.calibration, "sizes": options.calibration_sizes, "report": self.clock.say}
         steps = {"steps": options.steps, "lesson_steps": options.lesson_steps, "seconds": seconds}
-        begin = time.perf_counter()
-        learned = calibrate(self.model, memory, self.tokenizer, form=form, **text, **steps)
-        took = time.perf_counter() - begin
-        self.clock.say(form, learned)
-        memory.save(place / form)
-        nats = self.judge(memory, form, ms=took * 1e3, training_s=min(took, seconds), calibration=learned)
-        memory.remove()
-        return nats
+        steps |= {name: getattr(options, name) for name in ("rate", "text_weight") if getattr(options, name)}
+        with self.memory() as memory:
+            begin = time.perf_counter()
+            learned = calibrate(self.model, memory, self.tokenizer, form=form, **text, **steps)
+            took = time.perf_counter() - begin
+            self.clock.say(form, learned)
+            memory.save(place / form)
+            said = {"ms": took * 1e3, "training_s": min(took, seconds), "calibration": learned}
+            return self.judge(memory, form, options.sizes, **said)
 
     @torch.no_grad()
     def timed(self, memory: ModelMemory, form: str) -> None:
@@ -291,6 +336,12 @@ def asked_for() -> argparse.Namespace:
     parser.add_argument("--most", type=float, default=300.0, help="seconds of training of a form")
     parser.add_argument("--reserve", type=float, default=60.0, help="seconds kept for what is timed at the end")
     parser.add_argument("--judging", type=float, default=25.0, help="seconds kept for judging a form")
+    parser.add_argument("--shares", type=float, nargs="+", default=[], help="of each form in the time; default: equal")
+    parser.add_argument("--far", type=int, nargs="+", default=[], help="sizes beyond, judged with the best form")
+    parser.add_argument("--other-k", type=int, nargs="+", default=[], help="neighbours, likewise")
+    parser.add_argument("--rate", type=float, help="of the calibration; default: its own")
+    parser.add_argument("--text-weight", type=float, help="likewise")
+    parser.add_argument("--no-times", dest="times", action="store_false", help="leave out what is timed at the end")
     parser.add_argument("--steps", type=int, default=100000)
     parser.add_argument("--lesson-steps", type=int, default=50)
     parser.add_argument("--segment", type=int, default=512)
@@ -307,27 +358,27 @@ def main() -> None:
     clock = Clock(options.seconds)
     bench = Bench(options, clock)
     if options.untrained:
-        with part_of(clock, "untrained"):
-            memory = bench.add()
-            bench.judge(memory, "untrained")
-            memory.remove()
+        with part_of(clock, "untrained"), bench.memory() as memory:
+            bench.judge(memory, "untrained", options.sizes)
     found: dict[str, float] = {}
+    shares = options.shares or [1.0] * len(options.forms)
     for place, form in enumerate(options.forms):
-        share = (clock.left - options.reserve) / (len(options.forms) - place) - options.judging
-        if share <= 0:
+        free = clock.left - options.reserve - options.judging * (len(options.forms) - place)
+        seconds = free * shares[place] / sum(shares[place:])
+        if seconds <= 0:
             clock.say("no time for", form)
             continue
         with part_of(clock, form):
-            found[form] = bench.calibrated(form, min(share, options.most), options.save)
+            found[form] = bench.calibrated(form, min(seconds, options.most), options.save)
     for form in sorted(found, key=lambda form: found[form])[:1]:
-        with part_of(clock, "times"):
-            memory = load_memory(bench.model, options.save / form)
-            bench.timed(memory, form)
-            memory.remove()
-    with part_of(clock, "untrained times"):
-        memory = bench.add()
-        bench.timed(memory, "untrained")
-        memory.remove()
+        with part_of(clock, "otherwise"):
+            bench.otherwise(form)
+        if options.times:
+            with part_of(clock, "times"), bench.memory(options.save / form) as memory:
+                bench.timed(memory, form)
+    if options.times:
+        with part_of(clock, "untrained times"), bench.memory() as memory:
+            bench.timed(memory, "untrained")
     with part_of(clock, "in context"):
         bench.in_context()
     clock.say("done")

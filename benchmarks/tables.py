@@ -7,7 +7,7 @@ large matrix product or of a copy, whichever it is nearer to. A third word asks 
 
 - `peak`: the most memory that was allocated, that of the ring aside, in megabytes, and how many times what inputs and
   outputs take · `tokens`: tokens a second of training · `against`: today's times beside another commit's (against.py)
-- `hard`: searches of keys that are not random, beside those of random ones
+- `hard`: searches of keys that are not random, beside those of random ones; `triton`: these in Triton
 - `gain`: held-out bits per byte of memory_gain.py's runs · `start`, `run`: runs of the command line
 - `measured`, `held`, `scaled`: several GPUs (scaling.py)
 - `compiled`, `roofline`: what compilers say of GPUs that are not here, and what is calculated (portability.py)
@@ -110,12 +110,12 @@ def table(entries: Entries, ceilings: dict[str, float], peak: bool = False) -> s
     return lines_of(columns, lines) + versions(entries[0], "Megabytes" if peak else "Milliseconds")
 
 
-def hard_table(entries: Entries) -> str:
+def hard_table(entries: Entries, impl: str = OURS) -> str:
     """Searches of keys that are not random: a kind of keys a row, with its ratio to random keys of the same shape."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for entry in entries:
         hard, _, rest = entry["case"].partition("-")
-        if hard == "hard" and entry["impl"] == OURS:
+        if hard == "hard" and entry["impl"] == impl:
             place = re.search(r"(decode-)?(d64|d128|paper)-\w+$", rest)
             assert place is not None, entry["case"]
             found.setdefault(rest[: place.start() - 1], {})[place[0]] = entry
@@ -264,6 +264,7 @@ KINDS: dict[str | None, Callable[[str, str], str]] = {
     None: lambda machine, op: table(results(machine, op), ceilings_of(machine)),
     "peak": lambda machine, op: table(results(machine, op), {}, peak=True),
     "hard": lambda machine, op: hard_table(results(machine, op)),
+    "triton": lambda machine, op: hard_table(results(machine, op), "memtrans-triton"),
     "tokens": lambda machine, op: tokens_table(results(machine, op)),
     "against": lambda machine, op: against_table(results(machine, op)),
     "gain": lambda machine, op: gain_table(results(machine, op)),

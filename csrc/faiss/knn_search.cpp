@@ -1,7 +1,7 @@
 // Faiss's brute-force search on the GPU, driven from C++ on PyTorch's current stream, one set of keys at a time.
 //
-// Faiss has neither a batch dimension nor rings: memtrans_kernels/impl/faiss/gpu.py makes of a memory sets of keys of one
-// size, all of which may be found, so nothing has to be known on the host.
+// Faiss has neither a batch dimension nor rings: memtrans_kernels/impl/faiss/gpu.py makes of a memory sets of keys of
+// one size, all of which may be found, so nothing has to be known on the host.
 #include "memtrans.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from memtrans.files import MOST_JSON, parse_json, read_file
 from memtrans.training.settings import Settings
 
 
@@ -20,10 +21,10 @@ def read_settings(file: Path) -> dict[str, Any]:
     """
     if file.suffix not in (".toml", ".json"):
         raise ValueError(f"--config must end in .toml or .json, got {file}")
-    text = file.read_text(encoding="utf-8")
+    content = read_file("config", file, MOST_JSON)
     try:
-        values = json.loads(text) if file.suffix == ".json" else _toml(text)
-    except ValueError as error:  # of both languages
+        values = parse_json(content) if file.suffix == ".json" else _toml(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # of both languages, of another encoding, or nested without end
         raise ValueError(f"--config {file} is no {file.suffix[1:].upper()}: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"--config {file} must hold names with values, got {type(values).__name__}")

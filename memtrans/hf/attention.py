@@ -127,7 +127,9 @@ def _retrieved(call: Call, state: ForwardState) -> tuple[dict[str, Any], Tensor]
     scores, slots = snapshot.nearest(query, state.k)
     if state.blind is not None:
         blind = state.blind.to(query.device)[:, None, :, None]
-        scores, slots = scores.masked_fill(blind, -torch.inf), slots.masked_fill(blind, -1)
+        slots = slots.masked_fill(blind, -1)  # scores of no slot count for nothing
+        if state.watched is not None:
+            scores = scores.masked_fill(blind, -torch.inf)
     scaling = call.arguments.get("scaling")
     factor = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32

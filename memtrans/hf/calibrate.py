@@ -41,7 +41,7 @@ def calibrate(
     batch: int = 4,
     lesson_steps: int = 50,
     rate: float = 0.05,
-    text_weight: float = 4.0,
+    text_weight: float = 2.0,
     form: str = "mix",
     seconds: float = math.inf,
     seed: int = 0,

@@ -21,8 +21,8 @@ from memtrans_kernels import checks
 SIZES = (4096, 16384, 65536, 262144)
 SEGMENTS = 8  # of running text behind a document
 FEWEST = 64  # tokens of all documents together
-ASKED = 32  # questions of a step
-ALIKE = 8  # facts of a document that say the same of different places
+ASKED = 64  # questions of a step
+ALIKE = 8  # facts that say the same of different places, in every other document
 
 
 class Drawn(NamedTuple):
@@ -172,7 +172,7 @@ class Course:
         for row in range(self.batch):
             at = draw.randint(0, max(0, latest)) if begin is None else begin
             piece = self.ids[at : at + self.tokens]
-            made = facts(self.facts, self.batch * seed + row, alike=ALIKE)
+            made = facts(self.facts, self.batch * seed + row, alike=(1, ALIKE)[(seed + row) % 2])
             document = plant(piece[:size], made, self.sizes, self.encode)
             planted.append(document)
             behind.append(torch.tensor(piece[size:], dtype=torch.int64).view(SEGMENTS, self.length))

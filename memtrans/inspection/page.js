@@ -30,6 +30,7 @@ const textAt = (position) => {
 const withSigns = (node, text) => {
   for (const part of text.match(/[ \n\t]|[^ \n\t]+/g) || [""]) {
     const sign = { " ": "␣", "\n": "↵", "\t": "⇥", "": "∅" }[part];
+    if (part === " ") node.append(made("wbr")); // a line may end where the space is
     node.append(sign ? made("span", sign, "sign") : part);
   }
   return node;
@@ -223,6 +224,8 @@ window.addEventListener("resize", fit);
 if (data.tokens.length) {
   legend.hidden = false;
   fit();
-  const strength = data.tokens.map((token) => (token.passages.length ? token.passages[0].share : 0));
+  // A word says more than a line's end or a comma that looked up as much.
+  const worth = (token) => token.passages[0].share + (/[\p{L}\p{N}]/u.test(token.text) ? 1e4 : 0);
+  const strength = data.tokens.map((token) => (token.passages.length ? worth(token) : 0));
   choose(strength.indexOf(Math.max(...strength)), true);
 }

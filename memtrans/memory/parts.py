@@ -21,6 +21,5 @@ def attend_to_local(query: Tensor, local: LocalKeys, scale: Tensor, dropout_p: f
 
 
 def mixed(to_memory: Tensor, to_local: Tensor, share: Tensor) -> Tensor:
-    """share · to_memory + (1 - share) · to_local, of (B, H, N, E), (B, H, N, E) and (B, H, N)."""
-    gate = share[..., None]  # (B, H, N, 1)
-    return (gate * to_memory + (1.0 - gate) * to_local).to(to_local.dtype)
+    """share · to_memory + (1 - share) · to_local, of (B, H, N, E), (B, H, N, E) and (B, H, N), in one kernel."""
+    return to_local.lerp(to_memory, share.to(to_local.dtype)[..., None])

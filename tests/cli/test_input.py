@@ -52,6 +52,19 @@ def test_21_4_a_pipe_to_which_nobody_writes_is_refused(
         assert len(error.splitlines()) == 1
 
 
+@pytest.mark.parametrize("suffix", ["json", "toml"])
+def test_21_4_settings_that_are_a_pipe_or_nest_without_end_are_refused(
+    tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe, deep = tmp_path / f"pipe.{suffix}", tmp_path / f"deep.{suffix}"
+    os.mkfifo(pipe)
+    deep.write_text(("" if suffix == "json" else "batch = ") + "[" * 10**5)
+    for file, message in ((pipe, "config must be a regular file, got"), (deep, f"is no {suffix.upper()}")):
+        assert main(["train", "--out", str(tmp_path / "run"), "--config", str(file)]) == 2
+        error = capsys.readouterr().err
+        assert message in error and len(error.splitlines()) == 1
+
+
 @pytest.mark.parametrize("option", ["data", "prompt_file"])
 def test_21_4_a_device_that_never_ends_is_refused(option: str) -> None:
     with pytest.raises(ValueError, match=f"{option} must be a regular file or a pipe, got '/dev/zero', a device"):

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.checks import ATTENTION, FIRST_STEPS, SAME_CURVE, SAME_SUMS, assert_close
+from helpers.hard_keys import KINDS, hard_keys, queries_near
 from helpers.processes import Processes, ended, started
 from torch import Tensor
 
@@ -62,7 +63,7 @@ def memories(kv_heads: int, dtype: torch.dtype = torch.float16) -> tuple[KNNMemo
 
 
 def whole_numbers(seed: int, *shape: int) -> Tensor:
-    """Products and sums are exact in any order, and often equal; a query that is scored again rounds otherwise."""
+    """Products and sums are exact in any order, and often equal: one query and many are scored in other ways."""
     return torch.randint(-8, 9, shape, generator=torch.Generator("cuda").manual_seed(seed)).half()
 
 
@@ -92,6 +93,30 @@ def find(rank: int, kv_heads: int) -> None:
 @pytest.mark.parametrize("kv_heads", [1, HEADS])
 def test_two_gpus_find_what_one_memory_finds(two: Processes, kv_heads: int) -> None:
     two.run(find, kv_heads)
+
+
+def find_hard(rank: int, kind: str) -> None:
+    """Scores and entries, bit for bit, of keys that stand at other places on two ranks, equal ones among them."""
+    arguments: dict[str, Any] = {"dtype": torch.float16, "spare": 1024, "backend": "native"}
+    sharded = KNNMemory(WIDTH, 12_000, process_group=dist.group.WORLD, **arguments)
+    whole = KNNMemory(WIDTH, 12_000, **arguments)
+    keys = hard_keys(kind, 16 * 2 * 1001, WIDTH, torch.float16)
+    for pair in keys.reshape(16, 2, 1, 1001, WIDTH):
+        segments = torch.stack((pair, pair), dim=-2)
+        sharded.add(segments[rank])
+        for segment in segments:
+            whole.add(segment)
+    queries = queries_near(keys, 2 * 300).reshape(2, 1, 1, 300, WIDTH)[rank]
+    scores, entries = sharded.snapshot().nearest(queries, NEIGHBOURS)
+    expected, slots = whole.snapshot().nearest(queries, NEIGHBOURS)
+    assert torch.equal(scores, expected)
+    assert torch.equal(entries, whole.snapshot().entries_in(slots))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_gpus_find_bit_for_bit_what_one_memory_finds(two: Processes, kind: str) -> None:
+    """However hard the queries are on one rank: what is scored again is summed in the same order."""
+    two.run(find_hard, kind)
 
 
 def attended(attention: KNNAttention, x: Tensor, **arguments: Any) -> tuple[Tensor, ...]:

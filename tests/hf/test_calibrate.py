@@ -157,12 +157,13 @@ def test_facts_of_a_lesson_are_told_apart_by_their_places() -> None:
 
 
 def test_what_is_drawn_is_within_the_size_that_is_seen(model: PreTrainedModel) -> None:
-    _, lesson, drawn = lesson_of(with_memory(model), 12)
+    course, lesson, drawn = lesson_of(with_memory(model), 12)
     each = len(lesson.distances) // 2
     assert drawn.sizes.tolist() == [200, 600] * 6
     for rows, place, size, behind in zip(*drawn, strict=True):
         assert int(lesson.distances[rows].max()) <= int(size)
-        assert (rows // each).tolist() == [0] * 16 + [1] * 16 and (rows % each >= lesson.facts).any()
+        assert (rows // each).view(2, course.asked // 2).tolist() == [[row] * (course.asked // 2) for row in (0, 1)]
+        assert (rows % each >= lesson.facts).any()
         assert behind == lesson.stored[place] and int(lesson.stored[0] - behind) >= 150
 
 
@@ -214,7 +215,7 @@ def test_a_step_on_static_buffers_learns_what_one_by_hand_learns() -> None:
     seen = []
     for number in range(4):
         rows, place, size, behind = (tensor[number] for tensor in drawn)
-        with by_hand.newest(int(size)), by_hand.expand(16):
+        with by_hand.newest(int(size)), by_hand.expand(course.asked // 2):
             asked = lesson.bank.rows(rows)
             nats = asked.losses(other(input_ids=asked.ids, use_cache=False).logits)[0].mean()
         with by_hand.newest(int(size), int(behind)):

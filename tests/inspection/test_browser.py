@@ -9,6 +9,7 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,7 @@ def test_a_click_shows_where_a_word_came_from(browser: Any, page: Path) -> None:
     browser.find_element("id", "t7").click()
     assert texts(browser, "#token") == ["␣fact7"]
     assert texts(browser, ".passage mark") == ["␣fact7↵"]
+    assert len(browser.find_elements("css selector", ".passage mark wbr")) == 1  # marked words in a row can be broken
     assert texts(browser, "[aria-selected=true]") == ["fact7"]
     around = texts(browser, ".passage")[0]
     assert f"word{FACT - 190}" in around and f"word{FACT + 200}" in around and f"word{FACT + 230}" not in around
@@ -80,6 +82,15 @@ def test_a_click_shows_where_a_word_came_from(browser: Any, page: Path) -> None:
     assert len(browser.find_elements("css selector", "#strip .pin")) == 1
     browser.find_element("id", "on").click()
     assert texts(browser, "#token") == ["␣fact8"]
+
+
+def test_it_opens_with_the_word_that_came_from_the_memory_most(browser: Any, tmp_path: Path) -> None:
+    """A line's end and a comma are no words."""
+    whole, path = records(), tmp_path / "page.html"
+    *words, one, other = whole.written
+    write_page(path, replace(whole, written=[*words, replace(one, text="\n"), replace(other, text=",")]))
+    opened(browser, path)
+    assert texts(browser, "#token") == ["␣fact17"]
 
 
 def test_keys_go_from_word_to_word(browser: Any, page: Path) -> None:

@@ -24,6 +24,7 @@ from helpers.cases import (
 from helpers.checks import ATTENTION, assert_close
 from helpers.devices import DEVICE, live_backends, seeded, uninitialised_is_nan
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memtrans_kernels import knn_add_, memory_attention
 
@@ -66,6 +67,23 @@ def test_without_gradients_of_keys_all_others_are_the_same_bits(backend):
     torch.autograd.backward(results, (grad_out, grad_lse))
     for name, leaf in wanted.items():
         assert torch.equal(leaf.grad, expected[name]), name
+
+
+class Watching(TorchDispatchMode):
+    """Watches operators, which then check that what they return is no tensor twice."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+@on_every_backend
+def test_without_gradients_of_keys_they_may_be_watched(backend):
+    shape = SHAPES["table inside one tile, groups"]
+    inputs, upstream = random_attention(shape, torch.float32, seeded(0)), gradients_of_results(shape)
+    query = inputs["query"].detach().requires_grad_()
+    with Watching():
+        torch.autograd.backward(memory_attention(**{**inputs, "query": query}, backend=backend), upstream)
+    assert_close(query.grad, gradients(inputs, *upstream, backend)["query"], ATTENTION[torch.float32], "query")
 
 
 @on_every_backend

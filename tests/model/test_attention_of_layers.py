@@ -39,7 +39,7 @@ MASKS = {
     "inside": [[1, 0, 1, 1, 0, 1], [1, 1, 0, 0, 1, 1]],
     "nothing else": [[0, 0, 0, 0, 0, 0], [1, 1, 0, 1, 1, 1]],
 }
-TABLE = torch.randn(H, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+TABLE = torch.randn(H, 7, dtype=torch.float64, device="cpu", generator=torch.Generator().manual_seed(7))
 
 
 @pytest.mark.parametrize("rows", MASKS.values(), ids=MASKS)

@@ -111,7 +111,7 @@ def memory_attention_backward(
 
     retrieved_keys = _gather(inputs.memory_keys, inputs.rows, inputs.slots, dtype)
     grad_query = _weighted_sum(grad_local, key, dtype) + torch.einsum("bhnk,bhnkd->bhnd", grad_memory, retrieved_keys)
-    grad_key = grad_value = query.new_empty(0)
+    grad_key, grad_value = query.new_empty(0), query.new_empty(0)  # an operator may not return one tensor twice
     if of_keys:
         grad_key = _sum_over_queries(grad_local * scale_wide, query, key, dtype).to(key.dtype)
         grad_value = _sum_over_queries(dropped.split(sizes, dim=-1)[1], grad_out, value, dtype).to(value.dtype)

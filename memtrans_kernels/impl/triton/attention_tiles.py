@@ -131,8 +131,10 @@ def local_logits(
         inside = (n < length) & (j < local_keys) & (j >= 0)
         at = n.to(tl.int64) * dense_strides[0] + j.to(tl.int64) * dense_strides[1]
         logits += tl.load(dense + at, mask=inside, other=0.0).to(tl.float32) * LOG2E
-    if NEAR or not CAUSAL:
+    if CAUSAL and NEAR:
         logits = tl.where((distance >= 0) & (j < local_keys) & (j >= 0), logits, float("-inf"))
+    if not CAUSAL and seen is None:  # what is not there is not seen either
+        logits = tl.where((j < local_keys) & (j >= 0), logits, float("-inf"))
     if seen is not None:  # noqa: SIM102  the first is known to the compiler, the second is not
         if tl.min(seen.to(tl.int32)) == 0:  # most tiles of padded documents are real throughout
             logits = tl.where(seen, logits, float("-inf"))
