@@ -12,6 +12,7 @@ from torch import Tensor
 
 from memtrans import KNNAttention, KNNMemory, KNNMemoryList, MemorizingTransformer
 from memtrans.generation.decoder import Decoder
+from memtrans_kernels import StaleMemoryError
 
 B, N, DIM, H, D, E, M = 2, 6, 16, 4, 4, 3, 15
 
@@ -58,11 +59,12 @@ CALLS: dict[str, dict[str, Any]] = {
 
 
 def read(attend_to: str, options: dict[str, Any], call: dict[str, Any]) -> dict[str, Tensor]:
-    """Four segments, a document cleared before the third and an entry removed before the last; then all gradients."""
+    """Five segments, more than the memory holds, of which a document is cleared before the third and an entry removed
+    before the fourth; then all gradients."""
     attention = layer(attend_to, **options)
-    of = memory(attention.kv_heads, value_dim=attention.value_dim_head, spare=4 * N)
+    of = memory(attention.kv_heads, value_dim=attention.value_dim_head, spare=5 * N)
     cache, found, inputs = None, {}, []
-    for number in range(4):
+    for number in range(5):
         if number == 2:
             of.clear_rows(torch.tensor([True, False]))
         if number == 3:
@@ -71,7 +73,7 @@ def read(attend_to: str, options: dict[str, Any], call: dict[str, Any]) -> dict[
         cached = {} if cache is None else {"xl_memory": cache, "local_length": torch.tensor([N + 1, N + 4])}
         out, cache = attention(inputs[-1], knn_memory=of, rel_pos_bias=TABLE, **cached, **call)
         found[f"out {number}"] = out
-    weights = [torch.randn(B, N, DIM, dtype=torch.float64, generator=seeded(9 + number)) for number in range(4)]
+    weights = [torch.randn(B, N, DIM, dtype=torch.float64, generator=seeded(9 + number)) for number in range(5)]
     sum((out * weight).sum() for out, weight in zip(found.values(), weights, strict=True)).backward()
     gradients = {name: p.grad for name, p in attention.named_parameters() if p.grad is not None}
     return {**found, **gradients, **{f"input {n}": x.grad for n, x in enumerate(inputs)}}
@@ -136,6 +138,20 @@ def test_the_ring_is_read_where_it_lies() -> None:
     keys, values, seen = entries_seen(of.snapshot(), query, learning=False)
     assert keys.data_ptr() == of.snapshot().keys.data_ptr() and values.data_ptr() == of.snapshot().values.data_ptr()
     assert keys.shape == (B, 2, M + N, D) and seen.shape == (B, M + N) and not seen.any()
+
+
+def test_a_snapshot_whose_entries_were_overwritten_is_refused() -> None:
+    from memtrans.memory.whole import attend_to_entries
+
+    of, query, scale = memory(spare=N), torch.zeros(B, H, N, D, dtype=torch.float64), torch.ones(H)
+    segment = torch.randn(B, N, 2, D, dtype=torch.float64, generator=seeded(3))
+    of.add(segment)
+    snapshot = of.snapshot()
+    of.add(segment)
+    attend_to_entries(snapshot, query, scale)
+    of.add(segment)
+    with pytest.raises(StaleMemoryError, match=f"spare={N} "):
+        attend_to_entries(snapshot, query, scale)
 
 
 def test_a_segment_may_be_longer_than_the_ring_that_is_only_read() -> None:
