@@ -2,6 +2,8 @@
 
     python benchmarks/hf_facts.py --model DIRECTORY [--gguf FILE] --calibration a.txt --texts b.txt c.txt d.txt e.txt
 
+`hf_texts.py` makes such texts of Debian packages; the committed figures are of other stretches of the same ones.
+
 Forms of calibration are compared one after the other, each trained from the start for its share of the time that
 `--seconds` for all of it leaves. After each the texts are read as documents with 64 facts each at even depths, of
 sentences, names and places that the calibration has not seen, and are asked for them at each size: `facts` of 64

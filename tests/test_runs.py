@@ -70,6 +70,22 @@ def test_prose_is_what_was_written_by_hand_else_the_text_of_pages():
     assert list(prose({PurePosixPath("c.html"): page})) == [(PurePosixPath("c.html"), text_of(page))]
 
 
+def test_a_calibration_reads_nothing_that_is_held_out():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        from hf_texts import calibration, held_out
+    finally:
+        sys.path.pop(0)
+    faq = {name: f"[{name}]" for name in ("secA1.md", "secB2.md", "secC1.md", "secD1.md", "secH3.md")}
+    manuals = {name: f"[{name}]" for name in ("perlfaq.pod", "perlfunc.pod", "perlmod.pod", "perlop.pod", "perlvar.pod")}
+    held = held_out(faq, {"a.html": "[a.html]"}, manuals)
+    read = calibration(faq, manuals)
+    assert read.split() == ["[secC1.md]", "[perlfaq.pod]", "[perlfunc.pod]", "[secD1.md]", "[perlmod.pod]"]
+    assert [text.split() for text in held.values()] == [
+        ["[secA1.md]", "[secB2.md]"], ["[secH3.md]"], ["[perlop.pod]", "[perlvar.pod]"], ["[a.html]"],
+    ]  # fmt: skip
+
+
 def test_the_presets_of_the_paper_that_the_script_names_exist():
     text = (ROOT / "runs" / "paper.sh").read_text()
     rows = re.search(r"for row in (.*); do", text)[1].split()
