@@ -77,10 +77,10 @@ def test_a_calibration_reads_nothing_that_is_held_out():
     finally:
         sys.path.pop(0)
     faq = {name: f"[{name}]" for name in ("secA1.md", "secB2.md", "secC1.md", "secD1.md", "secH3.md")}
-    manuals = {name: f"[{name}]" for name in ("perlfaq.pod", "perlfunc.pod", "perlmod.pod", "perlop.pod", "perlvar.pod")}
+    manuals = {name: f"[{name}]" for name in ("perl.pod", "perlfunc.pod", "perlmod.pod", "perlop.pod", "perlvar.pod")}
     held = held_out(faq, {"a.html": "[a.html]"}, manuals)
     read = calibration(faq, manuals)
-    assert read.split() == ["[secC1.md]", "[perlfaq.pod]", "[perlfunc.pod]", "[secD1.md]", "[perlmod.pod]"]
+    assert read.split() == ["[secC1.md]", "[perl.pod]", "[perlfunc.pod]", "[secD1.md]", "[perlmod.pod]"]
     assert [text.split() for text in held.values()] == [
         ["[secA1.md]", "[secB2.md]"], ["[secH3.md]"], ["[perlop.pod]", "[perlvar.pod]"], ["[a.html]"],
     ]  # fmt: skip
