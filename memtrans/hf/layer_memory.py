@@ -14,6 +14,7 @@ from torch import Tensor, nn
 FROM = 1024  # entries up to which an untrained memory needs no offset
 TRUSTING = ("memory_offset", "memory_slope")
 ASKING = ("memory_sharpness", "memory_gain", "memory_mix")
+OF_HEADS = (*TRUSTING, "memory_sharpness")  # a number a head each
 FORMS = {"offset": 0, "gain": 2, "mix": 3}  # how many of these are learned beside the offsets
 
 
@@ -99,11 +100,15 @@ class LayerMemory(nn.Module):
 
 
 def asking_of(
-    layers: Mapping[int, LayerMemory], entries: Tensor, dtype: torch.dtype = torch.float32
+    layers: Mapping[int, LayerMemory],
+    entries: Tensor,
+    dtype: torch.dtype = torch.float32,
+    shut: Tensor | None = None,
 ) -> dict[int, Asking]:
     """How the memory of entries () int64 of each layer is asked; layers of one shape in a few kernels for all.
 
     dtype: of the factors, that of the queries where they all are of one.
+    shut: (1, 1) bool, whether nothing that is found counts: the offset is -inf then.
     """
     alike: dict[Any, list[int]] = {}
     for number, layer in layers.items():
@@ -112,21 +117,33 @@ def asking_of(
     found: dict[int, Asking] = {}
     for numbers in alike.values():
         some = [layers[number] for number in numbers]
-        offset, slope, sharpness, gain, mix = (_together(some, name) for name in (*TRUSTING, *ASKING))
-        assert offset is not None and slope is not None
+        offset, slope, *sharpness = _of_heads(some)
         beyond = (entries.to(offset.device).float() / FROM).clamp(min=1.0).log()
-        offsets = (offset + slope * beyond).unbind()
-        factors: Sequence[Tensor | None] = [None] * len(numbers)
-        if gain is not None and sharpness is not None:
-            factor = (gain + (sharpness * beyond)[..., None]).exp()[..., None, :]  # (layers, H, 1, D)
-            if mix is not None:
-                factor = factor.mT * (mix + torch.eye(mix.shape[-1], device=mix.device))  # (layers, H, D, D)
-            factors = factor.to(dtype).unbind()
-        found.update(zip(numbers, map(Asking, offsets, factors), strict=True))
+        offsets = torch.addcmul(offset, slope, beyond)
+        if shut is not None:
+            offsets.masked_fill_(shut.to(offset.device), -torch.inf)
+        factors = _factors(some, sharpness[0], beyond, dtype) if sharpness else [None] * len(some)
+        found.update(zip(numbers, map(Asking, offsets.unbind(), factors), strict=True))
     return {number: found[number] for number in layers}
 
 
-def _together(layers: Sequence[LayerMemory], name: str) -> Tensor | None:
-    """A parameter of each of them, (layers, H, ...); None where they have none."""
-    found = [getattr(layer, name) for layer in layers]
-    return None if found[0] is None else torch.stack(found)
+def _factors(layers: Sequence[LayerMemory], sharpness: Tensor, beyond: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
+    """What layers that ask with another query multiply it by; sharpness: (layers, H). beyond: ()."""
+    factor = torch.addcmul(_together(layers, "memory_gain"), sharpness[..., None], beyond).exp()  # (layers, H, D)
+    if layers[0].memory_mix is None:
+        return factor[..., None, :].to(dtype).unbind()
+    matrix = factor[..., None] * _together(layers, "memory_mix")
+    matrix.diagonal(dim1=-2, dim2=-1).add_(factor)  # the query itself: three kernels fewer than with a unit matrix
+    return matrix.to(dtype).unbind()
+
+
+def _of_heads(layers: Sequence[LayerMemory]) -> tuple[Tensor, ...]:
+    """Those parameters that they have of OF_HEADS, (layers, H) each, put together in one kernel."""
+    names = [name for name in OF_HEADS if getattr(layers[0], name) is not None]
+    together = torch.stack([getattr(layer, name) for name in names for layer in layers])
+    return together.view(len(names), len(layers), -1).unbind()
+
+
+def _together(layers: Sequence[LayerMemory], name: str) -> Tensor:
+    """A parameter of each of them, (layers, H, ...)."""
+    return torch.stack([getattr(layer, name) for layer in layers])
