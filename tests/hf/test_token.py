@@ -24,7 +24,8 @@ from memtrans_kernels import checks
 
 SIZES: dict[str, Any] = {"max_memories": 100, "k": 8, "segment": 16}
 PROMPT, ROOM = 9, 16
-FREE = {"view", "_unsafe_view", "expand", "slice", "select", "unsqueeze", "unbind", "diagonal", "detach", "alias"}
+FREE = {"view", "_unsafe_view", "expand", "slice", "select", "unsqueeze", "transpose"}
+FREE |= {"unbind", "diagonal", "detach", "alias"}
 
 
 class Kernels(TorchDispatchMode):
@@ -87,7 +88,8 @@ def beside(form: str) -> tuple[dict[str, int], int]:
 
 
 @pytest.mark.parametrize(
-    ("form", "asking", "once"), [("offset", {}, 13), ("gain", {"mul": 1}, 17), ("mix", {"bmm": 1}, 20)]
+    ("form", "asking", "once"),
+    [("offset", {}, 13), ("gain", {"mul": 1}, 17), ("mix", {"bmm": 1}, 20), ("across", {"mm": 1}, 23)],
 )
 def test_a_layer_asks_searches_and_attends_once_and_runs_nothing_else(
     form: str, asking: dict[str, int], once: int, monkeypatch: pytest.MonkeyPatch
@@ -131,9 +133,9 @@ def test_documents_whose_tokens_are_first_look_at_nothing_beside_others_that_do(
 
 @pytest.mark.parametrize("entries", [500, 40000])
 def test_layers_of_several_forms_are_asked_as_each_of_them_would_be(entries: int) -> None:
-    layers = {number: LayerMemory(3, 8, "auto", torch.device("cpu")) for number in range(6)}
+    layers = {number: LayerMemory(3, 8, "auto", torch.device("cpu")) for number in range(8)}
     generator = torch.Generator().manual_seed(0)
-    for number, form in enumerate(("mix", "gain", "offset") * 2):
+    for number, form in enumerate(("across", "mix", "gain", "offset") * 2):
         layers[number].learn_to_ask(form)
         for parameter in layers[number].parameters():
             parameter.data.normal_(std=0.5, generator=generator)
@@ -148,5 +150,9 @@ def test_layers_of_several_forms_are_asked_as_each_of_them_would_be(entries: int
             sharpness = (has["memory_sharpness"] * beyond)[:, None, None]
             wanted = wanted * (has["memory_gain"][:, None] + sharpness).exp()
         if "memory_mix" in has:
-            wanted = wanted + wanted @ has["memory_mix"]
+            own = wanted
+            wanted = own + own @ has["memory_mix"]
+        if "memory_across" in has:
+            together = own.transpose(1, 2).flatten(2) @ has["memory_across"]
+            wanted = wanted + together.view(2, 5, 3, 8).transpose(1, 2)
         assert_close(found[number].asked(query), wanted, PARITY, "what is asked")
