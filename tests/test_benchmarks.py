@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.scripts import BENCHMARKS, benchmark_script
 from helpers.separate import Ended, beside_each_other, selected
 
@@ -64,3 +65,11 @@ def test_memory_gain_trains_each_size_and_draws_them(tmp_path: Path) -> None:
     rows = benchmark_script("tables").gain_table([off, on]).splitlines()[2:4]
     assert [row.split(" | ")[3:5] for row in rows] == [["–", "0"], ["64", "0"]]
     assert f"{on['bits_per_byte']:.4f}" in rows[1] and f"{on['bits_per_byte_without_memory']:.4f}" in rows[1]
+
+
+@pytest.mark.parametrize(("name", "local"), [("cpu-d64-l512", 512), ("cpu-d64-l1024", 1024), ("cpu-d128-l512", 512)])
+def test_local_attention_counts_products_of_what_is_seen_alone(name: str, local: int) -> None:
+    given = benchmark_script("bench_local_attention").problem(name)
+    seen = torch.ones(512, local).tril(local - 512)
+    batch, heads, _, width = given.query.shape
+    assert (given.key.shape[2], given.flop) == (local, 2 * batch * heads * width * int(seen.sum()))
