@@ -165,7 +165,7 @@ def upstream_compiled(given: Problem) -> Rival:
 
 
 def flex_options(length: int, local: int, bias: Tensor) -> dict[str, Any]:
-    """Of FlexAttention to the local keys: who sees whom, and the bias, by distance (H, distances) or dense (H, N, L)."""
+    """Of FlexAttention to local keys: who sees whom, and the bias, by distance (H, distances) or dense (H, N, L)."""
     cached = local - length
 
     def with_bias(score: Tensor, b: Tensor, h: Tensor, n: Tensor, j: Tensor) -> Tensor:
