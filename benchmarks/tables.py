@@ -151,7 +151,8 @@ def without_memory(case: str) -> str:
 
 
 def tokens_table(entries: Entries) -> str:
-    """Tokens a second of each case; ours also relative to the same shape without a memory."""
+    """Tokens a second of each case; ours also relative to the same shape without a memory, and to the device's peak."""
+    measured = any("peak_share" in entry for entry in entries)
     found = {(entry["case"], entry["impl"]): entry for entry in entries}
     rows = []
     for case in dict.fromkeys(entry["case"] for entry in entries):
@@ -159,10 +160,16 @@ def tokens_table(entries: Entries) -> str:
         others = [found.get((case, impl)) for impl in ("memtrans-eager", "upstream")]
         share = ours["tokens_per_second"] / off["tokens_per_second"]
         rates = [f"{other['tokens_per_second']:,.0f}" if other else "–" for other in others]
-        own = [f"{ours['tokens_per_second']:,.0f}", f"{share:.1%}", f"{ours['gpu_busy']:.1%}"]
+        own = [f"{ours['tokens_per_second']:,.0f}", f"{share:.1%}", *([_of_peak(ours)] if measured else [])]
+        own += [f"{ours['gpu_busy']:.1%}"]
         rows.append([case, *own, f"{ours['peak_bytes'] / 1e9:.2f}", *rates])
-    columns = ["case", "memtrans", "of memory off", "GPU busy", "peak, GB", "memtrans-eager", "upstream"]
+    columns = ["case", "memtrans", "of memory off", *(["of peak FLOP/s"] if measured else [])]
+    columns += ["GPU busy", "peak, GB", "memtrans-eager", "upstream"]
     return lines_of(columns, rows) + versions(entries[0], "Tokens a second")
+
+
+def _of_peak(entry: dict[str, Any]) -> str:
+    return f"{entry['peak_share']:.1%}" if "peak_share" in entry else "–"
 
 
 def gain_table(entries: Entries) -> str:
