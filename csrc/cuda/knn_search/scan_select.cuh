@@ -217,59 +217,34 @@ struct ListSelection {
   template <typename Reload>
   __device__ void select(
       const Lists& lists, bool given_up, float4 (&records)[kLoads], const ScanResult& result, Reload reload) const {
-    const bool is_long = __any_sync(kAllLanes, lists.count > 8 * kLoads);
-    const int kept = given_up ? kTooFew : is_long ? kTooMany : keep_best(lists, records);
-    const Lists current = lists;
-    reload();
-    if (is_long && !given_up)
-      select_long(*this, current, result);
-    else
-      finish(kept, current, result);
-  }
-
-  // The same for lists of any length, whose records are loaded here.
-  static __device__ __noinline__ void select_long(ListSelection self, Lists lists, ScanResult result) {
-    float4 records[kListRecords / 8];
 #pragma unroll
-    for (int i = 0; i < kListRecords / 8; ++i)
-      records[i] = lists.record(i);
-    self.finish(self.keep_best(lists, records), lists, result);
-  }
-
-  // Puts the K best of a lane's records into the buffer, and what ties with the last one; how many, or one of these.
-  static constexpr int kTooFew = -1, kTooMany = -2;  // for the lists to be exact; for the buffer, or infinite
-  template <int count>
-  __device__ int keep_best(const Lists& lists, float4 (&records)[count]) const {
-#pragma unroll
-    for (int i = 0; i < count; ++i)
+    for (int i = 0; i < kLoads; ++i)
       lists.hide_missing(records[i], i);
     int mine;  // the lane's scores from the bound up
     const int found = reaching(records, lists.floor, mine);
     const float largest = warp_largest(records);
-    if (largest == INFINITY)
-      return kTooMany;
-    if (found < min(arguments.k, window.length) && lists.floor > kLowest)
-      return kTooFew;
-    float bound = lists.floor;
-    if (found > arguments.k)
-      bound = kth_score(records, lists.floor, largest, found, mine);
-    const int kept = compact(records, bound, mine);
-    return kept > kMostKept ? kTooMany : kept;
-  }
-
-  __device__ void finish(int kept, const Lists& lists, const ScanResult& result) const {
-    if (kept == kTooFew)
+    const bool hard = __any_sync(kAllLanes, lists.count > 8 * kLoads) || largest == INFINITY;
+    const bool is_short = !hard && found < min(arguments.k, window.length) && lists.floor > kLowest;
+    int kept = 0;
+    if (!given_up && !hard && !is_short) {
+      float bound = lists.floor;
+      if (found > arguments.k)
+        bound = kth_score(records, lists.floor, largest, found, mine);
+      kept = compact(records, bound, mine);
+    }
+    const Lists current = lists;
+    reload();
+    if (given_up || is_short)
       result.redo();
-    else if (kept == kTooMany)
-      select_slowly(*this, lists, result);
+    else if (hard || kept > kMostKept)
+      select_slowly(*this, current, result);  // kept: ties
     else
       rank(kept, result);
   }
 
   // Puts {score, slot} of the records' scores from bound up into the buffer, as far as they fit, and counts them;
   // `mine` are the lane's.
-  template <int count>
-  __device__ int compact(const float4 (&records)[count], float bound, int mine) const {
+  __device__ int compact(const float4 (&records)[kLoads], float bound, int mine) const {
     int end = mine;
 #pragma unroll
     for (int offset = 1; offset < 32; offset *= 2) {
@@ -294,7 +269,7 @@ struct ListSelection {
           : "memory");
     };
 #pragma unroll
-    for (int i = 0; i < count; ++i) {
+    for (int i = 0; i < kLoads; ++i) {
       const int slot = 2 * __float_as_int(records[i].z);
       store(records[i].x, slot);
       store(records[i].y, slot + 1);
@@ -303,37 +278,34 @@ struct ListSelection {
     return kept;
   }
 
-  template <int count>
-  static __device__ int reaching(const float4 (&records)[count], float score, int& mine) {
+  static __device__ int reaching(const float4 (&records)[kLoads], float score, int& mine) {
     int first = 0, second = 0;
-    const auto take = [&](int& total, float value) {
+    const auto count = [&](int& total, float value) {
       asm("{\n.reg .pred reached;\nsetp.ge.f32 reached, %1, %2;\n@reached add.s32 %0, %0, 1;\n}\n"
           : "+r"(total)
           : "f"(value), "f"(score));
     };
 #pragma unroll
-    for (int i = 0; i < count; ++i) {
-      take(first, records[i].x);
-      take(second, records[i].y);
+    for (int i = 0; i < kLoads; ++i) {
+      count(first, records[i].x);
+      count(second, records[i].y);
     }
     mine = first + second;
     return __reduce_add_sync(kAllLanes, mine);
   }
 
-  template <int count>
-  static __device__ float warp_largest(const float4 (&records)[count]) {
+  static __device__ float warp_largest(const float4 (&records)[kLoads]) {
     float largest = -INFINITY;
 #pragma unroll
-    for (int i = 0; i < count; ++i)
+    for (int i = 0; i < kLoads; ++i)
       largest = fmaxf(largest, fmaxf(records[i].x, records[i].y));
     return unsortable(__reduce_max_sync(kAllLanes, sortable(largest)));
   }
 
-  template <int count>
-  static __device__ float warp_smallest(const float4 (&records)[count]) {
+  static __device__ float warp_smallest(const float4 (&records)[kLoads]) {
     float smallest = INFINITY;
 #pragma unroll
-    for (int i = 0; i < count; ++i) {
+    for (int i = 0; i < kLoads; ++i) {
       smallest = fminf(smallest, records[i].x >= kLowest ? records[i].x : INFINITY);
       smallest = fminf(smallest, records[i].y >= kLowest ? records[i].y : INFINITY);
     }
@@ -342,8 +314,7 @@ struct ListSelection {
 
   // A score that k records reach; more only where scores tie. The first guesses assume that counts fall exponentially.
   // `mine` are the lane's scores that reach it.
-  template <int count>
-  __device__ float kth_score(const float4 (&records)[count], float floor, float largest, int found, int& mine) const {
+  __device__ float kth_score(const float4 (&records)[kLoads], float floor, float largest, int found, int& mine) const {
     float low = floor == kLowest ? warp_smallest(records) : floor, high = largest;
     float at_low = static_cast<float>(found), at_high = 0.7f;
     const float k = static_cast<float>(arguments.k);
