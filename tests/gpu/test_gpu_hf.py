@@ -35,7 +35,7 @@ def test_reading_by_replays_stores_what_passes_do(search: bool, monkeypatch: pyt
     assert_close(held[0][1], held[1][1], GPU_MODEL, "keys")
 
 
-@pytest.mark.parametrize("form", ["offset", "gain", "mix"])
+@pytest.mark.parametrize("form", ["offset", "gain", "mix", "across"])
 def test_a_step_that_is_replayed_learns_what_steps_one_by_one_learn(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "It was a bright cold day in the hills, and all the clocks were being wound again. " * 60
     learned, captured = [], []
