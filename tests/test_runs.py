@@ -99,7 +99,7 @@ def report(step: int, tokens: int, rate: float) -> str:
 
 
 def test_the_pace_is_that_of_later_reports(tmp_path, capsys, monkeypatch):
-    """10 steps of 100 tokens: twice 10 s with the compiler, then twice 2 s; an evaluation between them does not count."""
+    """10 steps of 100 tokens: twice 10 s with the compiler, then twice 2 s; an evaluation between does not count."""
     metrics, pace = tmp_path / "metrics.jsonl", benchmark_script("pace")
     evaluation = json.dumps({"step": 20, "tokens": 2000, "eval_bits_per_byte": 2.0}) + "\n"
     metrics.write_text(report(10, 1000, 100) + report(20, 2000, 100) + evaluation)
