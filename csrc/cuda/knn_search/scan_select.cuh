@@ -50,6 +50,7 @@ struct ScanResult {
 template <typename T, int dim>
 struct ListSelection {
   static constexpr int kLoads = 8;       // records of a lane in the common case
+  static constexpr int kFewLoads = 6;    // the same of lists that are shortened in the first tiles
   static constexpr int kMostKept = 192;  // entries that are worth ranking by comparing all pairs
   const ScanArguments& arguments;
   Window window;
@@ -118,10 +119,19 @@ struct ListSelection {
         slot % 2 ? -INFINITY : score, slot % 2 ? score : -INFINITY, __int_as_float(slot / 2), 0.0f};
   }
 
-  // Leaves the K best in the lists, and few more. Keys that are scored later are no older than next_age. All records of
-  // a lane are in registers at once; for what that does not serve, shorten_slowly.
-  static __device__ __noinline__ Shortened shorten(ListSelection self, Lists lists, float threshold, int next_age) {
-    constexpr int kAll = kListRecords / 8, kNone = 0;
+  // Leaves the K best in the lists, and few more. Keys that are scored later are no older than next_age.
+  static __device__ Shortened shorten(ListSelection self, Lists lists, float threshold, int next_age) {
+    return __any_sync(kAllLanes, lists.count > 8 * kFewLoads)
+               ? shorten_held<kListRecords / 8>(self, lists, threshold, next_age)
+               : shorten_held<kFewLoads>(self, lists, threshold, next_age);
+  }
+
+  // The same where no lane has more than kAll records: all are in registers at once. For what that does not serve,
+  // shorten_slowly.
+  template <int kAll>
+  static __device__ __noinline__ Shortened
+  shorten_held(ListSelection self, Lists lists, float threshold, int next_age) {
+    constexpr int kNone = 0;
     uint32_t score[2 * kAll];  // sortable
     int pair[kAll], found = 0;
     bool infinite = false;
@@ -207,34 +217,59 @@ struct ListSelection {
   template <typename Reload>
   __device__ void select(
       const Lists& lists, bool given_up, float4 (&records)[kLoads], const ScanResult& result, Reload reload) const {
+    const bool is_long = __any_sync(kAllLanes, lists.count > 8 * kLoads);
+    const int kept = given_up ? kTooFew : is_long ? kTooMany : keep_best(lists, records);
+    const Lists current = lists;
+    reload();
+    if (is_long && !given_up)
+      select_long(*this, current, result);
+    else
+      finish(kept, current, result);
+  }
+
+  // The same for lists of any length, whose records are loaded here.
+  static __device__ __noinline__ void select_long(ListSelection self, Lists lists, ScanResult result) {
+    float4 records[kListRecords / 8];
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i)
+    for (int i = 0; i < kListRecords / 8; ++i)
+      records[i] = lists.record(i);
+    self.finish(self.keep_best(lists, records), lists, result);
+  }
+
+  // Puts the K best of a lane's records into the buffer, and what ties with the last one; how many, or one of these.
+  static constexpr int kTooFew = -1, kTooMany = -2;  // for the lists to be exact; for the buffer, or infinite
+  template <int count>
+  __device__ int keep_best(const Lists& lists, float4 (&records)[count]) const {
+#pragma unroll
+    for (int i = 0; i < count; ++i)
       lists.hide_missing(records[i], i);
     int mine;  // the lane's scores from the bound up
     const int found = reaching(records, lists.floor, mine);
     const float largest = warp_largest(records);
-    const bool hard = __any_sync(kAllLanes, lists.count > 8 * kLoads) || largest == INFINITY;
-    const bool is_short = !hard && found < min(arguments.k, window.length) && lists.floor > kLowest;
-    int kept = 0;
-    if (!given_up && !hard && !is_short) {
-      float bound = lists.floor;
-      if (found > arguments.k)
-        bound = kth_score(records, lists.floor, largest, found, mine);
-      kept = compact(records, bound, mine);
-    }
-    const Lists current = lists;
-    reload();
-    if (given_up || is_short)
+    if (largest == INFINITY)
+      return kTooMany;
+    if (found < min(arguments.k, window.length) && lists.floor > kLowest)
+      return kTooFew;
+    float bound = lists.floor;
+    if (found > arguments.k)
+      bound = kth_score(records, lists.floor, largest, found, mine);
+    const int kept = compact(records, bound, mine);
+    return kept > kMostKept ? kTooMany : kept;
+  }
+
+  __device__ void finish(int kept, const Lists& lists, const ScanResult& result) const {
+    if (kept == kTooFew)
       result.redo();
-    else if (hard || kept > kMostKept)
-      select_slowly(*this, current, result);  // kept: ties
+    else if (kept == kTooMany)
+      select_slowly(*this, lists, result);
     else
       rank(kept, result);
   }
 
   // Puts {score, slot} of the records' scores from bound up into the buffer, as far as they fit, and counts them;
   // `mine` are the lane's.
-  __device__ int compact(const float4 (&records)[kLoads], float bound, int mine) const {
+  template <int count>
+  __device__ int compact(const float4 (&records)[count], float bound, int mine) const {
     int end = mine;
 #pragma unroll
     for (int offset = 1; offset < 32; offset *= 2) {
@@ -259,7 +294,7 @@ struct ListSelection {
           : "memory");
     };
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
+    for (int i = 0; i < count; ++i) {
       const int slot = 2 * __float_as_int(records[i].z);
       store(records[i].x, slot);
       store(records[i].y, slot + 1);
@@ -268,34 +303,37 @@ struct ListSelection {
     return kept;
   }
 
-  static __device__ int reaching(const float4 (&records)[kLoads], float score, int& mine) {
+  template <int count>
+  static __device__ int reaching(const float4 (&records)[count], float score, int& mine) {
     int first = 0, second = 0;
-    const auto count = [&](int& total, float value) {
+    const auto take = [&](int& total, float value) {
       asm("{\n.reg .pred reached;\nsetp.ge.f32 reached, %1, %2;\n@reached add.s32 %0, %0, 1;\n}\n"
           : "+r"(total)
           : "f"(value), "f"(score));
     };
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      count(first, records[i].x);
-      count(second, records[i].y);
+    for (int i = 0; i < count; ++i) {
+      take(first, records[i].x);
+      take(second, records[i].y);
     }
     mine = first + second;
     return __reduce_add_sync(kAllLanes, mine);
   }
 
-  static __device__ float warp_largest(const float4 (&records)[kLoads]) {
+  template <int count>
+  static __device__ float warp_largest(const float4 (&records)[count]) {
     float largest = -INFINITY;
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i)
+    for (int i = 0; i < count; ++i)
       largest = fmaxf(largest, fmaxf(records[i].x, records[i].y));
     return unsortable(__reduce_max_sync(kAllLanes, sortable(largest)));
   }
 
-  static __device__ float warp_smallest(const float4 (&records)[kLoads]) {
+  template <int count>
+  static __device__ float warp_smallest(const float4 (&records)[count]) {
     float smallest = INFINITY;
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
+    for (int i = 0; i < count; ++i) {
       smallest = fminf(smallest, records[i].x >= kLowest ? records[i].x : INFINITY);
       smallest = fminf(smallest, records[i].y >= kLowest ? records[i].y : INFINITY);
     }
@@ -304,7 +342,8 @@ struct ListSelection {
 
   // A score that k records reach; more only where scores tie. The first guesses assume that counts fall exponentially.
   // `mine` are the lane's scores that reach it.
-  __device__ float kth_score(const float4 (&records)[kLoads], float floor, float largest, int found, int& mine) const {
+  template <int count>
+  __device__ float kth_score(const float4 (&records)[count], float floor, float largest, int found, int& mine) const {
     float low = floor == kLowest ? warp_smallest(records) : floor, high = largest;
     float at_low = static_cast<float>(found), at_high = 0.7f;
     const float k = static_cast<float>(arguments.k);
