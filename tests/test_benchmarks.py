@@ -92,6 +92,24 @@ def test_a_table_of_training_has_the_share_of_the_peak_where_an_entry_knows_it()
     assert "of peak" not in unknown
 
 
+def test_a_table_of_rates_has_ours_and_its_share_of_the_peak() -> None:
+    labels = {
+        "mode": "forward",
+        "dtype": "bfloat16",
+        "gpu": "NVIDIA H100 80GB HBM3",
+        "torch": "2.11.0",
+        "triton": "3.6.0",
+    }
+    ours = {"impl": "memtrans", "ms": 0.059, "flop_per_second": 72.94e12, "peak_share": 0.0737}
+    entries = [{**labels, **ours, "case": "d64-l512"}, {**labels, "impl": "sdpa", "case": "d64-l512", "ms": 0.02}]
+    lines = benchmark_script("tables").table([*entries, {**entries[1], "case": "other"}], {}, rate=True).splitlines()
+    assert [lines[0], *lines[2:4]] == [
+        "| case | mode | memtrans | sdpa | TFLOP/s | of peak FLOP/s |",
+        "| d64-l512 | forward | 0.0590 | 0.0200 (0.3×) | 72.9 | 7.4% |",
+        "| other | forward | – | 0.0200 | – | – |",
+    ]
+
+
 def test_an_entry_of_training_has_the_share_that_its_trainer_knows() -> None:
     peak_share = benchmark_script("bench_train").peak_share
     known = SimpleNamespace(peak_share=lambda rate: rate / 1e6, flop_per_token=3.0)

@@ -181,7 +181,7 @@ def steps_like_adamw(updates: Sequence[Tensor], dtype: torch.dtype | None = None
 
 
 def nearly_orthogonal(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Matrices (..., n, m) with all their singular values brought near 1, in `dtype`; see the module.
+    """Matrices (weights, n, m) with all their singular values brought near 1, in `dtype`; see the module.
 
     >>> found = nearly_orthogonal(torch.diag(torch.tensor([3.0, 1.0, 0.1]))[None])
     >>> [0.6 < value < 1.3 for value in torch.linalg.svdvals(found)[0].tolist()]
@@ -192,7 +192,7 @@ def nearly_orthogonal(matrices: Tensor, dtype: torch.dtype | None = None) -> Ten
     wide = matrices.shape[-2] <= matrices.shape[-1]
     x = (matrices / torch.linalg.matrix_norm(matrices, keepdim=True).clamp(min=SMALLEST)).to(dtype)
     for _ in range(ROUNDS):
-        gram = x @ x.mT if wide else x.mT @ x  # of the shorter side
+        gram = torch.bmm(x, x.mT) if wide else torch.bmm(x.mT, x)  # of the shorter side
         gram = torch.baddbmm(gram, gram, gram, beta=B, alpha=C)
         x = torch.baddbmm(x, gram, x, beta=A) if wide else torch.baddbmm(x, x, gram, beta=A)
     return x
