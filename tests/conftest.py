@@ -9,7 +9,8 @@ import pytest
 import torch
 from helpers.devices import DEVICE
 
-torch.set_default_device(DEVICE)
+if DEVICE != "cpu":  # there it is the default, and to set it takes a third of the suite's time: each call asks a mode
+    torch.set_default_device(DEVICE)
 
 # The modules of most work, which begin first: one that begins last has one of the processes work alone.
 LONGEST = [
