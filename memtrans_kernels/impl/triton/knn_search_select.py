@@ -21,7 +21,7 @@ from memtrans_kernels.impl.triton.knn_search_maxima import slot_of, window_of
 
 NOTHING = tl.constexpr(-2139095041)  # ordered(-inf)
 LARGEST = tl.constexpr(0x7FFFFFFF)  # above ordered(inf)
-HALVINGS = tl.constexpr(10)  # what random numbers take; where some are equal, numbers that occur end the search sooner
+HALVINGS = tl.constexpr(12)  # random numbers hardly take as many; where some are equal, numbers that occur end it
 
 
 @triton.jit
@@ -61,12 +61,13 @@ def choose_best(value, K: tl.constexpr, LIST: tl.constexpr, BLOCK: tl.constexpr,
         open = (count > K) & (high - low > 1)
         halvings += 1
     bound = low.to(tl.int32)[:, None]
-    better, equal = (value > bound).to(tl.int32), (value == bound).to(tl.int32)
-    sums = tl.cumsum(better * 65536 + equal, axis=1)  # both at once: there are no more than 65,535 of either
-    better_until, equal_until = sums >> 16, sums & 65535
-    room = K - tl.sum(better, axis=1)[:, None]
-    chosen = (better != 0) | ((equal != 0) & (equal_until <= room))
-    return chosen, better_until + tl.minimum(equal_until, room) - 1, tl.minimum(count, K)[:, None]
+    chosen = (value >= bound).to(tl.int32)
+    if tl.max(count, axis=0) > K:
+        equal = (value == bound).to(tl.int32)
+        better = chosen - equal
+        room = (K - tl.sum(better, axis=1))[:, None]
+        chosen = better + tl.where(tl.cumsum(equal, axis=1) <= room, equal, 0)
+    return chosen != 0, tl.cumsum(chosen, axis=1) - 1, tl.minimum(count, K)[:, None]
 
 
 # A stride that might be odd: loads four numbers wide would leave the tensor in another layout than the counts want it.
