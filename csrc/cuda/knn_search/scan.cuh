@@ -114,7 +114,7 @@ struct ScanConsumer {
   }
 
   // All keys: visit(scores, half the slot of the thread's first column), where scores of hidden slots are -inf. When it
-  // returns false, pause(tile) is called before the next tile, and after the last one in any case.
+  // returns false, pause(tile) is called before the next tile.
   template <typename Visit, typename Pause>
   __device__ void stream_visible(const TilePlan& plan, Visit visit, Pause pause) {
     constexpr int kPairs = kScanTile / 2;  // of a tile
@@ -128,14 +128,13 @@ struct ScanConsumer {
       bool more;
       const int end = stream<kPairs>(pair, pair + (stop - tile) * kPairs, hidden, more, visit);
       tile += (end - slot / 2) / kPairs;
-      if (!more || tile >= plan.tiles)
+      if (!more)
         pause(tile - 1);
     }
   }
 
   // Phase 2: all keys, into the thread's lists. make_room(tile) is called after a tile that left one of the warp's
-  // lists long, and after the last one. It is rare, and has to be: while a warp is busy with it, the other three of its
-  // warpgroup wait.
+  // lists long. It is rare, and has to be: while a warp is busy with it, the other three of its warpgroup wait.
   template <typename MakeRoom>
   __device__ void collect(
       const TilePlan& plan, int k, const float (&threshold)[2], HitLists& hits, MakeRoom make_room) {
@@ -296,14 +295,12 @@ struct WarpLists {
     float threshold[2];
   };
 
-  // Leaves their K best in the lists that are long, or after the last tile longer than select_all takes in its stride,
-  // and raises their thresholds. A query whose lists were shortened
+  // Leaves their K best in the lists that are long, and raises their thresholds. A query whose lists were shortened
   // more than `most` times collects no more. Out of line and by value, so that the loop that calls it keeps its
   // registers.
   static __device__ __noinline__ Progress make_room(WarpLists self, Progress now, int tile, int most) {
     const TilePlan& plan = self.scratch->plan;
-    const int too_long = tile == plan.tiles - 1 ? 8 * Selection::kLoads : long_list(tile, self.arguments.k);
-    const int next_age = plan.age_after(tile);
+    const int too_long = long_list(tile, self.arguments.k), next_age = plan.age_after(tile);
     int longest = now.hits.longest();
     if (longest > too_long) {
 #pragma unroll
