@@ -120,7 +120,7 @@ struct ListSelection {
   }
 
   // Leaves the K best in the lists, and few more. Keys that are scored later are no older than next_age.
-  static __device__ Shortened shorten(ListSelection self, Lists lists, float threshold, int next_age) {
+  static __device__ __noinline__ Shortened shorten(ListSelection self, Lists lists, float threshold, int next_age) {
     return __any_sync(kAllLanes, lists.count > 8 * kFewLoads)
                ? shorten_held<kListRecords / 8>(self, lists, threshold, next_age)
                : shorten_held<kFewLoads>(self, lists, threshold, next_age);
