@@ -35,8 +35,10 @@ class RoundedWeights:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self.model, self.dtype = model, dtype
-        self._read: dict[nn.Parameter, nn.Parameter] = {}  # by the model's own, which may be what is read
-        self._sums: dict[nn.Parameter, Tensor] = {}
+        # one for each parameter of the model: its own, what is read in its place, and the gradients collected so far
+        self._own: list[nn.Parameter] = []
+        self._read: list[nn.Parameter] = []
+        self._sums: list[Tensor | None] = []
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -48,35 +50,38 @@ class RoundedWeights:
             for name, weight in parameters.items()
             if weight is not None and weight.dtype == torch.float32
         ]
-        own = [weight for _, _, weight in places]
-        self._read = {weight: weight for weight in self.model.parameters()}
-        self._read |= dict(zip(own, _rounded(own, self.dtype), strict=True))
-        self._sums = {}
+        weights = [weight for _, _, weight in places]
+        rounded = dict(zip(map(id, weights), _rounded(weights, self.dtype), strict=True))
+        self._own = list(self.model.parameters())
+        self._read = [rounded.get(id(own), own) for own in self._own]
+        self._sums = [None] * len(self._own)
         try:
             for parameters, name, weight in places:
-                parameters[name] = self._read[weight]
+                parameters[name] = rounded[id(weight)]
             yield
         finally:
             for parameters, name, weight in places:
                 parameters[name] = weight
-        for weight, total in self._sums.items():
-            weight.grad = total
+        for own, total in zip(self._own, self._sums, strict=True):
+            own.grad = total
 
     @torch.no_grad()
     def collect(self) -> None:
         """Takes the gradients of a backward pass, and adds them to those of the passes before it."""
-        found = {own: read.grad for own, read in self._read.items() if read.grad is not None}
-        for read in self._read.values():
+        found = [read.grad for read in self._read]
+        for read in self._read:
             read.grad = None
-        narrow = [own for own, grad in found.items() if grad.dtype != own.dtype]
-        wide = [torch.empty_like(own) for own in narrow]
+        rounded = [place for place, own in enumerate(self._own) if self._read[place] is not own]
+        narrow = [place for place in rounded if found[place] is not None]
+        wide = [torch.empty_like(self._own[place]) for place in narrow]
         if narrow:
-            torch._foreach_copy_(wide, [found[own] for own in narrow])
-        found |= zip(narrow, wide, strict=True)
-        again = [own for own in found if own in self._sums]
+            torch._foreach_copy_(wide, [found[place] for place in narrow])
+        for place, grad in zip(narrow, wide, strict=True):
+            found[place] = grad
+        again = [place for place, total in enumerate(self._sums) if total is not None and found[place] is not None]
         if again:
-            torch._foreach_add_([self._sums[own] for own in again], [found[own] for own in again])
-        self._sums = {**found, **self._sums}
+            torch._foreach_add_([self._sums[place] for place in again], [found[place] for place in again])
+        self._sums = [grad if total is None else total for total, grad in zip(self._sums, found, strict=True)]
 
 
 @torch.no_grad()
