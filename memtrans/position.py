@@ -6,6 +6,7 @@ Source: Raffel et al. 2020 (T5), section 2.1; Wu et al. 2022, section 4.2, use i
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,10 @@ from torch import Tensor, nn
 from memtrans.checks import check_number, sizes
 from memtrans.layers import device_of
 from memtrans_kernels import checks
+from memtrans_kernels.eager import is_plain
+
+MOST_KEPT = 64  # buckets of tables, for kinds of bias and places
+_BUCKETS: dict[tuple[Any, ...], Tensor] = {}
 
 
 class T5RelativePositionBias(nn.Module):
@@ -61,8 +66,24 @@ class T5RelativePositionBias(nn.Module):
         torch.Size([4, 129])
         """
         device = device_of(self) if device is None else device
-        distance = (torch.arange(free + self.max_distance + 1, device=device) - free).clamp(min=0)
-        return self.relative_attention_bias(self.bucket(distance)).T * self.scale
+        return self.relative_attention_bias(self._buckets(free, device)).T * self.scale
+
+    def _buckets(self, free: int, device: torch.device) -> Tensor:
+        """The bucket of each column of `table`; on a GPU these are a dozen launches, so eager calls keep them."""
+        if not is_plain() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            return self._buckets_now(free, device)  # a graph has its own
+        key: tuple[Any, ...] = (type(self), self.num_buckets, self.max_distance, free, device)
+        if device.type == "cuda":
+            key = (*key, torch.cuda.current_stream(device).cuda_stream)  # what orders it before those who read it
+        if key not in _BUCKETS:
+            if len(_BUCKETS) >= MOST_KEPT:
+                _BUCKETS.clear()
+            with torch.inference_mode(False):  # they may be read in training too
+                _BUCKETS[key] = self._buckets_now(free, device)
+        return _BUCKETS[key]
+
+    def _buckets_now(self, free: int, device: torch.device) -> Tensor:
+        return self.bucket((torch.arange(free + self.max_distance + 1, device=device) - free).clamp(min=0))
 
     def forward(self, i: int, j: int, *, device: torch.device | str | None = None) -> Tensor:
         """Dense bias (1, H, i, j) of the i newest of j positions; 0 distance for keys in the future."""

@@ -41,7 +41,13 @@ def remembered(check: Callable[..., None]) -> Callable[..., None]:
         if torch.compiler.is_compiling():
             return check(*arguments)
         try:
-            signature = tuple([_signature(argument) for argument in arguments])
+            # in one expression, for it is made in every call of an operator
+            signature = tuple(
+                [
+                    (one.shape, one.dtype, one.device) if isinstance(one, Tensor) else (type(one), one)
+                    for one in arguments
+                ]
+            )  # True is no 1, 2.0 no 2
             if signature in passed:
                 return None
         except TypeError:  # what has no hash: a list where a tensor belongs, a symbolic size
@@ -52,12 +58,6 @@ def remembered(check: Callable[..., None]) -> Callable[..., None]:
         passed.add(signature)
 
     return checked
-
-
-def _signature(argument: Any) -> tuple[Any, ...]:
-    if isinstance(argument, Tensor):
-        return argument.shape, argument.dtype, argument.device
-    return type(argument), argument  # True is no 1, 2.0 no 2
 
 
 class Letters:

@@ -28,14 +28,18 @@ def is_plain(*arguments: Any) -> bool:
     >>> torch.func.vmap(lambda x: x * is_plain(x))(torch.ones(1))
     tensor([0.])
     """
-    return (
-        not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-        and torch._C._get_tracing_state() is None
-        and all(type(tensor) in _OWN and not tensor.is_meta for tensor in arguments if isinstance(tensor, Tensor))
-    )
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    ):
+        return False
+    for one in arguments:  # a loop takes half the time of `all`
+        if isinstance(one, Tensor) and (type(one) not in _OWN or one.is_meta):
+            return False
+    return True
 
 
 def is_differentiated_by_transform(*arguments: Any) -> bool:

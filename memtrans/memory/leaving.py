@@ -34,8 +34,8 @@ def add_leaving(
     local_keys = key.shape[2]
     leaving = max(0, local_keys - kept)
     key, value = key[:, :, :leaving].detach(), value[:, :, :leaving].detach()  # (B, G, leaving, D)
-    if local_length is None and lengths is None:
-        return snapshot.append(key, value)
+    if local_length is None:  # the oldest ones leave as they lie
+        return snapshot.append(key, value, None if lengths is None else (leaving - length + lengths).clamp(min=0))
     first, last = leaving_range(leaving, local_keys, length, local_length, lengths)  # (B,) each
     index = (first[:, None] + torch.arange(leaving, device=key.device)).clamp(max=max(leaving - 1, 0))
     index = index[:, None, :, None].expand(-1, key.shape[1], -1, -1)

@@ -306,7 +306,7 @@ class MemorySnapshot:
         if length == 0:
             return self
         groups = keys.shape[1]
-        count = None if count is None else count.repeat_interleave(groups)
+        count = count if count is None or groups == 1 else count.repeat_interleave(groups)
         ticket, again = self.advance(length)
         if not again:
             self._append_ids(ids, length, count)
@@ -314,8 +314,11 @@ class MemorySnapshot:
             knn_add_(
                 ring.keys, ring.values, ring.cursor, self.rows, keys, values, count, at=self.cursor, backend=backend
             )
-        added = torch.full_like(self.rows, length) if count is None else count
-        cursor = self.cursor.index_add(0, self.rows, added)
+        if self.in_order:
+            cursor = self.cursor + (length if count is None else count)
+        else:
+            added = torch.full_like(self.rows, length) if count is None else count
+            cursor = self.cursor.index_add(0, self.rows, added)
         return self.behind(cursor, ticket, again)
 
     def _append_ids(self, ids: Tensor | None, length: int, count: Tensor | None) -> None:
@@ -362,8 +365,10 @@ class MemorySnapshot:
 
     def cleared(self, mask: Tensor) -> MemorySnapshot:
         """`clear_rows`, for callers who know that the mask fits."""
-        of_rows = mask.repeat_interleave(self.rows.numel() // self.documents)
-        cleared = torch.zeros_like(self.start, dtype=torch.bool).index_copy(0, self.rows, of_rows)
+        groups = self.rows.numel() // self.documents
+        cleared = mask if groups == 1 else mask.repeat_interleave(groups)
+        if not self.in_order:
+            cleared = torch.zeros_like(self.start, dtype=torch.bool).index_copy(0, self.rows, cleared)
         start = torch.where(cleared, self.cursor, self.start)
         self.ring.start.copy_(torch.maximum(self.ring.start, start))  # a recomputed forward clears nothing newer
         clearings = self.clearings + cleared

@@ -9,6 +9,7 @@ Shapes: A backward passes a step, S segments a backward pass, B rows, N tokens o
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -21,6 +22,7 @@ from memtrans.distributed.ranks import ALONE, Ranks
 from memtrans.training.evaluate import negative_log_likelihood
 from memtrans.training.loader import StepInputs
 from memtrans.training.reader import Carried, DocumentReader
+from memtrans.training.rounded import RoundedWeights
 from memtrans.training.settings import Settings
 
 
@@ -58,6 +60,9 @@ class Step:
         if compiled:
             compiled_whole = partial(torch.compile, fullgraph=True)
             self._segment_loss = (compiled_whole if self._alone else compiled_in_parts)(self._loss)
+        # a compiler rounds weights where it needs them; several ranks send gradients when they are complete
+        rounds = not compiled and self._alone and reader.dtype != torch.float32 and self.settings.segments == 1
+        self._rounded = RoundedWeights(reader.model, reader.dtype) if rounds else None
         self._graph = Replay(self._compute, reader.device, capture=compiled)
         self._inputs: StepInputs | None = None
 
@@ -100,16 +105,19 @@ class Step:
         carried = self.reader.carried
         total = torch.zeros((), dtype=torch.float32, device=self._inputs.tokens.device)
         rounds = self._inputs.rounds()
-        for number, segments in enumerate(rounds, start=1):
-            losses = []
-            for segment in segments:
-                loss, carried = self._segment_loss(*segment, carried)
-                losses.append(loss)
-            mean = torch.stack(losses).sum() / self._inputs.scored
-            total += mean.detach()
-            if number == len(rounds):
-                self._gradients.begin(total)
-            mean.backward()
+        with self._rounded.reading() if self._rounded else nullcontext():
+            for number, segments in enumerate(rounds, start=1):
+                losses = []
+                for segment in segments:
+                    loss, carried = self._segment_loss(*segment, carried)
+                    losses.append(loss)
+                mean = torch.stack(losses).sum() / self._inputs.scored
+                total += mean.detach()
+                if number == len(rounds):
+                    self._gradients.begin(total)
+                mean.backward()
+                if self._rounded:
+                    self._rounded.collect()
         total = self._gradients.finish()
         norm, carried = self._update(total, carried)
         self.reader.carry(carried)

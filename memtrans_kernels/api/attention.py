@@ -147,10 +147,7 @@ def local_attention(
     >>> out.flatten().tolist()  # the second query sees both
     [1.0, 2.0]
     """
-    letters = checks.Letters()
-    letters.bind("query", query, "B H N D")
-    letters.bind("key", key, "B G L D")
-    letters.bind("value", value, "B G L E")
+    _check_local(query, key, value)
     batch, heads, length, width = query.shape
     no_keys, no_values = (query.new_empty(1, 1, of) for of in (width, value.shape[3]))  # nobody reads them
     scores = torch.empty(batch, heads, length, 0, dtype=arithmetic_dtype(query), device=query.device)
@@ -197,6 +194,15 @@ def merge_attention(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     lse = lses.logsumexp(dim=0)
     out = ((lses - lse).exp()[..., None] * outs).sum(dim=0)
     return out.to(outs.dtype), lse
+
+
+@checks.remembered
+def _check_local(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Refuses shapes that the others cannot be made for."""
+    letters = checks.Letters()
+    letters.bind("query", query, "B H N D")
+    letters.bind("key", key, "B G L D")
+    letters.bind("value", value, "B G L E")
 
 
 @checks.remembered

@@ -18,16 +18,21 @@ from memtrans_kernels.precision import arithmetic_dtype
 Output = tuple[Tensor, Tensor]
 DIFFERENTIABLE = ("query", "key", "value", "scale", "bias_table", "bias_dense", "memory_offset", "sink")
 OF_KEYS = ("key", "value")  # of these, whose gradients cost as much as all others, none is computed that nobody wants
+PLACES_OF_TENSORS = [place for place, name in enumerate(AttentionInputs._fields) if name not in NUMBERS]
+PLACES_OF_NUMBERS = [place for place, name in enumerate(AttentionInputs._fields) if name in NUMBERS]
+PLACES = [*PLACES_OF_TENSORS, *PLACES_OF_NUMBERS]  # in the order in which a backward pass finds them
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def memory_attention(inputs: AttentionInputs, ledger: Ledger | None, backend: str) -> Output:
     """Differentiable in what DIFFERENTIABLE names."""
-    of_ledger = ledger if ledger is not None else (None, None, 0)
     if is_plain(*inputs):
-        if torch.is_grad_enabled() and any(getattr(inputs, name).requires_grad for name in _given(inputs)):
-            return _Attention.apply(*inputs, *of_ledger, backend)
+        if torch.is_grad_enabled():
+            differentiable = [getattr(inputs, name) for name in DIFFERENTIABLE]
+            if any([one is not None and one.requires_grad for one in differentiable]):
+                return _Attention.apply(*differentiable, inputs, ledger, backend)
         return backends.run("memory_attention", backend, inputs)
+    of_ledger = ledger if ledger is not None else (None, None, 0)
     if is_differentiated_by_transform(*inputs):
         return formula("memory_attention", backend, "derivatives by torch.func and in forward mode")(inputs)
     return _memory_attention(*inputs, *of_ledger, backend)
@@ -134,27 +139,58 @@ def _(grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, *arguments: 
 
 
 def _setup(ctx: Any, inputs: tuple, output: Output) -> None:
-    *arguments, written, ticket, ctx.spare, ctx.backend = inputs
-    given = AttentionInputs(*arguments)
-    ctx.numbers = {name: getattr(given, name) for name in NUMBERS}
-    tensors = [value for name, value in given._asdict().items() if name not in NUMBERS]
+    *arguments, written, ticket, spare, backend = inputs
+    _save(ctx, AttentionInputs(*arguments), output, written, ticket, spare, backend)
+
+
+def _save(
+    ctx: Any,
+    inputs: AttentionInputs,
+    output: Output,
+    written: Tensor | None,
+    ticket: Tensor | None,
+    spare: int,
+    backend: str,
+) -> None:
+    """Keeps for the backward pass what it needs."""
+    ctx.spare, ctx.backend = spare, backend
+    ctx.numbers = [inputs[place] for place in PLACES_OF_NUMBERS]
+    tensors = [inputs[place] for place in PLACES_OF_TENSORS]
     ctx.save_for_backward(*output, *tensors, written, to_save(written, ticket))
 
 
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = ctx.needs_input_grad
+    of_keys = any(wanted[AttentionInputs._fields.index(name)] for name in OF_KEYS)
+    inputs, found = _gradients(ctx, grad_out, grad_lse, of_keys)
+    by_name = dict(zip(DIFFERENTIABLE, found, strict=True))
+    return (*(by_name.get(name) for name in inputs._fields), None, None, None, None)  # ledger's three, backend
+
+
+def _gradients(
+    ctx: Any, grad_out: Tensor, grad_lse: Tensor, of_keys: bool
+) -> tuple[AttentionInputs, list[Tensor | None]]:
+    """The inputs, and the gradients of DIFFERENTIABLE, none of what is not there or wanted."""
     out, lse, *tensors, written, ticket = ctx.saved_tensors  # once: checkpointing recomputes to unpack them
-    names = (name for name in AttentionInputs._fields if name not in NUMBERS)
-    inputs = AttentionInputs(**dict(zip(names, tensors, strict=True)), **ctx.numbers)
+    arguments: list[Any] = [None] * len(AttentionInputs._fields)
+    for place, value in zip(PLACES, (*tensors, *ctx.numbers), strict=True):
+        arguments[place] = value
+    inputs = AttentionInputs(*arguments)
     given = grad_out, grad_lse, out, lse
-    of_keys = any(ctx.needs_input_grad[AttentionInputs._fields.index(name)] for name in OF_KEYS)
     if not is_plain(*given, *inputs):
         rest = written, ticket, ctx.spare, of_keys, ctx.backend
-        return _in_places(inputs, _memory_attention_backward(*given, *inputs, *rest), of_keys)
-    check_not_stale(written, ticket, ctx.spare)
-    if torch.is_grad_enabled():
-        return _in_places(inputs, _differentiable_gradients(inputs, given, of_keys, ctx.backend), of_keys)
-    found = backends.run("memory_attention_backward", ctx.backend, inputs, *given, of_keys)
-    return _in_places(inputs, found, of_keys)
+        found: Sequence[Any] = _memory_attention_backward(*given, *inputs, *rest)
+    else:
+        check_not_stale(written, ticket, ctx.spare)
+        if torch.is_grad_enabled():
+            found = _differentiable_gradients(inputs, given, of_keys, ctx.backend)
+        else:
+            found = backends.run("memory_attention_backward", ctx.backend, inputs, *given, of_keys)
+    absent = () if of_keys else OF_KEYS
+    return inputs, [
+        None if getattr(inputs, name) is None or name in absent else grad
+        for name, grad in zip(DIFFERENTIABLE, found, strict=True)
+    ]
 
 
 def _differentiable_gradients(
@@ -183,27 +219,20 @@ def _given(inputs: AttentionInputs) -> list[str]:
     return [name for name in DIFFERENTIABLE if getattr(inputs, name) is not None]
 
 
-def _in_places(
-    inputs: AttentionInputs, grads: Sequence[Tensor | None], of_keys: bool = True
-) -> tuple[Tensor | None, ...]:
-    """Gradients of DIFFERENTIABLE in the places of the operator's arguments, none of what is not there or wanted."""
-    found = dict(zip(DIFFERENTIABLE, grads, strict=True))
-    found |= {} if of_keys else dict.fromkeys(OF_KEYS)
-    of_inputs = (found.get(name) if value is not None else None for name, value in inputs._asdict().items())
-    return (*of_inputs, None, None, None, None)  # written, ticket, spare, backend
-
-
 _memory_attention.register_autograd(_backward, setup_context=_setup)
 
 
 class _Attention(torch.autograd.Function):
-    """The same gradient without the dispatcher."""
+    """The same gradient without the dispatcher; autograd is handed DIFFERENTIABLE alone, as each argument has its price."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Output:
-        inputs, backend = AttentionInputs(*arguments[: len(AttentionInputs._fields)]), arguments[-1]
+        inputs, ledger, backend = arguments[len(DIFFERENTIABLE) :]
         output = backends.run("memory_attention", backend, inputs)
-        _setup(ctx, arguments, output)
+        _save(ctx, inputs, output, *(ledger or (None, None, 0)), backend)
         return output
 
-    backward = staticmethod(_backward)
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+        of_keys = any(ctx.needs_input_grad[DIFFERENTIABLE.index(name)] for name in OF_KEYS)
+        return (*_gradients(ctx, grad_out, grad_lse, of_keys)[1], None, None, None)  # inputs, ledger, backend

@@ -27,6 +27,7 @@ from memtrans_kernels.impl.triton.attention_tiles import (
     oldest_key,
     oldest_of_queries,
 )
+from memtrans_kernels.impl.triton.launching import launch
 
 
 @triton.jit
@@ -142,22 +143,23 @@ def grad_table(bias_table: Tensor, far: Tensor, batch: int, shared: dict[str, An
     length, local_keys = shared["length"], shared["local_keys"]
     if batch * length * local_keys == 0:
         return bias_table.new_zeros(heads, distances)
-    launch = configs.attention_bias_gradient(
+    config = configs.attention_bias_gradient(
         shared["query"].dtype.itemsize, max(shared["WIDTH"], shared["VALUE_WIDTH"])
     )
-    parts = min(configs.BIAS_PARTS, batch * triton.cdiv(length, launch.queries))
-    places = (distances - 2) // launch.queries + 2 if distances > 1 else 0
+    parts = min(configs.BIAS_PARTS, batch * configs.blocks_of(length, config.queries))
+    places = (distances - 2) // config.queries + 2 if distances > 1 else 0
     if places and not shared["CAUSAL"]:
         places = 2 * places - 1
-    tiles = far.new_empty(parts, heads, places, launch.queries, launch.queries)
+    tiles = far.new_empty(parts, heads, places, config.queries, config.queries)
     if places:
-        _add_tiles((places, heads, parts), tiles, batch, parts, False, launch, shared)
+        _add_tiles((places, heads, parts), tiles, batch, parts, False, config, shared)
     grad = bias_table.new_empty(heads, distances)
-    diagonal_sums_kernel[(distances, heads)](
-        tiles, far, grad, heads, distances, parts, places,
-        BLOCK=launch.queries, BLOCK_PARTS=configs.power_of_two(parts), CAUSAL=shared["CAUSAL"],
-        num_warps=4,
-    )  # fmt: skip
+    arguments = {
+        "tiles": tiles, "far": far, "grad_table": grad, "heads": heads, "distances": distances, "parts": parts,
+        "places": places, "BLOCK": config.queries, "BLOCK_PARTS": configs.power_of_two(parts),
+        "CAUSAL": shared["CAUSAL"],
+    }  # fmt: skip
+    launch(diagonal_sums_kernel, (distances, heads), arguments, num_warps=4)
     return grad
 
 
@@ -165,12 +167,12 @@ def grad_dense(bias_dense: Tensor, batch: int, shared: dict[str, Any]) -> Tensor
     """(1 or B, H, N, L)."""
     documents, heads, length, local_keys = bias_dense.shape
     grad = bias_dense.new_empty(bias_dense.shape)
-    launch = configs.attention_bias_gradient(
+    config = configs.attention_bias_gradient(
         shared["query"].dtype.itemsize, max(shared["WIDTH"], shared["VALUE_WIDTH"])
     )
-    places = triton.cdiv(length, launch.queries) * triton.cdiv(local_keys, launch.queries)
+    places = configs.blocks_of(length, config.queries) * configs.blocks_of(local_keys, config.queries)
     if grad.numel():
-        _add_tiles((places, heads, documents), grad, batch, documents, True, launch, shared)
+        _add_tiles((places, heads, documents), grad, batch, documents, True, config, shared)
     return grad
 
 
@@ -180,10 +182,8 @@ def _add_tiles(
     batch: int,
     parts: int,
     dense: bool,
-    launch: configs.AttentionLaunch,
+    config: configs.AttentionLaunch,
     shared: dict[str, Any],
 ) -> None:
-    bias_gradient_kernel[grid](
-        tiles=tiles, batch=batch, parts=parts, BLOCK=launch.queries, DENSE=dense,
-        num_warps=launch.warps, num_stages=launch.stages, **shared,
-    )  # fmt: skip
+    arguments = {**shared, "tiles": tiles, "batch": batch, "parts": parts, "BLOCK": config.queries, "DENSE": dense}
+    launch(bias_gradient_kernel, grid, arguments, num_warps=config.warps, num_stages=config.stages)

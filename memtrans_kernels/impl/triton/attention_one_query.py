@@ -234,7 +234,7 @@ def attend_once(inputs: AttentionInputs, out: Tensor, lse: Tensor) -> None:
     if batch * heads == 0:
         return
     launch = configs.attention_one_query(query.dtype.itemsize, inputs.widest, local_keys)
-    sharing, parts = heads // groups, triton.cdiv(local_keys, launch.of_part)
+    sharing, parts = heads // groups, configs.blocks_of(local_keys, launch.of_part)
     tensors = (
         query, key, value, memory_values, packed(inputs.rows), packed(inputs.scores), packed(inputs.slots),
         packed(inputs.scale), packed(inputs.bias_table), inputs.bias_dense, packed(inputs.memory_offset),
@@ -262,7 +262,7 @@ def attend_once(inputs: AttentionInputs, out: Tensor, lse: Tensor) -> None:
     all_parts = parts + (1 if neighbours else 0)
     partial = lse.new_empty(all_parts, batch, heads, inputs.value_width)
     partial_lse = lse.new_empty(all_parts, batch, heads)
-    head_blocks = triton.cdiv(sharing, BLOCK_HEADS)
+    head_blocks = configs.blocks_of(sharing, BLOCK_HEADS)
     attend_in_parts_kernel[(batch * groups, parts * head_blocks + (sharing if neighbours else 0))](
         *tensors, partial, partial_lse, *sizes, parts, launch.of_part, head_blocks, *strides, **shared
     )

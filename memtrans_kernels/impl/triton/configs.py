@@ -19,6 +19,11 @@ def power_of_two(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
+def blocks_of(number: int, block: int) -> int:
+    """How many blocks hold so many. `triton.cdiv` asks first whether it runs in a kernel: 5 us."""
+    return -(-number // block)
+
+
 def ring_write(width: int) -> Launch:
     """One program owns a memory row, so it needs many warps to keep enough bytes in flight.
 

@@ -136,7 +136,7 @@ def launch_over_rows(kernel: Any, tensors: Sequence[Tensor], results: Sequence[T
     query, key = tensors[-2:]
     width, launch = query.shape[-1], configs.cosine(query.shape[-1])
     rows = [tensor.numel() // max(width, 1) for tensor in (query, key)]
-    programs = sum(triton.cdiv(count, launch.block) for count in rows)
+    programs = sum(configs.blocks_of(count, launch.block) for count in rows)
     if programs:
         kernel[(programs,)](
             *tensors,

@@ -68,7 +68,7 @@ def gather_logits_backward_kernel(
 
 def _launch(kernel: Any, tensors: tuple[Tensor, ...], slots: Tensor, groups: int, strides: tuple, width: int) -> None:
     batch, heads, length, neighbours = slots.shape
-    programs = batch * heads * triton.cdiv(length, BLOCK_QUERIES)
+    programs = batch * heads * configs.blocks_of(length, BLOCK_QUERIES)
     if programs:
         kernel[(programs,)](
             *tensors, heads, groups, length, *strides, NEIGHBOURS=neighbours, WIDTH=width,

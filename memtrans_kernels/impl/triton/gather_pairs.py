@@ -60,7 +60,7 @@ def gather_pairs(keys: Tensor, values: Tensor, rows: Tensor, slots: Tensor, dtyp
         return pairs
     columns = min(configs.power_of_two(width), MOST_COLUMNS)
     block = max(1, BLOCK_NUMBERS // columns)
-    gather_pairs_kernel[(triton.cdiv(slots.numel(), block),)](
+    gather_pairs_kernel[(configs.blocks_of(slots.numel(), block),)](
         keys, values, rows, slots, pairs, slots.numel(), length * neighbours, heads, rows.numel() // batch,
         keys.stride()[:2], values.stride()[:2], WIDTH=width, BLOCK_WIDTH=columns, BLOCK=block, num_warps=WARPS,
     )  # fmt: skip

@@ -95,7 +95,7 @@ def knn_merge(scores: Tensor, slots: Tensor, rows: Tensor, total: Tensor, size: 
     candidates = length * neighbours
     launch = configs.merge(candidates)
     if scores.numel():
-        knn_merge_kernel[(batch * heads * triton.cdiv(candidates, launch.block), shares)](
+        knn_merge_kernel[(batch * heads * configs.blocks_of(candidates, launch.block), shares)](
             scores, slots, rows, total, best_scores, best_entries, places,
             batch * heads, batch * heads // rows.numel(), candidates, size,
             SHARES=shares,

@@ -25,7 +25,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from memtrans_kernels.impl.triton import configs
@@ -93,11 +92,11 @@ def knn_search(
 
 def _levels(capacity: int, launch: configs.SearchLaunch) -> list[Level]:
     """From runs to the coarsest; the second one, where it is needed, is of whole tiles."""
-    tiles = triton.cdiv(capacity, launch.keys)
+    tiles = configs.blocks_of(capacity, launch.keys)
     levels = [Level(launch.run, tiles * (launch.keys // launch.run))]
     fan = launch.keys // launch.run
     while levels[-1].runs > launch.held:
-        levels.append(Level(levels[-1].run * fan, triton.cdiv(levels[-1].runs, fan)))
+        levels.append(Level(levels[-1].run * fan, configs.blocks_of(levels[-1].runs, fan)))
         fan = configs.SEARCH_FAN
     return levels
 
@@ -105,11 +104,11 @@ def _levels(capacity: int, launch: configs.SearchLaunch) -> list[Level]:
 def _chunks(problem: Problem, launch: configs.SearchLaunch, levels: list[Level]) -> list[Chunk]:
     of_row = problem.queries_of_row
     total = problem.query[..., 0].numel()
-    blocks_of_row = triton.cdiv(of_row, launch.queries)
+    blocks_of_row = configs.blocks_of(of_row, launch.queries)
     blocks = total // of_row * blocks_of_row
-    row_bytes = triton.cdiv(problem.capacity, launch.keys) * (launch.keys + 4)
+    row_bytes = configs.blocks_of(problem.capacity, launch.keys) * (launch.keys + 4)
     query_bytes = 4 * sum(level.runs for level in levels) + launch.neighbours * (4 * launch.run + 8)
-    block_bytes = min(launch.queries, of_row) * query_bytes + triton.cdiv(row_bytes, blocks_of_row)
+    block_bytes = min(launch.queries, of_row) * query_bytes + configs.blocks_of(row_bytes, blocks_of_row)
     most = max(1, WORKSPACE_BYTES // block_bytes)
     chunks = []
     for first in range(0, blocks, most):
@@ -128,7 +127,7 @@ def _shown(problem: Problem, launch: configs.SearchLaunch, chunk: Chunk) -> tupl
     """Which entries may be found; None where the programs that load them look for themselves."""
     if not launch.shown:
         return None
-    tiles = triton.cdiv(problem.capacity, launch.keys)
+    tiles = configs.blocks_of(problem.capacity, launch.keys)
     shown = torch.empty((chunk.rows, tiles * launch.keys), dtype=torch.int8, device=problem.keys.device)
     whole = torch.empty((chunk.rows, tiles), dtype=torch.int32, device=problem.keys.device)
     knn_shown_kernel[(chunk.rows * tiles,)](
@@ -146,20 +145,20 @@ def _maxima(
     shown: tuple[Tensor, Tensor] | None,
 ) -> list[Tensor]:
     """The numbers of each level: (queries of the chunk, runs), but those of the first in pieces, tile after tile."""
-    tiles = triton.cdiv(problem.capacity, launch.keys)
+    tiles = configs.blocks_of(problem.capacity, launch.keys)
     of_level = [problem.keys.new_empty((chunk.queries, level.runs), dtype=torch.float32) for level in levels]
     splits = configs.search_splits(target_of(problem.keys.device), chunk.blocks, tiles)
     knn_maxima_kernel[(chunk.blocks, splits)](
         problem.query, problem.keys, *problem.window, *(shown or (problem.keys, problem.keys)),
         of_level[0], of_level[min(1, len(levels) - 1)],
         chunk.first_block, chunk.first_query, chunk.queries, chunk.first_row, problem.queries_of_row,
-        triton.cdiv(problem.queries_of_row, launch.queries), *problem.sizes, tiles,
+        configs.blocks_of(problem.queries_of_row, launch.queries), *problem.sizes, tiles,
         WIDTH=problem.keys.shape[-1], CHUNK=launch.chunk, QUERIES=launch.queries, KEYS=launch.keys, RUN=launch.run,
         SPLITS=splits, SHOWN=shown is not None, TOPS=len(levels) > 1, PRECISION=launch.precision,
         num_warps=launch.warps, num_stages=launch.stages, **launch.options,
     )  # fmt: skip
     for fine, coarse, level, above in zip(of_level[1:], of_level[2:], levels[1:], levels[2:], strict=False):
-        knn_coarsen_kernel[(chunk.queries, triton.cdiv(above.runs, configs.SEARCH_BLOCK))](
+        knn_coarsen_kernel[(chunk.queries, configs.blocks_of(above.runs, configs.SEARCH_BLOCK))](
             fine, coarse, *problem.window, chunk.first_query, problem.queries_of_row, *problem.sizes,
             level.runs, above.runs,
             RUN=level.run, FAN=configs.SEARCH_FAN, BLOCK=configs.SEARCH_BLOCK, num_warps=4,
@@ -178,7 +177,7 @@ def _choose(
         part, stride, tile_stride = (1 << 30, level.runs, 0) if number else (of_tile, of_tile, chunk.queries * of_tile)
         chosen = torch.empty((chunk.queries, launch.neighbours), dtype=torch.int32, device=problem.keys.device)
         held = launch.neighbours * fan if fan else max(configs.power_of_two(level.runs), launch.neighbours)
-        knn_choose_kernel[(triton.cdiv(chunk.queries, launch.selected),)](
+        knn_choose_kernel[(configs.blocks_of(chunk.queries, launch.selected),)](
             maxima[number], parents, chosen, *problem.window, chunk.first_query, chunk.queries,
             problem.queries_of_row, *problem.sizes, stride, tile_stride,
             RUN=level.run, PART=part, FAN=fan, K=problem.k, LIST=launch.neighbours, BLOCK=launch.selected, N=held,
@@ -195,9 +194,9 @@ def _score(
     candidates = torch.empty(
         (chunk.queries, launch.neighbours * launch.run), dtype=torch.float32, device=problem.keys.device
     )
-    keys_of_row = triton.cdiv(problem.capacity, launch.keys) * launch.keys
+    keys_of_row = configs.blocks_of(problem.capacity, launch.keys) * launch.keys
     keys = min(launch.scored, launch.scored_queries * candidates.shape[1])
-    knn_score_kernel[(triton.cdiv(chunk.queries, launch.scored_queries),)](
+    knn_score_kernel[(configs.blocks_of(chunk.queries, launch.scored_queries),)](
         problem.query, problem.keys, *problem.window, shown[0] if shown else problem.keys, runs, candidates,
         chunk.first_query, chunk.queries, chunk.first_row, problem.queries_of_row, *problem.sizes, keys_of_row,
         WIDTH=problem.keys.shape[-1], CHUNK=launch.chunk, BLOCK=launch.scored_queries, KEYS=keys,
@@ -216,7 +215,7 @@ def _best(
     scores: Tensor,
     slots: Tensor,
 ) -> None:
-    knn_best_kernel[(triton.cdiv(chunk.queries, launch.selected),)](
+    knn_best_kernel[(configs.blocks_of(chunk.queries, launch.selected),)](
         candidates, runs, scores, slots, *problem.window, chunk.first_query, chunk.queries, problem.queries_of_row,
         *problem.sizes, candidates.shape[1],
         RUN=launch.run, K=problem.k, LIST=launch.neighbours, BLOCK=launch.selected,

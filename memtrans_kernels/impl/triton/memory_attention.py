@@ -46,6 +46,7 @@ from memtrans_kernels.impl.triton.attention_tiles import (
     strides_of_dense,
     widths,
 )
+from memtrans_kernels.impl.triton.launching import launch
 
 
 @triton.jit
@@ -141,26 +142,23 @@ def memory_attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     if length == 1 and dropout_p == 0.0:
         attend_once(inputs._replace(query=query, key=key, value=value, memory_values=memory_values), out, lse)
         return out, lse
-    launch = configs.attention_forward(query.dtype.itemsize, inputs.widest, length, local_keys, neighbours)
-    programs = batch * heads * triton.cdiv(length, launch.queries)
+    config = configs.attention_forward(query.dtype.itemsize, inputs.widest, length, local_keys, neighbours)
+    programs = batch * heads * configs.blocks_of(length, config.queries)
     if programs:
-        memory_attention_kernel[(programs,)](
-            query, key, value, memory_values, packed(inputs.rows), packed(inputs.scores), packed(inputs.slots),
-            packed(inputs.scale), packed(inputs.bias_table), bias_dense, packed(inputs.memory_offset),
-            packed(inputs.local_length), inputs.seed if dropout_p > 0.0 else None, bytes_of(inputs.key_mask),
-            packed(inputs.first), packed(inputs.sink), out, lse, heads, groups, length, local_keys, inputs.distances,
-            query.stride()[:3], key.stride()[:3], value.stride()[:3], memory_values.stride()[:2],
-            strides_of_dense(bias_dense),
-            NEIGHBOURS=neighbours,
-            BLOCK_NEIGHBOURS=configs.neighbours_at_once(neighbours, launch.queries),
-            BLOCK_QUERIES=launch.queries,
-            BLOCK_KEYS=launch.keys,
-            UNROLL=launch.unroll,
-            num_warps=launch.warps,
-            num_stages=launch.stages,
-            CAUSAL=inputs.causal,
-            CAP=inputs.soft_cap or 0.0,
-            **widths(inputs),
-            **dropout_constants(dropout_p),
-        )  # fmt: skip
+        arguments = {
+            "query": query, "key": key, "value": value, "memory_values": memory_values, "rows": packed(inputs.rows),
+            "scores": packed(inputs.scores), "slots": packed(inputs.slots), "scale": packed(inputs.scale),
+            "bias_table": packed(inputs.bias_table), "bias_dense": bias_dense,
+            "memory_offset": packed(inputs.memory_offset), "local_length": packed(inputs.local_length),
+            "seed": inputs.seed if dropout_p > 0.0 else None, "key_mask": bytes_of(inputs.key_mask),
+            "first": packed(inputs.first), "sink": packed(inputs.sink), "out": out, "lse": lse,
+            "heads": heads, "groups": groups, "length": length, "local_keys": local_keys,
+            "distances": inputs.distances, "query_strides": query.stride()[:3], "key_strides": key.stride()[:3],
+            "value_strides": value.stride()[:3], "memory_strides": memory_values.stride()[:2],
+            "dense_strides": strides_of_dense(bias_dense), "NEIGHBOURS": neighbours,
+            "BLOCK_NEIGHBOURS": configs.neighbours_at_once(neighbours, config.queries),
+            "BLOCK_QUERIES": config.queries, "BLOCK_KEYS": config.keys, "UNROLL": config.unroll,
+            "CAUSAL": inputs.causal, "CAP": inputs.soft_cap or 0.0, **widths(inputs), **dropout_constants(dropout_p),
+        }  # fmt: skip
+        launch(memory_attention_kernel, (programs,), arguments, num_warps=config.warps, num_stages=config.stages)
     return out, lse

@@ -45,6 +45,7 @@ from memtrans_kernels.impl.triton.attention_tiles import (
     through_cap,
     widths,
 )
+from memtrans_kernels.impl.triton.launching import launch
 
 
 @triton.jit
@@ -310,8 +311,8 @@ def _key_gradient(batch: int, shared: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Gradients of key (B, G, L, D) and value (B, G, L, E). Where few programs would own a block of keys each, several
     share its heads, and their parts are added up."""
     key, value = shared["key"], shared["value"]
-    launch = configs.attention_key_gradient(shared["query"].dtype.itemsize, max(shared["WIDTH"], shared["VALUE_WIDTH"]))
-    programs = triton.cdiv(shared["local_keys"], launch.keys) * batch * shared["groups"]
+    config = configs.attention_key_gradient(shared["query"].dtype.itemsize, max(shared["WIDTH"], shared["VALUE_WIDTH"]))
+    programs = configs.blocks_of(shared["local_keys"], config.keys) * batch * shared["groups"]
     if programs == 0:
         return key.new_zeros(key.shape), value.new_zeros(value.shape)
     parts = configs.head_parts(programs, shared["heads"] // shared["groups"])
@@ -319,11 +320,11 @@ def _key_gradient(batch: int, shared: dict[str, Any]) -> tuple[Tensor, Tensor]:
     grad_key, grad_value = (
         like.new_empty(parts, *like.shape, dtype=dtype) for like, dtype in zip((key, value), dtypes, strict=True)
     )
-    key_gradient_kernel[(programs, parts)](
-        grad_key=grad_key, grad_value=grad_value, batch=batch,
-        BLOCK_QUERIES=launch.queries, BLOCK_KEYS=launch.keys, num_warps=launch.warps, num_stages=launch.stages,
-        **shared,
-    )  # fmt: skip
+    arguments = {
+        **shared, "grad_key": grad_key, "grad_value": grad_value, "batch": batch,
+        "BLOCK_QUERIES": config.queries, "BLOCK_KEYS": config.keys,
+    }  # fmt: skip
+    launch(key_gradient_kernel, (programs, parts), arguments, num_warps=config.warps, num_stages=config.stages)
     if parts == 1:
         return grad_key[0], grad_value[0]
     return grad_key.sum(dim=0).to(key.dtype), grad_value.sum(dim=0).to(value.dtype)
@@ -386,18 +387,20 @@ def _query_gradient(
     """Gradient of query, and parts of those of scale, offset and the farthest bias, (3, H, parts); fills delta."""
     query, length = shared["query"], shared["length"]
     batch, heads = query.shape[:2]
-    launch = configs.attention_query_gradient(query.dtype.itemsize, inputs.widest, length, inputs.neighbours)
-    blocks = triton.cdiv(length, launch.queries)
+    config = configs.attention_query_gradient(query.dtype.itemsize, inputs.widest, length, inputs.neighbours)
+    blocks = configs.blocks_of(length, config.queries)
     memory_keys, memory_values = rows_of(inputs.memory_keys), rows_of(inputs.memory_values)
     grad_query = query.new_empty(query.shape)
     sums = query.new_empty(3, heads, batch * blocks, dtype=torch.float32)
     if sums.numel():
-        query_gradient_kernel[(batch * heads * blocks,)](
-            grad_lse=grad_lse, out=out, memory_keys=memory_keys, memory_values=memory_values, rows=packed(inputs.rows),
-            scores=packed(inputs.scores), slots=packed(inputs.slots), memory_offset=packed(inputs.memory_offset),
-            grad_query=grad_query, sums=sums, lse_strides=grad_lse.stride(), out_strides=out.stride()[:3],
-            memory_key_strides=memory_keys.stride()[:2], memory_value_strides=memory_values.stride()[:2],
-            BLOCK_QUERIES=launch.queries, BLOCK_KEYS=launch.keys, UNROLL=launch.unroll,
-            num_warps=launch.warps, num_stages=launch.stages, **shared,
-        )  # fmt: skip
+        arguments = {
+            **shared, "grad_lse": grad_lse, "out": out, "memory_keys": memory_keys, "memory_values": memory_values,
+            "rows": packed(inputs.rows), "scores": packed(inputs.scores), "slots": packed(inputs.slots),
+            "memory_offset": packed(inputs.memory_offset), "grad_query": grad_query, "sums": sums,
+            "lse_strides": grad_lse.stride(), "out_strides": out.stride()[:3],
+            "memory_key_strides": memory_keys.stride()[:2], "memory_value_strides": memory_values.stride()[:2],
+            "BLOCK_QUERIES": config.queries, "BLOCK_KEYS": config.keys, "UNROLL": config.unroll,
+        }  # fmt: skip
+        grid = (batch * heads * blocks,)
+        launch(query_gradient_kernel, grid, arguments, num_warps=config.warps, num_stages=config.stages)
     return grad_query, sums

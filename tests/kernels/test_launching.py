@@ -1,0 +1,134 @@
+"""A launch that Triton is not asked about again gives the kernel what Triton gave it; no GPU is needed."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime.driver import driver  # noqa: E402
+
+from memtrans_kernels.attention_inputs import AttentionInputs  # noqa: E402
+from memtrans_kernels.impl.triton import launching  # noqa: E402
+from memtrans_kernels.impl.triton.launching import launch  # noqa: E402
+from memtrans_kernels.impl.triton.memory_attention import memory_attention  # noqa: E402
+from memtrans_kernels.impl.triton.memory_attention_backward import memory_attention_backward  # noqa: E402
+
+pytestmark = pytest.mark.cpu
+HANDLES = itertools.count(1)  # of compiled kernels
+
+
+@triton.jit
+def scaled_kernel(x, out, factor, strides, mask, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(out + at * strides[0], tl.load(x + at * strides[0]) * factor)
+
+
+class Launched:
+    """Stands for a GPU's driver, and notes what would be launched."""
+
+    def __init__(self) -> None:
+        self.utils = self
+        self.launches: list[tuple[Any, ...]] = []
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        return lambda *given: driver.active.launches.append(given)  # Triton keeps it longer than a test
+
+    def load_binary(self, *_: Any) -> tuple[int, ...]:
+        handle = next(HANDLES)
+        return handle, handle, 32, 0, 1024
+
+    def unload_module(self, *_: Any) -> None: ...
+
+    def get_device_properties(self, _: int) -> dict[str, int]:
+        return {"max_shared_mem": 227 * 1024}
+
+    def get_current_device(self) -> int:
+        return 1000  # Triton keeps kernels by device: none of these is for a GPU that is here
+
+    def get_current_stream(self, _: int) -> int:
+        return 7
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Launched:
+    stand_in = Launched()
+    monkeypatch.setattr(driver, "_active", stand_in)
+    monkeypatch.setattr(launching, "_COMPILED", {})
+    return stand_in
+
+
+def seen_by_kernel(launch: tuple[Any, ...]) -> list[Any]:
+    """All that a launch gives, with what a new tensor has in common with the one before in its place."""
+    common = [(given.dtype, given.shape, given.stride()) if isinstance(given, Tensor) else given for given in launch]
+    return [given for given in common if type(given).__name__ not in ("LazyDict", "HookChain")]
+
+
+def scaled(x: Tensor, factor: int = 3, strides: tuple[int, ...] = (1, 2), **options: int) -> None:
+    arguments = {"x": x, "out": x, "factor": factor, "strides": strides, "mask": None, "BLOCK": 16}
+    launch(scaled_kernel, (2, 5), arguments, **{"num_warps": 4, **options})
+
+
+def test_a_second_launch_is_the_first_one_again_without_triton(gpu: Launched, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(32)
+    scaled(x)
+    monkeypatch.setattr(type(scaled_kernel), "run", None)
+    scaled(x)
+    first, second = gpu.launches
+    assert first[:4] == (2, 5, 1, 7)  # the grid and the stream
+    assert seen_by_kernel(first) == seen_by_kernel(second)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"x": torch.zeros(32, dtype=torch.float16)},
+        {"x": torch.zeros(33)[1:]},  # begins at no multiple of 16 bytes
+        {"factor": 1},  # a constant to Triton
+        {"factor": 2**40},
+        {"strides": (2, 1)},
+        {"num_warps": 8},
+    ],
+)
+def test_other_arguments_ask_triton_which_kernel_is_theirs(gpu: Launched, other: dict[str, Any]) -> None:
+    ours = {"x": torch.zeros(32), **other}
+    for _ in range(2):
+        scaled(torch.zeros(32))
+        scaled(**ours)
+    asked, again = gpu.launches[:2], gpu.launches[2:]
+    assert asked[0][4] != asked[1][4]  # Triton compiled two kernels
+    assert [seen_by_kernel(one) for one in asked] == [seen_by_kernel(one) for one in again]
+
+
+def test_few_combinations_of_arguments_are_kept(gpu: Launched, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "MOST_KEPT", 4)
+    for factor in range(16, 176, 16):
+        scaled(torch.zeros(32), factor)
+    assert len(launching._COMPILED) <= 4
+
+
+def test_attention_launches_the_same_every_time(gpu: Launched) -> None:
+    heads, length, width, neighbours = 2, 16, 16, 4
+    query = torch.zeros(2, length, heads, width, dtype=torch.bfloat16).transpose(1, 2)
+    key = torch.zeros(2, 1, 2 * length, width, dtype=torch.bfloat16)
+    ring, found = torch.zeros(2, 64, width, dtype=torch.float16), torch.zeros(2, heads, length, neighbours)
+    inputs = AttentionInputs(
+        query, key, key.clone(), ring, ring.clone(), torch.arange(2), found, found.int(), torch.ones(heads),
+        bias_table=torch.zeros(heads, 129), local_length=torch.full((2,), length),
+    )  # fmt: skip
+    for _ in range(2):
+        out, lse = memory_attention(inputs)
+        memory_attention_backward(inputs, out, lse, out, lse)
+    once = len(gpu.launches) // 2
+    assert once == 5  # attention, gradients of queries and of keys, tiles of the bias and sums of their diagonals
+    for first, second in zip(gpu.launches[:once], gpu.launches[once:], strict=True):
+        assert seen_by_kernel(first) == seen_by_kernel(second)

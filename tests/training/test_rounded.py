@@ -1,0 +1,102 @@
+"""Weights that a step rounds once are read like those that autocast rounds in each segment."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.tiny_runs import written_text
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from memtrans.training.data import open_data
+from memtrans.training.rounded import RoundedWeights
+from memtrans.training.settings import Settings
+from memtrans.training.trainer import Trainer
+
+pytestmark = pytest.mark.cpu
+ROUNDS = 3
+SETTINGS = Settings(
+    batch=2, segment=16, accumulate=ROUNDS, layers=2, width=16, heads=2, head_width=8, memory=32, memory_layers=(1,),
+    neighbours=4, xl=16, xl_layers=(2,), eval_bytes=300, compile=False, dtype="bfloat16", warmup=0,
+)  # fmt: skip
+
+
+@pytest.fixture
+def trainer_of(tmp_path: Path) -> Callable[..., Trainer]:
+    text = written_text(tmp_path)
+
+    def made(**changes: object) -> Trainer:
+        settings = dataclasses.replace(SETTINGS, data=text, **changes)
+        return Trainer(settings, open_data(settings), torch.device("cpu"))
+
+    return made
+
+
+def without(trainer: Trainer) -> Trainer:
+    """One that leaves all rounding to autocast."""
+    assert trainer._step._rounded is not None
+    trainer._step._rounded = None
+    return trainer
+
+
+def casts(trainer: Trainer) -> int:
+    """How many casts a step makes."""
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        trainer.advance()
+    return sum(event.count for event in found.key_averages() if event.key == "aten::_to_copy")
+
+
+@pytest.mark.parametrize("changes", [{}, {"accumulate": 1}, {"dropout": 0.1}, {"clip": 0.1, "skip_nonfinite": True}])
+def test_a_step_that_rounds_weights_once_learns_the_same_bits(
+    trainer_of: Callable[..., Trainer], changes: dict
+) -> None:
+    ours, autocast = trainer_of(**changes), without(trainer_of(**changes))
+    for trainer in (ours, autocast):
+        torch.manual_seed(0)  # of dropout
+        for _ in range(4):
+            trainer.advance()
+    assert torch.equal(ours.check(), autocast.check())
+    for one, other in zip(ours.model.parameters(), autocast.model.parameters(), strict=True):
+        assert one.dtype == torch.float32 and torch.equal(one, other)
+
+
+def test_no_segment_rounds_a_weight_or_casts_its_gradient(trainer_of: Callable[..., Trainer]) -> None:
+    ours, autocast = trainer_of(), without(trainer_of())
+    linear = [module for module in ours.model.modules() if isinstance(module, nn.Linear)]
+    weights = sum(len(list(module.parameters())) for module in linear)
+    assert casts(autocast) - casts(ours) == 2 * weights * ROUNDS
+
+
+@pytest.mark.parametrize("changes", [{"dtype": "float32"}, {"segments": 2}, {"compile": True}])
+def test_what_autocast_does_otherwise_is_left_to_it(trainer_of: Callable[..., Trainer], changes: dict) -> None:
+    assert trainer_of(**changes)._step._rounded is None
+
+
+def test_a_model_has_its_own_weights_again_when_a_step_fails() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    own = dict(model.named_parameters())
+    seen = []
+
+    def segment() -> None:
+        with RoundedWeights(model, torch.bfloat16).reading():
+            seen.extend(parameter.dtype for parameter in model.parameters())
+            raise RuntimeError("in a segment")
+
+    with pytest.raises(RuntimeError, match="in a segment"):
+        segment()
+    assert seen == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
+    assert all(parameter is own[name] for name, parameter in model.named_parameters())
+
+
+def test_frozen_weights_are_read_rounded_and_stay_without_a_gradient() -> None:
+    model = nn.Linear(2, 2).requires_grad_(False)
+    model.bias.requires_grad_(True)
+    weights = RoundedWeights(model, torch.bfloat16)
+    with weights.reading():
+        model(torch.ones(1, 2, dtype=torch.bfloat16)).sum().backward()
+        weights.collect()
+    assert model.weight.grad is None and model.bias.grad.tolist() == [1.0, 1.0]
