@@ -175,7 +175,10 @@ def test_a_graph_for_segments_of_every_length_asks_each_memory_for_its_room():
 
 
 def test_one_graph_serves_a_new_memory_for_each_document():
-    """Where device and spare are given, so that a memory is laid out when it is made; a default device changes nothing."""
+    """Where device and spare are given, so that a memory is laid out when it is made.
+
+    A default device changes nothing: compiler and memory see a mode then.
+    """
     _, compiled, graphs = counted()
     with torch.device("cpu"):
         for _ in range(4):
