@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers.scripts import BENCHMARKS, benchmark_script
 from helpers.separate import Ended, beside_each_other, selected
+from helpers.tiny_runs import written_text
 
 LABELS = {"op", "impl", "case", "mode", "dtype", "gpu", "torch", "triton", "commit"}
 
@@ -49,14 +50,17 @@ def test_a_benchmark_runs_and_writes_its_entries(module: str, runs: dict[str, Fu
     assert {entry["impl"] for entry in entries} >= {"memtrans"}
 
 
-def test_memory_gain_trains_each_size_and_draws_them(tmp_path: Path) -> None:
+def test_memory_gain_trains_each_size_and_draws_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     environment = {**os.environ, "MEMTRANS_BENCH_RESULTS": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
-    script = [sys.executable, str(BENCHMARKS / "memory_gain.py")]
+    script = [sys.executable, str(BENCHMARKS / "memory_gain.py"), "--data", written_text(tmp_path)]
     small = ["batch=2", "segment=32", "layers=2", "width=16", "heads=2", "head_width=8", "memory_layers=[1]", "xl=0"]
     sizes = ["--bytes", "800", "--memory", "0", "64", "--eval-bytes", "500", "--final-eval-bytes", "2000"]
     picture = tmp_path / "gain.png"
-    for arguments in ([*sizes, "--set", *small, 'dtype="float32"'], ["--plot", str(picture)]):
-        subprocess.run([*script, *arguments], env=environment, cwd=BENCHMARKS.parent, check=True)
+    command = [*script, *sizes, "--set", *small, 'dtype="float32"']
+    subprocess.run(command, env=environment, cwd=BENCHMARKS.parent, check=True)
+    memory_gain = benchmark_script("memory_gain")
+    monkeypatch.setattr(memory_gain, "RESULTS", tmp_path)
+    memory_gain.main(["--plot", str(picture), "--machine", "cpu"])
     off, on = json.loads((tmp_path / "cpu" / "memory_gain.json").read_text())
     assert (off["settings"]["memory"], on["settings"]["memory"]) == (0, 64)
     assert off["bits_per_byte"] == off["bits_per_byte_without_memory"]
