@@ -164,22 +164,25 @@ def upstream_compiled(given: Problem) -> Rival:
     return rival._replace(function=compiled(rival.function))
 
 
-def flex(given: Problem, dense: bool = False) -> Rival:
-    length, local = given.query.shape[2], given.key.shape[2]
-    cached, row = local - length, given.row_of_head
-    bias = dense_bias(given, torch.float32) if dense else given.bias_table
+def flex_options(length: int, local: int, bias: Tensor) -> dict[str, Any]:
+    """Of FlexAttention to local keys: who sees whom, and the bias, by distance (H, distances) or dense (H, N, L)."""
+    cached = local - length
 
     def with_bias(score: Tensor, b: Tensor, h: Tensor, n: Tensor, j: Tensor) -> Tensor:
-        return score + (bias[h, n, j] if dense else bias[h, (n + cached - j).clamp(0, DISTANCES - 1)])
+        return score + (bias[h, n, j] if bias.dim() == 3 else bias[h, (n + cached - j).clamp(0, DISTANCES - 1)])
 
     causal = create_block_mask(lambda b, h, n, j: j <= n + cached, None, None, length, local, device=DEVICE)
+    return {"score_mod": with_bias, "block_mask": causal, "enable_gqa": True}
+
+
+def flex(given: Problem, dense: bool = False) -> Rival:
+    row = given.row_of_head
+    bias = dense_bias(given, torch.float32) if dense else given.bias_table
+    options = flex_options(given.query.shape[2], given.key.shape[2], bias)
 
     def attend() -> Tensor:
         query = given.query * given.scale[:, None, None].to(DTYPE)
-        near, aux = flex_attention(
-            query, given.key, given.value, with_bias, causal, scale=1.0, enable_gqa=True,
-            return_aux=AuxRequest(lse=True),
-        )  # fmt: skip
+        near, aux = flex_attention(query, given.key, given.value, scale=1.0, return_aux=AuxRequest(lse=True), **options)
         if query.requires_grad:  # the gradient of the scores needs the neighbours' keys
             retrieved = given.memory_keys[row, given.slots].to(DTYPE)
             logits = torch.einsum("bhnd,bhnkd->bhnk", query, retrieved).float()

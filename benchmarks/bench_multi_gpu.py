@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from bench_train import full_trainer, settings_of, synchronize
+from bench_train import full_trainer, peak_share, settings_of, synchronize
 from common import DEVICE, TOY, case, dtype_name, environment, write_down
 
 from memtrans import KNNMemory
@@ -92,6 +92,7 @@ def train(ranks: Ranks) -> dict[str, Any]:
         "dtype": settings.dtype,
         "ms": step,
         "tokens_per_second": tokens / step * 1e3,
+        **peak_share(trainer, tokens / step * 1e3),
         "gradient_bytes": 4 * trainer.parameters,
         "exchange_ms": exchange,
     }

@@ -6,6 +6,9 @@ memory layer. `code-*` is the preset `code` on sources in C, or on hexdumps of p
 hold what the model itself stored while it was trained, not random keys. The `upstream` entry is
 memorizing-transformers-pytorch 0.4.1 with its own set-up, a fresh memory for each window, which is its best case: its
 search is then over 2,560 entries at most.
+
+`peak_share` is how much of the device's peak in bfloat16 the products of linear layers and local attention reach, as
+memtrans/training/peak.py counts them.
 """
 
 from __future__ import annotations
@@ -92,8 +95,10 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def timed(benchmark: Any, function: Callable[[], None], tokens: int, **entry: Any) -> None:
-    """Writes down the median of the rounds; `tokens` are read by one call of `function`."""
+def timed(
+    benchmark: Any, function: Callable[[], None], tokens: int, trainer: Trainer | None = None, **entry: Any
+) -> None:
+    """Writes down the median of the rounds; `tokens` are read by one call of `function`, which is the trainer's."""
     seconds: list[float] = []
 
     def once() -> None:
@@ -106,7 +111,17 @@ def timed(benchmark: Any, function: Callable[[], None], tokens: int, **entry: An
     benchmark.pedantic(once, rounds=ROUNDS)
     median = sorted(seconds)[len(seconds) // 2]
     benchmark.extra_info.update(op="train", mode="step", **entry, **environment(), tokens_per_second=tokens / median)
-    write_down({**benchmark.extra_info, "ms": median * 1e3})
+    share = peak_share(trainer, tokens / median)
+    write_down({**benchmark.extra_info, **share, "ms": median * 1e3})
+
+
+def peak_share(trainer: Trainer | None, tokens_per_second: float) -> dict[str, float]:
+    """`peak_share` of an entry, and what it is counted from; nothing where no peak is known.
+
+    That of an older tree, which is measured beside this one, does not know it.
+    """
+    share = trainer.peak_share(tokens_per_second) if hasattr(trainer, "peak_share") else None
+    return {} if share is None else {"flop_per_token": trainer.flop_per_token, "peak_share": share}
 
 
 @pytest.mark.parametrize("impl", ["memtrans", "memtrans-eager"])
@@ -152,7 +167,7 @@ def time_steps(benchmark: Any, trainer: Trainer, warm_up: int, **labels: Any) ->
     peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else None
     busy = busy_share(lambda: steps(5))
     per_step = settings.batch * settings.segment * settings.segments * settings.accumulate
-    timed(benchmark, steps, STEPS * per_step, dtype=settings.dtype, gpu_busy=busy, peak_bytes=peak, **labels)
+    timed(benchmark, steps, STEPS * per_step, trainer, dtype=settings.dtype, gpu_busy=busy, peak_bytes=peak, **labels)
     trainer.check()  # every loss was finite
 
 

@@ -147,7 +147,8 @@ def measure(
     calls: int = 1,
     **extra: Any,
 ) -> None:
-    """Times `function` and writes the entry down, with a rate a second for each of `bytes`, `flop` and `tokens`.
+    """Times `function` and writes the entry down, with a rate a second for each of `bytes`, `flop` and `tokens`, and
+    of `flop` the share of the device's peak.
 
     graph_below: ms; a call that takes longer is not captured. calls: of what is timed, in one call of `function`; the
         time and the rates are those of one of them.
@@ -163,7 +164,20 @@ def measure(
         benchmark.extra_info.update(gpu_ms=milliseconds, eager_ms=eager / calls)
         benchmark.pedantic(lambda: (function(), torch.cuda.synchronize()), rounds=5)
     rates = {f"{name}_per_second": extra[name] / milliseconds * 1e3 for name in RATED if name in extra and milliseconds}
+    rates |= share_of_peak(rates.get("flop_per_second"), dtype)
     write_down({**benchmark.extra_info, **rates, "ms": milliseconds})
+
+
+def share_of_peak(flop_per_second: float | None, dtype: torch.dtype) -> dict[str, float]:
+    """`peak_share` of an entry; nothing where it has no FLOP, or the device no known peak in that dtype."""
+    if flop_per_second is None or DEVICE == "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return {}
+    try:
+        from memtrans.training.peak import peak_rate
+    except ImportError:  # of an older tree, which is measured beside this one
+        return {}
+    peak = peak_rate(torch.cuda.get_device_name())
+    return {} if peak is None else {"peak_share": flop_per_second / peak}
 
 
 def _uncaptured(function: Callable[[], Any]) -> float:
@@ -220,9 +234,9 @@ def busy_share(function: Callable[[], Any]) -> float | None:
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """As one graph of these sizes, or an error; at toy size on a CPU without generating code."""
+    """As one graph of these sizes, or an error; at toy size what was traced runs as it is."""
     torch._dynamo.reset()  # a compiler that has seen too many sizes would run the function as it is
-    return torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager" if TOY else "inductor")
+    return torch.compile(function, fullgraph=True, dynamic=False, backend="eager" if TOY else "inductor")
 
 
 def write_down(entry: dict[str, Any]) -> Path:

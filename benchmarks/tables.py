@@ -6,7 +6,8 @@ machine's ceilings were measured (bench_knn_search.py), `of the ceiling` is how 
 large matrix product or of a copy, whichever it is nearer to. A third word asks for another table of the file:
 
 - `peak`: the most memory that was allocated, that of the ring aside, in megabytes, and how many times what inputs and
-  outputs take · `tokens`: tokens a second of training · `against`: today's times beside another commit's (against.py)
+  outputs take · `rate`: TFLOP/s of `memtrans`, and its share of the device's peak · `tokens`: tokens a second of
+  training · `against`: today's times beside another commit's (against.py)
 - `hard`: searches of keys that are not random, beside those of random ones; `triton`: these in Triton
 - `gain`: held-out bits per byte of memory_gain.py's runs · `start`, `run`: runs of the command line
 - `measured`, `held`, `scaled`: several GPUs (scaling.py)
@@ -90,7 +91,14 @@ def ceilings_of(machine: str) -> dict[str, float]:
     return {rate: entry[rate] for entry in entries for rate in entry if rate.endswith("_per_second")}
 
 
-def table(entries: Entries, ceilings: dict[str, float], peak: bool = False) -> str:
+def rate_cells(entry: dict[str, Any] | None) -> list[str]:
+    """An entry's TFLOP/s, and the share of the device's peak."""
+    if entry is None or "flop_per_second" not in entry:
+        return ["–", "–"]
+    return [f"{entry['flop_per_second'] / 1e12:#.3g}".rstrip("."), _of_peak(entry)]
+
+
+def table(entries: Entries, ceilings: dict[str, float], peak: bool = False, rate: bool = False) -> str:
     """One row for each case, mode and dtype; one column for each implementation, ours first."""
     entries = [e for e in entries if "@" not in e["impl"] and not e["case"].startswith("hard-")]
     impls = sorted({entry["impl"] for entry in entries}, key=lambda impl: (impl != OURS, impl))
@@ -105,8 +113,10 @@ def table(entries: Entries, ceilings: dict[str, float], peak: bool = False) -> s
     lines = []
     for labels, found in rows.items():
         cells = [peak_cell(found.get(impl)) if peak else cell(found.get(impl), found.get(OURS)) for impl in impls]
-        lines.append([*labels, *cells, *([share_cell(found.get(OURS), ceilings)] if ceilings else [])])
+        cells += [share_cell(found.get(OURS), ceilings)] if ceilings else []
+        lines.append([*labels, *cells, *(rate_cells(found.get(OURS)) if rate else [])])
     columns = ["case", "mode", *impls, *(["of the ceiling"] if ceilings else [])]
+    columns += ["TFLOP/s", "of peak FLOP/s"] if rate else []
     return lines_of(columns, lines) + versions(entries[0], "Megabytes" if peak else "Milliseconds")
 
 
@@ -151,7 +161,8 @@ def without_memory(case: str) -> str:
 
 
 def tokens_table(entries: Entries) -> str:
-    """Tokens a second of each case; ours also relative to the same shape without a memory."""
+    """Tokens a second of each case; ours also relative to the same shape without a memory, and to the device's peak."""
+    measured = any("peak_share" in entry for entry in entries)
     found = {(entry["case"], entry["impl"]): entry for entry in entries}
     rows = []
     for case in dict.fromkeys(entry["case"] for entry in entries):
@@ -159,10 +170,16 @@ def tokens_table(entries: Entries) -> str:
         others = [found.get((case, impl)) for impl in ("memtrans-eager", "upstream")]
         share = ours["tokens_per_second"] / off["tokens_per_second"]
         rates = [f"{other['tokens_per_second']:,.0f}" if other else "–" for other in others]
-        own = [f"{ours['tokens_per_second']:,.0f}", f"{share:.1%}", f"{ours['gpu_busy']:.1%}"]
+        own = [f"{ours['tokens_per_second']:,.0f}", f"{share:.1%}", *([_of_peak(ours)] if measured else [])]
+        own += [f"{ours['gpu_busy']:.1%}"]
         rows.append([case, *own, f"{ours['peak_bytes'] / 1e9:.2f}", *rates])
-    columns = ["case", "memtrans", "of memory off", "GPU busy", "peak, GB", "memtrans-eager", "upstream"]
+    columns = ["case", "memtrans", "of memory off", *(["of peak FLOP/s"] if measured else [])]
+    columns += ["GPU busy", "peak, GB", "memtrans-eager", "upstream"]
     return lines_of(columns, rows) + versions(entries[0], "Tokens a second")
+
+
+def _of_peak(entry: dict[str, Any]) -> str:
+    return f"{entry['peak_share']:.1%}" if "peak_share" in entry else "–"
 
 
 def gain_table(entries: Entries) -> str:
@@ -263,6 +280,7 @@ def by_case(entries: Entries) -> dict[str, dict[str, Any]]:
 KINDS: dict[str | None, Callable[[str, str], str]] = {
     None: lambda machine, op: table(results(machine, op), ceilings_of(machine)),
     "peak": lambda machine, op: table(results(machine, op), {}, peak=True),
+    "rate": lambda machine, op: table(results(machine, op), {}, rate=True),
     "hard": lambda machine, op: hard_table(results(machine, op)),
     "triton": lambda machine, op: hard_table(results(machine, op), "memtrans-triton"),
     "tokens": lambda machine, op: tokens_table(results(machine, op)),

@@ -234,8 +234,8 @@ class Figures:
 def figures(settings: Settings) -> Figures:
     """Counts parameters and bytes, and predicts a step's time as that of its matrix products and searches.
 
-    A step does 6 FLOP for each weight of a matrix and token, and 12 for each local key, head width, head and token, at
-    MATRIX_RATE; a search 2 D M for each query, at SEARCH_RATE, and SEARCH_START. Tests hold it against measured steps.
+    A step does the products that `training.peak.flop_per_token` counts, at MATRIX_RATE; a search 2 D M for each query,
+    at SEARCH_RATE, and SEARCH_START. Tests hold it against measured steps.
 
     >>> print(figures(PRESETS["paper-512-8192-512"]).parameters)
     216687376
@@ -243,14 +243,12 @@ def figures(settings: Settings) -> Figures:
     import torch  # here, because `--help` lists the presets and need not wait for it
 
     from memtrans.training.model import build_model
+    from memtrans.training.peak import flop_per_token
 
     with torch.device("meta"):
         model = build_model(settings)
-    matrices = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
-    local_keys = settings.segment / 2 + settings.xl * (model.num_xl_memory_layers / settings.layers)
-    attention = 12 * settings.layers * settings.heads * settings.head_width * local_keys
     tokens = settings.batch * settings.segment * settings.segments * settings.accumulate
-    matrix_seconds = tokens * (6 * matrices + attention) / (MATRIX_RATE * min(1.0, settings.width / 1024))
+    matrix_seconds = tokens * flop_per_token(model, settings) / (MATRIX_RATE * min(1.0, settings.width / 1024))
     queries = tokens * (settings.memory_heads or settings.heads) * model.num_memory_layers
     search_seconds = queries * (SEARCH_START + 2 * settings.head_width * settings.memory / SEARCH_RATE)
     slots = settings.batch * settings.kv_heads * (settings.memory + settings.segment * settings.segments)

@@ -74,12 +74,36 @@ figure() {
     if piece "$@"; then evaluated "$@"; else left=$((left + 1)); fi
 }
 
+# timed_figure SECONDS NAME OPTION...: the same for a run of so many steps as SECONDS hold, by what 400 steps take.
+timed_figure() {
+    local seconds=$1 name=$2 steps=runs/$2.steps
+    shift 2
+    if [ -f "$RESULTS/$name.json" ]; then return; fi
+    if [ ! -f "$steps" ]; then
+        if ! piece "$name-pace" "$@" --steps 400; then
+            left=$((left + 1))
+            return
+        fi
+        pace "$name-pace" --seconds "$seconds" > "$steps.part"
+        mv "$steps.part" "$steps"
+    fi
+    figure "$name" "$@" --steps "$(cat "$steps")"
+}
+
+# pace NAME [--seconds SECONDS]: the seconds that a run's steps took, or how many steps so many seconds hold.
+pace() {
+    local out=runs/$1
+    shift
+    "$PYTHON" benchmarks/pace.py "$out/metrics.jsonl" "$@"
+}
+
 # evaluated NAME OPTION...: writes the figures of a run that has ended.
 evaluated() {
     local name=$1 report
     shift
     report=$("$PYTHON" -m memtrans eval --out "runs/$name" --eval-bytes 4000000 | tail -1)
-    printf '{"command": "%s", "result": %s}\n' "memtrans train $*" "$report" > "$RESULTS/$name.part"
+    printf '{"command": "%s", "seconds": %s, "result": %s}\n' \
+        "memtrans train $*" "$(pace "$name")" "$report" > "$RESULTS/$name.part"
     mv "$RESULTS/$name.part" "$RESULTS/$name.json"
 }
 

@@ -9,13 +9,18 @@ import pytest
 import torch
 from helpers.devices import DEVICE
 
-torch.set_default_device(DEVICE)
+if (
+    DEVICE != "cpu"
+):  # it is the default, and to say so would take each call, and each one that is traced, through a mode
+    torch.set_default_device(DEVICE)
 
 # The modules of most work, which begin first: one that begins last has one of the processes work alone.
 LONGEST = [
-    "test_compile.py", "test_triton_interpreter.py", "test_benchmarks.py", "test_ranks.py", "test_targets.py",
-    "test_instruction_sets.py", "test_cli.py", "test_cli_resume.py", "test_cleared.py", "test_beginnings.py",
-    "test_build.py", "test_against.py", "test_widths_of_layers.py",
+    "test_compile.py", "test_benchmarks.py", "test_triton_interpreter.py", "test_cli.py", "test_cli_resume.py",
+    "test_instruction_sets.py", "test_examples.py", "test_build.py", "test_targets.py", "test_ranks.py",
+    "test_against.py", "test_gradient_sum.py", "test_upstream_readme.py", "test_cleared.py", "test_calibrate.py",
+    "test_extras.py", "test_trainers.py", "test_cli_ranks.py", "test_beginnings.py", "test_records.py",
+    "test_widths_of_layers.py",
 ]  # fmt: skip
 
 

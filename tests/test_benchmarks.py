@@ -9,10 +9,13 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers.scripts import BENCHMARKS, benchmark_script
 from helpers.separate import Ended, beside_each_other, selected
+from helpers.tiny_runs import written_text
 
 LABELS = {"op", "impl", "case", "mode", "dtype", "gpu", "torch", "triton", "commit"}
 
@@ -47,14 +50,17 @@ def test_a_benchmark_runs_and_writes_its_entries(module: str, runs: dict[str, Fu
     assert {entry["impl"] for entry in entries} >= {"memtrans"}
 
 
-def test_memory_gain_trains_each_size_and_draws_them(tmp_path: Path) -> None:
+def test_memory_gain_trains_each_size_and_draws_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     environment = {**os.environ, "MEMTRANS_BENCH_RESULTS": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
-    script = [sys.executable, str(BENCHMARKS / "memory_gain.py")]
+    script = [sys.executable, str(BENCHMARKS / "memory_gain.py"), "--data", written_text(tmp_path)]
     small = ["batch=2", "segment=32", "layers=2", "width=16", "heads=2", "head_width=8", "memory_layers=[1]", "xl=0"]
     sizes = ["--bytes", "800", "--memory", "0", "64", "--eval-bytes", "500", "--final-eval-bytes", "2000"]
     picture = tmp_path / "gain.png"
-    for arguments in ([*sizes, "--set", *small, 'dtype="float32"'], ["--plot", str(picture)]):
-        subprocess.run([*script, *arguments], env=environment, cwd=BENCHMARKS.parent, check=True)
+    command = [*script, *sizes, "--set", *small, 'dtype="float32"']
+    subprocess.run(command, env=environment, cwd=BENCHMARKS.parent, check=True)
+    memory_gain = benchmark_script("memory_gain")
+    monkeypatch.setattr(memory_gain, "RESULTS", tmp_path)
+    memory_gain.main(["--plot", str(picture), "--machine", "cpu"])
     off, on = json.loads((tmp_path / "cpu" / "memory_gain.json").read_text())
     assert (off["settings"]["memory"], on["settings"]["memory"]) == (0, 64)
     assert off["bits_per_byte"] == off["bits_per_byte_without_memory"]
@@ -64,3 +70,63 @@ def test_memory_gain_trains_each_size_and_draws_them(tmp_path: Path) -> None:
     rows = benchmark_script("tables").gain_table([off, on]).splitlines()[2:4]
     assert [row.split(" | ")[3:5] for row in rows] == [["–", "0"], ["64", "0"]]
     assert f"{on['bits_per_byte']:.4f}" in rows[1] and f"{on['bits_per_byte_without_memory']:.4f}" in rows[1]
+
+
+@pytest.mark.parametrize(("name", "local"), [("cpu-d64-l512", 512), ("cpu-d64-l1024", 1024), ("cpu-d128-l512", 512)])
+def test_local_attention_counts_products_of_what_is_seen_alone(name: str, local: int) -> None:
+    given = benchmark_script("bench_local_attention").problem(name)
+    seen = torch.ones(512, local).tril(local - 512)
+    batch, heads, _, width = given.query.shape
+    assert (given.key.shape[2], given.flop) == (local, 2 * batch * heads * width * int(seen.sum()))
+
+
+def train_entry(case: str, **more: float) -> dict:
+    versions = {"gpu": "NVIDIA H100 80GB HBM3", "torch": "2.11.0", "triton": "3.6.0"}
+    rates = {"tokens_per_second": 1e6, "gpu_busy": 1.0, "peak_bytes": 1e9}
+    return {"case": case, "impl": "memtrans", **versions, **rates, **more}
+
+
+def test_a_table_of_training_has_the_share_of_the_peak_where_an_entry_knows_it() -> None:
+    tokens_table = benchmark_script("tables").tokens_table
+    known = tokens_table([train_entry("enwik8-off", peak_share=0.2137), train_entry("enwik8-64k")]).splitlines()
+    assert [row.split(" | ")[2:5] for row in (known[0], known[2], known[3])] == [
+        ["of memory off", "of peak FLOP/s", "GPU busy"], ["100.0%", "21.4%", "100.0%"], ["100.0%", "–", "100.0%"],
+    ]  # fmt: skip
+    unknown = tokens_table([train_entry("enwik8-off")])
+    assert "of peak" not in unknown
+
+
+def test_a_table_of_rates_has_ours_and_its_share_of_the_peak() -> None:
+    labels = {
+        "mode": "forward",
+        "dtype": "bfloat16",
+        "gpu": "NVIDIA H100 80GB HBM3",
+        "torch": "2.11.0",
+        "triton": "3.6.0",
+    }
+    ours = {"impl": "memtrans", "ms": 0.059, "flop_per_second": 72.94e12, "peak_share": 0.0737}
+    entries = [{**labels, **ours, "case": "d64-l512"}, {**labels, "impl": "sdpa", "case": "d64-l512", "ms": 0.02}]
+    lines = benchmark_script("tables").table([*entries, {**entries[1], "case": "other"}], {}, rate=True).splitlines()
+    assert [lines[0], *lines[2:4]] == [
+        "| case | mode | memtrans | sdpa | TFLOP/s | of peak FLOP/s |",
+        "| d64-l512 | forward | 0.0590 | 0.0200 (0.3×) | 72.9 | 7.4% |",
+        "| other | forward | – | 0.0200 | – | – |",
+    ]
+
+
+def test_an_entry_of_training_has_the_share_that_its_trainer_knows() -> None:
+    peak_share = benchmark_script("bench_train").peak_share
+    known = SimpleNamespace(peak_share=lambda rate: rate / 1e6, flop_per_token=3.0)
+    assert peak_share(known, 5e5) == {"flop_per_token": 3.0, "peak_share": 0.5}
+    assert peak_share(SimpleNamespace(peak_share=lambda rate: None), 5e5) == {}
+    assert peak_share(SimpleNamespace(), 5e5) == {}  # an older tree's
+
+
+def test_an_entry_with_flop_has_the_share_of_a_known_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    common = benchmark_script("common")
+    monkeypatch.setattr(common, "DEVICE", "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100-SXM4-80GB")
+    assert common.share_of_peak(156e12, torch.bfloat16) == {"peak_share": 0.5}
+    assert common.share_of_peak(None, torch.bfloat16) == common.share_of_peak(156e12, torch.float32) == {}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "another")
+    assert common.share_of_peak(156e12, torch.bfloat16) == {}

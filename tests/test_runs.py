@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -10,6 +11,8 @@ import sys
 from pathlib import Path, PurePosixPath
 
 import pytest
+from helpers.scripts import benchmark_script
+from helpers.tiny_runs import TINY, written_text
 
 from memtrans.cli.parser import build_parser, given_settings
 from memtrans.presets import PRESETS
@@ -21,6 +24,7 @@ STAND_IN = r"""
 c_sources() { echo texts; }
 prose() { echo texts; }
 store() { echo "$2"; }
+pace() { echo 700; }
 piece() { [ -n "${STOPS:-}" ] && return 124; echo "train --out $*" >&2; }
 evaluated() { echo '{}' > "$RESULTS/$1.json"; }
 """
@@ -51,10 +55,69 @@ def test_a_script_trains_with_options_that_exist_and_does_nothing_twice(script, 
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="a script of bash")
-def test_what_has_not_ended_is_told(tmp_path):
-    stopped = called(ROOT / "runs" / "late.sh", tmp_path, STOPS="yes")
+@pytest.mark.parametrize("script", ["late.sh", "five_minutes.sh"])
+def test_what_has_not_ended_is_told(script, tmp_path):
+    stopped = called(ROOT / "runs" / script, tmp_path, STOPS="yes")
     assert "4 runs have not ended: call this again" in stopped.stdout
     assert not list((tmp_path / "benchmarks").rglob("*.json"))
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="a script of bash")
+def test_five_minutes_are_as_many_steps_as_a_short_run_says(tmp_path):
+    lines = called(ROOT / "runs" / "five_minutes.sh", tmp_path, RATES="1e-3 5e-4").stderr.splitlines()
+    commands = [build_parser().parse_args(line.split()) for line in lines]
+    assert [options.steps for options in commands] == [400, 700] * 8
+    for short, long in zip(commands[::2], commands[1::2], strict=True):
+        assert short.out.name == f"{long.out.name}-pace"
+        assert {**given_settings(short), "steps": 700} == given_settings(long)
+    runs = {(options.optimizer, options.memory, options.learning_rate) for options in commands}
+    assert runs == {
+        (name, memory, rate) for name in ("adamw", "muon") for memory in (0, 65536) for rate in (1e-3, 5e-4)
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("bash") is None, reason="a script of bash")
+def test_a_run_of_some_seconds_takes_about_so_long(tmp_path):
+    """For real: the functions work in a copy of the tree's scripts."""
+    for name in ("runs", "benchmarks"):
+        (tmp_path / name).mkdir()
+    shutil.copy(ROOT / "runs" / "common.sh", tmp_path / "runs")
+    shutil.copy(ROOT / "benchmarks" / "pace.py", tmp_path / "benchmarks")
+    options = " ".join([*TINY, "--data", written_text(tmp_path), "--log-every", "20"])
+    (tmp_path / "runs" / "some.sh").write_text(f"source runs/common.sh\ntimed_figure 4 some {options}\nended\n")
+    environment = {**os.environ, "PYTHON": sys.executable, "MACHINE": "none", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", "runs/some.sh"], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert "all is done" in done.stdout, done.stderr
+    written = json.loads((tmp_path / "benchmarks" / "results" / "none" / "text" / "some.json").read_text())
+    assert written["result"]["steps"] == int((tmp_path / "runs" / "some.steps").read_text())
+    assert 1 < written["seconds"] < 16
+
+
+def report(step: int, tokens: int, rate: float) -> str:
+    return json.dumps({"step": step, "tokens": tokens, "tokens_per_second": rate}) + "\n"
+
+
+def test_the_pace_is_that_of_later_reports(tmp_path, capsys, monkeypatch):
+    """10 steps of 100 tokens: twice 10 s with the compiler, then twice 2 s; an evaluation between does not count."""
+    metrics, pace = tmp_path / "metrics.jsonl", benchmark_script("pace")
+    evaluation = json.dumps({"step": 20, "tokens": 2000, "eval_bits_per_byte": 2.0}) + "\n"
+    metrics.write_text(report(10, 1000, 100) + report(20, 2000, 100) + evaluation)
+    with metrics.open("a") as file:
+        file.write(report(30, 3000, 500) + report(40, 4000, 500))
+    monkeypatch.setattr(sys, "argv", ["pace.py", str(metrics)])
+    pace.main()
+    monkeypatch.setattr(sys, "argv", ["pace.py", str(metrics), "--seconds", "300"])
+    pace.main()
+    assert capsys.readouterr().out.split() == ["24.0", "1500"]
+
+
+def test_the_pace_of_a_run_without_reports_is_refused(tmp_path, capsys, monkeypatch):
+    (tmp_path / "metrics.jsonl").write_text("")
+    monkeypatch.setattr(sys, "argv", ["pace.py", str(tmp_path / "metrics.jsonl")])
+    with pytest.raises(SystemExit, match="2"):
+        benchmark_script("pace").main()
+    assert "must hold a report of a step" in capsys.readouterr().err
 
 
 def test_prose_is_what_was_written_by_hand_else_the_text_of_pages():

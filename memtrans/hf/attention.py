@@ -127,9 +127,9 @@ def _retrieved(call: Call, state: ForwardState) -> tuple[dict[str, Any], Tensor]
     scores, slots = snapshot.nearest(query, state.k)
     if state.blind is not None:
         blind = state.blind.to(query.device)[:, None, :, None]
-        slots = slots.masked_fill(blind, -1)  # scores of no slot count for nothing
+        slots.masked_fill_(blind, -1)  # scores of no slot count for nothing
         if state.watched is not None:
-            scores = scores.masked_fill(blind, -torch.inf)
+            scores.masked_fill_(blind, -torch.inf)
     scaling = call.arguments.get("scaling")
     factor = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -232,7 +232,7 @@ def _local_mask(mask: Any, query: Tensor, keys: int, window: int | None) -> dict
     if mask is not None and mask.dim() == 4:
         dense = mask[..., -query.shape[2] :, :keys]
         if dense.dtype == torch.bool:
-            dense = torch.zeros_like(dense, dtype=query.dtype).masked_fill(~dense, -torch.inf)
+            dense = dense.log()  # 0 for what is seen, -inf for what is not
         return {"bias_dense": dense.expand(dense.shape[0], query.shape[1], *dense.shape[2:])}
     said: dict[str, Tensor] = {}
     if mask is not None:

@@ -27,7 +27,12 @@ from memtrans.hf.planted import Questions
 from memtrans_kernels import checks
 
 DECAY = 0.1  # of those: what does not help returns to the model's own query
-SLOWER = {"memory_sharpness": 0.2, "memory_gain": 0.2, "memory_mix": 0.03}  # than offsets these are learned
+SLOWER = {  # than offsets these are learned
+    "memory_sharpness": 0.2,
+    "memory_gain": 0.2,
+    "memory_mix": 0.03,
+    "memory_across": 0.006,
+}
 
 
 def calibrate(
@@ -62,8 +67,8 @@ def calibrate(
             that the memory has room for and the documents fill, or else what there is.
         facts: planted in a piece. batch: pieces that are read at once; each takes the memory of a document.
         lesson_steps: after how many the memory is filled anew. rate: of AdamW for offsets, falling to 0.
-        text_weight: of a token's nats of text beside an answer's. form: what is learned, one of `offset`, `gain` and
-            `mix`; see `LayerMemory`. seconds: of training, after which it ends; the rate falls accordingly.
+        text_weight: of a token's nats of text beside an answer's. form: what is learned, one of `offset`, `gain`,
+            `mix` and `across`; see `LayerMemory`. seconds: of training, after which it ends: the rate falls with both.
         seed: of pieces, facts and the order.
         report: called with a line of text after each lesson.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from memtrans.hf.layer_memory import asking_of
+from memtrans.hf.layer_memory import Asking, asking_of
 from memtrans.hf.rotation import Angles, Rotation, angles_back
 from memtrans.hf.state import ForwardState, Padding, padding_of
 
@@ -52,7 +52,13 @@ def before_decoder(memory: ModelMemory, decoder: nn.Module, args: Any, kwargs: d
         kwargs["position_ids"] = (mask[:, -length:].long().cumsum(-1) - 1).clamp(min=0)
     snapshots = memory.views(entries)
     most = _most(snapshots[memory.numbers[0]])
-    learned = {number: layer.learned for number, layer in memory.layers.items()}
+    blind, watched = _blind(memory.settings.sink, given, kwargs, cache, padding), memory.watched(entries)
+    asking: dict[int, Asking] = {}
+    if memory.searches and not decoder.training:
+        shut = blind if watched is None and blind is not None and blind.numel() == 1 else None
+        learned = {number: layer.learned for number, layer in memory.layers.items()}
+        asking = asking_of(learned, most, memory.dtype, shut)
+        blind = blind if shut is None else None  # said once for all layers
     kwargs[STATE] = ForwardState(
         snapshots=snapshots,
         k=memory.settings.k,
@@ -60,13 +66,13 @@ def before_decoder(memory: ModelMemory, decoder: nn.Module, args: Any, kwargs: d
         writes=writes,
         searches=memory.searches,
         entries=most,
-        asking={} if decoder.training or not memory.searches else asking_of(learned, most, memory.dtype),
-        blind=_blind(memory.settings.sink, given, kwargs, cache, padding),
+        asking=asking,
+        blind=blind,
         sink=memory.settings.sink,
         padding=padding,
         turns=_turns(memory, decoder, given) if writes else {},
         plain=plain,
-        watched=memory.watched(entries),
+        watched=watched,
     )
     if writes:
         entries.note(ids if ids is not None else given.new_zeros(batch, length), memory.settings.sink, padding)
@@ -99,8 +105,8 @@ def _check_segment(memory: ModelMemory, length: int, cache: Any) -> None:
 
 def _most(snapshot: Any) -> Tensor:
     """How many entries the longest document in scope holds; no look from the host."""
-    held = (snapshot.cursor - snapshot.start).clamp(max=snapshot.ring.capacity)
-    return held[snapshot.rows].max()
+    held = snapshot.cursor - snapshot.start
+    return (held if snapshot.in_order else held[snapshot.rows]).max().clamp(max=snapshot.ring.capacity)
 
 
 def _blind(sink: int, given: Tensor, kwargs: dict[str, Any], cache: Any, padding: Padding | None) -> Tensor | None:
@@ -110,16 +116,16 @@ def _blind(sink: int, given: Tensor, kwargs: dict[str, Any], cache: Any, padding
     """
     if sink == 0:
         return None
-    rank = torch.arange(given.shape[1], device=given.device)[None]
-    positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
-    if cache is None:
-        rank = rank if padding is None else rank - padding.left[:, None]
-    elif isinstance(positions, Tensor):
-        rank = positions
-    elif isinstance(mask, Tensor) and mask.dim() == 2:
-        rank = (mask.long().cumsum(-1) - 1)[:, -given.shape[1] :]
-    else:
+    length, positions, mask = given.shape[1], kwargs.get("position_ids"), kwargs.get("attention_mask")
+    if cache is not None and isinstance(positions, Tensor):
+        return positions < sink
+    if cache is not None and isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask.cumsum(-1)[:, -length:] <= sink
+    rank = torch.arange(length, device=given.device)[None]
+    if cache is not None:
         rank = rank + cache.get_seq_length()
+    elif padding is not None:
+        rank = rank - padding.left[:, None]
     return rank < sink
 
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 FROM = 1024  # entries up to which an untrained memory needs no offset
 TRUSTING = ("memory_offset", "memory_slope")
-ASKING = ("memory_sharpness", "memory_gain", "memory_mix")
-FORMS = {"offset": 0, "gain": 2, "mix": 3}  # how many of these are learned beside the offsets
+ASKING = ("memory_sharpness", "memory_gain", "memory_mix", "memory_across")
+OF_HEADS = (*TRUSTING, "memory_sharpness")  # a number a head each
+FORMS = {"offset": 0, "gain": 2, "mix": 3, "across": 4}  # how many of these are learned beside the offsets
 
 
 class Asking(NamedTuple):
@@ -22,7 +23,7 @@ class Asking(NamedTuple):
 
     Attributes:
         offset: (H,), added to the logits of what is found. factor: what a query is multiplied by: (H, 1, D), or
-            (H, D, D), a matrix product; None for the query as it is.
+            (H, D, D), a matrix product, or (H·D, H·D), one with the queries of all heads; None for the query as it is.
     """
 
     offset: Tensor
@@ -33,6 +34,10 @@ class Asking(NamedTuple):
         if self.factor is None:
             return query
         factor = self.factor.to(query.dtype)
+        if factor.dim() == 2:
+            heads, width = query.shape[1], query.shape[3]
+            together = query.transpose(1, 2).flatten(2) @ factor  # (B, N, H·D)
+            return together.unflatten(2, (heads, width)).transpose(1, 2)
         return query * factor if self.factor.shape[1] == 1 else query @ factor
 
 
@@ -48,17 +53,19 @@ class LayerMemory(nn.Module):
         q + q · memory_mix[h],  q = query · exp(memory_gain[h] + memory_sharpness[h] · beyond)
 
     instead of the query (form "mix"; with "gain" it is q): among more entries more are near a query by chance, and
-    other components of it tell them apart than among a segment's.
+    other components of it tell them apart than among a segment's. With "across" the queries q of all heads, side by
+    side, times memory_across are added: a head may ask for what only another one's query knows.
 
     Attributes:
         memory_offset, memory_slope: (H,) float32.
-        memory_sharpness: (H,), memory_gain: (H, D), memory_mix: (H, D, D), float32; None before `learn_to_ask`, the
-            last one also of the form "gain".
+        memory_sharpness: (H,), memory_gain: (H, D), memory_mix: (H, D, D), memory_across: (H·D, H·D), float32; None
+            before `learn_to_ask`, and where the form has none.
     """
 
     memory_sharpness: nn.Parameter | None
     memory_gain: nn.Parameter | None
     memory_mix: nn.Parameter | None
+    memory_across: nn.Parameter | None
 
     def __init__(self, heads: int, width: int, offset: float | str, device: torch.device) -> None:
         super().__init__()
@@ -72,14 +79,13 @@ class LayerMemory(nn.Module):
     def learn_to_ask(self, form: str = "mix") -> None:
         """Gives it the parameters that make the query another one; they change nothing yet.
 
-        form: "offset" for none of them, "gain" for a factor of each component, "mix" for a matrix too; what it has
-            already stays.
+        form: "offset" for none of them, "gain" for a factor of each component, "mix" for a matrix too, "across" for
+            one of all heads together besides; what it has already stays.
         """
-        heads = len(self.memory_offset)
-        shapes = {"memory_sharpness": (heads,), "memory_gain": (heads, self.width)}
-        for name in ASKING[: FORMS[form]]:
+        heads, width = len(self.memory_offset), self.width
+        shapes = ((heads,), (heads, width), (heads, width, width), (heads * width, heads * width))
+        for name, shape in list(zip(ASKING, shapes, strict=True))[: FORMS[form]]:
             if getattr(self, name) is None:
-                shape = shapes.get(name, (heads, self.width, self.width))
                 setattr(self, name, nn.Parameter(self.memory_offset.new_zeros(shape)))
 
     def forward(self, entries: Tensor) -> Asking:
@@ -99,11 +105,15 @@ class LayerMemory(nn.Module):
 
 
 def asking_of(
-    layers: Mapping[int, LayerMemory], entries: Tensor, dtype: torch.dtype = torch.float32
+    layers: Mapping[int, LayerMemory],
+    entries: Tensor,
+    dtype: torch.dtype = torch.float32,
+    shut: Tensor | None = None,
 ) -> dict[int, Asking]:
     """How the memory of entries () int64 of each layer is asked; layers of one shape in a few kernels for all.
 
     dtype: of the factors, that of the queries where they all are of one.
+    shut: (1, 1) bool, whether nothing that is found counts: the offset is -inf then.
     """
     alike: dict[Any, list[int]] = {}
     for number, layer in layers.items():
@@ -112,21 +122,39 @@ def asking_of(
     found: dict[int, Asking] = {}
     for numbers in alike.values():
         some = [layers[number] for number in numbers]
-        offset, slope, sharpness, gain, mix = (_together(some, name) for name in (*TRUSTING, *ASKING))
-        assert offset is not None and slope is not None
+        offset, slope, *sharpness = _of_heads(some)
         beyond = (entries.to(offset.device).float() / FROM).clamp(min=1.0).log()
-        offsets = (offset + slope * beyond).unbind()
-        factors: Sequence[Tensor | None] = [None] * len(numbers)
-        if gain is not None and sharpness is not None:
-            factor = (gain + (sharpness * beyond)[..., None]).exp()[..., None, :]  # (layers, H, 1, D)
-            if mix is not None:
-                factor = factor.mT * (mix + torch.eye(mix.shape[-1], device=mix.device))  # (layers, H, D, D)
-            factors = factor.to(dtype).unbind()
-        found.update(zip(numbers, map(Asking, offsets, factors), strict=True))
+        offsets = torch.addcmul(offset, slope, beyond)
+        if shut is not None:
+            offsets.masked_fill_(shut.to(offset.device), -torch.inf)
+        factors = _factors(some, sharpness[0], beyond, dtype) if sharpness else [None] * len(some)
+        found.update(zip(numbers, map(Asking, offsets.unbind(), factors), strict=True))
     return {number: found[number] for number in layers}
 
 
-def _together(layers: Sequence[LayerMemory], name: str) -> Tensor | None:
-    """A parameter of each of them, (layers, H, ...); None where they have none."""
-    found = [getattr(layer, name) for layer in layers]
-    return None if found[0] is None else torch.stack(found)
+def _factors(layers: Sequence[LayerMemory], sharpness: Tensor, beyond: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
+    """What layers that ask with another query multiply it by; sharpness: (layers, H). beyond: ()."""
+    factor = torch.addcmul(_together(layers, "memory_gain"), sharpness[..., None], beyond).exp()  # (layers, H, D)
+    if layers[0].memory_mix is None:
+        return factor[..., None, :].to(dtype).unbind()
+    if layers[0].memory_across is None:
+        matrix = factor[..., None] * _together(layers, "memory_mix")
+        matrix.diagonal(dim1=-2, dim2=-1).add_(factor)  # the query itself: three kernels fewer than with a unit matrix
+        return matrix.to(dtype).unbind()
+    across, (heads, width) = _together(layers, "memory_across"), factor.shape[1:]
+    blocks = across.view(len(layers), heads, width, heads, width).diagonal(dim1=1, dim2=3)  # (layers, D, D, H)
+    blocks.add_(_together(layers, "memory_mix").permute(0, 2, 3, 1))
+    across.diagonal(dim1=-2, dim2=-1).add_(1.0)
+    return (factor.flatten(1)[..., None] * across).to(dtype).unbind()
+
+
+def _of_heads(layers: Sequence[LayerMemory]) -> tuple[Tensor, ...]:
+    """Those parameters that they have of OF_HEADS, (layers, H) each, put together in one kernel."""
+    names = [name for name in OF_HEADS if getattr(layers[0], name) is not None]
+    together = torch.stack([getattr(layer, name) for name in names for layer in layers])
+    return together.view(len(names), len(layers), -1).unbind()
+
+
+def _together(layers: Sequence[LayerMemory], name: str) -> Tensor:
+    """A parameter of each of them, (layers, H, ...)."""
+    return torch.stack([getattr(layer, name) for layer in layers])

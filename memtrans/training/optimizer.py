@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from memtrans.distributed.dtensors import is_sharded
-from memtrans.training.adafactor import Adafactor, initial_state
+from memtrans.training import adafactor, muon
+from memtrans.training.adafactor import Adafactor
+from memtrans.training.muon import Muon
 from memtrans.training.settings import Settings
+from memtrans.transformer import MemorizingTransformer
 
 
-def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+def make_optimizer(model: MemorizingTransformer, settings: Settings) -> torch.optim.Optimizer:
     """The optimiser of a run, with weight decay on matrices of linear layers alone.
 
-    Both kinds can be captured, read the learning rate from the device on a GPU, and leave a step out where their
-    attribute `found_inf` is 1.
+    All kinds can be captured, read the learning rate from the device on a GPU, and leave a step out where their
+    attribute `found_inf` is 1. Muon moves the matrices inside the model's layers; embeddings, the linear layer of the
+    logits, tables and vectors are AdamW's.
     """
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    decayed = {id(p) for module in linear for p in module.parameters(recurse=False) if p.dim() == 2}
     parameters = list(model.parameters())
-    groups = [
+    decayed = _matrices(model)
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if id(p) in decayed], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
     ]
@@ -31,13 +35,28 @@ def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimize
         rate = torch.tensor(rate, dtype=torch.float32, device=parameters[0].device)
     if settings.optimizer == "adafactor":
         return Adafactor(groups, lr=rate)
+    if settings.optimizer == "muon":
+        hidden = _matrices(model.layers)
+        matrices = [p for p in groups[0]["params"] if id(p) in hidden]
+        groups[0]["params"] = [p for p in groups[0]["params"] if id(p) not in hidden]
+        others = [{**group, "orthogonal": False} for group in groups]
+        return Muon([{"params": matrices, "weight_decay": settings.weight_decay}, *others], lr=rate)
     return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True, capturable=on_gpu)
+
+
+def _matrices(module: nn.Module) -> set[int]:
+    """The ids of the matrices of linear layers in a module."""
+    linear = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+    return {id(p) for layer in linear for p in layer.parameters(recurse=False) if p.dim() == 2}
 
 
 def state_shapes(optimizer: torch.optim.Optimizer, weight: Tensor) -> dict[str, tuple[int, ...]]:
     """What an optimiser of `make_optimizer` keeps for a weight, by name."""
     if isinstance(optimizer, Adafactor):
-        return {name: tuple(tensor.shape) for name, tensor in initial_state(weight).items()}
+        return {name: tuple(tensor.shape) for name, tensor in adafactor.initial_state(weight).items()}
+    if isinstance(optimizer, Muon):
+        state = muon.initial_state(weight, optimizer.moves_orthogonally(weight))
+        return {name: tuple(tensor.shape) for name, tensor in state.items()}
     return {"step": (), "exp_avg": tuple(weight.shape), "exp_avg_sq": tuple(weight.shape)}
 
 

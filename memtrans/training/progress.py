@@ -30,12 +30,14 @@ class Progress:
             self._bar.update(1)
 
     def report(self, line: Mapping[str, Any]) -> None:
-        """Shows bits per byte and tokens per second of the last steps."""
-        bits, speed = f"{line['bits_per_byte']:.3f}", f"{line['tokens_per_second']:,.0f}"
+        """Shows bits per byte and tokens per second of the last steps, and the share of the peak where it is known."""
+        text = f"{line['bits_per_byte']:.3f} bits per byte, {line['tokens_per_second']:,.0f} tokens/s"
+        if "peak_share" in line:
+            text += f", {line['peak_share']:.1%} of peak FLOP/s"
         if self._bar is not None:
-            self._bar.set_postfix_str(f"{bits} bits per byte, {speed} tokens/s")
+            self._bar.set_postfix_str(text)
         else:
-            self.say(f"step {line['step']}/{self._steps}: {bits} bits per byte, {speed} tokens/s")
+            self.say(f"step {line['step']}/{self._steps}: {text}")
 
     def say(self, text: str) -> None:
         """Shows a line without breaking the bar."""

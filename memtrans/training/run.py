@@ -118,6 +118,9 @@ class Run:
         seconds, tokens = self._seconds - self._since[0], self._read - self._since[1]
         self._since = (self._seconds, self._read)
         line["tokens_per_second"] = tokens / seconds
+        share = self.trainer.peak_share(line["tokens_per_second"])
+        if share is not None:
+            line["peak_share"] = share
         self._record(line)
         self.progress.report(line)
 

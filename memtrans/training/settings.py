@@ -91,7 +91,11 @@ class Settings:
     xl_layers: tuple[int, ...] | None = _option(None, "layers with an XL cache, from 1 (default: all)")
     dropout: float = _option(0.0, "dropout of attention weights and feed-forward layers", at_least=0, below=1)
     keep_memory: bool = _option(False, "keep a row's memory when its document ends, instead of clearing it")
-    optimizer: Literal["adamw", "adafactor"] = _option("adamw", "what moves the weights")
+    optimizer: Literal["adamw", "adafactor", "muon"] = _option(
+        "adamw",
+        "what moves the weights; muon moves the matrices of the layers by orthogonal steps, at AdamW's rates, and "
+        "leaves the rest to AdamW",
+    )
     learning_rate: float = _option(
         1e-3, "highest learning rate, relative to each weight's size for adafactor; a factor with inverse-sqrt", above=0
     )

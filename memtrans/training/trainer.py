@@ -25,6 +25,7 @@ from memtrans.training.gaining import gains_memory, with_memory
 from memtrans.training.loader import StepInputs, StepLoader
 from memtrans.training.model import build_model
 from memtrans.training.optimizer import learning_rate, make_optimizer
+from memtrans.training.peak import flop_per_token, peak_of
 from memtrans.training.reader import DocumentReader
 from memtrans.training.rows import ROW_PARTS, owns_some, parts_of_rows
 from memtrans.training.settings import Settings
@@ -45,6 +46,7 @@ class Trainer:
 
     Attributes:
         step: optimiser steps done. tokens: real tokens read, by all ranks.
+        flop_per_token: of matrix products. peak: FLOP/s of all ranks' devices, None where that is not known.
 
     Raises ValueError when the batch cannot be shared out evenly.
     """
@@ -57,6 +59,8 @@ class Trainer:
         ranks.broadcast(parameter.detach() for parameter in self.model.parameters())
         if ranks.rank > 0:
             torch.manual_seed(settings.seed + ranks.rank)  # each rank has a dropout of its own
+        self.flop_per_token = flop_per_token(self.model, settings)
+        self.peak = peak_of(ranks, device, settings.compute_dtype(device))
         if settings.fsdp:
             shard(self.model, ranks, device)
         self.optimizer = make_optimizer(self.model, settings)
@@ -94,6 +98,10 @@ class Trainer:
     def parameters(self) -> int:
         """How many numbers the model learns."""
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def peak_share(self, tokens_per_second: float) -> float | None:
+        """The share of the devices' peak that matrix products reach at that rate; None where the peak is not known."""
+        return None if self.peak is None else tokens_per_second * self.flop_per_token / self.peak
 
     def watch(self) -> None:
         """Has the next step first measure, for the report, how full memories are and what attention they get."""

@@ -65,6 +65,12 @@ def in_parts_of(size: int) -> Any:
     return mock.patch.multiple(gradient_sum, PIECE_BYTES=size, PART_BYTES=size)
 
 
+def compiled_without_kernels() -> Any:
+    """Into the same parts, whose kernels are PyTorch's own: a C++ compiler takes its time."""
+    backend = torch._dynamo.lookup_backend("aot_eager")
+    return mock.patch.object(torch._dynamo, "lookup_backend", return_value=backend)
+
+
 def steps_of(ranks: Ranks, piece_bytes: int, passes: int, compiled: bool) -> list[dict[str, Any]]:
     """Each step's sums, and for each piece whether it left before all gradients had arrived."""
     model, send = Model(), GradientSum._send
@@ -78,7 +84,7 @@ def steps_of(ranks: Ranks, piece_bytes: int, passes: int, compiled: bool) -> lis
         send(sums)
 
     results = []
-    with in_parts_of(piece_bytes), mock.patch.object(GradientSum, "_send", recorded):
+    with in_parts_of(piece_bytes), mock.patch.object(GradientSum, "_send", recorded), compiled_without_kernels():
         sums = GradientSum(model.parameters(), ranks)
         loss = compiled_in_parts(model.loss) if compiled else model.loss
         for step in range(STEPS):

@@ -39,6 +39,7 @@ VARIANTS = {
     ),
     "recall": dataclasses.replace(SMALL, data="recall"),
     "adafactor": dataclasses.replace(SMALL, optimizer="adafactor", clip=None),
+    "muon": dataclasses.replace(SMALL, optimizer="muon"),
     "compiled": dataclasses.replace(SMALL, compile=True, steps=6),
 }
 FAST = ("plain", "fsdp")
@@ -216,8 +217,9 @@ def test_fsdp_needs_several_processes_and_no_compiler() -> None:
         check_shares(VARIANTS["fsdp"], ALONE)
     with pytest.raises(ValueError, match="compile must be off with fsdp"):
         dataclasses.replace(SMALL, fsdp=True, compile=True)
-    with pytest.raises(ValueError, match="optimizer must be adamw with fsdp, got 'adafactor'"):
-        dataclasses.replace(SMALL, fsdp=True, optimizer="adafactor")
+    for other in ("adafactor", "muon"):
+        with pytest.raises(ValueError, match=f"optimizer must be adamw with fsdp, got '{other}'"):
+            dataclasses.replace(SMALL, fsdp=True, optimizer=other)
 
 
 def disagreeing(rank: int) -> list[str]:

@@ -10,6 +10,7 @@ pytest.importorskip("transformers")
 from helpers.byte_tokenizers import bytes_tokenizer
 from helpers.checks import GPU_MODEL, assert_close
 from helpers.hf_families import made, tokens
+from transformers import StaticCache
 
 from memtrans import cuda_graph
 from memtrans.hf import add_memory, reading
@@ -35,7 +36,7 @@ def test_reading_by_replays_stores_what_passes_do(search: bool, monkeypatch: pyt
     assert_close(held[0][1], held[1][1], GPU_MODEL, "keys")
 
 
-@pytest.mark.parametrize("form", ["offset", "gain", "mix"])
+@pytest.mark.parametrize("form", ["offset", "gain", "mix", "across"])
 def test_a_step_that_is_replayed_learns_what_steps_one_by_one_learn(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "It was a bright cold day in the hills, and all the clocks were being wound again. " * 60
     learned, captured = [], []
@@ -60,3 +61,43 @@ def test_a_step_that_is_replayed_learns_what_steps_one_by_one_learn(form: str, m
     assert captured == [True, False]
     for mine, its in zip(*learned, strict=True):
         assert_close(mine, its, GPU_MODEL)
+
+
+@torch.no_grad()
+def test_a_token_that_is_replayed_follows_its_place_the_memory_and_what_was_learned() -> None:
+    device = torch.device("cuda")
+    model = made("llama", head_dim=32).to(device)
+    memory = add_memory(model, max_memories=2000, k=8, segment=16)
+    for layer in memory.layers.values():
+        layer.learned.learn_to_ask("mix")
+    memory.read(tokens(1, length=400).to(device))
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    model(tokens(1, length=9, seed=2).to(device), past_key_values=cache, use_cache=True)
+    ids, place = tokens(1, length=1, seed=4).to(device), torch.full((1, 1), 9, device=device)
+    logits = torch.zeros(1, 1, model.config.vocab_size, device=device)
+
+    def token() -> None:
+        mask = (torch.arange(16, device=device) <= place)[:, None, None]
+        said = {"position_ids": place, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
+        logits.copy_(model(ids, **said).logits)
+        for layer in cache.layers:  # the next one is written into the same place
+            layer.cumulative_length.fill_(9)
+
+    replay = cuda_graph.Replay(token, model.device)
+    for _ in range(cuda_graph.EAGER_CALLS + 1):
+        replay()
+    assert replay.captured
+    for change in (
+        lambda: place.zero_(),  # the first token of all looks at no memory
+        lambda: place.fill_(9),
+        lambda: memory.read(tokens(1, length=300, seed=5).to(device)),
+        lambda: [parameter.normal_(std=0.3) for parameter in memory.parameters()],
+        lambda: memory.clear_rows(torch.ones(1, dtype=torch.bool, device=device)),
+    ):
+        before = logits.clone()
+        change()
+        replay()
+        replayed = logits.clone()
+        token()
+        assert_close(replayed, logits, GPU_MODEL, "logits")
+        assert not torch.allclose(replayed, before, atol=1e-3)

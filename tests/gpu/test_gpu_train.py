@@ -68,15 +68,18 @@ def test_a_replayed_run_has_the_curve_of_an_eager_one(text: str, dtype: str) -> 
     assert replayed[-1] < replayed[0] - 1
 
 
-def test_a_replayed_run_of_adafactor_has_the_curve_of_an_eager_one(text: str) -> None:
-    options: dict = {"optimizer": "adafactor", "learning_rate": 2e-2, "dtype": "float32"}
+@pytest.mark.parametrize(("optimizer", "rate"), [("adafactor", 2e-2), ("muon", 3e-3)])
+def test_a_replayed_run_has_the_curve_of_an_eager_one_with_other_optimisers(
+    text: str, optimizer: str, rate: float
+) -> None:
+    options: dict = {"optimizer": optimizer, "learning_rate": rate, "dtype": "float32"}
     plain = torch.stack([losses(trainer_of(text, compile=False, seed=seed, **options)) for seed in range(3)])
     replayed = losses(trainer_of(text, **options))
     assert_same_curve(replayed, plain)
     assert replayed[-1] < replayed[0] - 1
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
 def test_a_replayed_run_goes_on_from_a_checkpoint(text: str, optimizer: str) -> None:
     through, stopped, resumed = (trainer_of(text, optimizer=optimizer) for _ in range(3))
     expected = losses(through, FIRST_STEPS)
@@ -88,7 +91,7 @@ def test_a_replayed_run_goes_on_from_a_checkpoint(text: str, optimizer: str) -> 
     assert through.state()[1] == resumed.state()[1]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
 @pytest.mark.parametrize("compiled", [True, False])
 def test_a_hundred_steps_never_wait_for_the_device(text: str, compiled: bool, optimizer: str) -> None:
     trainer = trainer_of(text, compile=compiled, optimizer=optimizer)
@@ -102,7 +105,7 @@ def test_a_hundred_steps_never_wait_for_the_device(text: str, compiled: bool, op
     assert trainer.check().isfinite().all()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
 def test_a_step_that_is_not_finite_is_left_out_of_a_replayed_run_too(text: str, optimizer: str) -> None:
     trainer = trainer_of(text, skip_nonfinite=True, optimizer=optimizer)
     losses(trainer, EAGER_CALLS + 2)

@@ -25,7 +25,7 @@ import torch.distributed as dist
 # What a process imports that is forked from others of its kind. Threads and groups begin after the fork.
 WARM = ["pytest", "torch.distributed.fsdp", "memtrans.cli.main", "memtrans.training.trainer", "memtrans.presets"]
 SECONDS = 30
-GLOO_SAYS = re.compile(r"^\[Gloo\] Rank \d+ is connected to .*\n", re.MULTILINE)  # some versions, to standard error
+GLOO_SAYS = re.compile(r"^\[Gloo\] Rank \d+ is connected to .*\n", re.MULTILINE)  # some versions, to either stream
 MOMENT = 5  # seconds that the other ranks have to answer once one has failed
 COMPILING_SECONDS = 150  # more on GPUs: each rank compiles its kernels first, one maybe long after the other
 
@@ -162,7 +162,7 @@ def ended(processes: Sequence[Ending], seconds: float = SECONDS) -> list[tuple[i
     try:
         texts = [process.communicate(timeout=seconds) for process in processes]
         pairs = zip(processes, texts, strict=True)
-        return [(process.returncode, out, GLOO_SAYS.sub("", error)) for process, (out, error) in pairs]
+        return [(process.returncode, *(GLOO_SAYS.sub("", stream) for stream in streams)) for process, streams in pairs]
     finally:
         for process in processes:
             process.kill()

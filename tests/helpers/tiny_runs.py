@@ -46,7 +46,8 @@ def last_line(capsys) -> dict:
 def without_times(out: Path) -> list[dict]:
     """Its metrics, but for those that differ from run to run."""
     lines = Metrics(out / "metrics.jsonl").read()
-    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
+    timed = ("tokens_per_second", "peak_share")
+    return [{name: value for name, value in line.items() if name not in timed} for line in lines]
 
 
 def checkpoint_files(out: Path) -> dict[str, bytes]:

@@ -78,7 +78,7 @@ def test_the_same_seed_learns_the_same() -> None:
         ({"sizes": [20]}, r"sizes must have room for a fact of \d+ tokens, got 20"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"facts": 0}, "facts must be at least 1, got 0"),
-        ({"form": "gains"}, "form must be one of offset, gain, mix, got 'gains'"),
+        ({"form": "gains"}, "form must be one of offset, gain, mix, across, got 'gains'"),
         ({"documents": [""]}, "documents must have at least 64 tokens, got 0"),
     ],
 )
@@ -284,7 +284,7 @@ def test_a_mask_that_is_made_while_capturing_is_left_out(
         assert seen[4] is not None
 
 
-@pytest.mark.parametrize(("form", "learned"), [("offset", 2), ("gain", 4), ("mix", 5)])
+@pytest.mark.parametrize(("form", "learned"), [("offset", 2), ("gain", 4), ("mix", 5), ("across", 6)])
 def test_a_form_says_what_is_learned_and_is_saved(
     model: PreTrainedModel, form: str, learned: int, tmp_path: Path
 ) -> None:

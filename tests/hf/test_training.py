@@ -46,29 +46,37 @@ def in_float64() -> PreTrainedModel:
     return model
 
 
-def learned(memory: ModelMemory) -> None:
+def learned(memory: ModelMemory, form: str = "mix") -> None:
     """Heads that ask the memory with another query than the local keys."""
     generator = torch.Generator().manual_seed(0)
     for layer in memory.layers.values():
-        layer.learned.learn_to_ask()
+        layer.learned.learn_to_ask(form)
     with torch.no_grad():
         for parameter in memory.parameters():
             parameter.data = parameter.data.double().normal_(std=0.2, generator=generator)
 
 
 @pytest.mark.parametrize("combine", ["softmax", "gate"])
-@pytest.mark.parametrize("asks", [False, True])
-def test_gradients_are_those_of_finite_differences(combine: str, asks: bool) -> None:
+@pytest.mark.parametrize("form", ["offset", "mix", "across"])
+def test_gradients_are_those_of_finite_differences(combine: str, form: str) -> None:
     model = in_float64()
     memory = add_memory(model, combine=combine, offset=0.0, **SIZES)
     memory.read(tokens(length=30))
     for parameter in memory.parameters():
         parameter.data = parameter.data.double()
-    if asks:
-        learned(memory)
+    learned(memory, form)
     ids, attention = tokens(length=12, seed=1), model.model.layers[1].self_attn
     asked = [
-        *([(attention.memtrans.memory_gain, (1, 3)), (attention.memtrans.memory_mix, (2, 3, 5))] if asks else []),
+        *(
+            [(attention.memtrans.memory_gain, (1, 3)), (attention.memtrans.memory_mix, (2, 3, 5))]
+            if form != "offset"
+            else []
+        ),
+        *(
+            [(attention.memtrans.memory_across, (3, 5)), (attention.memtrans.memory_across, (5, 3))]
+            if form == "across"
+            else []
+        ),
         (attention.memtrans.memory_offset, (1,)),
         (attention.q_proj.weight, (2, 3)),
         (attention.k_proj.weight, (1, 1)),

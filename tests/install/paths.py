@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,15 +111,11 @@ def uv(place: Place) -> None:
 
 
 def uv_sync(place: Place) -> None:
-    """uv takes constraints of a project from pyproject.toml alone, and finds hashes of what it builds with by version.
-
-    So the build gets the very version that this interpreter has, with its local label.
-    """
+    """uv takes constraints of a project from pyproject.toml alone."""
     place.pip("uv")
     file = place.source / "pyproject.toml"
     pinned = json.dumps(CONSTRAINTS.read_text(encoding="utf-8").splitlines()[-1:])
-    built_with = json.dumps([f"torch=={version('torch')}"])
-    more = f"[tool.uv]\nconstraint-dependencies = {pinned}\nbuild-constraint-dependencies = {built_with}"
+    more = f"[tool.uv]\nconstraint-dependencies = {pinned}"
     file.write_text(file.read_text(encoding="utf-8").replace("[tool.uv]", more), encoding="utf-8")
     command = (place.python, "-m", "uv", "sync", "--project", place.source, *uv_links())
     place.run(*command, UV_PROJECT_ENVIRONMENT=str(place.folder / "environment"))

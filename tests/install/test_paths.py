@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import paths
 import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 PAGE = f"before\n{paths.BEGIN}\n{paths.END}\nafter\n"
 PLAIN, UV = (f"| {paths.WAYS[name][0]} | installed | 9 s | 8 s | built, loaded |" for name in ("plain", "uv"))
@@ -47,3 +53,11 @@ def test_the_committed_table_names_ways_that_there_are() -> None:
     ways = [title for title, _ in paths.WAYS.values()]
     found = [paths.title_of(line) for line in lines if line and line not in paths.HEADER]
     assert found == [title for title in ways if title in found]
+
+
+def test_uv_sync_builds_with_what_other_installers_build_with_and_the_pytorch_that_is_there() -> None:
+    project = tomllib.loads((paths.REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+    required = [name for name in project["build-system"]["requires"] if not name.startswith("torch")]
+    assert sorted(project["dependency-groups"]["build"]) == sorted(required)
+    assert project["tool"]["uv"]["default-groups"] == ["build"]
+    assert project["tool"]["uv"]["no-build-isolation-package"] == [project["project"]["name"]]

@@ -175,13 +175,17 @@ def test_a_graph_for_segments_of_every_length_asks_each_memory_for_its_room():
 
 
 def test_one_graph_serves_a_new_memory_for_each_document():
-    """Where device and spare are given, so that a memory is laid out when it is made."""
+    """Where device and spare are given, so that a memory is laid out when it is made.
+
+    A default device changes nothing: compiler and memory see a mode then.
+    """
     _, compiled, graphs = counted()
-    for _ in range(4):
-        memories = compiled.create_knn_memories(batch_size=BATCH, device="cpu", spare=SEGMENT)
-        for _ in range(2):
-            compiled(tokens()[:, :SEGMENT], memories, labels=tokens()[:, :SEGMENT]).backward()
-        assert memories[0].lengths.tolist() == [2 * SEGMENT] * BATCH
+    with torch.device("cpu"):
+        for _ in range(4):
+            memories = compiled.create_knn_memories(batch_size=BATCH, device="cpu", spare=SEGMENT)
+            for _ in range(2):
+                compiled(tokens()[:, :SEGMENT], memories, labels=tokens()[:, :SEGMENT]).backward()
+            assert memories[0].lengths.tolist() == [2 * SEGMENT] * BATCH
     assert graphs.frame_count == 1
 
 

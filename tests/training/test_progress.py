@@ -20,6 +20,12 @@ def test_a_report_is_a_plain_line_where_there_is_no_terminal(capsys):
     assert capsys.readouterr().out == "step 10/20: 2.500 bits per byte, 12,346 tokens/s\n"
 
 
+def test_a_report_says_the_share_of_the_peak_where_that_is_known(capsys):
+    progress = Progress(20, 0, plain=True)
+    progress.report({"step": 10, "bits_per_byte": 2.5, "tokens_per_second": 12345.6, "peak_share": 0.2137})
+    assert capsys.readouterr().out == "step 10/20: 2.500 bits per byte, 12,346 tokens/s, 21.4% of peak FLOP/s\n"
+
+
 def test_a_bar_on_a_terminal_shows_steps_bits_per_byte_and_speed(capsys, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     progress = Progress(20, 9, plain=False)

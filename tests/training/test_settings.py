@@ -31,7 +31,7 @@ from memtrans.training.settings import Settings
         ("xl_layers", (0,), "xl_layers must name layers from 1 to 4, got 0"),
         ("kv_heads", 3, "heads must be a multiple of kv_heads=3, got 4"),
         ("vocabulary", 255, "vocabulary must be at least 256, got 255"),
-        ("optimizer", "sgd", "optimizer must be one of adamw, adafactor, got 'sgd'"),
+        ("optimizer", "sgd", "optimizer must be one of adamw, adafactor, muon, got 'sgd'"),
         ("schedule", "linear", "schedule must be one of cosine, inverse-sqrt, got 'linear'"),
         ("clip", 0.0, r"clip must be above 0, got 0\.0"),
     ],

@@ -39,7 +39,7 @@ def test_weights_come_back_and_those_of_another_model_are_refused() -> None:
         load_weights(build_model(dataclasses.replace(SMALL, width=24)), saved)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
 def test_moments_come_back_by_the_names_of_their_parameters(optimizer: str) -> None:
     settings = dataclasses.replace(SMALL, optimizer=optimizer)
     saved = moments_of(*trained(settings))
@@ -73,9 +73,11 @@ def test_moments_named_by_the_places_of_their_parameters_come_back_too() -> None
     assert all(torch.equal(found[name], tensor) for name, tensor in saved.items())
 
 
-def test_the_moments_of_another_optimiser_are_refused() -> None:
-    saved = moments_of(*trained(SMALL))
-    model, other = trained(dataclasses.replace(SMALL, optimizer="adafactor"), steps=0)
+@pytest.mark.parametrize("names", [("adamw", "adafactor"), ("adamw", "muon"), ("muon", "adamw")])
+def test_the_moments_of_another_optimiser_are_refused(names: tuple[str, str]) -> None:
+    wrote, reads = (dataclasses.replace(SMALL, optimizer=name) for name in names)
+    saved = moments_of(*trained(wrote))
+    model, other = trained(reads, steps=0)
     with pytest.raises(ValueError, match=r"this model's moments, \S+ of shape .* got"):
         load_moments(model, other, saved)
     assert moments_of(model, other) == {}

@@ -43,6 +43,7 @@ VARIANTS = {
     "without memory": dataclasses.replace(SMALL, memory=0),
     "grouped heads": dataclasses.replace(SMALL, kv_heads=2),
     "adafactor": dataclasses.replace(SMALL, optimizer="adafactor", schedule="inverse-sqrt", clip=None),
+    "muon": dataclasses.replace(SMALL, optimizer="muon", accumulate=2, skip_nonfinite=True),
     "memories that come late": dataclasses.replace(SMALL, memory_late=0.5, keep_memory=True),
     "memories kept": dataclasses.replace(SMALL, keep_memory=True, xl=16),
 }
@@ -66,7 +67,7 @@ def advance(trainer: Trainer, steps: int) -> None:
         trainer.advance()
 
 
-@pytest.mark.parametrize("variant", ["several backward passes before one step", "adafactor"])
+@pytest.mark.parametrize("variant", ["several backward passes before one step", "adafactor", "muon"])
 def test_21_16_a_step_is_the_same_whatever_the_default_dtype_is(variant, text):
     """Of a model that was made before: what comes without a dtype is a sum of losses, a share, a count."""
     losses = []
@@ -381,7 +382,7 @@ def test_a_report_waits_for_a_finite_step_and_after_too_many_others_the_run_is_l
         trainer.report()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
 def test_a_step_that_is_not_finite_may_be_left_out(text, optimizer):
     trainer = trainer_of(dataclasses.replace(SMALL, data=text, skip_nonfinite=True, optimizer=optimizer))
     trainer.advance()

@@ -8,7 +8,8 @@ A key among the K best, ordered by score and then by age, lies in one of the K b
 run before its own holds a key that is better than all of its keys. So K runs are enough however many keys are equal.
 
 The K-th best number is found by halving an interval of its bits, which takes at most 32 counts, whatever the numbers.
-A program holds all numbers of BLOCK queries in registers: (BLOCK, N).
+Where numbers are equal no halving parts them: after some the interval's ends are moved to numbers that there are, and
+it is over as soon as only one of them is left. A program holds all numbers of BLOCK queries in registers: (BLOCK, N).
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import triton.language as tl
 from memtrans_kernels.impl.triton.knn_search_maxima import slot_of, window_of
 
 NOTHING = tl.constexpr(-2139095041)  # ordered(-inf)
+LARGEST = tl.constexpr(0x7FFFFFFF)  # above ordered(inf)
+HALVINGS = tl.constexpr(12)  # random numbers hardly take as many; where some are equal, numbers that occur end it
 
 
 @triton.jit
@@ -42,7 +45,13 @@ def choose_best(value, K: tl.constexpr, LIST: tl.constexpr, BLOCK: tl.constexpr,
     high = tl.max(value, axis=1).to(tl.int64) + 1
     count = tl.sum((value >= low.to(tl.int32)[:, None]).to(tl.int32), axis=1)
     open = (count > K) & (high - low > 1)
+    halvings = 0
     while tl.max(open.to(tl.int32), axis=0) > 0:
+        if halvings % HALVINGS == HALVINGS - 1:
+            least = tl.min(tl.where(value >= low.to(tl.int32)[:, None], value, LARGEST), axis=1).to(tl.int64)
+            most = tl.max(tl.where(value < high.to(tl.int32)[:, None], value, NOTHING), axis=1).to(tl.int64)
+            low = tl.where(open, least, low)
+            high = tl.where(open, most + 1, high)
         middle = low + (high - low) // 2
         there = tl.sum((value >= middle.to(tl.int32)[:, None]).to(tl.int32), axis=1)
         raised, lowered = open & (there >= K), open & (there < K)
@@ -50,6 +59,7 @@ def choose_best(value, K: tl.constexpr, LIST: tl.constexpr, BLOCK: tl.constexpr,
         low = tl.where(raised, middle, low)
         high = tl.where(lowered, middle, high)
         open = (count > K) & (high - low > 1)
+        halvings += 1
     bound = low.to(tl.int32)[:, None]
     chosen = (value >= bound).to(tl.int32)
     if tl.max(count, axis=0) > K:
