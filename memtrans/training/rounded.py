@@ -34,25 +34,24 @@ class RoundedWeights:
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        self.model, self.dtype = model, dtype
+        self.dtype = dtype
+        self._linear = [module._parameters for module in model.modules() if type(module) is nn.Linear]
         # one for each parameter of the model: its own, what is read in its place, and the gradients collected so far
-        self._own: list[nn.Parameter] = []
+        self._own = list(model.parameters())
         self._read: list[nn.Parameter] = []
         self._sums: list[Tensor | None] = []
 
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Has the layers read the weights as they are now, rounded; afterwards the own ones have what was collected."""
-        linear = [module._parameters for module in self.model.modules() if type(module) is nn.Linear]
         places = [
             (parameters, name, weight)
-            for parameters in linear
+            for parameters in self._linear
             for name, weight in parameters.items()
             if weight is not None and weight.dtype == torch.float32
         ]
         weights = [weight for _, _, weight in places]
         rounded = dict(zip(map(id, weights), _rounded(weights, self.dtype), strict=True))
-        self._own = list(self.model.parameters())
         self._read = [rounded.get(id(own), own) for own in self._own]
         self._sums = [None] * len(self._own)
         try:

@@ -29,7 +29,7 @@ def memory_attention(inputs: AttentionInputs, ledger: Ledger | None, backend: st
     if is_plain(*inputs):
         if torch.is_grad_enabled():
             differentiable = [getattr(inputs, name) for name in DIFFERENTIABLE]
-            if any([one is not None and one.requires_grad for one in differentiable]):
+            if any(one is not None and one.requires_grad for one in differentiable):
                 return _Attention.apply(*differentiable, inputs, ledger, backend)
         return backends.run("memory_attention", backend, inputs)
     of_ledger = ledger if ledger is not None else (None, None, 0)
@@ -223,7 +223,7 @@ _memory_attention.register_autograd(_backward, setup_context=_setup)
 
 
 class _Attention(torch.autograd.Function):
-    """The same gradient without the dispatcher; autograd is handed DIFFERENTIABLE alone, as each argument has its price."""
+    """The same gradient without the dispatcher. Autograd is handed DIFFERENTIABLE alone: each argument has its price."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Output:
