@@ -223,13 +223,14 @@ _memory_attention.register_autograd(_backward, setup_context=_setup)
 
 
 class _Attention(torch.autograd.Function):
-    """The same gradient without the dispatcher. Autograd is handed DIFFERENTIABLE alone: each argument has its price."""
+    """The same gradient without the dispatcher. Autograd gets DIFFERENTIABLE alone: each argument has its price."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Output:
         inputs, ledger, backend = arguments[len(DIFFERENTIABLE) :]
         output = backends.run("memory_attention", backend, inputs)
-        _save(ctx, inputs, output, *(ledger or (None, None, 0)), backend)
+        written, ticket, spare = ledger or (None, None, 0)
+        _save(ctx, inputs, output, written, ticket, spare, backend)
         return output
 
     @staticmethod
