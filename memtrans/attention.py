@@ -27,6 +27,7 @@ from memtrans.layers import bare_weight
 from memtrans.pairs import paired, taken_apart
 from memtrans.segments import Beginnings, Padding, leading, mask_of, ordered
 from memtrans_kernels import checks, local_attention
+from memtrans_kernels.eager import kept
 from memtrans_kernels.precision import arithmetic_dtype
 
 
@@ -215,6 +216,9 @@ class LocalContext(nn.Module):
         batch, length, _ = x.shape
         query = self.to_q(x).view(batch, length, self.heads, self.dim_head).transpose(1, 2)  # (B, H, N, D)
         key_value, (width, value_width) = self.to_kv(x), self.widths
+        if self.kv_heads == 1:
+            key, value = key_value.split(self.widths, dim=-1)
+            return query, key[:, None], value[:, None]  # (B, 1, N, D), (B, 1, N, E)
         if width == value_width:
             pairs = key_value.view(batch, length, 2, self.kv_heads, width)  # (B, N, 2, G, D)
             key, value = pairs.permute(2, 0, 3, 1, 4).unbind()  # (B, G, N, D) each
@@ -357,7 +361,7 @@ class Attention(LocalContext):
         of_view = isinstance(inputs.xl_memory, LocalView) and plain
         if of_view and query.shape[2] == 1 and local.bias_dense is not None and dropout_p == 0.0:
             return self.to_out(self._attend_once(query, local)), new_cache
-        scale = torch.full((self.heads,), self.scale, dtype=arithmetic_dtype(query), device=x.device)
+        scale = kept(_full, x.device, self.heads, self.scale, arithmetic_dtype(query))
         attended, _ = local_attention(
             query, local.key, local.value, scale, local.bias_table, local.bias_dense, local.local_length,
             dropout_p, seed_of(dropout_p, x.device),
@@ -379,6 +383,11 @@ class Attention(LocalContext):
             query.reshape(*of_group, width), local.key, local.value, mask, scale=self.scale
         )  # (B, G, H/G, E)
         return out.reshape(batch, 1, heads * self.value_dim_head)
+
+
+def _full(device: torch.device, heads: int, scale: float, dtype: torch.dtype) -> Tensor:
+    """One number for each head (H,)."""
+    return torch.full((heads,), scale, dtype=dtype, device=device)
 
 
 def _behind_padding(tensor: Tensor, length: int, skipped: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ Source: Raffel et al. 2020 (T5), section 2.1; Wu et al. 2022, section 4.2, use i
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +13,7 @@ from torch import Tensor, nn
 from memtrans.checks import check_number, sizes
 from memtrans.layers import device_of
 from memtrans_kernels import checks
-from memtrans_kernels.eager import is_plain
-
-MOST_KEPT = 64  # buckets of tables, for kinds of bias and places
-_BUCKETS: dict[tuple[Any, ...], Tensor] = {}
+from memtrans_kernels.eager import kept
 
 
 class T5RelativePositionBias(nn.Module):
@@ -51,10 +47,7 @@ class T5RelativePositionBias(nn.Module):
 
     def bucket(self, distance: Tensor) -> Tensor:
         """The bucket of each distance (int64, at least 0)."""
-        exact = self.num_buckets // 2
-        ratio = torch.log(distance.clamp(min=1).float() / exact) / math.log(self.max_distance / exact)
-        logarithmic = (exact + (ratio * (self.num_buckets - exact)).long()).clamp(max=self.num_buckets - 1)
-        return torch.where(distance < exact, distance, logarithmic)
+        return _bucket(distance, self.num_buckets, self.max_distance)
 
     def table(self, free: int = 0, device: torch.device | None = None) -> Tensor:
         """Bias by distance (H, free + max_distance + 1); its last column holds for every larger distance.
@@ -66,30 +59,35 @@ class T5RelativePositionBias(nn.Module):
         torch.Size([4, 129])
         """
         device = device_of(self) if device is None else device
-        return self.relative_attention_bias(self._buckets(free, device)).T * self.scale
-
-    def _buckets(self, free: int, device: torch.device) -> Tensor:
-        """The bucket of each column of `table`; on a GPU these are a dozen launches, so eager calls keep them."""
-        if not is_plain() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-            return self._buckets_now(free, device)  # a graph has its own
-        key: tuple[Any, ...] = (type(self), self.num_buckets, self.max_distance, free, device)
-        if device.type == "cuda":
-            key = (*key, torch.cuda.current_stream(device).cuda_stream)  # what orders it before those who read it
-        if key not in _BUCKETS:
-            if len(_BUCKETS) >= MOST_KEPT:
-                _BUCKETS.clear()
-            with torch.inference_mode(False):  # they may be read in training too
-                _BUCKETS[key] = self._buckets_now(free, device)
-        return _BUCKETS[key]
-
-    def _buckets_now(self, free: int, device: torch.device) -> Tensor:
-        return self.bucket((torch.arange(free + self.max_distance + 1, device=device) - free).clamp(min=0))
+        if type(self) is T5RelativePositionBias:  # on a GPU these are a dozen launches
+            buckets = kept(_buckets, device, self.num_buckets, self.max_distance, free)
+        else:
+            buckets = self.bucket(_distances(device, self.max_distance, free))
+        # contiguous, as kernels want it: else each layer would copy it, and again in its backward pass
+        return self.relative_attention_bias(buckets).T.contiguous() * self.scale
 
     def forward(self, i: int, j: int, *, device: torch.device | str | None = None) -> Tensor:
         """Dense bias (1, H, i, j) of the i newest of j positions; 0 distance for keys in the future."""
         i, j = sizes(0, i=i, j=j)
         del device  # upstream's argument; the table lives where the weights live
         return expand_table(self.table(), i, j)[None]
+
+
+def _bucket(distance: Tensor, num_buckets: int, max_distance: int) -> Tensor:
+    exact = num_buckets // 2
+    ratio = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
+    logarithmic = (exact + (ratio * (num_buckets - exact)).long()).clamp(max=num_buckets - 1)
+    return torch.where(distance < exact, distance, logarithmic)
+
+
+def _distances(device: torch.device, max_distance: int, free: int) -> Tensor:
+    """Of each column of a table, without those that cost nothing."""
+    return (torch.arange(free + max_distance + 1, device=device) - free).clamp(min=0)
+
+
+def _buckets(device: torch.device, num_buckets: int, max_distance: int, free: int) -> Tensor:
+    """Of each column of a table."""
+    return _bucket(_distances(device, max_distance, free), num_buckets, max_distance)
 
 
 def expand_table(table: Tensor, length: int, local_keys: int) -> Tensor:

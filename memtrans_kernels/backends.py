@@ -11,7 +11,6 @@ import functools
 import os
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -158,6 +157,11 @@ def _unfit_for_faiss(
     return _no_float64(keys)
 
 
+@functools.cache
+def _loaded(module: str, function: str) -> Function:
+    return getattr(import_module(f"memtrans_kernels.{module}"), function)
+
+
 class Implementation(NamedTuple):
     """Where an operator's implementation lives, on which device it runs, and what may speak against it."""
 
@@ -169,9 +173,8 @@ class Implementation(NamedTuple):
     unfit: Callable[..., str | None] = _any_tensors  # why it cannot run on these arguments, None if it can
     limits: str = ""  # what `unfit` lets through, in words
 
-    @functools.cache  # noqa: B019 - the table below holds them all
     def load(self) -> Function:
-        return getattr(import_module(f"memtrans_kernels.{self.module}"), self.function)
+        return _loaded(self.module, self.function)
 
     def why_not(self) -> str | None:
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -341,11 +344,16 @@ def run(operator: str, backend: str, *arguments: Any) -> Any:
     an autocast around it would round the reference's matrix products."""
     function = resolve(operator, backend, *arguments)
     device: torch.device = arguments[0].device
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    if not elsewhere and not torch.is_autocast_enabled(device.type):
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device), torch.autocast(device.type, enabled=False):
+            return function(*arguments)
+    if not torch.is_autocast_enabled(device.type):
         return function(*arguments)
-    with torch.cuda.device(device) if elsewhere else nullcontext(), torch.autocast(device.type, enabled=False):
+    torch.set_autocast_enabled(device.type, False)  # as torch.autocast does, which takes several times as long
+    try:
         return function(*arguments)
+    finally:
+        torch.set_autocast_enabled(device.type, True)
 
 
 def _warn_slow_path(operator: str, device: str, reasons: str) -> None:

@@ -7,7 +7,8 @@ the implementation alone does the same.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 _OWN = (Tensor, Parameter)
+MOST_KEPT = 256
+_KEPT: dict[tuple[Any, ...], Any] = {}
+Made = TypeVar("Made")
 
 
 def is_plain(*arguments: Any) -> bool:
@@ -36,10 +40,35 @@ def is_plain(*arguments: Any) -> bool:
         or torch._C._get_tracing_state() is not None
     ):
         return False
-    for one in arguments:  # a loop takes half the time of `all`
+    for one in arguments:  # noqa: SIM110 - a loop takes half the time of `all`
         if isinstance(one, Tensor) and (type(one) not in _OWN or one.is_meta):
             return False
     return True
+
+
+def kept(make: Callable[..., Made], device: torch.device, *arguments: Any) -> Made:
+    """What `make(device, *arguments)` gives: tensors on that device that nobody writes to, made once by eager calls.
+
+    Each stream has its own, so that they are there before whoever reads them; what is compiled or captured makes them
+    for itself.
+
+    Args:
+        make: a function of the arguments alone. device: where its tensors are. arguments: hashable.
+
+    >>> zeros = lambda device, size: torch.zeros(size, device=device)
+    >>> kept(zeros, torch.device("cpu"), 3) is kept(zeros, torch.device("cpu"), 3)
+    True
+    """
+    on_gpu = device.type == "cuda"
+    if not is_plain() or (on_gpu and torch.cuda.is_current_stream_capturing()):
+        return make(device, *arguments)
+    key = (make, device, torch.cuda.current_stream(device) if on_gpu else None, *arguments)
+    if key not in _KEPT:
+        if len(_KEPT) >= MOST_KEPT:
+            _KEPT.clear()
+        with torch.inference_mode(False):  # what is made in inference may be read in training
+            _KEPT[key] = make(device, *arguments)
+    return _KEPT[key]
 
 
 def is_differentiated_by_transform(*arguments: Any) -> bool:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 class RoundedWeights:
@@ -34,25 +35,24 @@ class RoundedWeights:
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        self.model, self.dtype = model, dtype
+        self.dtype = dtype
+        self._linear = [module._parameters for module in model.modules() if type(module) is nn.Linear]
         # one for each parameter of the model: its own, what is read in its place, and the gradients collected so far
-        self._own: list[nn.Parameter] = []
+        self._own = list(model.parameters())
         self._read: list[nn.Parameter] = []
-        self._sums: list[Tensor | None] = []
+        self._sums: list[Any] = []  # None where there was no gradient yet
 
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Has the layers read the weights as they are now, rounded; afterwards the own ones have what was collected."""
-        linear = [module._parameters for module in self.model.modules() if type(module) is nn.Linear]
         places = [
             (parameters, name, weight)
-            for parameters in linear
+            for parameters in self._linear
             for name, weight in parameters.items()
             if weight is not None and weight.dtype == torch.float32
         ]
         weights = [weight for _, _, weight in places]
         rounded = dict(zip(map(id, weights), _rounded(weights, self.dtype), strict=True))
-        self._own = list(self.model.parameters())
         self._read = [rounded.get(id(own), own) for own in self._own]
         self._sums = [None] * len(self._own)
         try:
@@ -68,7 +68,7 @@ class RoundedWeights:
     @torch.no_grad()
     def collect(self) -> None:
         """Takes the gradients of a backward pass, and adds them to those of the passes before it."""
-        found = [read.grad for read in self._read]
+        found: list[Any] = [read.grad for read in self._read]
         for read in self._read:
             read.grad = None
         rounded = [place for place, own in enumerate(self._own) if self._read[place] is not own]

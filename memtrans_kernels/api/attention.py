@@ -8,8 +8,8 @@ from torch import Tensor
 from memtrans_kernels import checks, ops
 from memtrans_kernels.attention_inputs import NUMBERS, AttentionInputs
 from memtrans_kernels.backends import check_name
+from memtrans_kernels.eager import kept
 from memtrans_kernels.ledger import Ledger
-from memtrans_kernels.precision import arithmetic_dtype
 
 # Of the arguments that are tensors, those that are not floating point.
 KINDS = {torch.int32: ("slots",), torch.int64: ("rows", "local_length", "seed", "first"), torch.bool: ("key_mask",)}
@@ -148,16 +148,24 @@ def local_attention(
     [1.0, 2.0]
     """
     _check_local(query, key, value)
-    batch, heads, length, width = query.shape
-    no_keys, no_values = (query.new_empty(1, 1, of) for of in (width, value.shape[3]))  # nobody reads them
-    scores = torch.empty(batch, heads, length, 0, dtype=arithmetic_dtype(query), device=query.device)
-    slots = torch.empty(batch, heads, length, 0, dtype=torch.int32, device=query.device)
-    rows = torch.zeros(batch * key.shape[1], dtype=torch.int64, device=query.device)
+    sizes = tuple(query.shape[:3]), key.shape[1], query.shape[3], value.shape[3]
+    no_keys, no_values, rows, scores, slots = kept(_no_memory, query.device, query.dtype, *sizes)
     return memory_attention(
         query, key, value, no_keys, no_values, rows, scores, slots, scale,
         bias_table, bias_dense, None, local_length, dropout_p, seed, causal, key_mask, first, soft_cap, sink,
         backend=backend,
     )  # fmt: skip
+
+
+def _no_memory(
+    device: torch.device, dtype: torch.dtype, of_queries: tuple[int, ...], groups: int, width: int, value_width: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Keys, values, rows, scores and slots for queries (B, H, N) that find nothing."""
+    no_keys, no_values = (torch.empty(1, 1, of, dtype=dtype, device=device) for of in (width, value_width))
+    rows = torch.zeros(of_queries[0] * groups, dtype=torch.int64, device=device)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    scores = torch.empty(*of_queries, 0, dtype=wide, device=device)
+    return no_keys, no_values, rows, scores, torch.empty(*of_queries, 0, dtype=torch.int32, device=device)
 
 
 def merge_attention(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:

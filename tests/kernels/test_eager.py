@@ -11,7 +11,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from memtrans_kernels import checks, cosine, knn_add_, knn_search, ledger_advance_, ledger_ticket, memory_attention
+from memtrans_kernels import (
+    checks,
+    cosine,
+    eager,
+    knn_add_,
+    knn_search,
+    ledger_advance_,
+    ledger_ticket,
+    local_attention,
+    memory_attention,
+)
+from memtrans_kernels.eager import kept
 
 
 class Watching(TorchDispatchMode):
@@ -117,3 +128,41 @@ def test_a_refused_shape_is_refused_again() -> None:
     for _ in range(2):
         with pytest.raises(ValueError, match="query and key must have shape"):
             cosine(torch.ones(2, 4), torch.ones(2, 3))
+
+
+def ones(device: torch.device, *sizes: int) -> Tensor:
+    return torch.ones(sizes, device=device)
+
+
+def test_what_is_kept_is_made_once_for_each_device_and_arguments() -> None:
+    device = torch.ones(1).device
+    first = kept(ones, device, 2, 3)
+    assert kept(ones, device, 2, 3) is first
+    assert kept(ones, device, 3, 2) is not first and kept(ones, torch.device("meta"), 2, 3).is_meta
+    with Watching():
+        assert kept(ones, device, 2, 3) is not first  # a mode sees that it is made
+
+
+def test_what_was_kept_in_inference_can_be_read_in_training() -> None:
+    device = torch.ones(1).device
+    with torch.inference_mode():
+        factor = kept(ones, device, 7)
+    x = torch.ones(7, requires_grad=True)
+    (x * factor).sum().backward()
+    assert x.grad is not None
+
+
+def test_few_things_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eager, "_KEPT", {})
+    monkeypatch.setattr(eager, "MOST_KEPT", 4)
+    for size in range(9):
+        kept(ones, torch.ones(1).device, size)
+    assert len(eager._KEPT) <= 4
+
+
+def test_attention_without_a_memory_makes_none_in_its_place_again() -> None:
+    query, key = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 3, 8)
+    local_attention(query, key, key, torch.ones(4))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        local_attention(query, key, key, torch.ones(4))
+    assert not [event for event in found.key_averages() if event.key == "aten::zeros"]
