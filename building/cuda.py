@@ -94,7 +94,7 @@ def toolkit() -> Path | None:
 
 
 def wheel_folders() -> list[Path]:
-    """Where PyPI's wheels of CUDA lie; not only those that an import of `nvidia` would find, which may be one folder."""
+    """Where PyPI's wheels of CUDA lie: in several folders, of which an import of `nvidia` may find the first alone."""
     places = [Path(place) / "nvidia" for place in sys.path]
     return [folder for place in places for folder in sorted(place.glob("cu[0-9]*"), reverse=True)]
 
