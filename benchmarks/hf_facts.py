@@ -113,18 +113,15 @@ def judged(model: Any, memory: ModelMemory, documents: Documents, search: bool, 
         torch.cuda.synchronize()
     seconds = time.perf_counter() - begin
     nats, right = asked(model, memory, documents, encode)
-    behind = of_text(model, documents)
+    segments = documents.behind.flatten(0, 1)  # (B · SEGMENTS, N)
+    with memory.expand(SEGMENTS):
+        behind = float(text_loss(model, segments))
     with memory.off():
-        plain = of_text(model, documents)
+        plain = float(text_loss(model, segments))
     with memory.writing():
-        text = of_text(model, documents)
+        text = float(torch.stack([text_loss(model, part) for part in documents.behind.unbind(1)]).mean())
     found = {"nats": float(nats), "right": float(right), "text": text, "text_behind": behind, "text_without": plain}
     return {**found, "read_tokens_per_second": documents.ids.numel() / seconds}
-
-
-def of_text(model: Any, documents: Documents) -> float:
-    """Nats of a token of the running text."""
-    return float(torch.stack([text_loss(model, segments) for segments in documents.behind.unbind(1)]).mean())
 
 
 def asked(model: Any, memory: ModelMemory, documents: Documents, encode: Any) -> tuple[Tensor, Tensor]:

@@ -63,7 +63,8 @@ class T5RelativePositionBias(nn.Module):
             buckets = kept(_buckets, device, self.num_buckets, self.max_distance, free)
         else:
             buckets = self.bucket(_distances(device, self.max_distance, free))
-        return self.relative_attention_bias(buckets).T * self.scale
+        # contiguous, as kernels want it: else each layer would copy it, and again in its backward pass
+        return self.relative_attention_bias(buckets).T.contiguous() * self.scale
 
     def forward(self, i: int, j: int, *, device: torch.device | str | None = None) -> Tensor:
         """Dense bias (1, H, i, j) of the i newest of j positions; 0 distance for keys in the future."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from memtrans.layers import is_bare
 
@@ -44,7 +45,7 @@ class RoundedWeights:
         # one for each parameter of the model: its own, what is read in its place, and the gradients collected so far
         self._own = list(model.parameters())
         self._read: list[nn.Parameter] = []
-        self._sums: list[Tensor | None] = []
+        self._sums: list[Any] = []  # None where there was no gradient yet
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -73,7 +74,7 @@ class RoundedWeights:
     @torch.no_grad()
     def collect(self) -> None:
         """Takes the gradients of a backward pass, and adds them to those of the passes before it."""
-        found = [read.grad for read in self._read]
+        found: list[Any] = [read.grad for read in self._read]
         for read in self._read:
             read.grad = None
         rounded = [place for place, own in enumerate(self._own) if self._read[place] is not own]

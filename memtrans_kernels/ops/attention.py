@@ -10,7 +10,7 @@ from torch import Tensor
 
 from memtrans_kernels import backends, checks
 from memtrans_kernels.attention_inputs import NUMBERS, AttentionInputs
-from memtrans_kernels.eager import is_differentiated_by_transform, is_plain
+from memtrans_kernels.eager import is_differentiated_by_transform, is_plain, kept
 from memtrans_kernels.ledger import Ledger, check_not_stale, note_saved, to_save
 from memtrans_kernels.ops.derivatives import formula, second, through_formula
 from memtrans_kernels.precision import arithmetic_dtype
@@ -168,15 +168,18 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | No
 
 
 def _gradients(
-    ctx: Any, grad_out: Tensor, grad_lse: Tensor, of_keys: bool
+    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, of_keys: bool
 ) -> tuple[AttentionInputs, list[Tensor | None]]:
-    """The inputs, and the gradients of DIFFERENTIABLE, none of what is not there or wanted."""
+    """The inputs, and the gradients of DIFFERENTIABLE, none of what is not there or wanted.
+
+    grad_out, grad_lse: None for zeros, which autograd would have to write.
+    """
     out, lse, *tensors, written, ticket = ctx.saved_tensors  # once: checkpointing recomputes to unpack them
     arguments: list[Any] = [None] * len(AttentionInputs._fields)
     for place, value in zip(PLACES, (*tensors, *ctx.numbers), strict=True):
         arguments[place] = value
     inputs = AttentionInputs(*arguments)
-    given = grad_out, grad_lse, out, lse
+    given = _or_zeros(grad_out, out), _or_zeros(grad_lse, lse), out, lse
     if not is_plain(*given, *inputs):
         rest = written, ticket, ctx.spare, of_keys, ctx.backend
         found: Sequence[Any] = _memory_attention_backward(*given, *inputs, *rest)
@@ -191,6 +194,14 @@ def _gradients(
         None if getattr(inputs, name) is None or name in absent else grad
         for name, grad in zip(DIFFERENTIABLE, found, strict=True)
     ]
+
+
+def _or_zeros(grad: Tensor | None, like: Tensor) -> Tensor:
+    return kept(_zero, like.device, like.dtype).expand(like.shape) if grad is None else grad
+
+
+def _zero(device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.zeros((), dtype=dtype, device=device)
 
 
 def _differentiable_gradients(
@@ -223,16 +234,18 @@ _memory_attention.register_autograd(_backward, setup_context=_setup)
 
 
 class _Attention(torch.autograd.Function):
-    """The same gradient without the dispatcher. Autograd is handed DIFFERENTIABLE alone: each argument has its price."""
+    """The same gradient without the dispatcher. Autograd gets DIFFERENTIABLE alone: each argument has its price."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Output:
         inputs, ledger, backend = arguments[len(DIFFERENTIABLE) :]
+        ctx.set_materialize_grads(False)
         output = backends.run("memory_attention", backend, inputs)
-        _save(ctx, inputs, output, *(ledger or (None, None, 0)), backend)
+        written, ticket, spare = ledger or (None, None, 0)
+        _save(ctx, inputs, output, written, ticket, spare, backend)
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         of_keys = any(ctx.needs_input_grad[DIFFERENTIABLE.index(name)] for name in OF_KEYS)
         return (*_gradients(ctx, grad_out, grad_lse, of_keys)[1], None, None, None)  # inputs, ledger, backend
