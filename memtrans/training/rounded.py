@@ -14,10 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from memtrans.layers import is_bare
+
 
 class RoundedWeights:
     """What a model reads during a step in place of the float32 weights of layers that are exactly `nn.Linear`.
 
+    A weight that another kind of layer holds too, such as an embedding, that has a hook, or whose layer has one, stays.
     Each backward pass may be of one forward pass: the gradients of two would be added before they are cast.
 
     Args:
@@ -36,7 +39,9 @@ class RoundedWeights:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self._linear = [module._parameters for module in model.modules() if type(module) is nn.Linear]
+        linear = [module for module in model.modules() if type(module) is nn.Linear and is_bare(module)]
+        self._linear = [module._parameters for module in linear]
+        self._left = _held_by_others(model, linear)
         # one for each parameter of the model: its own, what is read in its place, and the gradients collected so far
         self._own = list(model.parameters())
         self._read: list[nn.Parameter] = []
@@ -50,6 +55,7 @@ class RoundedWeights:
             for parameters in self._linear
             for name, weight in parameters.items()
             if weight is not None and weight.dtype == torch.float32
+            if id(weight) not in self._left and not _is_watched(weight)
         ]
         weights = [weight for _, _, weight in places]
         rounded = dict(zip(map(id, weights), _rounded(weights, self.dtype), strict=True))
@@ -82,6 +88,18 @@ class RoundedWeights:
         if again:
             torch._foreach_add_([self._sums[place] for place in again], [found[place] for place in again])
         self._sums = [grad if total is None else total for total, grad in zip(self._sums, found, strict=True)]
+
+
+def _held_by_others(model: nn.Module, linear: Sequence[nn.Module]) -> set[int]:
+    """The ids of the parameters that modules beside these hold, which read them as they are."""
+    among = set(map(id, linear))
+    others = [module for module in model.modules() if id(module) not in among]
+    return {id(parameter) for module in others for parameter in module.parameters(recurse=False)}
+
+
+def _is_watched(weight: nn.Parameter) -> bool:
+    """Whether a hook waits for the weight's gradient: it would not see that of what is read in its place."""
+    return bool(weight._backward_hooks or weight._post_accumulate_grad_hooks)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,64 @@ def test_frozen_weights_are_read_rounded_and_stay_without_a_gradient() -> None:
         model(torch.ones(1, 2, dtype=torch.bfloat16)).sum().backward()
         weights.collect()
     assert model.weight.grad is None and model.bias.grad.tolist() == [1.0, 1.0]
+
+
+class Same(nn.Linear):
+    """A layer of another class, whose forward pass may be another."""
+
+
+def tied(kind: Callable[..., nn.Module]) -> nn.Sequential:
+    """Two layers with one weight, the second of them PyTorch's linear layer."""
+    model = nn.Sequential(kind(4, 4), nn.Linear(4, 4, bias=False))
+    model[1].weight = model[0].weight
+    return model
+
+
+def hooked(register: Callable[[nn.Parameter], object]) -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(4, 4))
+    register(model[0].weight)
+    return model
+
+
+def doubled(parameter: nn.Parameter) -> None:
+    parameter.grad *= 2
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize(
+    ("made", "given"),
+    [
+        (lambda: tied(nn.Embedding), torch.tensor([0, 3])),
+        (lambda: tied(Same), torch.rand(2, 4)),
+        (lambda: tied(nn.Linear), torch.rand(2, 4)),
+        (lambda: nn.utils.weight_norm(nn.Linear(4, 4)), torch.rand(2, 4)),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), torch.rand(2, 4)),
+        (lambda: hooked(lambda weight: weight.register_hook(lambda grad: 2 * grad)), torch.rand(2, 4)),
+        (lambda: hooked(lambda weight: weight.register_post_accumulate_grad_hook(doubled)), torch.rand(2, 4)),
+    ],
+    ids=[
+        "an embedding",
+        "another class",
+        "a linear layer",
+        "weight_norm",
+        "a parametrisation",
+        "a hook",
+        "a late hook",
+    ],
+)
+def test_a_weight_that_others_read_too_has_the_whole_gradient(
+    made: Callable[[], nn.Module], given: torch.Tensor
+) -> None:
+    found = []
+    for rounds in (True, False):
+        torch.manual_seed(0)
+        model = made()
+        weights = RoundedWeights(model, torch.bfloat16)
+        with weights.reading() if rounds else nullcontext():
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(given).float().sin().sum()
+            loss.backward()
+            if rounds:
+                weights.collect()
+        found.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(ours, autocast) for ours, autocast in zip(*found, strict=True))
