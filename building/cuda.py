@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,13 +22,8 @@ from building.common import HOST_FLAGS, ROOT, Skipped, switched_on
 
 HOPPER = "9.0a"  # what the kernels are written for: wgmma and the bulk copy engine
 # What installers bring where a GPU is and nvcc is not; nvcc's wheels are made for Linux.
-NVCC_WHEELS = [
-    "nvidia-cuda-nvcc==13.0.*",
-    "nvidia-nvvm==13.0.*",
-    "nvidia-cuda-crt==13.0.*",
-    "nvidia-cuda-runtime==13.0.*",
-    "nvidia-cuda-cccl==13.0.*",
-]
+NVCC_PARTS = ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-runtime", "nvidia-cuda-cccl")
+NVCC_WHEELS = [f"{name}==13.0.*" for name in NVCC_PARTS]
 STAND_IN = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }\n'
 
 
@@ -66,6 +62,27 @@ def wanted() -> bool:
     return switched_on("MEMTRANS_BUILD_CUDA") or Path("/proc/driver/nvidia/version").exists()
 
 
+def nvcc_wheels() -> list[str]:
+    """NVCC_WHEELS, beside a PyTorch for CUDA 13 those of its minor version.
+
+    PyTorch has brought some of them itself, in versions that it asks for; installers give up where a build asks for
+    another one.
+    """
+    runtime = installed("nvidia-cuda-runtime")
+    if runtime is None:
+        return NVCC_WHEELS
+    series = ".".join(runtime.split(".")[:2])
+    return [f"{name}=={installed(name) or f'{series}.*'}" for name in NVCC_PARTS]
+
+
+def installed(name: str) -> str | None:
+    """The version of a package that is here."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
 def toolkit() -> Path | None:
     """The folder whose bin/ holds nvcc: the one CUDA_HOME names, else on PATH, of PyPI's wheels, of the system."""
     if given := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
@@ -73,11 +90,24 @@ def toolkit() -> Path | None:
     else:
         on_path = shutil.which("nvcc")
         candidates = [Path(on_path).resolve().parents[1]] if on_path else []
-        package = find_spec("nvidia")
-        for place in (package.submodule_search_locations or []) if package else []:
-            candidates += sorted(Path(place).glob("cu[0-9]*"), reverse=True)
-        candidates.append(Path("/usr/local/cuda"))
+        candidates += [*wheel_folders(), Path("/usr/local/cuda")]
     return next((folder for folder in candidates if is_toolkit(folder)), None)
+
+
+def wheel_folders() -> list[Path]:
+    """Where PyPI's wheels of CUDA lie."""
+    package = find_spec("nvidia")
+    places = (package.submodule_search_locations or []) if package else []
+    return [folder for place in places for folder in sorted(Path(place).glob("cu[0-9]*"), reverse=True)]
+
+
+def other_parts(home: Path) -> list[Path]:
+    """Where the rest of a toolkit lies that is made of wheels.
+
+    pip keeps what a build asks for later apart from what came with PyTorch.
+    """
+    folders = wheel_folders()
+    return [folder for folder in folders if folder != home] if home in folders else []
 
 
 def is_toolkit(folder: Path) -> bool:
@@ -98,7 +128,7 @@ def build(home: Path, target: Path, temporary: Path) -> None:
 
 
 def compilation(home: Path, file: str, output: Path) -> list[str]:
-    include = [f"-I{ROOT / 'csrc'}"]
+    include = [f"-I{ROOT / 'csrc'}", *(f"-I{folder / 'include'}" for folder in other_parts(home))]
     if file.endswith(".cu"):
         flags = ["-O3", "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-Xcompiler=-fPIC,-fvisibility=hidden"]
         host = ["-ccbin", os.environ["CXX"]] if os.environ.get("CXX") else []
@@ -117,7 +147,8 @@ def stand_in(folder: Path) -> list[str]:
 
 
 def linking(home: Path, objects: list[Path], target: Path, stand_in_folder: Path) -> list[str]:
-    folders = [stand_in_folder, *common.cpp_extension.library_paths(), home / "lib64", home / "lib"]
+    of_cuda = [folder / name for folder in (*other_parts(home), home) for name in ("lib64", "lib")]
+    folders = [stand_in_folder, *common.cpp_extension.library_paths(), *of_cuda]
     libraries = ["torch_cuda", "torch_cpu", "torch", "c10", "cudart_static", "rt", "pthread", "dl"]
     return [
         *common.compiler(),

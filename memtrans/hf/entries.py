@@ -128,8 +128,12 @@ class Entries:
         ids = parts.pop(IDS, None)
         if set(parts) != {str(number) for number in self.memories}:
             raise ValueError(f"entries must be of layers {list(self.memories)}, got {sorted(parts)}")
+        if read is not None and (read.shape != self.read.shape or read.dtype != torch.int64):
+            raise ValueError(f"{READ} must be int64 of shape ({self.documents},), got {read.dtype} {tuple(read.shape)}")
         for number, memory in self.memories.items():
             memory.check_state(parts[str(number)])  # all of them before the first is replaced
+        if self.ids is not None and ids is not None:
+            self.ids.check_state(ids)
         for number, memory in self.memories.items():
             memory.load_state_dict(parts[str(number)])
         if self.ids is not None and ids is not None:
@@ -139,9 +143,14 @@ class Entries:
 
 
 def read_entries(path: Path) -> tuple[dict[str, Tensor], int]:
-    """What `Entries.save` wrote, and of how many documents it is."""
+    """What `Entries.save` wrote, and of how many documents it is; ValueError where its tensors are of others."""
     state, configuration = load_tensors(path, KIND)
-    return state, int(configuration["documents"])
+    documents = configuration.get("documents")
+    rows = [tensor.numel() for name, tensor in state.items() if name.endswith(".lengths")]
+    # asked before memories for so many are made, which may be more than a machine can hold
+    if type(documents) is not int or documents < 1 or not rows or any(n == 0 or n % documents for n in rows):
+        raise ValueError(f"documents must be how many the entries are of, got {documents!r} in {str(path)!r}")
+    return state, documents
 
 
 def _counted(ids: Mapping[str, Tensor]) -> Tensor:

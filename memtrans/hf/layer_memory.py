@@ -82,11 +82,16 @@ class LayerMemory(nn.Module):
         form: "offset" for none of them, "gain" for a factor of each component, "mix" for a matrix too, "across" for
             one of all heads together besides; what it has already stays.
         """
-        heads, width = len(self.memory_offset), self.width
-        shapes = ((heads,), (heads, width), (heads, width, width), (heads * width, heads * width))
-        for name, shape in list(zip(ASKING, shapes, strict=True))[: FORMS[form]]:
+        shapes = self._shapes()
+        for name in ASKING[: FORMS[form]]:
             if getattr(self, name) is None:
-                setattr(self, name, nn.Parameter(self.memory_offset.new_zeros(shape)))
+                setattr(self, name, nn.Parameter(self.memory_offset.new_zeros(shapes[name])))
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of each parameter that a form may have."""
+        heads, width = len(self.memory_offset), self.width
+        of_asking = ((heads,), (heads, width), (heads, width, width), (heads * width, heads * width))
+        return {**dict.fromkeys(TRUSTING, (heads,)), **dict(zip(ASKING, of_asking, strict=True))}
 
     def forward(self, entries: Tensor) -> Asking:
         """How a memory of entries () int64 is asked.
@@ -97,11 +102,49 @@ class LayerMemory(nn.Module):
         """
         return asking_of({0: self}, entries)[0]
 
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Raises ValueError, with the name of what is wrong, unless `take` can take the state up."""
+        learned, shapes = sum(name in state for name in ASKING), self._shapes()
+        if learned not in FORMS.values() or set(state) != {*TRUSTING, *ASKING[:learned]}:
+            raise ValueError(
+                f"state must hold {' and '.join(TRUSTING)}, and of {', '.join(ASKING)} none, the first two, three or "
+                f"all, got {', '.join(sorted(state))}"
+            )
+        for name, tensor in state.items():
+            if tuple(tensor.shape) != shapes[name] or not tensor.is_floating_point():
+                raise ValueError(
+                    f"{name} must hold floating-point numbers of shape {shapes[name]}, got {tensor.dtype} of shape "
+                    f"{tuple(tensor.shape)}"
+                )
+
     def take(self, state: Mapping[str, Tensor]) -> None:
-        """Takes up what another one learned."""
+        """Takes up what another one learned, in its form: what that one does not have is gone. See `check_state`."""
+        for name in ASKING:
+            if name not in state:
+                setattr(self, name, None)
         learned = sum(name in state for name in ASKING)
-        self.learn_to_ask(next(form for form, count in FORMS.items() if count >= learned))
+        self.learn_to_ask(next(form for form, count in FORMS.items() if count == learned))
         self.load_state_dict(dict(state))
+
+
+def states_of(learned: Mapping[str, Tensor], layers: Mapping[int, LayerMemory]) -> dict[int, dict[str, Tensor]]:
+    """What each layer's memory learned, of tensors by the layer's number and their name: `3.memory_offset`.
+
+    Raises ValueError for a layer that is none of these, and where one cannot take up what is its.
+    """
+    states: dict[int, dict[str, Tensor]] = {number: {} for number in layers}
+    numbers = {str(number): number for number in layers}
+    for name, tensor in learned.items():
+        which, _, own = name.partition(".")
+        if which not in numbers:
+            raise ValueError(f"what was learned must be of layers {list(layers)}, got {name}")
+        states[numbers[which]][own] = tensor
+    for number, layer in layers.items():
+        try:
+            layer.check_state(states[number])
+        except ValueError as error:
+            raise ValueError(f"what layer {number} learned does not fit: {error}") from error
+    return states
 
 
 def asking_of(

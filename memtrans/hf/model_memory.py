@@ -20,6 +20,7 @@ from memtrans.generation.generate import reading_bar
 from memtrans.hf.attention import BASE
 from memtrans.hf.entries import Entries, read_entries
 from memtrans.hf.hooks import COUNT, after_decoder, before_decoder
+from memtrans.hf.layer_memory import states_of
 from memtrans.hf.probe import Layer
 from memtrans.hf.reading import Reader, to_the_right
 from memtrans.hf.settings import MemorySettings
@@ -334,8 +335,10 @@ class ModelMemory:
         """
         place = Path(directory)
         learned, configuration = load_tensors(place / WEIGHTS, KIND)
-        if configuration["layers"] != self.numbers:
-            raise ValueError(f"directory must hold a memory of layers {self.numbers}, got {configuration['layers']}")
+        if configuration.get("layers") != self.numbers:
+            of_file = configuration.get("layers")
+            raise ValueError(f"directory must hold a memory of layers {self.numbers}, got {of_file}")
+        states = states_of(learned, {number: layer.learned for number, layer in self.layers.items()})
         if (place / ENTRIES).exists():
             state, documents = read_entries(place / ENTRIES)
             entries = Entries(self.layers, self.settings, documents)
@@ -343,9 +346,7 @@ class ModelMemory:
             self._forget_reader()
             self._held[READ] = entries
         for number, layer in self.layers.items():
-            prefix = f"{number}."
-            own = {name.removeprefix(prefix): tensor for name, tensor in learned.items() if name.startswith(prefix)}
-            layer.learned.take(own)
+            layer.learned.take(states[number])
 
     def remove(self) -> None:
         """Takes the memory out of the model, which is then what it was, bit for bit."""

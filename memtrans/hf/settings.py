@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -45,8 +45,13 @@ class MemorySettings:
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of `add_memory`, of what `to_json` gave."""
-        return {**values, "dtype": None if values["dtype"] is None else DTYPES[values["dtype"]]}
+        """Arguments of `add_memory`, of what `to_json` gave. Raises ValueError for what it never gives."""
+        unknown, named = set(values) - {field.name for field in fields(MemorySettings)}, values.get("dtype")
+        if unknown:
+            raise ValueError(f"settings must be arguments of add_memory, got {', '.join(sorted(unknown))}")
+        if named is not None and named not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {named!r}")
+        return {**values, "dtype": None if named is None else DTYPES[named]}
 
 
 def checked(

@@ -70,12 +70,11 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if float(lr) < 0 or weight_decay < 0 or eps < 0:
+        if not (float(lr) >= 0 and weight_decay >= 0 and eps >= 0):  # nor NaN
             raise ValueError(f"lr, weight_decay and eps must be at least 0, got {float(lr)}, {weight_decay} and {eps}")
         if not all(0 <= share < 1 for share in (momentum, *betas)):
             raise ValueError(f"momentum and betas must be in [0, 1), got {momentum} and {betas}")
-        options = {"lr": lr, "orthogonal": orthogonal, "momentum": momentum, "betas": betas, "eps": eps}
-        self._dtype = dtype
+        options = {"lr": lr, "orthogonal": orthogonal, "momentum": momentum, "betas": betas, "eps": eps, "dtype": dtype}
         # a loaded state's `step` goes to the device too
         super().__init__(params, {**options, "weight_decay": weight_decay, "capturable": True})
 
@@ -109,7 +108,7 @@ class Muon(torch.optim.Optimizer):
         gradients, rate, mu = [_gradient(weight) for weight in weights], group["lr"], group["momentum"]
         held = [self.state[weight]["momentum_buffer"] for weight in weights]
         momenta = torch._foreach_lerp(held, gradients, 1 - mu)
-        steps = steps_like_adamw(torch._foreach_lerp(gradients, momenta, mu), self._dtype)
+        steps = steps_like_adamw(torch._foreach_lerp(gradients, momenta, mu), group["dtype"])
         kept = torch._foreach_mul(weights, 1 - rate * group["weight_decay"])
         moved = torch._foreach_sub(kept, torch._foreach_mul(steps, rate))
         self._take([*held, *weights], [*momenta, *moved])

@@ -81,11 +81,31 @@ ptxas info    : Function properties for _Z4redov
 def test_an_installer_brings_nvcc_where_a_gpu_is_and_no_nvcc(
     gpu: bool, has_nvcc: bool, skipped: str, asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(cuda, "installed", {}.get)
     monkeypatch.setattr(backend, "wanted", lambda: gpu)
     monkeypatch.setattr(backend, "toolkit", lambda: Path("/cuda") if has_nvcc else None)
     for switch in ("MEMTRANS_SKIP_CUDA_BUILD", "MEMTRANS_SKIP_BUILD"):
         monkeypatch.setenv(switch, "1" if switch == skipped else "0")
-    assert backend.nvcc_wheels() == asked
+    assert backend.missing() == asked
+
+
+def test_beside_a_pytorch_that_brought_parts_of_cuda_the_others_fit_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip ends with an error where a build asks for another version than PyTorch does."""
+    monkeypatch.setattr(cuda, "installed", {"nvidia-cuda-runtime": "13.2.86", "nvidia-cuda-cccl": "13.3.5.0.6"}.get)
+    assert cuda.nvcc_wheels() == [
+        *(f"{name}==13.2.*" for name in ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt")),
+        *("nvidia-cuda-runtime==13.2.86", "nvidia-cuda-cccl==13.3.5.0.6"),
+    ]
+
+
+def test_parts_of_cuda_may_lie_in_two_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_pytorch, of_build, system = (tmp_path / name / "nvidia" / "cu13" for name in ("overlay", "normal", "system"))
+    for folder in (of_pytorch, of_build):
+        folder.mkdir(parents=True)
+        monkeypatch.syspath_prepend(folder.parents[1])
+    assert f"-I{of_pytorch / 'include'}" in cuda.compilation(of_build, "csrc/cuda/one.cu", tmp_path / "one.o")
+    assert f"-L{of_pytorch / 'lib'}" in cuda.linking(of_build, [], tmp_path / "library.so", tmp_path)
+    assert not cuda.other_parts(system), "what nvcc did not come with is not mixed with it"
 
 
 def test_the_toolkit_is_the_one_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

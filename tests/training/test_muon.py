@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -184,6 +185,19 @@ def test_a_loaded_state_goes_on_where_it_was():
     assert all(tensor.device.type == DEVICE for state in after.state.values() for tensor in state.values())
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
+def test_a_copy_of_an_optimiser_moves_its_own_weights_alike(copied):
+    weight = torch.nn.Parameter(torch.randn(6, 8, generator=seeded(0)))
+    optimizer = Muon([weight], lr=0.1, dtype=torch.bfloat16)
+    move(optimizer, [weight], 0)
+    again = copied(optimizer)
+    (its,) = again.param_groups[0]["params"]
+    assert its is not weight
+    for one, parameter in ((optimizer, weight), (again, its)):
+        move(one, [parameter], 1)
+    assert torch.equal(its, weight)
+
+
 def test_the_matrices_of_layers_move_orthogonally_and_nothing_else():
     model = MemorizingTransformer(
         num_tokens=256, dim=32, depth=2, dim_head=8, heads=4, memorizing_layers=2, combine="gate", sink=True
@@ -213,6 +227,7 @@ def test_a_linear_layer_that_shares_the_embeddings_is_adamws():
     ("options", "message"),
     [
         ({"lr": -1.0}, r"lr, weight_decay and eps must be at least 0, got -1\.0, 0\.0"),
+        ({"lr": float("nan")}, r"lr, weight_decay and eps must be at least 0, got nan"),
         ({"weight_decay": -0.5}, r"lr, weight_decay and eps must be at least 0, got 0\.001, -0\.5"),
         ({"momentum": 1.0}, r"momentum and betas must be in \[0, 1\), got 1\.0"),
         ({"betas": (0.9, -0.1)}, r"momentum and betas must be in \[0, 1\), got 0\.95 and \(0\.9, -0\.1\)"),
