@@ -15,6 +15,8 @@ from triton.runtime.driver import driver  # noqa: E402
 
 from memtrans_kernels.attention_inputs import AttentionInputs  # noqa: E402
 from memtrans_kernels.impl.triton import launching  # noqa: E402
+from memtrans_kernels.impl.triton.cosine import cosine, cosine_backward  # noqa: E402
+from memtrans_kernels.impl.triton.knn_add import knn_add_  # noqa: E402
 from memtrans_kernels.impl.triton.launching import launch  # noqa: E402
 from memtrans_kernels.impl.triton.memory_attention import memory_attention  # noqa: E402
 from memtrans_kernels.impl.triton.memory_attention_backward import memory_attention_backward  # noqa: E402
@@ -86,7 +88,7 @@ def test_few_combinations_of_arguments_are_kept(gpu: Any, monkeypatch: pytest.Mo
     assert len(launching._COMPILED) <= 4
 
 
-def test_attention_launches_the_same_every_time(gpu: Any) -> None:
+def test_the_kernels_of_training_are_launched_alike_every_time(gpu: Any) -> None:
     heads, length, width, neighbours = 2, 16, 16, 4
     query = torch.zeros(2, length, heads, width, dtype=torch.bfloat16).transpose(1, 2)
     key = torch.zeros(2, 1, 2 * length, width, dtype=torch.bfloat16)
@@ -98,7 +100,10 @@ def test_attention_launches_the_same_every_time(gpu: Any) -> None:
     for _ in range(2):
         out, lse = memory_attention(inputs)
         memory_attention_backward(inputs, out, lse, out, lse)
+        cosine_backward(*cosine(query, key), query, key)
+        knn_add_(ring, ring.clone(), torch.arange(2), torch.arange(2), key, key, at=torch.arange(2))
     once = len(gpu.launches) // 2
-    assert once == 5  # attention, gradients of queries and of keys, tiles of the bias and sums of their diagonals
+    # attention, gradients of queries and of keys, tiles of the bias and sums of their diagonals, cosine twice, the ring
+    assert once == 8
     for first, second in zip(gpu.launches[:once], gpu.launches[once:], strict=True):
         assert seen_by_kernel(first) == seen_by_kernel(second)
