@@ -63,12 +63,13 @@ def kept(make: Callable[..., Made], device: torch.device, *arguments: Any) -> Ma
     if not is_plain() or (on_gpu and torch.cuda.is_current_stream_capturing()):
         return make(device, *arguments)
     key = (make, device, torch.cuda.current_stream(device) if on_gpu else None, *arguments)
-    if key not in _KEPT:
+    found: Made | None = _KEPT.get(key)  # asked once: another thread may clear it
+    if found is None:
         if len(_KEPT) >= MOST_KEPT:
             _KEPT.clear()
         with torch.inference_mode(False):  # what is made in inference may be read in training
-            _KEPT[key] = make(device, *arguments)
-    return _KEPT[key]
+            found = _KEPT[key] = make(device, *arguments)
+    return found
 
 
 def is_differentiated_by_transform(*arguments: Any) -> bool:

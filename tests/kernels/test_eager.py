@@ -160,6 +160,20 @@ def test_few_things_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(eager._KEPT) <= 4
 
 
+def test_another_thread_may_clear_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Cleared(dict[Any, Any]):
+        """As if another thread cleared it after each question."""
+
+        def __contains__(self, key: object) -> bool:
+            held = super().__contains__(key)
+            self.clear()
+            return held
+
+    monkeypatch.setattr(eager, "_KEPT", Cleared())
+    for _ in range(2):
+        assert kept(ones, torch.ones(1).device, 3).shape == (3,)
+
+
 def test_attention_without_a_memory_makes_none_in_its_place_again() -> None:
     query, key = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 3, 8)
     local_attention(query, key, key, torch.ones(4))

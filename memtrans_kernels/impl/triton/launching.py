@@ -23,8 +23,9 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **opti
     Args:
         kernel: what `triton.jit` made of a function.
         grid: one to three numbers.
-        arguments: all of the kernel's, by name.
-        options: of the compiler: `num_warps`, `num_stages`.
+        arguments: all of the kernel's, by name. A number is of one type in every launch: 16 and 16.0, which Triton
+            compiles for differently, are one to a dictionary, and to ask for types takes time.
+        options: of the compiler: `num_warps`, `num_stages`, the same ones in every launch of a kernel.
     """
     if type(kernel) is not JITFunction or torch.version.hip is not None:  # the interpreter; AMD asks for sizes too
         kernel[grid](**arguments, **options)
