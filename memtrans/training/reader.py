@@ -126,7 +126,7 @@ class DocumentReader:
         return [memory.as_it_stands(None, 0) for memory in self.memories]
 
     def still_holds(self, snapshots: Sequence[MemorySnapshot]) -> bool:
-        """Whether the memories keep their entries where they did then: none was widened or loaded. Asks the host alone."""
+        """Whether the memories keep their entries where they did then: none was widened or loaded. Asks no device."""
         return all(memory.still_holds(then) for memory, then in zip(self.memories, snapshots, strict=True))
 
     def _xl(self) -> dict[str, Tensor]:
