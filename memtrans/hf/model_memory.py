@@ -331,6 +331,8 @@ class ModelMemory:
     def load(self, directory: str | Path) -> None:
         """Takes up what `save` wrote of a memory in the same layers: what it learned and, if anything, what it held.
 
+        `parameters` are others afterwards where the form of what was learned is another one.
+
         Raises FileNotFoundError, or ValueError for a file that is damaged or of other layers; nothing changed then.
         """
         place = Path(directory)
@@ -343,8 +345,8 @@ class ModelMemory:
             state, documents = read_entries(place / ENTRIES)
             entries = Entries(self.layers, self.settings, documents)
             entries.load(state)
-            self._forget_reader()
             self._held[READ] = entries
+        self._forget_reader()
         for number, layer in self.layers.items():
             layer.learned.take(states[number])
 
