@@ -18,6 +18,7 @@
 #   make bench       benchmarks
 #   make bench-against REF=48195b5 K=enwik8  those of them that K names, in rounds that alternate with that commit's
 #   make stations    where a forward pass and a training step come by, and what is checked how often
+#   make host-time   what an eager training step costs the host of a GPU, measured without one
 #   make clean       remove .venv and everything built
 #
 #   PYTHON=python3.12      the interpreter that .venv is made with (>= 3.10)
@@ -51,8 +52,8 @@ endif
 
 CSRC := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
-.PHONY: demo test test-slow test-gpu test-gpu-slow test-gpu-sanitizer test-targets check bench bench-against stations clean \
-  test-install test-plain test-torch check-cuda wheel test-wheel docs
+.PHONY: demo test test-slow test-gpu test-gpu-slow test-gpu-sanitizer test-targets check bench bench-against stations \
+  host-time clean test-install test-plain test-torch check-cuda wheel test-wheel docs
 .DEFAULT_GOAL := test
 
 demo: $(PACKAGE_READY)
@@ -151,6 +152,9 @@ bench-against: $(TESTS_READY)
 
 stations: $(TESTS_READY)
 	$(PYTHON_BIN) benchmarks/stations.py
+
+host-time: $(TESTS_READY)
+	$(PYTHON_BIN) benchmarks/host_time.py
 
 clean:
 	rm -rf .against .venv .venv-plain .venv-torch-* build dist site *.egg-info memtrans_kernels/_native_*

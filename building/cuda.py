@@ -12,7 +12,6 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension
@@ -95,10 +94,9 @@ def toolkit() -> Path | None:
 
 
 def wheel_folders() -> list[Path]:
-    """Where PyPI's wheels of CUDA lie."""
-    package = find_spec("nvidia")
-    places = (package.submodule_search_locations or []) if package else []
-    return [folder for place in places for folder in sorted(Path(place).glob("cu[0-9]*"), reverse=True)]
+    """Where PyPI's wheels of CUDA lie: in several folders, of which an import of `nvidia` may find the first alone."""
+    places = [Path(place) / "nvidia" for place in sys.path]
+    return [folder for place in places for folder in sorted(place.glob("cu[0-9]*"), reverse=True)]
 
 
 def other_parts(home: Path) -> list[Path]:

@@ -49,10 +49,10 @@ class Replay:
         self._calls += 1
 
     def release(self) -> None:
-        """Lets the graph go, and the process groups that it exchanges through; another call would capture it anew."""
+        """Lets the graph go, and the process groups that it exchanges through; later calls begin as the first ones."""
         if self._graph is not None:
             self._graph.reset()
-            self._graph = None
+            self._graph, self._calls = None, 0
 
     @property
     def captured(self) -> bool:

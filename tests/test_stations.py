@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -49,3 +50,16 @@ def test_a_training_step_checks_each_argument_of_a_segment_once(walks: dict[str,
     doors = of_model(walks["training step"]["doors"])
     assert doors["x"] == SEGMENTS
     assert not {name: count for name, count in doors.items() if count > SEGMENTS}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_an_eager_training_step_launches_few_kernels() -> None:
+    """857 of PyTorch at 48195b5: what is cast, copied or made anew in each layer shows here."""
+    pytest.importorskip("triton")
+    command = [sys.executable, str(BENCHMARKS / "host_time.py"), "4"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    of_torch, of_triton = map(int, re.search(r"(\d+) kernels of PyTorch and (\d+) of Triton", printed).groups())
+    assert of_triton == 43
+    assert of_torch <= 560

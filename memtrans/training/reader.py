@@ -5,7 +5,7 @@ Shapes: B rows, N tokens of a segment, X cached XL tokens, G key/value heads, D 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from memtrans.attention import LocalContext
 from memtrans.data.stream import Batch
+from memtrans.memory.snapshot import MemorySnapshot
 from memtrans.pairs import pair_shape
 from memtrans.transformer import MemorizingTransformer
 
@@ -119,6 +120,14 @@ class DocumentReader:
         for place, cache in zip(self.carried.xl_memories, carried.xl_memories, strict=True):
             place.copy_(cache)
         self.carried.xl_length.copy_(carried.xl_length)
+
+    def snapshots(self) -> list[MemorySnapshot]:
+        """The memories as they stand, once a segment was read."""
+        return [memory.as_it_stands(None, 0) for memory in self.memories]
+
+    def still_holds(self, snapshots: Sequence[MemorySnapshot]) -> bool:
+        """Whether the memories keep their entries where they did then: none was widened or loaded. Asks no device."""
+        return all(memory.still_holds(then) for memory, then in zip(self.memories, snapshots, strict=True))
 
     def _xl(self) -> dict[str, Tensor]:
         return {

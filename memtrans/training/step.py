@@ -19,6 +19,7 @@ from memtrans.cuda_graph import Replay
 from memtrans.distributed.dtensors import gathered
 from memtrans.distributed.gradient_sum import GradientSum, compiled_in_parts
 from memtrans.distributed.ranks import ALONE, Ranks
+from memtrans.memory.snapshot import MemorySnapshot
 from memtrans.training.evaluate import negative_log_likelihood
 from memtrans.training.loader import StepInputs
 from memtrans.training.reader import Carried, DocumentReader
@@ -65,6 +66,7 @@ class Step:
         self._rounded = RoundedWeights(reader.model, reader.dtype) if rounds else None
         self._graph = Replay(self._compute, reader.device, capture=compiled)
         self._inputs: StepInputs | None = None
+        self._captured_with: list[MemorySnapshot] = []
 
     @property
     def captured(self) -> bool:
@@ -78,7 +80,12 @@ class Step:
         """
         self._set_rate(rate)
         self._place(inputs)
+        if self._graph.captured and not self.reader.still_holds(self._captured_with):
+            self._graph.release()  # it would go on with storage that is nobody's any more
+        was_captured = self._graph.captured
         self._graph()
+        if self._graph.captured and not was_captured:
+            self._captured_with = self.reader.snapshots()
         return self._result.clone()
 
     def _set_rate(self, rate: float) -> None:

@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 from helpers.packages import package
@@ -97,14 +98,18 @@ def test_half_a_character_is_kept(tmp_path):
     assert pieces == "half \ud83d".encode(errors="surrogatepass")
 
 
+@cache  # to compress them takes its time
+def long_archive(suffix):
+    """Longer than what is read at once."""
+    noise = random.Random(0)
+    return compressed(lines([{"text": noise.randbytes(1000).hex()} for _ in range(1200)]), suffix)
+
+
 @pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
 @pytest.mark.parametrize("kind", ["cut", "changed"])
 @pytest.mark.parametrize("name", ["some.jsonl", "book.txt"])
 def test_damage_is_told_wherever_it_is(tmp_path, suffix, kind, name):
-    """The archives are longer than what is read at once."""
-    noise = random.Random(0)
-    content = lines([{"text": noise.randbytes(1000).hex()} for _ in range(1200)])
-    whole = compressed(content, suffix)
+    whole = long_archive(suffix)
     place = len(whole) * 3 // 4
     damaged = whole[:place] if kind == "cut" else whole[:place] + bytes(2000) + whole[place + 2000 :]
     (tmp_path / f"{name}{suffix}").write_bytes(damaged)

@@ -91,6 +91,19 @@ def test_a_replayed_run_goes_on_from_a_checkpoint(text: str, optimizer: str) -> 
     assert through.state()[1] == resumed.state()[1]
 
 
+def test_a_replayed_run_goes_on_when_its_memory_was_widened(text: str) -> None:
+    through, widened = (trainer_of(text) for _ in range(2))
+    expected = losses(through, FIRST_STEPS)
+    losses(widened, FIRST_STEPS // 2)
+    assert widened._step.captured
+    longer = torch.zeros(SETTINGS.batch, 4 * SETTINGS.segment, dtype=torch.int64, device="cuda")
+    widened.reader.look(longer, torch.full((SETTINGS.batch,), longer.shape[1], device="cuda"))
+    torch.cuda.empty_cache()  # what the memory left is gone
+    actual = losses(widened, FIRST_STEPS - FIRST_STEPS // 2)
+    assert widened._step.captured
+    assert (actual - expected).abs().max() < SAME_CURVE
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
 @pytest.mark.parametrize("compiled", [True, False])
 def test_a_hundred_steps_never_wait_for_the_device(text: str, compiled: bool, optimizer: str) -> None:

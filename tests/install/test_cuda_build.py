@@ -102,6 +102,7 @@ def test_parts_of_cuda_may_lie_in_two_places(tmp_path: Path, monkeypatch: pytest
     of_pytorch, of_build, system = (tmp_path / name / "nvidia" / "cu13" for name in ("overlay", "normal", "system"))
     for folder in (of_pytorch, of_build):
         folder.mkdir(parents=True)
+        (folder.parent / "__init__.py").touch()  # as some wheels have it; an import would find the first one alone
         monkeypatch.syspath_prepend(folder.parents[1])
     assert f"-I{of_pytorch / 'include'}" in cuda.compilation(of_build, "csrc/cuda/one.cu", tmp_path / "one.o")
     assert f"-L{of_pytorch / 'lib'}" in cuda.linking(of_build, [], tmp_path / "library.so", tmp_path)

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
 import torch
+from helpers.scripts import benchmark_script
 from torch import Tensor
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 
 from memtrans_kernels.attention_inputs import AttentionInputs  # noqa: E402
 from memtrans_kernels.impl.triton import launching  # noqa: E402
+from memtrans_kernels.impl.triton.cosine import cosine, cosine_backward  # noqa: E402
+from memtrans_kernels.impl.triton.knn_add import knn_add_  # noqa: E402
 from memtrans_kernels.impl.triton.launching import launch  # noqa: E402
 from memtrans_kernels.impl.triton.memory_attention import memory_attention  # noqa: E402
 from memtrans_kernels.impl.triton.memory_attention_backward import memory_attention_backward  # noqa: E402
 
 pytestmark = pytest.mark.cpu
-HANDLES = itertools.count(1)  # of compiled kernels
+NoDriver = benchmark_script("host_time").NoDriver
 
 
 @triton.jit
@@ -30,38 +31,9 @@ def scaled_kernel(x, out, factor, strides, mask, BLOCK: tl.constexpr):
     tl.store(out + at * strides[0], tl.load(x + at * strides[0]) * factor)
 
 
-class Launched:
-    """Stands for a GPU's driver, and notes what would be launched."""
-
-    def __init__(self) -> None:
-        self.utils = self
-        self.launches: list[tuple[Any, ...]] = []
-
-    def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        return lambda *given: driver.active.launches.append(given)  # Triton keeps it longer than a test
-
-    def load_binary(self, *_: Any) -> tuple[int, ...]:
-        handle = next(HANDLES)
-        return handle, handle, 32, 0, 1024
-
-    def unload_module(self, *_: Any) -> None: ...
-
-    def get_device_properties(self, _: int) -> dict[str, int]:
-        return {"max_shared_mem": 227 * 1024}
-
-    def get_current_device(self) -> int:
-        return 1000  # Triton keeps kernels by device: none of these is for a GPU that is here
-
-    def get_current_stream(self, _: int) -> int:
-        return 7
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Launched:
-    stand_in = Launched()
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    stand_in = NoDriver()
     monkeypatch.setattr(driver, "_active", stand_in)
     monkeypatch.setattr(launching, "_COMPILED", {})
     return stand_in
@@ -78,7 +50,7 @@ def scaled(x: Tensor, factor: int = 3, strides: tuple[int, ...] = (1, 2), **opti
     launch(scaled_kernel, (2, 5), arguments, **{"num_warps": 4, **options})
 
 
-def test_a_second_launch_is_the_first_one_again_without_triton(gpu: Launched, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_launch_is_the_first_one_again_without_triton(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(32)
     scaled(x)
     monkeypatch.setattr(type(scaled_kernel), "run", None)
@@ -99,7 +71,7 @@ def test_a_second_launch_is_the_first_one_again_without_triton(gpu: Launched, mo
         {"num_warps": 8},
     ],
 )
-def test_other_arguments_ask_triton_which_kernel_is_theirs(gpu: Launched, other: dict[str, Any]) -> None:
+def test_other_arguments_ask_triton_which_kernel_is_theirs(gpu: Any, other: dict[str, Any]) -> None:
     ours = {"x": torch.zeros(32), **other}
     for _ in range(2):
         scaled(torch.zeros(32))
@@ -109,14 +81,14 @@ def test_other_arguments_ask_triton_which_kernel_is_theirs(gpu: Launched, other:
     assert [seen_by_kernel(one) for one in asked] == [seen_by_kernel(one) for one in again]
 
 
-def test_few_combinations_of_arguments_are_kept(gpu: Launched, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_combinations_of_arguments_are_kept(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launching, "MOST_KEPT", 4)
     for factor in range(16, 176, 16):
         scaled(torch.zeros(32), factor)
     assert len(launching._COMPILED) <= 4
 
 
-def test_attention_launches_the_same_every_time(gpu: Launched) -> None:
+def test_the_kernels_of_training_are_launched_alike_every_time(gpu: Any) -> None:
     heads, length, width, neighbours = 2, 16, 16, 4
     query = torch.zeros(2, length, heads, width, dtype=torch.bfloat16).transpose(1, 2)
     key = torch.zeros(2, 1, 2 * length, width, dtype=torch.bfloat16)
@@ -128,7 +100,10 @@ def test_attention_launches_the_same_every_time(gpu: Launched) -> None:
     for _ in range(2):
         out, lse = memory_attention(inputs)
         memory_attention_backward(inputs, out, lse, out, lse)
+        cosine_backward(*cosine(query, key), query, key)
+        knn_add_(ring, ring.clone(), torch.arange(2), torch.arange(2), key, key, at=torch.arange(2))
     once = len(gpu.launches) // 2
-    assert once == 5  # attention, gradients of queries and of keys, tiles of the bias and sums of their diagonals
+    # attention, gradients of queries and of keys, tiles of the bias and sums of their diagonals, cosine twice, the ring
+    assert once == 8
     for first, second in zip(gpu.launches[:once], gpu.launches[once:], strict=True):
         assert seen_by_kernel(first) == seen_by_kernel(second)

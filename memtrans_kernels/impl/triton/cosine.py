@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memtrans_kernels.impl.triton import configs
+from memtrans_kernels.impl.triton.launching import launch
 
 SMALLEST = tl.constexpr(1e-12)
 
@@ -134,22 +135,14 @@ def launch_over_rows(kernel: Any, tensors: Sequence[Tensor], results: Sequence[T
     """One launch over the rows of the query and of the key, which come last in `tensors`."""
     tensors = [as_rows(tensor) for tensor in tensors]
     query, key = tensors[-2:]
-    width, launch = query.shape[-1], configs.cosine(query.shape[-1])
+    width, config = query.shape[-1], configs.cosine(query.shape[-1])
     rows = [tensor.numel() // max(width, 1) for tensor in (query, key)]
-    programs = sum(configs.blocks_of(count, launch.block) for count in rows)
+    programs = sum(configs.blocks_of(count, config.block) for count in rows)
     if programs:
-        kernel[(programs,)](
-            *tensors,
-            *results,
-            *rows,
-            query.shape[1:3],
-            key.shape[1:3],
-            *(tensor.stride()[:3] for tensor in tensors),
-            WIDTH=width,
-            BLOCK_WIDTH=configs.power_of_two(width),
-            BLOCK=launch.block,
-            num_warps=launch.warps,
-        )
+        lengths = (tuple(tensor.shape[1:3]) for tensor in (query, key))
+        strides = (tensor.stride()[:3] for tensor in tensors)
+        given = (*tensors, *results, *rows, *lengths, *strides, width, configs.power_of_two(width), config.block)
+        launch(kernel, (programs,), dict(zip(kernel.arg_names, given, strict=True)), num_warps=config.warps)
 
 
 def cosine(query: Tensor, key: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:

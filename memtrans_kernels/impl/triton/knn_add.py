@@ -24,6 +24,7 @@ from torch import Tensor
 
 from memtrans_kernels.checks import MOST_ENTRIES as MOST
 from memtrans_kernels.impl.triton import configs
+from memtrans_kernels.impl.triton.launching import launch
 
 MOST_ENTRIES = tl.constexpr(MOST)
 
@@ -137,29 +138,18 @@ def knn_add_(
         return
     new_keys, new_values = (new if new.stride(-1) == 1 else new.contiguous() for new in (new_keys, new_values))
     value_width = new_values.shape[3]
-    launch = configs.ring_write(max(width, value_width))
-    knn_add_kernel[(rows.numel(),)](
-        keys,
-        values,
-        cursor,
-        rows.contiguous(),
-        new_keys,
-        new_values,
-        None if count is None else count.contiguous(),
-        None if at is None else at.contiguous(),
-        None if first is None else first.contiguous(),
-        keys.shape[0],
-        groups,
-        length,
-        keys.shape[1],
-        *new_keys.stride()[:3],
-        *new_values.stride()[:3],
-        WIDTH=width,
-        BLOCK_WIDTH=configs.power_of_two(width),
-        VALUE_WIDTH=value_width,
-        BLOCK_VALUES=configs.power_of_two(value_width),
-        BLOCK=min(launch.block, configs.power_of_two(length)),
-        KEY_LIMIT=torch.finfo(keys.dtype).max,
-        VALUE_LIMIT=torch.finfo(values.dtype).max,
-        num_warps=launch.warps,
-    )
+    config = configs.ring_write(max(width, value_width))
+    key_strides, value_strides = new_keys.stride(), new_values.stride()
+    arguments = {
+        "keys": keys, "values": values, "cursor": cursor, "rows": rows.contiguous(), "new_keys": new_keys,
+        "new_values": new_values, "count": None if count is None else count.contiguous(),
+        "at": None if at is None else at.contiguous(), "first": None if first is None else first.contiguous(),
+        "ring_rows": keys.shape[0], "groups": groups, "length": length, "size": keys.shape[1],
+        "key_stride_b": key_strides[0], "key_stride_g": key_strides[1], "key_stride_n": key_strides[2],
+        "value_stride_b": value_strides[0], "value_stride_g": value_strides[1], "value_stride_n": value_strides[2],
+        "WIDTH": width, "BLOCK_WIDTH": configs.power_of_two(width),
+        "VALUE_WIDTH": value_width, "BLOCK_VALUES": configs.power_of_two(value_width),
+        "BLOCK": min(config.block, configs.power_of_two(length)),
+        "KEY_LIMIT": torch.finfo(keys.dtype).max, "VALUE_LIMIT": torch.finfo(values.dtype).max,
+    }  # fmt: skip
+    launch(knn_add_kernel, (rows.numel(),), arguments, num_warps=config.warps)
