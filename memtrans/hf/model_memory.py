@@ -314,7 +314,8 @@ class ModelMemory:
     def save(self, directory: str | Path) -> None:
         """Writes memtrans.safetensors, settings and what was learned, and memories.safetensors, what is held.
 
-        directory: made if missing; each file takes the place of an older one at once and whole.
+        directory: made if missing; each file takes the place of an older one at once and whole. Where no document was
+            read, the second is not there afterwards.
         """
         place = Path(directory)
         place.mkdir(parents=True, exist_ok=True)
@@ -325,7 +326,9 @@ class ModelMemory:
         }
         configuration = {**self.settings.to_json(), "layers": self.numbers}
         save_tensors(place / WEIGHTS, learned, KIND, configuration)
-        if self._entries is not None:
+        if self._entries is None:
+            (place / ENTRIES).unlink(missing_ok=True)  # of an earlier save, which `load` would take for this one's
+        else:
             self._entries.save(place / ENTRIES)
 
     def load(self, directory: str | Path) -> None:
