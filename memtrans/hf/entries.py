@@ -99,7 +99,7 @@ class Entries:
     def ids_of(self, document: int) -> Tensor:
         """The ids of the tokens that a document holds, old to new (n,) int64."""
         if self.ids is None:
-            raise ValueError("keep_ids must be True for the ids of tokens to be known, got False")
+            raise ValueError("keep_ids must be True from the first token on for ids to be known, got False")
         state, length = self.ids.state_dict(), int(self.lengths[document])
         held = state["keys"][document, :, 0]
         return held[held.shape[0] - length :].long()
@@ -116,6 +116,7 @@ class Entries:
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Takes up what `read_entries` gave. Raises ValueError when it is of other layers.
 
+        Without ids in it none are kept from now on: those that come later would not stand beside their entries.
         Files of earlier versions do not say where tokens stood: their positions count from the oldest entry.
         """
         parts: dict[str, dict[str, Tensor]] = {}
@@ -136,7 +137,9 @@ class Entries:
             self.ids.check_state(ids)
         for number, memory in self.memories.items():
             memory.load_state_dict(parts[str(number)])
-        if self.ids is not None and ids is not None:
+        if ids is None:
+            self.ids = None
+        elif self.ids is not None:
             counted = ids if read is not None else {**ids, "values": _counted(ids)}
             self.ids.load_state_dict(counted)
         self.read.copy_(self.lengths if read is None else read)

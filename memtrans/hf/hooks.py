@@ -53,12 +53,7 @@ def before_decoder(memory: ModelMemory, decoder: nn.Module, args: Any, kwargs: d
     snapshots = memory.views(entries)
     most = _most(snapshots[memory.numbers[0]])
     blind, watched = _blind(memory.settings.sink, given, kwargs, cache, padding), memory.watched(entries)
-    asking: dict[int, Asking] = {}
-    if memory.searches and not decoder.training:
-        shut = blind if watched is None and blind is not None and blind.numel() == 1 else None
-        learned = {number: layer.learned for number, layer in memory.layers.items()}
-        asking = asking_of(learned, most, memory.dtype, shut)
-        blind = blind if shut is None else None  # said once for all layers
+    asking, blind = _asking(memory, decoder, most, blind, watched is not None)
     kwargs[STATE] = ForwardState(
         snapshots=snapshots,
         k=memory.settings.k,
@@ -86,6 +81,17 @@ def after_decoder(memory: ModelMemory, decoder: nn.Module, args: Any, kwargs: di
         unseen = [number for number in memory.numbers if number not in state.seen]
         raise RuntimeError(f"layers {unseen} of {type(decoder).__name__} were not handed the memory")
     return output
+
+
+def _asking(
+    memory: ModelMemory, decoder: nn.Module, most: Tensor, blind: Tensor | None, is_watched: bool
+) -> tuple[dict[int, Asking], Tensor | None]:
+    """How each layer's memory is asked; and which tokens look at none, unless the offsets say so for all layers."""
+    if decoder.training or not memory.searches:
+        return {}, blind
+    shut = blind if not is_watched and blind is not None and blind.numel() == 1 else None
+    learned = {number: layer.learned for number, layer in memory.layers.items()}
+    return asking_of(learned, most, memory.dtype, shut), blind if shut is None else None
 
 
 def _counts_positions(memory: ModelMemory, kwargs: dict[str, Any]) -> bool:

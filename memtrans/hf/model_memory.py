@@ -314,7 +314,8 @@ class ModelMemory:
     def save(self, directory: str | Path) -> None:
         """Writes memtrans.safetensors, settings and what was learned, and memories.safetensors, what is held.
 
-        directory: made if missing; each file takes the place of an older one at once and whole.
+        directory: made if missing; each file takes the place of an older one at once and whole. Where no document was
+            read, the second is not there afterwards.
         """
         place = Path(directory)
         place.mkdir(parents=True, exist_ok=True)
@@ -325,11 +326,15 @@ class ModelMemory:
         }
         configuration = {**self.settings.to_json(), "layers": self.numbers}
         save_tensors(place / WEIGHTS, learned, KIND, configuration)
-        if self._entries is not None:
+        if self._entries is None:
+            (place / ENTRIES).unlink(missing_ok=True)  # of an earlier save, which `load` would take for this one's
+        else:
             self._entries.save(place / ENTRIES)
 
     def load(self, directory: str | Path) -> None:
         """Takes up what `save` wrote of a memory in the same layers: what it learned and, if anything, what it held.
+
+        `parameters` are others afterwards where the form of what was learned is another one.
 
         Raises FileNotFoundError, or ValueError for a file that is damaged or of other layers; nothing changed then.
         """
@@ -343,8 +348,8 @@ class ModelMemory:
             state, documents = read_entries(place / ENTRIES)
             entries = Entries(self.layers, self.settings, documents)
             entries.load(state)
-            self._forget_reader()
             self._held[READ] = entries
+        self._forget_reader()
         for number, layer in self.layers.items():
             layer.learned.take(states[number])
 

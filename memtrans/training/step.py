@@ -82,6 +82,7 @@ class Step:
         self._place(inputs)
         if self._graph.captured and not self.reader.still_holds(self._captured_with):
             self._graph.release()  # it would go on with storage that is nobody's any more
+            self._captured_with = []
         was_captured = self._graph.captured
         self._graph()
         if self._graph.captured and not was_captured:

@@ -59,6 +59,37 @@ def test_a_form_that_stays_keeps_its_parameters(tmp_path: Path) -> None:
     assert all(mine is its for mine, its in zip(memory.parameters(), before, strict=True))
 
 
+def test_a_memory_that_forgot_everything_is_saved_without_what_it_held(tmp_path: Path) -> None:
+    memory = calibrated(made("llama"), "offset")
+    memory.save(tmp_path)
+    memory.reset()
+    memory.save(tmp_path)
+    assert load_memory(made("llama"), tmp_path).lengths.tolist() == []
+
+
+def test_entries_that_were_saved_without_ids_have_none(tmp_path: Path) -> None:
+    model = made("llama")
+    without = add_memory(model, **SIZES, keep_ids=False)
+    without.read(tokens(length=30), progress=False)
+    without.save(tmp_path)
+    memory = load_memory(made("llama"), tmp_path, keep_ids=True)
+    memory.read(tokens(length=5), progress=False)
+    with pytest.raises(ValueError, match="keep_ids must be True from the first token on"):
+        memory.ids(0)
+
+
+def test_a_reader_that_was_kept_is_not_asked_with_former_parameters(tmp_path: Path) -> None:
+    calibrated(made("llama"), "mix").save(tmp_path)
+    (tmp_path / ENTRIES).unlink()
+    memory = calibrated(made("llama"), "gain")
+    with memory.reading_again():
+        memory.read(tokens(length=30), progress=False)
+        before = memory._kept_reader
+        memory.load(tmp_path)
+        memory.read(tokens(length=30), progress=False)
+        assert before is not None and memory._kept_reader is not before
+
+
 WRONG_WEIGHTS: list[tuple[Edit, str]] = [
     (lambda t, c: t.update({"1.memory_gain": torch.ones(4, 9)}),
      r"layer 1 .* memory_gain must hold .* of shape \(4, 8\), got torch.float32 of shape \(4, 9\)"),

@@ -60,3 +60,17 @@ def test_a_replayed_step_is_captured_anew_when_a_memory_was_widened_or_loaded(tr
     trainer.reader.load_state_dict(trainer.reader.state_dict())
     trainer.advance()
     assert graph.released == 2
+
+
+def test_storage_that_a_memory_left_goes_with_the_graph(trainer: Trainer) -> None:
+    step, held = trainer._step, []
+    trainer.advance()
+
+    def compute() -> None:
+        held.append(list(step._captured_with))
+        step._compute()
+
+    step._graph.function = compute
+    trainer.reader.look(torch.zeros(2, 4 * SEGMENT, dtype=torch.int64), torch.full((2,), 4 * SEGMENT))
+    trainer.advance()
+    assert held == [[]]
