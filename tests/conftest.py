@@ -9,9 +9,8 @@ import pytest
 import torch
 from helpers.devices import DEVICE
 
-if (
-    DEVICE != "cpu"
-):  # it is the default, and to say so would take each call, and each one that is traced, through a mode
+# A CPU is the default, and to say so would take each call, and each one that is traced, through a mode.
+if DEVICE != "cpu":
     torch.set_default_device(DEVICE)
 
 # The modules of most work, which begin first: one that begins last has one of the processes work alone.
