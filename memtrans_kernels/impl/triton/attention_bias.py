@@ -33,11 +33,11 @@ from memtrans_kernels.impl.triton.launching import launch
 @triton.jit
 def bias_gradient_kernel(
     grad_out, lse, delta, query, key, value, scale, bias_table, bias_dense, local_length, key_mask, first, seed, tiles,
-    batch, heads, groups, length, local_keys, distances, grad_strides, query_strides, key_strides, value_strides,
+    batch, heads, groups, length, local_keys, distances, before, span, grad_strides, query_strides, key_strides, value_strides,
     dense_strides, parts,
     NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     BLOCK_VALUES: tl.constexpr, BLOCK: tl.constexpr, DENSE: tl.constexpr, CAUSAL: tl.constexpr, CAP: tl.constexpr,
-    THRESHOLD: tl.constexpr, REST: tl.constexpr,
+    THRESHOLD: tl.constexpr, REST: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     """Adds up d logits of all tiles that stand at one place.
 
@@ -53,20 +53,21 @@ def bias_gradient_kernel(
     factor = tl.load(scale + h).to(tl.float32) * LOG2E
     g = h // (heads // groups)
     query_blocks = tl.cdiv(length, BLOCK)
-    table = None if bias_table is None else bias_table + h * distances
+    table = None if bias_table is None else bias_table + h * span + before
     items = batch if DENSE else batch * query_blocks
     each = tl.cdiv(items, parts)
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     for item in tl.range(part * each, tl.minimum(part * each + each, items)):
         if DENSE:
             b = item
-            n = place // tl.cdiv(local_keys, BLOCK) * BLOCK + m
-            j = place % tl.cdiv(local_keys, BLOCK) * BLOCK + m
+            first_query = place // tl.cdiv(local_keys, BLOCK) * BLOCK
+            first_key = place % tl.cdiv(local_keys, BLOCK) * BLOCK
         else:
             b = item // query_blocks
-            n = (item % query_blocks).to(tl.int32) * BLOCK + m
+            first_query = (item % query_blocks).to(tl.int32) * BLOCK
             behind = place if CAUSAL else place - (tl.num_programs(0) - 1) // 2
-            j = n + (local_keys - length) - behind * BLOCK
+            first_key = first_query + (local_keys - length) - behind * BLOCK
+        n, j = first_query + m, first_key + m
         at = (b * heads + h) * length
         q = load_rows(
             query + b * query_strides[0] + h * query_strides[1], n, length, query_strides[2], WIDTH, BLOCK_WIDTH
@@ -89,11 +90,11 @@ def bias_gradient_kernel(
         if first is not None:
             oldest = oldest_of_queries(first, oldest, b, n, length)[:, None]
         _, _, grad_logits, _ = local_tile(
-            q, tl.trans(k), grad, tl.trans(v), denominator[:, None], of_query[:, None], n[:, None], j[None, :], factor,
-            table, dense, dense_strides[2:], mask, oldest, sizes, draw, b, h, NEIGHBOURS,
-            True, local_length is not None or first is not None, CAUSAL, CAP, THRESHOLD, REST,
+            q, tl.trans(k), grad, tl.trans(v), denominator[:, None], of_query[:, None], first_query, m[:, None],
+            first_key, m[None, :], factor, table, 0.0, dense, dense_strides[2:], mask, oldest, sizes, True, draw, b, h,
+            NEIGHBOURS, local_length is not None or first is not None, CAUSAL, CAP, THRESHOLD, REST, TABLE,
         )  # fmt: skip
-        acc += grad_logits
+        acc += tl.where(((j >= 0) & (j < local_keys))[None, :], grad_logits, 0.0)
     if DENSE:
         n = place // tl.cdiv(local_keys, BLOCK) * BLOCK + m
         j = place % tl.cdiv(local_keys, BLOCK) * BLOCK + m

@@ -43,6 +43,9 @@ def merge(candidates: int) -> Launch:
     return Launch(block=min(1024, power_of_two(candidates)), warps=4)
 
 
+LARGEST_TILE = 128  # queries or local keys that attention handles at a time
+
+
 class AttentionLaunch(NamedTuple):
     """Queries and local keys of a tile, warps, tiles in flight, and neighbours whose rows are in flight together."""
 

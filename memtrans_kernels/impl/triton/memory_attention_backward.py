@@ -32,8 +32,10 @@ from memtrans_kernels.impl.triton.attention_tiles import (
     capped,
     dropout_constants,
     gather_rows,
+    is_near,
     kept,
     keys_until_far,
+    laid_out,
     load_denominator,
     load_rows,
     local_tile,
@@ -50,31 +52,34 @@ from memtrans_kernels.impl.triton.launching import launch
 
 @triton.jit
 def query_gradient_of_local(
-    acc, scale_sum, far_sum, q, grad, denominator, delta, key, value, key_stride, value_stride, first, last, n, scale,
-    table, dense, dense_strides, mask, oldest, sizes, seed, b, h, NEAR: tl.constexpr, BOUND: tl.constexpr,
-    CAUSAL: tl.constexpr, CAP: tl.constexpr, NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr, BLOCK_VALUES: tl.constexpr, BLOCK_KEYS: tl.constexpr, THRESHOLD: tl.constexpr,
-    REST: tl.constexpr,
+    acc, scale_sum, far_sum, q, grad, denominator, delta, key, value, key_stride, value_stride, end, near, far,
+    first_query, m, scale, table, far_bias, dense, dense_strides, mask, oldest, sizes, seed, b, h,
+    BOUND: tl.constexpr, CAUSAL: tl.constexpr, CAP: tl.constexpr, NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_VALUES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    THRESHOLD: tl.constexpr, REST: tl.constexpr, TABLE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """sum of d products · key over the local keys [first, last), and what scale and the table's last column get."""
-    for start in tl.range(first, last, BLOCK_KEYS):
-        j = start + tl.arange(0, BLOCK_KEYS)
-        k = load_rows(key, j, sizes[1], key_stride, WIDTH, BLOCK_WIDTH).to(q.dtype)
-        v = load_rows(value, j, sizes[1], value_stride, VALUE_WIDTH, BLOCK_VALUES).to(q.dtype)
+    """sum of d products · key over the local keys [0, end), and what scale and the table's last column get.
+
+    Keys before `near` and from `far` on are far from all queries. WHOLE: there are as many keys as tiles hold."""
+    i = tl.arange(0, BLOCK_KEYS)
+    for start in tl.range(0, end, BLOCK_KEYS):
+        k = load_rows(key, start + i, sizes[1], key_stride, WIDTH, BLOCK_WIDTH, WHOLE).to(q.dtype)
+        v = load_rows(value, start + i, sizes[1], value_stride, VALUE_WIDTH, BLOCK_VALUES, WHOLE).to(q.dtype)
+        close = is_near(start, near, far, CAUSAL)
         dot, _, grad_logits, grad_products = local_tile(
-            q, tl.trans(k), grad, tl.trans(v), denominator[:, None], delta[:, None], n[:, None], j[None, :], scale,
-            table, dense, dense_strides, mask, oldest, sizes, seed, b, h, NEIGHBOURS, NEAR, BOUND, CAUSAL, CAP,
-            THRESHOLD, REST,
+            q, tl.trans(k), grad, tl.trans(v), denominator[:, None], delta[:, None], first_query, m[:, None], start,
+            i[None, :], scale, table, far_bias, dense, dense_strides, mask, oldest, sizes, close, seed, b, h,
+            NEIGHBOURS, BOUND, CAUSAL, CAP, THRESHOLD, REST, TABLE,
         )  # fmt: skip
         scale_sum += tl.sum(grad_products * dot, axis=1)
         if table is not None:
-            far = grad_logits
-            if NEAR:
-                distance = n[:, None] + (sizes[1] - sizes[0]) - j[None, :]
+            if close:
+                distance = first_query + (sizes[1] - sizes[0]) - start + m[:, None] - i[None, :]
                 if not CAUSAL:
                     distance = tl.abs(distance)
-                far = tl.where(distance >= sizes[2] - 1, grad_logits, 0.0)
-            far_sum += tl.sum(far, axis=1)
+                far_sum += tl.sum(tl.where(distance >= sizes[2] - 1, grad_logits, 0.0), axis=1)
+            else:
+                far_sum += tl.sum(grad_logits, axis=1)
         acc = tl.dot(grad_products.to(q.dtype), k, acc, input_precision="ieee")
     return acc, scale_sum, far_sum
 
@@ -109,11 +114,12 @@ def query_gradient_of_neighbours(
 def query_gradient_kernel(
     grad_out, grad_lse, out, lse, query, key, value, memory_keys, memory_values, rows, scores, slots, scale,
     bias_table, bias_dense, memory_offset, local_length, key_mask, first, seed, grad_query, delta, sums,
-    heads, groups, length, local_keys, distances, grad_strides, lse_strides, out_strides, query_strides, key_strides,
+    heads, groups, length, local_keys, distances, before, span, grad_strides, lse_strides, out_strides, query_strides, key_strides,
     value_strides, memory_key_strides, memory_value_strides, dense_strides,
     NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     BLOCK_VALUES: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, UNROLL: tl.constexpr,
-    CAUSAL: tl.constexpr, CAP: tl.constexpr, THRESHOLD: tl.constexpr, REST: tl.constexpr,
+    CAUSAL: tl.constexpr, CAP: tl.constexpr, THRESHOLD: tl.constexpr, REST: tl.constexpr, TABLE: tl.constexpr,
+    WHOLE_KEYS: tl.constexpr,
 ):  # fmt: skip
     program, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(length, BLOCK_QUERIES)
     block, bh = (blocks - 1 - program % blocks).to(tl.int32), program // blocks  # longest first
@@ -156,8 +162,10 @@ def query_gradient_kernel(
     )  # fmt: skip
     key += b * key_strides[0] + g * key_strides[1]
     value += b * value_strides[0] + g * value_strides[1]
+    far_bias = 0.0
     if bias_table is not None:
-        bias_table += h * distances
+        bias_table += h * span + before
+        far_bias = tl.load(bias_table + distances - 1)
     if bias_dense is not None:
         bias_dense += b * dense_strides[0] + h * dense_strides[1]
     if key_mask is not None:
@@ -174,24 +182,12 @@ def query_gradient_kernel(
     near = tl.minimum(near, far)
     grad = grad.to(q.dtype)
     acc, scale_sum, far_sum = query_gradient_of_local(
-        acc, scale_sum, far_sum, q, grad, denominator, of_query, key, value, key_strides[2], value_strides[2], 0, near,
-        n, factor * LOG2E, bias_table, bias_dense, dense_strides[2:], key_mask, oldest, sizes, draw, b, h, False,
+        acc, scale_sum, far_sum, q, grad, denominator, of_query, key, value, key_strides[2], value_strides[2],
+        far if CAUSAL else local_keys, near, far, block * BLOCK_QUERIES, tl.arange(0, BLOCK_QUERIES), factor * LOG2E,
+        bias_table, far_bias, bias_dense, dense_strides[2:], key_mask, oldest, sizes, draw, b, h,
         local_length is not None or first is not None, CAUSAL, CAP, NEIGHBOURS, WIDTH, BLOCK_WIDTH, VALUE_WIDTH,
-        BLOCK_VALUES, BLOCK_KEYS, THRESHOLD, REST,
+        BLOCK_VALUES, BLOCK_KEYS, THRESHOLD, REST, TABLE, WHOLE_KEYS,
     )  # fmt: skip
-    acc, scale_sum, far_sum = query_gradient_of_local(
-        acc, scale_sum, far_sum, q, grad, denominator, of_query, key, value, key_strides[2], value_strides[2], near,
-        far, n, factor * LOG2E, bias_table, bias_dense, dense_strides[2:], key_mask, oldest, sizes, draw, b, h, True,
-        local_length is not None or first is not None, CAUSAL, CAP, NEIGHBOURS, WIDTH, BLOCK_WIDTH, VALUE_WIDTH,
-        BLOCK_VALUES, BLOCK_KEYS, THRESHOLD, REST,
-    )  # fmt: skip
-    if not CAUSAL:
-        acc, scale_sum, far_sum = query_gradient_of_local(
-            acc, scale_sum, far_sum, q, grad, denominator, of_query, key, value, key_strides[2], value_strides[2], far,
-            local_keys, n, factor * LOG2E, bias_table, bias_dense, dense_strides[2:], key_mask, oldest, sizes, draw, b,
-            h, False, local_length is not None or first is not None, CAUSAL, CAP, NEIGHBOURS, WIDTH, BLOCK_WIDTH,
-            VALUE_WIDTH, BLOCK_VALUES, BLOCK_KEYS, THRESHOLD, REST,
-        )  # fmt: skip
 
     column = tl.arange(0, BLOCK_WIDTH)
     mask = inside[:, None] & (column < WIDTH)[None, :]
@@ -214,26 +210,31 @@ def store_rows(matrix, rows, place, inside, WIDTH: tl.constexpr, BLOCK_WIDTH: tl
 
 @triton.jit
 def key_gradient_of_head(
-    grad_k, grad_v, k, v, query, grad_out, lse, delta, query_stride, grad_stride, begin, end, j, scale,
-    table, dense, dense_strides, mask, first, oldest, sizes, seed, b, h, NEAR: tl.constexpr, BOUND: tl.constexpr,
+    grad_k, grad_v, k, v, query, grad_out, lse, delta, query_stride, grad_stride, begin, near, far, first_key, scale,
+    table, far_bias, dense, dense_strides, mask, first, oldest, sizes, seed, b, h, BOUND: tl.constexpr,
     CAUSAL: tl.constexpr, CAP: tl.constexpr, NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr, BLOCK_VALUES: tl.constexpr, BLOCK_QUERIES: tl.constexpr, THRESHOLD: tl.constexpr,
-    REST: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, BLOCK_VALUES: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    THRESHOLD: tl.constexpr, REST: tl.constexpr, TABLE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Adds queries [begin, end) of one head to the gradients of a block of keys and values."""
-    for start in tl.range(begin, end, BLOCK_QUERIES):
-        n = start + tl.arange(0, BLOCK_QUERIES)
-        q = load_rows(query, n, sizes[0], query_stride, WIDTH, BLOCK_WIDTH)
-        grad = load_rows(grad_out, n, sizes[0], grad_stride, VALUE_WIDTH, BLOCK_VALUES).to(q.dtype)
+    """Adds the queries of one head from `begin` on to the gradients of a block of keys and values.
+
+    Queries before `near` and from `far` on are far from all of the keys. WHOLE: there are as many queries as tiles hold.
+    """
+    m, i = tl.arange(0, BLOCK_QUERIES), tl.arange(0, BLOCK_KEYS)
+    for start in tl.range(begin, sizes[0], BLOCK_QUERIES):
+        n = start + m
+        q = load_rows(query, n, sizes[0], query_stride, WIDTH, BLOCK_WIDTH, WHOLE)
+        grad = load_rows(grad_out, n, sizes[0], grad_stride, VALUE_WIDTH, BLOCK_VALUES, WHOLE).to(q.dtype)
         denominator = load_denominator(lse, n, n < sizes[0])
         of_query = tl.load(delta + n, mask=n < sizes[0], other=0.0)
         of_tile = oldest
         if first is not None:
             of_tile = oldest_of_queries(first, oldest, b, n, sizes[0])[None, :]
+        close = (start >= near) & (start < far)
         _, weights, _, grad_products = local_tile(
-            k, tl.trans(q), v, tl.trans(grad), denominator[None, :], of_query[None, :], n[None, :], j[:, None],
-            scale * LOG2E, table, dense, dense_strides, mask, of_tile, sizes, seed, b, h, NEIGHBOURS,
-            NEAR, BOUND, CAUSAL, CAP, THRESHOLD, REST,
+            k, tl.trans(q), v, tl.trans(grad), denominator[None, :], of_query[None, :], start, m[None, :], first_key,
+            i[:, None], scale * LOG2E, table, far_bias, dense, dense_strides, mask, of_tile, sizes, close, seed, b, h,
+            NEIGHBOURS, BOUND, CAUSAL, CAP, THRESHOLD, REST, TABLE,
         )  # fmt: skip
         grad_v = tl.dot(weights.to(q.dtype), grad, grad_v, input_precision="ieee")
         grad_k = tl.dot((grad_products * scale).to(q.dtype), q, grad_k, input_precision="ieee")
@@ -243,11 +244,11 @@ def key_gradient_of_head(
 @triton.jit
 def key_gradient_kernel(
     grad_out, lse, delta, query, key, value, scale, bias_table, bias_dense, local_length, key_mask, first, seed,
-    grad_key, grad_value, batch, heads, groups, length, local_keys, distances, grad_strides, query_strides, key_strides,
+    grad_key, grad_value, batch, heads, groups, length, local_keys, distances, before, span, grad_strides, query_strides, key_strides,
     value_strides, dense_strides,
     NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     BLOCK_VALUES: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, CAUSAL: tl.constexpr,
-    CAP: tl.constexpr, THRESHOLD: tl.constexpr, REST: tl.constexpr,
+    CAP: tl.constexpr, THRESHOLD: tl.constexpr, REST: tl.constexpr, TABLE: tl.constexpr, WHOLE_QUERIES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     block, bg = (program // (batch * groups)).to(tl.int32), program % (batch * groups)  # most queries first
@@ -281,26 +282,15 @@ def key_gradient_kernel(
         of_head = query + b * query_strides[0] + h * query_strides[1]
         grad_of_head = grad_out + b * grad_strides[0] + h * grad_strides[1]
         at = (b * heads + h) * length
-        table = None if bias_table is None else bias_table + h * distances
+        table = None if bias_table is None else bias_table + (h * span + before)
+        far_bias = 0.0 if bias_table is None else tl.load(table + distances - 1)
         dense = None if bias_dense is None else bias_dense + b * dense_strides[0] + h * dense_strides[1]
-        if not CAUSAL:
-            grad_k, grad_v = key_gradient_of_head(
-                grad_k, grad_v, k, v, of_head, grad_of_head, lse + at, delta + at, query_strides[2], grad_strides[2],
-                0, near, j, factor, table, dense, dense_strides[2:], key_mask, first, oldest, sizes, draw, b, h, False,
-                local_length is not None or first is not None, CAUSAL, CAP, NEIGHBOURS, WIDTH, BLOCK_WIDTH,
-                VALUE_WIDTH, BLOCK_VALUES, BLOCK_QUERIES, THRESHOLD, REST,
-            )  # fmt: skip
         grad_k, grad_v = key_gradient_of_head(
             grad_k, grad_v, k, v, of_head, grad_of_head, lse + at, delta + at, query_strides[2], grad_strides[2],
-            near, far, j, factor, table, dense, dense_strides[2:], key_mask, first, oldest, sizes, draw, b, h, True,
-            local_length is not None or first is not None, CAUSAL, CAP, NEIGHBOURS, WIDTH, BLOCK_WIDTH,
-            VALUE_WIDTH, BLOCK_VALUES, BLOCK_QUERIES, THRESHOLD, REST,
-        )  # fmt: skip
-        grad_k, grad_v = key_gradient_of_head(
-            grad_k, grad_v, k, v, of_head, grad_of_head, lse + at, delta + at, query_strides[2], grad_strides[2],
-            far, length, j, factor, table, dense, dense_strides[2:], key_mask, first, oldest, sizes, draw, b, h, False,
-            local_length is not None or first is not None, CAUSAL, CAP, NEIGHBOURS, WIDTH, BLOCK_WIDTH,
-            VALUE_WIDTH, BLOCK_VALUES, BLOCK_QUERIES, THRESHOLD, REST,
+            near if CAUSAL else 0, near, far, block * BLOCK_KEYS, factor, table, far_bias, dense, dense_strides[2:],
+            key_mask, first, oldest, sizes, draw, b, h, local_length is not None or first is not None, CAUSAL, CAP,
+            NEIGHBOURS, WIDTH, BLOCK_WIDTH, VALUE_WIDTH, BLOCK_VALUES, BLOCK_QUERIES, BLOCK_KEYS, THRESHOLD, REST,
+            TABLE, WHOLE_QUERIES,
         )  # fmt: skip
     place = (part * batch * groups + bg) * local_keys + j
     store_rows(grad_key, grad_k, place, j < local_keys, WIDTH, BLOCK_WIDTH)
@@ -323,6 +313,7 @@ def _key_gradient(batch: int, shared: dict[str, Any]) -> tuple[Tensor, Tensor]:
     arguments = {
         **shared, "grad_key": grad_key, "grad_value": grad_value, "batch": batch,
         "BLOCK_QUERIES": config.queries, "BLOCK_KEYS": config.keys,
+        "WHOLE_QUERIES": shared["length"] % config.queries == 0,
     }  # fmt: skip
     launch(key_gradient_kernel, (programs, parts), arguments, num_warps=config.warps, num_stages=config.stages)
     if parts == 1:
@@ -368,7 +359,7 @@ def _shared(inputs: AttentionInputs, grad_out: Tensor, lse: Tensor) -> dict[str,
     batch, heads, length, _ = query.shape
     return {
         "grad_out": grad_out, "lse": packed(lse), "query": query, "key": key, "value": value,
-        "scale": packed(inputs.scale), "bias_table": packed(inputs.bias_table), "bias_dense": inputs.bias_dense,
+        "scale": packed(inputs.scale), **laid_out(inputs)._asdict(), "bias_dense": inputs.bias_dense,
         "local_length": packed(inputs.local_length), "key_mask": bytes_of(inputs.key_mask),
         "first": packed(inputs.first), "seed": inputs.seed if inputs.dropout_p > 0.0 else None,
         "delta": query.new_empty(batch, heads, length, dtype=torch.float32),
@@ -400,6 +391,7 @@ def _query_gradient(
             "lse_strides": grad_lse.stride(), "out_strides": out.stride()[:3],
             "memory_key_strides": memory_keys.stride()[:2], "memory_value_strides": memory_values.stride()[:2],
             "BLOCK_QUERIES": config.queries, "BLOCK_KEYS": config.keys, "UNROLL": config.unroll,
+            "WHOLE_KEYS": shared["local_keys"] % config.keys == 0,
         }  # fmt: skip
         grid = (batch * heads * blocks,)
         launch(query_gradient_kernel, grid, arguments, num_warps=config.warps, num_stages=config.stages)
