@@ -175,13 +175,14 @@ def local_logits(
         if CAUSAL:
             if near:
                 logits = tl.where(ahead + m - i >= 0, logits, float("-inf"))
-    elif near:
-        bias = biases_of_tile(table, ahead, m, i, TABLE)
-        logits = with_bias(dot, scale, bias, CAP)
-        if CAUSAL:  # a product that is hidden may be anything
-            logits = tl.where(bias > float("-inf"), logits, float("-inf"))
     else:
-        logits = with_bias(dot, scale, far_bias, CAP)
+        bias = tl.zeros(dot.shape, tl.float32) + far_bias
+        if near:
+            bias = biases_of_tile(table, ahead, m, i, TABLE)
+        logits = with_bias(dot, scale, bias, CAP)
+        if CAUSAL:
+            if near:  # a product that is hidden may be anything
+                logits = tl.where(bias > float("-inf"), logits, float("-inf"))
     if dense is not None:
         n = first_query + m
         inside = (n < length) & (j < local_keys) & (j >= 0)

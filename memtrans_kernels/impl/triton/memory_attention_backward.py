@@ -52,13 +52,13 @@ from memtrans_kernels.impl.triton.launching import launch
 
 @triton.jit
 def query_gradient_of_local(
-    acc, scale_sum, far_sum, q, grad, denominator, delta, key, value, key_stride, value_stride, end, near, far,
+    acc, far_sum, q, grad, denominator, delta, key, value, key_stride, value_stride, end, near, far,
     first_query, m, scale, table, far_bias, dense, dense_strides, mask, oldest, sizes, seed, b, h,
     BOUND: tl.constexpr, CAUSAL: tl.constexpr, CAP: tl.constexpr, NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_VALUES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
-    THRESHOLD: tl.constexpr, REST: tl.constexpr, TABLE: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_VALUES: tl.constexpr, BLOCK_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr, THRESHOLD: tl.constexpr, REST: tl.constexpr, TABLE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """sum of d products · key over the local keys [0, end), and what scale and the table's last column get.
+    """sum of d products · key over the local keys [0, end), and what the table's last column gets.
 
     Keys before `near` and from `far` on are far from all queries. WHOLE: there are as many keys as tiles hold."""
     i = tl.arange(0, BLOCK_KEYS)
@@ -66,22 +66,24 @@ def query_gradient_of_local(
         k = load_rows(key, start + i, sizes[1], key_stride, WIDTH, BLOCK_WIDTH, WHOLE).to(q.dtype)
         v = load_rows(value, start + i, sizes[1], value_stride, VALUE_WIDTH, BLOCK_VALUES, WHOLE).to(q.dtype)
         close = is_near(start, near, far, CAUSAL)
-        dot, _, grad_logits, grad_products = local_tile(
+        _, _, grad_logits, grad_products = local_tile(
             q, tl.trans(k), grad, tl.trans(v), denominator[:, None], delta[:, None], first_query, m[:, None], start,
             i[None, :], scale, table, far_bias, dense, dense_strides, mask, oldest, sizes, close, seed, b, h,
             NEIGHBOURS, BOUND, CAUSAL, CAP, THRESHOLD, REST, TABLE,
         )  # fmt: skip
-        scale_sum += tl.sum(grad_products * dot, axis=1)
         if table is not None:
             if close:
-                distance = first_query + (sizes[1] - sizes[0]) - start + m[:, None] - i[None, :]
+                ahead = first_query + (sizes[1] - sizes[0]) - start
                 if not CAUSAL:
-                    distance = tl.abs(distance)
-                far_sum += tl.sum(tl.where(distance >= sizes[2] - 1, grad_logits, 0.0), axis=1)
+                    distance = tl.abs(ahead + m[:, None] - i[None, :])
+                    far_sum += tl.sum(tl.where(distance >= sizes[2] - 1, grad_logits, 0.0), axis=1)
+                elif ahead + BLOCK_QUERIES >= sizes[2]:  # the table ends within the tile
+                    distance = ahead + m[:, None] - i[None, :]
+                    far_sum += tl.sum(tl.where(distance >= sizes[2] - 1, grad_logits, 0.0), axis=1)
             else:
                 far_sum += tl.sum(grad_logits, axis=1)
         acc = tl.dot(grad_products.to(q.dtype), k, acc, input_precision="ieee")
-    return acc, scale_sum, far_sum
+    return acc, far_sum
 
 
 @triton.jit
@@ -181,13 +183,15 @@ def query_gradient_kernel(
         far = keys_until_far(position + BLOCK_QUERIES + distances - 2, local_keys, BLOCK_KEYS)
     near = tl.minimum(near, far)
     grad = grad.to(q.dtype)
-    acc, scale_sum, far_sum = query_gradient_of_local(
-        acc, scale_sum, far_sum, q, grad, denominator, of_query, key, value, key_strides[2], value_strides[2],
+    of_local, far_sum = query_gradient_of_local(
+        tl.zeros([BLOCK_QUERIES, BLOCK_WIDTH], tl.float32), far_sum, q, grad, denominator, of_query, key, value, key_strides[2], value_strides[2],
         far if CAUSAL else local_keys, near, far, block * BLOCK_QUERIES, tl.arange(0, BLOCK_QUERIES), factor * LOG2E,
         bias_table, far_bias, bias_dense, dense_strides[2:], key_mask, oldest, sizes, draw, b, h,
         local_length is not None or first is not None, CAUSAL, CAP, NEIGHBOURS, WIDTH, BLOCK_WIDTH, VALUE_WIDTH,
-        BLOCK_VALUES, BLOCK_KEYS, THRESHOLD, REST, TABLE, WHOLE_KEYS,
+        BLOCK_VALUES, BLOCK_QUERIES, BLOCK_KEYS, THRESHOLD, REST, TABLE, WHOLE_KEYS,
     )  # fmt: skip
+    scale_sum += tl.sum(of_local * q.to(tl.float32), axis=1)  # sum of d products · <query, key>
+    acc += of_local
 
     column = tl.arange(0, BLOCK_WIDTH)
     mask = inside[:, None] & (column < WIDTH)[None, :]
