@@ -33,8 +33,8 @@ from memtrans_kernels.impl.triton.launching import launch
 @triton.jit
 def bias_gradient_kernel(
     grad_out, lse, delta, query, key, value, scale, bias_table, bias_dense, local_length, key_mask, first, seed, tiles,
-    batch, heads, groups, length, local_keys, distances, before, span, grad_strides, query_strides, key_strides, value_strides,
-    dense_strides, parts,
+    batch, heads, groups, length, local_keys, distances, before, span, grad_strides, query_strides, key_strides,
+    value_strides, dense_strides, parts,
     NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     BLOCK_VALUES: tl.constexpr, BLOCK: tl.constexpr, DENSE: tl.constexpr, CAUSAL: tl.constexpr, CAP: tl.constexpr,
     THRESHOLD: tl.constexpr, REST: tl.constexpr, TABLE: tl.constexpr,

@@ -22,7 +22,7 @@ from memtrans_kernels.impl.triton.targets import target_of
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
-# How a tile gets its biases by distance: from the table as it is, or laid out, by a load or by an instruction of its own.
+# How a tile gets its biases by distance: from the table as it is, or laid out, by a load or by an instruction.
 AS_IT_IS, BY_LOAD, BY_ASSEMBLY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
@@ -157,7 +157,7 @@ def local_logits(
 ):  # fmt: skip
     """scale · dot + bias of a tile, -inf where a query must not look at a key; `scale` is in units of ln 2.
 
-    m, i: the tile's queries and keys, counted from its first ones. table, far_bias: see `laid_out`, and its last column.
+    m, i: the tile's queries and keys, counted from its first ones. table: laid out or not. far_bias: its last column.
     near: some of the tile's distances are negative or inside the bias table. seen: which keys are real, None for all.
     BOUND: `oldest` counts.
     """
@@ -172,7 +172,7 @@ def local_logits(
         logits = tl.where((ahead + m - i >= 0) & (j < local_keys), logits, float("-inf"))
     elif table is None:
         logits = with_bias(dot, scale, 0.0, CAP)
-        if CAUSAL:
+        if CAUSAL:  # noqa: SIM102  the first is known to the compiler, the second is not
             if near:
                 logits = tl.where(ahead + m - i >= 0, logits, float("-inf"))
     else:
@@ -180,7 +180,7 @@ def local_logits(
         if near:
             bias = biases_of_tile(table, ahead, m, i, TABLE)
         logits = with_bias(dot, scale, bias, CAP)
-        if CAUSAL:
+        if CAUSAL:  # noqa: SIM102
             if near:  # a product that is hidden may be anything
                 logits = tl.where(bias > float("-inf"), logits, float("-inf"))
     if dense is not None:
@@ -190,7 +190,7 @@ def local_logits(
         logits += tl.load(dense + at, mask=inside, other=0.0).to(tl.float32) * LOG2E
     if not CAUSAL and seen is None:  # what is not there is not seen either
         logits = tl.where((j < local_keys) & (j >= 0), logits, float("-inf"))
-    if seen is not None:  # noqa: SIM102  the first is known to the compiler, the second is not
+    if seen is not None:  # noqa: SIM102
         if tl.min(seen.to(tl.int32)) == 0:  # most tiles of padded documents are real throughout
             logits = tl.where(seen, logits, float("-inf"))
     if BOUND:

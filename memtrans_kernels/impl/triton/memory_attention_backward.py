@@ -7,8 +7,7 @@ With P the softmax over neighbours and local keys, keep / (1 - p) its dropout, a
 
 1. A program per block of queries: their gradient (the neighbours' keys and values are gathered here), delta, and its
    part of the gradients of scale and offset, and of the bias beyond the table's end.
-2. A program per block of local keys: gradients of key and value, over all queries of the heads that share them (or of
-   a part of these heads).
+2. Gradients of key and value: `attention_key_gradient`.
 3. Gradients of the bias: `attention_bias`.
 
 No two programs write the same number, so there are no atomics and two passes give the same bits. Shapes, limits and
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from memtrans_kernels.attention_inputs import AttentionInputs
 from memtrans_kernels.impl.triton import attention_bias, configs
+from memtrans_kernels.impl.triton.attention_key_gradient import key_gradient
 from memtrans_kernels.impl.triton.attention_tiles import (
     LOG2E,
     bytes_of,
@@ -116,8 +116,8 @@ def query_gradient_of_neighbours(
 def query_gradient_kernel(
     grad_out, grad_lse, out, lse, query, key, value, memory_keys, memory_values, rows, scores, slots, scale,
     bias_table, bias_dense, memory_offset, local_length, key_mask, first, seed, grad_query, delta, sums,
-    heads, groups, length, local_keys, distances, before, span, grad_strides, lse_strides, out_strides, query_strides, key_strides,
-    value_strides, memory_key_strides, memory_value_strides, dense_strides,
+    heads, groups, length, local_keys, distances, before, span, grad_strides, lse_strides, out_strides,
+    query_strides, key_strides, value_strides, memory_key_strides, memory_value_strides, dense_strides,
     NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     BLOCK_VALUES: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, UNROLL: tl.constexpr,
     CAUSAL: tl.constexpr, CAP: tl.constexpr, THRESHOLD: tl.constexpr, REST: tl.constexpr, TABLE: tl.constexpr,
@@ -184,9 +184,10 @@ def query_gradient_kernel(
     near = tl.minimum(near, far)
     grad = grad.to(q.dtype)
     of_local, far_sum = query_gradient_of_local(
-        tl.zeros([BLOCK_QUERIES, BLOCK_WIDTH], tl.float32), far_sum, q, grad, denominator, of_query, key, value, key_strides[2], value_strides[2],
-        far if CAUSAL else local_keys, near, far, block * BLOCK_QUERIES, tl.arange(0, BLOCK_QUERIES), factor * LOG2E,
-        bias_table, far_bias, bias_dense, dense_strides[2:], key_mask, oldest, sizes, draw, b, h,
+        tl.zeros([BLOCK_QUERIES, BLOCK_WIDTH], tl.float32), far_sum, q, grad, denominator, of_query, key, value,
+        key_strides[2], value_strides[2], far if CAUSAL else local_keys, near, far, block * BLOCK_QUERIES,
+        tl.arange(0, BLOCK_QUERIES), factor * LOG2E, bias_table, far_bias, bias_dense, dense_strides[2:], key_mask,
+        oldest, sizes, draw, b, h,
         local_length is not None or first is not None, CAUSAL, CAP, NEIGHBOURS, WIDTH, BLOCK_WIDTH, VALUE_WIDTH,
         BLOCK_VALUES, BLOCK_QUERIES, BLOCK_KEYS, THRESHOLD, REST, TABLE, WHOLE_KEYS,
     )  # fmt: skip
@@ -204,127 +205,6 @@ def query_gradient_kernel(
     tl.store(sums + 2 * heads * documents_blocks, tl.sum(far_sum))
 
 
-@triton.jit
-def store_rows(matrix, rows, place, inside, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
-    """Writes rows (len(place), BLOCK_WIDTH) to their places in a matrix."""
-    column = tl.arange(0, BLOCK_WIDTH)
-    mask = inside[:, None] & (column < WIDTH)[None, :]
-    tl.store(matrix + place[:, None] * WIDTH + column[None, :], rows.to(matrix.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def key_gradient_of_head(
-    grad_k, grad_v, k, v, query, grad_out, lse, delta, query_stride, grad_stride, begin, near, far, first_key, scale,
-    table, far_bias, dense, dense_strides, mask, first, oldest, sizes, seed, b, h, BOUND: tl.constexpr,
-    CAUSAL: tl.constexpr, CAP: tl.constexpr, NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr, BLOCK_VALUES: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
-    THRESHOLD: tl.constexpr, REST: tl.constexpr, TABLE: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    """Adds the queries of one head from `begin` on to the gradients of a block of keys and values.
-
-    Queries before `near` and from `far` on are far from all of the keys. WHOLE: there are as many queries as tiles hold.
-    """
-    m, i = tl.arange(0, BLOCK_QUERIES), tl.arange(0, BLOCK_KEYS)
-    for start in tl.range(begin, sizes[0], BLOCK_QUERIES):
-        n = start + m
-        q = load_rows(query, n, sizes[0], query_stride, WIDTH, BLOCK_WIDTH, WHOLE)
-        grad = load_rows(grad_out, n, sizes[0], grad_stride, VALUE_WIDTH, BLOCK_VALUES, WHOLE).to(q.dtype)
-        denominator = load_denominator(lse, n, n < sizes[0])
-        of_query = tl.load(delta + n, mask=n < sizes[0], other=0.0)
-        of_tile = oldest
-        if first is not None:
-            of_tile = oldest_of_queries(first, oldest, b, n, sizes[0])[None, :]
-        close = (start >= near) & (start < far)
-        _, weights, _, grad_products = local_tile(
-            k, tl.trans(q), v, tl.trans(grad), denominator[None, :], of_query[None, :], start, m[None, :], first_key,
-            i[:, None], scale * LOG2E, table, far_bias, dense, dense_strides, mask, of_tile, sizes, close, seed, b, h,
-            NEIGHBOURS, BOUND, CAUSAL, CAP, THRESHOLD, REST, TABLE,
-        )  # fmt: skip
-        grad_v = tl.dot(weights.to(q.dtype), grad, grad_v, input_precision="ieee")
-        grad_k = tl.dot((grad_products * scale).to(q.dtype), q, grad_k, input_precision="ieee")
-    return grad_k, grad_v
-
-
-@triton.jit
-def key_gradient_kernel(
-    grad_out, lse, delta, query, key, value, scale, bias_table, bias_dense, local_length, key_mask, first, seed,
-    grad_key, grad_value, batch, heads, groups, length, local_keys, distances, before, span, grad_strides, query_strides, key_strides,
-    value_strides, dense_strides,
-    NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    BLOCK_VALUES: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, CAUSAL: tl.constexpr,
-    CAP: tl.constexpr, THRESHOLD: tl.constexpr, REST: tl.constexpr, TABLE: tl.constexpr, WHOLE_QUERIES: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    block, bg = (program // (batch * groups)).to(tl.int32), program % (batch * groups)  # most queries first
-    b, g = bg // groups, bg % groups
-    j = block * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
-    sizes = (length, local_keys, distances)
-    draw = 0 if seed is None else tl.load(seed)
-    k = load_rows(
-        key + b * key_strides[0] + g * key_strides[1], j, local_keys, key_strides[2], WIDTH, BLOCK_WIDTH
-    ).to(query.dtype.element_ty)  # fmt: skip
-    v = load_rows(
-        value + b * value_strides[0] + g * value_strides[1], j, local_keys, value_strides[2], VALUE_WIDTH, BLOCK_VALUES
-    ).to(query.dtype.element_ty)  # fmt: skip
-    if key_mask is not None:
-        key_mask += b * local_keys
-    oldest = oldest_key(local_length, b, local_keys)
-    grad_k = tl.zeros([BLOCK_KEYS, BLOCK_WIDTH], tl.float32)
-    grad_v = tl.zeros([BLOCK_KEYS, BLOCK_VALUES], tl.float32)
-    seen = block * BLOCK_KEYS - (local_keys - length)  # the query that stands at the first of these keys
-    if CAUSAL:  # no earlier one sees it; else those before `near` are far from all of these keys
-        near = tl.maximum(seen, 0) // BLOCK_QUERIES * BLOCK_QUERIES
-    else:
-        near = tl.minimum(tl.maximum(seen - distances + 2, 0), length) // BLOCK_QUERIES * BLOCK_QUERIES
-    far = tl.maximum(seen + BLOCK_KEYS + distances - 2, 0)  # from here on all keys are far from all queries
-    far = tl.minimum(tl.cdiv(far, BLOCK_QUERIES) * BLOCK_QUERIES, length)
-    each = tl.cdiv(heads // groups, tl.num_programs(1))  # heads of a part
-    part = tl.program_id(1).to(tl.int64)
-    for head in tl.range(part * each, tl.minimum(part * each + each, heads // groups)):
-        h = g * (heads // groups) + head
-        factor = tl.load(scale + h).to(tl.float32)
-        of_head = query + b * query_strides[0] + h * query_strides[1]
-        grad_of_head = grad_out + b * grad_strides[0] + h * grad_strides[1]
-        at = (b * heads + h) * length
-        table = None if bias_table is None else bias_table + (h * span + before)
-        far_bias = 0.0 if bias_table is None else tl.load(table + distances - 1)
-        dense = None if bias_dense is None else bias_dense + b * dense_strides[0] + h * dense_strides[1]
-        grad_k, grad_v = key_gradient_of_head(
-            grad_k, grad_v, k, v, of_head, grad_of_head, lse + at, delta + at, query_strides[2], grad_strides[2],
-            near if CAUSAL else 0, near, far, block * BLOCK_KEYS, factor, table, far_bias, dense, dense_strides[2:],
-            key_mask, first, oldest, sizes, draw, b, h, local_length is not None or first is not None, CAUSAL, CAP,
-            NEIGHBOURS, WIDTH, BLOCK_WIDTH, VALUE_WIDTH, BLOCK_VALUES, BLOCK_QUERIES, BLOCK_KEYS, THRESHOLD, REST,
-            TABLE, WHOLE_QUERIES,
-        )  # fmt: skip
-    place = (part * batch * groups + bg) * local_keys + j
-    store_rows(grad_key, grad_k, place, j < local_keys, WIDTH, BLOCK_WIDTH)
-    store_rows(grad_value, grad_v, place, j < local_keys, VALUE_WIDTH, BLOCK_VALUES)
-
-
-def _key_gradient(batch: int, shared: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Gradients of key (B, G, L, D) and value (B, G, L, E). Where few programs would own a block of keys each, several
-    share its heads, and their parts are added up."""
-    key, value = shared["key"], shared["value"]
-    config = configs.attention_key_gradient(shared["query"].dtype.itemsize, max(shared["WIDTH"], shared["VALUE_WIDTH"]))
-    programs = configs.blocks_of(shared["local_keys"], config.keys) * batch * shared["groups"]
-    if programs == 0:
-        return key.new_zeros(key.shape), value.new_zeros(value.shape)
-    parts = configs.head_parts(programs, shared["heads"] // shared["groups"])
-    dtypes = (key.dtype, value.dtype) if parts == 1 else (torch.float32, torch.float32)
-    grad_key, grad_value = (
-        like.new_empty(parts, *like.shape, dtype=dtype) for like, dtype in zip((key, value), dtypes, strict=True)
-    )
-    arguments = {
-        **shared, "grad_key": grad_key, "grad_value": grad_value, "batch": batch,
-        "BLOCK_QUERIES": config.queries, "BLOCK_KEYS": config.keys,
-        "WHOLE_QUERIES": shared["length"] % config.queries == 0,
-    }  # fmt: skip
-    launch(key_gradient_kernel, (programs, parts), arguments, num_warps=config.warps, num_stages=config.stages)
-    if parts == 1:
-        return grad_key[0], grad_value[0]
-    return grad_key.sum(dim=0).to(key.dtype), grad_value.sum(dim=0).to(value.dtype)
-
-
 def memory_attention_backward(
     inputs: AttentionInputs, grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, of_keys: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -338,7 +218,7 @@ def memory_attention_backward(
     of_scale, of_offset, far = sums.sum(dim=-1)
     table, dense, offset = inputs.bias_table, inputs.bias_dense, inputs.memory_offset
     nothing = inputs.query.new_empty
-    grad_key, grad_value = _key_gradient(batch, shared) if of_keys else (nothing(0), nothing(0))
+    grad_key, grad_value = key_gradient(batch, shared) if of_keys else (nothing(0), nothing(0))
     return (
         grad_query,
         grad_key,
