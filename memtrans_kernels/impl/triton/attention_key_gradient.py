@@ -11,7 +11,7 @@ Formula, shapes, limits and precision: see `memory_attention_backward`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -30,6 +30,19 @@ from memtrans_kernels.impl.triton.attention_tiles import (
 from memtrans_kernels.impl.triton.launching import launch
 
 
+class NearTiles(NamedTuple):
+    """What the gradient of a bias by distance is summed from: d logits near the diagonal, by blocks of queries.
+
+    A place is how many blocks the keys of a tile lie behind its queries.
+    """
+
+    tiles: Tensor  # (B, H, blocks, places, keys, queries)
+
+    @property
+    def places(self) -> int:
+        return self.tiles.shape[3]
+
+
 @triton.jit
 def store_rows(matrix, rows, place, inside, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
     """Writes rows (len(place), BLOCK_WIDTH) to their places in a matrix."""
@@ -39,9 +52,22 @@ def store_rows(matrix, rows, place, inside, WIDTH: tl.constexpr, BLOCK_WIDTH: tl
 
 
 @triton.jit
+def store_near_tile(
+    tiles, grad_logits, start, first_key, sizes, places, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr
+):  # fmt: skip
+    """Writes a tile's d logits (keys, queries) of a head to its place, see `NearTiles`, if the table reaches so far."""
+    block = start // BLOCK_KEYS
+    place = block + (sizes[1] - sizes[0] - first_key) // BLOCK_KEYS
+    if place < places:
+        at = tiles + (block * places + place).to(tl.int64) * (BLOCK_KEYS * BLOCK_KEYS) + start % BLOCK_KEYS
+        key, query = tl.arange(0, BLOCK_KEYS)[:, None] * BLOCK_KEYS, tl.arange(0, BLOCK_QUERIES)[None, :]
+        tl.store(at + key + query, grad_logits.to(tiles.dtype.element_ty))
+
+
+@triton.jit
 def key_gradient_of_head(
-    grad_k, grad_v, k, v, query, grad_out, lse, delta, query_stride, grad_stride, begin, near, far, first_key, scale,
-    table, far_bias, dense, dense_strides, mask, first, oldest, sizes, seed, b, h, BOUND: tl.constexpr,
+    grad_k, grad_v, k, v, query, grad_out, lse, delta, query_stride, grad_stride, begin, near, far, first_key, tiles,
+    places, scale, table, far_bias, dense, dense_strides, mask, first, oldest, sizes, seed, b, h, BOUND: tl.constexpr,
     CAUSAL: tl.constexpr, CAP: tl.constexpr, NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr, BLOCK_VALUES: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
     THRESHOLD: tl.constexpr, REST: tl.constexpr, TABLE: tl.constexpr, WHOLE: tl.constexpr,
@@ -61,11 +87,13 @@ def key_gradient_of_head(
         if first is not None:
             of_tile = oldest_of_queries(first, oldest, b, n, sizes[0])[None, :]
         close = (start >= near) & (start < far)
-        _, weights, _, grad_products = local_tile(
+        _, weights, grad_logits, grad_products = local_tile(
             k, tl.trans(q), v, tl.trans(grad), denominator[None, :], of_query[None, :], start, m[None, :], first_key,
             i[:, None], scale * LOG2E, table, far_bias, dense, dense_strides, mask, of_tile, sizes, close, seed, b, h,
             NEIGHBOURS, BOUND, CAUSAL, CAP, THRESHOLD, REST, TABLE,
         )  # fmt: skip
+        if tiles is not None:
+            store_near_tile(tiles, grad_logits, start, first_key, sizes, places, BLOCK_QUERIES, BLOCK_KEYS)
         grad_v = tl.dot(weights.to(q.dtype), grad, grad_v, input_precision="ieee")
         grad_k = tl.dot((grad_products * scale).to(q.dtype), q, grad_k, input_precision="ieee")
     return grad_k, grad_v
@@ -74,8 +102,8 @@ def key_gradient_of_head(
 @triton.jit
 def key_gradient_kernel(
     grad_out, lse, delta, query, key, value, scale, bias_table, bias_dense, local_length, key_mask, first, seed,
-    grad_key, grad_value, batch, heads, groups, length, local_keys, distances, before, span, grad_strides,
-    query_strides, key_strides, value_strides, dense_strides,
+    near_tiles, places, grad_key, grad_value, batch, heads, groups, length, local_keys, distances, before, span,
+    grad_strides, query_strides, key_strides, value_strides, dense_strides,
     NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     BLOCK_VALUES: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, CAUSAL: tl.constexpr,
     CAP: tl.constexpr, THRESHOLD: tl.constexpr, REST: tl.constexpr, TABLE: tl.constexpr, WHOLE_QUERIES: tl.constexpr,
@@ -113,14 +141,18 @@ def key_gradient_kernel(
         grad_of_head = grad_out + b * grad_strides[0] + h * grad_strides[1]
         at = (b * heads + h) * length
         table = None if bias_table is None else bias_table + (h * span + before)
+        tiles = None
+        if near_tiles is not None:
+            of_head_and_place = tl.cdiv(length, BLOCK_KEYS) * places * (BLOCK_KEYS * BLOCK_KEYS)
+            tiles = near_tiles + (b * heads + h) * of_head_and_place
         far_bias = 0.0 if bias_table is None else tl.load(table + distances - 1)
         dense = None if bias_dense is None else bias_dense + b * dense_strides[0] + h * dense_strides[1]
         grad_k, grad_v = key_gradient_of_head(
             grad_k, grad_v, k, v, of_head, grad_of_head, lse + at, delta + at, query_strides[2], grad_strides[2],
-            near if CAUSAL else 0, near, far, block * BLOCK_KEYS, factor, table, far_bias, dense, dense_strides[2:],
-            key_mask, first, oldest, sizes, draw, b, h, local_length is not None or first is not None, CAUSAL, CAP,
-            NEIGHBOURS, WIDTH, BLOCK_WIDTH, VALUE_WIDTH, BLOCK_VALUES, BLOCK_QUERIES, BLOCK_KEYS, THRESHOLD, REST,
-            TABLE, WHOLE_QUERIES,
+            near if CAUSAL else 0, near, far, block * BLOCK_KEYS, tiles, places, factor, table, far_bias, dense,
+            dense_strides[2:], key_mask, first, oldest, sizes, draw, b, h,
+            local_length is not None or first is not None, CAUSAL, CAP, NEIGHBOURS, WIDTH, BLOCK_WIDTH, VALUE_WIDTH,
+            BLOCK_VALUES, BLOCK_QUERIES, BLOCK_KEYS, THRESHOLD, REST, TABLE, WHOLE_QUERIES,
         )  # fmt: skip
     place = (part * batch * groups + bg) * local_keys + j
     store_rows(grad_key, grad_k, place, j < local_keys, WIDTH, BLOCK_WIDTH)
@@ -145,10 +177,10 @@ def add_parts_kernel(
         tl.store(grad_value + at, total.to(grad_value.dtype.element_ty), mask=at < values)
 
 
-def key_gradient(batch: int, shared: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def key_gradient(batch: int, shared: dict[str, Any], near: NearTiles | None) -> tuple[Tensor, Tensor]:
     """Gradients of key (B, G, L, D) and value (B, G, L, E).
 
-    shared: the arguments that all kernels of the backward pass have in common.
+    shared: the arguments that all kernels of the backward pass have in common. near: filled on the way.
     """
     key, value = shared["key"], shared["value"]
     config = configs.attention_key_gradient(shared["query"].dtype.itemsize, max(shared["WIDTH"], shared["VALUE_WIDTH"]))
@@ -161,7 +193,8 @@ def key_gradient(batch: int, shared: dict[str, Any]) -> tuple[Tensor, Tensor]:
     if parts > 1:
         written = [like.new_empty(parts, *like.shape, dtype=torch.float32) for like in grads]
     arguments = {
-        **shared, "grad_key": written[0], "grad_value": written[1], "batch": batch, "BLOCK_QUERIES": config.queries,
+        **shared, "near_tiles": None if near is None else near.tiles, "places": 0 if near is None else near.places,
+        "grad_key": written[0], "grad_value": written[1], "batch": batch, "BLOCK_QUERIES": config.queries,
         "BLOCK_KEYS": config.keys, "WHOLE_QUERIES": shared["length"] % config.queries == 0,
     }  # fmt: skip
     launch(key_gradient_kernel, (programs, parts), arguments, num_warps=config.warps, num_stages=config.stages)

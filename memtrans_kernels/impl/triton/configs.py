@@ -90,11 +90,11 @@ def attention_forward(itemsize: int, width: int, length: int, local_keys: int, n
     if length <= 16:
         return AttentionLaunch(queries=16, keys=128, warps=4, stages=2, unroll=8)
     if width <= 64 and neighbours == 0 and local_keys >= LONG:
-        return AttentionLaunch(queries=128, keys=64, warps=4, stages=3)
+        return AttentionLaunch(queries=128, keys=64, warps=8, stages=3)
     if neighbours == 0:
         return AttentionLaunch(queries=64, keys=64, warps=4, stages=2)
     if width <= 64:
-        return AttentionLaunch(queries=64, keys=32, warps=4, stages=2, unroll=2)
+        return AttentionLaunch(queries=64, keys=64, warps=4, stages=2, unroll=2)
     return AttentionLaunch(queries=32, keys=64, warps=4, stages=2, unroll=4)
 
 
@@ -137,8 +137,11 @@ def attention_query_gradient(itemsize: int, width: int, length: int, neighbours:
     if length <= 16:
         return AttentionLaunch(queries=16, keys=64, warps=4, stages=1, unroll=4)
     if neighbours == 0:
-        return AttentionLaunch(queries=64, keys=32, warps=4, stages=2)
-    return AttentionLaunch(queries=32, keys=32, warps=4, stages=2, unroll=4 if width <= 64 else 2)
+        keys, stages = (32, 3) if width <= 64 else (64, 2)
+        return AttentionLaunch(queries=64, keys=keys, warps=4, stages=stages)
+    if width <= 64:
+        return AttentionLaunch(queries=32, keys=64, warps=4, stages=2, unroll=4)
+    return AttentionLaunch(queries=32, keys=32, warps=4, stages=2, unroll=2)
 
 
 def attention_key_gradient(itemsize: int, width: int) -> AttentionLaunch:

@@ -218,13 +218,17 @@ def memory_attention_backward(
     of_scale, of_offset, far = sums.sum(dim=-1)
     table, dense, offset = inputs.bias_table, inputs.bias_dense, inputs.memory_offset
     nothing = inputs.query.new_empty
-    grad_key, grad_value = key_gradient(batch, shared) if of_keys else (nothing(0), nothing(0))
+    near = None if table is None else attention_bias.near_tiles_of(table, batch, shared)
+    grad_key, grad_value = nothing(0), nothing(0)
+    if of_keys or near is not None:  # the same bits for the table, whether keys have gradients or not
+        found = key_gradient(batch, shared, near)
+        grad_key, grad_value = found if of_keys else (grad_key, grad_value)
     return (
         grad_query,
         grad_key,
         grad_value,
         of_scale.to(inputs.scale.dtype, copy=True),  # outputs must not share storage
-        nothing(0) if table is None else attention_bias.grad_table(table, far, batch, shared),
+        nothing(0) if table is None else attention_bias.grad_table(table, far, batch, shared, near),
         nothing(0) if dense is None else attention_bias.grad_dense(dense, batch, shared),
         nothing(0) if offset is None else of_offset.to(offset.dtype, copy=True),
         nothing(0) if inputs.sink is None else _grad_sink(inputs.sink, shared),
