@@ -81,8 +81,8 @@ def attention_forward(itemsize: int, width: int, length: int, local_keys: int, n
     K 32, L 512: D 64 82 against 89 with 32 keys, 103 with 32 queries, 94 with four neighbours in flight; D 128 193
     against 278 with 64 queries. D 256, milliseconds: 0.431 against 0.655 with 8 warps and two tiles in flight. Without
     neighbours, D 64, L 512: 25.8 against 30.2 with 32 keys, 29.5 with 128 queries, 30.5 with 128 keys, 29.4 with one
-    tile in flight; L 1024 51.6, D 128 42.5 (47.8 with 128 queries of 8 warps). Of 8,704 keys larger tiles read them less
-    often: 442 against 456 with 64 queries, 518 with 128 of 4 warps.
+    tile in flight; L 1024 51.6, D 128 42.5 (47.8 with 128 queries of 8 warps). Of 8,704 keys larger tiles read them
+    less often: 442 against 456 with 64 queries, 518 with 128 of 4 warps.
     """
     if itemsize > 2:
         return AttentionLaunch(queries=16 if length <= 16 or width > 128 else 32, keys=32, warps=4, stages=1)
@@ -131,9 +131,9 @@ def attention_query_gradient(itemsize: int, width: int, length: int, neighbours:
 
     K 32, L 512: D 64 160 against 195 with 32 keys, 207 with 64 queries of 32; D 128 340 against 362 with 64 keys, 514
     with 64 queries. D 256, milliseconds, forward pass included: 2.09 against 2.71 with 32 queries of 8 warps. Without
-    neighbours there is room for larger tiles. D 64: 35.2 of L 512, 67.3 of 1024 and 680 of 8,704 against 38.9, 73.7 and
-    689 with 64 keys; with 128 queries 44.1 and more. D 128: 65.1 against 71.5 with 32 keys. float32, D 128, compiled for
-    sm_90 and not measured: 392 bytes of stack a thread with 8 warps, 6,424 with 4.
+    neighbours there is room for larger tiles. D 64: 35.2 of L 512, 67.3 of 1024 and 680 of 8,704 against 38.9, 73.7
+    and 689 with 64 keys; with 128 queries 44.1 and more. D 128: 65.1 against 71.5 with 32 keys. float32, D 128,
+    compiled for sm_90 and not measured: 392 bytes of stack a thread with 8 warps, 6,424 with 4.
     """
     if itemsize > 2:
         few = length <= 16 or width > 128
@@ -163,8 +163,8 @@ def attention_key_gradient(itemsize: int, width: int) -> AttentionLaunch:
     return AttentionLaunch(queries=64 if width <= 64 else 32, keys=64, warps=4, stages=2)
 
 
-# Four for each multiprocessor of a large GPU: of a causal block the first keys have the most queries, so that more programs
-# are a better balance and more parts to add up. H200, microseconds with 256, 512 and 1024: D 64, L 512 55.0, 49.2 and
+# Four for each multiprocessor of a large GPU: of a causal block the first keys have the most queries, so that more
+# programs are a better balance, and more parts to add up. H200, microseconds with 256, 512 and 1024: D 64, L 512 55.0, 49.2 and
 # 53.0, L 1024 100, 102 and 98; D 128, L 512 101, 91 and 101.
 KEY_GRADIENT_PROGRAMS = 512
 
