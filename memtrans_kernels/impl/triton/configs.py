@@ -164,8 +164,8 @@ def attention_key_gradient(itemsize: int, width: int) -> AttentionLaunch:
 
 
 # Four for each multiprocessor of a large GPU: of a causal block the first keys have the most queries, so that more
-# programs are a better balance, and more parts to add up. H200, microseconds with 256, 512 and 1024: D 64, L 512 55.0, 49.2 and
-# 53.0, L 1024 100, 102 and 98; D 128, L 512 101, 91 and 101.
+# programs are a better balance, and more parts to add up. H200, microseconds with 256, 512 and 1024: D 64, L 512 55.0,
+# 49.2 and 53.0, L 1024 100, 102 and 98; D 128, L 512 101, 91 and 101.
 KEY_GRADIENT_PROGRAMS = 512
 
 
