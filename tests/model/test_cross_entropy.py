@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -301,14 +302,25 @@ def test_a_head_that_may_be_something_else_is_called(in_chunks: mock.Mock, chang
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-def test_torch_func_differentiates_the_plain_loss(in_chunks: mock.Mock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MEMTRANS_BACKEND", "reference")  # attention's, which torch.func differentiates
-    (_, *expected), model = expected_of(), build()
-    grads = torch.func.grad(lambda weights: torch.func.functional_call(model, weights, (X,), {"labels": LABELS}))(
-        dict(model.named_parameters())
-    )
+@pytest.mark.parametrize("wanted", ["of weights", "of embeddings", "forward"])
+def test_transforms_get_the_plain_loss(in_chunks: mock.Mock, monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
+    monkeypatch.setenv("MEMTRANS_BACKEND", "reference")  # attention's, which transforms know
+    model, hidden, tangent = build(), *torch.randn(2, *X.shape, 16, generator=seeded(5))
+    own = dict(model.named_parameters())
+
+    def loss(weights: dict[str, Tensor], embeddings: Tensor) -> Tensor:
+        return torch.func.functional_call(model, weights, (), {"inputs_embeds": embeddings, "labels": LABELS})
+
+    of_own = partial(loss, own)
+    ways: dict[str, Callable[[], object]] = {
+        "of weights": lambda: torch.func.grad(loss)(own, hidden),
+        "of embeddings": lambda: torch.func.grad(of_own)(hidden),
+        "forward": lambda: torch.func.jvp(of_own, (hidden,), (tangent,)),
+    }
+    found = torch.utils._pytree.tree_leaves(ways[wanted]())
     assert not in_chunks.called
-    assert_all_close(list(grads.values()), expected)
+    monkeypatch.setattr(cross_entropy, "MOST_LOGITS", 1 << 26)
+    assert_all_close(found, torch.utils._pytree.tree_leaves(ways[wanted]()))
 
 
 def test_few_logits_are_kept() -> None:
