@@ -169,7 +169,7 @@ def test_the_operator_passes_opcheck(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_no_tensor_is_as_large_as_the_logits_or_two_chunks(
+def test_no_more_is_held_than_a_chunk_of_the_logits(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, compiled: bool
 ) -> None:
     positions, dim, vocabulary, parts = 512, 8, 1000, 16
@@ -189,8 +189,10 @@ def test_no_tensor_is_as_large_as_the_logits_or_two_chunks(
     logits = 4 * positions * vocabulary  # bytes, in float32
     assert usual.largest >= logits and usual.peak >= 2 * logits  # they would be seen
     assert found.largest <= logits // parts
-    # a chunk's logits, their logarithms and their gradient; three times what is learned, which is small
-    assert found.peak <= 3 * logits // parts + 3 * 4 * dim * (positions + 2 * vocabulary)
+    # of a chunk the logits and their logarithms, or in place of both the gradient; where a compiler makes that of the
+    # logits, in half the width; and a few times what is learned, which is small
+    chunks = 1 if compiled and dtype == torch.bfloat16 else 2
+    assert found.peak <= chunks * logits // parts + 3 * 4 * dim * (positions + vocabulary)
 
 
 # ------------------------------------------------------------------------------------------------------------ the model
