@@ -1,11 +1,11 @@
 """The cross entropy of a linear layer's logits, of which no more than a chunk of positions is ever held.
 
 Logits z = hidden · weightᵀ + bias; the loss of a position is logsumexp(z) - z[label], and its gradient for the logits
-softmax(z) - onehot(label). A chunk's turn gives its loss and what the gradient of the loss's sum is for hidden, weight
-and bias, so that neither its logits nor their gradient outlive it; the backward pass only scales those three. In each
-dtype the matrix products are the plain loss's, and what is summed over chunks is summed in float32.
+softmax(z) - onehot(label). A chunk's turn gives its loss and the gradients of the loss's sum for hidden, weight and
+bias, so that neither its logits nor their gradient outlive it; the backward pass scales those three. Matrix products
+are in the dtype of the plain loss's, and what chunks add up to is summed in float32.
 
-PyTorch has `linear_cross_entropy` from 2.12 on alone, and its chunks break a graph that is compiled.
+PyTorch 2.10 has nothing like it. The `linear_cross_entropy` of 2.13 has chunks too, but not inside a compiled graph.
 
 Shapes: P positions (B documents of N tokens), C of them in a chunk, V tokens of the vocabulary.
 """
@@ -62,7 +62,9 @@ def linear_cross_entropy(
     ignore_index: int,
     reduction: str = "mean",
 ) -> Tensor:
-    """`F.cross_entropy(F.linear(hidden, weight, bias), labels, ...)` in chunks, once differentiable; see `fits`.
+    """`F.cross_entropy(F.linear(hidden, weight, bias), labels, ...)` in chunks, of what `fits`.
+
+    A gradient that is differentiated again comes by way of all logits.
 
     Args:
         hidden: (P, dim).
