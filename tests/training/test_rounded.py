@@ -13,6 +13,7 @@ from helpers.tiny_runs import written_text
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from memtrans import cross_entropy
 from memtrans.training.data import open_data
 from memtrans.training.rounded import RoundedWeights
 from memtrans.training.settings import Settings
@@ -51,10 +52,13 @@ def casts(trainer: Trainer) -> int:
     return sum(event.count for event in found.key_averages() if event.key == "aten::_to_copy")
 
 
+@pytest.mark.parametrize("most_logits", [cross_entropy.MOST_LOGITS, 0], ids=["", "in chunks"])
 @pytest.mark.parametrize("changes", [{}, {"accumulate": 1}, {"dropout": 0.1}, {"clip": 0.1, "skip_nonfinite": True}])
 def test_a_step_that_rounds_weights_once_learns_the_same_bits(
-    trainer_of: Callable[..., Trainer], changes: dict
+    trainer_of: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch, changes: dict, most_logits: int
 ) -> None:
+    monkeypatch.setattr(cross_entropy, "MOST_LOGITS", most_logits)
+    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 7 * 256)
     ours, autocast = trainer_of(**changes), without(trainer_of(**changes))
     for trainer in (ours, autocast):
         torch.manual_seed(0)  # of dropout
