@@ -181,6 +181,11 @@ def head_parts(programs: int, heads: int) -> int:
 BIAS_PARTS = 16
 
 
+# The most tiles of a block of queries that the gradient of keys leaves for that of a bias: 512 numbers a query, in
+# float32 256. Those of a long table would take as much memory as dense attention, and are computed again.
+NEAR_PLACES = 8
+
+
 def attention_bias_gradient(itemsize: int, width: int) -> AttentionLaunch:
     """Square tiles: as many keys as queries. A second one in flight saves 0.003 ms at D 64; it would save 0.008
     at D 128, in 133 KB of shared memory, which few GPUs have."""

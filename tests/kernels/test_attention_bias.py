@@ -1,0 +1,42 @@
+"""Tiles that the gradient of keys leaves for that of a bias by distance: where they line up, and are few."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from memtrans_kernels.impl.triton import configs
+from memtrans_kernels.impl.triton.attention_bias import near_tiles_of
+
+BLOCK = 64
+
+
+def shape_of_tiles(distances: int, length: int = 128, local_keys: int = 192) -> tuple[int, ...] | None:
+    shared = {
+        "query": torch.empty(2, 3, length, 64, dtype=torch.bfloat16), "length": length, "local_keys": local_keys,
+        "heads": 3, "WIDTH": 64, "VALUE_WIDTH": 64, "CAUSAL": True,
+    }  # fmt: skip
+    near = near_tiles_of(torch.empty(3, distances), 2, shared)
+    return None if near is None else tuple(near.tiles.shape)
+
+
+@pytest.mark.parametrize(("distances", "places"), [(2, 2), (65, 2), (66, 3), (129, 3)])
+def test_a_place_is_a_tile_that_a_diagonal_of_the_table_crosses(distances, places):
+    assert shape_of_tiles(distances) == (2, 3, 2, places, BLOCK, BLOCK)
+
+
+@pytest.mark.parametrize(("length", "local_keys"), [(127, 191), (128, 191), (128, 64), (0, 64)])
+def test_there_are_none_where_tiles_do_not_line_up(length, local_keys):
+    assert shape_of_tiles(129, length, local_keys) is None
+
+
+def test_there_are_none_where_all_keys_are_far():
+    assert shape_of_tiles(1) is None
+
+
+def test_a_long_table_does_not_take_the_memory_of_dense_attention():
+    longest = (configs.NEAR_PLACES - 1) * BLOCK + 1
+    assert shape_of_tiles(longest) == (2, 3, 2, configs.NEAR_PLACES, BLOCK, BLOCK)
+    assert shape_of_tiles(longest + 1) is None
