@@ -15,7 +15,7 @@ BLOCK = 64
 
 def shape_of_tiles(distances: int, length: int = 128, local_keys: int = 192) -> tuple[int, ...] | None:
     shared = {
-        "query": torch.empty(2, 3, length, 64, dtype=torch.bfloat16), "length": length, "local_keys": local_keys,
+        "query": torch.empty(1, dtype=torch.bfloat16).expand(2, 3, length, 64), "length": length, "local_keys": local_keys,
         "heads": 3, "WIDTH": 64, "VALUE_WIDTH": 64, "CAUSAL": True,
     }  # fmt: skip
     near = near_tiles_of(torch.empty(3, distances), 2, shared)
@@ -27,8 +27,8 @@ def test_a_place_is_a_tile_that_a_diagonal_of_the_table_crosses(distances, place
     assert shape_of_tiles(distances) == (2, 3, 2, places, BLOCK, BLOCK)
 
 
-@pytest.mark.parametrize(("length", "local_keys"), [(127, 191), (128, 191), (128, 64), (0, 64)])
-def test_there_are_none_where_tiles_do_not_line_up(length, local_keys):
+@pytest.mark.parametrize(("length", "local_keys"), [(127, 191), (128, 191), (128, 64), (0, 64), (2**24, 2**24)])
+def test_there_are_none_where_tiles_do_not_line_up_or_cannot_be_counted(length, local_keys):
     assert shape_of_tiles(129, length, local_keys) is None
 
 

@@ -177,7 +177,9 @@ def near_tiles_of(bias_table: Tensor, batch: int, shared: dict[str, Any]) -> Nea
     config = launch_of(shared)
     places = _places(bias_table.shape[1], block)
     lines_up = config.keys == block and block % config.queries == 0 and length % block == behind % block == 0
-    if not (lines_up and shared["CAUSAL"] and batch * length) or behind < 0 or not 0 < places <= configs.NEAR_PLACES:
+    of_head = length * places * block  # numbers, which the kernel counts in 32 bits: with 64, registers spill
+    few = 0 < batch * of_head and places <= configs.NEAR_PLACES and of_head < 2**31
+    if not (lines_up and few and shared["CAUSAL"] and behind >= 0):
         return None
     return NearTiles(query.new_empty(batch, shared["heads"], length // block, places, block, block))
 

@@ -143,8 +143,8 @@ def key_gradient_kernel(
         table = None if bias_table is None else bias_table + (h * span + before)
         tiles = None
         if near_tiles is not None:
-            blocks = tl.cdiv(length, BLOCK_KEYS)
-            tiles = near_tiles + (b * heads + h) * blocks * places * (BLOCK_KEYS * BLOCK_KEYS)
+            of_head_and_place = tl.cdiv(length, BLOCK_KEYS) * places * (BLOCK_KEYS * BLOCK_KEYS)
+            tiles = near_tiles + (b * heads + h) * of_head_and_place
         far_bias = 0.0 if bias_table is None else tl.load(table + distances - 1)
         dense = None if bias_dense is None else bias_dense + b * dense_strides[0] + h * dense_strides[1]
         grad_k, grad_v = key_gradient_of_head(
