@@ -219,6 +219,7 @@ def _other_jobs(width: int) -> list[Callable[[], Any]]:
     )  # fmt: skip
     plain = inputs._replace(scores=scores[..., :0], slots=slots[..., :0], memory_offset=None)
     entries = torch.empty(2, 1, 8704, width, dtype=half)
+    uneven = plain._replace(key=entries[:, :, :600], value=entries[:, :, :600])  # tiles do not line up
     whole = plain._replace(
         key=entries, value=entries.clone(), bias_table=None, causal=False,
         key_mask=torch.ones(2, 8704, dtype=torch.bool),
@@ -226,7 +227,7 @@ def _other_jobs(width: int) -> list[Callable[[], Any]]:
     lse = torch.empty(2, 8, 512)
     attentions = [
         job
-        for given in (inputs, plain, whole)
+        for given in (inputs, plain, uneven, whole)
         for job in (
             partial(memory_attention.memory_attention, given),
             partial(memory_attention_backward.memory_attention_backward, given, query, lse, query, lse),

@@ -96,13 +96,16 @@ def test_two_passes_give_the_same_bits(backend, shape):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("form", ["table", "dense", "retrieved", "local"])
+@pytest.mark.parametrize("form", ["table", "tiles that line up", "dense", "retrieved", "local"])
 def test_twenty_passes_give_the_same_bits(form):
     """At a size whose programs run side by side, in an order of their own each time."""
     shape = Shape(
         batch=4, heads=8, groups=2, length=500, local=700, width=64, neighbours=32, offset=True, dropout_p=0.1
     )
-    change = {"table": {"distances": 129}, "dense": {"dense": 1}, "retrieved": {"local": 0}, "local": {"neighbours": 0}}
+    change = {
+        "table": {"distances": 129}, "tiles that line up": {"distances": 129, "length": 512, "local": 704},
+        "dense": {"dense": 1}, "retrieved": {"local": 0}, "local": {"neighbours": 0},
+    }  # fmt: skip
     shape = shape._replace(**change[form])
     inputs, of_results = random_attention(shape, torch.bfloat16, seeded(0)), gradients_of_results(shape)
     out, lse, grads = attention_gradients(inputs, *of_results, "triton")

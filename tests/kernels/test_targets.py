@@ -53,7 +53,9 @@ def test_every_search_compiles_and_fits(case, target: str) -> None:
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_other_kernel_compiles_and_fits(target: str) -> None:
-    assert_fits(PORTABILITY.other_kernels(target), target)
+    kernels = PORTABILITY.other_kernels(target)
+    assert {kernel.name for kernel in kernels} >= {"add_near_tiles_kernel", "bias_gradient_kernel"}  # either way
+    assert_fits(kernels, target)
 
 
 def test_a_kernel_that_takes_more_than_a_target_has_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,13 @@
 
     bias_table (H, distances) · bias_dense (1 or B, H, N, L) -> the same shapes
 
-The gradient of a bias is a sum of gradients of logits, recomputed here tile by tile. Table: only tiles near the
-diagonal are visited, as all farther logits belong to the last column, which the kernel over queries has summed. Tiles
-that lie equally far behind their queries are added up over documents and blocks of queries, and only then along their
-diagonals. Dense: the tiles of one place are added up over the documents that share the bias. No atomics.
+The gradient of a bias is a sum of gradients of logits. Table: only tiles near the diagonal matter, as all farther
+logits belong to the last column, which the kernel over queries has summed. Where tiles line up, the gradient of keys
+leaves them; elsewhere they are recomputed here. Those that lie equally far behind their queries are added up over
+documents and blocks of queries, and only then along their diagonals. Dense: tiles are recomputed, and those of one
+place added up over the documents that share the bias. No atomics.
 
-Limits and precision: see `memory_attention_backward`; sums are float32.
+Limits and precision: see `memory_attention_backward`; sums are float32, of tiles that were left of the query's dtype.
 """
 
 from __future__ import annotations
@@ -178,7 +179,7 @@ def near_tiles_of(bias_table: Tensor, batch: int, shared: dict[str, Any]) -> Nea
     places = _places(bias_table.shape[1], block)
     lines_up = config.keys == block and block % config.queries == 0 and length % block == behind % block == 0
     of_head = length * places * block  # numbers, which the kernel counts in 32 bits: with 64, registers spill
-    few = 0 < batch * of_head and places <= configs.NEAR_PLACES and of_head < 2**31
+    few = batch * of_head > 0 and places <= configs.NEAR_PLACES and of_head < 2**31
     if not (lines_up and few and shared["CAUSAL"] and behind >= 0):
         return None
     return NearTiles(query.new_empty(batch, shared["heads"], length // block, places, block, block))

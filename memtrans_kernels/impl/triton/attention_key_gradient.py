@@ -4,7 +4,8 @@
 
 A program owns a block of local keys, and goes over all queries of the heads that share them. Where that would be few
 programs, which moreover see fewer queries the later their keys stand, several share the heads of a block: each writes a
-part in float32, and a kernel adds them up. No atomics, so two passes give the same bits.
+part in float32, and a kernel adds them up. On the way d logits of tiles near the diagonal are left for the gradient of
+a bias by distance. No atomics, so two passes give the same bits.
 
 Formula, shapes, limits and precision: see `memory_attention_backward`.
 """
