@@ -61,8 +61,8 @@ class Step:
         if compiled:
             compiled_whole = partial(torch.compile, fullgraph=True)
             self._segment_loss = (compiled_whole if self._alone else compiled_in_parts)(self._loss)
-        # a compiler rounds weights where it needs them; several ranks send gradients when they are complete
-        rounds = not compiled and self._alone and reader.dtype != torch.float32 and self.settings.segments == 1
+        # several ranks send gradients when they are complete
+        rounds = self._alone and reader.dtype != torch.float32 and self.settings.segments == 1
         self._rounded = RoundedWeights(reader.model, reader.dtype) if rounds else None
         self._graph = Replay(self._compute, reader.device, capture=compiled)
         self._inputs: StepInputs | None = None

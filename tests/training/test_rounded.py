@@ -69,6 +69,20 @@ def test_a_step_that_rounds_weights_once_learns_the_same_bits(
         assert one.dtype == torch.float32 and torch.equal(one, other)
 
 
+@pytest.mark.slow
+def test_a_compiled_step_learns_the_same_bits_and_is_compiled_once(trainer_of: Callable[..., Trainer]) -> None:
+    """Although each step puts other parameters in the places of the model's own."""
+    ours, autocast = trainer_of(compile=True), without(trainer_of(compile=True))
+    for trainer in (autocast, ours):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        for _ in range(3):
+            trainer.advance()
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    for one, other in zip(ours.model.parameters(), autocast.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_no_segment_rounds_a_weight_or_casts_its_gradient(trainer_of: Callable[..., Trainer]) -> None:
     ours, autocast = trainer_of(), without(trainer_of())
     linear = [module for module in ours.model.modules() if isinstance(module, nn.Linear)]
@@ -76,7 +90,7 @@ def test_no_segment_rounds_a_weight_or_casts_its_gradient(trainer_of: Callable[.
     assert casts(autocast) - casts(ours) == 2 * weights * ROUNDS
 
 
-@pytest.mark.parametrize("changes", [{"dtype": "float32"}, {"segments": 2}, {"compile": True}])
+@pytest.mark.parametrize("changes", [{"dtype": "float32"}, {"segments": 2}])
 def test_what_autocast_does_otherwise_is_left_to_it(trainer_of: Callable[..., Trainer], changes: dict) -> None:
     assert trainer_of(**changes)._step._rounded is None
 
