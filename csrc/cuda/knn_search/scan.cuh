@@ -96,10 +96,13 @@ struct ScanConsumer {
 #pragma unroll
     for (int i = 0; i < 32; ++i)
       maxima[i / 16][i % 16] = -INFINITY;
-    const int tiles = plan.sample_tiles();
+    const int tiles = plan.sample_tiles(), tiles_of_turn = (tiles + kSampleTurns - 1) / kSampleTurns;
     for (int tile = 0; tile < tiles;) {
+      if (tile > 0 && tile % tiles_of_turn == 0)
+        turn_groups(maxima, tile / tiles_of_turn);
+      const int turn = min(tiles, tile - tile % tiles_of_turn + tiles_of_turn);
       int stop = tile;
-      while (stop < tiles && plan.shows_whole_block(plan.sample_block(stop)))
+      while (stop < turn && plan.shows_whole_block(plan.sample_block(stop)))
         ++stop;
       const uint32_t hidden = stop == tile ? hidden_samples(plan, tile) : 0;
       bool more;

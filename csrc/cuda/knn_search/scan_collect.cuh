@@ -17,6 +17,23 @@ __device__ inline void take_maxima(const float (&scores)[64], float (&maxima)[2]
     maxima[i / 2 % 2][group_of(i)] = fmaxf(maxima[i / 2 % 2][group_of(i)], scores[i]);
 }
 
+// Gives the 64 groups of each query other columns from here on: a key that comes again and again, at the same place of
+// its box, is sampled into several groups that way, as often as one of its equals elsewhere would be.
+__device__ inline void turn_groups(float (&maxima)[2][16], int turn) {
+#pragma unroll
+  for (int i = 0; i < 32; ++i)
+    maxima[i / 16][i % 16] = __shfl_sync(kAllLanes, maxima[i / 16][i % 16], threadIdx.x + 1, 4);
+  if (turn % 2)
+    return;
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    const float last[3] = {maxima[e][13], maxima[e][14], maxima[e][15]};
+#pragma unroll
+    for (int i = 15; i >= 0; --i)
+      maxima[e][i] = i < 3 ? last[i] : maxima[e][i - 3];
+  }
+}
+
 // Of a tile, which column the thread's column c of 32 is.
 __device__ inline int column(int c) { return c / 2 * 8 + threadIdx.x % 4 * 2 + c % 2; }
 
