@@ -130,11 +130,78 @@ struct HitLists {
         MEMTRANS_APPEND("setp.ge.f32", "f", fmaxf(first, second), threshold);
     }
   }
+  __device__ const float4* records(int e) const {
+    return reinterpret_cast<const float4*>(static_cast<uint64_t>(high) << 32 | (next[e] & ~(kListBytes - 1u)));
+  }
   __device__ int bytes(int e) const { return static_cast<int>(next[e] & (kListBytes - 1)); }
   __device__ int length(int e) const { return bytes(e) / 16; }
   __device__ int longest() const { return __reduce_max_sync(kAllLanes, max(length(0), length(1))); }
   __device__ bool some_are_long() const { return __any_sync(kAllLanes, max(bytes(0), bytes(1)) > limit); }
   __device__ void set_limit(int records) { limit = 16 * records; }
+  // Leaves the first records of a list.
+  __device__ void cut(int e, int records) { next[e] = (next[e] & ~(kListBytes - 1u)) + 16 * records; }
+};
+
+// The lane's list of a query of which all records may have the same best score, as those of equal keys do.
+struct Ties {
+  const float4* list;
+  int length;
+  float score = 0.0f;  // of the first record
+
+  // visit(age) for the slots of records [begin, end) that have the score, which is the best of all of them; returns
+  // whether it is. The same records of all lanes.
+  template <typename Visit>
+  __device__ bool visit(const Window& window, int begin, int end, Visit visit) const {
+    constexpr int kAtOnce = 4;
+    bool tied = true;
+#pragma unroll 1
+    for (int first = begin; first < end; first += kAtOnce) {
+      float4 records[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i)
+        records[i] = __ldcg(list + (first + i < min(end, length) ? first + i : 0));
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const float4 record = records[i];
+        const bool counts = first + i < min(end, length);
+        tied = tied && fmaxf(record.x, record.y) == score;
+        if (counts && record.x == score)
+          visit(window.age(2 * __float_as_int(record.z)));
+        if (counts && record.y == score)
+          visit(window.age(2 * __float_as_int(record.z) + 1));
+      }
+    }
+    return tied;
+  }
+
+  struct Enough {
+    int records;
+    float score;
+  };
+
+  // How many records of each of a query's four lists are enough where all of them tie, since the K oldest keys of that
+  // score are among them, which win over all that are scored later and are no older than next_age; 0 if not. Its four
+  // lanes have the same answer. is_long: whether the lane's query is of interest.
+  static __device__ __noinline__ Enough enough(Ties self, Window window, int k, int next_age, bool is_long) {
+    const auto all_four = [](bool holds) {
+      return (__ballot_sync(kAllLanes, holds) >> threadIdx.x % 32 / 4 * 4 & 15u) == 15u;
+    };
+    const float4 first = __ldcg(self.list);
+    self.score = fmaxf(first.x, first.y);
+    const bool same = self.score == __shfl_sync(kAllLanes, self.score, 0, 4) && self.score < INFINITY;
+    bool tied = all_four(is_long && self.length > 0 && same);
+    const int longest = __reduce_max_sync(kAllLanes, tied ? self.length : 0), most = k / 8 + 2;
+    int dropped = next_age, older = 0;  // the age of the oldest tie that is left out; ties that are older than it
+    tied = self.visit(window, most, longest, [&](int age) { dropped = min(dropped, age); }) && tied;
+#pragma unroll
+    for (int offset = 1; offset < 4; offset *= 2)
+      dropped = min(dropped, __shfl_xor_sync(kAllLanes, dropped, offset));
+    tied = self.visit(window, 0, min(most, longest), [&](int age) { older += age < dropped; }) && tied;
+#pragma unroll
+    for (int offset = 1; offset < 4; offset *= 2)
+      older += __shfl_xor_sync(kAllLanes, older, offset);
+    return {all_four(tied) && older >= k ? most : 0, self.score};
+  }
 };
 
 // Does any of 8 scores reach the threshold?

@@ -50,7 +50,6 @@ struct ScanResult {
 template <typename T, int dim>
 struct ListSelection {
   static constexpr int kLoads = 8;       // records of a lane in the common case
-  static constexpr int kFewLoads = 6;    // the same of lists that are shortened in the first tiles
   static constexpr int kIdleGuesses = 3;  // of a score, after which one that there is follows
   static constexpr int kMostKept = 192;  // entries that are worth ranking by comparing all pairs
   const ScanArguments& arguments;
@@ -120,18 +119,10 @@ struct ListSelection {
         slot % 2 ? -INFINITY : score, slot % 2 ? score : -INFINITY, __int_as_float(slot / 2), 0.0f};
   }
 
-  // Leaves the K best in the lists, and few more. Keys that are scored later are no older than next_age.
+  // Leaves the K best in the lists, and few more. Keys that are scored later are no older than next_age. For what this
+  // does not serve, shorten_slowly.
   static __device__ __noinline__ Shortened shorten(ListSelection self, Lists lists, float threshold, int next_age) {
-    return __any_sync(kAllLanes, lists.count > 8 * kFewLoads)
-               ? shorten_held<kListRecords / 8>(self, lists, threshold, next_age)
-               : shorten_held<kFewLoads>(self, lists, threshold, next_age);
-  }
-
-  // The same where no lane has more than kAll records: all are in registers at once. For what that does not serve,
-  // shorten_slowly.
-  template <int kAll>
-  static __device__ __noinline__ Shortened
-  shorten_held(ListSelection self, Lists lists, float threshold, int next_age) {
+    constexpr int kAll = kListRecords / 8;  // records of a lane: all are in registers at once
     constexpr int kNone = 0;
     uint32_t score[2 * kAll];  // sortable
     int pair[kAll], found = 0;
