@@ -148,6 +148,8 @@ struct ScanConsumer {
         collect_hits<true>(scores, threshold, hits, pair);
       else
         collect_hits<false>(scores, threshold, hits, pair);
+      if (kListsTurn && __any_sync(kAllLanes, cursor.position == 0))
+        hits.turn_on();
       return !hits.some_are_long();
     };
     stream_visible(plan, visit, make_room);
@@ -303,6 +305,8 @@ struct WarpLists {
   // Out of line and by value, so that the loop that calls it keeps its registers.
   static __device__ __noinline__ Progress make_room(WarpLists self, Progress now, int tile, int most) {
     const int next_age = self.scratch->plan.age_after(tile);
+    now.hits.turn_back();
+    __syncwarp();
 #pragma unroll
     for (int e = 0; e < 2; ++e)
       self.cut_ties(now, e, next_age, most);
@@ -372,7 +376,8 @@ struct WarpLists {
   // Phase 3: selects for the first `queries`, one after the other; the next one's records load while it ranks.
   // result_of(i): where the neighbours of query i go.
   template <typename ResultOf>
-  __device__ void select_all(const HitLists& hits, int queries, int most, ResultOf result_of) const {
+  __device__ void select_all(HitLists hits, int queries, int most, ResultOf result_of) const {
+    hits.turn_back();
     const int first_length = hits.length(0), second_length = hits.length(1);
     const Selection selection = this->selection();
     typename Selection::Lists current = of_query(0, first_length, second_length);

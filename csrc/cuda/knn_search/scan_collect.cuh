@@ -138,6 +138,21 @@ struct HitLists {
   __device__ int longest() const { return __reduce_max_sync(kAllLanes, max(length(0), length(1))); }
   __device__ bool some_are_long() const { return __any_sync(kAllLanes, max(bytes(0), bytes(1)) > limit); }
   __device__ void set_limit(int records) { limit = 16 * records; }
+  // Each lane goes on with the next one's list, so that the copies of a key that stands again and again in the same
+  // columns of a tile fill all four of a query. Lists that are long only now are not worth a first look.
+  __device__ void turn_on() {
+    limit = min(limit + 8 * (kLongList - kFirstLook), 16 * kLongList);
+    turn(1);
+  }
+  __device__ void turn(int lanes) {
+    next[0] = __shfl_sync(kAllLanes, next[0], threadIdx.x + lanes, 4);
+    next[1] = __shfl_sync(kAllLanes, next[1], threadIdx.x + lanes, 4);
+  }
+  // Gives each lane its own list again, as whoever looks for the lists of a query expects.
+  __device__ void turn_back() {
+    if (kListsTurn)
+      turn(threadIdx.x - next[0] / kListBytes);
+  }
   // Leaves the first records of a list.
   __device__ void cut(int e, int records) { next[e] = (next[e] & ~(kListBytes - 1u)) + 16 * records; }
 };

@@ -13,6 +13,7 @@ constexpr int kListRecords = 128;            // records of one thread's list for
 constexpr int kTileRecords = 16;             // that one tile may append to it
 constexpr int kFirstLook = 28;     // records of a list that are looked at for the first time: do all of them tie?
 constexpr int kLongList = 96;      // records of a list that is shortened
+constexpr bool kListsTurn = true;  // now and then a thread goes on with the list of the next one
 constexpr int kListBytes = kListRecords * 16;
 constexpr int kListAlignment = 16 * 4 * kListBytes;  // the lists of a warp: no 4 GB boundary among them
 static_assert(kLongList + kTileRecords < kListRecords, "a tile after the last look at a list still fits");
