@@ -340,8 +340,8 @@ struct WarpLists {
         Ties::enough({now.hits.records(e), length}, scratch->plan.window, arguments.k, next_age, is_long);
     const int times = min(scratch->shortened[i] + 1, 255);
     __syncwarp();
-    if (enough.records > 0) {
-      now.hits.cut(e, min(length, enough.records));
+    if (enough.records >= 0) {
+      now.hits.cut(e, enough.records);
       now.threshold[e] = times > most ? INFINITY : unsortable(sortable(enough.score) + 1);
       if (lane % 4 == 0) {
         scratch->shortened[i] = static_cast<unsigned char>(times);

@@ -194,28 +194,31 @@ struct Ties {
     float score;
   };
 
-  // How many records of each of a query's four lists are enough where all of them tie, since the K oldest keys of that
-  // score are among them, which win over all that are scored later and are no older than next_age; 0 if not. Its four
-  // lanes have the same answer. is_long: whether the lane's query is of interest.
+  // How many of the lane's records are enough where all of a query's tie, since the K oldest keys of that score are
+  // among those of its four lists, which win over all that are scored later and are no older than next_age; -1 if not.
+  // is_long: whether the lane's query is of interest.
   static __device__ __noinline__ Enough enough(Ties self, Window window, int k, int next_age, bool is_long) {
-    const auto all_four = [](bool holds) {
-      return (__ballot_sync(kAllLanes, holds) >> threadIdx.x % 32 / 4 * 4 & 15u) == 15u;
+    const auto of_four = [](auto value, auto both) {
+#pragma unroll
+      for (int offset = 1; offset < 4; offset *= 2)
+        value = both(value, __shfl_xor_sync(kAllLanes, value, offset));
+      return value;
     };
+    const auto sum = [](int a, int b) { return a + b; };
     const float4 first = __ldcg(self.list);
-    self.score = fmaxf(first.x, first.y);
-    const bool same = self.score == __shfl_sync(kAllLanes, self.score, 0, 4) && self.score < INFINITY;
-    bool tied = all_four(is_long && self.length > 0 && same);
-    const int longest = __reduce_max_sync(kAllLanes, tied ? self.length : 0), most = k / 8 + 2;
-    int dropped = next_age, older = 0;  // the age of the oldest tie that is left out; ties that are older than it
-    tied = self.visit(window, most, longest, [&](int age) { dropped = min(dropped, age); }) && tied;
-#pragma unroll
-    for (int offset = 1; offset < 4; offset *= 2)
-      dropped = min(dropped, __shfl_xor_sync(kAllLanes, dropped, offset));
-    tied = self.visit(window, 0, min(most, longest), [&](int age) { older += age < dropped; }) && tied;
-#pragma unroll
-    for (int offset = 1; offset < 4; offset *= 2)
-      older += __shfl_xor_sync(kAllLanes, older, offset);
-    return {all_four(tied) && older >= k ? most : 0, self.score};
+    const float own = self.length > 0 ? fmaxf(first.x, first.y) : -INFINITY;
+    self.score = of_four(own, [](float a, float b) { return fmaxf(a, b); });
+    bool tied = is_long && (self.length == 0 || own == self.score) && self.score < INFINITY;
+    const int longest = __reduce_max_sync(kAllLanes, of_four(static_cast<int>(tied), sum) == 4 ? self.length : 0);
+    int found = 0, older = 0, dropped = next_age;  // ties; those left that are older than the oldest one that is not
+    tied = self.visit(window, 0, longest, [&](int) { ++found; }) && tied;
+    found = of_four(found, sum);
+    const int most = min(self.length, self.length * (k + min(k, 16)) / max(found, 1) + 1);
+    self.visit(window, most, longest, [&](int age) { dropped = min(dropped, age); });
+    dropped = of_four(dropped, [](int a, int b) { return min(a, b); });
+    self.visit(window, 0, most, [&](int age) { older += age < dropped; });
+    const int all = of_four(static_cast<int>(tied), sum), oldest = of_four(older, sum);
+    return {all == 4 && oldest >= k ? most : -1, self.score};
   }
 };
 
