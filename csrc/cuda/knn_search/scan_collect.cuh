@@ -142,16 +142,16 @@ struct HitLists {
   // columns of a tile fill all four of a query. Lists that are long only now are not worth a first look.
   __device__ void turn_on() {
     limit = min(limit + 8 * (kLongList - kFirstLook), 16 * kLongList);
-    turn(1);
+    turn();
   }
-  __device__ void turn(int lanes) {
-    next[0] = __shfl_sync(kAllLanes, next[0], threadIdx.x + lanes, 4);
-    next[1] = __shfl_sync(kAllLanes, next[1], threadIdx.x + lanes, 4);
+  __device__ void turn() {
+    next[0] = __shfl_sync(kAllLanes, next[0], threadIdx.x + 1, 4);
+    next[1] = __shfl_sync(kAllLanes, next[1], threadIdx.x + 1, 4);
   }
-  // Gives each lane its own list again, as whoever looks for the lists of a query expects.
+  // Until each lane has its own list, as whoever looks for those of a query expects.
   __device__ void turn_back() {
-    if (kListsTurn)
-      turn(threadIdx.x - next[0] / kListBytes);
+    for (int i = 0; i < 3 && __any_sync(kAllLanes, (next[0] / kListBytes - threadIdx.x) % 4 != 0); ++i)
+      turn();
   }
   // Leaves the first records of a list.
   __device__ void cut(int e, int records) { next[e] = (next[e] & ~(kListBytes - 1u)) + 16 * records; }

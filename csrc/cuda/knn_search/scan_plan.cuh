@@ -21,7 +21,7 @@ constexpr float kMostCandidates = 440;  // of a query, six deviations above the 
 constexpr int kUnsampledLength = 640;   // so few visible keys, and the rest of their tiles, fit the lists whole
 constexpr int kSampleBox = 16;          // sampled keys that lie 8 slots apart: a piece of a sample tile
 constexpr int kSampleBoxes = kScanTile / kSampleBox;
-constexpr int kSampleTurns = 8;  // how often a sample's columns go to other groups
+constexpr int kSampleTurns = 8;     // how often a sample's columns go to other groups
 constexpr int kMostShortened = 8;   // times that knn_scan shortens the lists of a query before it leaves it to knn_redo
 constexpr float kHitCost = 120.0f;  // of one candidate, in scanned keys
 

@@ -49,9 +49,9 @@ struct ScanResult {
 // One warp selects the K best of the four lists of one query: 8 lanes read a list.
 template <typename T, int dim>
 struct ListSelection {
-  static constexpr int kLoads = 8;       // records of a lane in the common case
+  static constexpr int kLoads = 8;        // records of a lane in the common case
   static constexpr int kIdleGuesses = 3;  // of a score, after which one that there is follows
-  static constexpr int kMostKept = 192;  // entries that are worth ranking by comparing all pairs
+  static constexpr int kMostKept = 192;   // entries that are worth ranking by comparing all pairs
   const ScanArguments& arguments;
   Window window;
   uint64_t* buffer;  // of the warp
