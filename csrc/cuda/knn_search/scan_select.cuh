@@ -383,6 +383,12 @@ struct ListSelection {
     return low;
   }
 
+  static __device__ void count_above(int& total, uint64_t entry, uint64_t than) {
+    asm("{\n.reg .pred above;\nsetp.gt.u64 above, %1, %2;\n@above add.s32 %0, %0, 1;\n}\n"
+        : "+r"(total)
+        : "l"(entry), "l"(than));
+  }
+
   // Writes the k best of the {score, slot} in the buffer, best first.
   __device__ void rank(int kept, const ScanResult& result) const {
     for (int i = threadIdx.x % 32; i < kept; i += 32) {
@@ -394,14 +400,15 @@ struct ListSelection {
     __syncwarp();
     for (int i = threadIdx.x % 32; i < kept; i += 32) {
       const uint64_t entry = buffer[i];
-      int rank = 0;
+      int even = 0, odd = 0;  // better ones
 #pragma unroll 4
       for (int other = 0; other < kept; other += 2) {
         const ulonglong2 two = *reinterpret_cast<const ulonglong2*>(buffer + other);
-        rank += (two.x > entry) + (two.y > entry);
+        count_above(even, two.x, entry);
+        count_above(odd, two.y, entry);
       }
-      if (rank < arguments.k)
-        result.put(rank, entry);
+      if (even + odd < arguments.k)
+        result.put(even + odd, entry);
     }
     result.pad(kept);
     __syncwarp();
