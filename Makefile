@@ -24,7 +24,7 @@
 #   PYTHON=python3.12      the interpreter that .venv is made with (>= 3.10)
 #   PYTHON_BIN=python3     an interpreter that has everything installed already: no .venv is made
 #   TESTS=tests/model      those of them that `make test` and `make test-torch` run (all)
-#   WORKERS=2              processes that `make test` spreads its modules over, of one core each
+#   WORKERS=2              processes that `make test` and `make test-gpu` spread their tests over, of one core each
 
 PYTHON ?= python3
 WORKERS ?= 2
@@ -69,9 +69,10 @@ test: $(TESTS_READY)
 test-slow: $(TESTS_READY) $(NVCC_READY) $(PRETRAINED_READY) $(BROWSER_READY) $(TRAINERS_READY) $(FORMATS_READY)
 	$(PYTHON_BIN) -m pytest -m "slow and not gpu" --ignore tests/install/test_wheel.py
 
+# One GPU serves many processes, which wait for compilers most of the time: WORKERS=15 on a machine of 16 cores.
 test-gpu: $(TESTS_READY)
-	MEMTRANS_TEST_DEVICE=cuda $(PYTHON_BIN) -m pytest -m "(gpu or device) and not slow" \
-	  --ignore-glob='*/test_upstream_*' tests
+	OMP_NUM_THREADS=1 MEMTRANS_TEST_DEVICE=cuda $(PYTHON_BIN) -m pytest -n $(WORKERS) --dist worksteal \
+	  -m "(gpu or device) and not slow" --ignore-glob='*/test_upstream_*' tests
 
 test-gpu-slow: $(TESTS_READY)
 	MEMTRANS_TEST_DEVICE=cuda $(PYTHON_BIN) -m pytest -m "gpu and slow" tests

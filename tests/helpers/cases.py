@@ -116,6 +116,10 @@ SHAPES = {
     "decoding, no local keys": Shape(heads=4, groups=2, length=1, local=0, neighbours=9),
     "decoding, nothing": Shape(length=1, local=0, neighbours=0),
     "decoding, dropout": Shape(length=1, local=20, distances=30, dropout_p=0.3),
+    "tiles that line up": Shape(heads=4, groups=2, length=64, local=128, width=16, distances=70, local_length=True),
+    "tiles that line up, far ones too": Shape(
+        length=128, local=192, width=24, neighbours=0, distances=20, dropout_p=0.2, key_mask=True, first=True
+    ),
     "most neighbours, all heads apart": Shape(batch=1, groups=2, neighbours=128, width=128, distances=3),
 }
 

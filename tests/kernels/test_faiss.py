@@ -26,7 +26,10 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 @pytest.fixture(autouse=True)
 def _live() -> None:
     lines = [line for line in backends_info() if (line.backend, line.device) == ("faiss", DEVICE)]
-    assert "faiss" in live_backends("knn_search"), [line.reason for line in lines]
+    live = "faiss" in live_backends("knn_search")
+    if DEVICE == "cuda" and not live:  # the bridge is built where Faiss for GPUs is, and nobody has to have that
+        pytest.skip("; ".join(line.reason for line in lines))
+    assert live, [line.reason for line in lines]
 
 
 def entries_of(dtype: torch.dtype, width: int = 16) -> list[tuple[int, Tensor]]:

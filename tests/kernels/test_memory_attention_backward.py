@@ -58,8 +58,9 @@ def test_every_backend_equals_the_formula_in_float64(poisoned, backend, dtype, s
 
 
 @on_every_backend
-def test_without_gradients_of_keys_all_others_are_the_same_bits(backend):
-    shape = SHAPES["table inside one tile, groups"]._replace(batch=1)
+@pytest.mark.parametrize("name", ["table inside one tile, groups", "tiles that line up"])
+def test_without_gradients_of_keys_all_others_are_the_same_bits(backend, name):
+    shape = SHAPES[name]._replace(batch=1)
     inputs, (grad_out, grad_lse) = random_attention(shape, torch.float32, seeded(0)), gradients_of_results(shape)
     expected = gradients(inputs, grad_out, grad_lse, backend)
     wanted = {name: inputs[name].detach().requires_grad_() for name in expected if name not in ("key", "value")}

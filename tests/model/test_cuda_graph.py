@@ -28,13 +28,15 @@ def test_every_call_has_its_effects_once_and_sees_what_its_tensors_hold_by_then(
     assert len(runs) == (EAGER_CALLS + 1 if captured else EAGER_CALLS + 5)
 
 
-def test_a_released_graph_is_captured_anew_by_the_next_call():
+def test_after_a_release_calls_begin_as_the_first_ones():
     total = torch.zeros(1)
     replay = Replay(lambda: total.add_(1), torch.device(DEVICE))
     for _ in range(EAGER_CALLS + 2):
         replay()
     replay.release()
-    assert not replay.captured
+    for _ in range(EAGER_CALLS):
+        replay()
+        assert not replay.captured
     replay()
     assert replay.captured == (DEVICE == "cuda")
-    assert total.item() == EAGER_CALLS + 3
+    assert total.item() == 2 * EAGER_CALLS + 3

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memtrans_kernels.impl.triton import configs
+from memtrans_kernels.impl.triton.attention_key_gradient import NearTiles
 from memtrans_kernels.impl.triton.attention_tiles import (
     LOG2E,
     load_denominator,
@@ -33,11 +34,11 @@ from memtrans_kernels.impl.triton.launching import launch
 @triton.jit
 def bias_gradient_kernel(
     grad_out, lse, delta, query, key, value, scale, bias_table, bias_dense, local_length, key_mask, first, seed, tiles,
-    batch, heads, groups, length, local_keys, distances, grad_strides, query_strides, key_strides, value_strides,
-    dense_strides, parts,
+    batch, heads, groups, length, local_keys, distances, before, span, grad_strides, query_strides, key_strides,
+    value_strides, dense_strides, parts,
     NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     BLOCK_VALUES: tl.constexpr, BLOCK: tl.constexpr, DENSE: tl.constexpr, CAUSAL: tl.constexpr, CAP: tl.constexpr,
-    THRESHOLD: tl.constexpr, REST: tl.constexpr,
+    THRESHOLD: tl.constexpr, REST: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     """Adds up d logits of all tiles that stand at one place.
 
@@ -53,20 +54,21 @@ def bias_gradient_kernel(
     factor = tl.load(scale + h).to(tl.float32) * LOG2E
     g = h // (heads // groups)
     query_blocks = tl.cdiv(length, BLOCK)
-    table = None if bias_table is None else bias_table + h * distances
+    table = None if bias_table is None else bias_table + h * span + before
     items = batch if DENSE else batch * query_blocks
     each = tl.cdiv(items, parts)
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     for item in tl.range(part * each, tl.minimum(part * each + each, items)):
         if DENSE:
             b = item
-            n = place // tl.cdiv(local_keys, BLOCK) * BLOCK + m
-            j = place % tl.cdiv(local_keys, BLOCK) * BLOCK + m
+            first_query = place // tl.cdiv(local_keys, BLOCK) * BLOCK
+            first_key = place % tl.cdiv(local_keys, BLOCK) * BLOCK
         else:
             b = item // query_blocks
-            n = (item % query_blocks).to(tl.int32) * BLOCK + m
+            first_query = (item % query_blocks).to(tl.int32) * BLOCK
             behind = place if CAUSAL else place - (tl.num_programs(0) - 1) // 2
-            j = n + (local_keys - length) - behind * BLOCK
+            first_key = first_query + (local_keys - length) - behind * BLOCK
+        n, j = first_query + m, first_key + m
         at = (b * heads + h) * length
         q = load_rows(
             query + b * query_strides[0] + h * query_strides[1], n, length, query_strides[2], WIDTH, BLOCK_WIDTH
@@ -89,11 +91,11 @@ def bias_gradient_kernel(
         if first is not None:
             oldest = oldest_of_queries(first, oldest, b, n, length)[:, None]
         _, _, grad_logits, _ = local_tile(
-            q, tl.trans(k), grad, tl.trans(v), denominator[:, None], of_query[:, None], n[:, None], j[None, :], factor,
-            table, dense, dense_strides[2:], mask, oldest, sizes, draw, b, h, NEIGHBOURS,
-            True, local_length is not None or first is not None, CAUSAL, CAP, THRESHOLD, REST,
+            q, tl.trans(k), grad, tl.trans(v), denominator[:, None], of_query[:, None], first_query, m[:, None],
+            first_key, m[None, :], factor, table, 0.0, dense, dense_strides[2:], mask, oldest, sizes, True, draw, b, h,
+            NEIGHBOURS, local_length is not None or first is not None, CAUSAL, CAP, THRESHOLD, REST, TABLE,
         )  # fmt: skip
-        acc += grad_logits
+        acc += tl.where(((j >= 0) & (j < local_keys))[None, :], grad_logits, 0.0)
     if DENSE:
         n = place // tl.cdiv(local_keys, BLOCK) * BLOCK + m
         j = place % tl.cdiv(local_keys, BLOCK) * BLOCK + m
@@ -103,6 +105,27 @@ def bias_gradient_kernel(
     else:
         tile = (part * heads + h) * tl.num_programs(0) + place
         tl.store(tiles + tile * BLOCK * BLOCK + m[:, None] * BLOCK + m[None, :], acc)
+
+
+@triton.jit
+def add_near_tiles_kernel(near_tiles, tiles, batch, heads, blocks, blocks_behind, parts, BLOCK: tl.constexpr):
+    """Adds up the `NearTiles` of one place; `parts` programs share the documents and blocks of queries.
+
+    The sums are queries by keys, (parts, H, places, BLOCK, BLOCK), as those of `bias_gradient_kernel`.
+    """
+    part, h, place = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(0)
+    places = tl.num_programs(0)
+    m = tl.arange(0, BLOCK)
+    within = m[:, None] * BLOCK + m[None, :]  # (keys, queries)
+    each = tl.cdiv(batch * blocks, parts)
+    acc = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for item in tl.range(part * each, tl.minimum(part * each + each, batch * blocks)):
+        b, block = item // blocks, item % blocks
+        tile = ((b * heads + h) * blocks + block) * places + place
+        there = m * 0 + (block + blocks_behind) >= place  # else the keys would stand before the first one
+        acc += tl.load(near_tiles + tile * (BLOCK * BLOCK) + within, mask=there[:, None], other=0.0).to(tl.float32)
+    tile = (part * heads + h) * places + place
+    tl.store(tiles + tile * (BLOCK * BLOCK) + m[None, :] * BLOCK + m[:, None], acc)
 
 
 @triton.jit
@@ -137,8 +160,33 @@ def diagonal_sums_kernel(
         tl.store(grad_table + h * distances + distance, total.to(grad_table.dtype.element_ty))
 
 
-def grad_table(bias_table: Tensor, far: Tensor, batch: int, shared: dict[str, Any]) -> Tensor:
-    """(H, distances). `far` (H,): what the last column gets. `shared`: what the backward kernels have in common."""
+def _places(distances: int, block: int) -> int:
+    """Tiles that the diagonals of a table cross in a row of blocks, the first of keys that stand at their queries."""
+    return (distances - 2) // block + 2 if distances > 1 else 0
+
+
+def near_tiles_of(bias_table: Tensor, batch: int, shared: dict[str, Any]) -> NearTiles | None:
+    """What `key_gradient` is to fill for `grad_table`; None where tiles do not line up, or all keys are far.
+
+    Its numbers have the dtype of the queries, as in the products that make other gradients.
+    """
+    query, length, behind = shared["query"], shared["length"], shared["local_keys"] - shared["length"]
+    width = max(shared["WIDTH"], shared["VALUE_WIDTH"])
+    block = configs.attention_bias_gradient(query.dtype.itemsize, width).queries
+    config = configs.attention_key_gradient(query.dtype.itemsize, width)
+    places = _places(bias_table.shape[1], block)
+    lines_up = config.keys == block and block % config.queries == 0 and length % block == behind % block == 0
+    if not (lines_up and shared["CAUSAL"] and batch * length * places) or behind < 0:
+        return None
+    return NearTiles(query.new_empty(batch, shared["heads"], length // block, places, block, block))
+
+
+def grad_table(bias_table: Tensor, far: Tensor, batch: int, shared: dict[str, Any], near: NearTiles | None) -> Tensor:
+    """(H, distances).
+
+    far: (H,), what the last column gets. shared: what the backward kernels have in common. near: d logits of the tiles
+    that matter; None computes them here.
+    """
     heads, distances = bias_table.shape
     length, local_keys = shared["length"], shared["local_keys"]
     if batch * length * local_keys == 0:
@@ -147,11 +195,18 @@ def grad_table(bias_table: Tensor, far: Tensor, batch: int, shared: dict[str, An
         shared["query"].dtype.itemsize, max(shared["WIDTH"], shared["VALUE_WIDTH"])
     )
     parts = min(configs.BIAS_PARTS, batch * configs.blocks_of(length, config.queries))
-    places = (distances - 2) // config.queries + 2 if distances > 1 else 0
+    places = _places(distances, config.queries)
     if places and not shared["CAUSAL"]:
         places = 2 * places - 1
     tiles = far.new_empty(parts, heads, places, config.queries, config.queries)
-    if places:
+    if near is not None:
+        arguments = {
+            "near_tiles": near.tiles, "tiles": tiles, "batch": batch, "heads": heads,
+            "blocks": length // config.queries, "blocks_behind": (local_keys - length) // config.queries,
+            "parts": parts, "BLOCK": config.queries,
+        }  # fmt: skip
+        launch(add_near_tiles_kernel, (places, heads, parts), arguments, num_warps=4)
+    elif places:
         _add_tiles((places, heads, parts), tiles, batch, parts, False, config, shared)
     grad = bias_table.new_empty(heads, distances)
     arguments = {

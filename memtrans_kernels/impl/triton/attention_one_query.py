@@ -26,6 +26,7 @@ from memtrans_kernels.attention_inputs import AttentionInputs
 from memtrans_kernels.impl.triton import configs
 from memtrans_kernels.impl.triton.attention_softmax import attend_to_local, take_sink
 from memtrans_kernels.impl.triton.attention_tiles import (
+    AS_IT_IS,
     LN2,
     LOG2E,
     bytes_of,
@@ -108,10 +109,10 @@ def attend_to_keys_of_group(
         oldest = tl.maximum(tl.load(first + b).to(tl.int32), oldest)
     return attend_to_local(
         acc, peak, total, q, key + b * key_strides[0] + g * key_strides[1],
-        value + b * value_strides[0] + g * value_strides[1], key_strides[2], value_strides[2], begin, end,
-        tl.zeros([BLOCK_HEADS], tl.int32), factor, bias_table, bias_dense, dense_strides[2:], key_mask, oldest,
-        (1, local_keys, distances), 0, b, heads, True, local_length is not None or first is not None, True, CAP,
-        NEIGHBOURS, WIDTH, BLOCK_WIDTH, VALUE_WIDTH, BLOCK_VALUES, BLOCK_KEYS, 0,
+        value + b * value_strides[0] + g * value_strides[1], key_strides[2], value_strides[2], begin, end, 0, 0, 0,
+        tl.zeros([BLOCK_HEADS], tl.int32), factor, bias_table, 0.0, bias_dense, dense_strides[2:], key_mask, oldest,
+        (1, local_keys, distances), 0, b, heads, local_length is not None or first is not None, True, CAP, NEIGHBOURS,
+        WIDTH, BLOCK_WIDTH, VALUE_WIDTH, BLOCK_VALUES, BLOCK_KEYS, 0, AS_IT_IS, False,
     )  # fmt: skip
 
 

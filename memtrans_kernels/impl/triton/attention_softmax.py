@@ -13,6 +13,7 @@ from memtrans_kernels.impl.triton.attention_tiles import (
     LOG2E,
     capped,
     gather_rows,
+    is_near,
     kept,
     load_mask,
     load_rows,
@@ -87,20 +88,23 @@ def attend_to_neighbours(
 
 @triton.jit
 def attend_to_local(
-    acc, peak, total, q, key, value, key_stride, value_stride, first, last, n, scale, table, dense, dense_strides,
-    mask, oldest, sizes, seed, b, h, NEAR: tl.constexpr, BOUND: tl.constexpr, CAUSAL: tl.constexpr, CAP: tl.constexpr,
-    NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    BLOCK_VALUES: tl.constexpr, BLOCK_KEYS: tl.constexpr, THRESHOLD: tl.constexpr,
+    acc, peak, total, q, key, value, key_stride, value_stride, begin, end, near, far, first_query, m, scale, table,
+    far_bias, dense, dense_strides, mask, oldest, sizes, seed, b, h, BOUND: tl.constexpr, CAUSAL: tl.constexpr,
+    CAP: tl.constexpr, NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, BLOCK_VALUES: tl.constexpr, BLOCK_KEYS: tl.constexpr, THRESHOLD: tl.constexpr,
+    TABLE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Adds the local keys [first, last) to a running softmax."""
-    for start in tl.range(first, last, BLOCK_KEYS):
-        j = start + tl.arange(0, BLOCK_KEYS)
+    """Adds the local keys [begin, end) to a running softmax; those before `near` and from `far` on are far from all
+    queries. WHOLE: there are as many keys as tiles hold."""
+    i = tl.arange(0, BLOCK_KEYS)
+    for start in tl.range(begin, end, BLOCK_KEYS):
+        j = start + i
         seen = None if mask is None else load_mask(mask, j[None, :], sizes[1])
-        k = load_rows(key, j, sizes[1], key_stride, WIDTH, BLOCK_WIDTH).to(q.dtype)
+        k = load_rows(key, j, sizes[1], key_stride, WIDTH, BLOCK_WIDTH, WHOLE).to(q.dtype)
         dot = tl.dot(q, tl.trans(k), input_precision="ieee")
         logits = local_logits(
-            dot, n[:, None], j[None, :], scale, table, dense, dense_strides, seen, oldest, sizes, NEAR, BOUND, CAUSAL,
-            CAP,
+            dot, first_query, m[:, None], start, i[None, :], scale, table, far_bias, dense, dense_strides, seen, oldest,
+            sizes, is_near(start, near, far, CAUSAL), BOUND, CAUSAL, CAP, TABLE,
         )  # fmt: skip  # (BLOCK_QUERIES, BLOCK_KEYS)
         higher = tl.maximum(peak, tl.max(logits, axis=1))
         finite = tl.where(higher == float("-inf"), 0.0, higher)
@@ -108,8 +112,9 @@ def attend_to_local(
         shrink = tl.exp2(peak - finite)
         total = total * shrink + tl.sum(weights, axis=1)
         if THRESHOLD > 0:
-            weights = tl.where(kept(seed, b, h, n[:, None], (NEIGHBOURS + j)[None, :], THRESHOLD), weights, 0.0)
-        v = load_rows(value, j, sizes[1], value_stride, VALUE_WIDTH, BLOCK_VALUES).to(q.dtype)
+            keep = kept(seed, b, h, (first_query + m)[:, None], (NEIGHBOURS + j)[None, :], THRESHOLD)
+            weights = tl.where(keep, weights, 0.0)
+        v = load_rows(value, j, sizes[1], value_stride, VALUE_WIDTH, BLOCK_VALUES, WHOLE).to(q.dtype)
         acc = tl.dot(weights.to(q.dtype), v, acc * shrink[:, None], input_precision="ieee")
         peak = higher
     return acc, peak, total

@@ -7,6 +7,8 @@ al. 2022, section 3.1; tiles after Dao et al. 2022 (arXiv 2205.14135).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -14,17 +16,27 @@ from torch import Tensor
 
 from memtrans_kernels.attention_inputs import AttentionInputs
 from memtrans_kernels.impl.triton import configs
+from memtrans_kernels.impl.triton.launching import launch
+from memtrans_kernels.impl.triton.targets import target_of
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
+# How a tile gets its biases by distance: from the table as it is, or laid out, by a load or by an instruction.
+AS_IT_IS, BY_LOAD, BY_ASSEMBLY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
 
 @triton.jit
-def load_rows(base, row, end, stride, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
-    """Rows `row` of a matrix, zeros outside [0, end); (len(row), BLOCK_WIDTH)."""
+def load_rows(base, row, end, stride, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, WHOLE: tl.constexpr = False):
+    """Rows `row` of a matrix, zeros outside [0, end); (len(row), BLOCK_WIDTH). WHOLE: none of them is outside."""
     column = tl.arange(0, BLOCK_WIDTH)
-    mask = ((row >= 0) & (row < end))[:, None] & (column < WIDTH)[None, :]
-    return tl.load(base + row.to(tl.int64)[:, None] * stride + column[None, :], mask=mask, other=0.0)
+    at = base + row.to(tl.int64)[:, None] * stride + column[None, :]
+    if not WHOLE:
+        return tl.load(at, mask=((row >= 0) & (row < end))[:, None] & (column < WIDTH)[None, :], other=0.0)
+    elif WIDTH < BLOCK_WIDTH:
+        return tl.load(at, mask=(column < WIDTH)[None, :], other=0.0)
+    else:
+        return tl.load(at)
 
 
 @triton.jit
@@ -70,6 +82,15 @@ def keys_until_far(first_far, local_keys, BLOCK_KEYS: tl.constexpr):
 
 
 @triton.jit
+def is_near(start, near, far, CAUSAL: tl.constexpr):
+    """Whether the tile at `start` lies in [near, far)."""
+    if CAUSAL:
+        return start >= near
+    else:
+        return (start >= near) & (start < far)
+
+
+@triton.jit
 def tanh(x):
     """To within 2e-7 relative to it: near 0 by an odd polynomial, fitted to the least relative error."""
     size, square = tl.abs(x), x * x
@@ -107,35 +128,69 @@ def load_mask(mask, j, local_keys):
 
 
 @triton.jit
-def local_logits(
-    dot, n, j, scale, table, dense, dense_strides, seen, oldest, sizes, NEAR: tl.constexpr, BOUND: tl.constexpr,
-    CAUSAL: tl.constexpr, CAP: tl.constexpr,
-):  # fmt: skip
-    """scale · dot + bias, -inf where query n must not look at key j; `scale` is in units of ln 2.
+def biases_of_tile(table, ahead, m, i, TABLE: tl.constexpr):
+    """Those of queries m and keys i of a tile, whose first query stands `ahead` of its first key; `table` is laid out.
 
-    seen: which keys are real, None for all. NEAR: some of the tile's distances are negative or inside the bias table.
+    An address is a number of the tile, one of the thread and a constant, in 64 bits so that the compiler may add the
+    constant last: then it is a part of the instruction. A load by itself would be laid out anew for the tile.
+    """
+    at = (table + ahead + m.to(tl.int64)) - i.to(tl.int64)
+    if TABLE == BY_ASSEMBLY:
+        return tl.inline_asm_elementwise("ld.global.nc.f32 $0, [$1];", "=f,l", [at], tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.load(at)
+
+
+@triton.jit
+def with_bias(dot, scale, bias, CAP: tl.constexpr):
+    """cap(scale · dot) + bias"""
+    if CAP > 0.0:
+        return capped(dot * scale, CAP) + bias
+    else:
+        return tl.fma(dot, scale, bias)
+
+
+@triton.jit
+def local_logits(
+    dot, first_query, m, first_key, i, scale, table, far_bias, dense, dense_strides, seen, oldest, sizes, near,
+    BOUND: tl.constexpr, CAUSAL: tl.constexpr, CAP: tl.constexpr, TABLE: tl.constexpr,
+):  # fmt: skip
+    """scale · dot + bias of a tile, -inf where a query must not look at a key; `scale` is in units of ln 2.
+
+    m, i: the tile's queries and keys, counted from its first ones. table: laid out or not. far_bias: its last column.
+    near: some of the tile's distances are negative or inside the bias table. seen: which keys are real, None for all.
     BOUND: `oldest` counts.
     """
     length, local_keys, distances = sizes
-    distance = n + (local_keys - length) - j
-    if not CAUSAL:
-        distance = tl.abs(distance)
-    logits = capped(dot * scale, CAP)
-    if table is not None:
-        if NEAR:
-            near = tl.minimum(tl.maximum(distance, 0), distances - 1)
-            logits += tl.load(table + near).to(tl.float32) * LOG2E
-        else:
-            logits += tl.load(table + distances - 1).to(tl.float32) * LOG2E
+    ahead = first_query + (local_keys - length) - first_key
+    j = first_key + i
+    if TABLE == AS_IT_IS:
+        bias = 0.0
+        if table is not None:
+            bias = tl.load(table + tl.minimum(tl.maximum(ahead + m - i, 0), distances - 1)).to(tl.float32) * LOG2E
+        logits = with_bias(dot, scale, bias, CAP)
+        logits = tl.where((ahead + m - i >= 0) & (j < local_keys), logits, float("-inf"))
+    elif table is None:
+        logits = with_bias(dot, scale, 0.0, CAP)
+        if CAUSAL:  # noqa: SIM102  the first is known to the compiler, the second is not
+            if near:
+                logits = tl.where(ahead + m - i >= 0, logits, float("-inf"))
+    else:
+        bias = tl.zeros(dot.shape, tl.float32) + far_bias
+        if near:
+            bias = biases_of_tile(table, ahead, m, i, TABLE)
+        logits = with_bias(dot, scale, bias, CAP)
+        if CAUSAL:  # noqa: SIM102
+            if near:  # a product that is hidden may be anything
+                logits = tl.where(bias > float("-inf"), logits, float("-inf"))
     if dense is not None:
+        n = first_query + m
         inside = (n < length) & (j < local_keys) & (j >= 0)
         at = n.to(tl.int64) * dense_strides[0] + j.to(tl.int64) * dense_strides[1]
         logits += tl.load(dense + at, mask=inside, other=0.0).to(tl.float32) * LOG2E
-    if CAUSAL and NEAR:
-        logits = tl.where((distance >= 0) & (j < local_keys) & (j >= 0), logits, float("-inf"))
     if not CAUSAL and seen is None:  # what is not there is not seen either
         logits = tl.where((j < local_keys) & (j >= 0), logits, float("-inf"))
-    if seen is not None:  # noqa: SIM102  the first is known to the compiler, the second is not
+    if seen is not None:  # noqa: SIM102
         if tl.min(seen.to(tl.int32)) == 0:  # most tiles of padded documents are real throughout
             logits = tl.where(seen, logits, float("-inf"))
     if BOUND:
@@ -145,9 +200,9 @@ def local_logits(
 
 @triton.jit
 def local_tile(
-    q, k, grad, v, denominator, delta, n, j, scale, table, dense, dense_strides, mask, oldest, sizes,
-    seed, b, h, neighbours, NEAR: tl.constexpr, BOUND: tl.constexpr, CAUSAL: tl.constexpr, CAP: tl.constexpr,
-    THRESHOLD: tl.constexpr, REST: tl.constexpr,
+    q, k, grad, v, denominator, delta, first_query, m, first_key, i, scale, table, far_bias, dense, dense_strides, mask,
+    oldest, sizes, near, seed, b, h, neighbours, BOUND: tl.constexpr, CAUSAL: tl.constexpr, CAP: tl.constexpr,
+    THRESHOLD: tl.constexpr, REST: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     """Recomputes a tile for the backward pass: <q, k>, the weights after dropout, and the gradients of the logits and
     of the products, scale times <q, k>, in them.
@@ -155,16 +210,17 @@ def local_tile(
     The tile has the shape of dot(q, k): queries first if `q` and `grad` are rows and `k` and `v` columns, or the other
     way round with the two pairs exchanged.
     """
-    seen = None if mask is None else load_mask(mask, j, sizes[1])
+    seen = None if mask is None else load_mask(mask, first_key + i, sizes[1])
     dot = tl.dot(q, k, input_precision="ieee")
     logits = local_logits(
-        dot, n, j, scale, table, dense, dense_strides, seen, oldest, sizes, NEAR, BOUND, CAUSAL, CAP
+        dot, first_query, m, first_key, i, scale, table, far_bias, dense, dense_strides, seen, oldest, sizes, near,
+        BOUND, CAUSAL, CAP, TABLE,
     )  # fmt: skip
     weights = tl.exp2(logits - denominator)
     grad_weights = tl.dot(grad, v, input_precision="ieee")
     dropped = weights
     if THRESHOLD > 0:
-        keep = kept(seed, b, h, n, neighbours + j, THRESHOLD)
+        keep = kept(seed, b, h, first_query + m, neighbours + first_key + i, THRESHOLD)
         dropped = tl.where(keep, weights * REST, 0.0)
         grad_weights = tl.where(keep, grad_weights * REST, 0.0)
     grad_logits = weights * (grad_weights - delta)
@@ -177,6 +233,50 @@ def load_denominator(lse, at, mask):
     whose logits are all -inf."""
     denominator = tl.load(lse + at, mask=mask, other=float("inf"))
     return tl.where(denominator == float("-inf"), 0.0, denominator) * LOG2E
+
+
+@triton.jit
+def lay_out_kernel(table, laid, distances, before, span, CAUSAL: tl.constexpr, BLOCK: tl.constexpr):
+    at, h = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64)
+    distance = at - before
+    if not CAUSAL:
+        distance = tl.abs(distance)
+    place = tl.minimum(tl.maximum(distance, 0), distances - 1)
+    bias = tl.load(table + h * distances + place).to(tl.float32) * LOG2E
+    if CAUSAL:
+        bias = tl.where(distance < 0, float("-inf"), bias)
+    tl.store(laid + h * span + at, bias, mask=at < span)
+
+
+class LaidOut(NamedTuple):
+    """A bias by distance for every pair of a query and a key that tiles hold; the arguments of kernels."""
+
+    bias_table: Tensor | None  # (H, span), in units of ln 2
+    before: int  # entries of negative distances
+    span: int
+    TABLE: int  # how a tile gets its own
+
+
+def laid_out(inputs: AttentionInputs) -> LaidOut:
+    """The table of bias by distance, from keys that stand behind a query to those before it, which causality hides.
+
+    So a tile computes no address but its own, and compares no distances. Those beyond the table have its last column.
+    """
+    table, length, local_keys = inputs.bias_table, inputs.query.shape[2], inputs.key.shape[2]
+    reads = (BY_ASSEMBLY if target_of(inputs.query.device).vendor == "nvidia" else BY_LOAD).value
+    if table is None:
+        return LaidOut(None, 0, 0, reads)
+    heads, distances = table.shape
+    beyond = 2 * configs.LARGEST_TILE
+    before = beyond + (0 if inputs.causal else length)
+    span = before + max(local_keys, distances) + beyond
+    laid = table.new_empty(heads, span, dtype=torch.float32)
+    arguments = {
+        "table": table.contiguous(), "laid": laid, "distances": distances, "before": before, "span": span,
+        "CAUSAL": inputs.causal, "BLOCK": 1024,
+    }  # fmt: skip
+    launch(lay_out_kernel, (configs.blocks_of(span, 1024), heads), arguments, num_warps=4)
+    return LaidOut(laid, before, span, reads)
 
 
 def rows_of(tensor: Tensor) -> Tensor:

@@ -43,6 +43,9 @@ def merge(candidates: int) -> Launch:
     return Launch(block=min(1024, power_of_two(candidates)), warps=4)
 
 
+LARGEST_TILE = 128  # queries or local keys that attention handles at a time
+
+
 class AttentionLaunch(NamedTuple):
     """Queries and local keys of a tile, warps, tiles in flight, and neighbours whose rows are in flight together."""
 
@@ -87,10 +90,12 @@ def attention_forward(itemsize: int, width: int, length: int, local_keys: int, n
     if length <= 16:
         return AttentionLaunch(queries=16, keys=128, warps=4, stages=2, unroll=8)
     if width <= 64 and neighbours == 0 and local_keys >= LONG:
-        return AttentionLaunch(queries=128, keys=64, warps=4, stages=3)
+        return AttentionLaunch(queries=128, keys=64, warps=8, stages=3)
+    if neighbours == 0:
+        return AttentionLaunch(queries=64, keys=64, warps=4, stages=2)
     if width <= 64:
-        return AttentionLaunch(queries=64, keys=32, warps=4, stages=2, unroll=2)
-    return AttentionLaunch(queries=32 if neighbours else 64, keys=64, warps=4, stages=2, unroll=4)
+        return AttentionLaunch(queries=64, keys=64, warps=4, stages=2, unroll=2)
+    return AttentionLaunch(queries=32, keys=64, warps=4, stages=2, unroll=4)
 
 
 class OneQueryLaunch(NamedTuple):
@@ -132,8 +137,11 @@ def attention_query_gradient(itemsize: int, width: int, length: int, neighbours:
     if length <= 16:
         return AttentionLaunch(queries=16, keys=64, warps=4, stages=1, unroll=4)
     if neighbours == 0:
-        return AttentionLaunch(queries=64, keys=64, warps=4, stages=1)
-    return AttentionLaunch(queries=32, keys=32, warps=4, stages=2, unroll=4 if width <= 64 else 2)
+        keys, stages = (32, 3) if width <= 64 else (64, 2)
+        return AttentionLaunch(queries=64, keys=keys, warps=4, stages=stages)
+    if width <= 64:
+        return AttentionLaunch(queries=32, keys=64, warps=4, stages=2, unroll=4)
+    return AttentionLaunch(queries=32, keys=32, warps=4, stages=2, unroll=2)
 
 
 def attention_key_gradient(itemsize: int, width: int) -> AttentionLaunch:
@@ -145,10 +153,10 @@ def attention_key_gradient(itemsize: int, width: int) -> AttentionLaunch:
         return AttentionLaunch(queries=block, keys=block, warps=4, stages=1)
     if width > 128:
         return AttentionLaunch(queries=32, keys=32, warps=4, stages=1)
-    return AttentionLaunch(queries=64 if width <= 64 else 32, keys=64, warps=4, stages=1)
+    return AttentionLaunch(queries=64 if width <= 64 else 32, keys=64, warps=4, stages=2)
 
 
-KEY_GRADIENT_PROGRAMS = 256  # about two for each multiprocessor of a large GPU; 128 to 2048 differ by 6 %
+KEY_GRADIENT_PROGRAMS = 512
 
 
 def head_parts(programs: int, heads: int) -> int:
@@ -158,7 +166,7 @@ def head_parts(programs: int, heads: int) -> int:
 
 # Programs that share the documents and blocks of queries of one tile of the bias gradient: fewer leave multiprocessors
 # idle, more write more partial sums.
-BIAS_PARTS = 8
+BIAS_PARTS = 16
 
 
 def attention_bias_gradient(itemsize: int, width: int) -> AttentionLaunch:

@@ -38,6 +38,7 @@ from memtrans_kernels.impl.triton.attention_tiles import (
     bytes_of,
     dropout_constants,
     keys_until_far,
+    laid_out,
     load_rows,
     oldest_key,
     oldest_of_queries,
@@ -53,10 +54,11 @@ from memtrans_kernels.impl.triton.launching import launch
 def memory_attention_kernel(
     query, key, value, memory_values, rows, scores, slots, scale, bias_table, bias_dense, memory_offset, local_length,
     seed, key_mask, first, sink, out, lse, heads, groups, length, local_keys, distances,
-    query_strides, key_strides, value_strides, memory_strides, dense_strides,
+    before, span, query_strides, key_strides, value_strides, memory_strides, dense_strides,
     NEIGHBOURS: tl.constexpr, BLOCK_NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr, BLOCK_VALUES: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
     UNROLL: tl.constexpr, CAUSAL: tl.constexpr, CAP: tl.constexpr, THRESHOLD: tl.constexpr, REST: tl.constexpr,
+    TABLE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     program, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(length, BLOCK_QUERIES)
     block, bh = (blocks - 1 - program % blocks).to(tl.int32), program // blocks  # longest first
@@ -85,8 +87,10 @@ def memory_attention_kernel(
     )  # fmt: skip
     key += b * key_strides[0] + g * key_strides[1]
     value += b * value_strides[0] + g * value_strides[1]
+    far_bias = 0.0
     if bias_table is not None:
-        bias_table += h * distances
+        bias_table += h * span + before
+        far_bias = tl.load(bias_table + distances - 1)
     if bias_dense is not None:
         bias_dense += b * dense_strides[0] + h * dense_strides[1]
     if key_mask is not None:
@@ -102,22 +106,11 @@ def memory_attention_kernel(
         far = keys_until_far(position + BLOCK_QUERIES + distances - 2, local_keys, BLOCK_KEYS)
     near = tl.minimum(near, far)
     acc, peak, total = attend_to_local(
-        acc, peak, total, q, key, value, key_strides[2], value_strides[2], 0, near, n, factor, bias_table, bias_dense,
-        dense_strides[2:], key_mask, oldest, sizes, draw, b, h, False, local_length is not None or first is not None,
-        CAUSAL, CAP, NEIGHBOURS, WIDTH, BLOCK_WIDTH, VALUE_WIDTH, BLOCK_VALUES, BLOCK_KEYS, THRESHOLD,
+        acc, peak, total, q, key, value, key_strides[2], value_strides[2], 0, far if CAUSAL else local_keys, near, far,
+        block * BLOCK_QUERIES, tl.arange(0, BLOCK_QUERIES), factor, bias_table, far_bias, bias_dense, dense_strides[2:],
+        key_mask, oldest, sizes, draw, b, h, local_length is not None or first is not None, CAUSAL, CAP, NEIGHBOURS,
+        WIDTH, BLOCK_WIDTH, VALUE_WIDTH, BLOCK_VALUES, BLOCK_KEYS, THRESHOLD, TABLE, WHOLE,
     )  # fmt: skip
-    acc, peak, total = attend_to_local(
-        acc, peak, total, q, key, value, key_strides[2], value_strides[2], near, far, n, factor, bias_table, bias_dense,
-        dense_strides[2:], key_mask, oldest, sizes, draw, b, h, True, local_length is not None or first is not None,
-        CAUSAL, CAP, NEIGHBOURS, WIDTH, BLOCK_WIDTH, VALUE_WIDTH, BLOCK_VALUES, BLOCK_KEYS, THRESHOLD,
-    )  # fmt: skip
-    if not CAUSAL:
-        acc, peak, total = attend_to_local(
-            acc, peak, total, q, key, value, key_strides[2], value_strides[2], far, local_keys, n, factor, bias_table,
-            bias_dense, dense_strides[2:], key_mask, oldest, sizes, draw, b, h, False,
-            local_length is not None or first is not None, CAUSAL, CAP, NEIGHBOURS, WIDTH, BLOCK_WIDTH, VALUE_WIDTH,
-            BLOCK_VALUES, BLOCK_KEYS, THRESHOLD,
-        )  # fmt: skip
 
     if sink is not None:
         peak, total, shrink = take_sink(sink, peak, total, h)
@@ -148,7 +141,7 @@ def memory_attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
         arguments = {
             "query": query, "key": key, "value": value, "memory_values": memory_values, "rows": packed(inputs.rows),
             "scores": packed(inputs.scores), "slots": packed(inputs.slots), "scale": packed(inputs.scale),
-            "bias_table": packed(inputs.bias_table), "bias_dense": bias_dense,
+            **laid_out(inputs)._asdict(), "bias_dense": bias_dense,
             "memory_offset": packed(inputs.memory_offset), "local_length": packed(inputs.local_length),
             "seed": inputs.seed if dropout_p > 0.0 else None, "key_mask": bytes_of(inputs.key_mask),
             "first": packed(inputs.first), "sink": packed(inputs.sink), "out": out, "lse": lse,
@@ -158,7 +151,8 @@ def memory_attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
             "dense_strides": strides_of_dense(bias_dense), "NEIGHBOURS": neighbours,
             "BLOCK_NEIGHBOURS": configs.neighbours_at_once(neighbours, config.queries),
             "BLOCK_QUERIES": config.queries, "BLOCK_KEYS": config.keys, "UNROLL": config.unroll,
-            "CAUSAL": inputs.causal, "CAP": inputs.soft_cap or 0.0, **widths(inputs), **dropout_constants(dropout_p),
+            "CAUSAL": inputs.causal, "CAP": inputs.soft_cap or 0.0,
+            "WHOLE": local_keys % config.keys == 0, **widths(inputs), **dropout_constants(dropout_p),
         }  # fmt: skip
         launch(memory_attention_kernel, (programs,), arguments, num_warps=config.warps, num_stages=config.stages)
     return out, lse

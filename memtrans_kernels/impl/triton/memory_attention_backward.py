@@ -7,8 +7,7 @@ With P the softmax over neighbours and local keys, keep / (1 - p) its dropout, a
 
 1. A program per block of queries: their gradient (the neighbours' keys and values are gathered here), delta, and its
    part of the gradients of scale and offset, and of the bias beyond the table's end.
-2. A program per block of local keys: gradients of key and value, over all queries of the heads that share them (or of
-   a part of these heads).
+2. Gradients of key and value: `attention_key_gradient`.
 3. Gradients of the bias: `attention_bias`.
 
 No two programs write the same number, so there are no atomics and two passes give the same bits. Shapes, limits and
@@ -26,14 +25,17 @@ from torch import Tensor
 
 from memtrans_kernels.attention_inputs import AttentionInputs
 from memtrans_kernels.impl.triton import attention_bias, configs
+from memtrans_kernels.impl.triton.attention_key_gradient import key_gradient
 from memtrans_kernels.impl.triton.attention_tiles import (
     LOG2E,
     bytes_of,
     capped,
     dropout_constants,
     gather_rows,
+    is_near,
     kept,
     keys_until_far,
+    laid_out,
     load_denominator,
     load_rows,
     local_tile,
@@ -50,33 +52,38 @@ from memtrans_kernels.impl.triton.launching import launch
 
 @triton.jit
 def query_gradient_of_local(
-    acc, scale_sum, far_sum, q, grad, denominator, delta, key, value, key_stride, value_stride, first, last, n, scale,
-    table, dense, dense_strides, mask, oldest, sizes, seed, b, h, NEAR: tl.constexpr, BOUND: tl.constexpr,
-    CAUSAL: tl.constexpr, CAP: tl.constexpr, NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr, BLOCK_VALUES: tl.constexpr, BLOCK_KEYS: tl.constexpr, THRESHOLD: tl.constexpr,
-    REST: tl.constexpr,
+    acc, far_sum, q, grad, denominator, delta, key, value, key_stride, value_stride, end, near, far,
+    first_query, m, scale, table, far_bias, dense, dense_strides, mask, oldest, sizes, seed, b, h,
+    BOUND: tl.constexpr, CAUSAL: tl.constexpr, CAP: tl.constexpr, NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_VALUES: tl.constexpr, BLOCK_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr, THRESHOLD: tl.constexpr, REST: tl.constexpr, TABLE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """sum of d products · key over the local keys [first, last), and what scale and the table's last column get."""
-    for start in tl.range(first, last, BLOCK_KEYS):
-        j = start + tl.arange(0, BLOCK_KEYS)
-        k = load_rows(key, j, sizes[1], key_stride, WIDTH, BLOCK_WIDTH).to(q.dtype)
-        v = load_rows(value, j, sizes[1], value_stride, VALUE_WIDTH, BLOCK_VALUES).to(q.dtype)
-        dot, _, grad_logits, grad_products = local_tile(
-            q, tl.trans(k), grad, tl.trans(v), denominator[:, None], delta[:, None], n[:, None], j[None, :], scale,
-            table, dense, dense_strides, mask, oldest, sizes, seed, b, h, NEIGHBOURS, NEAR, BOUND, CAUSAL, CAP,
-            THRESHOLD, REST,
+    """sum of d products · key over the local keys [0, end), and what the table's last column gets.
+
+    Keys before `near` and from `far` on are far from all queries. WHOLE: there are as many keys as tiles hold."""
+    i = tl.arange(0, BLOCK_KEYS)
+    for start in tl.range(0, end, BLOCK_KEYS):
+        k = load_rows(key, start + i, sizes[1], key_stride, WIDTH, BLOCK_WIDTH, WHOLE).to(q.dtype)
+        v = load_rows(value, start + i, sizes[1], value_stride, VALUE_WIDTH, BLOCK_VALUES, WHOLE).to(q.dtype)
+        close = is_near(start, near, far, CAUSAL)
+        _, _, grad_logits, grad_products = local_tile(
+            q, tl.trans(k), grad, tl.trans(v), denominator[:, None], delta[:, None], first_query, m[:, None], start,
+            i[None, :], scale, table, far_bias, dense, dense_strides, mask, oldest, sizes, close, seed, b, h,
+            NEIGHBOURS, BOUND, CAUSAL, CAP, THRESHOLD, REST, TABLE,
         )  # fmt: skip
-        scale_sum += tl.sum(grad_products * dot, axis=1)
         if table is not None:
-            far = grad_logits
-            if NEAR:
-                distance = n[:, None] + (sizes[1] - sizes[0]) - j[None, :]
+            if close:
+                ahead = first_query + (sizes[1] - sizes[0]) - start
                 if not CAUSAL:
-                    distance = tl.abs(distance)
-                far = tl.where(distance >= sizes[2] - 1, grad_logits, 0.0)
-            far_sum += tl.sum(far, axis=1)
+                    distance = tl.abs(ahead + m[:, None] - i[None, :])
+                    far_sum += tl.sum(tl.where(distance >= sizes[2] - 1, grad_logits, 0.0), axis=1)
+                elif ahead + BLOCK_QUERIES >= sizes[2]:  # the table ends within the tile
+                    distance = ahead + m[:, None] - i[None, :]
+                    far_sum += tl.sum(tl.where(distance >= sizes[2] - 1, grad_logits, 0.0), axis=1)
+            else:
+                far_sum += tl.sum(grad_logits, axis=1)
         acc = tl.dot(grad_products.to(q.dtype), k, acc, input_precision="ieee")
-    return acc, scale_sum, far_sum
+    return acc, far_sum
 
 
 @triton.jit
@@ -109,11 +116,12 @@ def query_gradient_of_neighbours(
 def query_gradient_kernel(
     grad_out, grad_lse, out, lse, query, key, value, memory_keys, memory_values, rows, scores, slots, scale,
     bias_table, bias_dense, memory_offset, local_length, key_mask, first, seed, grad_query, delta, sums,
-    heads, groups, length, local_keys, distances, grad_strides, lse_strides, out_strides, query_strides, key_strides,
-    value_strides, memory_key_strides, memory_value_strides, dense_strides,
+    heads, groups, length, local_keys, distances, before, span, grad_strides, lse_strides, out_strides,
+    query_strides, key_strides, value_strides, memory_key_strides, memory_value_strides, dense_strides,
     NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     BLOCK_VALUES: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, UNROLL: tl.constexpr,
-    CAUSAL: tl.constexpr, CAP: tl.constexpr, THRESHOLD: tl.constexpr, REST: tl.constexpr,
+    CAUSAL: tl.constexpr, CAP: tl.constexpr, THRESHOLD: tl.constexpr, REST: tl.constexpr, TABLE: tl.constexpr,
+    WHOLE_KEYS: tl.constexpr,
 ):  # fmt: skip
     program, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(length, BLOCK_QUERIES)
     block, bh = (blocks - 1 - program % blocks).to(tl.int32), program // blocks  # longest first
@@ -156,8 +164,10 @@ def query_gradient_kernel(
     )  # fmt: skip
     key += b * key_strides[0] + g * key_strides[1]
     value += b * value_strides[0] + g * value_strides[1]
+    far_bias = 0.0
     if bias_table is not None:
-        bias_table += h * distances
+        bias_table += h * span + before
+        far_bias = tl.load(bias_table + distances - 1)
     if bias_dense is not None:
         bias_dense += b * dense_strides[0] + h * dense_strides[1]
     if key_mask is not None:
@@ -173,25 +183,16 @@ def query_gradient_kernel(
         far = keys_until_far(position + BLOCK_QUERIES + distances - 2, local_keys, BLOCK_KEYS)
     near = tl.minimum(near, far)
     grad = grad.to(q.dtype)
-    acc, scale_sum, far_sum = query_gradient_of_local(
-        acc, scale_sum, far_sum, q, grad, denominator, of_query, key, value, key_strides[2], value_strides[2], 0, near,
-        n, factor * LOG2E, bias_table, bias_dense, dense_strides[2:], key_mask, oldest, sizes, draw, b, h, False,
+    of_local, far_sum = query_gradient_of_local(
+        tl.zeros([BLOCK_QUERIES, BLOCK_WIDTH], tl.float32), far_sum, q, grad, denominator, of_query, key, value,
+        key_strides[2], value_strides[2], far if CAUSAL else local_keys, near, far, block * BLOCK_QUERIES,
+        tl.arange(0, BLOCK_QUERIES), factor * LOG2E, bias_table, far_bias, bias_dense, dense_strides[2:], key_mask,
+        oldest, sizes, draw, b, h,
         local_length is not None or first is not None, CAUSAL, CAP, NEIGHBOURS, WIDTH, BLOCK_WIDTH, VALUE_WIDTH,
-        BLOCK_VALUES, BLOCK_KEYS, THRESHOLD, REST,
+        BLOCK_VALUES, BLOCK_QUERIES, BLOCK_KEYS, THRESHOLD, REST, TABLE, WHOLE_KEYS,
     )  # fmt: skip
-    acc, scale_sum, far_sum = query_gradient_of_local(
-        acc, scale_sum, far_sum, q, grad, denominator, of_query, key, value, key_strides[2], value_strides[2], near,
-        far, n, factor * LOG2E, bias_table, bias_dense, dense_strides[2:], key_mask, oldest, sizes, draw, b, h, True,
-        local_length is not None or first is not None, CAUSAL, CAP, NEIGHBOURS, WIDTH, BLOCK_WIDTH, VALUE_WIDTH,
-        BLOCK_VALUES, BLOCK_KEYS, THRESHOLD, REST,
-    )  # fmt: skip
-    if not CAUSAL:
-        acc, scale_sum, far_sum = query_gradient_of_local(
-            acc, scale_sum, far_sum, q, grad, denominator, of_query, key, value, key_strides[2], value_strides[2], far,
-            local_keys, n, factor * LOG2E, bias_table, bias_dense, dense_strides[2:], key_mask, oldest, sizes, draw, b,
-            h, False, local_length is not None or first is not None, CAUSAL, CAP, NEIGHBOURS, WIDTH, BLOCK_WIDTH,
-            VALUE_WIDTH, BLOCK_VALUES, BLOCK_KEYS, THRESHOLD, REST,
-        )  # fmt: skip
+    scale_sum += tl.sum(of_local * q.to(tl.float32), axis=1)  # sum of d products · <query, key>
+    acc += of_local
 
     column = tl.arange(0, BLOCK_WIDTH)
     mask = inside[:, None] & (column < WIDTH)[None, :]
@@ -202,132 +203,6 @@ def query_gradient_kernel(
     tl.store(sums, tl.sum(scale_sum))
     tl.store(sums + heads * documents_blocks, tl.sum(offset_sum))
     tl.store(sums + 2 * heads * documents_blocks, tl.sum(far_sum))
-
-
-@triton.jit
-def store_rows(matrix, rows, place, inside, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
-    """Writes rows (len(place), BLOCK_WIDTH) to their places in a matrix."""
-    column = tl.arange(0, BLOCK_WIDTH)
-    mask = inside[:, None] & (column < WIDTH)[None, :]
-    tl.store(matrix + place[:, None] * WIDTH + column[None, :], rows.to(matrix.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def key_gradient_of_head(
-    grad_k, grad_v, k, v, query, grad_out, lse, delta, query_stride, grad_stride, begin, end, j, scale,
-    table, dense, dense_strides, mask, first, oldest, sizes, seed, b, h, NEAR: tl.constexpr, BOUND: tl.constexpr,
-    CAUSAL: tl.constexpr, CAP: tl.constexpr, NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr, BLOCK_VALUES: tl.constexpr, BLOCK_QUERIES: tl.constexpr, THRESHOLD: tl.constexpr,
-    REST: tl.constexpr,
-):  # fmt: skip
-    """Adds queries [begin, end) of one head to the gradients of a block of keys and values."""
-    for start in tl.range(begin, end, BLOCK_QUERIES):
-        n = start + tl.arange(0, BLOCK_QUERIES)
-        q = load_rows(query, n, sizes[0], query_stride, WIDTH, BLOCK_WIDTH)
-        grad = load_rows(grad_out, n, sizes[0], grad_stride, VALUE_WIDTH, BLOCK_VALUES).to(q.dtype)
-        denominator = load_denominator(lse, n, n < sizes[0])
-        of_query = tl.load(delta + n, mask=n < sizes[0], other=0.0)
-        of_tile = oldest
-        if first is not None:
-            of_tile = oldest_of_queries(first, oldest, b, n, sizes[0])[None, :]
-        _, weights, _, grad_products = local_tile(
-            k, tl.trans(q), v, tl.trans(grad), denominator[None, :], of_query[None, :], n[None, :], j[:, None],
-            scale * LOG2E, table, dense, dense_strides, mask, of_tile, sizes, seed, b, h, NEIGHBOURS,
-            NEAR, BOUND, CAUSAL, CAP, THRESHOLD, REST,
-        )  # fmt: skip
-        grad_v = tl.dot(weights.to(q.dtype), grad, grad_v, input_precision="ieee")
-        grad_k = tl.dot((grad_products * scale).to(q.dtype), q, grad_k, input_precision="ieee")
-    return grad_k, grad_v
-
-
-@triton.jit
-def key_gradient_kernel(
-    grad_out, lse, delta, query, key, value, scale, bias_table, bias_dense, local_length, key_mask, first, seed,
-    grad_key, grad_value, batch, heads, groups, length, local_keys, distances, grad_strides, query_strides, key_strides,
-    value_strides, dense_strides,
-    NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    BLOCK_VALUES: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, CAUSAL: tl.constexpr,
-    CAP: tl.constexpr, THRESHOLD: tl.constexpr, REST: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    block, bg = (program // (batch * groups)).to(tl.int32), program % (batch * groups)  # most queries first
-    b, g = bg // groups, bg % groups
-    j = block * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
-    sizes = (length, local_keys, distances)
-    draw = 0 if seed is None else tl.load(seed)
-    k = load_rows(
-        key + b * key_strides[0] + g * key_strides[1], j, local_keys, key_strides[2], WIDTH, BLOCK_WIDTH
-    ).to(query.dtype.element_ty)  # fmt: skip
-    v = load_rows(
-        value + b * value_strides[0] + g * value_strides[1], j, local_keys, value_strides[2], VALUE_WIDTH, BLOCK_VALUES
-    ).to(query.dtype.element_ty)  # fmt: skip
-    if key_mask is not None:
-        key_mask += b * local_keys
-    oldest = oldest_key(local_length, b, local_keys)
-    grad_k = tl.zeros([BLOCK_KEYS, BLOCK_WIDTH], tl.float32)
-    grad_v = tl.zeros([BLOCK_KEYS, BLOCK_VALUES], tl.float32)
-    seen = block * BLOCK_KEYS - (local_keys - length)  # the query that stands at the first of these keys
-    if CAUSAL:  # no earlier one sees it; else those before `near` are far from all of these keys
-        near = tl.maximum(seen, 0) // BLOCK_QUERIES * BLOCK_QUERIES
-    else:
-        near = tl.minimum(tl.maximum(seen - distances + 2, 0), length) // BLOCK_QUERIES * BLOCK_QUERIES
-    far = tl.maximum(seen + BLOCK_KEYS + distances - 2, 0)  # from here on all keys are far from all queries
-    far = tl.minimum(tl.cdiv(far, BLOCK_QUERIES) * BLOCK_QUERIES, length)
-    each = tl.cdiv(heads // groups, tl.num_programs(1))  # heads of a part
-    part = tl.program_id(1).to(tl.int64)
-    for head in tl.range(part * each, tl.minimum(part * each + each, heads // groups)):
-        h = g * (heads // groups) + head
-        factor = tl.load(scale + h).to(tl.float32)
-        of_head = query + b * query_strides[0] + h * query_strides[1]
-        grad_of_head = grad_out + b * grad_strides[0] + h * grad_strides[1]
-        at = (b * heads + h) * length
-        table = None if bias_table is None else bias_table + h * distances
-        dense = None if bias_dense is None else bias_dense + b * dense_strides[0] + h * dense_strides[1]
-        if not CAUSAL:
-            grad_k, grad_v = key_gradient_of_head(
-                grad_k, grad_v, k, v, of_head, grad_of_head, lse + at, delta + at, query_strides[2], grad_strides[2],
-                0, near, j, factor, table, dense, dense_strides[2:], key_mask, first, oldest, sizes, draw, b, h, False,
-                local_length is not None or first is not None, CAUSAL, CAP, NEIGHBOURS, WIDTH, BLOCK_WIDTH,
-                VALUE_WIDTH, BLOCK_VALUES, BLOCK_QUERIES, THRESHOLD, REST,
-            )  # fmt: skip
-        grad_k, grad_v = key_gradient_of_head(
-            grad_k, grad_v, k, v, of_head, grad_of_head, lse + at, delta + at, query_strides[2], grad_strides[2],
-            near, far, j, factor, table, dense, dense_strides[2:], key_mask, first, oldest, sizes, draw, b, h, True,
-            local_length is not None or first is not None, CAUSAL, CAP, NEIGHBOURS, WIDTH, BLOCK_WIDTH,
-            VALUE_WIDTH, BLOCK_VALUES, BLOCK_QUERIES, THRESHOLD, REST,
-        )  # fmt: skip
-        grad_k, grad_v = key_gradient_of_head(
-            grad_k, grad_v, k, v, of_head, grad_of_head, lse + at, delta + at, query_strides[2], grad_strides[2],
-            far, length, j, factor, table, dense, dense_strides[2:], key_mask, first, oldest, sizes, draw, b, h, False,
-            local_length is not None or first is not None, CAUSAL, CAP, NEIGHBOURS, WIDTH, BLOCK_WIDTH,
-            VALUE_WIDTH, BLOCK_VALUES, BLOCK_QUERIES, THRESHOLD, REST,
-        )  # fmt: skip
-    place = (part * batch * groups + bg) * local_keys + j
-    store_rows(grad_key, grad_k, place, j < local_keys, WIDTH, BLOCK_WIDTH)
-    store_rows(grad_value, grad_v, place, j < local_keys, VALUE_WIDTH, BLOCK_VALUES)
-
-
-def _key_gradient(batch: int, shared: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Gradients of key (B, G, L, D) and value (B, G, L, E). Where few programs would own a block of keys each, several
-    share its heads, and their parts are added up."""
-    key, value = shared["key"], shared["value"]
-    config = configs.attention_key_gradient(shared["query"].dtype.itemsize, max(shared["WIDTH"], shared["VALUE_WIDTH"]))
-    programs = configs.blocks_of(shared["local_keys"], config.keys) * batch * shared["groups"]
-    if programs == 0:
-        return key.new_zeros(key.shape), value.new_zeros(value.shape)
-    parts = configs.head_parts(programs, shared["heads"] // shared["groups"])
-    dtypes = (key.dtype, value.dtype) if parts == 1 else (torch.float32, torch.float32)
-    grad_key, grad_value = (
-        like.new_empty(parts, *like.shape, dtype=dtype) for like, dtype in zip((key, value), dtypes, strict=True)
-    )
-    arguments = {
-        **shared, "grad_key": grad_key, "grad_value": grad_value, "batch": batch,
-        "BLOCK_QUERIES": config.queries, "BLOCK_KEYS": config.keys,
-    }  # fmt: skip
-    launch(key_gradient_kernel, (programs, parts), arguments, num_warps=config.warps, num_stages=config.stages)
-    if parts == 1:
-        return grad_key[0], grad_value[0]
-    return grad_key.sum(dim=0).to(key.dtype), grad_value.sum(dim=0).to(value.dtype)
 
 
 def memory_attention_backward(
@@ -343,13 +218,17 @@ def memory_attention_backward(
     of_scale, of_offset, far = sums.sum(dim=-1)
     table, dense, offset = inputs.bias_table, inputs.bias_dense, inputs.memory_offset
     nothing = inputs.query.new_empty
-    grad_key, grad_value = _key_gradient(batch, shared) if of_keys else (nothing(0), nothing(0))
+    near = None if table is None else attention_bias.near_tiles_of(table, batch, shared)
+    grad_key, grad_value = nothing(0), nothing(0)
+    if of_keys or near is not None:  # the same bits for the table, whether keys have gradients or not
+        found = key_gradient(batch, shared, near)
+        grad_key, grad_value = found if of_keys else (grad_key, grad_value)
     return (
         grad_query,
         grad_key,
         grad_value,
         of_scale.to(inputs.scale.dtype, copy=True),  # outputs must not share storage
-        nothing(0) if table is None else attention_bias.grad_table(table, far, batch, shared),
+        nothing(0) if table is None else attention_bias.grad_table(table, far, batch, shared, near),
         nothing(0) if dense is None else attention_bias.grad_dense(dense, batch, shared),
         nothing(0) if offset is None else of_offset.to(offset.dtype, copy=True),
         nothing(0) if inputs.sink is None else _grad_sink(inputs.sink, shared),
@@ -368,7 +247,7 @@ def _shared(inputs: AttentionInputs, grad_out: Tensor, lse: Tensor) -> dict[str,
     batch, heads, length, _ = query.shape
     return {
         "grad_out": grad_out, "lse": packed(lse), "query": query, "key": key, "value": value,
-        "scale": packed(inputs.scale), "bias_table": packed(inputs.bias_table), "bias_dense": inputs.bias_dense,
+        "scale": packed(inputs.scale), **laid_out(inputs)._asdict(), "bias_dense": inputs.bias_dense,
         "local_length": packed(inputs.local_length), "key_mask": bytes_of(inputs.key_mask),
         "first": packed(inputs.first), "seed": inputs.seed if inputs.dropout_p > 0.0 else None,
         "delta": query.new_empty(batch, heads, length, dtype=torch.float32),
@@ -400,6 +279,7 @@ def _query_gradient(
             "lse_strides": grad_lse.stride(), "out_strides": out.stride()[:3],
             "memory_key_strides": memory_keys.stride()[:2], "memory_value_strides": memory_values.stride()[:2],
             "BLOCK_QUERIES": config.queries, "BLOCK_KEYS": config.keys, "UNROLL": config.unroll,
+            "WHOLE_KEYS": shared["local_keys"] % config.keys == 0,
         }  # fmt: skip
         grid = (batch * heads * blocks,)
         launch(query_gradient_kernel, grid, arguments, num_warps=config.warps, num_stages=config.stages)
