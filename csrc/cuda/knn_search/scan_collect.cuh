@@ -179,7 +179,7 @@ struct Ties {
       for (int i = 0; i < kAtOnce; ++i) {
         const float4 record = records[i];
         const bool counts = first + i < min(end, length);
-        tied = tied && fmaxf(record.x, record.y) == score;
+        tied = tied && (!counts || fmaxf(record.x, record.y) == score);
         if (counts && record.x == score)
           visit(window.age(2 * __float_as_int(record.z)));
         if (counts && record.y == score)
@@ -210,10 +210,17 @@ struct Ties {
     self.score = of_four(own, [](float a, float b) { return fmaxf(a, b); });
     bool tied = is_long && (self.length == 0 || own == self.score) && self.score < INFINITY;
     const int longest = __reduce_max_sync(kAllLanes, of_four(static_cast<int>(tied), sum) == 4 ? self.length : 0);
-    int found = 0, older = 0, dropped = next_age;  // ties; those left that are older than the oldest one that is not
-    tied = self.visit(window, 0, longest, [&](int) { ++found; }) && tied;
+    // Ties; those that may be younger than what follows, as in a tile where the window ends and begins; ties that are
+    // left and older than the oldest one that is not.
+    int found = 0, young = 0, older = 0, dropped = next_age;
+    const auto count = [&](int age) {
+      ++found;
+      young += age >= next_age;
+    };
+    tied = self.visit(window, 0, longest, count) && tied;
     found = of_four(found, sum);
-    const int most = min(self.length, self.length * (k + min(k, 16)) / max(found, 1) + 1);
+    young = of_four(young, sum);
+    const int most = min(self.length, self.length * (k + min(k, 16) + young) / max(found, 1) + 1);
     self.visit(window, most, longest, [&](int age) { dropped = min(dropped, age); });
     dropped = of_four(dropped, [](int a, int b) { return min(a, b); });
     self.visit(window, 0, most, [&](int age) { older += age < dropped; });
