@@ -7,6 +7,7 @@ thread, and the instructions of matrix units. The roofline is calculated from da
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import os
@@ -16,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -165,16 +167,9 @@ def _usage(cubin: bytes) -> tuple[int, int]:
 def search_kernels(target: str, case: Search) -> list[Kernel]:
     """Those of one search, for one target."""
     from memtrans_kernels.impl.triton import knn_search
-    from memtrans_kernels.impl.triton.targets import Target
 
-    gpu = TARGETS[target]
-    place = Target(gpu.vendor, gpu.architecture, gpu.shared_kilobytes * KILOBYTE, 100)
-    before, knn_search.target_of = knn_search.target_of, lambda device: place
-    try:
-        with compiled_instead(gpu, target) as kernels:
-            knn_search.knn_search(*_search_arguments(case), case.capacity, case.neighbours)
-    finally:
-        knn_search.target_of = before
+    with _said_to_be(target, "knn_search"), compiled_instead(TARGETS[target], target) as kernels:
+        knn_search.knn_search(*_search_arguments(case), case.capacity, case.neighbours)
     return kernels
 
 
@@ -187,13 +182,27 @@ def _search_arguments(case: Search) -> tuple[Tensor, ...]:
 
 def other_kernels(target: str) -> list[Kernel]:
     """Cosine, ring write, merge, attention and its gradients, in bfloat16, D 64 and 128, K 32."""
-    gpu, kernels = TARGETS[target], []
+    kernels = []
     for width in (64, 128):
-        with compiled_instead(gpu, target) as made:
+        with _said_to_be(target, "attention_tiles"), compiled_instead(TARGETS[target], target) as made:
             for job in _other_jobs(width):
                 job()
         kernels += made
     return kernels
+
+
+@contextmanager
+def _said_to_be(target: str, module: str) -> Iterator[None]:
+    """Has a module of kernels take every device for that target."""
+    from memtrans_kernels.impl.triton.targets import Target
+
+    gpu, asking = TARGETS[target], importlib.import_module(f"memtrans_kernels.impl.triton.{module}")
+    place = Target(gpu.vendor, gpu.architecture, gpu.shared_kilobytes * KILOBYTE, 100)
+    before, asking.target_of = asking.target_of, lambda device: place
+    try:
+        yield
+    finally:
+        asking.target_of = before
 
 
 def _other_jobs(width: int) -> list[Callable[[], Any]]:
@@ -208,7 +217,21 @@ def _other_jobs(width: int) -> list[Callable[[], Any]]:
         query, key, key.clone(), ring, ring.clone(), number, scores, slots, torch.empty(8), torch.empty(8, 512), None,
         torch.empty(8),
     )  # fmt: skip
+    plain = inputs._replace(scores=scores[..., :0], slots=slots[..., :0], memory_offset=None)
+    entries = torch.empty(2, 1, 8704, width, dtype=half)
+    whole = plain._replace(
+        key=entries, value=entries.clone(), bias_table=None, causal=False,
+        key_mask=torch.ones(2, 8704, dtype=torch.bool),
+    )  # fmt: skip
     lse = torch.empty(2, 8, 512)
+    attentions = [
+        job
+        for given in (inputs, plain, whole)
+        for job in (
+            partial(memory_attention.memory_attention, given),
+            partial(memory_attention_backward.memory_attention_backward, given, query, lse, query, lse),
+        )
+    ]
     return [
         lambda: cosine.cosine(query, key),
         lambda: cosine.cosine_backward(query, key, query, key),
@@ -216,8 +239,7 @@ def _other_jobs(width: int) -> list[Callable[[], Any]]:
         lambda: knn_merge.knn_merge(
             scores[None].repeat(2, 1, 1, 1, 1), slots[None].repeat(2, 1, 1, 1, 1), number, number, 1024
         ),
-        lambda: memory_attention.memory_attention(inputs),
-        lambda: memory_attention_backward.memory_attention_backward(inputs, query, lse, query, lse),
+        *attentions,
     ]
 
 

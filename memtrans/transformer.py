@@ -202,6 +202,7 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         attention_mask: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         mask: Tensor | None = None,
+        reduction: str = "mean",
     ) -> Any:
         """Reads one segment.
 
@@ -211,7 +212,8 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
             xl_memories: one (B, X, 2, D), or (B, G, X, 2, D) if G > 1, per caching layer, as the last call returned
                 them; (1, D + E) stands for (2, D) where values have a width of their own. Default: none yet.
             labels: (B, N) int64 or int32, what comes after each token; the mean loss over those that are neither pad_id
-                nor -100 is returned. They are not shifted.
+                nor -100 is returned. They are not shifted. Logits of more than 2**26 numbers are then made and left a
+                chunk of tokens at a time.
             add_knn_memory: False leaves the memories as they are.
             inputs_embeds: (B, N, dim) instead of x.
             return_embeddings: stop before the logits, after the last norm.
@@ -227,6 +229,7 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
             num_items_in_batch: what Trainer divides the sum of losses by.
             mask: (B, N) bool, False for padding anywhere (before the text, behind it or inside): it is neither seen,
                 cached nor stored, takes no position, and start and end tokens there mean nothing. Default: all is real.
+            reduction: of the loss with `labels`, "mean", "sum", or "none": (B, N), 0 where a label is not scored.
 
         Returns:
             logits (B, N, V), or the loss with `labels`, or embeddings (B, N, dim); with `num_items_in_batch` alone a
@@ -266,7 +269,7 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
             check_caches(caches, batch, self.kv_heads, (self.dim_head, self.value_dim_head), device)
         xl_length = length_of(xl_memories) if xl_length is None else xl_length
         if checked:
-            self.check_head((batch, length), labels, return_embeddings, device)
+            self.check_head((batch, length), labels, return_embeddings, device, reduction)
             self._check(batch, length, device, caches, lengths, xl_length, mask)
         searched = self.snapshots(knn_memories, batch, length, device)
         if checked and not self.legacy:
@@ -298,7 +301,7 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
 
         if padding is not None:
             hidden = ordered(hidden, padding.back)
-        result = self.head(hidden, labels, return_embeddings, num_items_in_batch)  # (B, N, V)
+        result = self.head(hidden, labels, return_embeddings, num_items_in_batch, reduction)  # (B, N, V)
         if not self.num_xl_memory_layers or num_items_in_batch is not None:
             return result
         if "forward" in self.__dict__:  # accelerate's, which makes float32 copies of all else, and they say nothing

@@ -13,8 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memtrans.checks import IGNORED, check_labels
+from memtrans.cross_entropy import fits, in_chunks, linear_cross_entropy
 from memtrans.layers import bare_weight, device_of, is_bare
 from memtrans_kernels import checks
+
+REDUCTIONS = ("mean", "sum", "none")  # of the losses of tokens, as PyTorch calls them
 
 
 class Vocabulary(nn.Module):
@@ -49,22 +52,32 @@ class Vocabulary(nn.Module):
         labels: Tensor | None = None,
         return_embeddings: bool = False,
         num_items_in_batch: Tensor | int | None = None,
+        reduction: str = "mean",
     ) -> Any:
         """What `forward` returns for the last layer's result (B, N, dim)."""
         if return_embeddings:
             norm = self._own_norm()
             assert norm is not None
             return norm(hidden)
+        if labels is not None and num_items_in_batch is None:
+            return self._loss(hidden, labels, reduction)
         logits = self.to_logits(hidden)  # (B, N, V)
-        if num_items_in_batch is not None:
-            loss = {} if labels is None else {"loss": self._loss(logits, labels, "sum") / num_items_in_batch}
-            return {**loss, "logits": logits}
-        return logits if labels is None else self._loss(logits, labels, "mean")
+        if num_items_in_batch is None:
+            return logits
+        loss = {} if labels is None else {"loss": self._loss_of(logits, labels, "sum") / num_items_in_batch}
+        return {**loss, "logits": logits}
 
     def check_head(
-        self, shape: tuple[int, int], labels: Tensor | None, return_embeddings: bool, device: torch.device
+        self,
+        shape: tuple[int, int],
+        labels: Tensor | None,
+        return_embeddings: bool,
+        device: torch.device,
+        reduction: str = "mean",
     ) -> None:
         """Raises unless labels fit a segment (B, N) = `shape`, and embeddings can be returned where they are asked."""
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
         own = self._own_norm()
         if return_embeddings and own is None:
             raise ValueError(
@@ -78,10 +91,31 @@ class Vocabulary(nn.Module):
         classes = None if own is None else self.num_tokens
         check_labels(labels, shape, classes, self.pad_id, device, self.validate)
 
-    def _loss(self, logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
-        """Of logits (B, N, V) over the labels (B, N) that are scored: all but pad_id and IGNORED."""
-        scored = labels.long().masked_fill(labels == IGNORED, self.pad_id)
-        return F.cross_entropy(logits.flatten(0, 1), scored.flatten(), ignore_index=self.pad_id, reduction=reduction)
+    def _loss(self, hidden: Tensor, labels: Tensor, reduction: str) -> Tensor:
+        """() over the labels (B, N) that are scored, all but pad_id and IGNORED; of each of them (B, N) for "none"."""
+        if not in_chunks(labels.numel(), self.num_tokens) or (reduction == "none" and torch.is_grad_enabled()):
+            return self._loss_of(self.to_logits(hidden), labels, reduction)
+        norm, linear = self._own_norm(), self.get_output_embeddings()
+        weight = bare_weight(linear, nn.Linear)
+        if norm is None or linear is None or weight is None:
+            return self._loss_of(self.to_logits(hidden), labels, reduction)
+        normed, bias = norm(hidden), linear._parameters["bias"]
+        if not fits(normed, weight, bias):
+            return self._loss_of(linear(normed), labels, reduction)
+        loss = linear_cross_entropy(
+            normed.flatten(0, 1), weight, bias, self._targets(labels), ignore_index=self.pad_id, reduction=reduction
+        )
+        return loss.view_as(labels) if reduction == "none" else loss
+
+    def _loss_of(self, logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
+        """The same of logits (B, N, V)."""
+        targets = self._targets(labels)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=self.pad_id, reduction=reduction)
+        return loss.view_as(labels) if reduction == "none" else loss
+
+    def _targets(self, labels: Tensor) -> Tensor:
+        """(B·N,), pad_id where a label is not scored."""
+        return labels.long().masked_fill(labels == IGNORED, self.pad_id).flatten()
 
     def _own_norm(self) -> nn.Module | None:
         """The norm in `to_logits`, while that is the Sequential that the constructor made; None of any other."""

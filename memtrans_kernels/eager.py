@@ -93,6 +93,17 @@ def is_differentiated_by_transform(*arguments: Any) -> bool:
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
+def is_transformed() -> bool:
+    """True inside torch.func's transforms, whatever they do, and in forward-mode differentiation.
+
+    >>> is_transformed(), torch.func.vmap(lambda x: x * is_transformed())(torch.ones(1))
+    (False, tensor([1.]))
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def _is_tracked(tensor: Tensor) -> bool:
     """Whether one of the transforms around `tensor` differentiates."""
     functorch = torch._C._functorch

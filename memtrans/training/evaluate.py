@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memtrans.cross_entropy import in_chunks
 from memtrans.data.documents import Document, InOrder
 from memtrans.data.recall import CHANCE, FAR
 from memtrans.data.stream import NOT_SCORED, Batch, DocumentStream
@@ -62,6 +63,14 @@ def negative_log_likelihood(logits: Tensor, labels: Tensor, reduction: str = "su
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=NOT_SCORED, reduction=reduction)
 
 
+def scores_in_chunks(model: MemorizingTransformer, tokens: Tensor) -> bool:
+    """Whether a model that scores what its pad_id says is asked for a segment's losses, not for its logits (B, N, V).
+
+    It then holds no more than a chunk of them.
+    """
+    return model.pad_id == NOT_SCORED and in_chunks(tokens.numel(), model.num_tokens)
+
+
 def held_out_stream(documents: Sequence[Document], batch: int, segment: int, ranks: Ranks = ALONE) -> DocumentStream:
     """Every document once, each from its beginning; no more rows than documents.
 
@@ -105,9 +114,9 @@ def evaluate(
     try:
         while read < most_bytes and (batch := stream.next()) is not None:
             on_device = batch.to(device)
-            logits = reader.read(on_device)
-            placed += _by_position(logits, on_device)
-            far += _far_answers(logits, on_device)
+            losses, answers = _judged(reader, on_device)
+            placed += _by_position(losses, on_device)
+            far += answers
             tokens, scored, read = (
                 tokens + batch.scored,
                 scored + batch.scored + batch.more,
@@ -132,12 +141,20 @@ def evaluate(
     return Evaluation(bits, mean, answered / asked if asked else None, scored, tokens, asked, by_position)
 
 
-def _by_position(logits: Tensor, batch: Batch) -> Tensor:
-    """Nats and scored bytes of a segment, by where it begins in its document (2, POSITIONS)."""
+def _judged(reader: DocumentReader, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Reads a segment. Returns the nats of each label (B, N), and what `_far_answers` does."""
+    if batch.distances is None and scores_in_chunks(reader.model, batch.tokens):
+        return reader.losses(batch), torch.zeros(2, dtype=torch.int64, device=batch.tokens.device)
+    logits = reader.read(batch)
     losses = negative_log_likelihood(logits, batch.labels, reduction="none").view_as(batch.labels)
+    return losses, _far_answers(logits, batch)
+
+
+def _by_position(losses: Tensor, batch: Batch) -> Tensor:
+    """Nats and scored bytes of a segment, by where it begins in its document (2, POSITIONS)."""
     sizes = (batch.labels != NOT_SCORED) if batch.sizes is None else batch.sizes
     sums = torch.stack((losses.sum(dim=1), sizes.sum(dim=1)))  # (2, B)
-    bounds = torch.tensor(POSITIONS[1:], device=logits.device)
+    bounds = torch.tensor(POSITIONS[1:], device=losses.device)
     place = F.one_hot(torch.bucketize(batch.offsets, bounds, right=True), len(POSITIONS))
     return sums.double() @ place.double()
 

@@ -74,14 +74,33 @@ class DocumentReader:
         self.carry(carried)
         return logits
 
-    def forward(self, tokens: Tensor, lengths: Tensor, fresh: Tensor, carried: Carried) -> tuple[Tensor, Carried]:
+    @torch.no_grad()
+    def losses(self, batch: Batch) -> Tensor:
+        """Reads a segment likewise. Returns the nats of each label (B, N), 0 where the model's pad_id is."""
+        losses, carried = self.forward(
+            batch.tokens, batch.lengths, batch.fresh, self.carried, batch.labels, reduction="none"
+        )
+        self.carry(carried)
+        return losses
+
+    def forward(
+        self,
+        tokens: Tensor,
+        lengths: Tensor,
+        fresh: Tensor,
+        carried: Carried,
+        labels: Tensor | None = None,
+        reduction: str = "sum",
+    ) -> tuple[Tensor, Carried]:
         """The same as a function of what the rows carry, but for the memories, which move on.
 
         Args:
             tokens: (B, N) int64. lengths: (B,) int64, real tokens. fresh: (B,) bool, rows that begin a document.
+            labels: (B, N) int64. reduction: of their losses, "sum" or "none".
 
         Returns:
-            logits (B, N, V), and what the rows carry after the segment.
+            logits (B, N, V), or with `labels` their loss as the model returns it; and what the rows carry after the
+            segment.
         """
         if not self.keep_memory:
             self.memories.clear_rows(fresh)
@@ -94,13 +113,15 @@ class DocumentReader:
                 add_knn_memory=self.retrieval,
                 lengths=lengths,
                 xl_length=xl_length,
+                labels=labels,
+                reduction=reduction,
             )
         if not carried.xl_memories:
             return result, Carried([], xl_length)
-        logits, caches = result
+        result, caches = result
         # detached, they say nothing of their own, as those that the first segment is given
         bare = [cache.to(self.dtype).contiguous().detach() for cache in caches]
-        return logits, Carried(bare, caches.length)
+        return result, Carried(bare, caches.length)
 
     @torch.no_grad()
     def look(self, tokens: Tensor, lengths: Tensor) -> None:

@@ -1,8 +1,9 @@
 """Weights of linear layers in the dtype of matrix products, rounded once a step instead of once a segment.
 
 Under autocast alone each segment rounds each weight by a launch of its own, and each gradient is cast back by one and
-added by another: a quarter of what an eager step launches. Here all weights are rounded by one launch, and all
-gradients of a backward pass cast by one and added by one or two. The numbers are the same, bit for bit.
+added by another: a quarter of what an eager step launches. A compiler adds gradients one by one, too. Here all weights
+are rounded by one launch, and all gradients of a backward pass cast by one and added by one or two. The numbers are the
+same, bit for bit.
 """
 
 from __future__ import annotations

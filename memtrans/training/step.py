@@ -20,7 +20,7 @@ from memtrans.distributed.dtensors import gathered
 from memtrans.distributed.gradient_sum import GradientSum, compiled_in_parts
 from memtrans.distributed.ranks import ALONE, Ranks
 from memtrans.memory.snapshot import MemorySnapshot
-from memtrans.training.evaluate import negative_log_likelihood
+from memtrans.training.evaluate import negative_log_likelihood, scores_in_chunks
 from memtrans.training.loader import StepInputs
 from memtrans.training.reader import Carried, DocumentReader
 from memtrans.training.rounded import RoundedWeights
@@ -61,8 +61,8 @@ class Step:
         if compiled:
             compiled_whole = partial(torch.compile, fullgraph=True)
             self._segment_loss = (compiled_whole if self._alone else compiled_in_parts)(self._loss)
-        # a compiler rounds weights where it needs them; several ranks send gradients when they are complete
-        rounds = not compiled and self._alone and reader.dtype != torch.float32 and self.settings.segments == 1
+        # several ranks send gradients when they are complete
+        rounds = self._alone and reader.dtype != torch.float32 and self.settings.segments == 1
         self._rounded = RoundedWeights(reader.model, reader.dtype) if rounds else None
         self._graph = Replay(self._compute, reader.device, capture=compiled)
         self._inputs: StepInputs | None = None
@@ -148,6 +148,8 @@ class Step:
         self, tokens: Tensor, labels: Tensor, lengths: Tensor, fresh: Tensor, carried: Carried
     ) -> tuple[Tensor, Carried]:
         """Of one segment (B, N), summed over its scored labels, in nats; and what the rows carry on."""
+        if scores_in_chunks(self.reader.model, tokens):
+            return self.reader.forward(tokens, lengths, fresh, carried, labels)
         logits, carried = self.reader.forward(tokens, lengths, fresh, carried)
         return negative_log_likelihood(logits, labels), carried
 

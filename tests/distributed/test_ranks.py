@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from helpers.checks import FIRST_STEPS, SAME_SUMS, assert_close
 from helpers.processes import Processes
 from helpers.tiny_runs import uneven_documents
 
+from memtrans import cross_entropy
 from memtrans.cli.main import main
 from memtrans.data.documents import Document, InOrder
 from memtrans.data.stream import DocumentStream
@@ -95,6 +97,12 @@ def trained_alone(settings: Settings, directory: str | None = None, stop: int | 
     return trained(settings, ALONE, directory, stop)
 
 
+def trained_in_chunks(rank: int, settings: Settings) -> Any:
+    """As for a vocabulary so large that no rank holds all logits of a segment."""
+    with mock.patch.multiple(cross_entropy, MOST_LOGITS=0, CHUNK_LOGITS=7 * settings.vocabulary):
+        return trained_by_rank(rank, settings)
+
+
 def assert_same_evaluation(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert set(found) == set(expected)
     for name, value in expected.items():
@@ -118,6 +126,12 @@ def assert_same_run(results: list[dict[str, Any]], alone: dict[str, Any], steps:
 def test_two_ranks_follow_the_curve_of_one_process(two: Processes, text: str, variant: str) -> None:
     settings = dataclasses.replace(VARIANTS[variant], data=text)
     assert_same_run(two.run(trained_by_rank, settings), trained_alone(settings))
+
+
+@pytest.mark.parametrize("variant", ["fsdp", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_two_ranks_follow_it_when_logits_come_in_chunks(two: Processes, text: str, variant: str) -> None:
+    settings = dataclasses.replace(VARIANTS[variant], data=text, steps=6)
+    assert_same_run(two.run(trained_in_chunks, settings), trained_alone(settings))
 
 
 @pytest.mark.slow

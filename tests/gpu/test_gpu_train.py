@@ -12,6 +12,7 @@ from helpers.checks import FIRST_STEPS, SAME_CURVE, assert_same_curve
 from helpers.devices import DEVICE
 from helpers.processes import ended, started
 
+from memtrans import cross_entropy
 from memtrans.cuda_graph import EAGER_CALLS
 from memtrans.training.checkpoint import Checkpoint
 from memtrans.training.data import open_data
@@ -66,6 +67,26 @@ def test_a_replayed_run_has_the_curve_of_an_eager_one(text: str, dtype: str) -> 
     assert trainer._step.captured
     assert_same_curve(replayed, plain)
     assert replayed[-1] < replayed[0] - 1
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_run_has_that_curve_when_its_logits_come_in_chunks(
+    text: str, monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    """And an eager one waits for the device no more than others; a replayed one could not."""
+    plain = torch.stack([losses(trainer_of(text, compile=False, dtype="bfloat16", seed=seed)) for seed in range(3)])
+    monkeypatch.setattr(cross_entropy, "MOST_LOGITS", 0)
+    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 100 * 256)
+    assert_same_curve(losses(trainer_of(text, compile=compiled, dtype="bfloat16")), plain)
+    trainer = trainer_of(text, compile=compiled, dtype="bfloat16")
+    losses(trainer, EAGER_CALLS + 1)
+    assert trainer._step.captured == compiled
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            trainer.advance()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize(("optimizer", "rate"), [("adafactor", 2e-2), ("muon", 3e-3)])

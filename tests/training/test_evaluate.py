@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from memtrans import cross_entropy
 from memtrans.data.documents import Document
 from memtrans.data.recall import CHANCE, FAR, RecallDocuments, RecallTask
 from memtrans.inspection.sample import sample_retrievals
@@ -54,6 +55,21 @@ def test_bits_are_told_apart_by_where_in_its_document_a_segment_begins(model):
     bounds = [0, 512, 1024, 2048, length]
     parts = zip(bounds, bounds[1:], alone.by_position.values(), strict=False)
     assert sum((end - begin) * bits for begin, end, bits in parts) / length == pytest.approx(alone.bits_per_byte)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_vocabulary_is_scored_the_same_in_chunks(model, monkeypatch, dtype):
+    def found():
+        return evaluate(model, held_out_stream(texts(), batch=2, segment=8), most_bytes=10**6, dtype=dtype)
+
+    expected = found()
+    monkeypatch.setattr(cross_entropy, "MOST_LOGITS", 0)
+    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 5 * 256)
+    monkeypatch.setattr("memtrans.training.evaluate.negative_log_likelihood", None)  # of all logits
+    in_chunks = found()
+    assert in_chunks.by_position == pytest.approx(expected.by_position)
+    assert in_chunks.nats_per_token == pytest.approx(expected.nats_per_token)
+    assert (in_chunks.scored, in_chunks.tokens) == (expected.scored, expected.tokens)
 
 
 def test_both_evaluations_score_the_same_bytes_and_differ_by_the_memory(model):

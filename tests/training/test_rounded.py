@@ -13,6 +13,7 @@ from helpers.tiny_runs import written_text
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from memtrans import cross_entropy
 from memtrans.training.data import open_data
 from memtrans.training.rounded import RoundedWeights
 from memtrans.training.settings import Settings
@@ -51,10 +52,13 @@ def casts(trainer: Trainer) -> int:
     return sum(event.count for event in found.key_averages() if event.key == "aten::_to_copy")
 
 
+@pytest.mark.parametrize("most_logits", [cross_entropy.MOST_LOGITS, 0], ids=["", "in chunks"])
 @pytest.mark.parametrize("changes", [{}, {"accumulate": 1}, {"dropout": 0.1}, {"clip": 0.1, "skip_nonfinite": True}])
 def test_a_step_that_rounds_weights_once_learns_the_same_bits(
-    trainer_of: Callable[..., Trainer], changes: dict
+    trainer_of: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch, changes: dict, most_logits: int
 ) -> None:
+    monkeypatch.setattr(cross_entropy, "MOST_LOGITS", most_logits)
+    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 7 * 256)
     ours, autocast = trainer_of(**changes), without(trainer_of(**changes))
     for trainer in (ours, autocast):
         torch.manual_seed(0)  # of dropout
@@ -65,6 +69,20 @@ def test_a_step_that_rounds_weights_once_learns_the_same_bits(
         assert one.dtype == torch.float32 and torch.equal(one, other)
 
 
+@pytest.mark.slow
+def test_a_compiled_step_learns_the_same_bits_and_is_compiled_once(trainer_of: Callable[..., Trainer]) -> None:
+    """Although each step puts other parameters in the places of the model's own."""
+    ours, autocast = trainer_of(compile=True), without(trainer_of(compile=True))
+    for trainer in (autocast, ours):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        for _ in range(3):
+            trainer.advance()
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    for one, other in zip(ours.model.parameters(), autocast.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_no_segment_rounds_a_weight_or_casts_its_gradient(trainer_of: Callable[..., Trainer]) -> None:
     ours, autocast = trainer_of(), without(trainer_of())
     linear = [module for module in ours.model.modules() if isinstance(module, nn.Linear)]
@@ -72,7 +90,7 @@ def test_no_segment_rounds_a_weight_or_casts_its_gradient(trainer_of: Callable[.
     assert casts(autocast) - casts(ours) == 2 * weights * ROUNDS
 
 
-@pytest.mark.parametrize("changes", [{"dtype": "float32"}, {"segments": 2}, {"compile": True}])
+@pytest.mark.parametrize("changes", [{"dtype": "float32"}, {"segments": 2}])
 def test_what_autocast_does_otherwise_is_left_to_it(trainer_of: Callable[..., Trainer], changes: dict) -> None:
     assert trainer_of(**changes)._step._rounded is None
 

@@ -1,13 +1,17 @@
-"""A step that is replayed notices when what it was captured with is somewhere else."""
+"""A step that is replayed notices when what it was captured with is somewhere else; one over a large vocabulary learns
+the same without holding its logits."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.checks import SAME_CURVE, SAME_SUMS, assert_close
 
+from memtrans import cross_entropy
 from memtrans.training.data import open_data
 from memtrans.training.settings import Settings
 from memtrans.training.trainer import Trainer
@@ -33,12 +37,16 @@ class Captured:
 
 
 @pytest.fixture
-def trainer(tmp_path: Path) -> Trainer:
+def settings(tmp_path: Path) -> Settings:
     (tmp_path / "text.txt").write_text("the same old words again and again " * 40)
-    settings = Settings(
+    return Settings(
         steps=10, batch=2, segment=SEGMENT, layers=2, width=16, heads=2, head_width=8, memory=32, memory_layers=(2,),
         neighbours=4, compile=False, data=str(tmp_path / "text.txt"),
     )  # fmt: skip
+
+
+@pytest.fixture
+def trainer(settings: Settings) -> Trainer:
     made = Trainer(settings, open_data(settings), torch.device("cpu"))
     made._step._graph = Captured(made._step._compute)
     return made
@@ -74,3 +82,36 @@ def test_storage_that_a_memory_left_goes_with_the_graph(trainer: Trainer) -> Non
     trainer.reader.look(torch.zeros(2, 4 * SEGMENT, dtype=torch.int64), torch.full((2,), 4 * SEGMENT))
     trainer.advance()
     assert held == [[]]
+
+
+# ------------------------------------------------------------------------------------------------ a large vocabulary
+
+
+def curve(settings: Settings) -> torch.Tensor:
+    """Losses and norms (steps, 3)."""
+    torch._dynamo.reset()
+    trainer = Trainer(settings, open_data(settings), torch.device("cpu"))
+    for _ in range(settings.steps):
+        trainer.advance()
+    return trainer.check()
+
+
+WAYS = {
+    "eager": {},
+    "rounded once a step": {"dtype": "bfloat16"},
+    "several segments": {"dtype": "bfloat16", "segments": 2, "accumulate": 2, "xl": 8, "xl_layers": (1,)},
+    "compiled": {"compile": True, "dtype": "bfloat16", "xl": 8, "xl_layers": (1,)},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_step_whose_logits_come_in_chunks_has_the_curve_of_one_that_holds_them(
+    settings: Settings, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = dataclasses.replace(settings, warmup=0, **WAYS[way])
+    expected = curve(settings)
+    monkeypatch.setattr(cross_entropy, "MOST_LOGITS", settings.batch * SEGMENT * settings.vocabulary - 1)
+    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 5 * settings.vocabulary)
+    monkeypatch.setattr("memtrans.training.step.negative_log_likelihood", None)  # of all logits
+    found = curve(settings)
+    assert_close(found, expected, SAME_SUMS if settings.dtype == "float32" else SAME_CURVE)

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memtrans_kernels.impl.triton import configs
-from memtrans_kernels.impl.triton.attention_key_gradient import NearTiles
+from memtrans_kernels.impl.triton.attention_key_gradient import NearTiles, launch_of
 from memtrans_kernels.impl.triton.attention_tiles import (
     LOG2E,
     load_denominator,
@@ -173,7 +173,7 @@ def near_tiles_of(bias_table: Tensor, batch: int, shared: dict[str, Any]) -> Nea
     query, length, behind = shared["query"], shared["length"], shared["local_keys"] - shared["length"]
     width = max(shared["WIDTH"], shared["VALUE_WIDTH"])
     block = configs.attention_bias_gradient(query.dtype.itemsize, width).queries
-    config = configs.attention_key_gradient(query.dtype.itemsize, width)
+    config = launch_of(shared)
     places = _places(bias_table.shape[1], block)
     lines_up = config.keys == block and block % config.queries == 0 and length % block == behind % block == 0
     if not (lines_up and shared["CAUSAL"] and batch * length * places) or behind < 0:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memtrans_kernels.impl.triton import configs
+from memtrans_kernels.impl.triton import attention_tiles, configs
 from memtrans_kernels.impl.triton.attention_tiles import (
     LOG2E,
     load_denominator,
@@ -177,13 +177,19 @@ def add_parts_kernel(
         tl.store(grad_value + at, total.to(grad_value.dtype.element_ty), mask=at < values)
 
 
+def launch_of(shared: dict[str, Any]) -> configs.AttentionLaunch:
+    """Of the kernel over local keys."""
+    query, width = shared["query"], max(shared["WIDTH"], shared["VALUE_WIDTH"])
+    return configs.attention_key_gradient(attention_tiles.target_of(query.device), query.dtype.itemsize, width)
+
+
 def key_gradient(batch: int, shared: dict[str, Any], near: NearTiles | None) -> tuple[Tensor, Tensor]:
     """Gradients of key (B, G, L, D) and value (B, G, L, E).
 
     shared: the arguments that all kernels of the backward pass have in common. near: filled on the way.
     """
     key, value = shared["key"], shared["value"]
-    config = configs.attention_key_gradient(shared["query"].dtype.itemsize, max(shared["WIDTH"], shared["VALUE_WIDTH"]))
+    config = launch_of(shared)
     programs = configs.blocks_of(shared["local_keys"], config.keys) * batch * shared["groups"]
     if programs == 0:
         return key.new_zeros(key.shape), value.new_zeros(value.shape)

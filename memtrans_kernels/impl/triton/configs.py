@@ -76,11 +76,14 @@ LONG = 4096  # local keys from which on a program spends its time in the loop ov
 
 
 def attention_forward(itemsize: int, width: int, length: int, local_keys: int, neighbours: int) -> AttentionLaunch:
-    """Measured on an H200, bf16, B=16 H=8 K=32, memory 64k; milliseconds. D 64, N 512: 0.133 against 0.165 with 64 keys
-    and 0.143 with 32 queries of 64 keys. D 128: 0.248 against 0.352 with 64 queries of 32 keys. D 256: 0.431 against
-    0.655 with 8 warps and two tiles in flight. On an H100, without neighbours, D 128: 0.077 against 0.111 with 32
-    queries. Of many local keys larger tiles read them less often: compiled and not measured, D 64 takes 255 registers
-    and no stack on an sm_90, in 67 KB of shared memory, but 1,864 bytes of stack a thread on a gfx1100."""
+    """Measured on an H200, bf16, B=16 H=8 N=512; microseconds of the kernel.
+
+    K 32, L 512: D 64 82 against 89 with 32 keys, 103 with 32 queries, 94 with four neighbours in flight; D 128 193
+    against 278 with 64 queries. D 256, milliseconds: 0.431 against 0.655 with 8 warps and two tiles in flight. Without
+    neighbours, D 64, L 512: 25.8 against 30.2 with 32 keys, 29.5 with 128 queries, 30.5 with 128 keys, 29.4 with one
+    tile in flight; L 1024 51.6, D 128 42.5 (47.8 with 128 queries of 8 warps). Of 8,704 keys larger tiles read them
+    less often: 442 against 456 with 64 queries, 518 with 128 of 4 warps.
+    """
     if itemsize > 2:
         return AttentionLaunch(queries=16 if length <= 16 or width > 128 else 32, keys=32, warps=4, stages=1)
     if width > 128:
@@ -124,11 +127,14 @@ def attention_one_query(itemsize: int, width: int, local_keys: int) -> OneQueryL
 
 
 def attention_query_gradient(itemsize: int, width: int, length: int, neighbours: int) -> AttentionLaunch:
-    """Few queries: their rows and those of two neighbours' keys and values are in registers. Whole backward pass, as
-    above: D 64 0.389 against 0.436 with 64 of each; D 128 0.633 against 0.925 with 64 keys. Without neighbours there is
-    room for larger tiles; on an H100, L 512 and 1024 at D 64, 512 at D 128: 0.183, 0.274 and 0.271 against 0.232, 0.393
-    and 0.332. D 256, forward pass included: 2.09 against 2.71 with 32 queries of 8 warps. float32, D 128, compiled for
-    sm_90 and not measured: 392 bytes of stack a thread with 8 warps, 6,424 with 4."""
+    """Few queries: their rows and those of two neighbours' keys and values are in registers. Measured as above.
+
+    K 32, L 512: D 64 160 against 195 with 32 keys, 207 with 64 queries of 32; D 128 340 against 362 with 64 keys, 514
+    with 64 queries. D 256, milliseconds, forward pass included: 2.09 against 2.71 with 32 queries of 8 warps. Without
+    neighbours there is room for larger tiles. D 64: 35.2 of L 512, 67.3 of 1024 and 680 of 8,704 against 38.9, 73.7
+    and 689 with 64 keys; with 128 queries 44.1 and more. D 128: 65.1 against 71.5 with 32 keys. float32, D 128,
+    compiled for sm_90 and not measured: 392 bytes of stack a thread with 8 warps, 6,424 with 4.
+    """
     if itemsize > 2:
         few = length <= 16 or width > 128
         return AttentionLaunch(queries=16 if few else 32, keys=32, warps=8 if width > 64 and not few else 4, stages=1)
@@ -144,18 +150,24 @@ def attention_query_gradient(itemsize: int, width: int, length: int, neighbours:
     return AttentionLaunch(queries=32, keys=32, warps=4, stages=2, unroll=2)
 
 
-def attention_key_gradient(itemsize: int, width: int) -> AttentionLaunch:
-    """One tile in flight: a second one spills. Whole backward pass, as above: D 64 0.388 against 0.434 with two in
-    flight; D 128 0.606 against 0.634. D 256, compiled for sm_90 and not measured: no stack with 32 keys of 4 warps, 912
-    bytes a thread with 64 keys of 8 warps."""
+def attention_key_gradient(target: Target, itemsize: int, width: int) -> AttentionLaunch:
+    """Two tiles in flight, without neighbours, measured as above: D 64 65 against 71 with one, 69 with 128 keys of 8
+    warps, 80 with 32 queries; D 128 114 against 122 with one, 112 with 64 queries and 128 keys of 8 warps. Where nobody
+    measured, one: for an sm_80 Triton 3.9 makes of two 32 registers and 3,056 bytes of stack a thread. D 256, compiled
+    for sm_90 and not measured: no stack with 32 keys of 4 warps, 912 bytes a thread with 64 keys of 8 warps.
+    """
     if itemsize > 2:
         block = 32 if width <= 128 else 16
         return AttentionLaunch(queries=block, keys=block, warps=4, stages=1)
     if width > 128:
         return AttentionLaunch(queries=32, keys=32, warps=4, stages=1)
-    return AttentionLaunch(queries=64 if width <= 64 else 32, keys=64, warps=4, stages=2)
+    stages = 2 if target.vendor == "nvidia" and target.architecture == 90 else 1
+    return AttentionLaunch(queries=64 if width <= 64 else 32, keys=64, warps=4, stages=stages)
 
 
+# Four for each multiprocessor of a large GPU: of a causal block the first keys have the most queries, so that more
+# programs are a better balance, and more parts to add up. H200, microseconds with 256, 512 and 1024: D 64, L 512 55.0,
+# 49.2 and 53.0, L 1024 100, 102 and 98; D 128, L 512 101, 91 and 101.
 KEY_GRADIENT_PROGRAMS = 512
 
 
