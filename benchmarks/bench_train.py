@@ -2,8 +2,9 @@
 
 Cases: `enwik8-*` is upstream's set-up (d512, 8 layers, 5 backward passes of 16 x 512 tokens a step, memory at layer 4,
 XL caches at layers 7 and 8), `paper-*` the paper's shape (d1024, 12 layers, per-head memory at layer 9). `off` has no
-memory layer. `code-*` is the preset `code` on sources in C, or on hexdumps of programs (machine_texts.py): its memories
-hold what the model itself stored while it was trained, not random keys. The `upstream` entry is
+memory layer. `code-*` is the preset `code` on sources in C, or on hexdumps of programs (machine_texts.py). Memories
+hold what the model itself stored while it was trained, not random keys: for LEARNT steps, or without the compiler until
+they have wrapped; on the standard library's sources where the case names no text. The `upstream` entry is
 memorizing-transformers-pytorch 0.4.1 with its own set-up, a fresh memory for each window, which is its best case: its
 search is then over 2,560 entries at most.
 
@@ -79,14 +80,13 @@ def text(batch: int) -> TrainingData:
 
 
 def full_trainer(settings: Settings, ranks: Ranks = ALONE) -> Trainer:
-    """A trainer whose memories are full and have wrapped: random unit keys, written as a run writes them."""
+    """A trainer whose memories are full and have wrapped, with what the model itself made of text: the steps that are
+    timed search keys as real models hold them."""
     trainer = Trainer(settings, text(settings.batch), pick_device(DEVICE, ranks), ranks)
-    heads = () if settings.kv_heads == 1 else (settings.kv_heads,)
-    for memory in trainer.reader.memories:
-        for _ in range(settings.memory // settings.segment + 2):
-            pairs = torch.randn(memory.num_indices, *heads, settings.segment, 2, settings.head_width, device=DEVICE)
-            memory.add(pairs / pairs.norm(dim=-1, keepdim=True))
-        assert (memory.lengths == settings.memory).all()
+    to_wrap = -(-settings.memory // (settings.segment * settings.segments * settings.accumulate)) + 2
+    for _ in range(LEARNT if settings.compile else to_wrap):
+        trainer.advance()
+    assert all((memory.lengths == settings.memory).all() for memory in trainer.reader.memories)
     return trainer
 
 
