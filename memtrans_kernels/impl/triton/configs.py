@@ -176,6 +176,10 @@ def head_parts(programs: int, heads: int) -> int:
     return max(1, min(heads, KEY_GRADIENT_PROGRAMS // programs))
 
 
+# Blocks of keys that a table by distance may reach back, for the kernel over keys to leave its d logits of them: each
+# takes as many bytes as a query of 64 numbers, and a table as long as the context would take a matrix of all pairs.
+MOST_NEAR_PLACES = 4
+
 # Programs that share the documents and blocks of queries of one tile of the bias gradient: fewer leave multiprocessors
 # idle, more write more partial sums.
 BIAS_PARTS = 16
