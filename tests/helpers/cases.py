@@ -120,6 +120,10 @@ SHAPES = {
     "tiles that line up, far ones too": Shape(
         length=128, local=192, width=24, neighbours=0, distances=20, dropout_p=0.2, key_mask=True, first=True
     ),
+    "table longer than the context, either way": Shape(length=10, local=10, distances=400, causal=False),
+    "table and dense bias, hidden tiles": Shape(
+        batch=1, length=300, local=300, width=16, neighbours=0, distances=5, dense=1
+    ),
     "most neighbours, all heads apart": Shape(batch=1, groups=2, neighbours=128, width=128, distances=3),
 }
 

@@ -1,46 +1,42 @@
-"""Where the gradient of a bias by distance comes from tiles that the gradient of keys has left."""
+"""Tiles that the gradient of keys leaves for that of a bias by distance: where they line up, and are few."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
+
+from memtrans_kernels.impl.triton import configs
 from memtrans_kernels.impl.triton.attention_bias import near_tiles_of
 
+BLOCK = 64
 
-def near_shape(
-    distances: int, length: int = 512, local: int = 512, width: int = 64, causal: bool = True, batch: int = 2
-) -> tuple[int, ...] | None:
-    query = torch.empty(batch, 8, length, width, dtype=torch.bfloat16)
-    shared: dict[str, Any] = {
-        "query": query, "length": length, "local_keys": local, "heads": 8, "WIDTH": width, "VALUE_WIDTH": width,
-        "CAUSAL": causal,
+
+def shape_of_tiles(distances: int, length: int = 128, local_keys: int = 192) -> tuple[int, ...] | None:
+    shared = {
+        "query": torch.empty(1, dtype=torch.bfloat16).expand(2, 3, length, 64), "length": length, "local_keys": local_keys,
+        "heads": 3, "WIDTH": 64, "VALUE_WIDTH": 64, "CAUSAL": True,
     }  # fmt: skip
-    near = near_tiles_of(torch.empty(8, distances), batch, shared)
+    near = near_tiles_of(torch.empty(3, distances), 2, shared)
     return None if near is None else tuple(near.tiles.shape)
 
 
-@pytest.mark.parametrize(("distances", "places"), [(2, 2), (65, 2), (66, 3), (128, 3), (193, 4)])
-def test_a_tile_for_each_block_of_queries_and_of_the_keys_that_the_table_reaches(distances: int, places: int) -> None:
-    assert near_shape(distances) == (2, 8, 8, places, 64, 64)
+@pytest.mark.parametrize(("distances", "places"), [(2, 2), (65, 2), (66, 3), (129, 3)])
+def test_a_place_is_a_tile_that_a_diagonal_of_the_table_crosses(distances, places):
+    assert shape_of_tiles(distances) == (2, 3, 2, places, BLOCK, BLOCK)
 
 
-@pytest.mark.parametrize("distances", [194, 512, 4096])
-def test_a_long_table_takes_no_matrix_of_all_pairs(distances: int) -> None:
-    assert near_shape(distances) is None
+@pytest.mark.parametrize(("length", "local_keys"), [(127, 191), (128, 191), (128, 64), (0, 64), (2**24, 2**24)])
+def test_there_are_none_where_tiles_do_not_line_up_or_cannot_be_counted(length, local_keys):
+    assert shape_of_tiles(129, length, local_keys) is None
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"length": 500}, {"local": 540}, {"local": 448}, {"causal": False}, {"batch": 0}, {"length": 0}],
-    ids=str,
-)
-def test_what_does_not_line_up_is_computed_again(changes: dict[str, Any]) -> None:
-    assert near_shape(**{"distances": 128, **changes}) is None
+def test_there_are_none_where_all_keys_are_far():
+    assert shape_of_tiles(1) is None
 
 
-def test_a_table_of_one_column_has_no_near_keys() -> None:
-    assert near_shape(1) is None
+def test_a_long_table_does_not_take_the_memory_of_dense_attention():
+    longest = (configs.NEAR_PLACES - 1) * BLOCK + 1
+    assert shape_of_tiles(longest) == (2, 3, 2, configs.NEAR_PLACES, BLOCK, BLOCK)
+    assert shape_of_tiles(longest + 1) is None

@@ -17,7 +17,9 @@ from helpers.cases import (
     SHAPES,
     WIDTH,
     Shape,
+    attention_gradients,
     attention_inputs,
+    gradients_of_results,
     in_float64,
     random_attention,
 )
@@ -306,3 +308,30 @@ def test_21_13_no_query_sees_a_local_key_after_it_that_is_not_finite(backend, fo
     for actual, wanted in zip(memory_attention(**inputs, backend=backend), expected, strict=True):
         assert torch.equal(actual[:, :, :last], wanted[:, :, :last])
         assert not actual[:, :, last:].isfinite().all()
+
+
+# On the CPU the native one adds up all biases of a logit before it hides it.
+@pytest.mark.parametrize("backend", [name for name in live_backends("memory_attention") if name != "native"])
+@pytest.mark.parametrize("distances", [0, 9], ids=["alone", "beside a table"])
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_dense_bias_of_keys_after_their_query_may_hold_anything(backend, distances, number):
+    shape = Shape(batch=1, length=40, local=45, dense=1, distances=distances)
+    inputs, upstream = random_attention(shape, torch.float32, seeded(0)), gradients_of_results(shape)
+    hidden = torch.arange(shape.local) > torch.arange(shape.length)[:, None] + shape.local - shape.length
+    other = inputs | {"bias_dense": inputs["bias_dense"].masked_fill(hidden, number)}
+    (*expected, wanted), (*actual, grads) = (
+        attention_gradients(given, *upstream, backend) for given in (inputs, other)
+    )
+    assert all(map(torch.equal, actual, expected))
+    assert all(torch.equal(grads[name], wanted[name]) for name in wanted)
+
+
+@on_every_backend
+@pytest.mark.parametrize("length", [1, 40])
+def test_a_bias_by_distance_that_is_not_a_number_is_not_passed_over(backend, length):
+    inputs = random_attention(Shape(length=length, local=40, distances=9), torch.float32, seeded(0))
+    inputs["bias_table"][:, 2] = math.nan
+    out, lse = memory_attention(**inputs, backend=backend)
+    sees = torch.arange(40 - length, 40) >= 2  # a key at that distance
+    assert torch.equal(out.isnan().all(dim=-1), sees.expand(lse.shape))
+    assert torch.equal(lse.isnan(), sees.expand(lse.shape))

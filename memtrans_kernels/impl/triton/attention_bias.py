@@ -166,7 +166,8 @@ def _places(distances: int, block: int) -> int:
 
 
 def near_tiles_of(bias_table: Tensor, batch: int, shared: dict[str, Any]) -> NearTiles | None:
-    """What `key_gradient` is to fill for `grad_table`; None where tiles do not line up, or none or too many are near.
+    """What `key_gradient` is to fill for `grad_table`; None to compute tiles again: they do not line up, are too
+    many, or all keys are far.
 
     Its numbers have the dtype of the queries, as in the products that make other gradients.
     """
@@ -176,8 +177,9 @@ def near_tiles_of(bias_table: Tensor, batch: int, shared: dict[str, Any]) -> Nea
     config = launch_of(shared)
     places = _places(bias_table.shape[1], block)
     lines_up = config.keys == block and block % config.queries == 0 and length % block == behind % block == 0
-    few = 0 < places <= configs.MOST_NEAR_PLACES
-    if not (lines_up and few and shared["CAUSAL"] and batch * length) or behind < 0:
+    of_head = length * places * block  # numbers, which the kernel counts in 32 bits: with 64, registers spill
+    few = 0 < batch * of_head and places <= configs.NEAR_PLACES and of_head < 2**31
+    if not (lines_up and few and shared["CAUSAL"] and behind >= 0):
         return None
     return NearTiles(query.new_empty(batch, shared["heads"], length // block, places, block, block))
 

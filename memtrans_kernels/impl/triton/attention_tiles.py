@@ -164,30 +164,27 @@ def local_logits(
     length, local_keys, distances = sizes
     ahead = first_query + (local_keys - length) - first_key
     j = first_key + i
-    if TABLE == AS_IT_IS:
-        bias = 0.0
-        if table is not None:
-            bias = tl.load(table + tl.minimum(tl.maximum(ahead + m - i, 0), distances - 1)).to(tl.float32) * LOG2E
-        logits = with_bias(dot, scale, bias, CAP)
-        logits = tl.where((ahead + m - i >= 0) & (j < local_keys), logits, float("-inf"))
-    elif table is None:
-        logits = with_bias(dot, scale, 0.0, CAP)
-        if CAUSAL:  # noqa: SIM102  the first is known to the compiler, the second is not
-            if near:
-                logits = tl.where(ahead + m - i >= 0, logits, float("-inf"))
+    bias = 0.0
+    if table is None:
+        pass
+    elif TABLE == AS_IT_IS:
+        bias = tl.load(table + tl.minimum(tl.maximum(ahead + m - i, 0), distances - 1)).to(tl.float32) * LOG2E
     else:
         bias = tl.zeros(dot.shape, tl.float32) + far_bias
         if near:
             bias = biases_of_tile(table, ahead, m, i, TABLE)
-        logits = with_bias(dot, scale, bias, CAP)
-        if CAUSAL:  # noqa: SIM102
-            if near:  # a product that is hidden may be anything
-                logits = tl.where(bias > float("-inf"), logits, float("-inf"))
+    logits = with_bias(dot, scale, bias, CAP)
     if dense is not None:
         n = first_query + m
         inside = (n < length) & (j < local_keys) & (j >= 0)
         at = n.to(tl.int64) * dense_strides[0] + j.to(tl.int64) * dense_strides[1]
         logits += tl.load(dense + at, mask=inside, other=0.0).to(tl.float32) * LOG2E
+    if TABLE == AS_IT_IS:  # what is hidden may be anything, up to here
+        logits = tl.where((ahead + m - i >= 0) & (j < local_keys), logits, float("-inf"))
+    elif CAUSAL:  # noqa: SIM102  the first is known to the compiler, the second is not
+        if near:
+            seen_by_order = ahead + m - i >= 0 if table is None else bias != float("-inf")
+            logits = tl.where(seen_by_order, logits, float("-inf"))
     if not CAUSAL and seen is None:  # what is not there is not seen either
         logits = tl.where((j < local_keys) & (j >= 0), logits, float("-inf"))
     if seen is not None:  # noqa: SIM102
@@ -268,7 +265,9 @@ def laid_out(inputs: AttentionInputs) -> LaidOut:
         return LaidOut(None, 0, 0, reads)
     heads, distances = table.shape
     beyond = 2 * configs.LARGEST_TILE
-    before = beyond + (0 if inputs.causal else length)
+    before = beyond
+    if not inputs.causal or inputs.bias_dense is not None:  # the gradient of a dense bias visits hidden tiles too
+        before += max(length, distances)  # that of the table as many tiles ahead of a query as behind it
     span = before + max(local_keys, distances) + beyond
     laid = table.new_empty(heads, span, dtype=torch.float32)
     arguments = {

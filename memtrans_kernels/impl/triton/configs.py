@@ -176,13 +176,14 @@ def head_parts(programs: int, heads: int) -> int:
     return max(1, min(heads, KEY_GRADIENT_PROGRAMS // programs))
 
 
-# Blocks of keys that a table by distance may reach back, for the kernel over keys to leave its d logits of them: each
-# takes as many bytes as a query of 64 numbers, and a table as long as the context would take a matrix of all pairs.
-MOST_NEAR_PLACES = 4
-
 # Programs that share the documents and blocks of queries of one tile of the bias gradient: fewer leave multiprocessors
 # idle, more write more partial sums.
 BIAS_PARTS = 16
+
+
+# The most tiles of a block of queries that the gradient of keys leaves for that of a bias: 512 numbers a query, in
+# float32 256. Those of a long table would take as much memory as dense attention, and are computed again.
+NEAR_PLACES = 8
 
 
 def attention_bias_gradient(itemsize: int, width: int) -> AttentionLaunch:
