@@ -6,6 +6,7 @@ F.cross_entropy in float32) all of them; `-compiled` are the same inside one gra
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -61,5 +62,6 @@ def test_cross_entropy(benchmark: Any, impl: str) -> None:
     peak = peak_bytes(run, inputs) if DEVICE == "cuda" else allocations(run).peak + inputs
     measure(
         benchmark, run, op="cross_entropy", impl=impl, case=CASE, mode=MODE, dtype=DTYPE,
-        flop=3 * 2 * POSITIONS * DIM * VOCABULARY, peak_bytes=peak, **sizes,
+        flop=3 * 2 * POSITIONS * DIM * VOCABULARY, peak_bytes=peak, load=[round(load, 1) for load in os.getloadavg()],
+        **sizes,
     )  # fmt: skip

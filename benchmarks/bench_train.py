@@ -2,9 +2,9 @@
 
 Cases: `enwik8-*` is upstream's set-up (d512, 8 layers, 5 backward passes of 16 x 512 tokens a step, memory at layer 4,
 XL caches at layers 7 and 8), `paper-*` the paper's shape (d1024, 12 layers, per-head memory at layer 9). `off` has no
-memory layer. `code-*` is the preset `code` on sources in C, or on hexdumps of programs (machine_texts.py): its memories
-hold what the model itself stored while it was trained, as those of the others do: on the standard library's sources, for
-LEARNT steps, or without the compiler until they have wrapped. The `upstream` entry is
+memory layer. `code-*` is the preset `code` on sources in C, or on hexdumps of programs (machine_texts.py). Memories
+hold what the model itself stored while it was trained, not random keys: for LEARNT steps, or without the compiler until
+they have wrapped; on the standard library's sources where the case names no text. The `upstream` entry is
 memorizing-transformers-pytorch 0.4.1 with its own set-up, a fresh memory for each window, which is its best case: its
 search is then over 2,560 entries at most.
 

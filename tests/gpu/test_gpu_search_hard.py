@@ -52,6 +52,31 @@ def test_every_number_of_neighbours_of_hard_keys(kind: str, k: int) -> None:
     check([(0, keys)], 12000, k, queries_near(keys, 50)[None])
 
 
+@pytest.mark.parametrize("spare", [0, 70])
+@pytest.mark.parametrize("k", [32, 128])
+@pytest.mark.parametrize("period", [1, 3, 8, 64, 512, 1000, 2048])
+def test_keys_that_come_again_after_so_many(period: int, k: int, spare: int) -> None:
+    """Some stand in the same columns of every tile, which one of four lists takes before lists turn."""
+    keys = hard_keys("random", period, 64, torch.float16).repeat(-(-9100 // period), 1)[:9100]
+    check([(0, keys)], 8000, k, queries_near(keys, 60)[None], spare=spare)
+
+
+@pytest.mark.parametrize("k", [1, 32, 128])
+@pytest.mark.parametrize("different", [2, 5, 40])
+def test_a_few_different_keys_in_any_order(different: int, k: int) -> None:
+    few = hard_keys("random", different, 64, torch.float16)
+    keys = few[torch.randint(different, (9100,), generator=seeded(different))]
+    check([(0, keys)], 8000, k, queries_near(keys, 60)[None], spare=512)
+
+
+@pytest.mark.parametrize("k", [1, 32, 128])
+def test_neighbours_that_stand_where_no_sample_is_taken(k: int) -> None:
+    """All of the last entries reach the queries' thresholds: lists hold more records than are chosen from at once."""
+    keys = hard_keys("random", 8192, 64, torch.float16)
+    keys[-500:] = hard_keys("runs", 500, 64, torch.float16, 1)
+    check([(0, keys)], 8192, k, queries_near(keys[-500:], 60)[None], spare=512)
+
+
 def sampled_slots(slots: int) -> torch.Tensor:
     """Which slots of a ring the search samples at most: those of each box's phase and of three phases after it."""
     window = torch.arange(slots) // BOX

@@ -15,8 +15,8 @@ BLOCK = 64
 
 def shape_of_tiles(distances: int, length: int = 128, local_keys: int = 192) -> tuple[int, ...] | None:
     shared = {
-        "query": torch.empty(1, dtype=torch.bfloat16).expand(2, 3, length, 64), "heads": 3, "length": length,
-        "local_keys": local_keys, "WIDTH": 64, "VALUE_WIDTH": 64, "CAUSAL": True,
+        "query": torch.empty(1, dtype=torch.bfloat16).expand(2, 3, length, 64), "length": length,
+        "local_keys": local_keys, "heads": 3, "WIDTH": 64, "VALUE_WIDTH": 64, "CAUSAL": True,
     }  # fmt: skip
     near = near_tiles_of(torch.empty(3, distances), 2, shared)
     return None if near is None else tuple(near.tiles.shape)

@@ -33,6 +33,7 @@ struct FewArguments {
   const void* keys;
   float* maxima;      // (rows, queries_per_row, groups)
   uint64_t* entries;  // (rows * queries_per_row, parts, k)
+  uint32_t* done;     // (rows * queries_per_row,): parts that few_select has finished; few_maxima clears them
   float* scores;
   int32_t* slots;
   int queries_per_row;
@@ -165,6 +166,8 @@ __global__ void __launch_bounds__(kFewThreads, dim > 128 ? 1 : kFewBlocks) few_m
   QueryOperand<dim> queries;
   queries.template load<T>(arguments, query, present);
   float* const maxima = arguments.maxima + query * arguments.groups;
+  if (blockIdx.x == 0 && static_cast<int>(threadIdx.x) < present)
+    arguments.done[query + threadIdx.x] = 0;
 
   const auto keep_largest = [&](const Operand<dim>& loaded, int group) {
     float d[4];

@@ -3,7 +3,7 @@
 //   few_select   a block keeps the K best of one query, or of a part of its groups where there are few queries. One of
 //   the
 //                K best keys lies in one of the K best groups; the products of these few are made again, bit for bit.
-//   few_merge    a warp keeps the K best over the parts of one query.
+//   few_merge    a warp keeps the K best over the parts of one query of knn_scan.
 #pragma once
 
 #include "cuda/knn_search/few_maxima.cuh"
@@ -338,9 +338,39 @@ __device__ inline void select_slowly(
     result.put_best(best);
 }
 
+// A warp keeps the K best over the parts of a query.
+__device__ inline void merge_parts(
+    const FewArguments& arguments, const Window& window, int64_t query, uint64_t* buffer) {
+  constexpr int kLoads = 8;
+  const int total = arguments.parts * arguments.k, lane = threadIdx.x % 32;
+  const uint64_t* entries = arguments.entries + query * total;
+  WarpTopK best(buffer, arguments.k);
+  for (int base = 0; base < total; base += 32 * kLoads) {
+    uint64_t entry[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i)
+      entry[i] = base + 32 * i + lane < total ? __ldcg(entries + base + 32 * i + lane) : 0;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i)
+      best.push(entry[i] != 0, entry[i]);
+  }
+  SelectResult{arguments, window, query, nullptr}.put_best(best);
+}
+
+// Whether the block is the last one of a query's parts to come here. What the others wrote before can be read then.
+__device__ inline bool is_last_part(const FewArguments& arguments, int64_t query, SelectShared& shared) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0)
+    shared.found = atomicAdd(arguments.done + query, 1u) == static_cast<uint32_t>(arguments.parts - 1);
+  __syncthreads();
+  __threadfence();
+  return shared.found;
+}
+
 // Grid (parts, queries). A bound from below on the K-th best is what about K of 512 maxima of groups reach. The warps
 // score the few groups that reach it, which takes longest, and rank the slots that do: all of them rank, since one warp
-// that kept the K best took longer.
+// that kept the K best took longer. The last block of a query that has several parts merges them.
 template <typename T, int dim>
 __global__ void __launch_bounds__(kSelectThreads, 1) few_select(const FewArguments arguments) {
   __shared__ SelectShared shared;
@@ -367,39 +397,28 @@ __global__ void __launch_bounds__(kSelectThreads, 1) few_select(const FewArgumen
   const GroupScorer<T, dim> scorer{keys, window, queries, column, bound, shared};
   uint64_t* const entries = arguments.entries + (query * arguments.parts + blockIdx.x) * arguments.k;
   const SelectResult result{arguments, window, query, arguments.parts > 1 ? entries : nullptr};
+  bool selected = false;
   if (listed <= kScoredGroups) {
     scorer.score_listed(0, listed);
     __syncthreads();
-    if (put_scored(shared, result))
-      return;
+    selected = put_scored(shared, result);
   }
-  select_slowly(scorer, groups, listed, result);
+  if (!selected)
+    select_slowly(scorer, groups, listed, result);
+  if (arguments.parts > 1 && is_last_part(arguments, query, shared) && threadIdx.x < 32)
+    merge_parts(arguments, window, query, shared.buffer);
 }
 
-// One warp a query.
+// The same for the parts of knn_scan, a query a warp.
 __global__ void __launch_bounds__(128) few_merge(const FewArguments arguments, int64_t queries) {
   __shared__ uint64_t buffers[4][WarpTopK::kCapacity];
-  const int lane = threadIdx.x % 32;
   const int64_t query = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / 32;
   if (query >= queries)
     return;
   const int64_t row = arguments.rows[query / arguments.queries_per_row];
   const Window window =
       visible_window(arguments.start, arguments.cursor, row, arguments.capacity, arguments.slot_count);
-  const int total = arguments.parts * arguments.k;
-  const uint64_t* entries = arguments.entries + query * total;
-  constexpr int kLoads = 8;
-  WarpTopK best(buffers[threadIdx.x / 32], arguments.k);
-  for (int base = 0; base < total; base += 32 * kLoads) {
-    uint64_t entry[kLoads];
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i)
-      entry[i] = base + 32 * i + lane < total ? entries[base + 32 * i + lane] : 0;
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i)
-      best.push(entry[i] != 0, entry[i]);
-  }
-  SelectResult{arguments, window, query, nullptr}.put_best(best);
+  merge_parts(arguments, window, query, buffers[threadIdx.x / 32]);
 }
 
 }  // namespace memtrans

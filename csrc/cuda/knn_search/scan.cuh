@@ -96,10 +96,13 @@ struct ScanConsumer {
 #pragma unroll
     for (int i = 0; i < 32; ++i)
       maxima[i / 16][i % 16] = -INFINITY;
-    const int tiles = plan.sample_tiles();
+    const int tiles = plan.sample_tiles(), tiles_of_turn = (tiles + kSampleTurns - 1) / kSampleTurns;
     for (int tile = 0; tile < tiles;) {
+      if (tile > 0 && tile % tiles_of_turn == 0)
+        turn_groups(maxima, tile / tiles_of_turn);
+      const int turn = min(tiles, tile - tile % tiles_of_turn + tiles_of_turn);
       int stop = tile;
-      while (stop < tiles && plan.shows_whole_block(plan.sample_block(stop)))
+      while (stop < turn && plan.shows_whole_block(plan.sample_block(stop)))
         ++stop;
       const uint32_t hidden = stop == tile ? hidden_samples(plan, tile) : 0;
       bool more;
@@ -139,12 +142,14 @@ struct ScanConsumer {
   __device__ void collect(
       const TilePlan& plan, int k, const float (&threshold)[2], HitLists& hits, MakeRoom make_room) {
     const bool positive = __all_sync(kAllLanes, threshold[0] > 0.0f && threshold[1] > 0.0f);
-    hits.set_limit(long_list(0, k));
+    hits.set_limit(kFirstLook);
     const auto visit = [&](const float (&scores)[64], int pair) {
       if (positive)
         collect_hits<true>(scores, threshold, hits, pair);
       else
         collect_hits<false>(scores, threshold, hits, pair);
+      if (kListsTurn && __any_sync(kAllLanes, cursor.position == 0))
+        hits.turn_on();
       return !hits.some_are_long();
     };
     stream_visible(plan, visit, make_room);
@@ -295,18 +300,21 @@ struct WarpLists {
     float threshold[2];
   };
 
-  // Leaves their K best in the lists that are long, and raises their thresholds. A query whose lists were shortened
-  // more than `most` times collects no more. Out of line and by value, so that the loop that calls it keeps its
-  // registers.
+  // Leaves their K best in the lists that are long, and raises their thresholds; where all of a query's records tie,
+  // which is soon known, at the first look. A query whose lists were shortened more than `most` times collects no more.
+  // Out of line and by value, so that the loop that calls it keeps its registers.
   static __device__ __noinline__ Progress make_room(WarpLists self, Progress now, int tile, int most) {
-    const TilePlan& plan = self.scratch->plan;
-    const int too_long = long_list(tile, self.arguments.k), next_age = plan.age_after(tile);
-    int longest = now.hits.longest();
-    if (longest > too_long) {
+    const int next_age = self.scratch->plan.age_after(tile);
+    now.hits.turn_back();
+    __syncwarp();
+#pragma unroll
+    for (int e = 0; e < 2; ++e)
+      self.cut_ties(now, e, next_age, most);
+    if (now.hits.longest() > kLongList) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int length = now.hits.length(e);
-        unsigned with_long = __ballot_sync(kAllLanes, length > too_long);
+        unsigned with_long = __ballot_sync(kAllLanes, length > kLongList);
         while (with_long) {
           const int quad = (__ffs(with_long) - 1) / 4, lane = threadIdx.x % 32;
           with_long &= ~(0xFu << quad * 4);
@@ -315,16 +323,34 @@ struct WarpLists {
               self.shorten(8 * e + quad, self.of_query(8 * e + quad, length, length), old, next_age, most);
           if (lane / 4 != quad)
             continue;
-          now.hits.next[e] = (now.hits.next[e] & ~(kListBytes - 1u)) + (left.count - lane % 4 + 3) / 4 * 16;
+          now.hits.cut(e, (left.count - lane % 4 + 3) / 4);
           now.threshold[e] = left.threshold;
         }
       }
       __syncwarp();
-      longest = now.hits.longest();
     }
-    now.hits.set_limit(max(longest, too_long));
+    now.hits.set_limit(max(now.hits.longest(), kLongList));
     return now;
   }
+  // Where all of a query's records tie, the first ones are left. All queries of the warp side by side.
+  __device__ void cut_ties(Progress& now, int e, int next_age, int most) const {
+    const int lane = threadIdx.x % 32, i = lane / 4 + 8 * e, length = now.hits.length(e);
+    const bool is_long = (__ballot_sync(kAllLanes, length > kFirstLook) >> lane / 4 * 4 & 15u) != 0;
+    const Ties::Enough enough =
+        Ties::enough({now.hits.records(e), length}, scratch->plan.window, arguments.k, next_age, is_long);
+    const int times = min(scratch->shortened[i] + 1, 255);
+    __syncwarp();
+    if (enough.records >= 0) {
+      now.hits.cut(e, enough.records);
+      now.threshold[e] = times > most ? INFINITY : unsortable(sortable(enough.score) + 1);
+      if (lane % 4 == 0) {
+        scratch->shortened[i] = static_cast<unsigned char>(times);
+        scratch->floor[i] = enough.score;
+      }
+    }
+    __syncwarp();
+  }
+
   __device__ void make_room(HitLists& hits, float (&threshold)[2], int tile, int most) const {
     const Progress made = make_room(*this, {hits, {threshold[0], threshold[1]}}, tile, most);
     hits = made.hits;
@@ -350,7 +376,8 @@ struct WarpLists {
   // Phase 3: selects for the first `queries`, one after the other; the next one's records load while it ranks.
   // result_of(i): where the neighbours of query i go.
   template <typename ResultOf>
-  __device__ void select_all(const HitLists& hits, int queries, int most, ResultOf result_of) const {
+  __device__ void select_all(HitLists hits, int queries, int most, ResultOf result_of) const {
+    hits.turn_back();
     const int first_length = hits.length(0), second_length = hits.length(1);
     const Selection selection = this->selection();
     typename Selection::Lists current = of_query(0, first_length, second_length);

@@ -11,9 +11,9 @@ constexpr int kSampleBlock = 8 * kScanTile;  // slots that one sample tile repre
 constexpr int kMaxima = 64;                  // group maxima per query
 constexpr int kListRecords = 128;            // records of one thread's list for one query
 constexpr int kTileRecords = 16;             // that one tile may append to it
-constexpr int kLongList = 96;     // records of a list that is shortened; fewer in the first tiles, where lists that
-constexpr int kLongAtFirst = 12;  // grow so fast hold keys that tie: so many beyond what is left then
-constexpr int kFirstTiles = 4;
+constexpr int kFirstLook = 28;     // records of a list that are looked at for the first time: do all of them tie?
+constexpr int kLongList = 96;      // records of a list that is shortened
+constexpr bool kListsTurn = true;  // now and then a thread goes on with the list of the next one
 constexpr int kListBytes = kListRecords * 16;
 constexpr int kListAlignment = 16 * 4 * kListBytes;  // the lists of a warp: no 4 GB boundary among them
 static_assert(kLongList + kTileRecords < kListRecords, "a tile after the last look at a list still fits");
@@ -21,16 +21,12 @@ constexpr float kMostCandidates = 440;  // of a query, six deviations above the 
 constexpr int kUnsampledLength = 640;   // so few visible keys, and the rest of their tiles, fit the lists whole
 constexpr int kSampleBox = 16;          // sampled keys that lie 8 slots apart: a piece of a sample tile
 constexpr int kSampleBoxes = kScanTile / kSampleBox;
+constexpr int kSampleTurns = 8;     // how often a sample's columns go to other groups
 constexpr int kMostShortened = 8;   // times that knn_scan shortens the lists of a query before it leaves it to knn_redo
 constexpr float kHitCost = 120.0f;  // of one candidate, in scanned keys
 
 // Entries beyond K that may be left in lists that were shortened: it saves most of the steps to find the K-th.
 __device__ inline int shortened_slack(int k) { return min(k, 32); }
-
-// Records of a list that are too many after tile `tile`. A tile may append kTileRecords more before that is seen.
-__device__ inline int long_list(int tile, int k) {
-  return tile < kFirstTiles ? kLongAtFirst + (k + shortened_slack(k)) / 4 : kLongList;
-}
 
 struct ScanArguments {
   const int64_t* rows;

@@ -49,9 +49,9 @@ struct ScanResult {
 // One warp selects the K best of the four lists of one query: 8 lanes read a list.
 template <typename T, int dim>
 struct ListSelection {
-  static constexpr int kLoads = 8;       // records of a lane in the common case
-  static constexpr int kFewLoads = 6;    // the same of lists that are shortened in the first tiles
-  static constexpr int kMostKept = 192;  // entries that are worth ranking by comparing all pairs
+  static constexpr int kLoads = 8;        // records of a lane in the common case
+  static constexpr int kIdleGuesses = 3;  // of a score, after which one that there is follows
+  static constexpr int kMostKept = 192;   // entries that are worth ranking by comparing all pairs
   const ScanArguments& arguments;
   Window window;
   uint64_t* buffer;  // of the warp
@@ -119,18 +119,10 @@ struct ListSelection {
         slot % 2 ? -INFINITY : score, slot % 2 ? score : -INFINITY, __int_as_float(slot / 2), 0.0f};
   }
 
-  // Leaves the K best in the lists, and few more. Keys that are scored later are no older than next_age.
+  // Leaves the K best in the lists, and few more. Keys that are scored later are no older than next_age. For what this
+  // does not serve, shorten_slowly.
   static __device__ __noinline__ Shortened shorten(ListSelection self, Lists lists, float threshold, int next_age) {
-    return __any_sync(kAllLanes, lists.count > 8 * kFewLoads)
-               ? shorten_held<kListRecords / 8>(self, lists, threshold, next_age)
-               : shorten_held<kFewLoads>(self, lists, threshold, next_age);
-  }
-
-  // The same where no lane has more than kAll records: all are in registers at once. For what that does not serve,
-  // shorten_slowly.
-  template <int kAll>
-  static __device__ __noinline__ Shortened
-  shorten_held(ListSelection self, Lists lists, float threshold, int next_age) {
+    constexpr int kAll = kListRecords / 8;  // records of a lane: all are in registers at once
     constexpr int kNone = 0;
     uint32_t score[2 * kAll];  // sortable
     int pair[kAll], found = 0;
@@ -223,28 +215,31 @@ struct ListSelection {
     int mine;  // the lane's scores from the bound up
     const int found = reaching(records, lists.floor, mine);
     const float largest = warp_largest(records);
-    const bool hard = __any_sync(kAllLanes, lists.count > 8 * kLoads) || largest == INFINITY;
-    const bool is_short = !hard && found < min(arguments.k, window.length) && lists.floor > kLowest;
-    int kept = 0;
-    if (!given_up && !hard && !is_short) {
+    const bool more = __any_sync(kAllLanes, lists.count > 8 * kLoads);
+    const bool is_short = !more && found < min(arguments.k, window.length) && lists.floor > kLowest;
+    const bool left = given_up || is_short;
+    int kept = kMostKept + 1;
+    if (!left && largest < INFINITY) {
       float bound = lists.floor;
       if (found > arguments.k)
         bound = kth_score(records, lists.floor, largest, found, mine);
       kept = compact(records, bound, mine);
+      if (more && kept <= kMostKept)
+        kept = compact_rest(*this, lists, bound, kept);
     }
     const Lists current = lists;
     reload();
-    if (given_up || is_short)
+    if (left)
       result.redo();
-    else if (hard || kept > kMostKept)
-      select_slowly(*this, current, result);  // kept: ties
+    else if (kept > kMostKept)
+      select_slowly(*this, current, result);
     else
       rank(kept, result);
   }
 
-  // Puts {score, slot} of the records' scores from bound up into the buffer, as far as they fit, and counts them;
-  // `mine` are the lane's.
-  __device__ int compact(const float4 (&records)[kLoads], float bound, int mine) const {
+  // Puts {score, slot} of the records' scores from bound up into the buffer, from place `first` on and as far as they
+  // fit, and counts them and those before them; `mine` are the lane's.
+  __device__ int compact(const float4 (&records)[kLoads], float bound, int mine, int first = 0) const {
     int end = mine;
 #pragma unroll
     for (int offset = 1; offset < 32; offset *= 2) {
@@ -252,6 +247,7 @@ struct ListSelection {
       if (static_cast<int>(threadIdx.x % 32) >= offset)
         end += before;
     }
+    end += first;
     const int kept = __shfl_sync(kAllLanes, end, 31);
     if (kept > kMostKept)
       return kept;
@@ -278,6 +274,24 @@ struct ListSelection {
     return kept;
   }
 
+  // Puts those of the lists' further records behind the `kept` ones of the first kLoads of a lane, and counts all: too
+  // many for the buffer where one is infinite, or where fewer than so many as there may be neighbours reach the bound.
+  static __device__ __noinline__ int compact_rest(ListSelection self, Lists lists, float bound, int kept) {
+    static_assert(kListRecords == 2 * 8 * kLoads, "two times kLoads are all of a list");
+    float4 records[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i)
+      records[i] = lists.record(kLoads + i);
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i)
+      lists.hide_missing(records[i], kLoads + i);
+    int mine;
+    reaching(records, bound, mine);
+    kept = self.compact(records, bound, mine, kept);
+    const bool enough = kept >= min(self.arguments.k, self.window.length) || bound == kLowest;
+    return enough && warp_largest(records) < INFINITY ? kept : kMostKept + 1;
+  }
+
   static __device__ int reaching(const float4 (&records)[kLoads], float score, int& mine) {
     int first = 0, second = 0;
     const auto count = [&](int& total, float value) {
@@ -302,6 +316,16 @@ struct ListSelection {
     return unsortable(__reduce_max_sync(kAllLanes, sortable(largest)));
   }
 
+  static __device__ float largest_below(const float4 (&records)[kLoads], float score) {
+    float largest = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      largest = fmaxf(largest, records[i].x < score ? records[i].x : -INFINITY);
+      largest = fmaxf(largest, records[i].y < score ? records[i].y : -INFINITY);
+    }
+    return unsortable(__reduce_max_sync(kAllLanes, sortable(largest)));
+  }
+
   static __device__ float warp_smallest(const float4 (&records)[kLoads]) {
     float smallest = INFINITY;
 #pragma unroll
@@ -313,12 +337,24 @@ struct ListSelection {
   }
 
   // A score that k records reach; more only where scores tie. The first guesses assume that counts fall exponentially.
-  // `mine` are the lane's scores that reach it.
+  // `mine` are the lane's scores that reach it. Where several guesses in a row find as many scores as the last one,
+  // scores may tie, and the next guess is one of them.
   __device__ float kth_score(const float4 (&records)[kLoads], float floor, float largest, int found, int& mine) const {
     float low = floor == kLowest ? warp_smallest(records) : floor, high = largest;
     float at_low = static_cast<float>(found), at_high = 0.7f;
     const float k = static_cast<float>(arguments.k);
+    int idle = 0;
     for (int step = 0; step < 64; ++step) {
+      if (idle == kIdleGuesses) {
+        idle = 0;
+        const float next = largest_below(records, at_high < 1.0f ? INFINITY : high);
+        const int reached = reaching(records, next, mine);
+        if (reached >= arguments.k)
+          return next;
+        high = next;
+        at_high = static_cast<float>(reached);
+        continue;
+      }
       const float share =
           step < 8 ? __fdividef(__logf(__fdividef(at_low, k)), __logf(__fdividef(at_low, at_high))) : 0.5f;
       float middle = low + share * (high - low);
@@ -329,20 +365,28 @@ struct ListSelection {
       const int reached = reaching(records, middle, mine);
       if (reached == arguments.k)
         return middle;
+      const float count = static_cast<float>(reached);
+      idle = count == at_low || count == at_high ? idle + 1 : 0;
       if (reached > arguments.k) {
         low = middle;
-        at_low = reached;
+        at_low = count;
         if (low == high)
           break;
       } else {
         if (middle == high && at_high >= 1.0f)
           break;
         high = middle;
-        at_high = fmaxf(reached, 1.0f);
+        at_high = fmaxf(count, 1.0f);
       }
     }
     reaching(records, low, mine);
     return low;
+  }
+
+  static __device__ void count_above(int& total, uint64_t entry, uint64_t than) {
+    asm("{\n.reg .pred above;\nsetp.gt.u64 above, %1, %2;\n@above add.s32 %0, %0, 1;\n}\n"
+        : "+r"(total)
+        : "l"(entry), "l"(than));
   }
 
   // Writes the k best of the {score, slot} in the buffer, best first.
@@ -356,14 +400,15 @@ struct ListSelection {
     __syncwarp();
     for (int i = threadIdx.x % 32; i < kept; i += 32) {
       const uint64_t entry = buffer[i];
-      int rank = 0;
+      int even = 0, odd = 0;  // better ones
 #pragma unroll 4
       for (int other = 0; other < kept; other += 2) {
         const ulonglong2 two = *reinterpret_cast<const ulonglong2*>(buffer + other);
-        rank += (two.x > entry) + (two.y > entry);
+        count_above(even, two.x, entry);
+        count_above(odd, two.y, entry);
       }
-      if (rank < arguments.k)
-        result.put(rank, entry);
+      if (even + odd < arguments.k)
+        result.put(even + odd, entry);
     }
     result.pad(kept);
     __syncwarp();

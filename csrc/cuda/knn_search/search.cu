@@ -92,7 +92,7 @@ struct ScanWorkspace {
 
 int64_t few_workspace(const KnnSearchShape& shape) {
   const int64_t queries = few_rows(shape) * shape.queries_per_row;
-  return queries * (few_groups(shape) * 4 + few_parts(shape) * shape.k * 8) + 512;
+  return queries * (few_groups(shape) * 4 + few_parts(shape) * shape.k * 8 + 4) + 512;
 }
 
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
@@ -187,6 +187,7 @@ int launch_scan(const KnnSearchShape& shape, const KnnSearchTensors& tensors, cu
         nullptr,
         nullptr,
         entries,
+        nullptr,
         tensors.scores,
         tensors.slots,
         static_cast<int>(shape.queries_per_row),
@@ -219,6 +220,7 @@ int launch_few(const KnnSearchShape& shape, const KnnSearchTensors& tensors, cud
         tensors.keys,
         maxima,
         entries,
+        reinterpret_cast<uint32_t*>(maxima + rows * per_row * groups),
         tensors.scores + query * shape.k,
         tensors.slots + query * shape.k,
         static_cast<int>(per_row),
@@ -239,8 +241,6 @@ int launch_few(const KnnSearchShape& shape, const KnnSearchTensors& tensors, cud
     few_select<T, dim>
         <<<dim3(static_cast<unsigned>(parts), static_cast<unsigned>(count * per_row)), kSelectThreads, 0, stream>>>(
             arguments);
-    if (parts > 1)
-      few_merge<<<static_cast<unsigned>((count * per_row + 3) / 4), 128, 0, stream>>>(arguments, count * per_row);
   }
   return static_cast<int>(cudaGetLastError());
 }

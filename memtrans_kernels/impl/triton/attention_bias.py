@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memtrans_kernels.impl.triton import configs
+from memtrans_kernels.impl.triton import attention_tiles, configs
 from memtrans_kernels.impl.triton.attention_key_gradient import NearTiles, launch_of
 from memtrans_kernels.impl.triton.attention_tiles import (
     LOG2E,
@@ -161,6 +161,11 @@ def diagonal_sums_kernel(
         tl.store(grad_table + h * distances + distance, total.to(grad_table.dtype.element_ty))
 
 
+def _launch_of(shared: dict[str, Any]) -> configs.AttentionLaunch:
+    query, width = shared["query"], max(shared["WIDTH"], shared["VALUE_WIDTH"])
+    return configs.attention_bias_gradient(attention_tiles.target_of(query.device), query.dtype.itemsize, width)
+
+
 def _places(distances: int, block: int) -> int:
     """Tiles that the diagonals of a table cross in a row of blocks, the first of keys that stand at their queries."""
     return (distances - 2) // block + 2 if distances > 1 else 0
@@ -173,8 +178,7 @@ def near_tiles_of(bias_table: Tensor, batch: int, shared: dict[str, Any]) -> Nea
     Its numbers have the dtype of the queries, as in the products that make other gradients.
     """
     query, length, behind = shared["query"], shared["length"], shared["local_keys"] - shared["length"]
-    width = max(shared["WIDTH"], shared["VALUE_WIDTH"])
-    block = configs.attention_bias_gradient(query.dtype.itemsize, width).queries
+    block = _launch_of(shared).queries
     config = launch_of(shared)
     places = _places(bias_table.shape[1], block)
     lines_up = config.keys == block and block % config.queries == 0 and length % block == behind % block == 0
@@ -195,9 +199,7 @@ def grad_table(bias_table: Tensor, far: Tensor, batch: int, shared: dict[str, An
     length, local_keys = shared["length"], shared["local_keys"]
     if batch * length * local_keys == 0:
         return bias_table.new_zeros(heads, distances)
-    config = configs.attention_bias_gradient(
-        shared["query"].dtype.itemsize, max(shared["WIDTH"], shared["VALUE_WIDTH"])
-    )
+    config = _launch_of(shared)
     parts = min(configs.BIAS_PARTS, batch * configs.blocks_of(length, config.queries))
     places = _places(distances, config.queries)
     if places and not shared["CAUSAL"]:
@@ -226,9 +228,7 @@ def grad_dense(bias_dense: Tensor, batch: int, shared: dict[str, Any]) -> Tensor
     """(1 or B, H, N, L)."""
     documents, heads, length, local_keys = bias_dense.shape
     grad = bias_dense.new_empty(bias_dense.shape)
-    config = configs.attention_bias_gradient(
-        shared["query"].dtype.itemsize, max(shared["WIDTH"], shared["VALUE_WIDTH"])
-    )
+    config = _launch_of(shared)
     places = configs.blocks_of(length, config.queries) * configs.blocks_of(local_keys, config.queries)
     if grad.numel():
         _add_tiles((places, heads, documents), grad, batch, documents, True, config, shared)

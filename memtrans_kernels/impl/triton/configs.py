@@ -72,10 +72,27 @@ def neighbours_of_one_query(neighbours: int, width: int) -> int:
     return min(power_of_two(neighbours), 16384 // block_width(width))
 
 
+def small_tiles(width: int) -> AttentionLaunch:
+    """For AMD's consumer GPUs, 256 registers a lane, whose products hold each operand twice. Compiled for a gfx1100 and
+    not measured: bytes of stack a thread of the kernel over keys 0 at D 64 and 272 at D 128; with 64 queries, 64 keys
+    and 4 warps 1,456 and 1,552.
+    """
+    if width <= 64:
+        return AttentionLaunch(queries=32, keys=32, warps=8, stages=1)
+    return AttentionLaunch(queries=16, keys=16, warps=4, stages=1)
+
+
+def has_few_registers(target: Target) -> bool:
+    """Whether tiles have to be small for that."""
+    return target.vendor == "amd" and 1000 <= target.architecture < 2000
+
+
 LONG = 4096  # local keys from which on a program spends its time in the loop over them
 
 
-def attention_forward(itemsize: int, width: int, length: int, local_keys: int, neighbours: int) -> AttentionLaunch:
+def attention_forward(
+    target: Target, itemsize: int, width: int, length: int, local_keys: int, neighbours: int
+) -> AttentionLaunch:
     """Measured on an H200, bf16, B=16 H=8 N=512; microseconds of the kernel.
 
     K 32, L 512: D 64 82 against 89 with 32 keys, 103 with 32 queries, 94 with four neighbours in flight; D 128 193
@@ -92,6 +109,8 @@ def attention_forward(itemsize: int, width: int, length: int, local_keys: int, n
         return AttentionLaunch(queries=16, keys=64, warps=2, stages=2, unroll=8)
     if length <= 16:
         return AttentionLaunch(queries=16, keys=128, warps=4, stages=2, unroll=8)
+    if has_few_registers(target):
+        return small_tiles(width)
     if width <= 64 and neighbours == 0 and local_keys >= LONG:
         return AttentionLaunch(queries=128, keys=64, warps=8, stages=3)
     if neighbours == 0:
@@ -126,7 +145,9 @@ def attention_one_query(itemsize: int, width: int, local_keys: int) -> OneQueryL
     return OneQueryLaunch(keys, of_part, warps=4, stages=1 if itemsize > 2 else 2)
 
 
-def attention_query_gradient(itemsize: int, width: int, length: int, neighbours: int) -> AttentionLaunch:
+def attention_query_gradient(
+    target: Target, itemsize: int, width: int, length: int, neighbours: int
+) -> AttentionLaunch:
     """Few queries: their rows and those of two neighbours' keys and values are in registers. Measured as above.
 
     K 32, L 512: D 64 160 against 195 with 32 keys, 207 with 64 queries of 32; D 128 340 against 362 with 64 keys, 514
@@ -142,6 +163,8 @@ def attention_query_gradient(itemsize: int, width: int, length: int, neighbours:
         return AttentionLaunch(queries=16, keys=32, warps=4, stages=1, unroll=2)
     if length <= 16:
         return AttentionLaunch(queries=16, keys=64, warps=4, stages=1, unroll=4)
+    if has_few_registers(target):
+        return small_tiles(width)
     if neighbours == 0:
         keys, stages = (32, 3) if width <= 64 else (64, 2)
         return AttentionLaunch(queries=64, keys=keys, warps=4, stages=stages)
@@ -161,6 +184,8 @@ def attention_key_gradient(target: Target, itemsize: int, width: int) -> Attenti
         return AttentionLaunch(queries=block, keys=block, warps=4, stages=1)
     if width > 128:
         return AttentionLaunch(queries=32, keys=32, warps=4, stages=1)
+    if has_few_registers(target):
+        return small_tiles(width)
     stages = 2 if target.vendor == "nvidia" and target.architecture == 90 else 1
     return AttentionLaunch(queries=64 if width <= 64 else 32, keys=64, warps=4, stages=stages)
 
@@ -186,12 +211,14 @@ BIAS_PARTS = 16
 NEAR_PLACES = 16
 
 
-def attention_bias_gradient(itemsize: int, width: int) -> AttentionLaunch:
+def attention_bias_gradient(target: Target, itemsize: int, width: int) -> AttentionLaunch:
     """Square tiles: as many keys as queries. A second one in flight saves 0.003 ms at D 64; it would save 0.008
     at D 128, in 133 KB of shared memory, which few GPUs have."""
     block = 32 if itemsize > 2 else 64
     if width > 128:
         return AttentionLaunch(queries=block // 2, keys=block // 2, warps=4, stages=1)
+    if itemsize == 2 and has_few_registers(target):
+        return small_tiles(width)
     return AttentionLaunch(queries=block, keys=block, warps=4, stages=2 if itemsize == 2 and width <= 64 else 1)
 
 

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memtrans_kernels.attention_inputs import AttentionInputs
-from memtrans_kernels.impl.triton import configs
+from memtrans_kernels.impl.triton import attention_tiles, configs
 from memtrans_kernels.impl.triton.attention_one_query import attend_once
 from memtrans_kernels.impl.triton.attention_softmax import (
     attend_to_local,
@@ -135,7 +135,9 @@ def memory_attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     if length == 1 and dropout_p == 0.0:
         attend_once(inputs._replace(query=query, key=key, value=value, memory_values=memory_values), out, lse)
         return out, lse
-    config = configs.attention_forward(query.dtype.itemsize, inputs.widest, length, local_keys, neighbours)
+    config = configs.attention_forward(
+        attention_tiles.target_of(query.device), query.dtype.itemsize, inputs.widest, length, local_keys, neighbours
+    )
     programs = batch * heads * configs.blocks_of(length, config.queries)
     if programs:
         arguments = {

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memtrans_kernels.attention_inputs import AttentionInputs
-from memtrans_kernels.impl.triton import attention_bias, configs
+from memtrans_kernels.impl.triton import attention_bias, attention_tiles, configs
 from memtrans_kernels.impl.triton.attention_key_gradient import key_gradient
 from memtrans_kernels.impl.triton.attention_tiles import (
     LOG2E,
@@ -266,7 +266,8 @@ def _query_gradient(
     """Gradient of query, and parts of those of scale, offset and the farthest bias, (3, H, parts); fills delta."""
     query, length = shared["query"], shared["length"]
     batch, heads = query.shape[:2]
-    config = configs.attention_query_gradient(query.dtype.itemsize, inputs.widest, length, inputs.neighbours)
+    target = attention_tiles.target_of(query.device)
+    config = configs.attention_query_gradient(target, query.dtype.itemsize, inputs.widest, length, inputs.neighbours)
     blocks = configs.blocks_of(length, config.queries)
     memory_keys, memory_values = rows_of(inputs.memory_keys), rows_of(inputs.memory_values)
     grad_query = query.new_empty(query.shape)
