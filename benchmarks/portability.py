@@ -217,7 +217,9 @@ def _other_jobs(width: int) -> list[Callable[[], Any]]:
         query, key, key.clone(), ring, ring.clone(), number, scores, slots, torch.empty(8), torch.empty(8, 512), None,
         torch.empty(8),
     )  # fmt: skip
-    plain = inputs._replace(scores=scores[..., :0], slots=slots[..., :0], memory_offset=None)
+    plain = inputs._replace(
+        scores=scores[..., :0], slots=slots[..., :0], memory_offset=None, bias_table=torch.empty(8, 129)
+    )  # fmt: skip
     entries = torch.empty(2, 1, 8704, width, dtype=half)
     uneven = plain._replace(key=entries[:, :, :600], value=entries[:, :, :600])  # tiles do not line up
     whole = plain._replace(
