@@ -1,6 +1,8 @@
-"""Tiles that the gradient of keys leaves for that of a bias by distance: where they line up, and are few."""
+"""A bias by distance: tiles that the gradient of keys leaves for its own, and how far it is laid out."""
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ pytest.importorskip("triton")
 
 from memtrans_kernels.impl.triton import configs
 from memtrans_kernels.impl.triton.attention_bias import near_tiles_of
+from memtrans_kernels.impl.triton.targets import INTERPRETER, Target
 
 BLOCK = 64
 
@@ -40,3 +43,19 @@ def test_a_long_table_does_not_take_the_memory_of_dense_attention():
     longest = (configs.NEAR_PLACES - 1) * BLOCK + 1
     assert shape_of_tiles(longest) == (2, 3, 2, configs.NEAR_PLACES, BLOCK, BLOCK)
     assert shape_of_tiles(longest + 1) is None
+
+
+@pytest.mark.parametrize("target", [INTERPRETER, Target("nvidia", 90, 227 << 10), Target("amd", 1100, 64 << 10)])
+def test_no_tile_is_larger_than_biases_are_laid_out_for(target):
+    """Addresses of a tile's biases have no masks."""
+    for itemsize, width, length, neighbours in itertools.product((2, 4), (16, 64, 128, 256), (1, 16, 512), (0, 32)):
+        tiles = [
+            configs.attention_query_gradient(target, itemsize, width, length, neighbours),
+            configs.attention_key_gradient(target, itemsize, width),
+            configs.attention_bias_gradient(target, itemsize, width),
+            *(
+                configs.attention_forward(target, itemsize, width, length, local, neighbours)
+                for local in (1, 512, 8192)
+            ),
+        ]
+        assert all(max(tile.queries, tile.keys) <= configs.LARGEST_TILE for tile in tiles)
