@@ -103,7 +103,8 @@ def test_the_kernels_of_training_are_launched_alike_every_time(gpu: Any) -> None
         cosine_backward(*cosine(query, key), query, key)
         knn_add_(ring, ring.clone(), torch.arange(2), torch.arange(2), key, key, at=torch.arange(2))
     once = len(gpu.launches) // 2
-    # attention, gradients of queries and of keys, tiles of the bias and sums of their diagonals, cosine twice, the ring
-    assert once == 8
+    # the bias laid out, and attention; laid out again, gradients of queries and of keys, whose parts are added up,
+    # tiles of the bias and sums of their diagonals; cosine twice, the ring
+    assert once == 11
     for first, second in zip(gpu.launches[:once], gpu.launches[once:], strict=True):
         assert seen_by_kernel(first) == seen_by_kernel(second)
