@@ -206,9 +206,9 @@ def head_parts(programs: int, heads: int) -> int:
 BIAS_PARTS = 16
 
 
-# The most tiles of a block of queries that the gradient of keys leaves for that of a bias: 1,024 numbers a query, in
-# float32 512. Those of a long table would take as much memory as dense attention, and are computed again.
-NEAR_PLACES = 16
+# The most tiles of a block of queries that the gradient of keys leaves for that of a bias: 512 numbers a query, in
+# float32 256. Those of a long table would take as much memory as dense attention, and are computed again.
+NEAR_PLACES = 8
 
 
 def attention_bias_gradient(target: Target, itemsize: int, width: int) -> AttentionLaunch:
