@@ -170,7 +170,7 @@ def _compiled_turn() -> Callable[..., tuple[Tensor | None, ...]]:
 
 
 # An operator, because a compiler puts what it may look into in another order, and then holds several chunks.
-@torch.library.custom_op("memtrans::linear_cross_entropy", mutates_args=())
+@torch.library.custom_op("memtrans_model::linear_cross_entropy", mutates_args=())
 def _linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,

@@ -140,7 +140,7 @@ def test_only_the_gradients_that_are_wanted_are_made() -> None:
     found = with_gradients(ours, hidden, frozen, bias, some_labels())
     for one, other in zip(found, (*expected[:2], expected[3]), strict=True):
         assert_close(one, other, SAME_FORMULA)
-    operator = torch.ops.memtrans.linear_cross_entropy
+    operator = torch.ops.memtrans_model.linear_cross_entropy
     labels = some_labels()
     _, *gradients = operator(hidden, frozen, bias, labels, labels >= 0, [False, False, True], False)
     assert [gradient.numel() for gradient in gradients] == [0, 0, VOCABULARY]
@@ -160,7 +160,7 @@ def test_the_operator_passes_opcheck(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 8 * VOCABULARY)
     labels = some_labels()
     arguments = (*inputs(torch.float32), labels, labels >= 0, [True, True, True], False)
-    torch.library.opcheck(torch.ops.memtrans.linear_cross_entropy.default, arguments)
+    torch.library.opcheck(torch.ops.memtrans_model.linear_cross_entropy.default, arguments)
 
 
 # ----------------------------------------------------------------------------------------------------------- the memory
