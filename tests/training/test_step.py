@@ -104,7 +104,10 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+SLOW = pytest.mark.slow  # a compiler at work; GPU tests have it, too
+
+
+@pytest.mark.parametrize("way", [pytest.param(way, marks=SLOW) if way == "compiled" else way for way in WAYS])
 def test_a_step_whose_logits_come_in_chunks_has_the_curve_of_one_that_holds_them(
     settings: Settings, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
