@@ -301,7 +301,7 @@ def write_down(wanted: list[str]) -> None:
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     for case, target in itertools.product([*SEARCHES, None], wanted):
         name = case.name if case else OTHERS
-        kernels = search_kernels(target, case) if case else other_kernels(target)
+        kernels = dict.fromkeys(search_kernels(target, case) if case else other_kernels(target))  # equal ones once
         entries += [{"target": target, "case": name, **kernel._asdict()} for kernel in kernels]
         RESULTS.write_text(json.dumps(entries, indent=1) + "\n")
         print(target, name, flush=True)
