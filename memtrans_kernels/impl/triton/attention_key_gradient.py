@@ -161,21 +161,23 @@ def key_gradient_kernel(
 
 
 @triton.jit
+def add_parts(written, grad, at, numbers, PARTS: tl.constexpr):
+    """Adds up numbers `at` of the parts (PARTS, numbers) of a gradient."""
+    total = tl.load(written + at, mask=at < numbers, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(written + part * numbers + at, mask=at < numbers, other=0.0)
+    tl.store(grad + at, total.to(grad.dtype.element_ty), mask=at < numbers)
+
+
+@triton.jit
 def add_parts_kernel(
     key_parts, value_parts, grad_key, grad_value, keys, values, PARTS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Adds up the parts (PARTS, keys) of a gradient of key, and those of value's."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     if tl.program_id(1) == 0:
-        total = tl.load(key_parts + at, mask=at < keys, other=0.0)
-        for part in tl.static_range(1, PARTS):
-            total += tl.load(key_parts + part * keys + at, mask=at < keys, other=0.0)
-        tl.store(grad_key + at, total.to(grad_key.dtype.element_ty), mask=at < keys)
+        add_parts(key_parts, grad_key, at, keys, PARTS)
     else:
-        total = tl.load(value_parts + at, mask=at < values, other=0.0)
-        for part in tl.static_range(1, PARTS):
-            total += tl.load(value_parts + part * values + at, mask=at < values, other=0.0)
-        tl.store(grad_value + at, total.to(grad_value.dtype.element_ty), mask=at < values)
+        add_parts(value_parts, grad_value, at, values, PARTS)
 
 
 def launch_of(shared: dict[str, Any]) -> configs.AttentionLaunch:
