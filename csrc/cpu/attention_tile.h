@@ -44,12 +44,14 @@ MEMTRANS_INLINE void cap(float soft_cap, Vector<kLanes>& product, Vector<kLanes>
   product = bent * soft_cap;
 }
 
-// The dense bias of a tile.
+// The dense bias of a tile; -inf, whatever it holds, for keys after their query.
 MEMTRANS_INLINE void read_dense(const Attention& attention, const Block& block, int64_t key, int64_t keys, Tile tile) {
   const float* dense = attention.dense->const_data_ptr<float>() + attention.dense_place(block, key);
   for (int64_t row = 0; row < keys; ++row) {
+    const int64_t first = attention.causal ? key + row - block.position : 0;  // the first query that sees the key
     for (int64_t query = 0; query < block.lanes; ++query) {
-      tile[row][query] = query < block.queries ? dense[query * attention.local + row] : 0.0f;
+      const float bias = query < block.queries ? dense[query * attention.local + row] : 0.0f;
+      tile[row][query] = query < first ? -kInfinity : bias;
     }
   }
 }

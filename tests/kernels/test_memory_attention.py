@@ -310,8 +310,7 @@ def test_21_13_no_query_sees_a_local_key_after_it_that_is_not_finite(backend, fo
         assert not actual[:, :, last:].isfinite().all()
 
 
-# On the CPU the native one adds up all biases of a logit before it hides it.
-@pytest.mark.parametrize("backend", [name for name in live_backends("memory_attention") if name != "native"])
+@on_every_backend
 @pytest.mark.parametrize("distances", [0, 9], ids=["alone", "beside a table"])
 @pytest.mark.parametrize("number", [math.nan, math.inf])
 def test_a_dense_bias_of_keys_after_their_query_may_hold_anything(backend, distances, number):
