@@ -5,6 +5,7 @@ Shapes in the letters of `memtrans_kernels`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -64,6 +65,16 @@ class AttentionInputs(NamedTuple):
     def distances(self) -> int:
         """Columns of the bias by distance; without one it is as if there were one column of zeros."""
         return 1 if self.bias_table is None else self.bias_table.shape[1]
+
+
+def strides_by_position(shape: Sequence[int]) -> tuple[int, int, int, int]:
+    """Of (B, H, N, E) numbers that lie as (B, N, H, E): a layer's next product reads them without a copy.
+
+    >>> strides_by_position((2, 3, 5, 7))
+    (105, 7, 21, 1)
+    """
+    _, heads, length, width = shape
+    return length * heads * width, width, heads * width, 1
 
 
 NUMBERS = tuple(name for name in AttentionInputs._fields if name in ("dropout_p", "causal", "soft_cap"))  # no tensors

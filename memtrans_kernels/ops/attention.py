@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from memtrans_kernels import backends, checks
-from memtrans_kernels.attention_inputs import NUMBERS, AttentionInputs
+from memtrans_kernels.attention_inputs import NUMBERS, AttentionInputs, strides_by_position
 from memtrans_kernels.eager import is_differentiated_by_transform, is_plain, kept
 from memtrans_kernels.ledger import Ledger, check_not_stale, note_saved, to_save
 from memtrans_kernels.ops.derivatives import formula, second, through_formula
@@ -72,13 +72,15 @@ def _memory_attention(
     checks.dropout(dropout_p, seed)  # again: this operator can be called without the function that asks it
     check_not_stale(written, ticket, spare)
     note_saved(written, ticket)
-    return backends.run("memory_attention", backend, inputs)
+    out, lse = backends.run("memory_attention", backend, inputs)
+    return _by_position(out), lse
 
 
 @_memory_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
     of_queries = query.shape[:3]
-    out = query.new_empty(*of_queries, value.shape[3])
+    shape = (*of_queries, value.shape[3])
+    out = query.new_empty_strided(shape, strides_by_position(shape))
     return out, query.new_empty(of_queries, dtype=arithmetic_dtype(query))
 
 
@@ -120,7 +122,10 @@ def _memory_attention_backward(
         query, key, value, memory_keys, memory_values, rows, scores, slots, scale,
         bias_table, bias_dense, memory_offset, local_length, dropout_p, seed, causal, key_mask, first, soft_cap, sink,
     )  # fmt: skip
-    return backends.run("memory_attention_backward", backend, inputs, grad_out, grad_lse, out, lse, of_keys)
+    grad_query, *others = backends.run(
+        "memory_attention_backward", backend, inputs, grad_out, grad_lse, out, lse, of_keys
+    )
+    return (_by_position(grad_query), *others)  # type: ignore[return-value]
 
 
 @_memory_attention_backward.register_fake
@@ -134,8 +139,17 @@ def _(grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, *arguments: 
         absent = tensor is None or (name in OF_KEYS and not of_keys)
         return inputs.query.new_empty(0) if absent else tensor.new_empty(tensor.shape)
 
-    query, key, value, scale, table, dense, offset, sink = (like(name) for name in DIFFERENTIABLE)
+    _, key, value, scale, table, dense, offset, sink = (like(name) for name in DIFFERENTIABLE)
+    query = inputs.query.new_empty_strided(inputs.query.shape, strides_by_position(inputs.query.shape))
     return query, key, value, scale, table, dense, offset, sink
+
+
+def _by_position(tensor: Tensor) -> Tensor:
+    """(B, H, N, E) as `strides_by_position` says, which compilers count on; a copy where a backend gave it otherwise."""
+    strides = strides_by_position(tensor.shape)
+    if tensor.stride() == strides:
+        return tensor
+    return tensor.new_empty_strided(tensor.shape, strides).copy_(tensor)
 
 
 def _setup(ctx: Any, inputs: tuple, output: Output) -> None:

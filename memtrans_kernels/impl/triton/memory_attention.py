@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memtrans_kernels.attention_inputs import AttentionInputs
+from memtrans_kernels.attention_inputs import AttentionInputs, strides_by_position
 from memtrans_kernels.impl.triton import attention_tiles, configs
 from memtrans_kernels.impl.triton.attention_one_query import attend_once
 from memtrans_kernels.impl.triton.attention_softmax import (
@@ -54,7 +54,7 @@ from memtrans_kernels.impl.triton.launching import launch
 def memory_attention_kernel(
     query, key, value, memory_values, rows, scores, slots, scale, bias_table, bias_dense, memory_offset, local_length,
     seed, key_mask, first, sink, out, lse, heads, groups, length, local_keys, distances,
-    before, span, query_strides, key_strides, value_strides, memory_strides, dense_strides,
+    before, span, query_strides, key_strides, value_strides, memory_strides, dense_strides, out_strides,
     NEIGHBOURS: tl.constexpr, BLOCK_NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr, BLOCK_VALUES: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
     UNROLL: tl.constexpr, CAUSAL: tl.constexpr, CAP: tl.constexpr, THRESHOLD: tl.constexpr, REST: tl.constexpr,
@@ -119,7 +119,9 @@ def memory_attention_kernel(
     acc *= (REST / total)[:, None]
     column = tl.arange(0, BLOCK_VALUES)
     mask = inside[:, None] & (column < VALUE_WIDTH)[None, :]
-    tl.store(out + at[:, None] * VALUE_WIDTH + column[None, :], acc.to(out.dtype.element_ty), mask=mask)
+    out += b * out_strides[0] + h * out_strides[1]
+    place = n.to(tl.int64)[:, None] * out_strides[2] + column[None, :]
+    tl.store(out + place, acc.to(out.dtype.element_ty), mask=mask)
     tl.store(lse + at, (peak + tl.log2(total)) * LN2, mask=inside)
 
 
@@ -130,7 +132,8 @@ def memory_attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     neighbours, dropout_p = inputs.neighbours, inputs.dropout_p
     query, key, value = rows_of(inputs.query), rows_of(inputs.key), rows_of(inputs.value)
     memory_values, bias_dense = rows_of(inputs.memory_values), inputs.bias_dense
-    out = query.new_empty(batch, heads, length, inputs.value_width)
+    shape = batch, heads, length, inputs.value_width
+    out = query.new_empty_strided(shape, strides_by_position(shape))
     lse = query.new_empty(batch, heads, length, dtype=torch.float32)
     if length == 1 and dropout_p == 0.0:
         attend_once(inputs._replace(query=query, key=key, value=value, memory_values=memory_values), out, lse)
@@ -150,7 +153,7 @@ def memory_attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
             "heads": heads, "groups": groups, "length": length, "local_keys": local_keys,
             "distances": inputs.distances, "query_strides": query.stride()[:3], "key_strides": key.stride()[:3],
             "value_strides": value.stride()[:3], "memory_strides": memory_values.stride()[:2],
-            "dense_strides": strides_of_dense(bias_dense), "NEIGHBOURS": neighbours,
+            "dense_strides": strides_of_dense(bias_dense), "out_strides": out.stride()[:3], "NEIGHBOURS": neighbours,
             "BLOCK_NEIGHBOURS": configs.neighbours_at_once(neighbours, config.queries),
             "BLOCK_QUERIES": config.queries, "BLOCK_KEYS": config.keys, "UNROLL": config.unroll,
             "CAUSAL": inputs.causal, "CAP": inputs.soft_cap or 0.0,

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memtrans_kernels.attention_inputs import AttentionInputs
+from memtrans_kernels.attention_inputs import AttentionInputs, strides_by_position
 from memtrans_kernels.impl.triton import attention_bias, attention_tiles, configs
 from memtrans_kernels.impl.triton.attention_key_gradient import key_gradient
 from memtrans_kernels.impl.triton.attention_tiles import (
@@ -118,6 +118,7 @@ def query_gradient_kernel(
     bias_table, bias_dense, memory_offset, local_length, key_mask, first, seed, grad_query, delta, sums,
     heads, groups, length, local_keys, distances, before, span, grad_strides, lse_strides, out_strides,
     query_strides, key_strides, value_strides, memory_key_strides, memory_value_strides, dense_strides,
+    grad_query_strides,
     NEIGHBOURS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     BLOCK_VALUES: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, UNROLL: tl.constexpr,
     CAUSAL: tl.constexpr, CAP: tl.constexpr, THRESHOLD: tl.constexpr, REST: tl.constexpr, TABLE: tl.constexpr,
@@ -197,7 +198,8 @@ def query_gradient_kernel(
     column = tl.arange(0, BLOCK_WIDTH)
     mask = inside[:, None] & (column < WIDTH)[None, :]
     acc = (acc * factor).to(grad_query.dtype.element_ty)
-    tl.store(grad_query + at[:, None] * WIDTH + column[None, :], acc, mask=mask)
+    grad_query += b * grad_query_strides[0] + h * grad_query_strides[1]
+    tl.store(grad_query + n.to(tl.int64)[:, None] * grad_query_strides[2] + column[None, :], acc, mask=mask)
     documents_blocks = tl.num_programs(0) // heads
     sums += h * documents_blocks + b * blocks + block  # (3, H, B·blocks)
     tl.store(sums, tl.sum(scale_sum))
@@ -227,7 +229,7 @@ def memory_attention_backward(
         grad_query,
         grad_key,
         grad_value,
-        of_scale.to(inputs.scale.dtype, copy=True),  # outputs must not share storage
+        of_scale.to(inputs.scale.dtype, copy=offset is not None),  # outputs must not share storage
         nothing(0) if table is None else attention_bias.grad_table(table, far, batch, shared, near),
         nothing(0) if dense is None else attention_bias.grad_dense(dense, batch, shared),
         nothing(0) if offset is None else of_offset.to(offset.dtype, copy=True),
@@ -270,7 +272,7 @@ def _query_gradient(
     config = configs.attention_query_gradient(target, query.dtype.itemsize, inputs.widest, length, inputs.neighbours)
     blocks = configs.blocks_of(length, config.queries)
     memory_keys, memory_values = rows_of(inputs.memory_keys), rows_of(inputs.memory_values)
-    grad_query = query.new_empty(query.shape)
+    grad_query = query.new_empty_strided(query.shape, strides_by_position(query.shape))
     sums = query.new_empty(3, heads, batch * blocks, dtype=torch.float32)
     if sums.numel():
         arguments = {
@@ -278,6 +280,7 @@ def _query_gradient(
             "rows": packed(inputs.rows), "scores": packed(inputs.scores), "slots": packed(inputs.slots),
             "memory_offset": packed(inputs.memory_offset), "grad_query": grad_query, "sums": sums,
             "lse_strides": grad_lse.stride(), "out_strides": out.stride()[:3],
+            "grad_query_strides": grad_query.stride()[:3],
             "memory_key_strides": memory_keys.stride()[:2], "memory_value_strides": memory_values.stride()[:2],
             "BLOCK_QUERIES": config.queries, "BLOCK_KEYS": config.keys, "UNROLL": config.unroll,
             "WHOLE_KEYS": shared["local_keys"] % config.keys == 0,
