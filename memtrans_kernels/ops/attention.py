@@ -145,7 +145,7 @@ def _(grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, *arguments: 
 
 
 def _by_position(tensor: Tensor) -> Tensor:
-    """(B, H, N, E) as `strides_by_position` says, which compilers count on; a copy where a backend gave it otherwise."""
+    """(B, H, N, E) as `strides_by_position` says and compilers count on; a copy where a backend gave it otherwise."""
     strides = strides_by_position(tensor.shape)
     if tensor.stride() == strides:
         return tensor
