@@ -125,7 +125,7 @@ def _memory_attention_backward(
     grad_query, *others = backends.run(
         "memory_attention_backward", backend, inputs, grad_out, grad_lse, out, lse, of_keys
     )
-    return (_by_position(grad_query), *others)  # type: ignore[return-value]
+    return (_by_position(grad_query), *others)
 
 
 @_memory_attention_backward.register_fake
