@@ -136,7 +136,8 @@ def stream(
     replay = Replay(step, decoder.device, capture)
     every = 1 if decoder.device.type == "cpu" else LOOK_EVERY
     for number in range(tokens):
-        draw.copy_(draws[:, number])
+        if sampling.draws_tokens:
+            draw.copy_(draws[:, number])
         if number == 0:
             choose()
         else:

@@ -77,6 +77,11 @@ class Sampling:
         if not 0 <= checks.integer("seed", self.seed) < 2**63:
             raise ValueError(f"seed must be in [0, 2**63), got {self.seed}")
 
+    @property
+    def draws_tokens(self) -> bool:
+        """Whether chance has a part; if not, the likeliest token is taken."""
+        return self.temperature > 0
+
     def draws(self, batch: int, tokens: int, device: torch.device) -> Tensor:
         """Uniform numbers in [0, 1), (B, tokens) float32; drawn on the host, so that every device gets the same."""
         rows = (torch.Generator("cpu").manual_seed((self.seed + row) % 2**63) for row in range(batch))
@@ -86,17 +91,21 @@ class Sampling:
 
     def choose(self, logits: Tensor, draw: Tensor) -> Tensor:
         """Token ids (B,) int64 of logits (B, V) and uniform numbers draw (B,); NO_TOKEN where logits name none."""
-        if self.temperature <= 0:
-            likeliest = logits.argmax(dim=-1)  # a NaN, if there is one
-            chosen = logits.gather(1, likeliest[:, None])[:, 0]
-            return torch.where(chosen.abs() < torch.inf, likeliest, NO_TOKEN)
+        if not self.draws_tokens:
+            best, likeliest = logits.max(dim=-1)  # a NaN, if there is one
+            return torch.where(best.abs() < torch.inf, likeliest, NO_TOKEN)
         best, ids = logits.float().topk(min(self.top_k or logits.shape[-1], logits.shape[-1]), dim=-1)
-        probability = (best / max(self.temperature, COLDEST)).softmax(dim=-1)
+        if self.temperature != 1:
+            best = best / max(self.temperature, COLDEST)
+        probability = best.softmax(dim=-1)
         before = probability.cumsum(dim=-1) - probability  # of all that are likelier
-        kept = before < (1.0 if self.top_p is None else self.top_p)
-        total = (probability * kept).sum(dim=-1)
-        place = (kept & (before <= (draw * total)[:, None])).sum(dim=-1) - 1  # the first one begins at 0
-        # no probability of such logits is a number, and nothing is kept
+        if self.top_p is None:
+            reached = before <= (draw * probability.sum(dim=-1))[:, None]
+        else:
+            kept = before < self.top_p
+            reached = kept & (before <= (draw * (probability * kept).sum(dim=-1))[:, None])
+        place = reached.sum(dim=-1) - 1  # the first one begins at 0
+        # no probability of such logits is a number, and nothing is reached
         return torch.where(place >= 0, ids.gather(1, place.clamp(min=0)[:, None])[:, 0], NO_TOKEN)
 
 

@@ -97,7 +97,7 @@ def test_two_gpus_find_what_one_memory_finds(two: Processes, kv_heads: int) -> N
 
 def find_hard(rank: int, kind: str) -> None:
     """Scores and entries, bit for bit, of keys that stand at other places on two ranks, equal ones among them."""
-    arguments: dict[str, Any] = {"dtype": torch.float16, "spare": 1024, "backend": "native"}
+    arguments: dict[str, Any] = {"dtype": torch.float16, "spare": 1024}
     sharded = KNNMemory(WIDTH, 12_000, process_group=dist.group.WORLD, **arguments)
     whole = KNNMemory(WIDTH, 12_000, **arguments)
     keys = hard_keys(kind, 16 * 2 * 1001, WIDTH, torch.float16)
