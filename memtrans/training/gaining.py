@@ -2,7 +2,9 @@
 
 Such a layer takes products of queries and keys, as a plain one does, scaled by a learned factor of its own that starts
 at theirs. It has a bias on its way out and a table of positions, and starts with the plain layer's. So the model is the
-one it was for as long as nothing is remembered.
+one it was for as long as nothing is remembered. What is retrieved lies farther back than all local keys: the learned
+offset of each head starts at the settings' one on top of its bias for the farthest keys, so that a head which looks one
+token back is not shown the whole document.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from memtrans.training.settings import Settings
 GAINING = {"similarity": "product", "memory_heads": None}  # what else the settings of such a run say
 OF_MEMORY = ("memory_layers", "memory_late", "neighbours", "memory_offset", "combine")  # meant nothing until now
 PLAIN, WITH_MEMORY = "rel_pos_bias.", "knn_rel_pos_bias."  # the tables of positions of both kinds of layers
-OWN = (".scale", ".memory_offset", ".memory_gate")  # what a plain layer does not have
+OFFSET = ".memory_offset"
+OWN = (".scale", OFFSET, ".memory_gate")  # what a plain layer does not have
 
 
 def gains_memory(saved: Mapping[str, Any], settings: Settings) -> bool:
@@ -26,13 +29,16 @@ def gains_memory(saved: Mapping[str, Any], settings: Settings) -> bool:
     return settings.memory > 0 and saved["memory"] == 0
 
 
-def with_memory(checkpoint: Checkpoint, fresh: Mapping[str, Tensor]) -> Checkpoint:
+def with_memory(checkpoint: Checkpoint, fresh: Mapping[str, Tensor], scale: float) -> Checkpoint:
     """A checkpoint of a model without a memory as one of the model with it.
 
-    fresh: the weights by name of a new model with the memory.
+    fresh: the weights by name of a new model with the memory. scale: of its plain layers' biases by distance.
     """
+    trained = checkpoint.parts["model"]
+    far = trained[f"{PLAIN}relative_attention_bias.weight"][-1] * scale  # (H,)
     weights = {name: tensor for name, tensor in fresh.items() if name.endswith(OWN)}
-    weights.update(_with_table(checkpoint.parts.get("model", {})))
+    weights.update({name: own + far.to(own) for name, own in weights.items() if name.endswith(OFFSET)})
+    weights.update(_with_table(trained))
     parts = {**checkpoint.parts, "model": weights, "optimizer": _with_table(checkpoint.parts.get("optimizer", {}))}
     return Checkpoint(parts, checkpoint.values)
 
