@@ -168,7 +168,7 @@ def search_kernels(target: str, case: Search) -> list[Kernel]:
     """Those of one search, for one target."""
     from memtrans_kernels.impl.triton import knn_search
 
-    with _said_to_be(target, "knn_search"), compiled_instead(TARGETS[target], target) as kernels:
+    with said_to_be(target, "knn_search"), compiled_instead(TARGETS[target], target) as kernels:
         knn_search.knn_search(*_search_arguments(case), case.capacity, case.neighbours)
     return kernels
 
@@ -184,7 +184,7 @@ def other_kernels(target: str) -> list[Kernel]:
     """Cosine, ring write, merge, attention and its gradients, in bfloat16, D 64 and 128, K 32."""
     kernels = []
     for width in (64, 128):
-        with _said_to_be(target, "attention_tiles"), compiled_instead(TARGETS[target], target) as made:
+        with said_to_be(target, "attention_tiles"), compiled_instead(TARGETS[target], target) as made:
             for job in _other_jobs(width):
                 job()
         kernels += made
@@ -192,7 +192,7 @@ def other_kernels(target: str) -> list[Kernel]:
 
 
 @contextmanager
-def _said_to_be(target: str, module: str) -> Iterator[None]:
+def said_to_be(target: str, module: str) -> Iterator[None]:
     """Has a module of kernels take every device for that target."""
     from memtrans_kernels.impl.triton.targets import Target
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
+import torch
+from helpers.cases import SHAPES, random_attention
+from helpers.devices import seeded
 from helpers.scripts import benchmark_script
 
 pytest.importorskip("triton")
@@ -72,3 +77,24 @@ def test_other_instructions_for_the_same_products_are_seen() -> None:
     small = PORTABILITY.Kernel("knn_score_kernel", 0, 1, 0, 0, ("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32",))
     with pytest.raises(AssertionError, match="tcgen05"):
         assert_products_agree([large, small])
+
+
+def test_no_addition_between_lanes_takes_a_product_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """a·b + c·d rounds the product that another lane sent, not its own: two lanes would have two sums, and both write
+    theirs to one place. racecheck saw it where rows are as wide as a warp."""
+    from memtrans_kernels.attention_inputs import AttentionInputs
+    from memtrans_kernels.impl.triton.memory_attention_backward import memory_attention_backward
+
+    texts: dict[str, str] = {}
+    monkeypatch.setattr(PORTABILITY, "_kernel", lambda name, compiled, _: texts.update({name: compiled.asm["ptx"]}))
+    inputs = random_attention(SHAPES["tiles that line up, far ones too"], torch.bfloat16, seeded(0))
+    query, lse = inputs["query"], torch.empty(inputs["query"].shape[:3])
+    with (
+        PORTABILITY.said_to_be("sm_90", "attention_tiles"),
+        PORTABILITY.compiled_instead(PORTABILITY.TARGETS["sm_90"], "sm_90"),
+    ):
+        memory_attention_backward(AttentionInputs(**inputs), query, lse, query, lse)
+    text = texts["query_gradient_kernel"]
+    sent = set(re.findall(r"shfl\.sync\.bfly\.b32\s+(%\w+)", text))
+    added = re.findall(r"fma\.rn\.f32\s+%\w+, %\w+, %\w+, (%\w+);", text)
+    assert sent and added and not sent.intersection(added)

@@ -141,7 +141,9 @@ def query_gradient_kernel(
         out + b * out_strides[0] + h * out_strides[1], n, length, out_strides[2], VALUE_WIDTH, BLOCK_VALUES
     )  # fmt: skip
     lse_at = b * lse_strides[0] + h * lse_strides[1] + n.to(tl.int64) * lse_strides[2]
-    of_query = tl.sum(grad.to(tl.float32) * result.to(tl.float32), axis=1)
+    # Products that no addition fuses with: else lanes that add the same two products round them in two ways, and all of
+    # them write the sum.
+    of_query = tl.sum(tl.fma(grad.to(tl.float32), result.to(tl.float32), 0.0), axis=1)
     of_query -= tl.load(grad_lse + lse_at, mask=inside, other=0.0)
     tl.store(delta + at, of_query, mask=inside)
     denominator = load_denominator(lse, at, inside)
