@@ -64,6 +64,13 @@ def settings_of(case: str, compiled: bool) -> Settings:
     return small(made)
 
 
+def of_text(case: str) -> tuple[Settings, TrainingData]:
+    """Of a case of OF_TEXT."""
+    memory, source = OF_TEXT[case]
+    settings = small(dataclasses.replace(CODE, memory=SIZES[memory], compile=DEVICE == "cuda"))
+    return settings, training_data(source, settings.batch)
+
+
 def small(made: Settings) -> Settings:
     """The same, or at toy size a model of its kind that a CPU trains at once."""
     if TOY:
@@ -147,9 +154,7 @@ def test_train_on_a_text(benchmark: Any, case: str, monkeypatch: pytest.MonkeyPa
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     torch.compiler.reset()
-    memory, source = OF_TEXT[case]
-    settings = small(dataclasses.replace(CODE, memory=SIZES[memory], compile=DEVICE == "cuda"))
-    data = training_data(source, settings.batch)
+    settings, data = of_text(case)
     trainer = Trainer(settings, data, pick_device(DEVICE, ALONE))
     time_steps(benchmark, trainer, LEARNT, impl="memtrans", case=case, data_sha256=data.fingerprint)
     assert all((memory.lengths == settings.memory).all() for memory in trainer.reader.memories)

@@ -50,6 +50,16 @@ def test_a_benchmark_runs_and_writes_its_entries(module: str, runs: dict[str, Fu
     assert {entry["impl"] for entry in entries} >= {"memtrans"}
 
 
+def test_a_profile_of_a_step_names_what_took_longest_first() -> None:
+    environment = {**os.environ, "MEMTRANS_BENCH_TOY": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(BENCHMARKS / "step_profile.py"), "code-off-c", "--eager", "--most", "5"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    first, *lines = done.stdout.splitlines()
+    assert first.startswith("code-off-c: ") and len(lines) == 5
+    times = [float(line.split()[0]) for line in lines]
+    assert times == sorted(times, reverse=True) and times[0] > 0
+
+
 def test_memory_gain_trains_each_size_and_draws_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     environment = {**os.environ, "MEMTRANS_BENCH_RESULTS": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
     script = [sys.executable, str(BENCHMARKS / "memory_gain.py"), "--data", written_text(tmp_path)]
