@@ -142,6 +142,20 @@ def biases_of_tile(table, ahead, m, i, TABLE: tl.constexpr):
 
 
 @triton.jit
+def bias_by_distance(dot, table, far_bias, ahead, m, i, distances, near, TABLE: tl.constexpr):
+    """Of a tile of the shape of `dot`, in units of ln 2; 0 without a table."""
+    if table is None:
+        return 0.0
+    elif TABLE == AS_IT_IS:
+        return tl.load(table + tl.minimum(tl.maximum(ahead + m - i, 0), distances - 1)).to(tl.float32) * LOG2E
+    else:
+        bias = tl.zeros(dot.shape, tl.float32) + far_bias
+        if near:
+            bias = biases_of_tile(table, ahead, m, i, TABLE)
+        return bias
+
+
+@triton.jit
 def with_bias(dot, scale, bias, CAP: tl.constexpr):
     """cap(scale · dot) + bias"""
     if CAP > 0.0:
@@ -164,15 +178,7 @@ def local_logits(
     length, local_keys, distances = sizes
     ahead = first_query + (local_keys - length) - first_key
     j = first_key + i
-    bias = 0.0
-    if table is None:
-        pass
-    elif TABLE == AS_IT_IS:
-        bias = tl.load(table + tl.minimum(tl.maximum(ahead + m - i, 0), distances - 1)).to(tl.float32) * LOG2E
-    else:
-        bias = tl.zeros(dot.shape, tl.float32) + far_bias
-        if near:
-            bias = biases_of_tile(table, ahead, m, i, TABLE)
+    bias = bias_by_distance(dot, table, far_bias, ahead, m, i, distances, near, TABLE)
     logits = with_bias(dot, scale, bias, CAP)
     if dense is not None:
         n = first_query + m
