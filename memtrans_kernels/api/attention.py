@@ -76,8 +76,8 @@ def memory_attention(
     Returns:
         out (B, H, N, E) in the query's dtype, and lse (B, H, N) float32 (float64 for a float64 query), the logarithm of
         the softmax's denominator. On a GPU, and where a graph is compiled, out lies as (B, N, H, E), so that
-        `out.transpose(1, 2).flatten(2)`, what a layer does next, copies nothing. Both differentiable in query (through the retrieved logits too), key, value, scale,
-        bias, offset and sink.
+        `out.transpose(1, 2).flatten(2)`, what a layer does next, copies nothing. Both differentiable in query (through
+        the retrieved logits too), key, value, scale, bias, offset and sink.
 
     Raises:
         ValueError: a shape, device or number that does not fit.
