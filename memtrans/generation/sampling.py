@@ -98,9 +98,10 @@ class Sampling:
         if self.temperature != 1:
             best = best / max(self.temperature, COLDEST)
         probability = best.softmax(dim=-1)
-        before = probability.cumsum(dim=-1) - probability  # of all that are likelier
-        if self.top_p is None:
-            reached = before <= (draw * probability.sum(dim=-1))[:, None]
+        summed = probability.cumsum(dim=-1)
+        before = summed - probability  # of all that are likelier
+        if self.top_p is None or self.top_p == 1:
+            reached = before <= (draw * summed[:, -1])[:, None]  # no token of probability 0: all comes before it
         else:
             kept = before < self.top_p
             reached = kept & (before <= (draw * (probability * kept).sum(dim=-1))[:, None])

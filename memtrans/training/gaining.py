@@ -3,8 +3,8 @@
 Such a layer takes products of queries and keys, as a plain one does, scaled by a learned factor of its own that starts
 at theirs. It has a bias on its way out and a table of positions, and starts with the plain layer's. So the model is the
 one it was for as long as nothing is remembered. What is retrieved lies farther back than all local keys: the learned
-offset of each head starts at the settings' one on top of its bias for the farthest keys, so that a head which looks one
-token back is not shown the whole document.
+offset of each head starts at the settings' one on top of its bias for the farthest of these, so that a head which looks
+one token back is not shown the whole document.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from memtrans.distributed.dtensors import gathered
 from memtrans.training.checkpoint import Checkpoint
 from memtrans.training.settings import Settings
+from memtrans.transformer import MemorizingTransformer
 
 GAINING = {"similarity": "product", "memory_heads": None}  # what else the settings of such a run say
 OF_MEMORY = ("memory_layers", "memory_late", "neighbours", "memory_offset", "combine")  # meant nothing until now
@@ -29,15 +32,18 @@ def gains_memory(saved: Mapping[str, Any], settings: Settings) -> bool:
     return settings.memory > 0 and saved["memory"] == 0
 
 
-def with_memory(checkpoint: Checkpoint, fresh: Mapping[str, Tensor], scale: float) -> Checkpoint:
+def with_memory(checkpoint: Checkpoint, model: MemorizingTransformer, farthest: int) -> Checkpoint:
     """A checkpoint of a model without a memory as one of the model with it.
 
-    fresh: the weights by name of a new model with the memory. scale: of its plain layers' biases by distance.
+    Args:
+        model: a new one with the memory; of several ranks all ask.
+        farthest: how far before its query a local key stands at most; there is no learned bias beyond.
     """
-    trained = checkpoint.parts["model"]
-    far = trained[f"{PLAIN}relative_attention_bias.weight"][-1] * scale  # (H,)
-    weights = {name: tensor for name, tensor in fresh.items() if name.endswith(OWN)}
-    weights.update({name: own + far.to(own) for name, own in weights.items() if name.endswith(OFFSET)})
+    trained, position = checkpoint.parts["model"], model.rel_pos_bias
+    bucket = int(position.bucket(torch.tensor(farthest, device="cpu")))
+    far = trained[f"{PLAIN}relative_attention_bias.weight"][bucket] * position.scale  # (H,)
+    own = {name: gathered(tensor.detach()) for name, tensor in model.named_parameters() if name.endswith(OWN)}
+    weights = {name: tensor + far.to(tensor) if name.endswith(OFFSET) else tensor for name, tensor in own.items()}
     weights.update(_with_table(trained))
     parts = {**checkpoint.parts, "model": weights, "optimizer": _with_table(checkpoint.parts.get("optimizer", {}))}
     return Checkpoint(parts, checkpoint.values)

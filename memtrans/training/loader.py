@@ -125,7 +125,7 @@ class StepLoader:
         """The inputs on the device, once the event has come."""
         assert self._copies is not None
         used, last = self._pinned
-        if used is None:
+        if used is None or used.tensors[0].shape != inputs.tokens.shape:
             tensors = [tensor.pin_memory() for tensor in inputs.tensors()]
         else:
             tensors = used.tensors

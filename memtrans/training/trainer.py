@@ -263,7 +263,7 @@ class Trainer:
         gains = gains_memory(values["settings"], self.settings)
         with self.ranks.listening():
             if gains:
-                checkpoint = with_memory(checkpoint, weights_of(self.model), self.model.rel_pos_bias.scale)
+                checkpoint = with_memory(checkpoint, self.model, self.settings.segment - 1 + self.settings.xl)
             load_weights(self.model, checkpoint)
             load_moments(self.model, self.optimizer, checkpoint.parts["optimizer"])
         self._fit_memories(checks.integer("step", values["step"], low=0))

@@ -23,6 +23,7 @@ from memtrans.distributed.ranks import ALONE, Ranks, joined
 from memtrans.training.checkpoint import load_checkpoint, save_checkpoint
 from memtrans.training.data import open_data
 from memtrans.training.evaluate import evaluate_both
+from memtrans.training.gaining import GAINING
 from memtrans.training.settings import Settings
 from memtrans.training.trainer import Trainer, check_shares
 
@@ -159,6 +160,17 @@ def test_a_run_goes_on_with_another_number_of_ranks(two: Processes, text: str, t
     assert_same_run([trained_alone(settings, directory)], through)  # the losses before the stop were saved with it
     trained_alone(settings, directory, 9)
     assert_same_run(two.run(trained_by_rank, settings, directory), through)
+
+
+@pytest.mark.parametrize("variant", FAST)
+def test_two_ranks_give_a_memory_to_a_run_that_had_none(
+    two: Processes, text: str, tmp_path: Path, variant: str
+) -> None:
+    plain = dataclasses.replace(VARIANTS[variant], data=text, memory=0, memory_offset=-2.0, steps=12)
+    directory = str(tmp_path / "checkpoint")
+    trained_alone(plain, directory, 9)
+    settings = dataclasses.replace(plain, memory=64, **GAINING)
+    assert_same_run(two.run(trained_by_rank, settings, directory), trained_alone(settings, directory))
 
 
 @pytest.mark.slow

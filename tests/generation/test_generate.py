@@ -208,6 +208,15 @@ def test_the_largest_draw_takes_a_token_that_is_allowed():
         assert (rank < (sampling.top_k or 300)).all()
 
 
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_p=1.0), Sampling(top_k=4900)])
+def test_no_draw_takes_a_banned_token(sampling):
+    logits = torch.randn(40, 5000, generator=seeded(1))
+    logits[:, ::3] = -torch.inf
+    for steps in range(1, 6):  # below 1
+        token = sampling.choose(logits, torch.full((40,), 1 - steps * 2**-24))
+        assert logits.gather(1, token[:, None]).isfinite().all()
+
+
 def test_draws_of_a_row_are_those_of_a_single_row_with_its_own_seed():
     draws = Sampling(seed=4).draws(3, 50, torch.device(DEVICE))
     for row in range(3):
