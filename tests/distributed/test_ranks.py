@@ -170,7 +170,10 @@ def test_two_ranks_give_a_memory_to_a_run_that_had_none(
     directory = str(tmp_path / "checkpoint")
     trained_alone(plain, directory, 9)
     settings = dataclasses.replace(plain, memory=64, **GAINING)
-    assert_same_run(two.run(trained_by_rank, settings, directory), trained_alone(settings, directory))
+    alone = trained_alone(settings, directory)
+    for result in two.run(trained_by_rank, settings, directory):
+        assert_close(result["losses"], alone["losses"], SAME_SUMS, "losses and norms")
+        assert result["tokens"] == alone["tokens"]
 
 
 @pytest.mark.slow
