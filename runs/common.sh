@@ -6,6 +6,7 @@
 #
 #   PIECE     seconds of a piece of a run (480)      MACHINE   name of the machine, for results (h100)
 #   PYTHON    the interpreter (python)               TEXTS     where texts and stores are kept (runs/texts)
+#   DEVICES   GPUs that runs are spread over, as "0 1" (one run after the other, wherever PyTorch puts it)
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -14,7 +15,9 @@ PYTHON=${PYTHON:-python}
 MACHINE=${MACHINE:-h100}
 TEXTS=${TEXTS:-runs/texts}
 RESULTS=benchmarks/results/$MACHINE/text
+DEVICES=${DEVICES:-}
 left=0
+declare -A running=() # the process that a device is busy with
 mkdir -p "$TEXTS" "$RESULTS"
 
 # package NAME: downloads a Debian package, and prints its file.
@@ -68,14 +71,69 @@ piece() {
     return "$status"
 }
 
+# spread FUNCTION ARG...: calls it, on the next of the DEVICES that is free if there are any.
+spread() {
+    local device
+    if [ -z "$DEVICES" ]; then
+        "$@"
+        return
+    fi
+    while true; do
+        for device in $DEVICES; do
+            if [ -z "${running[$device]:-}" ]; then
+                start "$device" "$@"
+                return
+            elif ! kill -0 "${running[$device]}" 2> /dev/null; then
+                await "$device"
+            fi
+        done
+        sleep 0.2
+    done
+}
+
+# start DEVICE FUNCTION ARG...: in a group of processes of its own, which ends with this one.
+start() {
+    set -m
+    (
+        export CUDA_VISIBLE_DEVICES=$1
+        shift
+        "$@"
+        [ "$left" = 0 ] || exit 124
+    ) &
+    set +m
+    running[$1]=$!
+    trap stop_all EXIT
+}
+
+# await DEVICE: until it is free; counts what has not ended, and ends where a run failed.
+await() {
+    local status=0
+    wait "${running[$1]}" || status=$?
+    unset "running[$1]"
+    case $status in
+        0) ;;
+        124) left=$((left + 1)) ;;
+        *) exit "$status" ;;
+    esac
+}
+
+stop_all() {
+    local process
+    for process in "${running[@]}"; do kill -TERM -- "-$process" 2> /dev/null || true; done
+}
+
 # figure NAME OPTION...: a run to its end, and its evaluation on 4 MB of held-out text.
-figure() {
+figure() { spread figure_here "$@"; }
+
+figure_here() {
     if [ -f "$RESULTS/$1.json" ]; then return; fi
     if piece "$@"; then evaluated "$@"; else left=$((left + 1)); fi
 }
 
 # timed_figure SECONDS NAME OPTION...: the same for a run of so many steps as SECONDS hold, by what 400 steps take.
-timed_figure() {
+timed_figure() { spread timed_figure_here "$@"; }
+
+timed_figure_here() {
     local seconds=$1 name=$2 steps=runs/$2.steps
     shift 2
     if [ -f "$RESULTS/$name.json" ]; then return; fi
@@ -87,7 +145,7 @@ timed_figure() {
         pace "$name-pace" --seconds "$seconds" > "$steps.part"
         mv "$steps.part" "$steps"
     fi
-    figure "$name" "$@" --steps "$(cat "$steps")"
+    figure_here "$name" "$@" --steps "$(cat "$steps")"
 }
 
 # pace NAME [--seconds SECONDS]: the seconds that a run's steps took, or how many steps so many seconds hold.
@@ -108,5 +166,7 @@ evaluated() {
 }
 
 ended() {
+    local device
+    for device in "${!running[@]}"; do await "$device"; done
     if [ "$left" = 0 ]; then echo "all is done: $RESULTS"; else echo "$left runs have not ended: call this again"; fi
 }

@@ -4,10 +4,14 @@
 source "$(dirname "$0")/common.sh"
 tokens=$(store "$(c_sources)" c-sources-32000 32000)
 
-for row in 512-0-0 512-0-512 512-8192-512 512-65536-512; do
-    if [ -f "$RESULTS/paper-$row.json" ]; then continue; fi
-    options=(--preset "paper-$row" --data "$tokens" --eval-every 0)
-    piece "paper-$row" "${options[@]}" || true # its time is over
-    evaluated "paper-$row" "${options[@]}"
+row() {
+    local options=(--preset "paper-$1" --data "$tokens" --eval-every 0)
+    if [ -f "$RESULTS/paper-$1.json" ]; then return; fi
+    piece "paper-$1" "${options[@]}" || true # its time is over
+    evaluated "paper-$1" "${options[@]}"
+}
+
+for sizes in 512-0-0 512-0-512 512-8192-512 512-65536-512; do
+    spread row "$sizes"
 done
 ended

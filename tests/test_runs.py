@@ -25,7 +25,12 @@ c_sources() { echo texts; }
 prose() { echo texts; }
 store() { echo "$2"; }
 pace() { echo 700; }
-piece() { [ -n "${STOPS:-}" ] && return 124; echo "train --out $*" >&2; }
+piece() {
+    [ -z "${STOPS:-}" ] || return 124
+    [ -z "${FAILS:-}" ] || exit 3
+    [ -z "${SAYS:-}" ] || sleep 0.05
+    echo "${SAYS:+$CUDA_VISIBLE_DEVICES }train --out $*" >&2
+}
 evaluated() { echo '{}' > "$RESULTS/$1.json"; }
 """
 
@@ -60,6 +65,31 @@ def test_what_has_not_ended_is_told(script, tmp_path):
     stopped = called(ROOT / "runs" / script, tmp_path, STOPS="yes")
     assert "4 runs have not ended: call this again" in stopped.stdout
     assert not list((tmp_path / "benchmarks").rglob("*.json"))
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="a script of bash")
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_runs_are_spread_over_several_devices(script, tmp_path):
+    alone, spread = tmp_path / "alone", tmp_path / "spread"
+    alone.mkdir()
+    spread.mkdir()
+    expected = sorted(called(script, alone).stderr.splitlines())
+    done = called(script, spread, DEVICES="0 3", SAYS="yes")
+    used, commands = zip(*(line.split(" ", 1) for line in done.stderr.splitlines()), strict=True)
+    assert set(used) == {"0", "3"} and sorted(commands) == expected
+    assert "all is done" in done.stdout
+    assert [path.name for path in sorted(spread.rglob("*.json"))] == [
+        path.name for path in sorted(alone.rglob("*.json"))
+    ]
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="a script of bash")
+def test_several_devices_tell_what_has_not_ended_and_what_failed(tmp_path):
+    script = ROOT / "runs" / "late.sh"
+    assert "4 runs have not ended" in called(script, tmp_path, DEVICES="0 1", STOPS="yes").stdout
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        called(script, tmp_path, DEVICES="0 1", FAILS="yes")
+    assert failed.value.returncode == 3 and "all is done" not in failed.value.stdout
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="a script of bash")
@@ -151,5 +181,5 @@ def test_a_calibration_reads_nothing_that_is_held_out():
 
 def test_the_presets_of_the_paper_that_the_script_names_exist():
     text = (ROOT / "runs" / "paper.sh").read_text()
-    rows = re.search(r"for row in (.*); do", text)[1].split()
+    rows = re.search(r"for sizes in (.*?); do", text)[1].split()
     assert {f"paper-{row}" for row in rows} <= set(PRESETS)
