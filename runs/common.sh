@@ -91,18 +91,18 @@ spread() {
     done
 }
 
-# start DEVICE FUNCTION ARG...: in a group of processes of its own, which ends with this one.
+# start DEVICE FUNCTION ARG...: beside this process, and ends with it.
 start() {
-    set -m
     (
         export CUDA_VISIBLE_DEVICES=$1
         shift
         "$@"
         [ "$left" = 0 ] || exit 124
     ) &
-    set +m
     running[$1]=$!
     trap stop_all EXIT
+    trap 'exit 130' INT
+    trap 'exit 143' TERM
 }
 
 # await DEVICE: until it is free; counts what has not ended, and ends where a run failed.
@@ -119,7 +119,7 @@ await() {
 
 stop_all() {
     local process
-    for process in "${running[@]}"; do kill -TERM -- "-$process" 2> /dev/null || true; done
+    for process in "${running[@]}"; do pkill -TERM -P "$process" || true; done # what trains writes a checkpoint
 }
 
 # figure NAME OPTION...: a run to its end, and its evaluation on 4 MB of held-out text.

@@ -8,6 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -90,6 +92,29 @@ def test_several_devices_tell_what_has_not_ended_and_what_failed(tmp_path):
     with pytest.raises(subprocess.CalledProcessError) as failed:
         called(script, tmp_path, DEVICES="0 1", FAILS="yes")
     assert failed.value.returncode == 3 and "all is done" not in failed.value.stdout
+
+
+@pytest.mark.skipif(shutil.which("pkill") is None or not Path("/proc").exists(), reason="pkill stops them")
+@pytest.mark.parametrize("signal", ["TERM", "INT"])
+def test_what_several_devices_train_ends_with_the_script(tmp_path, signal):
+    (tmp_path / "runs").mkdir()
+    shutil.copy(ROOT / "runs" / "late.sh", tmp_path / "runs")
+    waits = 'piece() { timeout 60 bash -c "echo \\$\\$ > $1.pid; exec sleep 50"; }\n'
+    (tmp_path / "runs" / "common.sh").write_text((ROOT / "runs" / "common.sh").read_text() + STAND_IN + waits)
+    environment = {**os.environ, "DEVICES": "0 1", "MACHINE": "none"}
+    script = subprocess.Popen(["bash", "runs/late.sh"], cwd=tmp_path, env=environment, start_new_session=True)
+    eventually(lambda: len([file for file in tmp_path.glob("*.pid") if file.read_text()]) == 2)
+    processes = [int(file.read_text()) for file in tmp_path.glob("*.pid")]
+    subprocess.run(["kill", f"-{signal}", str(script.pid)], check=True)
+    assert script.wait(timeout=20) == {"TERM": 143, "INT": 130}[signal]
+    eventually(lambda: not any(Path(f"/proc/{process}").exists() for process in processes))
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="a script of bash")
