@@ -50,6 +50,7 @@ def test_a_benchmark_runs_and_writes_its_entries(module: str, runs: dict[str, Fu
     assert {entry["impl"] for entry in entries} >= {"memtrans"}
 
 
+@pytest.mark.slow
 def test_a_profile_of_a_step_names_what_took_longest_first() -> None:
     environment = {**os.environ, "MEMTRANS_BENCH_TOY": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(BENCHMARKS / "step_profile.py"), "code-off-c", "--eager", "--most", "5"]

@@ -162,7 +162,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(two: Processes, text: str, t
     assert_same_run(two.run(trained_by_rank, settings, directory), through)
 
 
-@pytest.mark.parametrize("variant", FAST)
+@pytest.mark.parametrize("variant", [pytest.param("plain", marks=pytest.mark.slow), "fsdp"])
 def test_two_ranks_give_a_memory_to_a_run_that_had_none(
     two: Processes, text: str, tmp_path: Path, variant: str
 ) -> None:
