@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -95,18 +96,24 @@ def test_several_devices_tell_what_has_not_ended_and_what_failed(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("pkill") is None or not Path("/proc").exists(), reason="pkill stops them")
-@pytest.mark.parametrize("signal", ["TERM", "INT"])
-def test_what_several_devices_train_ends_with_the_script(tmp_path, signal):
+@pytest.mark.parametrize("name", ["TERM", "INT"])
+def test_what_several_devices_train_ends_with_the_script(tmp_path, name):
     (tmp_path / "runs").mkdir()
     shutil.copy(ROOT / "runs" / "late.sh", tmp_path / "runs")
     waits = 'piece() { timeout 60 bash -c "echo \\$\\$ > $1.pid; exec sleep 50"; }\n'
     (tmp_path / "runs" / "common.sh").write_text((ROOT / "runs" / "common.sh").read_text() + STAND_IN + waits)
     environment = {**os.environ, "DEVICES": "0 1", "MACHINE": "none"}
-    script = subprocess.Popen(["bash", "runs/late.sh"], cwd=tmp_path, env=environment, start_new_session=True)
+    script = subprocess.Popen(
+        ["bash", "runs/late.sh"],
+        cwd=tmp_path,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
+    )
     eventually(lambda: len([file for file in tmp_path.glob("*.pid") if file.read_text()]) == 2)
     processes = [int(file.read_text()) for file in tmp_path.glob("*.pid")]
-    subprocess.run(["kill", f"-{signal}", str(script.pid)], check=True)
-    assert script.wait(timeout=20) == {"TERM": 143, "INT": 130}[signal]
+    script.send_signal(getattr(signal, f"SIG{name}"))
+    assert script.wait(timeout=20) == {"TERM": 143, "INT": 130}[name]
     eventually(lambda: not any(Path(f"/proc/{process}").exists() for process in processes))
 
 
