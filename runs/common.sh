@@ -117,9 +117,10 @@ await() {
     esac
 }
 
+# Stops what start began, by pkill; what trains writes a checkpoint first.
 stop_all() {
     local process
-    for process in "${running[@]}"; do pkill -TERM -P "$process" || true; done # what trains writes a checkpoint
+    for process in "${running[@]}"; do pkill -TERM -P "$process" || true; done
 }
 
 # figure NAME OPTION...: a run to its end, and its evaluation on 4 MB of held-out text.
