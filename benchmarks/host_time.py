@@ -33,8 +33,8 @@ WITHOUT_KERNEL = {  # operators that make views or room, or only call others
     "view", "transpose", "permute", "unbind", "slice", "select", "expand", "unsqueeze", "squeeze", "t", "reshape",
     "as_strided", "detach", "alias", "_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "flatten",
     "new_empty_strided", "to", "result_type", "narrow", "split", "split_with_sizes", "contiguous", "expand_as",
-    "resolve_conj", "resolve_neg", "item", "_local_scalar_dense", "is_nonzero", "unflatten", "view_as", "chunk", "squeeze_", "set_",
-    "lift_fresh", "detach_", "numpy_T",
+    "resolve_conj", "resolve_neg", "item", "_local_scalar_dense", "is_nonzero", "unflatten", "view_as", "chunk",
+    "squeeze_", "set_", "lift_fresh", "detach_", "numpy_T",
 }  # fmt: skip
 
 
