@@ -325,13 +325,13 @@ class Decoder:
     def _bias_of_places(self) -> tuple[Tensor, Tensor]:
         """What one query of each row adds to its logits of the L local slots, (B, H, 1, L); -inf where nothing is."""
         distance = self.position[:, None] + self._behind  # of each slot (B, L); the query stands in slot X + position
-        seen = distance - self.cached[:, None] if self.model.legacy else distance
         oldest = self.cached
         if self._tells:  # slots count backwards from the segment's first token
             oldest = torch.where(self._begun < 0, oldest, -self._begun)
-        unseen = (distance < 0) | (self._behind > oldest[:, None])
+        if self.model.legacy:
+            distance = torch.where(distance < 0, distance, (distance - self.cached[:, None]).clamp(min=0))
         farthest = self._biases[0].shape[1] - 2
-        column = torch.where(unseen, 0, seen.clamp(0, farthest) + 1)
+        column = distance.masked_fill(self._behind > oldest[:, None], -1).clamp(-1, farthest) + 1
         biases = [bias[:, column].transpose(0, 1)[:, :, None] for bias in self._biases]  # (B, H, 1, L)
         return biases[0].to(self._caches[0].keys.dtype), biases[-1]
 

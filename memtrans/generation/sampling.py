@@ -93,21 +93,20 @@ class Sampling:
         """Token ids (B,) int64 of logits (B, V) and uniform numbers draw (B,); NO_TOKEN where logits name none."""
         if not self.draws_tokens:
             best, likeliest = logits.max(dim=-1)  # a NaN, if there is one
-            return torch.where(best.abs() < torch.inf, likeliest, NO_TOKEN)
+            return likeliest.masked_fill(best - best != 0, NO_TOKEN)  # NaN, of NaN and of infinity
         best, ids = logits.float().topk(min(self.top_k or logits.shape[-1], logits.shape[-1]), dim=-1)
         if self.temperature != 1:
             best = best / max(self.temperature, COLDEST)
-        probability = best.softmax(dim=-1)
+        probability = best.softmax(dim=-1)  # all NaN, where logits name no token: then nothing is beyond anything
         summed = probability.cumsum(dim=-1)
-        before = summed - probability  # of all that are likelier
+        before, total = summed - probability, summed[:, -1]  # before: of all that are likelier
         if self.top_p is None or self.top_p == 1:
-            reached = before <= (draw * summed[:, -1])[:, None]  # no token of probability 0: all comes before it
+            beyond = before > (draw * total)[:, None]  # so are tokens of probability 0: all comes before them
         else:
-            kept = before < self.top_p
-            reached = kept & (before <= (draw * (probability * kept).sum(dim=-1))[:, None])
-        place = reached.sum(dim=-1) - 1  # the first one begins at 0
-        # no probability of such logits is a number, and nothing is reached
-        return torch.where(place >= 0, ids.gather(1, place.clamp(min=0)[:, None])[:, 0], NO_TOKEN)
+            dropped = before >= self.top_p
+            beyond = dropped | (before > (draw * probability.masked_fill(dropped, 0).sum(dim=-1))[:, None])
+        place = ids.shape[-1] - 1 - beyond.sum(dim=-1)
+        return ids.gather(1, place[:, None])[:, 0].masked_fill(total.isnan(), NO_TOKEN)
 
 
 def _is_number(value: Any) -> bool:
