@@ -9,7 +9,8 @@ large matrix product or of a copy, whichever it is nearer to. A third word asks 
   outputs take · `rate`: TFLOP/s of `memtrans`, and its share of the device's peak · `tokens`: tokens a second of
   training · `against`: today's times beside another commit's (against.py)
 - `hard`: searches of keys that are not random, beside those of random ones; `triton`: these in Triton
-- `gain`: held-out bits per byte of memory_gain.py's runs · `start`, `run`: runs of the command line
+- `gain`: held-out bits per byte of memory_gain.py's runs · `start`, `run`: runs of the command line · `text`: those of
+  runs/*.sh whose names begin with the second word
 - `measured`, `held`, `scaled`: several GPUs (scaling.py)
 - `compiled`, `roofline`: what compilers say of GPUs that are not here, and what is calculated (portability.py)
 - `figures`: the README's five, each from a file of its own
@@ -227,6 +228,19 @@ def run_table(run: dict[str, Any]) -> str:
     return lines_of(["parameters", "steps", *BITS, "tokens a second", "seconds"], [row])
 
 
+def text_table(machine: str, script: str) -> str:
+    """The runs of a script of runs/, a row each: held-out bits per byte, with retrieval off, and far into documents."""
+    rows = []
+    for path in sorted((RESULTS / machine / "text").glob(f"{script}-*.json")):
+        run = json.loads(path.read_text())
+        result, far = run["result"], max(run["result"]["eval_by_position"], key=int)
+        bits = [result["eval_bits_per_byte"], result["eval_bits_per_byte_without_memory"]]
+        bits += [result["eval_by_position"][far]]
+        cells = [f"{number:.4f}" for number in bits]
+        rows.append([path.stem.removeprefix(f"{script}-"), f"{result['steps']:,}", f"{run['seconds']:.0f}", *cells])
+    return lines_of(["run", "steps", "seconds of steps", *BITS, f"from byte {int(far):,} on"], rows)
+
+
 def figures_table(machine: str) -> str:
     """The README's: what is measured, ours, and what stands beside it."""
     search, attention, train, generation = (
@@ -288,6 +302,7 @@ KINDS: dict[str | None, Callable[[str, str], str]] = {
     "gain": lambda machine, op: gain_table(results(machine, op)),
     "start": lambda machine, op: start_table(results(machine, op)),
     "run": lambda machine, op: run_table(results(machine, op)),
+    "text": text_table,
     "figures": lambda machine, op: figures_table(machine),
     "measured": lambda machine, op: scaling.measured_table(by_case(results(machine, op))),
     "held": lambda machine, op: scaling.memory_table(),

@@ -102,14 +102,14 @@ def test_a_replayed_run_has_the_curve_of_an_eager_one_with_other_optimisers(
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
 def test_a_replayed_run_goes_on_from_a_checkpoint(text: str, optimizer: str) -> None:
-    through, stopped, resumed = (trainer_of(text, optimizer=optimizer) for _ in range(3))
-    expected = losses(through, FIRST_STEPS)
+    # float32, as compiled gradients of embeddings are sums in any order, which bfloat16 would make another curve of
+    stopped, resumed = (trainer_of(text, optimizer=optimizer, dtype="float32") for _ in range(2))
     losses(stopped, FIRST_STEPS // 2)
     resumed.restore(Checkpoint(*stopped.state()))
-    actual = losses(resumed, FIRST_STEPS // 2)
+    expected, actual = losses(stopped, FIRST_STEPS // 2), losses(resumed, FIRST_STEPS // 2)
     assert len(actual) == len(expected) == FIRST_STEPS
     assert (actual - expected).abs().max() < SAME_CURVE
-    assert through.state()[1] == resumed.state()[1]
+    assert stopped.state()[1] == resumed.state()[1]
 
 
 def test_a_replayed_run_goes_on_when_its_memory_was_widened(text: str) -> None:
