@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.checks import SAME_GRAPH, assert_close
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from memtrans import KNNAttention, KNNMemory
@@ -203,6 +204,44 @@ def test_autocast_makes_another_dtype_fit():
     with torch.autocast("cpu", torch.bfloat16):
         out, _ = attention(torch.randn(1, 2, DIM, dtype=torch.bfloat16), knn_memory=memory)
     assert out.isfinite().all()
+
+
+def products(attention, x):
+    """The operators that a segment calls which are matrix products of its projections, and what it gives."""
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        found = attention.project(x)
+    return [event.name for event in seen.events() if event.name in ("aten::linear", "aten::cat")], found
+
+
+@pytest.mark.parametrize(("kv_heads", "value_width"), [(1, None), (2, None), (1, 4), (4, 12)])
+def test_an_eager_training_step_projects_by_one_product_and_gives_the_same(kv_heads, value_width):
+    attention = layer(kv_heads=kv_heads, value_dim_head=value_width)
+    x = torch.randn(2, 6, 16)
+    names, joint = products(attention, x)
+    assert names == ["aten::cat", "aten::linear"]
+    with torch.no_grad():
+        names, apart = products(attention, x)
+    assert names == ["aten::linear"] * 2  # by the token nothing is copied
+    for one, other in zip(joint, apart, strict=True):
+        assert_close(one, other, SAME_GRAPH)
+    weights, signs = [attention.to_q.weight, attention.to_kv.weight], [torch.randn(one.shape) for one in joint]
+    found = torch.autograd.grad(joint, weights, signs)
+    attention.to_q.register_forward_hook(lambda *_: None)  # whoever watches a layer sees it called
+    names, watched = products(attention, x)
+    assert names == ["aten::linear"] * 2
+    for one, other in zip(found, torch.autograd.grad(watched, weights, signs), strict=True):
+        assert_close(one, other, SAME_GRAPH)
+
+
+@pytest.mark.parametrize("name", ["to_q", "to_kv"])
+def test_a_projection_with_a_bias_of_its_own_keeps_it(name):
+    attention, x = layer(), torch.zeros(1, 3, 16)
+    old = getattr(attention, name)
+    setattr(attention, name, torch.nn.Linear(old.in_features, old.out_features))
+    with torch.no_grad():
+        expected = attention.project(x)
+    for one, other in zip(attention.project(x), expected, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_errors_name_the_argument():

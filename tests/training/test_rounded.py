@@ -87,6 +87,7 @@ def test_no_segment_rounds_a_weight_or_casts_its_gradient(trainer_of: Callable[.
     ours, autocast = trainer_of(), without(trainer_of())
     linear = [module for module in ours.model.modules() if isinstance(module, nn.Linear)]
     weights = sum(len(list(module.parameters())) for module in linear)
+    weights -= len(ours.model.layers)  # autocast casts both projections of an attention as one
     assert casts(autocast) - casts(ours) == 2 * weights * ROUNDS
 
 
