@@ -110,8 +110,9 @@ class Settings:
     dtype: Literal["float32", "bfloat16"] | None = _option(
         None, "what matrix products compute in (default: bfloat16 on a GPU, float32 elsewhere)"
     )
-    compile: bool | None = _option(
-        None, "compile the model, and replay each step as a CUDA graph on a GPU (default: on a GPU)"
+    compile: bool | None = _option(None, "compile the model (default: on a GPU)")
+    capture: bool | None = _option(
+        None, "replay each step as a CUDA graph (default: on a GPU, what is compiled); needs no compiler"
     )
     fsdp: bool = _option(False, "with several processes: spread weights and optimiser state over them (FSDP2)")
     skip_nonfinite: bool = _option(
@@ -137,8 +138,9 @@ class Settings:
             _check_kind(field.name, getattr(self, field.name))
             _check_limits(field.name, getattr(self, field.name), field.metadata)
         self._check_step()
-        if self.fsdp and self.compile:
-            raise ValueError("compile must be off with fsdp, whose parameters come and go, got True")
+        for name in ("compile", "capture"):
+            if self.fsdp and getattr(self, name):
+                raise ValueError(f"{name} must be off with fsdp, whose parameters come and go, got True")
         if self.fsdp and self.optimizer != "adamw":
             raise ValueError(f"optimizer must be adamw with fsdp, got {self.optimizer!r}")
         if self.memory_late and self.memory <= NEXT_TO_NONE:

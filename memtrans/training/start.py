@@ -20,7 +20,7 @@ from memtrans.training.state import check_settings
 from memtrans.training.trainer import Trainer, check_shares
 
 MAY_CHANGE = (
-    *("steps", "memory", "device", "compile", "fsdp", "skip_nonfinite"),
+    *("steps", "memory", "device", "compile", "capture", "fsdp", "skip_nonfinite"),
     *("eval_bytes", "eval_every", "checkpoint_every", "log_every", "log", "sample"),
 )
 

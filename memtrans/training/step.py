@@ -1,7 +1,7 @@
 """One optimiser step: forward, loss and backward of its segments, clipping, update; eager, compiled, or replayed.
 
-A step never asks the device for a value. On a GPU it is captured as one CUDA graph after a few eager steps: the model
-is launched by one call, whatever its depth.
+A step never asks the device for a value. So on a GPU it can be captured as one CUDA graph after a few steps, compiled
+or not: it is then launched by one call, whatever the depth of the model.
 
 Shapes: A backward passes a step, S segments a backward pass, B rows, N tokens of a segment.
 """
@@ -30,14 +30,14 @@ from memtrans.training.settings import Settings
 class Step:
     """All that the device does in a step, as a function of the step's inputs and learning rate.
 
-    What rows carry from step to step is the reader's. A compiled step on a GPU is captured: its inputs and its result
-    then stay where they are, so that the graph can be replayed.
+    What rows carry from step to step is the reader's. The inputs and the result of a captured step stay where they are,
+    so that the graph can be replayed.
 
     Args:
         reader: of the model. optimizer: from `make_optimizer`.
         settings: `compile` makes one graph of a segment's forward pass and loss and another of its backward, or of
-            several ranks several of each; `skip_nonfinite` leaves the model as it is where the loss or the gradient is
-            not finite.
+            several ranks several of each; `capture` makes one of all launches of a step; `skip_nonfinite` leaves the
+            model as it is where the loss or the gradient is not finite.
         ranks: each reads its own rows; loss and gradients are sums over all of them.
     """
 
@@ -57,14 +57,13 @@ class Step:
     def _read_with(self, reader: DocumentReader) -> None:
         self.reader = reader
         self._segment_loss = self._loss
-        compiled = compiles(self.settings, reader)
-        if compiled:
+        if compiles(self.settings, reader):
             compiled_whole = partial(torch.compile, fullgraph=True)
             self._segment_loss = (compiled_whole if self._alone else compiled_in_parts)(self._loss)
         # several ranks send gradients when they are complete
         rounds = self._alone and reader.dtype != torch.float32 and self.settings.segments == 1
         self._rounded = RoundedWeights(reader.model, reader.dtype) if rounds else None
-        self._graph = Replay(self._compute, reader.device, capture=compiled)
+        self._graph = Replay(self._compute, reader.device, capture=captures(self.settings, reader))
         self._inputs: StepInputs | None = None
         self._captured_with: list[MemorySnapshot] = []
 
@@ -163,3 +162,8 @@ def _emptied_unless(finite: Tensor, carried: Carried) -> Carried:
 def compiles(settings: Settings, reader: DocumentReader) -> bool:
     """Whether a run compiles its model: as the settings say, on a GPU by default."""
     return reader.on_gpu and not settings.fsdp if settings.compile is None else settings.compile
+
+
+def captures(settings: Settings, reader: DocumentReader) -> bool:
+    """Whether a run replays its steps: as the settings say, on a GPU what is compiled by default."""
+    return reader.on_gpu and (compiles(settings, reader) if settings.capture is None else settings.capture)

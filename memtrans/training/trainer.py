@@ -54,6 +54,8 @@ class Trainer:
     def __init__(self, settings: Settings, data: TrainingData, device: torch.device, ranks: Ranks = ALONE) -> None:
         self.settings, self.data, self.device, self.ranks = settings, data, device, ranks
         check_shares(settings, ranks)
+        if settings.capture and device.type != "cuda":
+            raise ValueError(f"capture must be off without a GPU, got True on {device} (--no-capture)")
         torch.manual_seed(settings.seed)
         self.model: MemorizingTransformer = build_model(settings).to(device)
         ranks.broadcast(parameter.detach() for parameter in self.model.parameters())

@@ -244,8 +244,9 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused() -> None:
 def test_fsdp_needs_several_processes_and_no_compiler() -> None:
     with pytest.raises(ValueError, match="fsdp must be off with one process"):
         check_shares(VARIANTS["fsdp"], ALONE)
-    with pytest.raises(ValueError, match="compile must be off with fsdp"):
-        dataclasses.replace(SMALL, fsdp=True, compile=True)
+    for name in ("compile", "capture"):
+        with pytest.raises(ValueError, match=f"{name} must be off with fsdp"):
+            dataclasses.replace(SMALL, fsdp=True, **{name: True})
     for other in ("adafactor", "muon"):
         with pytest.raises(ValueError, match=f"optimizer must be adamw with fsdp, got '{other}'"):
             dataclasses.replace(SMALL, fsdp=True, optimizer=other)

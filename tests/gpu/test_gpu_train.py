@@ -59,10 +59,11 @@ def losses(trainer: Trainer, steps: int = STEPS) -> torch.Tensor:
     return trainer.check()[:, 0]
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_replayed_run_has_the_curve_of_an_eager_one(text: str, dtype: str) -> None:
+def test_a_replayed_run_has_the_curve_of_an_eager_one(text: str, dtype: str, compiled: bool) -> None:
     plain = torch.stack([losses(trainer_of(text, compile=False, dtype=dtype, seed=seed)) for seed in range(3)])
-    trainer = trainer_of(text, dtype=dtype)
+    trainer = trainer_of(text, dtype=dtype, compile=compiled, capture=True)
     replayed = losses(trainer)
     assert trainer._step.captured
     assert_same_curve(replayed, plain)
@@ -98,6 +99,15 @@ def test_a_replayed_run_has_the_curve_of_an_eager_one_with_other_optimisers(
     replayed = losses(trainer_of(text, **options))
     assert_same_curve(replayed, plain)
     assert replayed[-1] < replayed[0] - 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_replayed_run_that_is_not_compiled_learns_the_same_bits(text: str, dtype: str) -> None:
+    ours, eager = (trainer_of(text, dtype=dtype, compile=False, capture=capture) for capture in (True, False))
+    assert torch.equal(losses(ours), losses(eager))
+    assert ours._step.captured and not eager._step.captured
+    for one, other in zip(ours.model.parameters(), eager.model.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])

@@ -70,6 +70,14 @@ def test_a_replayed_step_is_captured_anew_when_a_memory_was_widened_or_loaded(tr
     assert graph.released == 2
 
 
+def test_steps_are_not_captured_without_a_gpu(settings: Settings) -> None:
+    trainer = Trainer(settings, open_data(settings), torch.device("cpu"))
+    trainer.advance()
+    assert not trainer._step.captured
+    with pytest.raises(ValueError, match=r"capture must be off without a GPU, got True on cpu \(--no-capture\)"):
+        Trainer(dataclasses.replace(settings, capture=True), trainer.data, torch.device("cpu"))
+
+
 def test_storage_that_a_memory_left_goes_with_the_graph(trainer: Trainer) -> None:
     step, held = trainer._step, []
     trainer.advance()
