@@ -4,7 +4,7 @@
     python benchmarks/memory_gain.py --data c-sources.zip --bytes 300000000 --memory 0 32 8192 65536 --seeds 0 1
     python benchmarks/memory_gain.py --data c-sources.zip --set position_start=null --label random-start
     python benchmarks/memory_gain.py --data c-sources.zip --memory 0 --set learning_rate=5e-4 --label half-rate
-    python benchmarks/memory_gain.py --data c-sources.zip --memory 65536 --late 0
+    python benchmarks/memory_gain.py --data c-sources.zip --memory 65536 --late 0 --late-set final_rate=0
     python benchmarks/memory_gain.py --plot docs/images/memory_gain.png --machine h100 --label "" half-rate
 
 Each run writes an entry into results/<machine>/memory_gain.json when it ends: held-out bits per byte along the way,
@@ -62,16 +62,17 @@ def curve(trainer: Trainer, size: int) -> list[dict[str, float]]:
     return points
 
 
-def late(settings: Settings, first: int, share: float) -> Trainer:
+def late(settings: Settings, first: int, share: float, then: list[str]) -> Trainer:
     """A run that is about to read with all of its memory, for such a share of steps more than it has done.
 
-    first: entries that it has done with; 0 for a plain layer.
+    first: entries that it has done with; 0 for a plain layer. then: what other settings these steps have.
     """
     gains = GAINING if first == 0 else {}
     before = Trainer(dataclasses.replace(settings, memory=first), open_data(settings), torch.device(DEVICE))
     while before.step < settings.steps:
         before.advance()
     after = dataclasses.replace(settings, steps=round((1.0 + share) * settings.steps), **gains)
+    after = overridden(after, then)
     trainer = Trainer(after, before.data, torch.device(DEVICE))
     trainer.restore(Checkpoint(*before.state()))
     return trainer
@@ -82,7 +83,7 @@ def run(settings: Settings, options: argparse.Namespace) -> None:
     if options.late is None:
         trainer = Trainer(settings, open_data(settings), torch.device(DEVICE))
     else:
-        trainer = late(settings, options.late, options.late_share)
+        trainer = late(settings, options.late, options.late_share, options.late_set)
         settings = trainer.settings
     points = curve(trainer, options.eval_bytes)
     on, off = (evaluated(trainer, options.final_eval_bytes, retrieval) for retrieval in (True, False))
@@ -175,6 +176,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--late", type=int, help="entries to train with at first; 0 for a plain layer")
     parser.add_argument("--late-share", type=float, default=0.1, help="of steps more, with all of the memory (0.1)")
+    parser.add_argument("--late-set", nargs="*", default=[], metavar="NAME=VALUE", help="other settings of those steps")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--eval-bytes", type=int, default=1_000_000, help="held-out bytes at each place along the way")
     parser.add_argument("--final-eval-bytes", type=int, default=4_000_000, help="held-out bytes at the end, both ways")

@@ -83,6 +83,19 @@ def test_memory_gain_trains_each_size_and_draws_them(tmp_path: Path, monkeypatch
     assert f"{on['bits_per_byte']:.4f}" in rows[1] and f"{on['bits_per_byte_without_memory']:.4f}" in rows[1]
 
 
+def test_a_late_memory_may_have_settings_of_its_own(tmp_path: Path) -> None:
+    environment = {**os.environ, "MEMTRANS_BENCH_RESULTS": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    script = [sys.executable, str(BENCHMARKS / "memory_gain.py"), "--data", written_text(tmp_path)]
+    small = ["batch=2", "segment=32", "layers=2", "width=16", "heads=2", "head_width=8", "memory_layers=[1]", "xl=0"]
+    sizes = ["--bytes", "800", "--memory", "64", "--eval-bytes", "500", "--final-eval-bytes", "2000"]
+    then = ["--late", "0", "--late-share", "0.5", "--late-set", "memory_layers=[1,2]", "final_rate=0"]
+    subprocess.run([*script, *sizes, *then, "--set", *small], env=environment, cwd=BENCHMARKS.parent, check=True)
+    (entry,) = json.loads((tmp_path / "cpu" / "memory_gain.json").read_text())
+    settings = entry["settings"]
+    assert [settings[name] for name in ("memory_layers", "final_rate", "steps")] == [[1, 2], 0, 18]
+    assert entry["bits_per_byte"] != entry["bits_per_byte_without_memory"]
+
+
 @pytest.mark.parametrize(("name", "local"), [("cpu-d64-l512", 512), ("cpu-d64-l1024", 1024), ("cpu-d128-l512", 512)])
 def test_local_attention_counts_products_of_what_is_seen_alone(name: str, local: int) -> None:
     given = benchmark_script("bench_local_attention").problem(name)

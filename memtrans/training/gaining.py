@@ -22,6 +22,7 @@ from memtrans.transformer import MemorizingTransformer
 
 GAINING = {"similarity": "product", "memory_heads": None}  # what else the settings of such a run say
 OF_MEMORY = ("memory_layers", "memory_late", "neighbours", "memory_offset", "combine")  # meant nothing until now
+RATES = ("learning_rate", "final_rate")  # of the steps that are left, in which it is learned
 PLAIN, WITH_MEMORY = "rel_pos_bias.", "knn_rel_pos_bias."  # the tables of positions of both kinds of layers
 OFFSET = ".memory_offset"
 OWN = (".scale", OFFSET, ".memory_gate")  # what a plain layer does not have

@@ -14,7 +14,7 @@ from memtrans.training.data import TOKENIZER_PART, TrainingData, open_data, read
 from memtrans.training.device import pick_device
 from memtrans.training.directory import Lock, check_directory, checkpoint_of, lock, metrics_of
 from memtrans.training.events import check_events
-from memtrans.training.gaining import GAINING, OF_MEMORY
+from memtrans.training.gaining import GAINING, OF_MEMORY, RATES
 from memtrans.training.settings import Settings
 from memtrans.training.state import check_settings
 from memtrans.training.trainer import Trainer, check_shares
@@ -41,7 +41,7 @@ def resumed_settings(out: str | Path, given: Mapping[str, Any]) -> Settings:
     asked = given.get("memory", saved["memory"])
     gains = bool(asked) and not saved["memory"]
     for name, value in given.items():
-        may_change = name in MAY_CHANGE or (gains and name in OF_MEMORY)
+        may_change = name in MAY_CHANGE or (gains and name in (*OF_MEMORY, *RATES))
         if not may_change and value != saved[name]:
             raise ValueError(f"{name} must be {saved[name]!r}, as in the checkpoint to resume, got {value!r}")
     if gains:

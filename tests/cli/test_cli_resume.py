@@ -151,15 +151,17 @@ def test_a_run_without_a_memory_goes_on_with_one(tmp_path, text, capsys):
     resume = ["train", "--resume", "--out", str(out), "--plain"]
     assert main([*resume, "--steps", "6", "--memory", "256", "--neighbours", "3", "--width", "32"]) == 2
     assert "width must be 16, as in the checkpoint to resume, got 32" in capsys.readouterr().err
-    assert main([*resume, "--steps", "6", "--memory", "256", "--neighbours", "3"]) == 0
+    as_wanted = ["--memory", "256", "--neighbours", "3", "--memory-layers", "1", "2", "--final-rate", "0"]
+    assert main([*resume, "--steps", "6", *as_wanted]) == 0
     gained = load_checkpoint(out / "checkpoint")
-    assert gained.parts["memories"]["0.lengths"].tolist() == [64, 64]
+    assert [gained.parts["memories"][f"{layer}.lengths"].tolist() for layer in range(2)] == [[64, 64]] * 2
     settings = gained.values["settings"]
-    assert [settings[name] for name in ("memory", "neighbours", "similarity")] == [256, 3, "product"]
+    assert [settings[name] for name in ("memory", "neighbours", "similarity", "final_rate")] == [256, 3, "product", 0]
     assert plain.values["settings"]["memory"] == 0
     assert [line["step"] for line in without_times(out)] == [4, 6, 6]
     assert main([*resume, "--steps", "7"]) == 0
     assert main(["eval", "--out", str(out)]) == 0
+    assert main([*resume, "--steps", "8", "--final-rate", "0.1"]) == 2  # as of any other run
 
 
 def test_a_foreign_record_is_refused_before_anything_is_written(tmp_path, text, capsys):
