@@ -230,14 +230,16 @@ def run_table(run: dict[str, Any]) -> str:
 
 def text_table(machine: str, script: str) -> str:
     """The runs of a script of runs/, a row each: held-out bits per byte, with retrieval off, and far into documents."""
+    runs = {path.stem.removeprefix(f"{script}-"): json.loads(path.read_text())
+            for path in sorted((RESULTS / machine / "text").glob(f"{script}-*.json"))}  # fmt: skip
+    assert runs, f"no result of {script} in {machine}/text"
+    far = max(set.intersection(*(set(run["result"]["eval_by_position"]) for run in runs.values())), key=int)
     rows = []
-    for path in sorted((RESULTS / machine / "text").glob(f"{script}-*.json")):
-        run = json.loads(path.read_text())
-        result, far = run["result"], max(run["result"]["eval_by_position"], key=int)
+    for name, run in runs.items():
+        result = run["result"]
         bits = [result["eval_bits_per_byte"], result["eval_bits_per_byte_without_memory"]]
-        bits += [result["eval_by_position"][far]]
-        cells = [f"{number:.4f}" for number in bits]
-        rows.append([path.stem.removeprefix(f"{script}-"), f"{result['steps']:,}", f"{run['seconds']:.0f}", *cells])
+        bits.append(result["eval_by_position"][far])
+        rows.append([name, f"{result['steps']:,}", f"{run['seconds']:.0f}", *(f"{number:.4f}" for number in bits)])
     return lines_of(["run", "steps", "seconds of steps", *BITS, f"from byte {int(far):,} on"], rows)
 
 

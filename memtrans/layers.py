@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import is_parametrized
 
 
 def is_bare(module: nn.Module) -> bool:
     """Whether calling the module is its class's `forward` and nothing else: no hook, no parametrisation.
 
-    Accelerate replaces the instance's `forward`.
+    Accelerate replaces the instance's `forward`; hooks of all modules (`register_module_forward_hook`) count.
 
     >>> is_bare(nn.Linear(2, 2)), is_bare(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
     (True, False)
     """
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     hooked = any(getattr(module, name, None) for name in hooks)
+    hooked = hooked or _has_any_global_hook()
     return not hooked and "forward" not in module.__dict__ and not is_parametrized(module)
 
 

@@ -17,6 +17,7 @@ from memtrans_kernels import checks
 
 NO_TOKEN = -1  # in place of a token id, where logits are no numbers, infinite, or -inf for every token
 COLDEST = 1e-30  # a temperature below it gives what it gives, but divides finite logits to infinite ones
+LEAST = 1e-30  # a probability: smaller ones may be 0 in float32, and would drop the likeliest token too
 
 
 class NoTokenError(RuntimeError):
@@ -103,7 +104,7 @@ class Sampling:
         if self.top_p is None or self.top_p == 1:
             beyond = before > (draw * total)[:, None]  # so are tokens of probability 0: all comes before them
         else:
-            dropped = before >= self.top_p
+            dropped = before >= max(self.top_p, LEAST)
             beyond = dropped | (before > (draw * probability.masked_fill(dropped, 0).sum(dim=-1))[:, None])
         place = ids.shape[-1] - 1 - beyond.sum(dim=-1)
         return ids.gather(1, place[:, None])[:, 0].masked_fill(total.isnan(), NO_TOKEN)

@@ -162,6 +162,7 @@ def test_a_run_without_a_memory_goes_on_with_one(tmp_path, text, capsys):
     assert main([*resume, "--steps", "7"]) == 0
     assert main(["eval", "--out", str(out)]) == 0
     assert main([*resume, "--steps", "8", "--final-rate", "0.1"]) == 2  # as of any other run
+    assert main([*resume, "--steps", "8", "--no-capture"]) == 0
 
 
 def test_a_foreign_record_is_refused_before_anything_is_written(tmp_path, text, capsys):

@@ -188,6 +188,7 @@ LOGITS = [1.0, 3.0, 0.0, 2.0]
         (Sampling(top_p=0.7), [1, 3]),  # the likeliest has 0.64
         (Sampling(top_p=0.6), [1]),
         (Sampling(top_p=1e-9), [1]),
+        (Sampling(top_p=5e-324), [1]),
         (Sampling(temperature=2.0, top_p=0.7), [1, 3]),  # 0.45, 0.28
         (Sampling(top_k=1), [1]),
     ],
@@ -215,6 +216,12 @@ def test_no_draw_takes_a_banned_token(sampling):
     for steps in range(1, 6):  # below 1
         token = sampling.choose(logits, torch.full((40,), 1 - steps * 2**-24))
         assert logits.gather(1, token[:, None]).isfinite().all()
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_p=0.5), Sampling(top_p=1e-50), Sampling(top_k=1)])
+def test_the_smallest_draw_takes_the_likeliest_token(sampling):
+    logits = torch.randn(40, 5, generator=seeded(1))
+    assert torch.equal(sampling.choose(logits, torch.zeros(40)), logits.argmax(dim=1))
 
 
 def test_draws_of_a_row_are_those_of_a_single_row_with_its_own_seed():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.checks import SAME_GRAPH, assert_close
+from torch.nn.modules.module import register_module_forward_hook
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
@@ -213,8 +214,15 @@ def products(attention, x):
     return [event.name for event in seen.events() if event.name in ("aten::linear", "aten::cat")], found
 
 
+WATCHING = {  # whoever watches a layer sees it called
+    "a hook": lambda attention: attention.to_q.register_forward_hook(lambda *_: None),
+    "a hook of all modules": lambda attention: register_module_forward_hook(lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("watching", WATCHING.values(), ids=WATCHING)
 @pytest.mark.parametrize(("kv_heads", "value_width"), [(1, None), (2, None), (1, 4), (4, 12)])
-def test_an_eager_training_step_projects_by_one_product_and_gives_the_same(kv_heads, value_width):
+def test_an_eager_training_step_projects_by_one_product_and_gives_the_same(kv_heads, value_width, watching):
     attention = layer(kv_heads=kv_heads, value_dim_head=value_width)
     x = torch.randn(2, 6, 16)
     names, joint = products(attention, x)
@@ -226,11 +234,18 @@ def test_an_eager_training_step_projects_by_one_product_and_gives_the_same(kv_he
         assert_close(one, other, SAME_GRAPH)
     weights, signs = [attention.to_q.weight, attention.to_kv.weight], [torch.randn(one.shape) for one in joint]
     found = torch.autograd.grad(joint, weights, signs)
-    attention.to_q.register_forward_hook(lambda *_: None)  # whoever watches a layer sees it called
-    names, watched = products(attention, x)
+    with watching(attention):
+        names, watched = products(attention, x)
     assert names == ["aten::linear"] * 2
     for one, other in zip(found, torch.autograd.grad(watched, weights, signs), strict=True):
         assert_close(one, other, SAME_GRAPH)
+
+
+def test_projections_of_different_dtypes_stay_apart():
+    attention, x = layer(), torch.randn(1, 3, 16)
+    attention.to_kv.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "aten::cat" not in products(attention, x)[0]
 
 
 @pytest.mark.parametrize("name", ["to_q", "to_kv"])

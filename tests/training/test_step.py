@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from helpers.checks import SAME_SUMS, assert_close, error_of
 from memtrans import cross_entropy
 from memtrans.training.data import open_data
 from memtrans.training.settings import Settings
+from memtrans.training.step import captures
 from memtrans.training.trainer import Trainer
 
 SEGMENT = 8
@@ -70,10 +72,20 @@ def test_a_replayed_step_is_captured_anew_when_a_memory_was_widened_or_loaded(tr
     assert graph.released == 2
 
 
-def test_steps_are_not_captured_without_a_gpu(settings: Settings) -> None:
+@pytest.mark.parametrize("on_gpu", [True, False])
+@pytest.mark.parametrize(("compiled", "capture", "captured"), [
+    (None, None, True), (True, None, True), (False, None, False), (None, False, False), (True, False, False),
+    (False, True, True),
+])  # fmt: skip
+def test_what_is_compiled_is_captured_unless_the_settings_say_otherwise(
+    settings: Settings, on_gpu: bool, compiled: bool | None, capture: bool | None, captured: bool
+) -> None:
+    reader = SimpleNamespace(on_gpu=on_gpu)
+    assert captures(dataclasses.replace(settings, compile=compiled, capture=capture), reader) == (captured and on_gpu)
+
+
+def test_a_run_without_a_gpu_refuses_to_be_captured(settings: Settings) -> None:
     trainer = Trainer(settings, open_data(settings), torch.device("cpu"))
-    trainer.advance()
-    assert not trainer._step.captured
     with pytest.raises(ValueError, match=r"capture must be off without a GPU, got True on cpu \(--no-capture\)"):
         Trainer(dataclasses.replace(settings, capture=True), trainer.data, torch.device("cpu"))
 
