@@ -112,7 +112,7 @@ def test_a_replayed_run_that_is_not_compiled_learns_the_same_bits(text: str, dty
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
 def test_a_replayed_run_goes_on_from_a_checkpoint(text: str, optimizer: str) -> None:
-    # float32, as compiled gradients of embeddings are sums in any order, which bfloat16 would make another curve of
+    # float32: a compiled gradient of an embedding is summed in any order, and bfloat16 makes another curve of that
     stopped, resumed = (trainer_of(text, optimizer=optimizer, dtype="float32") for _ in range(2))
     losses(stopped, FIRST_STEPS // 2)
     resumed.restore(Checkpoint(*stopped.state()))
