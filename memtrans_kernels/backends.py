@@ -367,9 +367,10 @@ def _warn_slow_path(operator: str, device: str, reasons: str) -> None:
             "backend='reference' to have it so without a warning"
         )
     elif reason := _native_missing():
+        mending = "" if native.hidden_package() else f"; `{mending_command()}` builds it"
         _warn_once(
-            "search and attention run in plain PyTorch, which is slow, because the C++ extension is missing "
-            f"({reason}); `{mending_command()}` builds it"
+            f"search and attention run in plain PyTorch, which is slow, because the C++ extension is missing ({reason})"
+            f"{mending}"
         )
 
 

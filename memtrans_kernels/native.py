@@ -9,6 +9,7 @@ is missing, broken or out of date: `status` gives the reason instead.
 from __future__ import annotations
 
 import functools
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -183,9 +184,22 @@ def _faiss_mismatch(headers: int, library: int) -> str:
     return "" if same else f"the faiss module was built for Faiss {built}, and {loaded} is loaded: reinstall"
 
 
+def hidden_package(folder: Path | None = None, module: str = "cpu") -> Path | None:
+    """Another copy of this package on Python's path that has the library, where this one has not: sources in the
+    working directory come before what was installed from them. None where there is no such copy."""
+    folder = FOLDER if folder is None else folder
+    if _library(folder, module) is not None:
+        return None
+    others = (Path(entry).resolve() / "memtrans_kernels" for entry in sys.path)
+    return next((other for other in others if other != folder and _library(other, module)), None)
+
+
 def _why_not_built(note: Path) -> str:
-    """The reason that setup.py left behind."""
+    """The reason that setup.py left behind, or that there is none."""
     try:
         return note.read_text(encoding="utf-8").strip()
     except OSError:
+        hidden = hidden_package(note.parent, note.stem.removeprefix("_native_"))
+        if hidden is not None:
+            return f"it was never built in {note.parent}, which hides {hidden}, where it was: run from another folder"
         return "it was never built: `pip install -v .` builds it and shows why where it cannot"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from collections import deque
 from pathlib import Path
 
@@ -211,6 +212,21 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_missing_library_says_that_it_was_never_built(elsewhere: Path) -> None:
     assert native.load() is False
     assert "never built" in native.status()[1]
+
+
+def test_sources_that_hide_an_installed_package_say_so(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clone is the working directory, and what `pip install .` built lies behind it on Python's path."""
+    installed = elsewhere / "site-packages"
+    (installed / "memtrans_kernels").mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", [str(elsewhere), str(installed)])
+    assert native.hidden_package() is None
+    (installed / "memtrans_kernels" / "_native_cpu.abi3.so").touch()
+    assert native.hidden_package() == installed / "memtrans_kernels"
+    native._open.cache_clear()
+    reason = f"never built in {elsewhere}, which hides {installed / 'memtrans_kernels'}, where it was: run from another"
+    assert reason in native.status()[1]
+    (elsewhere / "_native_cpu.abi3.so").touch()
+    assert native.hidden_package() is None
 
 
 def test_the_reason_left_by_the_build_is_passed_on(elsewhere: Path) -> None:
