@@ -94,16 +94,15 @@ __device__ inline float group_threshold(float (&maxima)[16], int rank) {
   return fmaxf(low, kLowest);  // where no maximum is finite, the steps lead to -inf, which hidden slots would reach
 }
 
-// A record is one store, half of what two would send to the L2 cache; the last of its four words is not read.
 #define MEMTRANS_APPEND(compare, type, larger, threshold)                                    \
   asm volatile(                                                                              \
       "{\n"                                                                                  \
       ".reg .pred hit;\n"                                                                    \
-      ".reg .b64 address;\n"                                                                 \
-      ".reg .b32 rest;\n" compare                                                            \
+      ".reg .b64 address;\n" compare                                                         \
       " hit, %1, %2;\n"                                                                      \
       "mov.b64 address, {%0, %6};\n"                                                         \
-      "@hit st.global.v4.b32 [address], {%3, %4, %5, rest};\n"                               \
+      "@hit st.global.v2.f32 [address], {%3, %4};\n"                                         \
+      "@hit st.global.u32 [address + 8], %5;\n"                                              \
       "@hit add.u32 %0, %0, 16;\n"                                                           \
       "}\n"                                                                                  \
       : "+r"(next[e])                                                                        \
