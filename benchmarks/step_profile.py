@@ -21,7 +21,7 @@ STEPS = 3
 def trainer_of(case: str, eager: bool) -> bench_train.Trainer:
     """In the middle of its run."""
     if case not in bench_train.OF_TEXT:
-        return bench_train.full_trainer(bench_train.settings_of(case, compiled=not eager))
+        return bench_train.full_trainer(bench_train.settings_of(case, compiled=not eager, replayed=not eager))
     settings, data = bench_train.of_text(case)
     trainer = bench_train.Trainer(settings, data, bench_train.pick_device(DEVICE, bench_train.ALONE))
     for _ in range(bench_train.LEARNT):

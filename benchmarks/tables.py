@@ -32,6 +32,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PLACE = re.compile(r"(<!-- table: (\S+) (\S+)(?: (\w+))? -->\n).*?(<!-- end of table -->)", re.DOTALL)
 OURS = "memtrans"
+OTHER_TRAINERS = ("memtrans-uncompiled", "memtrans-eager", "upstream")
 Entries = list[dict[str, Any]]
 
 
@@ -168,14 +169,14 @@ def tokens_table(entries: Entries) -> str:
     rows = []
     for case in dict.fromkeys(entry["case"] for entry in entries):
         ours, off = found[case, OURS], found[without_memory(case), OURS]
-        others = [found.get((case, impl)) for impl in ("memtrans-eager", "upstream")]
+        others = [found.get((case, impl)) for impl in OTHER_TRAINERS]
         share = ours["tokens_per_second"] / off["tokens_per_second"]
         rates = [f"{other['tokens_per_second']:,.0f}" if other else "–" for other in others]
         own = [f"{ours['tokens_per_second']:,.0f}", f"{share:.1%}", *([_of_peak(ours)] if measured else [])]
         own += [f"{ours['gpu_busy']:.1%}"]
         rows.append([case, *own, f"{ours['peak_bytes'] / 1e9:.2f}", *rates])
     columns = ["case", "memtrans", "of memory off", *(["of peak FLOP/s"] if measured else [])]
-    columns += ["GPU busy", "peak, GB", "memtrans-eager", "upstream"]
+    columns += ["GPU busy", "peak, GB", *OTHER_TRAINERS]
     return lines_of(columns, rows) + versions(entries[0], "Tokens a second")
 
 

@@ -112,7 +112,7 @@ class Settings:
     )
     compile: bool | None = _option(None, "compile the model (default: on a GPU)")
     capture: bool | None = _option(
-        None, "replay each step as a CUDA graph, compiled or not (default: on a GPU, what is compiled)"
+        None, "replay each step as a CUDA graph, compiled or not (default: on a GPU; of several, what is compiled)"
     )
     fsdp: bool = _option(False, "with several processes: spread weights and optimiser state over them (FSDP2)")
     skip_nonfinite: bool = _option(

@@ -63,7 +63,7 @@ class Step:
         # several ranks send gradients when they are complete
         rounds = self._alone and reader.dtype != torch.float32 and self.settings.segments == 1
         self._rounded = RoundedWeights(reader.model, reader.dtype) if rounds else None
-        self._graph = Replay(self._compute, reader.device, capture=captures(self.settings, reader))
+        self._graph = Replay(self._compute, reader.device, capture=captures(self.settings, reader, self._alone))
         self._inputs: StepInputs | None = None
         self._captured_with: list[MemorySnapshot] = []
 
@@ -164,6 +164,10 @@ def compiles(settings: Settings, reader: DocumentReader) -> bool:
     return reader.on_gpu and not settings.fsdp if settings.compile is None else settings.compile
 
 
-def captures(settings: Settings, reader: DocumentReader) -> bool:
-    """Whether a run replays its steps: as the settings say, on a GPU what is compiled by default."""
-    return reader.on_gpu and (compiles(settings, reader) if settings.capture is None else settings.capture)
+def captures(settings: Settings, reader: DocumentReader, alone: bool) -> bool:
+    """Whether a run replays its steps: as the settings say; on a GPU by default, but for uncompiled ones of several
+    ranks."""
+    wanted = settings.capture
+    if wanted is None:
+        wanted = compiles(settings, reader) or (alone and not settings.fsdp)
+    return reader.on_gpu and wanted

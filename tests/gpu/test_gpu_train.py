@@ -54,6 +54,11 @@ def trainer_of(text: str, **changes: object) -> Trainer:
     return Trainer(settings, open_data(settings), torch.device("cuda"))
 
 
+def eager_trainer(text: str, **changes: object) -> Trainer:
+    """Neither compiled nor replayed."""
+    return trainer_of(text, compile=False, capture=False, **changes)
+
+
 def losses(trainer: Trainer, steps: int = STEPS) -> torch.Tensor:
     for _ in range(steps):
         trainer.advance()
@@ -63,8 +68,8 @@ def losses(trainer: Trainer, steps: int = STEPS) -> torch.Tensor:
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_replayed_run_has_the_curve_of_an_eager_one(text: str, dtype: str, compiled: bool) -> None:
-    plain = torch.stack([losses(trainer_of(text, compile=False, dtype=dtype, seed=seed)) for seed in range(3)])
-    trainer = trainer_of(text, dtype=dtype, compile=compiled, capture=True)
+    plain = torch.stack([losses(eager_trainer(text, dtype=dtype, seed=seed)) for seed in range(3)])
+    trainer = trainer_of(text, dtype=dtype, compile=compiled)
     replayed = losses(trainer)
     assert trainer._step.captured
     assert_same_curve(replayed, plain)
@@ -77,7 +82,7 @@ def test_a_replayed_run_has_the_curve_of_an_eager_one_over_300_steps(dtype: str)
     """On real text, whose memory fills and wraps; of eager runs with three seeds."""
     larger = {"batch": 8, "segment": 128, "width": 128, "memory": 1024, "warmup": 30, "learning_rate": 1e-3}
     options: dict = {"steps": 300, "dtype": dtype, **larger}
-    plain = torch.stack([losses(trainer_of("stdlib", compile=False, seed=seed, **options), 300) for seed in range(3)])
+    plain = torch.stack([losses(eager_trainer("stdlib", seed=seed, **options), 300) for seed in range(3)])
     trainer = trainer_of("stdlib", **options)
     replayed = losses(trainer, 300)
     assert trainer._step.captured and len(replayed) == 300
@@ -91,11 +96,11 @@ def test_a_run_has_that_curve_when_its_logits_come_in_chunks(
     text: str, monkeypatch: pytest.MonkeyPatch, compiled: bool
 ) -> None:
     """And an eager one waits for the device no more than others; a replayed one could not."""
-    plain = torch.stack([losses(trainer_of(text, compile=False, dtype="bfloat16", seed=seed)) for seed in range(3)])
+    plain = torch.stack([losses(eager_trainer(text, dtype="bfloat16", seed=seed)) for seed in range(3)])
     monkeypatch.setattr(cross_entropy, "MOST_LOGITS", 0)
     monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 100 * 256)
-    assert_same_curve(losses(trainer_of(text, compile=compiled, dtype="bfloat16")), plain)
-    trainer = trainer_of(text, compile=compiled, dtype="bfloat16")
+    assert_same_curve(losses(trainer_of(text, compile=compiled, capture=compiled, dtype="bfloat16")), plain)
+    trainer = trainer_of(text, compile=compiled, capture=compiled, dtype="bfloat16")
     losses(trainer, EAGER_CALLS + 1)
     assert trainer._step.captured == compiled
     torch.cuda.set_sync_debug_mode("error")
@@ -111,7 +116,7 @@ def test_a_replayed_run_has_the_curve_of_an_eager_one_with_other_optimisers(
     text: str, optimizer: str, rate: float
 ) -> None:
     options: dict = {"optimizer": optimizer, "learning_rate": rate, "dtype": "float32"}
-    plain = torch.stack([losses(trainer_of(text, compile=False, seed=seed, **options)) for seed in range(3)])
+    plain = torch.stack([losses(eager_trainer(text, seed=seed, **options)) for seed in range(3)])
     replayed = losses(trainer_of(text, **options))
     assert_same_curve(replayed, plain)
     assert replayed[-1] < replayed[0] - 1
@@ -119,7 +124,7 @@ def test_a_replayed_run_has_the_curve_of_an_eager_one_with_other_optimisers(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_replayed_run_that_is_not_compiled_learns_the_same_bits(text: str, dtype: str) -> None:
-    ours, eager = (trainer_of(text, dtype=dtype, compile=False, capture=capture) for capture in (True, False))
+    ours, eager = trainer_of(text, dtype=dtype, compile=False), eager_trainer(text, dtype=dtype)
     assert torch.equal(losses(ours), losses(eager))
     assert ours._step.captured and not eager._step.captured
     for one, other in zip(ours.model.parameters(), eager.model.parameters(), strict=True):

@@ -73,15 +73,23 @@ def test_a_replayed_step_is_captured_anew_when_a_memory_was_widened_or_loaded(tr
 
 
 @pytest.mark.parametrize("on_gpu", [True, False])
+@pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize(("compiled", "capture", "captured"), [
-    (None, None, True), (True, None, True), (False, None, False), (None, False, False), (True, False, False),
-    (False, True, True),
+    (None, None, True), (True, None, True), (False, None, "alone"), (None, False, False), (True, False, False),
+    (False, False, False), (False, True, True),
 ])  # fmt: skip
-def test_what_is_compiled_is_captured_unless_the_settings_say_otherwise(
-    settings: Settings, on_gpu: bool, compiled: bool | None, capture: bool | None, captured: bool
+def test_steps_are_captured_on_a_gpu_unless_the_settings_say_otherwise(
+    settings: Settings, on_gpu: bool, alone: bool, compiled: bool | None, capture: bool | None, captured: bool | str
 ) -> None:
+    """But for those of several ranks that are not compiled."""
     reader = SimpleNamespace(on_gpu=on_gpu)
-    assert captures(dataclasses.replace(settings, compile=compiled, capture=capture), reader) == (captured and on_gpu)
+    expected = on_gpu and (alone if captured == "alone" else captured)
+    assert captures(dataclasses.replace(settings, compile=compiled, capture=capture), reader, alone) == expected
+
+
+def test_what_is_spread_over_ranks_is_not_captured(settings: Settings) -> None:
+    for alone in (True, False):
+        assert not captures(dataclasses.replace(settings, fsdp=True), SimpleNamespace(on_gpu=True), alone)
 
 
 def test_a_run_without_a_gpu_refuses_to_be_captured(settings: Settings) -> None:
