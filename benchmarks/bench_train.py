@@ -8,8 +8,8 @@ they have wrapped; on the standard library's sources where the case names no tex
 memorizing-transformers-pytorch 0.4.1 with its own set-up, a fresh memory for each window, which is its best case: its
 search is then over 2,560 entries at most.
 
-`memtrans` is compiled, `memtrans-uncompiled` is not (`train --no-compile`): both replay a step as one CUDA graph on a GPU.
-`memtrans-eager` launches kernel by kernel (`train --no-compile --no-capture`).
+`memtrans` is compiled, `memtrans-uncompiled` is not (`train --no-compile`): on a GPU both replay a step as one CUDA
+graph. `memtrans-eager` launches kernel by kernel (`train --no-compile --no-capture`).
 
 `peak_share` is how much of the device's peak in bfloat16 the products of linear layers and local attention reach, as
 memtrans/training/peak.py counts them.
