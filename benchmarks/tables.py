@@ -32,7 +32,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PLACE = re.compile(r"(<!-- table: (\S+) (\S+)(?: (\w+))? -->\n).*?(<!-- end of table -->)", re.DOTALL)
 OURS = "memtrans"
-OTHER_TRAINERS = ("memtrans-uncompiled", "memtrans-eager", "upstream")
+OTHER_TRAINERS = ("memtrans-eager", "memtrans-launched", "upstream")
 Entries = list[dict[str, Any]]
 
 
