@@ -9,7 +9,7 @@ memorizing-transformers-pytorch 0.4.1 with its own set-up, a fresh memory for ea
 search is then over 2,560 entries at most.
 
 `memtrans` is compiled, `memtrans-eager` is not (`train --no-compile`): on a GPU both replay a step as one CUDA graph.
-`memtrans-launched` launches it kernel by kernel (`train --no-compile --no-capture`), as 48195b5 does without the compiler.
+`memtrans-launched` launches it kernel by kernel (`train --no-compile --no-capture`), as 48195b5 does uncompiled.
 
 `peak_share` is how much of the device's peak in bfloat16 the products of linear layers and local attention reach, as
 memtrans/training/peak.py counts them.
