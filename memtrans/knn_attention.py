@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memtrans.attention import LayerInputs, LocalContext
+from memtrans.attention import LocalContext
 from memtrans.checks import check_choice, check_number, check_tokens
+from memtrans.local_keys import LayerInputs
 from memtrans.memory.clearings import cleared_since, remember
 from memtrans.memory.given import snapshot_for
 from memtrans.memory.knn_memory import KNNMemory

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from memtrans.attention import Attention, LayerInputs
+from memtrans.attention import Attention
 from memtrans.checks import check_count, check_finite, check_hidden, check_ids, check_tokens
 from memtrans.compatibility import UNUSED, warn_unused
 from memtrans.config import architecture_of, attention_arguments
 from memtrans.knn_attention import KNNAttention
+from memtrans.local_keys import LayerInputs
 from memtrans.memory.clearings import check_known, length_seen
 from memtrans.memory.given import snapshots_for
 from memtrans.memory.knn_memory import KNNMemory

@@ -23,12 +23,13 @@ from operator import is_
 import torch
 from torch import Tensor
 
-from memtrans.attention import LayerInputs, LocalContext, LocalView
+from memtrans.attention import LocalContext
 from memtrans.checks import check_ids, sizes
 from memtrans.distributed.dtensors import check_whole
 from memtrans.generation.local_cache import LocalCache, ReadingView, WritingView, rows_of
 from memtrans.knn_attention import KNNAttention
 from memtrans.layers import is_bare
+from memtrans.local_keys import LayerInputs, LocalView
 from memtrans.memory.leaving import add_leaving
 from memtrans.memory.memory_list import KNNMemoryList
 from memtrans.memory.snapshot import MemorySnapshot

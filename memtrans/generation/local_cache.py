@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memtrans.attention import LocalView
+from memtrans.local_keys import LocalView
 
 
 class LocalCache:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from memtrans.attention import LocalKeys
 from memtrans.hf.families import file_of
 from memtrans.hf.layer_memory import Asking
 from memtrans.hf.state import ForwardState, kept
 from memtrans.hf.telling import tell
+from memtrans.local_keys import LocalKeys
 from memtrans.memory.snapshot import memory_share
 from memtrans_kernels import local_attention, memory_attention, merge_attention
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memtrans.attention import LocalKeys
 from memtrans.hf.state import ForwardState
+from memtrans.local_keys import LocalKeys
 from memtrans.memory.checks import running_backward
 from memtrans.memory.observation import Observation, local_weights, retrieved_weights
 from memtrans.memory.snapshot import MemorySnapshot

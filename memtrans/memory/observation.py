@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memtrans.attention import LocalKeys
+from memtrans.local_keys import LocalKeys
 from memtrans.memory.checks import running_backward
 from memtrans.segments import Padding
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from memtrans.attention import LocalKeys, seed_of
+from memtrans.local_keys import LocalKeys, seed_of
 from memtrans_kernels import local_attention
 
 

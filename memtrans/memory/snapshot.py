@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from memtrans.attention import LocalKeys, seed_of
+from memtrans.local_keys import LocalKeys, seed_of
 from memtrans.memory.checks import check_mask, running_backward, scoping, widths_named
 from memtrans.memory.ids import check_kept, positions, read_ids
 from memtrans.memory.layout import in_slots

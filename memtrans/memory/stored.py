@@ -21,7 +21,7 @@ from memtrans.memory.announcement import announcement
 from memtrans.memory.checks import check_no_recomputation, document_numbers, running_backward
 from memtrans.memory.observation import Watch
 from memtrans.memory.ring import Ring
-from memtrans.memory.sharded import ShardedRing
+from memtrans.memory.sharded_ring import ShardedRing
 from memtrans.memory.snapshot import MemorySnapshot
 from memtrans.memory.state import dtype_names
 from memtrans_kernels import checks

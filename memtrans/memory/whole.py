@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from memtrans.attention import LocalKeys, seed_of
+from memtrans.local_keys import LocalKeys, seed_of
 from memtrans.memory.parts import attend_to_local, mixed
 from memtrans_kernels import memory_attention
 

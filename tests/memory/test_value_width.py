@@ -15,7 +15,7 @@ from helpers.processes import Processes
 from torch import Tensor
 
 from memtrans import KNNMemory, KNNMemoryList, join_shards
-from memtrans.attention import LocalKeys
+from memtrans.local_keys import LocalKeys
 from memtrans.memory.sharded import ShardedSnapshot
 
 pytestmark = pytest.mark.cpu

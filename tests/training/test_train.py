@@ -10,61 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.checks import GAINED, SAME_CURVE, assert_close
+from helpers.checks import SAME_CURVE
 from helpers.devices import default_dtype
+from helpers.small_runs import SMALL, VARIANTS, advance, assert_same_state, checkpoint_of, row_tokens, trainer_of
 
-from memtrans.data.stream import DocumentStream
 from memtrans.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from memtrans.training.data import TrainingData, open_data
 from memtrans.training.device import pick_device
-from memtrans.training.settings import Settings
-from memtrans.training.trainer import HOPELESS, NonFiniteLossError, Trainer
-
-SMALL = Settings(
-    data="recall",
-    steps=12,
-    batch=3,
-    segment=32,
-    layers=2,
-    width=16,
-    heads=2,
-    head_width=8,
-    memory=64,
-    neighbours=4,
-    warmup=2,
-    eval_bytes=200,
-)
-VARIANTS = {
-    "plain": SMALL,
-    "dropout": dataclasses.replace(SMALL, dropout=0.2),
-    "xl": dataclasses.replace(SMALL, xl=16, xl_layers=(1, 2)),
-    "several segments before one backward": dataclasses.replace(SMALL, segments=3),
-    "several backward passes before one step": dataclasses.replace(SMALL, accumulate=2, xl=8),
-    "without memory": dataclasses.replace(SMALL, memory=0),
-    "grouped heads": dataclasses.replace(SMALL, kv_heads=2),
-    "adafactor": dataclasses.replace(SMALL, optimizer="adafactor", schedule="inverse-sqrt", clip=None),
-    "muon": dataclasses.replace(SMALL, optimizer="muon", accumulate=2, skip_nonfinite=True),
-    "memories that come late": dataclasses.replace(SMALL, memory_late=0.5, keep_memory=True),
-    "memories kept": dataclasses.replace(SMALL, keep_memory=True, xl=16),
-}
-
-
-@pytest.fixture
-def text(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    for number in range(6):
-        content = torch.randint(97, 103, (90 + 37 * number,), generator=generator, dtype=torch.uint8)
-        (tmp_path / f"{number}.txt").write_bytes(bytes(content.tolist()))
-    return str(tmp_path)
-
-
-def trainer_of(settings: Settings) -> Trainer:
-    return Trainer(settings, open_data(settings), torch.device("cpu"))
-
-
-def advance(trainer: Trainer, steps: int) -> None:
-    for _ in range(steps):
-        trainer.advance()
+from memtrans.training.trainer import Trainer
 
 
 @pytest.mark.parametrize("variant", ["several backward passes before one step", "adafactor", "muon"])
@@ -79,30 +32,6 @@ def test_21_16_a_step_is_the_same_whatever_the_default_dtype_is(variant, text):
             losses.append(trainer.check())
     assert losses[0].dtype == torch.float32
     assert all(torch.equal(of_dtype, losses[0]) for of_dtype in losses)
-
-
-def advance_poisoned(trainer: Trainer, which: int = 1) -> None:
-    """A step whose `which`-th segment, of all that it reads, gives a row of NaN."""
-    read = 0
-
-    def poison(module: torch.nn.Module, arguments: tuple, out: torch.Tensor) -> torch.Tensor:
-        nonlocal read
-        read += 1
-        return torch.cat((out[:1] * torch.nan, out[1:])) if read == which else out
-
-    hook = trainer.model.token_emb.register_forward_hook(poison)
-    trainer.advance()
-    hook.remove()
-    assert read >= which
-
-
-def assert_same_state(left: Trainer, right: Trainer) -> None:
-    (left_parts, left_values), (right_parts, right_values) = left.state(), right.state()
-    assert left_values == right_values
-    for part in left_parts:
-        assert set(left_parts[part]) == set(right_parts[part])
-        for name, tensor in left_parts[part].items():
-            assert torch.equal(tensor, right_parts[part][name]), (part, name)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -134,12 +63,6 @@ def test_the_other_orders_resume_bit_for_bit_too(text, data):
     resumed.restore(checkpoint_of(stopped))
     advance(resumed, 2)
     assert_same_state(resumed, through)
-
-
-def checkpoint_of(trainer: Trainer):
-    from memtrans.training.checkpoint import Checkpoint
-
-    return Checkpoint(*trainer.state())
 
 
 def test_the_same_seed_gives_the_same_run_and_another_one_another(text):
@@ -196,91 +119,6 @@ def test_kept_memories_outlive_their_documents(text):
     assert trainer.loader.stream._taken > 3, "no document has ended"
 
 
-def test_a_memory_comes_late_and_keeps_what_it_held(text):
-    settings = dataclasses.replace(SMALL, data=text, memory=2000, memory_late=0.25, keep_memory=True)
-    trainer = trainer_of(settings)
-    advance(trainer, 9)
-    before = trainer.reader.memories[0]
-    assert (before.max_memories, before.lengths.tolist()) == (32, [32] * 3)
-    advance(trainer, 3)
-    memory = trainer.reader.memories[0]
-    read = [row_tokens(trainer, row) for row in (0, 1, 2)]
-    trainer.step = 9
-    assert memory.max_memories == 2000
-    assert memory.lengths.tolist() == [32 + after - row_tokens(trainer, row) for row, after in enumerate(read)]
-
-
-def test_a_late_memory_must_be_one_that_can_grow():
-    with pytest.raises(ValueError, match="memory must be above 32 with memory_late, got 32"):
-        Settings(memory=32, memory_late=0.1)
-    with pytest.raises(ValueError, match="memory_late must be below 1, got 1"):
-        Settings(memory_late=1.0)
-
-
-@pytest.mark.parametrize("changes", [{}, {"combine": "gate"}, {"memory_offset": -2.0, "kv_heads": 2, "xl": 16}])
-def test_a_run_gains_a_memory_and_is_what_it_was_while_that_is_empty(text, changes):
-    plain = trainer_of(dataclasses.replace(SMALL, data=text, memory=0, layers=3, **changes))
-    advance(plain, 5)
-    settings = dataclasses.replace(plain.settings, memory=64, similarity="product")
-    trainer = trainer_of(settings)
-    trainer.restore(checkpoint_of(plain))
-    assert trainer.model.memorizing_layers == (1,) and trainer.model.config["similarity"] == "product"
-    tokens = torch.randint(256, (3, 32), generator=torch.Generator().manual_seed(0))
-    empty = trainer.model.create_knn_memories(batch_size=3)
-    with torch.no_grad():
-        before, after = plain.model.eval()(tokens), trainer.model.eval()(tokens, knn_memories=empty)
-        if settings.xl:
-            before, after = before[0], after[0]
-    assert_close(after, before, GAINED, "logits")
-    attention, as_before = (one.model.layers[0][0].fn for one in (trainer, plain))
-    assert torch.equal(attention.to_out.bias, as_before.to_out.bias)
-    if settings.memory_offset is not None:
-        farthest = settings.segment - 1 + settings.xl  # what lies beyond has not learned
-        far = plain.model.rel_pos_bias.table()[:, farthest]
-        assert torch.equal(attention.memory_offset, settings.memory_offset + far)
-    moments = [tensor for state in trainer.optimizer.state.values() for tensor in state.values()]
-    assert len({tensor.data_ptr() for tensor in moments}) == len(moments)
-    trainer.model.train()
-    advance(trainer, 2)
-    assert trainer.reader.memories[0].lengths.tolist() != [0, 0, 0]
-    assert not torch.equal(trainer.model.knn_rel_pos_bias.relative_attention_bias.weight,
-                           trainer.model.rel_pos_bias.relative_attention_bias.weight)  # fmt: skip
-    again = trainer_of(settings)
-    again.restore(checkpoint_of(trainer))
-    assert_same_state(again, trainer)
-
-
-def test_a_foreign_checkpoint_gains_nothing(text):
-    plain = trainer_of(dataclasses.replace(SMALL, data=text, memory=0))
-    checkpoint = checkpoint_of(plain)
-    del checkpoint.parts["model"]["layers.0.0.fn.to_q.weight"]
-    with pytest.raises(ValueError, match="checkpoint must hold weights of this model"):
-        trainer_of(dataclasses.replace(plain.settings, memory=64, similarity="product")).restore(checkpoint)
-
-
-def row_tokens(trainer: Trainer, row: int) -> int:
-    """Real tokens that a row has read since the run began."""
-    settings = trainer.settings
-    stream = DocumentStream(open_data(settings).order, settings.batch, settings.segment)
-    return sum(int(stream.next().lengths[row]) for _ in range(trainer.step))
-
-
-@pytest.mark.parametrize("memory", [256, 40])
-def test_a_run_goes_on_with_a_larger_memory_and_keeps_its_entries_or_a_smaller_one_and_keeps_the_newest(text, memory):
-    settings = dataclasses.replace(SMALL, data=text)
-    small, other = trainer_of(settings), trainer_of(dataclasses.replace(settings, memory=memory))
-    advance(small, 4)
-    other.restore(checkpoint_of(small))
-    before, after = (trainer.reader.memories[0].state_dict() for trainer in (small, other))
-    assert after["lengths"].tolist() == [min(length, memory) for length in before["lengths"].tolist()]
-    for row, length in enumerate(after["lengths"].tolist()):
-        for name in ("keys", "values"):
-            assert torch.equal(after[name][row, -length:], before[name][row, -length:])
-    advance(other, 3)
-    assert int(other.reader.memories[0].lengths.max()) > min(64, memory) - 1
-    assert other.reader.memories[0].max_memories == memory
-
-
 def test_several_segments_before_one_backward_learn_from_all_of_them(text):
     """Two segments at once weigh what two backward passes weigh: the memory is never differentiated."""
     together = trainer_of(dataclasses.replace(SMALL, data=text, segments=2))
@@ -294,110 +132,6 @@ def test_several_segments_before_one_backward_learn_from_all_of_them(text):
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
-
-
-def test_a_loss_that_is_not_finite_is_told_with_its_step_and_never_saved(text):
-    trainer = trainer_of(dataclasses.replace(SMALL, data=text))
-    advance(trainer, 3)
-    with torch.no_grad():
-        trainer.model.token_emb.weight.fill_(float("nan"))
-    advance(trainer, 2)
-    with pytest.raises(NonFiniteLossError, match=r"the loss must stay finite, got nan bits per byte .* in step 4"):
-        trainer.state()
-    with pytest.raises(NonFiniteLossError, match="in step 4"):
-        trainer.report()
-
-
-def test_a_gradient_that_is_not_finite_is_noticed_although_the_loss_is(text):
-    trainer = trainer_of(dataclasses.replace(SMALL, data=text))
-    trainer.model.token_emb.weight.register_hook(lambda gradient: gradient * float("inf"))
-    trainer.advance()
-    with pytest.raises(NonFiniteLossError, match=r"got \d.* bits per byte with a gradient of norm (nan|inf) in step 1"):
-        trainer.state()
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_step_that_is_not_finite_is_skipped_if_asked_for(text, variant):
-    """NaN in the first segment of the step; the rest of it attends to that segment's cache and memory."""
-    trainer = trainer_of(dataclasses.replace(VARIANTS[variant], data=text, skip_nonfinite=True))
-    advance(trainer, 4)
-    before, _ = trainer.state()
-    kept = {part: {name: tensor.clone() for name, tensor in before[part].items()} for part in ("model", "optimizer")}
-    advance_poisoned(trainer)
-    after, _ = trainer.state()
-    for part, tensors in kept.items():
-        for name, tensor in tensors.items():
-            assert torch.equal(after[part][name], tensor), (part, name)
-    assert all(cache.isfinite().all() for cache in trainer.reader.carried.xl_memories)
-    advance(trainer, 5)
-    assert trainer.check().isfinite().all(dim=1).tolist() == [True] * 4 + [False] + [True] * 5
-    assert trainer.report()["skipped"] == 1
-    assert not torch.equal(trainer.state()[0]["model"]["token_emb.weight"], kept["model"]["token_emb.weight"])
-
-
-def test_after_a_skipped_step_the_rows_read_on_without_what_they_carried(text):
-    """The other rows' caches go with the poisoned one's; the poisoned keys stay in the memory and are never found."""
-    settings = dataclasses.replace(SMALL, data=text, xl=16, segments=2, memory=500, skip_nonfinite=True)
-    trainer = trainer_of(settings)
-    advance_poisoned(trainer, which=2)
-    assert trainer.reader.carried.xl_length.tolist() == [0, 0, 0]
-    memory = trainer.reader.memories[0]
-    poisoned = memory.state_dict()["keys"].isnan().any(dim=2)
-    assert poisoned[0].any() and not poisoned[1:].any()
-    found, mask = memory.search(torch.randn(3, 50, SMALL.head_width), topk=4)
-    assert mask.any() and found.isfinite().all()
-
-
-@pytest.mark.parametrize("skip_nonfinite", [False, True])
-def test_a_skipped_step_is_resumed_over_bit_for_bit_and_one_that_is_not_is_never_saved(
-    text, tmp_path_factory, skip_nonfinite
-):
-    settings = dataclasses.replace(SMALL, data=text, xl=8, accumulate=2, skip_nonfinite=skip_nonfinite)
-    through = trainer_of(settings)
-    advance(through, 3)
-    advance_poisoned(through, which=2)
-    if not skip_nonfinite:
-        with pytest.raises(NonFiniteLossError, match="in step 4"):
-            through.state()
-        return
-    directory = tmp_path_factory.mktemp("checkpoint")
-    save_checkpoint(directory, *through.state())
-    resumed = trainer_of(settings)
-    resumed.restore(load_checkpoint(directory))
-    for trainer in (resumed, through):
-        advance(trainer, 3)
-    assert resumed.check().isfinite().all(dim=1).tolist() == [True] * 3 + [False] + [True] * 3
-    for part, tensors in through.state()[0].items():
-        for name, tensor in tensors.items():
-            assert torch.equal(tensor.nan_to_num(7.0), resumed.state()[0][part][name].nan_to_num(7.0)), (part, name)
-
-
-def test_a_report_waits_for_a_finite_step_and_after_too_many_others_the_run_is_lost(text):
-    trainer = trainer_of(dataclasses.replace(SMALL, data=text, skip_nonfinite=True))
-    advance_poisoned(trainer)
-    assert trainer.report() is None
-    advance(trainer, 1)
-    assert trainer.report()["skipped"] == 1
-    for _ in range(HOPELESS - 1):
-        advance_poisoned(trainer)
-    assert trainer.report() is None
-    advance_poisoned(trainer)
-    with pytest.raises(NonFiniteLossError, match=f"got none in the {HOPELESS} steps up to step {HOPELESS + 2}"):
-        trainer.report()
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
-def test_a_step_that_is_not_finite_may_be_left_out(text, optimizer):
-    trainer = trainer_of(dataclasses.replace(SMALL, data=text, skip_nonfinite=True, optimizer=optimizer))
-    trainer.advance()
-    before = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
-    handle = trainer.model.token_emb.weight.register_hook(lambda gradient: gradient * float("inf"))
-    trainer.advance()
-    handle.remove()
-    assert all(torch.equal(weight, before[name]) for name, weight in trainer.model.state_dict().items())
-    trainer.advance()
-    assert any(not torch.equal(weight, before[name]) for name, weight in trainer.model.state_dict().items())
-    assert trainer.report()["skipped"] == 1
 
 
 def test_other_data_than_the_checkpoints_is_refused(text):
