@@ -410,7 +410,7 @@ __global__ void __launch_bounds__(kSelectThreads, 1) few_select(const FewArgumen
 }
 
 // The same for the parts of knn_scan, a query a warp.
-__global__ void __launch_bounds__(128) few_merge(const FewArguments arguments, int64_t queries) {
+static __global__ void __launch_bounds__(128) few_merge(const FewArguments arguments, int64_t queries) {
   __shared__ uint64_t buffers[4][WarpTopK::kCapacity];
   const int64_t query = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / 32;
   if (query >= queries)
