@@ -129,7 +129,7 @@ def compilation(home: Path, file: str, output: Path) -> list[str]:
     include = [f"-I{ROOT / 'csrc'}", *(f"-I{folder / 'include'}" for folder in other_parts(home))]
     if file.endswith(".cu"):
         flags = ["-O3", "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-        flags += ["-Xfatbin", "-compress-all"]  # nvcc packs by itself what is larger than one of these files
+        flags += ["-Xfatbin", "-compress-all"]  # else the library is five times as large
         host = ["-ccbin", os.environ["CXX"]] if os.environ.get("CXX") else []
         return [str(home / "bin" / "nvcc"), *host, *flags, *include, "-c", str(ROOT / file), "-o", str(output)]
     include += [f"-I{path}" for path in (*common.cpp_extension.include_paths(), home / "include")]

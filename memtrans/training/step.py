@@ -165,8 +165,10 @@ def compiles(settings: Settings, reader: DocumentReader) -> bool:
 
 
 def captures(settings: Settings, reader: DocumentReader, alone: bool) -> bool:
-    """Whether a run replays its steps: as the settings say; on a GPU by default, but for uncompiled ones of several
-    ranks."""
+    """Whether a run replays its steps: as the settings say; by default on a GPU, of several ranks what is compiled.
+
+    alone: whether there is one rank.
+    """
     wanted = settings.capture
     if wanted is None:
         wanted = compiles(settings, reader) or (alone and not settings.fsdp)

@@ -3,9 +3,8 @@
 //   memtrans_cuda_knn_search_workspace   bytes of scratch memory that a search of some queries needs: at most 512 MB
 //                                        for rows of up to 2^28 slots
 //   memtrans_cuda_knn_search             launches a search on a stream: no allocation, no host synchronisation;
-//                                        negative for a D outside {32, 64, 96, 128, 256} and a K
-//                                        outside 1..128
-#include "cuda/knn_search/search_launch.cuh"
+//                                        negative where D is not 32, 64, 96, 128 or 256, or K not in 1..128
+#include "cuda/knn_search/search_plan.cuh"
 
 extern "C" int64_t memtrans_cuda_knn_search_workspace(const KnnSearchShape* shape) {
   return memtrans::takes_few_queries(*shape) ? memtrans::few_workspace(*shape) : memtrans::ScanWorkspace(*shape).bytes;

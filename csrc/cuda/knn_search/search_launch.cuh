@@ -2,6 +2,7 @@
 // side.
 #pragma once
 
+#include "cuda/knn_search/few_merge.cuh"
 #include "cuda/knn_search/few_select.cuh"
 #include "cuda/knn_search/scan.cuh"
 #include "cuda/knn_search/scan_redo.cuh"
@@ -180,8 +181,5 @@ int launch(const KnnSearchShape& shape, const KnnSearchTensors& tensors, cudaStr
       return -1;
   }
 }
-
-int launch_float16(const KnnSearchShape& shape, const KnnSearchTensors& tensors, cudaStream_t stream);
-int launch_bfloat16(const KnnSearchShape& shape, const KnnSearchTensors& tensors, cudaStream_t stream);
 
 }  // namespace memtrans

@@ -1,4 +1,4 @@
-// Which way a search takes, and the scratch memory that it needs.
+// Which way a search takes, the scratch memory that it needs, and who launches it for each type of keys.
 #pragma once
 
 #include "cuda/knn_search/few_select.cuh"
@@ -86,5 +86,8 @@ inline int64_t few_workspace(const KnnSearchShape& shape) {
   const int64_t queries = few_rows(shape) * shape.queries_per_row;
   return queries * (few_groups(shape) * 4 + few_parts(shape) * shape.k * 8 + 4) + 512;
 }
+
+int launch_float16(const KnnSearchShape& shape, const KnnSearchTensors& tensors, cudaStream_t stream);
+int launch_bfloat16(const KnnSearchShape& shape, const KnnSearchTensors& tensors, cudaStream_t stream);
 
 }  // namespace memtrans
