@@ -69,6 +69,7 @@ struct ScanConsumer {
   // the loop.
   template <int step, typename Visit>
   __device__ int stream(int begin, int end, uint32_t hidden, bool& more, Visit visit) {
+    const bool hides = __any_sync(kAllLanes, hidden != 0);
     int at = begin;
     more = true;
     while (more && at < end) {
@@ -79,7 +80,7 @@ struct ScanConsumer {
       if (threadIdx.x % 32 == 0)
         barrier_arrive(full + 8 * Shape::kStages + 8 * cursor.index());
       cursor.advance();
-      if (__any_sync(kAllLanes, hidden != 0))
+      if (hides)
         hide(scores, hidden);
       more = visit(scores, at);
       at += step;
