@@ -156,13 +156,13 @@ pace() {
     "$PYTHON" benchmarks/pace.py "$out/metrics.jsonl" "$@"
 }
 
-# evaluated NAME OPTION...: writes the figures of a run that has ended.
+# evaluated NAME OPTION...: writes the figures of a run that has ended, with the names of its texts, not where they lie.
 evaluated() {
     local name=$1 report
     shift
     report=$("$PYTHON" -m memtrans eval --out "runs/$name" --eval-bytes 4000000 | tail -1)
     printf '{"command": "%s", "seconds": %s, "result": %s}\n' \
-        "memtrans train $*" "$(pace "$name")" "$report" > "$RESULTS/$name.part"
+        "memtrans train ${*//"$TEXTS/"/}" "$(pace "$name")" "${report//"$TEXTS/"/}" > "$RESULTS/$name.part"
     mv "$RESULTS/$name.part" "$RESULTS/$name.json"
 }
 
