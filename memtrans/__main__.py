@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import sys
@@ -9,7 +10,12 @@ from typing import Any
 
 
 def main() -> int:
-    """Runs the command line. Ctrl-C while everything is still being imported ends it quietly too."""
+    """Runs the command line. Ctrl-C while everything is still being imported ends it quietly too.
+
+    A crash in native code says where it was.
+    """
+    if sys.__stderr__ is not None:
+        faulthandler.enable(sys.__stderr__)
     previous = signal.getsignal(signal.SIGINT)
     if previous is signal.default_int_handler:  # not where Ctrl-C is ignored, as in the background
         # an exception would not do: what an interrupted import raises in its place is anything

@@ -242,10 +242,11 @@ def figures(settings: Settings) -> Figures:
     """
     import torch  # here, because `--help` lists the presets and need not wait for it
 
+    from memtrans.shapes import shapes_alone
     from memtrans.training.model import build_model
     from memtrans.training.peak import flop_per_token
 
-    with torch.device("meta"):
+    with shapes_alone():
         model = build_model(settings)
     tokens = settings.batch * settings.segment * settings.segments * settings.accumulate
     matrix_seconds = tokens * flop_per_token(model, settings) / (MATRIX_RATE * min(1.0, settings.width / 1024))

@@ -25,6 +25,7 @@ from memtrans.memory.checks import widths_named
 from memtrans.memory.knn_memory import KNNMemory
 from memtrans.memory.memory_list import KNNMemoryList
 from memtrans.model_card import model_card
+from memtrans.shapes import shapes_alone
 from memtrans.storage import write_atomically
 
 CONFIG, WEIGHTS, MEMORIES, CARD = "config.json", "model.safetensors", "memories.safetensors", "README.md"
@@ -158,7 +159,7 @@ class Pretrained(nn.Module):
                 f"{WEIGHTS} must hold weights of the model in {CONFIG}, got {len(weights)} for {config['depth']} layers"
             )
         try:
-            with torch.device("meta"):
+            with shapes_alone():
                 model = cls(**config)
         except (TypeError, RuntimeError) as error:
             raise ValueError(f"{CONFIG} must hold arguments of {cls.__name__}, got others: {error}") from error
@@ -224,7 +225,7 @@ def _vocabulary_of(state: Mapping[str, torch.Tensor]) -> dict[str, int]:
 def _check_loads(kind: type[Pretrained], arguments: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> None:
     """Raises ValueError unless a model made of these arguments takes the weights up."""
     try:
-        with torch.device("meta"):
+        with shapes_alone():
             expected = kind(**arguments).state_dict()
     except TypeError as error:
         raise ValueError(f"config must hold arguments of {kind.__name__}, got others: {error}") from error

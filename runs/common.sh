@@ -61,11 +61,12 @@ store() {
 }
 
 # piece NAME OPTION...: trains for PIECE seconds at most, from the checkpoint on if there is one; fails if it did not end.
+# Only the run itself is told to stop, not what compiles for it.
 piece() {
     local out=runs/$1 status=0 resume=()
     shift
     if [ -f "$out/checkpoint/checkpoint.json" ]; then resume=(--resume); fi
-    timeout --signal=TERM --kill-after=120 "$PIECE" \
+    timeout --foreground --signal=TERM --kill-after=120 "$PIECE" \
         "$PYTHON" -m memtrans train --out "$out" --plain "${resume[@]}" "$@" >&2 || status=$?
     if [ "$status" != 0 ] && [ "$status" != 124 ]; then exit "$status"; fi
     return "$status"

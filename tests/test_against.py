@@ -79,6 +79,7 @@ def compared(folder: Path, results: Path, expression: str) -> subprocess.Complet
     return python(*script, "bench_knn_add.py", "-k", expression, cwd=TODAY, **toy)
 
 
+@pytest.mark.slow
 def test_both_trees_stand_beside_each_other_in_the_result_files(copied: Path, tmp_path: Path) -> None:
     done = compared(copied, tmp_path, "d64")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -89,6 +90,7 @@ def test_both_trees_stand_beside_each_other_in_the_result_files(copied: Path, tm
     assert "round 1 of 1\nknn_add memtrans d64-8k forward float32: " in done.stdout
 
 
+@pytest.mark.slow
 def test_an_expression_that_selects_nothing_is_an_error(copied: Path, tmp_path: Path) -> None:
     done = compared(copied, tmp_path, "no_such")
     assert done.returncode == 1 and "bench_knn_add.py -k no_such" in done.stderr

@@ -17,6 +17,8 @@ from helpers.scripts import BENCHMARKS, benchmark_script
 from helpers.separate import Ended, beside_each_other, selected
 from helpers.tiny_runs import written_text
 
+SLOW = "compiled or flex"  # the compiler takes its time
+SEVERAL = "bench_multi_gpu.py"  # and so do processes that start
 LABELS = {"op", "impl", "case", "mode", "dtype", "gpu", "torch", "triton", "commit"}
 
 
@@ -32,15 +34,32 @@ def runs(request: pytest.FixtureRequest, results: Path) -> Iterator[dict[str, Fu
     chosen = selected(request)
     shares = {share[0]: share for share in (chosen[::2], chosen[1::2]) if share}
     for ends in beside_each_other(
-        list(shares), lambda first: ([str(BENCHMARKS / module) for module in shares[first]], variables)
+        list(shares),
+        lambda first: ([*(str(BENCHMARKS / module) for module in shares[first]), "-k", f"not ({SLOW})"], variables),
     ):
         yield {module: ends[first] for first, share in shares.items() for module in share}
 
 
-@pytest.mark.parametrize("module", sorted(path.name for path in BENCHMARKS.glob("bench_*.py")))
+@pytest.mark.parametrize("module", sorted({path.name for path in BENCHMARKS.glob("bench_*.py")} - {SEVERAL}))
 def test_a_benchmark_runs_and_writes_its_entries(module: str, runs: dict[str, Future[Ended]], results: Path) -> None:
     done = runs[module].result()
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert_entries(results, module)
+
+
+@pytest.mark.slow
+def test_entries_that_compile_and_those_of_several_ranks_are_written_too(tmp_path: Path) -> None:
+    variables = {"MEMTRANS_BENCH_TOY": "1", "CUDA_VISIBLE_DEVICES": "", "MEMTRANS_BENCH_RESULTS": str(tmp_path)}
+    command = [sys.executable, "-m", "pytest", "-q", *map(str, sorted(BENCHMARKS.glob("bench_*.py")))]
+    command += ["-k", f"{SLOW} or multi_gpu"]
+    done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert_entries(tmp_path, SEVERAL)
+    impls = {entry["impl"] for entry in json.loads((tmp_path / "cpu" / "model.json").read_text())}
+    assert "memtrans-compiled" in impls
+
+
+def assert_entries(results: Path, module: str) -> None:
     operator = module.removeprefix("bench_").removesuffix(".py")
     entries = json.loads((results / "cpu" / f"{operator}.json").read_text())
     assert entries
@@ -103,6 +122,7 @@ def test_a_table_of_a_script_has_its_runs_by_the_farthest_place_that_all_know(
         tables.text_table("h200", "late")
 
 
+@pytest.mark.slow
 def test_a_late_memory_may_have_settings_of_its_own(tmp_path: Path) -> None:
     environment = {**os.environ, "MEMTRANS_BENCH_RESULTS": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
     script = [sys.executable, str(BENCHMARKS / "memory_gain.py"), "--data", written_text(tmp_path)]

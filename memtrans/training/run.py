@@ -57,7 +57,7 @@ class Run:
         """Runs to the end and returns the summary.
 
         Raises:
-            StoppedError: Ctrl-C or SIGTERM; a checkpoint was written. NonFiniteLossError: the last good checkpoint is
+            StoppedError: Ctrl-C or SIGTERM; a checkpoint was written, unless it ended a step. NonFiniteLossError: the last good checkpoint is
             kept. NotWrittenError: the directory could not be written to; the previous checkpoint is kept, if there is
             one. LostRankError: another rank is gone.
         """
@@ -90,7 +90,7 @@ class Run:
             begin, tokens = time.perf_counter(), trainer.tokens
             if settings.log is not None and self._is_due(settings.log_every, after=1):
                 trainer.watch()
-            trainer.advance()
+            self._advance(interruption)
             heard = interruption.heard()  # before anything waits for the GPU, which may wait for a rank that is gone
             line = trainer.report() if self._is_due(settings.log_every) else None
             self._seconds += time.perf_counter() - begin
@@ -106,6 +106,15 @@ class Run:
             if self._is_due(settings.checkpoint_every):
                 self._save()  # after an evaluation found the model good
         return evaluation
+
+    def _advance(self, interruption: Interruption) -> None:
+        """A step. What fails in it after a signal to stop is no error: compilers and other children hear Ctrl-C too."""
+        try:
+            self.trainer.advance()
+        except Exception as error:
+            if isinstance(error, LostRankError) or not interruption.noted:
+                raise
+            raise StoppedError(interruption.noted) from error
 
     def _is_due(self, every: int, after: int = 0) -> bool:
         """Whether something happens after this step, or `after` more: every so many (0: never), and after the last."""

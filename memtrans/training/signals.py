@@ -35,10 +35,13 @@ class Interruption:
     Args:
         agreed: asked for which signal's number to believe in, 0 for none, whenever this process is; several processes
             then stop at the same place, and for the same reason.
+
+    Attributes:
+        noted: the number of the signal that this process heard, 0 before.
     """
 
     def __init__(self, agreed: Callable[[int], int] = int) -> None:
-        self._agreed, self._noted = agreed, 0
+        self._agreed, self.noted = agreed, 0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
@@ -51,13 +54,13 @@ class Interruption:
             signal.signal(number, handler or signal.SIG_DFL)  # None: one of C, which cannot be put back
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        if self._noted and number == signal.SIGINT:
+        if self.noted and number == signal.SIGINT:
             raise StoppedError(number)
-        self._noted = self._noted or number
+        self.noted = self.noted or number
 
     def heard(self) -> int:
         """The number of the signal to stop that there was, 0 without one."""
-        return self._agreed(self._noted)
+        return self._agreed(self.noted)
 
     def check(self) -> None:
         """Raises StoppedError if there was a signal to stop."""

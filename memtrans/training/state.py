@@ -14,39 +14,33 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 
+from memtrans.distributed import sharded_state
 from memtrans.distributed.dtensors import is_sharded
+from memtrans.shapes import shapes_alone
 from memtrans.training.checkpoint import Checkpoint
 from memtrans.training.model import build_model
 from memtrans.training.optimizer import state_shapes
 from memtrans.training.settings import Settings
 
 
-def _options(model: nn.Module) -> StateDictOptions:
-    """Whole tensors on the CPU, of a sharded model; tensors as they are, of any other."""
-    sharded = any(is_sharded(parameter) for parameter in model.parameters())
-    return StateDictOptions(full_state_dict=sharded, cpu_offload=sharded, strict=False)
+def _sharded(model: nn.Module) -> bool:
+    return any(is_sharded(parameter) for parameter in model.parameters())
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """A model's weights by name."""
-    weights: dict[str, Any] = get_model_state_dict(model, options=_options(model))
-    return weights
+    return sharded_state.weights_of(model) if _sharded(model) else dict(model.state_dict())
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Copies a checkpoint's weights into a model. Raises ValueError when they are another model's."""
     saved = checkpoint.parts.get("model", {})
     _check_weights(model, saved)
-    # in one order on every rank: a file gives them in any, and ranks exchange the shards of one at a time
-    set_model_state_dict(model, {name: saved[name] for name in sorted(saved)}, options=_options(model))
+    if _sharded(model):
+        sharded_state.load_weights(model, saved)
+    else:
+        model.load_state_dict(saved)
 
 
 def _check_weights(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
@@ -67,7 +61,7 @@ def check_settings(settings: Settings, checkpoint: Checkpoint) -> None:
             f"checkpoint must hold weights of this model, got others: {len(saved)} tensors for {settings.layers} layers"
         )
     try:
-        with torch.device("meta"):
+        with shapes_alone():
             model = build_model(settings)
     except (TypeError, RuntimeError) as error:  # sizes beyond any tensor's
         reason = next(iter(str(error).splitlines()), "")
@@ -79,9 +73,12 @@ def moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     """The moments of a model's optimiser by name; none before its first step."""
     if not optimizer.state:
         return {}  # PyTorch would take a step to make some
-    state = get_optimizer_state_dict(model, optimizer, options=_options(model))
-    moments: dict[str, dict[str, Tensor]] = state.get("state", {})  # type: ignore[assignment]
-    return {f"{name}.{key}": tensor for name, tensors in moments.items() for key, tensor in tensors.items()}
+    if _sharded(model):
+        moments = sharded_state.moments_of(model, optimizer)
+    else:
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        moments = {names[parameter]: of_one for parameter, of_one in optimizer.state.items()}
+    return {f"{name}.{key}": tensor for name, of_one in moments.items() for key, tensor in of_one.items()}
 
 
 def load_moments(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]) -> None:
@@ -91,12 +88,24 @@ def load_moments(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapp
     _check_moments(optimizer, {label: model.get_parameter(name) for label, name in labels.items()}, saved)
     if not saved:
         return
-    state: dict[str, Any] = {}
-    for name in sorted(saved):  # see `load_weights`
+    moments: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in saved.items():
         label, _, key = name.rpartition(".")
-        state.setdefault(labels[label], {})[key] = saved[name]
-    whole: dict[str, Any] = {"state": state, "param_groups": groups}
-    set_optimizer_state_dict(model, optimizer, whole, options=_options(model))
+        moments.setdefault(labels[label], {})[key] = tensor
+    if _sharded(model):
+        sharded_state.load_moments(model, optimizer, moments, groups)
+    else:
+        _load_whole_moments(optimizer, moments, groups)
+
+
+def _load_whole_moments(
+    optimizer: torch.optim.Optimizer, moments: Mapping[str, Mapping[str, Tensor]], groups: list[dict[str, Any]]
+) -> None:
+    """PyTorch's optimisers know parameters by their places."""
+    places = {name: place for place, name in enumerate(name for group in groups for name in group["params"])}
+    by_place = [{**group, "params": [places[name] for name in group["params"]]} for group in groups]
+    state = {places[name]: dict(of_one) for name, of_one in moments.items()}
+    optimizer.load_state_dict({"state": state, "param_groups": by_place})
 
 
 def _named_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:

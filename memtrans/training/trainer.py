@@ -15,7 +15,6 @@ from torch import Tensor
 from memtrans.annotations import allows
 from memtrans.data.stream import DocumentStream
 from memtrans.data.tokens import BYTES
-from memtrans.distributed.fsdp import shard
 from memtrans.distributed.ranks import ALONE, LostRankError, Ranks
 from memtrans.inspection.share import measured_share, memory_fill
 from memtrans.training.checkpoint import Checkpoint, part_name, require
@@ -64,6 +63,8 @@ class Trainer:
         self.flop_per_token = flop_per_token(self.model, settings)
         self.peak = peak_of(ranks, device, settings.compute_dtype(device))
         if settings.fsdp:
+            from memtrans.distributed.fsdp import shard  # what it needs of PyTorch takes a second to import
+
             shard(self.model, ranks, device)
         self.optimizer = make_optimizer(self.model, settings)
         self.rows = ranks.rows(settings.batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import signal
 import time
@@ -100,9 +101,48 @@ def test_a_signal_writes_a_checkpoint_and_the_resumed_run_equals_an_uninterrupte
     assert checkpoint_files(out) == checkpoint_files(tmp_path / "through")
 
 
-@pytest.mark.parametrize("after", [0.0, 0.11, 0.29])
-def test_a_killed_run_resumes(tmp_path, text, after):
-    kill_and_resume(tmp_path / "run", text, after)
+@pytest.mark.parametrize(("steps", "kept"), [(0, "step 0 is saved"), (3, "step 2 is saved")])
+def test_a_step_that_fails_by_ctrl_c_is_no_error(tmp_path, text, monkeypatch, capsys, steps, kept):
+    """A terminal sends it to the compilers too that the step waits for."""
+    from memtrans.training import trainer as train_module
+
+    advance = train_module.Trainer.advance
+
+    def compile_in_vain(trainer):
+        if trainer.step == steps:
+            os.kill(os.getpid(), signal.SIGINT)
+            raise RuntimeError("C++ compile error")
+        advance(trainer)
+
+    monkeypatch.setattr(train_module.Trainer, "advance", compile_in_vain)
+    out = tmp_path / "run"
+    assert train(out, "--data", text, "--steps", "5", "--checkpoint-every", "2") == 130
+    errors = capsys.readouterr().err
+    assert f"memtrans train: stopped by Ctrl-C; {kept}, --resume --out {out} goes on from there" in errors
+    assert "compile error" not in errors
+
+
+def test_a_step_that_fails_by_itself_is_an_error(tmp_path, text, monkeypatch):
+    from memtrans.training import trainer as train_module
+
+    def fail(trainer):
+        raise RuntimeError("C++ compile error")
+
+    monkeypatch.setattr(train_module.Trainer, "advance", fail)
+    with pytest.raises(RuntimeError, match=r"C\+\+ compile error"):
+        train(tmp_path / "run", "--data", text, "--steps", "5")
+
+
+def test_a_crash_in_native_code_says_where_it_was(tmp_path, text):
+    process = start(tmp_path / "run", "--data", text, "--steps", "5000", "--log-every", "1")
+    process.send_signal(signal.SIGSEGV)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGSEGV
+    assert "Fatal Python error: Segmentation fault" in errors and "in _loop" in errors
+
+
+def test_a_killed_run_resumes(tmp_path, text):
+    kill_and_resume(tmp_path / "run", text, after=0.11)
 
 
 @pytest.mark.slow

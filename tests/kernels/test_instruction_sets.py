@@ -1,6 +1,6 @@
 """The compiled search and attention on the CPU pass their tests with every instruction set.
 
-Everyone's run has one of three cases of each test, and `make test-slow` all.
+Everyone's run has one of six cases of each test with the older set that most processors have, `make test-slow` all.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ HERE = Path(__file__).parent
 LEAST = {"test_native_search.py": 90, "test_native_attention.py": 55}  # of all cases
 
 
-@pytest.mark.parametrize("one_of", [3, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("instructions", ["avx2", "default"])
+@pytest.mark.parametrize(
+    ("instructions", "one_of"),
+    [("avx2", 6), *(pytest.param(name, 1, marks=pytest.mark.slow) for name in ("avx2", "default"))],
+)
 def test_other_instruction_sets_pass_the_same_tests(instructions: str, one_of: int) -> None:
     """PyTorch's own variable limits both; a process of its own, because PyTorch reads it once."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rp", *(HERE / name for name in LEAST)]

@@ -1,7 +1,7 @@
 """The Triton kernels pass their operators' tests in Triton's interpreter, where there is no GPU.
 
 A process of their own: Triton decides at import whether it interprets. It takes minutes, so that everyone's run has one
-of twelve cases of each test, and `make test-slow` all. Programs that are interpreted one after the other give the same
+of 24 cases of each test, and `make test-slow` all. Programs that are interpreted one after the other give the same
 bits twice whatever they do; that is left to `make test-slow` and to GPUs.
 """
 
@@ -42,7 +42,7 @@ def runs(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Ended]]]:
         everyones = name in EVERYONES
         modules, chosen = (EVERYONES[name], f"triton and not ({TWICE})") if everyones else ([name], "triton")
         arguments = ["-k", chosen, "-rp", *(str(TESTS / module) for module in modules)]
-        return arguments, {"TRITON_INTERPRET": "1", "MEMTRANS_TEST_ONE_OF": "12" if everyones else "1"}
+        return arguments, {"TRITON_INTERPRET": "1", "MEMTRANS_TEST_ONE_OF": "24" if everyones else "1"}
 
     yield from beside_each_other(selected(request), run)
 

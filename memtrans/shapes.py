@@ -1,0 +1,35 @@
+"""Modules of which nobody wants the numbers: how many there are, of which shapes, or what a file will bring."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Functions of `torch.nn.init` return their tensor as it is. To draw on no device, PyTorch imports its compiler."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if getattr(function, "__module__", None) == nn.init.__name__:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def shapes_alone() -> Iterator[None]:
+    """What is made inside has shapes and no numbers: nothing is allocated, nothing drawn.
+
+    >>> with shapes_alone():
+    ...     layer = nn.Linear(1_000_000, 1_000_000)
+    >>> layer.weight.device, layer.weight.numel()
+    (device(type='meta'), 1000000000000)
+    """
+    with torch.device("meta"), _NothingDrawn():
+        yield
