@@ -1,4 +1,4 @@
-"""Weights and moments of a model that FSDP2 has spread over ranks, whole and by name, as PyTorch gathers and spreads them.
+"""Weights and moments of a model that FSDP2 has spread over ranks, whole and by name, as PyTorch gathers and spreads.
 
 Every rank has to ask for them, and the first one alone gets them. To load them every rank gives the same ones, and gets
 its shards of the first rank's.

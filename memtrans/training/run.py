@@ -57,9 +57,9 @@ class Run:
         """Runs to the end and returns the summary.
 
         Raises:
-            StoppedError: Ctrl-C or SIGTERM; a checkpoint was written, unless it ended a step. NonFiniteLossError: the last good checkpoint is
-            kept. NotWrittenError: the directory could not be written to; the previous checkpoint is kept, if there is
-            one. LostRankError: another rank is gone.
+            StoppedError: Ctrl-C or SIGTERM; a checkpoint was written, unless a step failed by it. NonFiniteLossError:
+            the last good checkpoint is kept. NotWrittenError: the directory could not be written to; the previous
+            checkpoint is kept, if there is one. LostRankError: another rank is gone.
         """
         with self._writing():
             self.out.mkdir(parents=True, exist_ok=True)

@@ -17,9 +17,8 @@ import memtrans
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Each takes from 0.2 to over a second.
-HEAVY = (
-    "matplotlib", "sympy", "torch._dynamo", "torch._inductor", "torch.distributed.fsdp", "tqdm", "transformers", "triton",
-)  # fmt: skip
+COMPILERS = ("torch._dynamo", "torch._inductor", "triton")
+HEAVY = ("matplotlib", "sympy", "torch.distributed.fsdp", "tqdm", "transformers", *COMPILERS)
 
 
 @pytest.mark.parametrize("module", ["memtrans", "memtrans_kernels", "memtrans.presets"])
