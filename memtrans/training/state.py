@@ -76,7 +76,7 @@ def moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     if _sharded(model):
         moments = sharded_state.moments_of(model, optimizer)
     else:
-        names = {parameter: name for name, parameter in model.named_parameters()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         moments = {names[parameter]: of_one for parameter, of_one in optimizer.state.items()}
     return {f"{name}.{key}": tensor for name, of_one in moments.items() for key, tensor in of_one.items()}
 
