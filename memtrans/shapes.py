@@ -7,19 +7,22 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
 class _NothingDrawn(TorchFunctionMode):
-    """Functions of `torch.nn.init` return their tensor as it is. To draw on no device, PyTorch imports its compiler."""
+    """Functions of `torch.nn.init` leave tensors of shapes alone as they are: PyTorch would import its compiler."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        named = kwargs or {}
         if getattr(function, "__module__", None) == nn.init.__name__:
-            return args[0] if args else (kwargs or {})["tensor"]
-        return function(*args, **(kwargs or {}))
+            tensor: Tensor = args[0] if args else named["tensor"]
+            if tensor.is_meta:
+                return tensor
+        return function(*args, **named)
 
 
 @contextmanager

@@ -61,14 +61,14 @@ store() {
 }
 
 # piece NAME OPTION...: trains for PIECE seconds at most, from the checkpoint on if there is one; fails if it did not end.
-# Only the run itself is told to stop, not what compiles for it.
+# Only the run itself is told to stop, not what compiles for it; it then ends with status 143.
 piece() {
     local out=runs/$1 status=0 resume=()
     shift
     if [ -f "$out/checkpoint/checkpoint.json" ]; then resume=(--resume); fi
-    timeout --foreground --signal=TERM --kill-after=120 "$PIECE" \
-        "$PYTHON" -m memtrans train --out "$out" --plain "${resume[@]}" "$@" >&2 || status=$?
-    if [ "$status" != 0 ] && [ "$status" != 124 ]; then exit "$status"; fi
+    timeout --preserve-status --signal=TERM --kill-after=120 "$PIECE" \
+        setsid "$PYTHON" -m memtrans train --out "$out" --plain "${resume[@]}" "$@" >&2 || status=$?
+    if [ "$status" != 0 ] && [ "$status" != 143 ]; then exit "$status"; fi
     return "$status"
 }
 

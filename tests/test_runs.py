@@ -29,7 +29,7 @@ prose() { echo texts; }
 store() { echo "$2"; }
 pace() { echo 700; }
 piece() {
-    [ -z "${STOPS:-}" ] || return 124
+    [ -z "${STOPS:-}" ] || return 143
     [ -z "${FAILS:-}" ] || exit 3
     [ -z "${SAYS:-}" ] || sleep 0.05
     echo "${SAYS:+$CUDA_VISIBLE_DEVICES }train --out $*" >&2
@@ -93,6 +93,28 @@ def test_several_devices_tell_what_has_not_ended_and_what_failed(tmp_path):
     with pytest.raises(subprocess.CalledProcessError) as failed:
         called(script, tmp_path, DEVICES="0 1", FAILS="yes")
     assert failed.value.returncode == 3 and "all is done" not in failed.value.stdout
+
+
+@pytest.mark.skipif(shutil.which("setsid") is None, reason="a command of Linux")
+@pytest.mark.parametrize(
+    ("ends", "status", "done"),
+    [("exit 0", 0, "ended"), ("exit 143", 0, "goes on"), ("kill -SEGV $$", 139, ""), ("exit 1", 1, "")],
+)
+def test_a_piece_whose_time_is_over_may_only_have_been_stopped_for_it(tmp_path, ends, status, done):
+    """Not have crashed on the way out. What the run started is not told to stop."""
+    child = "sleep 2 > /dev/null 2>&1 & child=$!\n"
+    run = f"trap 'kill -0 $child && {ends}' TERM\n{child}for i in $(seq 200); do sleep 0.05; done\n"
+    python = tmp_path / "python"
+    python.write_text("#!/usr/bin/env bash\n" + run)
+    python.chmod(0o755)
+    (tmp_path / "runs").mkdir()
+    shutil.copy(ROOT / "runs" / "common.sh", tmp_path / "runs")
+    (tmp_path / "runs" / "some.sh").write_text(
+        "source runs/common.sh\nif piece some; then echo ended; else echo goes on; fi"
+    )
+    environment = {**os.environ, "PYTHON": str(python), "PIECE": "0.4"}
+    found = subprocess.run(["bash", "runs/some.sh"], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert (found.returncode, found.stdout.strip()) == (status, done), found.stderr
 
 
 @pytest.mark.skipif(shutil.which("pkill") is None or not Path("/proc").exists(), reason="pkill stops them")

@@ -55,7 +55,7 @@ def _trained(run: Run) -> dict[str, object]:
         stopped = error if isinstance(error, StoppedError) else StoppedError()
         kept = f"step {run.saved_step} is saved, --resume --out {run.out} goes on from there"
         saved = kept if run.saved_step >= 0 else "nothing is saved yet"
-        raise EndedError(f"{stopped}; {saved}", stopped.status) from error
+        raise EndedError(f"{stopped}; {saved}", stopped.status, everywhere=stopped.failed is not None) from error
     except NonFiniteLossError as error:
         raise EndedError(f"{error}; the last good checkpoint is kept") from error
 

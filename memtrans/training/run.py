@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from memtrans.distributed.ranks import LostRankError
 from memtrans.inspection.records import Records
 from memtrans.inspection.sample import sample_retrievals
@@ -108,13 +110,15 @@ class Run:
         return evaluation
 
     def _advance(self, interruption: Interruption) -> None:
-        """A step. What fails in it after a signal to stop is no error: compilers and other children hear Ctrl-C too."""
+        """A step. One that fails after a signal to stop is most likely stopped by it: compilers hear Ctrl-C too."""
         try:
             self.trainer.advance()
+        except (LostRankError, OSError, MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:
-            if isinstance(error, LostRankError) or not interruption.noted:
+            if not interruption.noted:
                 raise
-            raise StoppedError(interruption.noted) from error
+            raise StoppedError(interruption.noted, error) from error
 
     def _is_due(self, every: int, after: int = 0) -> bool:
         """Whether something happens after this step, or `after` more: every so many (0: never), and after the last."""

@@ -14,16 +14,27 @@ SIGNALS: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 class StoppedError(KeyboardInterrupt):
     """A signal ended the run.
 
+    Args:
+        number: of the signal.
+        failed: what went wrong in the step that the signal came in, if something did.
+
     Attributes:
         status: of the process, as shells give it: 130 for Ctrl-C, 143 for SIGTERM.
+        failed: as given.
 
     >>> print(StoppedError(signal.SIGTERM))
     stopped by SIGTERM
+    >>> print(StoppedError(signal.SIGINT, RuntimeError("C++ compile error")))
+    stopped by Ctrl-C in a step that failed (RuntimeError: C++ compile error)
     """
 
-    def __init__(self, number: int = signal.SIGINT) -> None:
-        super().__init__(f"stopped by {SIGNALS[number]}")
-        self.status = 128 + number
+    def __init__(self, number: int = signal.SIGINT, failed: Exception | None = None) -> None:
+        words = f"stopped by {SIGNALS[number]}"
+        if failed is not None:
+            first = next(iter(str(failed).splitlines()), "")
+            words += f" in a step that failed ({type(failed).__name__}: {first})"
+        super().__init__(words)
+        self.status, self.failed = 128 + number, failed
 
 
 class Interruption:

@@ -111,15 +111,30 @@ def test_a_step_that_fails_by_ctrl_c_is_no_error(tmp_path, text, monkeypatch, ca
     def compile_in_vain(trainer):
         if trainer.step == steps:
             os.kill(os.getpid(), signal.SIGINT)
-            raise RuntimeError("C++ compile error")
+            raise RuntimeError("C++ compile error\n\nCommand:\ng++")
         advance(trainer)
 
     monkeypatch.setattr(train_module.Trainer, "advance", compile_in_vain)
     out = tmp_path / "run"
     assert train(out, "--data", text, "--steps", "5", "--checkpoint-every", "2") == 130
     errors = capsys.readouterr().err
-    assert f"memtrans train: stopped by Ctrl-C; {kept}, --resume --out {out} goes on from there" in errors
-    assert "compile error" not in errors
+    failed = "in a step that failed (RuntimeError: C++ compile error)"
+    assert errors.endswith(
+        f"memtrans train: stopped by Ctrl-C {failed}; {kept}, --resume --out {out} goes on from there\n"
+    )
+    assert "Traceback" not in errors
+
+
+def test_a_lack_of_memory_is_told_whatever_signal_came_before(tmp_path, text, monkeypatch, capsys):
+    from memtrans.training import trainer as train_module
+
+    def ask_for_too_much(trainer):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise MemoryError("of the host")
+
+    monkeypatch.setattr(train_module.Trainer, "advance", ask_for_too_much)
+    assert train(tmp_path / "run", "--data", text, "--steps", "5") == 1
+    assert "the device has too little memory for these sizes: of the host" in capsys.readouterr().err
 
 
 def test_a_step_that_fails_by_itself_is_an_error(tmp_path, text, monkeypatch):

@@ -32,6 +32,15 @@ def test_outside_of_it_numbers_are_drawn_again() -> None:
     assert not nn.Linear(2, 2).weight.is_meta
 
 
+def test_what_is_made_on_a_device_by_name_has_its_numbers() -> None:
+    with shapes_alone():
+        slopes = nn.init.constant_(torch.empty(8, device="cpu"), 0.5)
+        with torch.device("cpu"):
+            weight = nn.Linear(3, 3).weight
+    assert torch.equal(slopes, torch.full((8,), 0.5))
+    assert not weight.is_meta and 0 < float(weight.detach().abs().max()) < 1
+
+
 def test_initialisers_called_by_name_of_their_tensor_are_left_out_too() -> None:
     with shapes_alone():
         weight = nn.init.normal_(tensor=torch.empty(10**6, 10**6))
