@@ -133,13 +133,13 @@ test-plain:
 test-install: $(TESTS_READY)
 	$(PYTHON_BIN) tests/install/paths.py
 
-# The library of .venv serves: one build is for every PyTorch. Triton 3.6, which 2.10 brings, interprets no numpy 2.4.
+# The library of .venv serves: one build is for every PyTorch. Triton 3.6, of 2.10 and 2.11, interprets no numpy 2.4.
 OTHER = .venv-torch-$(TORCH)/bin/python
 test-torch: $(TESTS_READY)
 	test -n "$(TORCH)" || (echo "which one? make test-torch TORCH=2.10.0"; exit 2)
 	$(PYTHON) -m venv .venv-torch-$(TORCH)
 	$(OTHER) -m pip --disable-pip-version-check install --quiet "torch==$(TORCH)" ninja "setuptools>=77" wheel \
-	  "numpy$(if $(filter 2.10.%,$(TORCH)),<2.4)"
+	  "numpy$(if $(filter 2.10.% 2.11.%,$(TORCH)),<2.4)"
 	MEMTRANS_SKIP_BUILD=1 $(OTHER) -m pip --disable-pip-version-check install --quiet --no-build-isolation ".[test,train]"
 	$(OTHER) -m pip install --quiet joblib filelock
 	$(OTHER) -m pip install --quiet --no-deps memorizing-transformers-pytorch==0.4.1 einops-exts==0.0.4
