@@ -1,7 +1,6 @@
 """What a run has learned, as a checkpoint holds it: weights and the optimiser's moments, each under its full name.
 
-Of a model that FSDP shards every rank has to ask for them; they are gathered, and the first rank alone gets them. To
-load them every rank has to give the same ones, whole, and gets its shards of the first rank's.
+Of a model that FSDP shards every rank has to ask for them and to load them, see `sharded_state`.
 
 A moment is named after its parameter: `token_emb.weight.exp_avg`. Earlier checkpoints say the parameter's place in the
 optimiser instead, `3.exp_avg`, and load as well.
