@@ -240,7 +240,9 @@ def text_table(machine: str, script: str) -> str:
         result = run["result"]
         bits = [result["eval_bits_per_byte"], result["eval_bits_per_byte_without_memory"]]
         bits.append(result["eval_by_position"][far])
-        rows.append([name, f"{result['steps']:,}", f"{run['seconds']:.0f}", *(f"{number:.4f}" for number in bits)])
+        at_once = run.get("runs_at_once", 1)
+        seconds = f"{run['seconds']:.0f}" + (f" ({at_once} at once)" if at_once > 1 else "")
+        rows.append([name, f"{result['steps']:,}", seconds, *(f"{number:.4f}" for number in bits)])
     return lines_of(["run", "steps", "seconds of steps", *BITS, f"from byte {int(far):,} on"], rows)
 
 

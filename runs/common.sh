@@ -6,7 +6,8 @@
 #
 #   PIECE     seconds of a piece of a run (480)      MACHINE   name of the machine, for results (h100)
 #   PYTHON    the interpreter (python)               TEXTS     where texts and stores are kept (runs/texts)
-#   DEVICES   GPUs that runs are spread over, as "0 1" (one run after the other, wherever PyTorch puts it)
+#   DEVICES   GPUs that runs are spread over, as "0 1" (one run after the other, wherever PyTorch puts it); "0 0 1 1" works
+#             on two runs at once on each, of which one computes while the other compiles: for tables of steps, not seconds
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -15,9 +16,9 @@ PYTHON=${PYTHON:-python}
 MACHINE=${MACHINE:-h100}
 TEXTS=${TEXTS:-runs/texts}
 RESULTS=benchmarks/results/$MACHINE/text
-DEVICES=${DEVICES:-}
+read -ra devices <<< "${DEVICES:-}"
 left=0
-declare -A running=() # the process that a device is busy with
+declare -A running=() # the process that a place in devices is busy with
 mkdir -p "$TEXTS" "$RESULTS"
 
 # package NAME: downloads a Debian package, and prints its file.
@@ -74,28 +75,28 @@ piece() {
 
 # spread FUNCTION ARG...: calls it, on the next of the DEVICES that is free if there are any.
 spread() {
-    local device
-    if [ -z "$DEVICES" ]; then
+    local place
+    if [ "${#devices[@]}" = 0 ]; then
         "$@"
         return
     fi
     while true; do
-        for device in $DEVICES; do
-            if [ -z "${running[$device]:-}" ]; then
-                start "$device" "$@"
+        for place in "${!devices[@]}"; do
+            if [ -z "${running[$place]:-}" ]; then
+                start "$place" "$@"
                 return
-            elif ! kill -0 "${running[$device]}" 2> /dev/null; then
-                await "$device"
+            elif ! kill -0 "${running[$place]}" 2> /dev/null; then
+                await "$place"
             fi
         done
         sleep 0.2
     done
 }
 
-# start DEVICE FUNCTION ARG...: beside this process, and ends with it.
+# start PLACE FUNCTION ARG...: beside this process, and ends with it.
 start() {
     (
-        export CUDA_VISIBLE_DEVICES=$1
+        export CUDA_VISIBLE_DEVICES=${devices[$1]}
         shift
         "$@"
         [ "$left" = 0 ] || exit 124
@@ -106,7 +107,7 @@ start() {
     trap 'exit 143' TERM
 }
 
-# await DEVICE: until it is free; counts what has not ended, and ends where a run failed.
+# await PLACE: until it is free; counts what has not ended, and ends where a run failed.
 await() {
     local status=0
     wait "${running[$1]}" || status=$?
@@ -157,18 +158,27 @@ pace() {
     "$PYTHON" benchmarks/pace.py "$out/metrics.jsonl" "$@"
 }
 
+# at_once: how many runs the GPU of this one may be working on.
+at_once() {
+    local device count=0
+    for device in "${devices[@]}"; do
+        if [ "$device" = "$CUDA_VISIBLE_DEVICES" ]; then count=$((count + 1)); fi
+    done
+    echo $((count > 1 ? count : 1))
+}
+
 # evaluated NAME OPTION...: writes the figures of a run that has ended, with the names of its texts, not where they lie.
 evaluated() {
     local name=$1 report
     shift
     report=$("$PYTHON" -m memtrans eval --out "runs/$name" --eval-bytes 4000000 | tail -1)
-    printf '{"command": "%s", "seconds": %s, "result": %s}\n' \
-        "memtrans train ${*//"$TEXTS/"/}" "$(pace "$name")" "${report//"$TEXTS/"/}" > "$RESULTS/$name.part"
+    printf '{"command": "%s", "seconds": %s, "runs_at_once": %s, "result": %s}\n' \
+        "memtrans train ${*//"$TEXTS/"/}" "$(pace "$name")" "$(at_once)" "${report//"$TEXTS/"/}" > "$RESULTS/$name.part"
     mv "$RESULTS/$name.part" "$RESULTS/$name.json"
 }
 
 ended() {
-    local device
-    for device in "${!running[@]}"; do await "$device"; done
+    local place
+    for place in "${!running[@]}"; do await "$place"; done
     if [ "$left" = 0 ]; then echo "all is done: $RESULTS"; else echo "$left runs have not ended: call this again"; fi
 }

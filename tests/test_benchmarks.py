@@ -108,15 +108,16 @@ def test_a_table_of_a_script_has_its_runs_by_the_farthest_place_that_all_know(
     tables = benchmark_script("tables")
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     (tmp_path / "h200" / "text").mkdir(parents=True)
-    for name, places in (("a-0", {"0": 1.5, "512": 1.25}), ("a-64", {"0": 1.0, "512": 0.75, "1024": 0.5})):
+    runs = {"a-0": (1, {"0": 1.5, "512": 1.25}), "a-64": (2, {"0": 1.0, "512": 0.75, "1024": 0.5})}
+    for name, (at_once, places) in runs.items():
         bits = {"eval_bits_per_byte": 2.0, "eval_bits_per_byte_without_memory": 3.0, "eval_by_position": places}
-        run = {"seconds": 4.6, "result": {"steps": 1000, **bits}}
+        run = {"seconds": 4.6, "runs_at_once": at_once, "result": {"steps": 1000, **bits}}
         (tmp_path / "h200" / "text" / f"{name}.json").write_text(json.dumps(run))
     head, _, *rows = tables.text_table("h200", "a").splitlines()
     assert head.endswith("| from byte 512 on |")
     assert rows == [
         "| 0 | 1,000 | 5 | 2.0000 | 3.0000 | 1.2500 |",
-        "| 64 | 1,000 | 5 | 2.0000 | 3.0000 | 0.7500 |",
+        "| 64 | 1,000 | 5 (2 at once) | 2.0000 | 3.0000 | 0.7500 |",
     ]
     with pytest.raises(AssertionError, match="no result of late in h200/text"):
         tables.text_table("h200", "late")

@@ -38,12 +38,12 @@ evaluated() { echo '{}' > "$RESULTS/$1.json"; }
 """
 
 
-def called(script: Path, tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+def called(script: Path, tmp_path: Path, functions: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
     """The script with the functions that work replaced; what it would train goes to standard error."""
     runs = tmp_path / "runs"
     runs.mkdir(exist_ok=True)
     shutil.copy(script, runs)
-    (runs / "common.sh").write_text((ROOT / "runs" / "common.sh").read_text() + STAND_IN)
+    (runs / "common.sh").write_text((ROOT / "runs" / "common.sh").read_text() + STAND_IN + functions)
     environment = {**os.environ, "PYTHON": sys.executable, "MACHINE": "none", **variables}
     return subprocess.run(["bash", runs / script.name], capture_output=True, text=True, env=environment, check=True)
 
@@ -84,6 +84,16 @@ def test_runs_are_spread_over_several_devices(script, tmp_path):
     assert [path.name for path in sorted(spread.rglob("*.json"))] == [
         path.name for path in sorted(alone.rglob("*.json"))
     ]
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="a script of bash")
+@pytest.mark.parametrize(("devices", "at_once"), [("", "1"), ("0 3", "1"), ("0 0 3 3", "2"), ("3 3 3", "3")])
+def test_a_gpu_named_twice_works_on_two_runs_and_says_so(tmp_path, devices, at_once):
+    says = 'piece() { sleep 0.1; }\nevaluated() { echo "$CUDA_VISIBLE_DEVICES" "$(at_once)" > "$RESULTS/$1.json"; }\n'
+    called(ROOT / "runs" / "late.sh", tmp_path, says, DEVICES=devices, CUDA_VISIBLE_DEVICES="")
+    found = [path.read_text().split() for path in tmp_path.rglob("late-*.json")]
+    assert len(found) == 4 and {said[-1] for said in found} == {at_once}
+    assert sorted(said[0] for said in found if len(said) == 2) == sorted((devices.split() * 4)[:4])
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="a script of bash")
