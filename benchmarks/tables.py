@@ -10,7 +10,7 @@ large matrix product or of a copy, whichever it is nearer to. A third word asks 
   training · `against`: today's times beside another commit's (against.py)
 - `hard`: searches of keys that are not random, beside those of random ones; `triton`: these in Triton
 - `gain`: held-out bits per byte of memory_gain.py's runs · `start`, `run`: runs of the command line · `text`: those of
-  runs/*.sh whose names begin with the second word
+  runs/*.sh whose names begin with the second word · `rows`: those of runs/paper.sh, beside the paper's table 4
 - `measured`, `held`, `scaled`: several GPUs (scaling.py)
 - `compiled`, `roofline`: what compilers say of GPUs that are not here, and what is calculated (portability.py)
 - `figures`: the README's five, each from a file of its own
@@ -215,6 +215,7 @@ def start_table(runs: Entries) -> str:
 
 
 BITS = ["bits per byte", "with retrieval off"]
+PAPERS_GITHUB = {"512-0-512": "2.26", "512-8192-512": "2.03", "512-65536-512": "1.87"}  # table 4, after 500,000 steps
 
 
 def _bits(result: dict[str, Any]) -> list[str]:
@@ -229,11 +230,17 @@ def run_table(run: dict[str, Any]) -> str:
     return lines_of(["parameters", "steps", *BITS, "tokens a second", "seconds"], [row])
 
 
-def text_table(machine: str, script: str) -> str:
-    """The runs of a script of runs/, a row each: held-out bits per byte, with retrieval off, and far into documents."""
+def of_script(machine: str, script: str) -> dict[str, Any]:
+    """The runs of a script of runs/ by what their names say behind the script's."""
     runs = {path.stem.removeprefix(f"{script}-"): json.loads(path.read_text())
             for path in sorted((RESULTS / machine / "text").glob(f"{script}-*.json"))}  # fmt: skip
     assert runs, f"no result of {script} in {machine}/text"
+    return runs
+
+
+def text_table(machine: str, script: str) -> str:
+    """The runs of a script of runs/, a row each: held-out bits per byte, with retrieval off, and far into documents."""
+    runs = of_script(machine, script)
     far = max(set.intersection(*(set(run["result"]["eval_by_position"]) for run in runs.values())), key=int)
     rows = []
     for name, run in runs.items():
@@ -244,6 +251,20 @@ def text_table(machine: str, script: str) -> str:
         seconds = f"{run['seconds']:.0f}" + (f" ({at_once} at once)" if at_once > 1 else "")
         rows.append([name, f"{result['steps']:,}", seconds, *(f"{number:.4f}" for number in bits)])
     return lines_of(["run", "steps", "seconds of steps", *BITS, f"from byte {int(far):,} on"], rows)
+
+
+def rows_table(machine: str, script: str) -> str:
+    """The rows of the paper's table 4 that a script has trained, in the table's order, and what the paper has there."""
+    runs = of_script(machine, script)
+    rows = []
+    for name in sorted(runs, key=lambda name: [int(size) for size in name.split("-")[1:]]):
+        result = runs[name]["result"]
+        sizes = [f"{int(size):,}" if int(size) else "–" for size in name.split("-")]
+        perplexities = result["eval_perplexity"], result["eval_perplexity_without_memory"]
+        measured = [f"{result['steps']:,}", *map("{:.2f}".format, perplexities), f"{result['eval_bits_per_byte']:.3f}"]
+        rows.append([*sizes, *measured, PAPERS_GITHUB.get(name, "–")])
+    columns = ["context", "memory", "XL cache", "steps", "perplexity of a token", "with retrieval off", BITS[0]]
+    return lines_of([*columns, "the paper's GitHub row, its perplexity"], rows)
 
 
 def figures_table(machine: str) -> str:
@@ -308,6 +329,7 @@ KINDS: dict[str | None, Callable[[str, str], str]] = {
     "start": lambda machine, op: start_table(results(machine, op)),
     "run": lambda machine, op: run_table(results(machine, op)),
     "text": text_table,
+    "rows": rows_table,
     "figures": lambda machine, op: figures_table(machine),
     "measured": lambda machine, op: scaling.measured_table(by_case(results(machine, op))),
     "held": lambda machine, op: scaling.memory_table(),

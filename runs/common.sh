@@ -96,6 +96,7 @@ spread() {
 # start PLACE FUNCTION ARG...: beside this process, and ends with it.
 start() {
     (
+        trap : INT TERM # a signal to all processes of the script must leave this one, or nobody would know its run
         export CUDA_VISIBLE_DEVICES=${devices[$1]}
         shift
         "$@"
@@ -171,7 +172,8 @@ at_once() {
 evaluated() {
     local name=$1 report
     shift
-    report=$("$PYTHON" -m memtrans eval --out "runs/$name" --eval-bytes 4000000 | tail -1)
+    "$PYTHON" -m memtrans eval --out "runs/$name" --eval-bytes 4000000 > "runs/$name/eval.txt"
+    report=$(tail -1 "runs/$name/eval.txt")
     printf '{"command": "%s", "seconds": %s, "runs_at_once": %s, "result": %s}\n' \
         "memtrans train ${*//"$TEXTS/"/}" "$(pace "$name")" "$(at_once)" "${report//"$TEXTS/"/}" > "$RESULTS/$name.part"
     mv "$RESULTS/$name.part" "$RESULTS/$name.json"

@@ -111,6 +111,7 @@ def test_a_table_of_a_script_has_its_runs_by_the_farthest_place_that_all_know(
     runs = {"a-0": (1, {"0": 1.5, "512": 1.25}), "a-64": (2, {"0": 1.0, "512": 0.75, "1024": 0.5})}
     for name, (at_once, places) in runs.items():
         bits = {"eval_bits_per_byte": 2.0, "eval_bits_per_byte_without_memory": 3.0, "eval_by_position": places}
+        bits |= {"eval_perplexity": 4.0, "eval_perplexity_without_memory": 8.0}
         run = {"seconds": 4.6, "runs_at_once": at_once, "result": {"steps": 1000, **bits}}
         (tmp_path / "h200" / "text" / f"{name}.json").write_text(json.dumps(run))
     head, _, *rows = tables.text_table("h200", "a").splitlines()
@@ -118,6 +119,13 @@ def test_a_table_of_a_script_has_its_runs_by_the_farthest_place_that_all_know(
     assert rows == [
         "| 0 | 1,000 | 5 | 2.0000 | 3.0000 | 1.2500 |",
         "| 64 | 1,000 | 5 (2 at once) | 2.0000 | 3.0000 | 0.7500 |",
+    ]
+    runs = tmp_path / "h200" / "text"
+    (runs / "a-0.json").rename(runs / "paper-512-0-0.json")
+    (runs / "a-64.json").rename(runs / "paper-512-8192-512.json")
+    assert tables.rows_table("h200", "paper").splitlines()[2:] == [
+        "| 512 | – | – | 1,000 | 4.00 | 8.00 | 2.000 | – |",
+        "| 512 | 8,192 | 512 | 1,000 | 4.00 | 8.00 | 2.000 | 2.03 |",
     ]
     with pytest.raises(AssertionError, match="no result of late in h200/text"):
         tables.text_table("h200", "late")

@@ -127,14 +127,21 @@ def test_a_piece_whose_time_is_over_may_only_have_been_stopped_for_it(tmp_path, 
     assert (found.returncode, found.stdout.strip()) == (status, done), found.stderr
 
 
-@pytest.mark.skipif(shutil.which("pkill") is None or not Path("/proc").exists(), reason="pkill stops them")
-@pytest.mark.parametrize("name", ["TERM", "INT"])
-def test_what_several_devices_train_ends_with_the_script(tmp_path, name):
-    (tmp_path / "runs").mkdir()
+@pytest.mark.skipif(not (shutil.which("pkill") and shutil.which("setsid")), reason="they stop the processes")
+@pytest.mark.parametrize("command", ["train", "eval"])
+@pytest.mark.parametrize("to", [os.kill, os.killpg], ids=["the script", "all its processes"])
+@pytest.mark.parametrize(("name", "status"), [("TERM", 143), ("INT", 130)])
+def test_what_several_devices_work_on_ends_with_the_script(tmp_path, name, status, to, command):
+    """`kill` tells the script alone, a terminal's Ctrl-C and `timeout` all processes of its group."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/usr/bin/env bash\nif [ "$3" = {command} ]; then echo > $$.pid; exec sleep 50; fi\n')
+    python.chmod(0o755)
+    for rate in ("1e-3", "5e-4"):
+        (tmp_path / "runs" / f"late-0.1-{rate}").mkdir(parents=True)
     shutil.copy(ROOT / "runs" / "late.sh", tmp_path / "runs")
-    waits = 'piece() { timeout 60 bash -c "echo \\$\\$ > $1.pid; exec sleep 50"; }\n'
-    (tmp_path / "runs" / "common.sh").write_text((ROOT / "runs" / "common.sh").read_text() + STAND_IN + waits)
-    environment = {**os.environ, "DEVICES": "0 1", "MACHINE": "none"}
+    common = (ROOT / "runs" / "common.sh").read_text()
+    (tmp_path / "runs" / "common.sh").write_text(common + "c_sources() { echo texts; }\n")
+    environment = {**os.environ, "PYTHON": str(python), "DEVICES": "0 1", "MACHINE": "none"}
     script = subprocess.Popen(
         ["bash", "runs/late.sh"],
         cwd=tmp_path,
@@ -142,11 +149,12 @@ def test_what_several_devices_train_ends_with_the_script(tmp_path, name):
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
     )
-    eventually(lambda: len([file for file in tmp_path.glob("*.pid") if file.read_text()]) == 2)
-    processes = [int(file.read_text()) for file in tmp_path.glob("*.pid")]
-    script.send_signal(getattr(signal, f"SIG{name}"))
-    assert script.wait(timeout=20) == {"TERM": 143, "INT": 130}[name]
+    eventually(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
+    processes = [file.stem for file in tmp_path.glob("*.pid")]
+    to(script.pid, getattr(signal, f"SIG{name}"))
+    assert script.wait(timeout=20) == status
     eventually(lambda: not any(Path(f"/proc/{process}").exists() for process in processes))
+    assert not list((tmp_path / "benchmarks").rglob("*.json"))
 
 
 def eventually(holds: Callable[[], bool]) -> None:
