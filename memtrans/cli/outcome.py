@@ -65,7 +65,7 @@ def _ending(error: BaseException) -> EndedError | None:
     if isinstance(error, EndedError):
         return error
     if isinstance(error, StoppedError):
-        return EndedError(str(error), error.status)
+        return EndedError(str(error), error.status, everywhere=error.failed is not None)
     if isinstance(error, KeyboardInterrupt):
         return EndedError("stopped by Ctrl-C", 130)
     if isinstance(error, LostRankError):

@@ -1,6 +1,6 @@
 """What a run has learned, as a checkpoint holds it: weights and the optimiser's moments, each under its full name.
 
-Of a model that FSDP shards every rank has to ask for them and to load them, see `sharded_state`.
+Of a model that FSDP shards every rank has to ask for them and to load them, see `distributed.fsdp`.
 
 A moment is named after its parameter: `token_emb.weight.exp_avg`. Earlier checkpoints say the parameter's place in the
 optimiser instead, `3.exp_avg`, and load as well.
@@ -9,12 +9,12 @@ optimiser instead, `3.exp_avg`, and load as well.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from memtrans.distributed import sharded_state
 from memtrans.distributed.dtensors import is_sharded
 from memtrans.shapes import shapes_alone
 from memtrans.training.checkpoint import Checkpoint
@@ -23,21 +23,28 @@ from memtrans.training.optimizer import state_shapes
 from memtrans.training.settings import Settings
 
 
-def _sharded(model: nn.Module) -> bool:
-    return any(is_sharded(parameter) for parameter in model.parameters())
+def _of_shards(model: nn.Module) -> ModuleType | None:
+    """What gathers and spreads the weights and moments of a sharded model; None for one that is whole."""
+    if not any(is_sharded(parameter) for parameter in model.parameters()):
+        return None
+    from memtrans.distributed import fsdp  # what it needs of PyTorch takes a second to import
+
+    return fsdp
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """A model's weights by name."""
-    return sharded_state.weights_of(model) if _sharded(model) else dict(model.state_dict())
+    if of_shards := _of_shards(model):
+        return dict(of_shards.weights_of(model))
+    return dict(model.state_dict())
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Copies a checkpoint's weights into a model. Raises ValueError when they are another model's."""
     saved = checkpoint.parts.get("model", {})
     _check_weights(model, saved)
-    if _sharded(model):
-        sharded_state.load_weights(model, saved)
+    if of_shards := _of_shards(model):
+        of_shards.load_weights(model, saved)
     else:
         model.load_state_dict(saved)
 
@@ -72,8 +79,8 @@ def moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     """The moments of a model's optimiser by name; none before its first step."""
     if not optimizer.state:
         return {}  # PyTorch would take a step to make some
-    if _sharded(model):
-        moments = sharded_state.moments_of(model, optimizer)
+    if of_shards := _of_shards(model):
+        moments = of_shards.moments_of(model, optimizer)
     else:
         names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         moments = {names[parameter]: of_one for parameter, of_one in optimizer.state.items()}
@@ -91,8 +98,8 @@ def load_moments(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapp
     for name, tensor in saved.items():
         label, _, key = name.rpartition(".")
         moments.setdefault(labels[label], {})[key] = tensor
-    if _sharded(model):
-        sharded_state.load_moments(model, optimizer, moments, groups)
+    if of_shards := _of_shards(model):
+        of_shards.load_moments(model, optimizer, moments, groups)
     else:
         _load_whole_moments(optimizer, moments, groups)
 

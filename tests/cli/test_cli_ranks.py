@@ -9,7 +9,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from memtrans.distributed.ranks import LostRankError, Ranks
 from memtrans.training.checkpoint import exists, load_checkpoint
 from memtrans.training.directory import checkpoint_of
 from memtrans.training.metrics import Metrics
+from memtrans.training.run import Run
 from memtrans.training.signals import StoppedError
 
 pytestmark = pytest.mark.cpu
@@ -81,6 +82,7 @@ def test_21_4_what_ranks_do_not_share_the_first_one_does_alone(
 
 
 STOPPED = StoppedError(signal.SIGTERM)
+FAILED = StoppedError(signal.SIGTERM, RuntimeError("no compiler any more"))
 ENDINGS = {
     "bad input": (EndedError("no such data", 2), 2, "no such data"),
     "out of memory": (
@@ -91,10 +93,11 @@ ENDINGS = {
     "a full disk": (OSError(28, "No space left on device"), 1, "[Errno 28] No space left on device"),
     "an early Ctrl-C": (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),
     "SIGTERM": (STOPPED, 143, "stopped by SIGTERM"),
+    "a step that failed after SIGTERM": (FAILED, 143, "(RuntimeError: no compiler any more)"),
     "a lost rank": (LostRankError("rank 1 of 2 lost another one"), 1, "rank 1 of 2 lost another one"),
     "a fault": (KeyError("fault"), 1, "KeyError: 'fault'"),
 }
-SAID_BY_ALL = ("out of memory", "a lost rank", "a fault")
+SAID_BY_ALL = ("a step that failed after SIGTERM", "out of memory", "a lost rank", "a fault")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -121,6 +124,21 @@ def test_whatever_ends_a_rank_its_process_ends_at_once(
     printed = capsys.readouterr().err
     assert (message in printed) == (rank == 0 or ending in SAID_BY_ALL)
     assert printed.count("\n") <= 1 or ending == "a fault"
+
+
+@pytest.mark.parametrize(("stopped", "by_all"), [(STOPPED, False), (FAILED, True), (KeyboardInterrupt(), False)])
+def test_a_rank_whose_step_failed_after_a_signal_says_so_itself(stopped: KeyboardInterrupt, by_all: bool) -> None:
+    """The first one knows of the signal alone, which is what the others then say nothing of."""
+
+    class StoppedRun:
+        saved_step, out = 7, Path("runs/book")
+
+        def train(self) -> dict[str, object]:
+            raise stopped
+
+    with pytest.raises(EndedError, match=r"; step 7 is saved, --resume --out runs.book goes on from there$") as ended:
+        train._trained(cast(Run, StoppedRun()))
+    assert ended.value.everywhere == by_all
 
 
 @pytest.mark.slow
