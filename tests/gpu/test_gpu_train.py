@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,9 +50,9 @@ def text(tmp_path: Path) -> str:
     return str(directory)
 
 
-def trainer_of(text: str, **changes: object) -> Trainer:
+def trainer_of(text: str, device: str = "cuda", **changes: object) -> Trainer:
     settings = dataclasses.replace(SETTINGS, data=text, **changes)
-    return Trainer(settings, open_data(settings), torch.device("cuda"))
+    return Trainer(settings, open_data(settings), torch.device(device))
 
 
 def eager_trainer(text: str, **changes: object) -> Trainer:
@@ -73,6 +74,20 @@ def test_a_replayed_run_has_the_curve_of_an_eager_one(text: str, dtype: str, com
     replayed = losses(trainer)
     assert trainer._step.captured
     assert_same_curve(replayed, plain)
+    assert replayed[-1] < replayed[0] - 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"memory": 0, "xl_layers": None}, {"memory": 0, "xl_layers": None, "accumulate": 1}, {"memory": 0, "xl": 0}],
+    ids=["a memory", "caches alone", "caches alone, one pass a step", "neither"],
+)
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_run_has_the_curve_of_one_on_the_cpu(text: str, compiled: bool, changes: dict[str, Any]) -> None:
+    """Whose weights start the same, and whose kernels are others."""
+    on_cpu = [trainer_of(text, "cpu", dtype="float32", seed=seed, **changes) for seed in range(3)]
+    replayed = losses(trainer_of(text, dtype="float32", compile=compiled, **changes))
+    assert_same_curve(replayed.cpu(), torch.stack([losses(trainer) for trainer in on_cpu]))
     assert replayed[-1] < replayed[0] - 1
 
 
