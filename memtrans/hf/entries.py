@@ -57,7 +57,8 @@ class Entries:
             device = self.first.device
             kinds: dict[str, Any] = {"dtype": torch.float32, "value_dtype": torch.float64}
             self.ids = KNNMemory(1, **kinds, device=device, spare=spare, backend="reference", **sizes)
-        self.read = torch.zeros(documents, dtype=torch.int64, device=self.first.device)
+        with torch.inference_mode(False):  # a memory that inference began may be written in training
+            self.read = torch.zeros(documents, dtype=torch.int64, device=self.first.device)
 
     @property
     def lengths(self) -> Tensor:

@@ -90,9 +90,12 @@ class ForwardState:
         return self.made[key]
 
 
-def padding_of(mask: Tensor | None, length: int) -> Padding | None:
-    """What a mask (B, L) says of the last N tokens. Raises ValueError for one with a hole between real tokens."""
-    if mask is None or mask.dim() != 2:
+def padding_of(mask: object, length: int) -> Padding | None:
+    """What a mask (B, L) says of the last N tokens. Raises ValueError for one with a hole between real tokens.
+
+    `generate` hands on masks that it has prepared, (B, 1, N, L) or one for each type of layer: they say nothing here.
+    """
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
         return None
     new = mask[:, -length:].bool()
     left, real = (new.cumsum(-1) == 0).sum(-1), new.sum(-1)

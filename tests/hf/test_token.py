@@ -156,3 +156,25 @@ def test_layers_of_several_forms_are_asked_as_each_of_them_would_be(entries: int
             together = own.transpose(1, 2).flatten(2) @ has["memory_across"]
             wanted = wanted + together.view(2, 5, 3, 8).transpose(1, 2)
         assert_close(found[number].asked(query), wanted, PARITY, "what is asked")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_generate_with_a_static_cache_equals_any_other(family: str) -> None:
+    """`generate` prepares one mask, or one for each type of layer."""
+    model = made(family)
+    memory = add_memory(model, segment=16)
+    memory.read(tokens(1, 40))
+    question = tokens(1, 7, seed=1)
+    wanted = model.generate(question, max_new_tokens=5, do_sample=False)
+    assert torch.equal(
+        model.generate(question, max_new_tokens=5, do_sample=False, cache_implementation="static"), wanted
+    )
+
+
+def test_a_memory_that_was_begun_in_inference_is_read_on_outside() -> None:
+    memory = add_memory(made("llama"), segment=16)
+    with torch.inference_mode():
+        memory.read(tokens(1, 20))
+    memory.read(tokens(1, 20))
+    assert memory.lengths.tolist() == [36]  # two passes a read, each without its sink
