@@ -102,33 +102,43 @@ def test_memory_gain_trains_each_size_and_draws_them(tmp_path: Path, monkeypatch
     assert f"{on['bits_per_byte']:.4f}" in rows[1] and f"{on['bits_per_byte_without_memory']:.4f}" in rows[1]
 
 
+def run_of_a_script(folder: Path, name: str, at_once: int, places: dict[str, float]) -> None:
+    bits = {"eval_bits_per_byte": 2.0, "eval_bits_per_byte_without_memory": 3.0, "eval_by_position": places}
+    bits |= {"eval_perplexity": 4.0, "eval_perplexity_without_memory": 8.0}
+    run = {"seconds": 4.6, "runs_at_once": at_once, "result": {"steps": 1000, **bits}}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(run))
+
+
 def test_a_table_of_a_script_has_its_runs_by_the_farthest_place_that_all_know(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tables = benchmark_script("tables")
+    tables, folder = benchmark_script("tables"), tmp_path / "h200" / "text"
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    (tmp_path / "h200" / "text").mkdir(parents=True)
-    runs = {"a-0": (1, {"0": 1.5, "512": 1.25}), "a-64": (2, {"0": 1.0, "512": 0.75, "1024": 0.5})}
-    for name, (at_once, places) in runs.items():
-        bits = {"eval_bits_per_byte": 2.0, "eval_bits_per_byte_without_memory": 3.0, "eval_by_position": places}
-        bits |= {"eval_perplexity": 4.0, "eval_perplexity_without_memory": 8.0}
-        run = {"seconds": 4.6, "runs_at_once": at_once, "result": {"steps": 1000, **bits}}
-        (tmp_path / "h200" / "text" / f"{name}.json").write_text(json.dumps(run))
+    run_of_a_script(folder, "a-0", 1, {"0": 1.5, "512": 1.25})
+    run_of_a_script(folder, "a-64", 2, {"0": 1.0, "512": 0.75, "1024": 0.5})
     head, _, *rows = tables.text_table("h200", "a").splitlines()
     assert head.endswith("| from byte 512 on |")
     assert rows == [
         "| 0 | 1,000 | 5 | 2.0000 | 3.0000 | 1.2500 |",
         "| 64 | 1,000 | 5 (2 at once) | 2.0000 | 3.0000 | 0.7500 |",
     ]
-    runs = tmp_path / "h200" / "text"
-    (runs / "a-0.json").rename(runs / "paper-512-0-0.json")
-    (runs / "a-64.json").rename(runs / "paper-512-8192-512.json")
+    with pytest.raises(AssertionError, match="no result of late in h200/text"):
+        tables.text_table("h200", "late")
+
+
+def test_rows_of_the_papers_table_stand_in_its_order_beside_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables = benchmark_script("tables")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    for name in ("paper-512-65536-512", "paper-512-8192-512", "paper-512-0-0"):
+        run_of_a_script(tmp_path / "h200" / "text", name, 1, {})
     assert tables.rows_table("h200", "paper").splitlines()[2:] == [
         "| 512 | – | – | 1,000 | 4.00 | 8.00 | 2.000 | – |",
         "| 512 | 8,192 | 512 | 1,000 | 4.00 | 8.00 | 2.000 | 2.03 |",
+        "| 512 | 65,536 | 512 | 1,000 | 4.00 | 8.00 | 2.000 | 1.87 |",
     ]
-    with pytest.raises(AssertionError, match="no result of late in h200/text"):
-        tables.text_table("h200", "late")
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.checks import PARITY, assert_close
-from helpers.hf_families import made, tokens
+from helpers.hf_families import FAMILIES, made, tokens
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel, StaticCache
@@ -26,6 +26,15 @@ SIZES: dict[str, Any] = {"max_memories": 100, "k": 8, "segment": 16}
 PROMPT, ROOM = 9, 16
 FREE = {"view", "_unsafe_view", "expand", "slice", "select", "unsqueeze", "transpose"}
 FREE |= {"unbind", "diagonal", "detach", "alias"}
+WITH_STATIC_CACHES = {
+    "llama",
+    "qwen2_windows",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "gpt_oss",
+    "smollm3",
+}  # older versions lack some
 
 
 class Kernels(TorchDispatchMode):
@@ -159,17 +168,23 @@ def test_layers_of_several_forms_are_asked_as_each_of_them_would_be(entries: int
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_generate_with_a_static_cache_equals_any_other(family: str) -> None:
-    """`generate` prepares one mask, or one for each type of layer."""
+@pytest.mark.parametrize("family", sorted(WITH_STATIC_CACHES & FAMILIES.keys()))
+def test_generate_with_a_static_cache_gives_the_logits_of_any_other(family: str) -> None:
+    """`generate` prepares one mask then, or one for each type of layer; here of rows of which one is padded."""
     model = made(family)
     memory = add_memory(model, segment=16)
-    memory.read(tokens(1, 40))
-    question = tokens(1, 7, seed=1)
-    wanted = model.generate(question, max_new_tokens=5, do_sample=False)
-    assert torch.equal(
-        model.generate(question, max_new_tokens=5, do_sample=False, cache_implementation="static"), wanted
-    )
+    memory.read(tokens(2, 40))
+    mask = torch.ones(2, 7, dtype=torch.int64)
+    mask[1, :3] = 0
+
+    def logits(**options: Any) -> Tensor:
+        found = model.generate(
+            tokens(2, 7, seed=1), attention_mask=mask, max_new_tokens=4, do_sample=False, output_logits=True,
+            return_dict_in_generate=True, **options,
+        )  # fmt: skip
+        return torch.stack(found.logits)
+
+    assert_close(logits(cache_implementation="static"), logits(), PARITY, "logits")
 
 
 def test_a_memory_that_was_begun_in_inference_is_read_on_outside() -> None:
