@@ -29,7 +29,7 @@ from memtrans.presets import PRESETS
 from memtrans.training.checkpoint import Checkpoint
 from memtrans.training.data import open_data
 from memtrans.training.evaluate import Evaluation, evaluate, held_out_stream
-from memtrans.training.gaining import GAINING
+from memtrans.training.gaining import gaining
 from memtrans.training.settings import Settings
 from memtrans.training.trainer import Trainer
 
@@ -67,7 +67,7 @@ def late(settings: Settings, first: int, share: float, then: list[str]) -> Train
 
     first: entries that it has done with; 0 for a plain layer. then: what other settings these steps have.
     """
-    gains = GAINING if first == 0 else {}
+    gains = gaining(settings.to_json()) if first == 0 else {}
     before = Trainer(dataclasses.replace(settings, memory=first), open_data(settings), torch.device(DEVICE))
     while before.step < settings.steps:
         before.advance()

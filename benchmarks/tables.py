@@ -10,7 +10,7 @@ large matrix product or of a copy, whichever it is nearer to. A third word asks 
   training · `against`: today's times beside another commit's (against.py)
 - `hard`: searches of keys that are not random, beside those of random ones; `triton`: these in Triton
 - `gain`: held-out bits per byte of memory_gain.py's runs · `start`, `run`: runs of the command line · `text`: those of
-  runs/*.sh whose names begin with the second word · `rows`: those of runs/paper.sh, beside the paper's table 4
+  runs/*.sh whose names begin with the second word · `rows`: those of runs/paper.sh so, beside the paper's table 4
 - `measured`, `held`, `scaled`: several GPUs (scaling.py)
 - `compiled`, `roofline`: what compilers say of GPUs that are not here, and what is calculated (portability.py)
 - `figures`: the README's five, each from a file of its own

@@ -7,6 +7,7 @@ first). Source: Wu et al. 2022, section 3; the XL cache is Dai et al. 2019 (Tran
 
 from __future__ import annotations
 
+import math
 from importlib import import_module
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from memtrans.checks import (
     check_bias,
     check_cache,
+    check_choice,
     check_count,
     check_hidden,
     check_tokens,
@@ -27,9 +29,12 @@ from memtrans.layers import bare_weight
 from memtrans.local_keys import LayerInputs, LocalKeys, LocalView, biases, seed_of
 from memtrans.pairs import paired, taken_apart
 from memtrans.segments import Padding, leading, mask_of, ordered
-from memtrans_kernels import checks, local_attention
+from memtrans_kernels import checks, cosine, local_attention
 from memtrans_kernels.eager import kept
 from memtrans_kernels.precision import arithmetic_dtype
+
+SIMILARITIES = ("cosine", "product")
+COSINE_SCALE = 20.0  # what the learned temperature of cosines starts at
 
 
 class LocalContext(nn.Module):
@@ -202,10 +207,13 @@ class Attention(LocalContext):
         soft_cap: c, which makes c · tanh(x / c) of each logit x before its bias. Default: none.
         sink: whether each head has a learned logit, which starts at 0, in the denominator of its softmax.
         value_dim_head: E, width of a head's values. Default: D.
+        similarity: "product" of query and key, times dim_head**-0.5, or their "cosine", times a temperature per head
+            that is learned and starts at 20. Cosines train more steadily with an XL cache, whose keys are of the
+            weights before.
 
     Raises:
         ValueError, TypeError: a size that is no integer or below 1, an H that G does not divide, a dropout outside
-            [0, 1), a soft cap that is not above 0, an XL cache with causal=False.
+            [0, 1), a soft cap that is not above 0, an XL cache with causal=False, a similarity of another name.
 
     >>> attention = Attention(dim=32, heads=4, dim_head=8, xl_max_memories=16)
     >>> out, xl_memory = attention(torch.randn(2, 10, 32))
@@ -226,12 +234,20 @@ class Attention(LocalContext):
         soft_cap: float | None = None,
         sink: bool = False,
         value_dim_head: int | None = None,
+        similarity: str = "product",
     ) -> None:
         super().__init__(
             dim, heads, dim_head, dropout, xl_max_memories, kv_heads, bias_out=True,
             causal=causal, soft_cap=soft_cap, sink=sink, value_dim_head=value_dim_head,
         )  # fmt: skip
-        self.scale = dim_head**-0.5
+        check_choice("similarity", similarity, SIMILARITIES)
+        self.similarity = similarity
+        self.scale: float | nn.Parameter = self.dim_head**-0.5
+        if similarity == "cosine":
+            self.scale = learned_temperature(self.heads, COSINE_SCALE)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"similarity": "product", **state})
 
     def forward(
         self,
@@ -271,19 +287,26 @@ class Attention(LocalContext):
         if mask is not None:
             x, inputs, padding = self.in_order(x, inputs, mask)
         query, key, value = self.project(x)  # (B, H, N, D), (B, G, N, D), (B, G, N, E)
+        if self.similarity == "cosine":
+            query, key = cosine(query, key)
         local, new_cache = self.extend(key, value, inputs)
         dropout_p, plain = self.dropout_p, self.soft_cap is None and self.sink is None
         of_view = isinstance(inputs.xl_memory, LocalView) and plain
         if of_view and query.shape[2] == 1 and local.bias_dense is not None and dropout_p == 0.0:
             return self.to_out(self._attend_once(query, local)), new_cache
-        scale = kept(_full, x.device, self.heads, self.scale, arithmetic_dtype(query))
         attended, _ = local_attention(
-            query, local.key, local.value, scale, local.bias_table, local.bias_dense, local.local_length,
-            dropout_p, seed_of(dropout_p, x.device),
+            query, local.key, local.value, self.temperature(query), local.bias_table, local.bias_dense,
+            local.local_length, dropout_p, seed_of(dropout_p, x.device),
             causal=self.causal, first=local.first, soft_cap=self.soft_cap, sink=self.sink,
         )  # fmt: skip
         out = self.to_out(attended.transpose(1, 2).flatten(2))  # (B, N, dim)
         return out if padding is None else ordered(out, padding.back), new_cache
+
+    def temperature(self, query: Tensor) -> Tensor:
+        """What logits of a query (B, H, N, D) are multiplied by, per head (H,)."""
+        if isinstance(self.scale, Tensor):
+            return temperature_of(self.scale)
+        return kept(_full, query.device, self.heads, self.scale, arithmetic_dtype(query))
 
     def _attend_once(self, query: Tensor, local: LocalKeys) -> Tensor:
         """One query a head, (B, H, 1, D), that finds itself, by PyTorch's attention; (B, 1, H·E).
@@ -294,10 +317,23 @@ class Attention(LocalContext):
         batch, heads, _, width = query.shape
         of_group = (batch, self.kv_heads, heads // self.kv_heads)
         mask = local.bias_dense.to(query.dtype).reshape(*of_group, -1)  # (B, G, H/G, L)
+        scale = self.scale
+        if isinstance(scale, Tensor):
+            query, scale = query * temperature_of(scale)[:, None, None].to(query.dtype), 1.0
         out = F.scaled_dot_product_attention(
-            query.reshape(*of_group, width), local.key, local.value, mask, scale=self.scale
+            query.reshape(*of_group, width), local.key, local.value, mask, scale=scale
         )  # (B, G, H/G, E)
         return out.reshape(batch, 1, heads * self.value_dim_head)
+
+
+def learned_temperature(heads: int, start: float, learned: bool = True) -> nn.Parameter:
+    """What `temperature_of` makes `start` of for each head: its logarithm (H, 1, 1)."""
+    return nn.Parameter(torch.full((heads, 1, 1), math.log(start)), requires_grad=learned)
+
+
+def temperature_of(scale: Tensor) -> Tensor:
+    """What logits are multiplied by, per head (H,): the exponential of what is learned, (H, 1, 1)."""
+    return scale.exp().flatten()
 
 
 def _full(device: torch.device, heads: int, scale: float, dtype: torch.dtype) -> Tensor:

@@ -17,6 +17,8 @@ OF_MEMORY = (
     *("num_retrieved_memories", "attn_scale_init", "memory_offset", "combine"),
     *("similarity", "learn_scale", "bias_out", "attend_to"),
 )
+# Those that go to the attention of the other layers, by the names that they have there.
+OF_PLAIN = {"similarity": "plain_similarity"}
 # Those that go to the attention of all layers so.
 OF_ALL = ("causal", "soft_cap", "sink", "value_dim_head")
 
@@ -147,5 +149,5 @@ def attention_arguments(arguments: Mapping[str, Any], number: int, layers: Archi
         **{name: arguments[name] for name in OF_ALL},
     }
     if number not in layers.memorizing:
-        return {**of_layer, "heads": layers.heads}
+        return {**of_layer, "heads": layers.heads, **{own: arguments[name] for own, name in OF_PLAIN.items()}}
     return {**of_layer, "heads": layers.knn_attn_heads, **{name: arguments[name] for name in OF_MEMORY}}

@@ -7,14 +7,13 @@ keys, D head width, E width of values (D unless they have one of their own), K r
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from memtrans.attention import LocalContext
+from memtrans.attention import COSINE_SCALE, SIMILARITIES, LocalContext, learned_temperature, temperature_of
 from memtrans.checks import check_choice, check_number, check_tokens
 from memtrans.local_keys import LayerInputs
 from memtrans.memory.clearings import cleared_since, remember
@@ -26,9 +25,7 @@ from memtrans.segments import ordered
 from memtrans_kernels import checks, cosine
 
 COMBINATIONS = ("softmax", "gate")
-SIMILARITIES = ("cosine", "product")
 ATTENDED = ("neighbours", "all")
-COSINE_SCALE = 20.0  # what the learned temperature starts at
 
 
 class KNNAttention(LocalContext):
@@ -108,7 +105,7 @@ class KNNAttention(LocalContext):
         self.similarity, self.attend_to = similarity, attend_to
         if combine == "gate" and memory_offset is not None:
             raise ValueError(f"memory_offset must be None with combine='gate', got {memory_offset}")
-        self.scale = nn.Parameter(torch.full((self.heads, 1, 1), math.log(attn_scale_init)), requires_grad=learn_scale)
+        self.scale = learned_temperature(self.heads, attn_scale_init, learn_scale)
         self.output_gate = nn.Parameter(torch.zeros(1)) if gate_output else None
         self.memory_offset = None
         if memory_offset is not None:
@@ -208,7 +205,7 @@ class KNNAttention(LocalContext):
 
     def temperature(self) -> Tensor:
         """What logits are multiplied by, per head (H,): the exponential of what is learned."""
-        return self.scale.exp().flatten()
+        return temperature_of(self.scale)
 
     def check_all(
         self,

@@ -6,13 +6,14 @@ and XL cache; its table 4 compares ten of them. What is known from where:
 - Section 4.2, as others quote it: 12 layers, width 1024, 8 heads of 128, a feed-forward layer of 4096, K = 32, the
   memory at layer 9, Adafactor; a vocabulary of 32,000 (github.com/lucidrains/memorizing-transformers-pytorch/issues/4).
 - The authors' code (github.com/google-research/meliad, `lr_rsqrt_decay_std`, "as used in the memorizing and
-  block-recurrent transformer papers"): a linear warm-up of 1,000 steps, then 1 / sqrt(step), times 1.
+  block-recurrent transformer papers"): a linear warm-up of 1,000 steps, then 1 / sqrt(step), times 1. Queries and keys
+  are normalised in every layer, "more stable with Transformer XL" (`base_memory.gin`).
 - The same issue shows the table's rows (512, 8192, 512), the fourth from its end, and (512, none, none), its first.
   The other rows, 2^17 tokens a step, 500,000 steps and K = 128 in the first version are from memory, not looked up.
 
 What differs from it: documents are read as bytes unless there is a tokenizer, and bytes use 256 of the 32,000 tokens
-(`vocabulary=256` leaves the rest out); the search is exact; plain layers do not normalise keys; a key enters the memory
-when it leaves the XL cache.
+(`vocabulary=256` leaves the rest out); the search is exact; a key enters the memory when it leaves the XL cache; the
+learned factors on cosines start at 20, where the authors' start at 1.
 """
 
 from __future__ import annotations
@@ -78,6 +79,7 @@ def paper(
         memory_layers=memory_layers,
         neighbours=neighbours,
         combine=combine,
+        plain_similarity="cosine",
         xl=xl_cache,
         optimizer="adafactor",
         learning_rate=1.0,

@@ -91,6 +91,7 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         value_dim_head: E, width of an attention head's values, in all layers. Default: D.
         attend_to: what memorizing layers attend to, the K nearest "neighbours" of a query or "all" entries that it may
             see, which is cheaper with memories of up to some thousand entries; see `KNNAttention`.
+        plain_similarity: of queries and keys in plain layers, "product" or "cosine"; see `Attention`.
 
     Attributes:
         config: these arguments, as `save_pretrained` writes and `from_pretrained` reads them.
@@ -147,6 +148,7 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         bias_out: bool = False,
         value_dim_head: int | None = None,
         attend_to: str = "neighbours",
+        plain_similarity: str = "product",
     ) -> None:
         arguments = configuration_of(locals(), without=("knn_memories_directory", "knn_memory_multiprocessing"))
         super().__init__()

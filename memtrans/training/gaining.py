@@ -1,10 +1,10 @@
 """A run that was trained without a memory goes on with one: its plain layers become layers with a memory.
 
-Such a layer takes products of queries and keys, as a plain one does, scaled by a learned factor of its own that starts
-at theirs. It has a bias on its way out and a table of positions, and starts with the plain layer's. So the model is the
-one it was for as long as nothing is remembered. What is retrieved lies farther back than all local keys: the learned
-offset of each head starts at the settings' one on top of its bias for the farthest of these, so that a head which looks
-one token back is not shown the whole document.
+Such a layer takes products of queries and keys, or their cosines, as the plain ones do, times a learned factor of its
+own that starts at theirs. It has a bias on its way out and a table of positions, and starts with the plain layer's. So
+the model is the one it was for as long as nothing is remembered. What is retrieved lies farther back than all local
+keys: the learned offset of each head starts at the settings' one on top of its bias for the farthest of these, so that
+a head which looks one token back is not shown the whole document.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ from memtrans.training.checkpoint import Checkpoint
 from memtrans.training.settings import Settings
 from memtrans.transformer import MemorizingTransformer
 
-GAINING = {"similarity": "product", "memory_heads": None}  # what else the settings of such a run say
 OF_MEMORY = ("memory_layers", "memory_late", "neighbours", "memory_offset", "combine")  # meant nothing until now
 RATES = ("learning_rate", "final_rate")  # of the steps that are left, in which it is learned
 PLAIN, WITH_MEMORY = "rel_pos_bias.", "knn_rel_pos_bias."  # the tables of positions of both kinds of layers
 OFFSET = ".memory_offset"
 OWN = (".scale", OFFSET, ".memory_gate")  # what a plain layer does not have
+
+
+def gaining(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """What else the settings of such a run say, by those of the run before it."""
+    return {"similarity": saved["plain_similarity"], "memory_heads": None}
 
 
 def gains_memory(saved: Mapping[str, Any], settings: Settings) -> bool:

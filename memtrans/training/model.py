@@ -32,7 +32,8 @@ def build_model(settings: Settings) -> MemorizingTransformer:
         kv_heads=settings.kv_heads,
         attn_scale_init=settings.temperature if settings.similarity == "cosine" else None,
         similarity=settings.similarity,
-        bias_out=settings.similarity == "product",
+        bias_out=settings.similarity == settings.plain_similarity,
+        plain_similarity=settings.plain_similarity,
         memory_offset=settings.memory_offset,
         combine=settings.combine,
     )

@@ -81,7 +81,10 @@ class Settings:
         "softmax", "one softmax over retrieved and local keys, or one each and a learned gate"
     )
     similarity: Literal["cosine", "product"] = _option(
-        "cosine", "of queries and keys in memory layers; product makes them plain layers with a memory"
+        "cosine", "of queries and keys in memory layers; that of plain layers makes them plain layers with a memory"
+    )
+    plain_similarity: Literal["cosine", "product"] = _option(
+        "product", "of queries and keys in plain layers; cosine is steadier with an XL cache"
     )
     temperature: float = _option(20.0, "start of the learned factor on the cosine of memory layers", above=0)
     position_start: float | None = _option(

@@ -14,7 +14,7 @@ from memtrans.training.data import TOKENIZER_PART, TrainingData, open_data, read
 from memtrans.training.device import pick_device
 from memtrans.training.directory import Lock, check_directory, checkpoint_of, lock, metrics_of
 from memtrans.training.events import check_events
-from memtrans.training.gaining import GAINING, OF_MEMORY, RATES
+from memtrans.training.gaining import OF_MEMORY, RATES, gaining
 from memtrans.training.settings import Settings
 from memtrans.training.state import check_settings
 from memtrans.training.trainer import Trainer, check_shares
@@ -29,8 +29,8 @@ def resumed_settings(out: str | Path, given: Mapping[str, Any]) -> Settings:
     """The settings of the checkpoint in `out`, with those that were given and may change.
 
     A memory of another size keeps its newest entries, a larger one all of them: the paper trains with a small memory
-    and continues with a large one (its table 5). A run that was trained without one gets layers with products that are
-    its plain layers as long as their memory is empty; see `gaining.py`.
+    and continues with a large one (its table 5). A run that was trained without one gets layers that are its plain
+    layers as long as their memory is empty; see `gaining.py`.
 
     Raises FileNotFoundError without a checkpoint, ValueError when it is damaged or was made with other settings.
     """
@@ -45,7 +45,7 @@ def resumed_settings(out: str | Path, given: Mapping[str, Any]) -> Settings:
         if not may_change and value != saved[name]:
             raise ValueError(f"{name} must be {saved[name]!r}, as in the checkpoint to resume, got {value!r}")
     if gains:
-        return Settings.from_json({**saved, **given, **GAINING})
+        return Settings.from_json({**saved, **given, **gaining(saved)})
     check_memory(asked, saved["memory"])
     return Settings.from_json({**saved, **given})
 

@@ -23,7 +23,7 @@ from memtrans.distributed.ranks import ALONE, Ranks, joined
 from memtrans.training.checkpoint import load_checkpoint, save_checkpoint
 from memtrans.training.data import open_data
 from memtrans.training.evaluate import evaluate_both
-from memtrans.training.gaining import GAINING
+from memtrans.training.gaining import gaining
 from memtrans.training.settings import Settings
 from memtrans.training.trainer import Trainer, check_shares
 
@@ -169,7 +169,7 @@ def test_two_ranks_give_a_memory_to_a_run_that_had_none(
     plain = dataclasses.replace(VARIANTS[variant], data=text, memory=0, memory_offset=-2.0, steps=12)
     directory = str(tmp_path / "checkpoint")
     trained_alone(plain, directory, 9)
-    settings = dataclasses.replace(plain, memory=64, **GAINING)
+    settings = dataclasses.replace(plain, memory=64, **gaining(plain.to_json()))
     alone = trained_alone(settings, directory)
     for result in two.run(trained_by_rank, settings, directory):
         assert_close(result["losses"], alone["losses"], SAME_SUMS, "losses and norms")

@@ -138,6 +138,27 @@ def test_a_cap_and_a_sink_are_in_the_softmax() -> None:
     assert attention.sink.grad is not None and (attention.sink.grad != 0.0).all()
 
 
+def test_cosines_of_a_plain_layer_are_scaled_by_what_each_head_learned_and_cached_as_unit_keys() -> None:
+    attention, first, second = layer(similarity="cosine", xl_max_memories=N), hidden(), hidden(seed=2)
+    _, cache = attention(first)
+    out, _ = attention(second, xl_memory=cache)
+    out.sum().backward()
+    given = attention.scale.grad.clone(), attention.to_q.weight.grad.clone()
+    attention.zero_grad()
+    _, old_key, old_value = (tensor.detach() for tensor in projected(attention, first))
+    query, key, value = projected(attention, second)
+    keys = F.normalize(torch.cat((old_key, key), dim=-2), dim=-1)
+    logits = attention.scale.exp() * (F.normalize(query, dim=-1) @ keys.transpose(-1, -2))
+    hidden_keys = torch.ones(N, 2 * N).triu(N + 1).bool()
+    expected = logits.masked_fill(hidden_keys, -torch.inf).softmax(-1) @ torch.cat((old_value, value), dim=-2)
+    expected = attention.to_out(expected.transpose(1, 2).flatten(2))
+    expected.sum().backward()
+    assert_close(out, expected, SAME_FORMULA)
+    assert_close(given[0], attention.scale.grad, SAME_FORMULA, "gradient of the scale")
+    assert_close(given[1], attention.to_q.weight.grad, SAME_FORMULA, "gradient of the queries' projection")
+    assert_close(cache[..., 0, :].norm(dim=-1), torch.ones(B, G, N).double(), SAME_FORMULA, "cached keys")
+
+
 @pytest.mark.parametrize("combine", ["softmax", "gate"])
 def test_products_are_plain_attention_over_retrieved_and_local_keys(combine: str) -> None:
     """All that was stored is retrieved, so that a joint softmax is attention to both segments without a bias."""
@@ -178,8 +199,19 @@ def test_the_defaults_of_products_are_those_of_plain_layers() -> None:
     assert_close(KNNAttention(dim=DIM, dim_head=D).temperature(), torch.full((8,), 20.0), SAME_GRAPH)
 
 
-def test_a_model_with_everything_reads_and_its_decoder_reads_the_same() -> None:
-    model = build(soft_cap=3.0, sink=True, similarity="product", xl_max_memories=X)
+def test_cosines_start_at_the_same_factor_in_all_layers() -> None:
+    model = build(plain_similarity="cosine")
+    factors = [attention.fn.scale.exp().flatten() for attention, _ in model.layers]
+    assert_close(torch.cat(factors), torch.full((len(factors) * H,), 20.0, dtype=factors[0].dtype), SAME_GRAPH)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"soft_cap": 3.0, "sink": True, "similarity": "product"}, {"plain_similarity": "cosine"}],
+    ids=["everything", "cosines in all layers"],
+)
+def test_what_a_model_reads_its_decoder_reads_the_same(options: dict[str, Any]) -> None:
+    model = build(xl_max_memories=X, **options)
     for module in model.modules():
         if getattr(module, "sink", None) is not None:
             torch.nn.init.normal_(module.sink)

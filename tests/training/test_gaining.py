@@ -9,6 +9,7 @@ import torch
 from helpers.checks import GAINED, assert_close
 from helpers.small_runs import SMALL, advance, assert_same_state, checkpoint_of, row_tokens, trainer_of
 
+from memtrans.training.gaining import gaining
 from memtrans.training.settings import Settings
 
 
@@ -33,14 +34,23 @@ def test_a_late_memory_must_be_one_that_can_grow():
         Settings(memory_late=1.0)
 
 
-@pytest.mark.parametrize("changes", [{}, {"combine": "gate"}, {"memory_offset": -2.0, "kv_heads": 2, "xl": 16}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"combine": "gate"},
+        {"memory_offset": -2.0, "kv_heads": 2, "xl": 16},
+        {"plain_similarity": "cosine", "xl": 16},
+    ],
+)
 def test_a_run_gains_a_memory_and_is_what_it_was_while_that_is_empty(text, changes):
     plain = trainer_of(dataclasses.replace(SMALL, data=text, memory=0, layers=3, **changes))
     advance(plain, 5)
-    settings = dataclasses.replace(plain.settings, memory=64, similarity="product")
+    settings = dataclasses.replace(plain.settings, memory=64, **gaining(plain.settings.to_json()))
     trainer = trainer_of(settings)
     trainer.restore(checkpoint_of(plain))
-    assert trainer.model.memorizing_layers == (1,) and trainer.model.config["similarity"] == "product"
+    assert trainer.model.memorizing_layers == (1,)
+    assert trainer.model.config["similarity"] == changes.get("plain_similarity", "product")
     tokens = torch.randint(256, (3, 32), generator=torch.Generator().manual_seed(0))
     empty = trainer.model.create_knn_memories(batch_size=3)
     with torch.no_grad():
