@@ -50,6 +50,11 @@ class Record(NamedTuple):
     text: bytes
 
 
+def is_saved_dataset(path: Path) -> bool:
+    """Whether Hugging Face's library saved a dataset there, or a split of one."""
+    return all((path / name).is_file() for name in SAVED_DATASET)
+
+
 def records_of(
     name: str, path: Path, content: IO[bytes] | None, lines: Iterable[bytes] | None, fields: Fields
 ) -> Iterator[Text]:

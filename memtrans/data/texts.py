@@ -13,14 +13,15 @@ import stat
 import sysconfig
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path, PurePath
 from typing import IO, Any
 
-from memtrans.data.records import COLUMNAR, RECORDS, SAVED_DATASET, Fields, Text, records_of
+from memtrans.data.folders import files_below
+from memtrans.data.records import COLUMNAR, RECORDS, Fields, Text, is_saved_dataset, records_of
 from memtrans.files import open_input, parse_json, read_file
 
 STANDARD_LIBRARY = "stdlib"
@@ -72,7 +73,7 @@ class Source:
         """The files that may be read; none of the standard library."""
         if self.data == STANDARD_LIBRARY:
             return []
-        return sorted(file for file in self.path.rglob("*") if file.is_file()) if self.path.is_dir() else [self.path]
+        return files_below(self.path) if self.path.is_dir() else [self.path]
 
     def size(self) -> int:
         """About how many bytes its texts have."""
@@ -95,9 +96,9 @@ class Source:
             return self._of_file(self.path.name, self.path, sniffed=False)
         if self.has_splits():
             return self._of_splits()
-        if self.records and all((self.path / name).is_file() for name in SAVED_DATASET):
+        if self.records and is_saved_dataset(self.path):
             return records_of(self.path.name, self.path, None, None, self.fields)
-        return chain.from_iterable(self._of_entry(entry) for entry in sorted(self.path.iterdir()))
+        return self._of_folder()
 
     def _of_splits(self) -> Iterator[Text]:
         index = parse_json(read_file(SAVED_SPLITS, self.path / SAVED_SPLITS))
@@ -108,22 +109,35 @@ class Source:
             for text in records_of(split, self.path / split, None, None, self.fields):
                 yield Text(f"{split}/{text.name}", text.pieces)
 
-    def _of_entry(self, entry: Path) -> Iterator[Text]:
+    def _of_folder(self) -> Iterator[Text]:
+        files = self.files()
+        datasets = {path for path in {file.parent for file in files} if self.records and is_saved_dataset(path)}
+        with_splits = {str(path.parent) for path in datasets if (path.parent / SAVED_SPLITS).is_file()}
+        if with_splits:
+            raise ValueError(
+                f"data must be a dataset with splits itself, got {self.data!r}, which holds one in {min(with_splits)!r}"
+            )
+        for name, of_entry in groupby(files, key=lambda file: file.relative_to(self.path).parts[0]):
+            yield from self._of_entry(name, list(of_entry), datasets)
+
+    def _of_entry(self, name: str, files: Sequence[Path], datasets: Set[Path]) -> Iterator[Text]:
         """The texts of a file in the directory; of a directory in it the one that its files are, and its records."""
-        if not entry.is_dir():
-            if entry.is_file() and not _is_hidden(entry.relative_to(self.path)):
-                yield from self._of_file(entry.name, entry, sniffed=True)
+        if files[0] == self.path / name:
+            yield from self._of_file(name, files[0], sniffed=True)
             return
-        files = [file for file in sorted(entry.rglob("*")) if file.is_file()]
-        files = [file for file in files if not _is_hidden(file.relative_to(self.path))]
-        kinds = [self.records and _suffix(file) in RECORDS for file in files]
-        plain = (file for file, of_records in zip(files, kinds, strict=True) if not of_records)
-        yield Text(
-            entry.name, (piece for file in plain for text in self._of_file("", file, True) for piece in text.pieces)
-        )
-        for file, of_records in zip(files, kinds, strict=True):
-            if of_records:
-                yield from self._of_file(str(file.relative_to(self.path)), file, sniffed=True)
+        records = [self._records(file, datasets) for file in files]
+        plain = (file for file, of_records in zip(files, records, strict=True) if of_records is None)
+        yield Text(name, (piece for file in plain for text in self._of_file("", file, True) for piece in text.pieces))
+        for path in dict.fromkeys(path for path in records if path is not None):
+            if path in datasets:
+                yield from records_of(str(path.relative_to(self.path)), path, None, None, self.fields)
+            else:
+                yield from self._of_file(str(path.relative_to(self.path)), path, sniffed=True)
+
+    def _records(self, file: Path, datasets: Set[Path]) -> Path | None:
+        """The records that a file belongs to: a saved dataset that it lies in, or itself; None of a text."""
+        saved = next((path for path in file.parents if path in datasets), None)
+        return saved or (file if self.records and _suffix(file) in RECORDS else None)
 
     def _of_file(self, name: str, file: Path, sniffed: bool) -> Iterator[Text]:
         """The texts of a file; `sniffed`: none where it is no text."""

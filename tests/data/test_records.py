@@ -192,6 +192,25 @@ def test_a_saved_dataset_keeps_its_own_splits(tmp_path):
 
 
 @pytest.mark.slow
+def test_datasets_saved_in_a_folder_are_records(tmp_path):
+    for name in ("one", "sub/two"):
+        saved_dataset(tmp_path / name)
+    (tmp_path / "sub" / "a.txt").write_bytes(b"plain")
+    found = {name: text for name, text in read(tmp_path).items() if text}
+    assert list(found) == [f"one:{n}" for n in range(1, 10)] + ["sub"] + [f"sub/two:{n}" for n in range(1, 10)]
+    assert (found["one:1"], found["sub"]) == (RECORDS[0]["text"], "plain")
+
+
+def test_a_dataset_with_splits_in_a_folder_is_refused(tmp_path):
+    """Its split for tests would be learned from."""
+    (tmp_path / "sets" / "test").mkdir(parents=True)
+    for name in ("test/state.json", "test/dataset_info.json", "dataset_dict.json"):
+        (tmp_path / "sets" / name).write_text("{}")
+    with pytest.raises(ValueError, match=r"data must be a dataset with splits itself, got .* holds one in '.*/sets'"):
+        read(tmp_path)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jsonl", "txt"])
 def test_memory_stays_flat_over_two_gigabytes(tmp_path, kind):
     """The anonymous memory of a process that tokenizes them and reads them as a stream."""
