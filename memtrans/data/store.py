@@ -6,6 +6,7 @@ names.bin       the names, one after another
 tokenizer.json  what made the tokens; missing where tokens are bytes
 store.json      the files with their lengths and SHA-256; written last, and at once: it makes the directory a store
 progress.json   until then: how far the writing has come, for the same command to go on from there
+.lock           locked while a process writes
 
 Shapes: V tokens of the vocabulary.
 """

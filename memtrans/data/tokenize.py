@@ -39,6 +39,7 @@ from memtrans.data.store import (
 from memtrans.data.texts import Source
 from memtrans.data.tokens import BYTES, Tokenizer, chunks_of
 from memtrans.files import MOST_JSON, parse_json, read_file
+from memtrans.locks import LOCK, Lock
 from memtrans.storage import write_atomically
 
 SAVED_EVERY = 64 << 20  # bytes of text
@@ -83,14 +84,22 @@ def write_store(
         The store, which is whole.
 
     Raises:
-        ValueError: there is a store already, one of another source or tokenizer is unfinished there, the texts changed
-        meanwhile, one of them has 2^31 tokens or more, or none has two bytes. OSError: the disk is full; what is done
-        is kept.
+        ValueError: there is a store already, one of another source or tokenizer is unfinished there, another process
+        writes it, the texts changed meanwhile, one of them has 2^31 tokens or more, or none has two bytes. OSError: the
+        disk is full; what is done is kept.
     """
     out = Path(out)
     check_new(out)
     source.check()
-    out.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        stack.callback(Lock(out, "command", "makes tokens").release)
+        check_new(out)  # again: another process may have ended in it meanwhile
+        return _written(source, out, tokenizer, way, cuts, report)
+
+
+def _written(
+    source: Source, out: Path, tokenizer: Tokenizer, way: str, cuts: tuple[int, ...], report: Callable[[int], None]
+) -> Store:
     what = _what(source, tokenizer, way, cuts)
     done = _read_progress(out, what)
     if done == Progress():
@@ -113,11 +122,18 @@ def write_store(
 
 
 def check_new(out: Path) -> None:
-    """Raises ValueError where there is a store already, or what is no directory."""
+    """Raises ValueError where there is anything but a store that is unfinished."""
     if (out / INDEX).is_file():
         raise ValueError(f"out must hold no store, got {str(out)!r}, which does")
     if out.exists() and not out.is_dir():
         raise ValueError(f"out must be a directory or not exist, got {str(out)!r}, a file")
+    if out.exists() and not (out / PROGRESS).is_file():
+        ours = (TOKENIZER, f".{TOKENIZER}.", f".{PROGRESS}.", LOCK)  # what a kill may leave
+        taken = next((path for path in out.iterdir() if not path.name.startswith(ours)), None)
+        if taken is not None:
+            raise ValueError(
+                f"out must be an empty directory or not exist, got {str(out)!r}, which holds {taken.name!r}"
+            )
 
 
 class _End(NamedTuple):
@@ -281,12 +297,6 @@ def _what(source: Source, tokenizer: Tokenizer, way: str, cuts: tuple[int, ...])
 def _read_progress(out: Path, what: str) -> Progress:
     """How far an earlier call has come. Raises ValueError where it wrote something else."""
     if not (out / PROGRESS).is_file():
-        ours = (TOKENIZER, f".{TOKENIZER}.", f".{PROGRESS}.")  # what a kill may leave
-        taken = next((path for path in out.iterdir() if not path.name.startswith(ours)), None)
-        if taken is not None:
-            raise ValueError(
-                f"out must be an empty directory or not exist, got {str(out)!r}, which holds {taken.name!r}"
-            )
         return Progress()
     values = parse_json(read_file(PROGRESS, out / PROGRESS, MOST_JSON))
     kinds = {name: type(value) for name, value in asdict(Progress()).items()}
@@ -317,7 +327,7 @@ def _cut_back(path: Path, size: int) -> IO[bytes]:
 
 def _remove(out: Path) -> None:
     """Removes the files of a store without a document."""
-    for name in (TOKENS, DOCUMENTS, NAMES, PROGRESS, TOKENIZER):
+    for name in (TOKENS, DOCUMENTS, NAMES, PROGRESS, TOKENIZER, LOCK):
         (out / name).unlink(missing_ok=True)
 
 

@@ -15,6 +15,7 @@ import pytest
 from memtrans import MemorizingTransformer
 from memtrans.cli.main import main
 from memtrans.data import sources
+from memtrans.locks import Lock
 from memtrans.training.checkpoint import load_checkpoint, save_checkpoint
 from tests.helpers.tiny_runs import checkpoint_files, last_line, train, uneven_documents, without_times, written_text
 from tests.helpers.vocabularies import learned, losing
@@ -42,6 +43,21 @@ def test_tokenize_says_what_the_store_holds(tmp_path, capsys):
     report = last_line(capsys)
     assert (report["documents"], report["bytes"], report["vocabulary"]) == (1, Path(text).stat().st_size, 280)
     assert report["bytes_per_token"] == round(report["bytes"] / report["tokens"], 3)
+
+
+def test_a_second_command_is_refused_while_the_first_one_writes(tmp_path, capsys):
+    text, out = written_text(tmp_path), tmp_path / "store"
+    writing = Lock(out, "command", "makes tokens")
+    (out / "progress.json").write_bytes(b"of the first one")
+    expected = f"must be a directory that no other command writes to, got '{out}', where process {os.getpid()}"
+    assert ended(capsys, "tokenize", text, "--out", str(out)) == (
+        2,
+        f"memtrans tokenize: out {expected} makes tokens\n",
+    )
+    assert {path.name for path in out.iterdir()} == {".lock", "progress.json"}
+    (out / "progress.json").unlink()
+    writing.release()
+    assert main(["tokenize", text, "--out", str(out)]) == 0
 
 
 def test_records_are_documents_and_may_be_joined(tmp_path, capsys):
