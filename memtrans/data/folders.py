@@ -7,18 +7,24 @@ import os
 import stat
 from pathlib import Path
 
+from memtrans.data.store import is_store
+from memtrans.locks import LOCK
+
+CHECKPOINT, METRICS = "checkpoint", "metrics.jsonl"  # in the directory of a run
 NOTHING = (errno.ENOENT, errno.ELOOP)  # where a link may lead
 
 
 def files_below(folder: Path) -> list[Path]:
     """Its regular files, and those of all folders in it, in path order; hidden ones are left out.
 
+    So are stores of tokens and directories of runs in it, whose files are no texts.
+
     What lies in the folder is found where it lies. Links are followed to what is then still missing, the first one to
     it in path order. A link to nothing is none.
 
     Raises OSError where one of the folders cannot be listed.
     """
-    walk = _Walk()
+    walk = _Walk(str(folder))
     pending = [str(folder)]
     while pending:
         pending = sorted(pending)
@@ -31,7 +37,8 @@ def files_below(folder: Path) -> list[Path]:
 class _Walk:
     """What was found so far: files, and links that are still to be followed."""
 
-    def __init__(self) -> None:
+    def __init__(self, root: str) -> None:
+        self._root = root
         self.files: list[str] = []
         self.links: list[str] = []
         self._seen: set[str] = set()  # real paths
@@ -44,7 +51,7 @@ class _Walk:
         folders = [(link, real)] if stat.S_ISDIR(mode) else []
         while folders:
             path, real = folders.pop()
-            if real not in self._seen:
+            if real not in self._seen and (path == self._root or not _is_ours(Path(path))):
                 self._seen.add(real)
                 folders += self._listed(path, real)
 
@@ -67,6 +74,12 @@ class _Walk:
         if real not in self._seen:
             self._seen.add(real)
             self.files.append(path)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a command wrote what is there: a store of tokens, or a run."""
+    is_run = (folder / LOCK).is_file() and any((folder / name).exists() for name in (CHECKPOINT, METRICS))
+    return is_run or is_store(folder)
 
 
 def _mode(path: str) -> int:

@@ -33,10 +33,11 @@ from memtrans.data.store import (
     TOKENS,
     VERSION,
     Store,
+    is_store,
     token_dtype,
     write_index,
 )
-from memtrans.data.texts import Source
+from memtrans.data.texts import STANDARD_LIBRARY, Source
 from memtrans.data.tokens import BYTES, Tokenizer, chunks_of
 from memtrans.files import MOST_JSON, parse_json, read_file
 from memtrans.locks import LOCK, Lock
@@ -90,7 +91,7 @@ def write_store(
     """
     out = Path(out)
     check_new(out)
-    source.check()
+    check_texts(source)
     with ExitStack() as stack:
         stack.callback(Lock(out, "command", "makes tokens").release)
         check_new(out)  # again: another process may have ended in it meanwhile
@@ -121,13 +122,20 @@ def _written(
     return Store(out)
 
 
+def check_texts(source: Source) -> None:
+    """Raises FileNotFoundError where there is nothing, ValueError where there is a store, whose files are no texts."""
+    source.check()
+    if source.data != STANDARD_LIBRARY and is_store(source.path):
+        raise ValueError(f"data must be texts, got {source.data!r}, a store of tokens")
+
+
 def check_new(out: Path) -> None:
     """Raises ValueError where there is anything but a store that is unfinished."""
-    if (out / INDEX).is_file():
+    if (out / INDEX).is_file() and is_store(out):
         raise ValueError(f"out must hold no store, got {str(out)!r}, which does")
     if out.exists() and not out.is_dir():
         raise ValueError(f"out must be a directory or not exist, got {str(out)!r}, a file")
-    if out.exists() and not (out / PROGRESS).is_file():
+    if out.exists() and not is_store(out):
         ours = (TOKENIZER, f".{TOKENIZER}.", f".{PROGRESS}.", LOCK)  # what a kill may leave
         taken = next((path for path in out.iterdir() if not path.name.startswith(ours)), None)
         if taken is not None:
@@ -290,7 +298,7 @@ class _Writer:
 
 def _what(source: Source, tokenizer: Tokenizer, way: str, cuts: tuple[int, ...]) -> str:
     """Tells what is tokenized, by what, from everything else."""
-    where = str(source.path.resolve()) if source.files() else source.data
+    where = str(source.path.resolve()) if source.data != STANDARD_LIBRARY else source.data
     return hashlib.sha256(repr((where, source.fields, tokenizer.digest, way, cuts)).encode()).hexdigest()
 
 

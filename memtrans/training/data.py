@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from memtrans.data.recall import RecallDocuments, RecallTask
 from memtrans.data.records import Fields
 from memtrans.data.sources import READING, Corpus, load_corpus
 from memtrans.data.store import Store, is_store
-from memtrans.data.texts import STANDARD_LIBRARY
+from memtrans.data.texts import STANDARD_LIBRARY, Source
 from memtrans.data.tokens import BYTES, Tokenizer, open_tokenizer, tokenizer_of
 from memtrans.training.checkpoint import Checkpoint
 from memtrans.training.settings import Settings
@@ -98,6 +99,15 @@ def open_data(
         documents = corpus.train if reading == 1 else _for_rows(corpus.train, settings.batch)
         order = Shuffled(documents, settings.seed)
     return TrainingData(order, held_out, corpus.fingerprint, reading, corpus.tokenizer)
+
+
+def check_apart(data: str, out: str | Path) -> None:
+    """Raises ValueError where a run would write its files among the texts that it reads."""
+    if data in (RECALL, STANDARD_LIBRARY):
+        return
+    path = Source(data).path
+    if path.is_dir() and not is_store(path) and path.resolve() == Path(out).resolve():
+        raise ValueError(f"out must be another directory than data, got {str(out)!r} for both")
 
 
 def _corpus(settings: Settings, reading: int, tokenizer: Tokenizer | None) -> Corpus:

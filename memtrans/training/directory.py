@@ -13,6 +13,7 @@ from __future__ import annotations
 from itertools import count
 from pathlib import Path
 
+from memtrans.data.folders import CHECKPOINT, METRICS
 from memtrans.locks import Lock
 from memtrans.training.checkpoint import exists
 from memtrans.training.metrics import Metrics
@@ -22,12 +23,12 @@ RUNS = Path("runs")  # where runs without --out go
 
 def checkpoint_of(out: str | Path) -> Path:
     """Where a run keeps its checkpoint."""
-    return Path(out) / "checkpoint"
+    return Path(out) / CHECKPOINT
 
 
 def metrics_of(out: str | Path) -> Metrics:
     """The record of a run."""
-    return Metrics(Path(out) / "metrics.jsonl")
+    return Metrics(Path(out) / METRICS)
 
 
 def check_directory(out: str | Path, resume: bool) -> None:

@@ -48,7 +48,7 @@ def test_tokenize_says_what_the_store_holds(tmp_path, capsys):
 def test_a_second_command_is_refused_while_the_first_one_writes(tmp_path, capsys):
     text, out = written_text(tmp_path), tmp_path / "store"
     writing = Lock(out, "command", "makes tokens")
-    (out / "progress.json").write_bytes(b"of the first one")
+    (out / "progress.json").write_text('{"kind": "memtrans.tokens"}')
     expected = f"must be a directory that no other command writes to, got '{out}', where process {os.getpid()}"
     assert ended(capsys, "tokenize", text, "--out", str(out)) == (
         2,
@@ -183,6 +183,7 @@ def test_what_does_not_belong_together_ends_with_one_line(made, tmp_path, capsys
             "/no/such",
         ): "tokenizer must be bytes, a tokenizer.json or a directory",
         ("tokenize", text, "--out", store): "out must hold no store",
+        ("tokenize", store, "--out", str(tmp_path / "new")): f"data must be texts, got '{store}', a store of tokens",
         ("tokenize", "/no/such", "--out", str(tmp_path / "new")): "no such file",
         ("tokenize", text, "--out", text): "out must be a directory or not exist",
         (

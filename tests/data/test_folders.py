@@ -9,7 +9,11 @@ import pytest
 
 from memtrans.cli.main import main
 from memtrans.data.folders import files_below
+from memtrans.data.sources import load_corpus
 from memtrans.data.texts import Source
+from memtrans.data.tokenize import write_store
+from memtrans.data.tokens import BYTES
+from memtrans.training.directory import checkpoint_of, lock, metrics_of
 
 
 def files(folder: Path, *names: str) -> Path:
@@ -60,6 +64,33 @@ def test_a_link_to_the_folder_itself_gives_no_text_twice(tmp_path):
     before = [name for name, _ in Source(str(tmp_path)).texts()]
     links(tmp_path, again=".")
     assert [name for name, _ in Source(str(tmp_path)).texts()] == before == ["a.txt", "b.txt"]
+
+
+def test_stores_of_tokens_in_a_folder_are_no_texts(tmp_path):
+    data = str(files(tmp_path / "texts", "a.txt", "sub/b.txt"))
+    before = load_corpus(data).fingerprint
+    for out in (tmp_path / "texts" / "tokens", tmp_path / "texts" / "sub" / "tokens"):
+        store = write_store(Source(data), out, BYTES, "drawn")
+        assert [store.name(number) for number in range(len(store))] == ["a.txt", "sub"]
+        assert load_corpus(data).fingerprint == store.fingerprint == before
+
+
+def test_runs_in_a_folder_are_no_texts(tmp_path):
+    files(tmp_path, "a.txt", "sub/b.txt", "other/checkpoint/c.json", "other/metrics.jsonl")
+    for out in (tmp_path / "runs" / "demo", tmp_path / "sub" / "run"):
+        lock(out, "demo", resume=False).release()
+        metrics_of(out).append({"step": 1})
+        files(checkpoint_of(out), "checkpoint.json")
+    assert found(tmp_path) == ["a.txt", "other/checkpoint/c.json", "other/metrics.jsonl", "sub/b.txt"]
+
+
+@pytest.mark.parametrize("content", ['{"percent": 30}', "[]", "no JSON", '{"kind": "of ours"}'])
+def test_files_that_are_called_like_ours_are_texts(tmp_path, content):
+    files(tmp_path, "a.txt")
+    for name in ("progress.json", "store.json"):
+        (tmp_path / name).write_text(content)
+    names = [document.name for document in load_corpus(str(tmp_path)).documents]
+    assert names == ["a.txt", "progress.json", "store.json"]
 
 
 def test_a_folder_that_cannot_be_listed_ends_a_command_with_its_name(tmp_path, monkeypatch, capsys):
