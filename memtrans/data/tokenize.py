@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -195,8 +195,6 @@ class _Writer:
             self._enqueue(text)
         digest = self._digest.digest()
         if self._size < LEAST:
-            if self._size and not is_done:
-                self._queued -= len(self._queue.pop())
             return
         if not is_done:
             self._ends.append(_End(len(self._queue), text.name, self._size, digest))
@@ -224,8 +222,12 @@ class _Writer:
         )
 
     def _enqueue(self, text: Text) -> None:
-        """Takes the chunks of a text behind those of it that are written."""
-        pieces = (piece for piece in text.pieces if piece)
+        """Takes the chunks of a text behind those of it that are written; none of one that is too short to count."""
+        pieces: Iterator[bytes] = filter(None, text.pieces)
+        beginning = list(islice(pieces, LEAST))
+        if sum(map(len, beginning)) < LEAST:
+            return
+        pieces = chain(beginning, pieces)
         chunks = pieces if self.tokenizer is BYTES else chunks_of(pieces, self.cuts)
         if self._skipped:
             for chunk in islice(chunks, self._skipped):
