@@ -27,9 +27,9 @@ def run(options: argparse.Namespace, ranks: Ranks) -> None:
     with reading_input():
         source = Source(options.data, Fields(options.text_field, options.join_by))
         check_texts(source)
+        tokenizer = _tokenizer(options, source)
+        way = way_of(source)
         try:
-            tokenizer = _tokenizer(options, source)
-            way = way_of(source)
             store = write_store(source, options.out, tokenizer, way, cuts_of(way), _report)
         except OSError as error:
             if error.filename is not None and not _is_of(error, options.out):

@@ -81,7 +81,16 @@ def _single(name: str, records: Iterable[Record]) -> Iterator[Text]:
 
 def _joined(name: str, records: Iterable[Record]) -> Iterator[Text]:
     for key, members in groupby(records, key=lambda record: record.key):
-        yield Text(f"{name}:{key}", (record.text for record in members))
+        yield Text(f"{name}:{_as_name(str(key))}", (record.text for record in members))
+
+
+def _as_name(value: str) -> str:
+    """A value as names of files are written: halves of a character, which JSON may hold, as bytes that are no UTF-8.
+
+    >>> _as_name("half " + chr(0xD83D)).encode(errors="surrogateescape")
+    b'half \\xed\\xa0\\xbd'
+    """
+    return value.encode(errors="surrogatepass").decode(errors="surrogateescape")
 
 
 def _record(number: int, values: Any, fields: Fields, where: str) -> Record:

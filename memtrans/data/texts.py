@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from memtrans.data.folders import files_below
 from memtrans.data.records import COLUMNAR, RECORDS, Fields, Text, is_saved_dataset, records_of
-from memtrans.files import open_input, parse_json, read_file
+from memtrans.files import expanded, open_input, parse_json, read_file
 
 STANDARD_LIBRARY = "stdlib"
 SAVED_SPLITS = "dataset_dict.json"  # of Hugging Face datasets with several splits
@@ -61,7 +61,7 @@ class Source:
 
     @property
     def path(self) -> Path:
-        return Path(self.data).expanduser()
+        return expanded(self.data)
 
     def check(self) -> None:
         """Raises FileNotFoundError when there is no such data."""

@@ -133,8 +133,8 @@ def fitted(settings: Settings) -> Settings:
     """
     if settings.tokenizer is not None:
         tokenizer = open_tokenizer(settings.tokenizer)
-    elif settings.data not in (RECALL, STANDARD_LIBRARY) and is_store(settings.data):
-        tokenizer = Store(settings.data).tokenizer
+    elif settings.data not in (RECALL, STANDARD_LIBRARY) and is_store(Source(settings.data).path):
+        tokenizer = Store(Source(settings.data).path).tokenizer
     else:
         return settings
     return replace(settings, vocabulary=max(settings.vocabulary, tokenizer.vocabulary))

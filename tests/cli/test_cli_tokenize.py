@@ -17,6 +17,8 @@ from memtrans.cli.main import main
 from memtrans.data import sources
 from memtrans.locks import Lock
 from memtrans.training.checkpoint import load_checkpoint, save_checkpoint
+from memtrans.training.data import fitted
+from memtrans.training.settings import Settings
 from tests.helpers.tiny_runs import checkpoint_files, last_line, train, uneven_documents, without_times, written_text
 from tests.helpers.vocabularies import learned, losing
 
@@ -132,6 +134,11 @@ def test_eval_and_generate_take_the_tokenizer_of_the_checkpoint(made, tmp_path, 
     assert printed.out.strip() and "read 1 tokens" in printed.err
 
 
+def test_a_store_in_the_users_directory_brings_its_vocabulary(made, monkeypatch):
+    monkeypatch.setenv("HOME", str(made))
+    assert fitted(Settings(data="~/store")).vocabulary == 300
+
+
 def test_a_larger_vocabulary_than_the_tokenizers_generates_its_tokens_alone(made, tmp_path, capsys):
     options = ["--data", str(made / "store"), "--steps", "1", "--vocabulary", "1000"]
     assert train(tmp_path / "run", *options) == 0
@@ -182,6 +189,11 @@ def test_what_does_not_belong_together_ends_with_one_line(made, tmp_path, capsys
             "--tokenizer",
             "/no/such",
         ): "tokenizer must be bytes, a tokenizer.json or a directory",
+        (
+            *("tokenize", text, "--out", str(tmp_path / "new"), "--tokenizer", "~nobody/x"),
+        ): "tokenizer must be bytes, a tokenizer.json or a directory with one, got '~nobody/x'\n",
+        ("tokenize", "~nobody/x", "--out", str(tmp_path / "new")): "no such file",
+        ("train", "--data", "~nobody/x"): "no such file",
         ("tokenize", text, "--out", store): "out must hold no store",
         ("tokenize", store, "--out", str(tmp_path / "new")): f"data must be texts, got '{store}', a store of tokens",
         ("tokenize", "/no/such", "--out", str(tmp_path / "new")): "no such file",

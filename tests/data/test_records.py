@@ -17,6 +17,8 @@ from helpers.packages import package
 from memtrans.data.records import Fields
 from memtrans.data.sources import load_corpus
 from memtrans.data.texts import Source
+from memtrans.data.tokenize import write_store
+from memtrans.data.tokens import BYTES
 
 RECORDS = [{"text": f"text {number}, d\u00e9j\u00e0 vu", "book": number // 3, "n": None} for number in range(9)]
 
@@ -96,6 +98,17 @@ def test_half_a_character_is_kept(tmp_path):
     (tmp_path / "some.jsonl").write_bytes(b'{"text": "half \\ud83d"}\n')
     ((_, pieces),) = ((name, b"".join(pieces)) for name, pieces in Source(str(tmp_path / "some.jsonl")).texts())
     assert pieces == "half \ud83d".encode(errors="surrogatepass")
+
+
+def test_half_a_character_may_join_records(tmp_path):
+    rows = [{"text": f"text {number}", "book": book} for number, book in enumerate(("\ud83d", "\ud83d", "\udcff", "b"))]
+    (tmp_path / "some.jsonl").write_bytes(lines(rows))
+    corpus = load_corpus(str(tmp_path / "some.jsonl"), fields=Fields(join_by="book"))
+    assert [document.text() for document in corpus.documents] == [b"text 0text 1", b"text 2", b"text 3"]
+    store = write_store(
+        Source(str(tmp_path / "some.jsonl"), Fields(join_by="book")), tmp_path / "store", BYTES, "drawn"
+    )
+    assert [store.name(number) for number in range(3)] == [document.name for document in corpus.documents]
 
 
 @cache  # to compress them takes its time
