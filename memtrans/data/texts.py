@@ -30,7 +30,9 @@ RECORD_FIELDS = Fields()
 PIECE = 1 << 20  # bytes
 COMPRESSED_PIECE = 1 << 14  # bytes, which may be many more when they are unpacked
 SNIFFED = 8192  # bytes looked at to tell text from the rest
+LONGEST_WINDOW = 1 << 31  # bytes; of `zstd --long=31`
 COMPRESSED = (".gz", ".xz", ".zst")
+OTHER_ARCHIVES = {".tar", ".tgz", ".txz", ".tzst", ".tbz", ".tbz2", ".bz2", ".lzma", ".lz4", ".br", ".z", ".7z", ".rar"}
 EXPANDS = 8  # a compressed file is taken to hold so many times its bytes
 UNUSUAL_PACKAGES = {"test", "idlelib", "lib2to3", "site-packages", "dist-packages"}  # not installed everywhere
 
@@ -141,8 +143,11 @@ class Source:
 
     def _of_file(self, name: str, file: Path, sniffed: bool) -> Iterator[Text]:
         """The texts of a file; `sniffed`: none where it is no text."""
+        if not sniffed and _suffix(file) in OTHER_ARCHIVES:
+            packed = ", ".join((*COMPRESSED, ".zip"))
+            raise ValueError(f"data must be text, or packed as {packed}, got {str(file)!r}, another archive")
         with _damage_told(file), open_input("data", file) as raw:
-            if file.suffix == ".zip":
+            if _packing(file) == ".zip":
                 yield from _members(name, file, raw)
                 return
             with _plain(raw, file) as content:
@@ -177,12 +182,16 @@ def _suffix(file: Path) -> str:
     >>> _suffix(Path("texts.jsonl.gz"))
     '.jsonl'
     """
-    return Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix
+    return Path(file.stem).suffix.lower() if _packing(file) in COMPRESSED else _packing(file)
+
+
+def _packing(file: Path) -> str:
+    return file.suffix.lower()
 
 
 def _expanded(file: Path) -> int:
     size = file.stat().st_size
-    return size * EXPANDS if file.suffix in (*COMPRESSED, ".zip", ".parquet") else size
+    return size * EXPANDS if _packing(file) in (*COMPRESSED, ".zip", ".parquet") else size
 
 
 @contextmanager
@@ -197,13 +206,13 @@ def _damage_told(file: Path) -> Iterator[None]:
 @contextmanager
 def _plain(raw: IO[bytes], file: Path) -> Iterator[IO[bytes]]:
     """The content of a file that may be compressed."""
-    if file.suffix == ".gz":
+    if _packing(file) == ".gz":
         with gzip.open(raw) as content:
             yield io.BufferedReader(content, PIECE)
-    elif file.suffix == ".xz":
+    elif _packing(file) == ".xz":
         with lzma.open(raw) as content:
             yield io.BufferedReader(content, PIECE)
-    elif file.suffix == ".zst":
+    elif _packing(file) == ".zst":
         with _zstandard(raw, file) as content:
             yield content
     else:
@@ -219,7 +228,8 @@ def _zstandard(raw: IO[bytes], file: Path) -> Iterator[IO[bytes]]:
             f"data must hold no .zst where zstandard is missing, got {str(file)!r}: pip install 'memtrans[text]' "
             f"({error})"
         ) from error
-    yield io.BufferedReader(_Frames(raw, zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError), PIECE)
+    decompressor = zstandard.ZstdDecompressor(max_window_size=LONGEST_WINDOW)
+    yield io.BufferedReader(_Frames(raw, decompressor.decompressobj, zstandard.ZstdError), PIECE)
 
 
 class _Frames(io.RawIOBase):
@@ -272,14 +282,14 @@ def _told(file: Path, parts: Iterable[bytes]) -> Iterator[bytes]:
 def _members(name: str, file: Path, raw: IO[bytes]) -> Iterator[Text]:
     """The texts of an archive, in path order: members that are text and not hidden."""
     with zipfile.ZipFile(raw) as archive:
-        for member in sorted(archive.namelist()):
-            if member.endswith("/") or _is_hidden(PurePath(member)):
+        for member in sorted(archive.infolist(), key=lambda member: member.filename):
+            if member.filename.endswith("/") or _is_hidden(PurePath(member.filename)):
                 continue
             with archive.open(member) as content:
                 pieces = _told(file, _pieces(content))
                 first = next(pieces, b"")
                 if _is_text(first):
-                    yield Text(f"{name}/{member}", chain([first], pieces))
+                    yield Text(f"{name}/{member.filename}", chain([first], pieces))
 
 
 def _is_hidden(path: PurePath) -> bool:

@@ -42,8 +42,9 @@ def compressed(content: bytes, suffix: str) -> bytes:
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".xz", ".zst"])
-def test_each_line_is_a_document(tmp_path, suffix):
-    path = tmp_path / f"some.jsonl{suffix}"
+@pytest.mark.parametrize("ending", ["jsonl", "JSONL"])
+def test_each_line_is_a_document(tmp_path, suffix, ending):
+    path = tmp_path / f"some.{ending}{suffix}"
     path.write_bytes(compressed(lines(), suffix))
     assert list(read(path).values()) == [record["text"] for record in RECORDS]
     corpus = load_corpus(str(path))
@@ -55,6 +56,16 @@ def test_records_side_by_side_are_joined_by_a_field(tmp_path):
     found = read(tmp_path / "some.jsonl", join_by="book")
     assert list(found) == ["some.jsonl:0", "some.jsonl:1", "some.jsonl:2"]
     assert found["some.jsonl:1"] == "".join(record["text"] for record in RECORDS[3:6])
+
+
+def test_values_of_other_types_join_no_records(tmp_path):
+    rows = [{"text": f"text {number}", "book": book} for number, book in enumerate((1, 1, "1", "True", True, [1], [1]))]
+    (tmp_path / "some.jsonl").write_bytes(lines(rows))
+    found = [b"".join(pieces) for _, pieces in Source(str(tmp_path / "some.jsonl"), Fields(join_by="book")).texts()]
+    assert found == [b"text 0text 1", b"text 2", b"text 3", b"text 4", b"text 5text 6"]
+    (tmp_path / "some.jsonl").write_bytes(lines([*rows, {"text": "a", "book": None}]))
+    with pytest.raises(ValueError, match=r"data must hold a value as 'book' in each record, got none in line 8 of"):
+        read(tmp_path / "some.jsonl", join_by="book")
 
 
 def test_another_field_holds_the_text(tmp_path):
@@ -109,6 +120,15 @@ def test_half_a_character_may_join_records(tmp_path):
         Source(str(tmp_path / "some.jsonl"), Fields(join_by="book")), tmp_path / "store", BYTES, "drawn"
     )
     assert [store.name(number) for number in range(3)] == [document.name for document in corpus.documents]
+
+
+def test_a_window_of_any_length_is_read(tmp_path):
+    import zstandard
+
+    long = zstandard.ZstdCompressionParameters(window_log=28, chain_log=6, hash_log=6, write_content_size=False)
+    compressor = zstandard.ZstdCompressor(compression_params=long).compressobj()
+    (tmp_path / "some.jsonl.zst").write_bytes(compressor.compress(lines()) + compressor.flush())
+    assert list(read(tmp_path / "some.jsonl.zst").values()) == [record["text"] for record in RECORDS]
 
 
 @cache  # to compress them takes its time
@@ -186,6 +206,16 @@ def test_a_saved_dataset_is_read_without_its_library(tmp_path):
     (tmp_path / "set" / "data-1.arrow").write_bytes(b"cut off")
     with pytest.raises(ValueError, match=r"data must hold whole Arrow files, got .*data-1.arrow"):
         read(tmp_path / "set")
+
+
+@pytest.mark.slow
+def test_a_saved_dataset_that_is_cut_off_anywhere_is_refused(tmp_path):
+    saved_dataset(tmp_path / "set")
+    content = (tmp_path / "set" / "data-1.arrow").read_bytes()
+    for length in range(len(content)):
+        (tmp_path / "set" / "data-1.arrow").write_bytes(content[:length])
+        with pytest.raises(ValueError, match=r"data must hold whole Arrow files, got .*data-1.arrow"):
+            read(tmp_path / "set")
 
 
 @pytest.mark.slow
