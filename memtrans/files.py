@@ -19,6 +19,15 @@ MOST_JSON = 64 << 20  # bytes; the largest that is written here has a few thousa
 NO_TENSORS = (KeyError, ValueError, TypeError, RuntimeError, OverflowError)
 
 
+def expanded(path: str) -> Path:
+    """The path with the user's directory in place of `~`; as it is where there is no such user.
+
+    >>> print(expanded("~no-such-user/text"))
+    ~no-such-user/text
+    """
+    return Path(os.path.expanduser(path))
+
+
 def _opened(name: str, path: str | Path, pipes: bool) -> BinaryIO:
     """An open file, without waiting for whoever might write to a pipe.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -43,9 +44,10 @@ def writing() -> Iterator[None]:
 
 
 def show(text: str, end: str = "\n") -> None:
-    """Prints to standard output, at once."""
+    """Prints to standard output, at once; what its encoding has no sign for, as names that are no UTF-8, by number."""
+    encoding = sys.stdout.encoding or "utf-8"
     with writing():
-        print(text, end=end, flush=True)
+        print(text.encode(encoding, "backslashreplace").decode(encoding), end=end, flush=True)
 
 
 def show_json(values: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from memtrans.data.held_out import cuts_of, pieces_to_learn, way_of
 from memtrans.data.records import Fields
 from memtrans.data.store import PROGRESS
 from memtrans.data.texts import Source
-from memtrans.data.tokenize import check_new, describe, write_store
+from memtrans.data.tokenize import check_new, check_texts, describe, write_store
 from memtrans.data.tokens import FILE, FileTokenizer, Tokenizer, open_tokenizer, train_vocabulary
 from memtrans.distributed.ranks import Ranks
 from memtrans.files import MOST_JSON, read_file
@@ -26,10 +26,10 @@ def run(options: argparse.Namespace, ranks: Ranks) -> None:
     begin = time.perf_counter()
     with reading_input():
         source = Source(options.data, Fields(options.text_field, options.join_by))
-        source.check()
+        check_texts(source)
+        tokenizer = _tokenizer(options, source)
+        way = way_of(source)
         try:
-            tokenizer = _tokenizer(options, source)
-            way = way_of(source)
             store = write_store(source, options.out, tokenizer, way, cuts_of(way), _report)
         except OSError as error:
             if error.filename is not None and not _is_of(error, options.out):

@@ -6,6 +6,7 @@ Shapes: T texts.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
@@ -17,8 +18,14 @@ from memtrans.data.texts import STANDARD_LIBRARY, Source
 ENWIK8_SPLIT = (90_000_000, 5_000_000, 5_000_000)
 HELD_OUT_SHARE = 0.05  # of the bytes of several documents
 HELD_OUT_END = 0.1  # of a single document
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
 DRAWN, NAMED, ENWIK8 = "drawn", "named", "enwik8"  # the ways in which documents are held out
-VALIDATION_NAMES, TEST_NAME = ("validation", "valid", "dev"), "test"  # of splits that a corpus has itself
+# Words in the names of splits that a corpus has itself; the first of these kinds that a name has a word of is its own.
+OF_TRAINING = {"train", "training"}
+OF_TESTS = {"test", "tests", "testing", "devtest"}
+OF_VALIDATION = {"validation", "validate", "valid", "val", "dev", "development", "eval", "evaluation"}
+HELD = ("heldout", "holdout")  # written in one word or two
+WORD = re.compile("[A-Z]?[a-z]+|[A-Z]+")
 LEAST = 2  # bytes of a text: a token and what comes after it
 
 
@@ -46,8 +53,24 @@ def named(names: Sequence[str]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     >>> [mask.tolist() for mask in named(["train/0", "dev/0", "test/0"])]
     [[False, True, False], [False, False, True]]
     """
-    splits = np.array([name.split("/", 1)[0] for name in names])
-    return np.isin(splits, VALIDATION_NAMES), splits == TEST_NAME
+    splits, split = np.unique([name.split("/", 1)[0] for name in names], return_inverse=True)
+    kinds = np.array([_kind(str(name)) for name in splits], dtype=str)
+    return (kinds == VALIDATION)[split], (kinds == TEST)[split]
+
+
+def _kind(split: str) -> str:
+    """What a split is for, by its name.
+
+    >>> [_kind(name) for name in ("train", "VAL", "test.clean", "HeldOut", "val2017", "unsupervised")]
+    ['train', 'validation', 'test', 'validation', 'validation', 'train']
+    """
+    words = [word.lower() for word in WORD.findall(split)]
+    if not OF_TRAINING.isdisjoint(words):
+        return TRAIN
+    if not OF_TESTS.isdisjoint(words):
+        return TEST
+    held = any(word in "".join(words) for word in HELD)
+    return VALIDATION if held or not OF_VALIDATION.isdisjoint(words) else TRAIN
 
 
 def drawn(

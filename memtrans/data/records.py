@@ -14,6 +14,7 @@ COLUMNAR = (".parquet",)
 RECORDS = (".jsonl", ".ndjson", *COLUMNAR)  # what files of records end with, before a compression's name
 STATE = "state.json"  # names the files of a dataset on disk
 SAVED_DATASET = (STATE, "dataset_info.json")
+END = b"\xff\xff\xff\xff\0\0\0\0"  # of a stream of Arrow; without it a reader takes what is left for the whole
 AT_ONCE = 256  # records of a columnar file
 MOST_SHOWN = 200  # characters of a record or of its fields that an error shows
 
@@ -46,8 +47,13 @@ class Record(NamedTuple):
     """Where a record stands, what it is joined by, and its text."""
 
     number: int
-    key: str | None
+    key: Any
     text: bytes
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Whether Hugging Face's library saved a dataset there, or a split of one."""
+    return all((path / name).is_file() for name in SAVED_DATASET)
 
 
 def records_of(
@@ -75,8 +81,17 @@ def _single(name: str, records: Iterable[Record]) -> Iterator[Text]:
 
 
 def _joined(name: str, records: Iterable[Record]) -> Iterator[Text]:
-    for key, members in groupby(records, key=lambda record: record.key):
-        yield Text(f"{name}:{key}", (record.text for record in members))
+    for (_, key), members in groupby(records, key=lambda record: (type(record.key), str(record.key))):
+        yield Text(f"{name}:{_as_name(key)}", (record.text for record in members))
+
+
+def _as_name(value: str) -> str:
+    """A value as names of files are written: halves of a character, which JSON may hold, as bytes that are no UTF-8.
+
+    >>> _as_name("half " + chr(0xD83D)).encode(errors="surrogateescape")
+    b'half \\xed\\xa0\\xbd'
+    """
+    return value.encode(errors="surrogatepass").decode(errors="surrogateescape")
 
 
 def _record(number: int, values: Any, fields: Fields, where: str) -> Record:
@@ -92,7 +107,10 @@ def _record(number: int, values: Any, fields: Fields, where: str) -> Record:
         text = text.encode(errors="surrogatepass")
     if not isinstance(text, bytes):
         raise ValueError(f"data must hold a text as {fields.text!r}, got {str(text)[:MOST_SHOWN]!r} in {where}")
-    return Record(number, None if fields.join_by is None else str(values[fields.join_by]), text)
+    key = None if fields.join_by is None else values[fields.join_by]
+    if fields.join_by is not None and key is None:
+        raise ValueError(f"data must hold a value as {fields.join_by!r} in each record, got none in {where}")
+    return Record(number, key, text)
 
 
 def _of_lines(path: Path, lines: Iterable[bytes], fields: Fields) -> Iterator[Record]:
@@ -126,6 +144,8 @@ def _of_dataset(path: Path, fields: Fields) -> Iterator[Record]:
     for file in _data_files(path):
         try:
             with arrow.memory_map(str(file)) as mapped, arrow.ipc.open_stream(mapped) as batches:
+                if mapped.read_at(len(END), max(0, mapped.size() - len(END))) != END:
+                    raise _damaged(file, "Arrow", EOFError("the file ends before its content does"))
                 _check_columns(batches.schema.names, fields, file)
                 for batch in batches:
                     small = (batch.slice(start, AT_ONCE) for start in range(0, batch.num_rows, AT_ONCE))

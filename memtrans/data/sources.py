@@ -10,8 +10,7 @@ import hashlib
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,11 +25,7 @@ from memtrans.data.store import INDEX, VERSION, Store, is_store
 from memtrans.data.texts import RECORD_FIELDS, STANDARD_LIBRARY, Source, standard_library_files
 from memtrans.data.tokenize import write_store
 from memtrans.data.tokens import BYTES, Tokenizer, chunks_of
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from memtrans.locks import alone
 
 READING = 2  # how documents are held out and shared out to rows; a checkpoint keeps the number of its run
 MOST_READ = 256 << 20  # bytes that are read into memory
@@ -168,21 +163,12 @@ def _cached_store(source: Source, tokenizer: Tokenizer) -> Store:
     key = hashlib.sha256(repr((files, source.data, source.fields, tokenizer.digest, VERSION)).encode()).hexdigest()
     directory = cache_directory() / key[:32]
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(directory.with_suffix(".lock")):
+    with alone(directory.with_suffix(".lock")):
         if (directory / INDEX).is_file():
             return Store(directory)
         print(f"making tokens of {source.data} in {directory}, once", file=sys.stderr, flush=True)
         way = way_of(source)
         return write_store(source, directory, tokenizer, way, cuts_of(way))
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Holds a lock that one process at a time has; others wait for it."""
-    with path.open("a") as file:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 # ----------------------------------------------------------------------------------------------- what is held out

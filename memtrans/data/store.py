@@ -6,6 +6,7 @@ names.bin       the names, one after another
 tokenizer.json  what made the tokens; missing where tokens are bytes
 store.json      the files with their lengths and SHA-256; written last, and at once: it makes the directory a store
 progress.json   until then: how far the writing has come, for the same command to go on from there
+.lock           locked while a process writes
 
 Shapes: V tokens of the vocabulary.
 """
@@ -50,8 +51,18 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
 
 
 def is_store(path: str | Path) -> bool:
-    """Whether there is a store, whole or not yet."""
-    return any((Path(path) / name).is_file() for name in (INDEX, PROGRESS))
+    """Whether there is a store, whole, damaged or unfinished; files that others called so make none."""
+    return any(_is_ours(Path(path) / name) for name in (INDEX, PROGRESS))
+
+
+def _is_ours(file: Path) -> bool:
+    if not file.is_file():
+        return False
+    try:
+        values = parse_json(read_file(file.name, file, MOST_JSON))
+    except ValueError:
+        return any((file.parent / name).is_file() for name in (TOKENS, DOCUMENTS, NAMES))
+    return isinstance(values, dict) and values.get("kind") == KIND
 
 
 class Store:

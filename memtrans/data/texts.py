@@ -13,15 +13,16 @@ import stat
 import sysconfig
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path, PurePath
 from typing import IO, Any
 
-from memtrans.data.records import COLUMNAR, RECORDS, SAVED_DATASET, Fields, Text, records_of
-from memtrans.files import open_input, parse_json, read_file
+from memtrans.data.folders import files_below
+from memtrans.data.records import COLUMNAR, RECORDS, Fields, Text, is_saved_dataset, records_of
+from memtrans.files import expanded, open_input, parse_json, read_file
 
 STANDARD_LIBRARY = "stdlib"
 SAVED_SPLITS = "dataset_dict.json"  # of Hugging Face datasets with several splits
@@ -29,7 +30,9 @@ RECORD_FIELDS = Fields()
 PIECE = 1 << 20  # bytes
 COMPRESSED_PIECE = 1 << 14  # bytes, which may be many more when they are unpacked
 SNIFFED = 8192  # bytes looked at to tell text from the rest
+LONGEST_WINDOW = 1 << 31  # bytes; of `zstd --long=31`
 COMPRESSED = (".gz", ".xz", ".zst")
+OTHER_ARCHIVES = {".tar", ".tgz", ".txz", ".tzst", ".tbz", ".tbz2", ".bz2", ".lzma", ".lz4", ".br", ".z", ".7z", ".rar"}
 EXPANDS = 8  # a compressed file is taken to hold so many times its bytes
 UNUSUAL_PACKAGES = {"test", "idlelib", "lib2to3", "site-packages", "dist-packages"}  # not installed everywhere
 
@@ -60,7 +63,7 @@ class Source:
 
     @property
     def path(self) -> Path:
-        return Path(self.data).expanduser()
+        return expanded(self.data)
 
     def check(self) -> None:
         """Raises FileNotFoundError when there is no such data."""
@@ -72,7 +75,7 @@ class Source:
         """The files that may be read; none of the standard library."""
         if self.data == STANDARD_LIBRARY:
             return []
-        return sorted(file for file in self.path.rglob("*") if file.is_file()) if self.path.is_dir() else [self.path]
+        return files_below(self.path) if self.path.is_dir() else [self.path]
 
     def size(self) -> int:
         """About how many bytes its texts have."""
@@ -95,9 +98,9 @@ class Source:
             return self._of_file(self.path.name, self.path, sniffed=False)
         if self.has_splits():
             return self._of_splits()
-        if self.records and all((self.path / name).is_file() for name in SAVED_DATASET):
+        if self.records and is_saved_dataset(self.path):
             return records_of(self.path.name, self.path, None, None, self.fields)
-        return chain.from_iterable(self._of_entry(entry) for entry in sorted(self.path.iterdir()))
+        return self._of_folder()
 
     def _of_splits(self) -> Iterator[Text]:
         index = parse_json(read_file(SAVED_SPLITS, self.path / SAVED_SPLITS))
@@ -108,27 +111,43 @@ class Source:
             for text in records_of(split, self.path / split, None, None, self.fields):
                 yield Text(f"{split}/{text.name}", text.pieces)
 
-    def _of_entry(self, entry: Path) -> Iterator[Text]:
+    def _of_folder(self) -> Iterator[Text]:
+        files = self.files()
+        datasets = {path for path in {file.parent for file in files} if self.records and is_saved_dataset(path)}
+        with_splits = {str(path.parent) for path in datasets if (path.parent / SAVED_SPLITS).is_file()}
+        if with_splits:
+            raise ValueError(
+                f"data must be a dataset with splits itself, got {self.data!r}, which holds one in {min(with_splits)!r}"
+            )
+        for name, of_entry in groupby(files, key=lambda file: file.relative_to(self.path).parts[0]):
+            yield from self._of_entry(name, list(of_entry), datasets)
+
+    def _of_entry(self, name: str, files: Sequence[Path], datasets: Set[Path]) -> Iterator[Text]:
         """The texts of a file in the directory; of a directory in it the one that its files are, and its records."""
-        if not entry.is_dir():
-            if entry.is_file() and not _is_hidden(entry.relative_to(self.path)):
-                yield from self._of_file(entry.name, entry, sniffed=True)
+        if files[0] == self.path / name:
+            yield from self._of_file(name, files[0], sniffed=True)
             return
-        files = [file for file in sorted(entry.rglob("*")) if file.is_file()]
-        files = [file for file in files if not _is_hidden(file.relative_to(self.path))]
-        kinds = [self.records and _suffix(file) in RECORDS for file in files]
-        plain = (file for file, of_records in zip(files, kinds, strict=True) if not of_records)
-        yield Text(
-            entry.name, (piece for file in plain for text in self._of_file("", file, True) for piece in text.pieces)
-        )
-        for file, of_records in zip(files, kinds, strict=True):
-            if of_records:
-                yield from self._of_file(str(file.relative_to(self.path)), file, sniffed=True)
+        records = [self._records(file, datasets) for file in files]
+        plain = (file for file, of_records in zip(files, records, strict=True) if of_records is None)
+        yield Text(name, (piece for file in plain for text in self._of_file("", file, True) for piece in text.pieces))
+        for path in dict.fromkeys(path for path in records if path is not None):
+            if path in datasets:
+                yield from records_of(str(path.relative_to(self.path)), path, None, None, self.fields)
+            else:
+                yield from self._of_file(str(path.relative_to(self.path)), path, sniffed=True)
+
+    def _records(self, file: Path, datasets: Set[Path]) -> Path | None:
+        """The records that a file belongs to: a saved dataset that it lies in, or itself; None of a text."""
+        saved = next((path for path in file.parents if path in datasets), None)
+        return saved or (file if self.records and _suffix(file) in RECORDS else None)
 
     def _of_file(self, name: str, file: Path, sniffed: bool) -> Iterator[Text]:
         """The texts of a file; `sniffed`: none where it is no text."""
+        if not sniffed and _suffix(file) in OTHER_ARCHIVES:
+            packed = ", ".join((*COMPRESSED, ".zip"))
+            raise ValueError(f"data must be text, or packed as {packed}, got {str(file)!r}, another archive")
         with _damage_told(file), open_input("data", file) as raw:
-            if file.suffix == ".zip":
+            if _packing(file) == ".zip":
                 yield from _members(name, file, raw)
                 return
             with _plain(raw, file) as content:
@@ -163,12 +182,16 @@ def _suffix(file: Path) -> str:
     >>> _suffix(Path("texts.jsonl.gz"))
     '.jsonl'
     """
-    return Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix
+    return Path(file.stem).suffix.lower() if _packing(file) in COMPRESSED else _packing(file)
+
+
+def _packing(file: Path) -> str:
+    return file.suffix.lower()
 
 
 def _expanded(file: Path) -> int:
     size = file.stat().st_size
-    return size * EXPANDS if file.suffix in (*COMPRESSED, ".zip", ".parquet") else size
+    return size * EXPANDS if _packing(file) in (*COMPRESSED, ".zip", ".parquet") else size
 
 
 @contextmanager
@@ -183,13 +206,13 @@ def _damage_told(file: Path) -> Iterator[None]:
 @contextmanager
 def _plain(raw: IO[bytes], file: Path) -> Iterator[IO[bytes]]:
     """The content of a file that may be compressed."""
-    if file.suffix == ".gz":
+    if _packing(file) == ".gz":
         with gzip.open(raw) as content:
             yield io.BufferedReader(content, PIECE)
-    elif file.suffix == ".xz":
+    elif _packing(file) == ".xz":
         with lzma.open(raw) as content:
             yield io.BufferedReader(content, PIECE)
-    elif file.suffix == ".zst":
+    elif _packing(file) == ".zst":
         with _zstandard(raw, file) as content:
             yield content
     else:
@@ -205,7 +228,8 @@ def _zstandard(raw: IO[bytes], file: Path) -> Iterator[IO[bytes]]:
             f"data must hold no .zst where zstandard is missing, got {str(file)!r}: pip install 'memtrans[text]' "
             f"({error})"
         ) from error
-    yield io.BufferedReader(_Frames(raw, zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError), PIECE)
+    decompressor = zstandard.ZstdDecompressor(max_window_size=LONGEST_WINDOW)
+    yield io.BufferedReader(_Frames(raw, decompressor.decompressobj, zstandard.ZstdError), PIECE)
 
 
 class _Frames(io.RawIOBase):
@@ -258,14 +282,14 @@ def _told(file: Path, parts: Iterable[bytes]) -> Iterator[bytes]:
 def _members(name: str, file: Path, raw: IO[bytes]) -> Iterator[Text]:
     """The texts of an archive, in path order: members that are text and not hidden."""
     with zipfile.ZipFile(raw) as archive:
-        for member in sorted(archive.namelist()):
-            if member.endswith("/") or _is_hidden(PurePath(member)):
+        for member in sorted(archive.infolist(), key=lambda member: member.filename):
+            if member.filename.endswith("/") or _is_hidden(PurePath(member.filename)):
                 continue
             with archive.open(member) as content:
                 pieces = _told(file, _pieces(content))
                 first = next(pieces, b"")
                 if _is_text(first):
-                    yield Text(f"{name}/{member}", chain([first], pieces))
+                    yield Text(f"{name}/{member.filename}", chain([first], pieces))
 
 
 def _is_hidden(path: PurePath) -> bool:

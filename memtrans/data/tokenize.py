@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -33,12 +33,14 @@ from memtrans.data.store import (
     TOKENS,
     VERSION,
     Store,
+    is_store,
     token_dtype,
     write_index,
 )
-from memtrans.data.texts import Source
+from memtrans.data.texts import STANDARD_LIBRARY, Source
 from memtrans.data.tokens import BYTES, Tokenizer, chunks_of
 from memtrans.files import MOST_JSON, parse_json, read_file
+from memtrans.locks import LOCK, Lock
 from memtrans.storage import write_atomically
 
 SAVED_EVERY = 64 << 20  # bytes of text
@@ -83,14 +85,22 @@ def write_store(
         The store, which is whole.
 
     Raises:
-        ValueError: there is a store already, one of another source or tokenizer is unfinished there, the texts changed
-        meanwhile, one of them has 2^31 tokens or more, or none has two bytes. OSError: the disk is full; what is done
-        is kept.
+        ValueError: there is a store already, one of another source or tokenizer is unfinished there, another process
+        writes it, the texts changed meanwhile, one of them has 2^31 tokens or more, or none has two bytes. OSError: the
+        disk is full; what is done is kept.
     """
     out = Path(out)
     check_new(out)
-    source.check()
-    out.mkdir(parents=True, exist_ok=True)
+    check_texts(source)
+    with ExitStack() as stack:
+        stack.callback(Lock(out, "command", "makes tokens").release)
+        check_new(out)  # again: another process may have ended in it meanwhile
+        return _written(source, out, tokenizer, way, cuts, report)
+
+
+def _written(
+    source: Source, out: Path, tokenizer: Tokenizer, way: str, cuts: tuple[int, ...], report: Callable[[int], None]
+) -> Store:
     what = _what(source, tokenizer, way, cuts)
     done = _read_progress(out, what)
     if done == Progress():
@@ -112,12 +122,26 @@ def write_store(
     return Store(out)
 
 
+def check_texts(source: Source) -> None:
+    """Raises FileNotFoundError where there is nothing, ValueError where there is a store, whose files are no texts."""
+    source.check()
+    if source.data != STANDARD_LIBRARY and is_store(source.path):
+        raise ValueError(f"data must be texts, got {source.data!r}, a store of tokens")
+
+
 def check_new(out: Path) -> None:
-    """Raises ValueError where there is a store already, or what is no directory."""
-    if (out / INDEX).is_file():
+    """Raises ValueError where there is anything but a store that is unfinished."""
+    if (out / INDEX).is_file() and is_store(out):
         raise ValueError(f"out must hold no store, got {str(out)!r}, which does")
     if out.exists() and not out.is_dir():
         raise ValueError(f"out must be a directory or not exist, got {str(out)!r}, a file")
+    if out.exists() and not is_store(out):
+        ours = (TOKENIZER, f".{TOKENIZER}.", f".{PROGRESS}.", LOCK)  # what a kill may leave
+        taken = next((path for path in out.iterdir() if not path.name.startswith(ours)), None)
+        if taken is not None:
+            raise ValueError(
+                f"out must be an empty directory or not exist, got {str(out)!r}, which holds {taken.name!r}"
+            )
 
 
 class _End(NamedTuple):
@@ -171,8 +195,6 @@ class _Writer:
             self._enqueue(text)
         digest = self._digest.digest()
         if self._size < LEAST:
-            if self._size and not is_done:
-                self._queued -= len(self._queue.pop())
             return
         if not is_done:
             self._ends.append(_End(len(self._queue), text.name, self._size, digest))
@@ -200,8 +222,12 @@ class _Writer:
         )
 
     def _enqueue(self, text: Text) -> None:
-        """Takes the chunks of a text behind those of it that are written."""
-        pieces = (piece for piece in text.pieces if piece)
+        """Takes the chunks of a text behind those of it that are written; none of one that is too short to count."""
+        pieces: Iterator[bytes] = filter(None, text.pieces)
+        beginning = list(islice(pieces, LEAST))
+        if sum(map(len, beginning)) < LEAST:
+            return
+        pieces = chain(beginning, pieces)
         chunks = pieces if self.tokenizer is BYTES else chunks_of(pieces, self.cuts)
         if self._skipped:
             for chunk in islice(chunks, self._skipped):
@@ -274,19 +300,13 @@ class _Writer:
 
 def _what(source: Source, tokenizer: Tokenizer, way: str, cuts: tuple[int, ...]) -> str:
     """Tells what is tokenized, by what, from everything else."""
-    where = str(source.path.resolve()) if source.files() else source.data
+    where = str(source.path.resolve()) if source.data != STANDARD_LIBRARY else source.data
     return hashlib.sha256(repr((where, source.fields, tokenizer.digest, way, cuts)).encode()).hexdigest()
 
 
 def _read_progress(out: Path, what: str) -> Progress:
     """How far an earlier call has come. Raises ValueError where it wrote something else."""
     if not (out / PROGRESS).is_file():
-        ours = (TOKENIZER, f".{TOKENIZER}.", f".{PROGRESS}.")  # what a kill may leave
-        taken = next((path for path in out.iterdir() if not path.name.startswith(ours)), None)
-        if taken is not None:
-            raise ValueError(
-                f"out must be an empty directory or not exist, got {str(out)!r}, which holds {taken.name!r}"
-            )
         return Progress()
     values = parse_json(read_file(PROGRESS, out / PROGRESS, MOST_JSON))
     kinds = {name: type(value) for name, value in asdict(Progress()).items()}
@@ -317,7 +337,7 @@ def _cut_back(path: Path, size: int) -> IO[bytes]:
 
 def _remove(out: Path) -> None:
     """Removes the files of a store without a document."""
-    for name in (TOKENS, DOCUMENTS, NAMES, PROGRESS, TOKENIZER):
+    for name in (TOKENS, DOCUMENTS, NAMES, PROGRESS, TOKENIZER, LOCK):
         (out / name).unlink(missing_ok=True)
 
 

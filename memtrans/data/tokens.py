@@ -14,13 +14,12 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from memtrans.files import MOST_JSON, parse_json, read_file
+from memtrans.files import MOST_JSON, expanded, parse_json, read_file
 
 Ids = NDArray[Any]
 
@@ -161,7 +160,7 @@ def open_tokenizer(name: str | None) -> Tokenizer:
     """
     if name is None or name == BYTES.digest:
         return BYTES
-    path = Path(name).expanduser()
+    path = expanded(name)
     path = path / FILE if path.is_dir() else path
     if not path.exists():
         raise FileNotFoundError(f"tokenizer must be bytes, a tokenizer.json or a directory with one, got {name!r}")

@@ -45,7 +45,7 @@ def write_page(path: str | Path, records: Records) -> Detail:
     Raises ValueError where even the least of it is too much for one page.
     """
     for detail in LEVELS:
-        page = page_of(records, detail).encode()
+        page = page_of(records, detail).encode(errors="replace")  # names of files may be no UTF-8
         if len(page) < MOST:
             write_atomically(Path(path), page)
             return detail

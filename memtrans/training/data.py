@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from memtrans.data.recall import RecallDocuments, RecallTask
 from memtrans.data.records import Fields
 from memtrans.data.sources import READING, Corpus, load_corpus
 from memtrans.data.store import Store, is_store
-from memtrans.data.texts import STANDARD_LIBRARY
+from memtrans.data.texts import STANDARD_LIBRARY, Source
 from memtrans.data.tokens import BYTES, Tokenizer, open_tokenizer, tokenizer_of
 from memtrans.training.checkpoint import Checkpoint
 from memtrans.training.settings import Settings
@@ -100,6 +101,15 @@ def open_data(
     return TrainingData(order, held_out, corpus.fingerprint, reading, corpus.tokenizer)
 
 
+def check_apart(data: str, out: str | Path) -> None:
+    """Raises ValueError where a run would write its files among the texts that it reads."""
+    if data in (RECALL, STANDARD_LIBRARY):
+        return
+    path = Source(data).path
+    if path.is_dir() and not is_store(path) and path.resolve() == Path(out).resolve():
+        raise ValueError(f"out must be another directory than data, got {str(out)!r} for both")
+
+
 def _corpus(settings: Settings, reading: int, tokenizer: Tokenizer | None) -> Corpus:
     if tokenizer is None and settings.tokenizer is not None:
         tokenizer = open_tokenizer(settings.tokenizer)
@@ -123,8 +133,8 @@ def fitted(settings: Settings) -> Settings:
     """
     if settings.tokenizer is not None:
         tokenizer = open_tokenizer(settings.tokenizer)
-    elif settings.data not in (RECALL, STANDARD_LIBRARY) and is_store(settings.data):
-        tokenizer = Store(settings.data).tokenizer
+    elif settings.data not in (RECALL, STANDARD_LIBRARY) and is_store(Source(settings.data).path):
+        tokenizer = Store(Source(settings.data).path).tokenizer
     else:
         return settings
     return replace(settings, vocabulary=max(settings.vocabulary, tokenizer.vocabulary))

@@ -10,30 +10,25 @@ OUT/.lock           locked while a run writes; the operating system unlocks it w
 
 from __future__ import annotations
 
-import os
-import warnings
 from itertools import count
 from pathlib import Path
 
+from memtrans.data.folders import CHECKPOINT, METRICS
+from memtrans.locks import Lock
 from memtrans.training.checkpoint import exists
 from memtrans.training.metrics import Metrics
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 RUNS = Path("runs")  # where runs without --out go
 
 
 def checkpoint_of(out: str | Path) -> Path:
     """Where a run keeps its checkpoint."""
-    return Path(out) / "checkpoint"
+    return Path(out) / CHECKPOINT
 
 
 def metrics_of(out: str | Path) -> Metrics:
     """The record of a run."""
-    return Metrics(Path(out) / "metrics.jsonl")
+    return Metrics(Path(out) / METRICS)
 
 
 def check_directory(out: str | Path, resume: bool) -> None:
@@ -58,54 +53,6 @@ def newest(name: str) -> Path:
     """The last of runs/NAME, runs/NAME-2, ... that exists; the first one where none does."""
     last = next(number for number in count(1) if not numbered(name, number).exists()) - 1
     return numbered(name, max(1, last))
-
-
-class Lock:
-    """Makes a directory this process's own until `release`, or until the process ends.
-
-    directory: made if missing.
-
-    Raises ValueError when another process has locked it.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as directory:
-    ...     lock = Lock(directory)
-    ...     lock.release()
-    """
-
-    def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._handle = os.open(self.directory / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            self._take()
-        except BaseException:
-            self.release()
-            raise
-
-    def _take(self) -> None:
-        try:
-            if fcntl is None:
-                raise OSError("this system has no flock")
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.read(self._handle, 20).decode(errors="replace").strip()
-            raise ValueError(
-                f"out must be a directory that no other run writes to, got {str(self.directory)!r}, where process "
-                f"{holder or 'unknown'} trains"
-            ) from error
-        except OSError as error:
-            warnings.warn(
-                f"{self.directory} cannot be locked ({error}): a second run in it would not be refused", stacklevel=4
-            )
-        os.ftruncate(self._handle, 0)
-        os.write(self._handle, f"{os.getpid()}\n".encode())
-
-    def release(self) -> None:
-        """Lets other processes lock the directory."""
-        if self._handle >= 0:
-            os.close(self._handle)
-            self._handle = -1
 
 
 def lock(out: str | Path | None, name: str, resume: bool) -> Lock:

@@ -10,7 +10,7 @@ import torch
 
 from memtrans.distributed.ranks import ALONE, Ranks
 from memtrans.training.checkpoint import load_checkpoint, require
-from memtrans.training.data import TOKENIZER_PART, TrainingData, open_data, reading_of, tokenizer_in
+from memtrans.training.data import TOKENIZER_PART, TrainingData, check_apart, open_data, reading_of, tokenizer_in
 from memtrans.training.device import pick_device
 from memtrans.training.directory import Lock, check_directory, checkpoint_of, lock, metrics_of
 from memtrans.training.events import check_events
@@ -76,6 +76,7 @@ def start(
     ranks.agree(**settings.to_json(), out=str(out), resume=resume)
     if out is not None:
         ranks.together(lambda: check_directory(out, resume))
+        ranks.together(lambda: check_apart(settings.data, out))
     trainer = _prepared(settings, ranks, checkpoint_of(out) if resume and out is not None else None)
     taken = ranks.together(lambda: lock(out, name, resume) if ranks.first else None)
     try:

@@ -130,6 +130,14 @@ def test_out_must_not_be_a_file_nor_lie_in_one(tmp_path, text, capsys, below):
     assert Path(text).read_bytes() == before
 
 
+def test_out_must_not_be_the_directory_of_the_texts(tmp_path, text, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    assert train(tmp_path, "--data", ".") == 2
+    expected = f"memtrans train: out must be another directory than data, got '{tmp_path}' for both\n"
+    assert (capsys.readouterr().err, sorted(tmp_path.iterdir())) == (expected, before)
+
+
 @pytest.mark.parametrize("option", ["--memory", "--neighbours", "--xl", "--vocabulary"])
 def test_sizes_that_no_machine_can_hold_end_with_one_line_and_status_1(tmp_path, text, capsys, option):
     assert train(tmp_path / "run", "--data", text, option, str(10**15)) == 1

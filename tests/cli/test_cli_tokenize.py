@@ -15,7 +15,10 @@ import pytest
 from memtrans import MemorizingTransformer
 from memtrans.cli.main import main
 from memtrans.data import sources
+from memtrans.locks import Lock
 from memtrans.training.checkpoint import load_checkpoint, save_checkpoint
+from memtrans.training.data import fitted
+from memtrans.training.settings import Settings
 from tests.helpers.tiny_runs import checkpoint_files, last_line, train, uneven_documents, without_times, written_text
 from tests.helpers.vocabularies import learned, losing
 
@@ -42,6 +45,21 @@ def test_tokenize_says_what_the_store_holds(tmp_path, capsys):
     report = last_line(capsys)
     assert (report["documents"], report["bytes"], report["vocabulary"]) == (1, Path(text).stat().st_size, 280)
     assert report["bytes_per_token"] == round(report["bytes"] / report["tokens"], 3)
+
+
+def test_a_second_command_is_refused_while_the_first_one_writes(tmp_path, capsys):
+    text, out = written_text(tmp_path), tmp_path / "store"
+    writing = Lock(out, "command", "makes tokens")
+    (out / "progress.json").write_text('{"kind": "memtrans.tokens"}')
+    expected = f"must be a directory that no other command writes to, got '{out}', where process {os.getpid()}"
+    assert ended(capsys, "tokenize", text, "--out", str(out)) == (
+        2,
+        f"memtrans tokenize: out {expected} makes tokens\n",
+    )
+    assert {path.name for path in out.iterdir()} == {".lock", "progress.json"}
+    (out / "progress.json").unlink()
+    writing.release()
+    assert main(["tokenize", text, "--out", str(out)]) == 0
 
 
 def test_records_are_documents_and_may_be_joined(tmp_path, capsys):
@@ -116,6 +134,11 @@ def test_eval_and_generate_take_the_tokenizer_of_the_checkpoint(made, tmp_path, 
     assert printed.out.strip() and "read 1 tokens" in printed.err
 
 
+def test_a_store_in_the_users_directory_brings_its_vocabulary(made, monkeypatch):
+    monkeypatch.setenv("HOME", str(made))
+    assert fitted(Settings(data="~/store")).vocabulary == 300
+
+
 def test_a_larger_vocabulary_than_the_tokenizers_generates_its_tokens_alone(made, tmp_path, capsys):
     options = ["--data", str(made / "store"), "--steps", "1", "--vocabulary", "1000"]
     assert train(tmp_path / "run", *options) == 0
@@ -166,7 +189,13 @@ def test_what_does_not_belong_together_ends_with_one_line(made, tmp_path, capsys
             "--tokenizer",
             "/no/such",
         ): "tokenizer must be bytes, a tokenizer.json or a directory",
+        (
+            *("tokenize", text, "--out", str(tmp_path / "new"), "--tokenizer", "~nobody/x"),
+        ): "tokenizer must be bytes, a tokenizer.json or a directory with one, got '~nobody/x'\n",
+        ("tokenize", "~nobody/x", "--out", str(tmp_path / "new")): "no such file",
+        ("train", "--data", "~nobody/x"): "no such file",
         ("tokenize", text, "--out", store): "out must hold no store",
+        ("tokenize", store, "--out", str(tmp_path / "new")): f"data must be texts, got '{store}', a store of tokens",
         ("tokenize", "/no/such", "--out", str(tmp_path / "new")): "no such file",
         ("tokenize", text, "--out", text): "out must be a directory or not exist",
         (

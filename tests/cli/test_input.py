@@ -14,6 +14,7 @@ import pytest
 from helpers.tiny_runs import train, written_text
 
 from memtrans import MemorizingTransformer
+from memtrans.cli.ending import show
 from memtrans.cli.main import main
 from memtrans.data.sources import load_corpus
 from memtrans.files import read_input
@@ -145,3 +146,8 @@ def test_help_and_a_wrong_option_do_not_wait_for_pytorch() -> None:
         done = subprocess.run([sys.executable, "-c", command, *options], capture_output=True, text=True, check=False)
         assert done.returncode == status, done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_names_that_are_no_utf_8_are_shown_by_number(capsys: pytest.CaptureFixture[str]) -> None:
+    show(os.fsdecode(b"page\xff.html"))
+    assert capsys.readouterr().out == "page\\udcff.html\n"

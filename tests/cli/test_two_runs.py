@@ -12,7 +12,8 @@ from helpers.programs import Program
 from helpers.tiny_runs import TINY, checkpoint_files, train, written_text
 
 from memtrans.cli.main import main
-from memtrans.training.directory import Lock, lock, newest
+from memtrans.locks import Lock
+from memtrans.training.directory import lock, newest
 
 pytestmark = pytest.mark.cpu
 

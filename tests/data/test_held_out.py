@@ -78,6 +78,21 @@ def test_splits_that_a_source_has_itself_are_not_learned_from(splits, expected):
     assert held_out._left_to_learn(NAMED, names, np.full(len(names), 30), digests) == expected
 
 
+@pytest.mark.parametrize(
+    ("kind", "splits"),
+    [
+        ("validation", ["validation", "Valid", "VAL", "dev", "eval", "evaluation", "validation_matched", "val2017"]),
+        ("validation", ["held_out", "heldout", "held-out", "HeldOut", "holdout", "hold_out", "development", "dev_r1"]),
+        ("test", ["test", "TEST", "testing", "test.clean", "testA", "devtest", "test-dev", "private_test"]),
+        ("train", ["train", "train_eval", "training", "unsupervised", "all", "latest", "devices", "retrieval"]),
+    ],
+)
+def test_splits_are_held_out_by_every_usual_name(kind, splits):
+    validation, test = held_out.named([f"{split}/{number}" for number, split in enumerate(splits)])
+    assert validation.tolist() == [kind == "validation"] * len(splits)
+    assert test.tolist() == [kind == "test"] * len(splits)
+
+
 def test_a_learned_vocabulary_knows_no_word_that_is_held_out_alone(tmp_path):
     """A word that the end of a text repeats a thousand times would be a token if it had been learned from."""
     (tmp_path / "book.txt").write_bytes(TEXT * 30 + b" xylophone" * 200)

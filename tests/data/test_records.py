@@ -17,6 +17,8 @@ from helpers.packages import package
 from memtrans.data.records import Fields
 from memtrans.data.sources import load_corpus
 from memtrans.data.texts import Source
+from memtrans.data.tokenize import write_store
+from memtrans.data.tokens import BYTES
 
 RECORDS = [{"text": f"text {number}, d\u00e9j\u00e0 vu", "book": number // 3, "n": None} for number in range(9)]
 
@@ -40,8 +42,9 @@ def compressed(content: bytes, suffix: str) -> bytes:
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".xz", ".zst"])
-def test_each_line_is_a_document(tmp_path, suffix):
-    path = tmp_path / f"some.jsonl{suffix}"
+@pytest.mark.parametrize("ending", ["jsonl", "JSONL"])
+def test_each_line_is_a_document(tmp_path, suffix, ending):
+    path = tmp_path / f"some.{ending}{suffix}"
     path.write_bytes(compressed(lines(), suffix))
     assert list(read(path).values()) == [record["text"] for record in RECORDS]
     corpus = load_corpus(str(path))
@@ -53,6 +56,16 @@ def test_records_side_by_side_are_joined_by_a_field(tmp_path):
     found = read(tmp_path / "some.jsonl", join_by="book")
     assert list(found) == ["some.jsonl:0", "some.jsonl:1", "some.jsonl:2"]
     assert found["some.jsonl:1"] == "".join(record["text"] for record in RECORDS[3:6])
+
+
+def test_values_of_other_types_join_no_records(tmp_path):
+    rows = [{"text": f"text {number}", "book": book} for number, book in enumerate((1, 1, "1", "True", True, [1], [1]))]
+    (tmp_path / "some.jsonl").write_bytes(lines(rows))
+    found = [b"".join(pieces) for _, pieces in Source(str(tmp_path / "some.jsonl"), Fields(join_by="book")).texts()]
+    assert found == [b"text 0text 1", b"text 2", b"text 3", b"text 4", b"text 5text 6"]
+    (tmp_path / "some.jsonl").write_bytes(lines([*rows, {"text": "a", "book": None}]))
+    with pytest.raises(ValueError, match=r"data must hold a value as 'book' in each record, got none in line 8 of"):
+        read(tmp_path / "some.jsonl", join_by="book")
 
 
 def test_another_field_holds_the_text(tmp_path):
@@ -96,6 +109,26 @@ def test_half_a_character_is_kept(tmp_path):
     (tmp_path / "some.jsonl").write_bytes(b'{"text": "half \\ud83d"}\n')
     ((_, pieces),) = ((name, b"".join(pieces)) for name, pieces in Source(str(tmp_path / "some.jsonl")).texts())
     assert pieces == "half \ud83d".encode(errors="surrogatepass")
+
+
+def test_half_a_character_may_join_records(tmp_path):
+    rows = [{"text": f"text {number}", "book": book} for number, book in enumerate(("\ud83d", "\ud83d", "\udcff", "b"))]
+    (tmp_path / "some.jsonl").write_bytes(lines(rows))
+    corpus = load_corpus(str(tmp_path / "some.jsonl"), fields=Fields(join_by="book"))
+    assert [document.text() for document in corpus.documents] == [b"text 0text 1", b"text 2", b"text 3"]
+    store = write_store(
+        Source(str(tmp_path / "some.jsonl"), Fields(join_by="book")), tmp_path / "store", BYTES, "drawn"
+    )
+    assert [store.name(number) for number in range(3)] == [document.name for document in corpus.documents]
+
+
+def test_a_window_of_any_length_is_read(tmp_path):
+    import zstandard
+
+    long = zstandard.ZstdCompressionParameters(window_log=28, chain_log=6, hash_log=6, write_content_size=False)
+    compressor = zstandard.ZstdCompressor(compression_params=long).compressobj()
+    (tmp_path / "some.jsonl.zst").write_bytes(compressor.compress(lines()) + compressor.flush())
+    assert list(read(tmp_path / "some.jsonl.zst").values()) == [record["text"] for record in RECORDS]
 
 
 @cache  # to compress them takes its time
@@ -176,6 +209,16 @@ def test_a_saved_dataset_is_read_without_its_library(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_saved_dataset_that_is_cut_off_anywhere_is_refused(tmp_path):
+    saved_dataset(tmp_path / "set")
+    content = (tmp_path / "set" / "data-1.arrow").read_bytes()
+    for length in range(len(content)):
+        (tmp_path / "set" / "data-1.arrow").write_bytes(content[:length])
+        with pytest.raises(ValueError, match=r"data must hold whole Arrow files, got .*data-1.arrow"):
+            read(tmp_path / "set")
+
+
+@pytest.mark.slow
 def test_a_saved_dataset_keeps_its_own_splits(tmp_path):
     for split, records in (("train", RECORDS[:6]), ("validation", RECORDS[6:8]), ("test", RECORDS[8:])):
         saved_dataset(tmp_path / "sets" / split, records)
@@ -189,6 +232,25 @@ def test_a_saved_dataset_keeps_its_own_splits(tmp_path):
     (tmp_path / "sets" / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
     corpus = load_corpus(str(tmp_path / "sets"))
     assert (len(corpus.train) + len(corpus.validation), len(corpus.test)) == (6, 1)
+
+
+@pytest.mark.slow
+def test_datasets_saved_in_a_folder_are_records(tmp_path):
+    for name in ("one", "sub/two"):
+        saved_dataset(tmp_path / name)
+    (tmp_path / "sub" / "a.txt").write_bytes(b"plain")
+    found = {name: text for name, text in read(tmp_path).items() if text}
+    assert list(found) == [f"one:{n}" for n in range(1, 10)] + ["sub"] + [f"sub/two:{n}" for n in range(1, 10)]
+    assert (found["one:1"], found["sub"]) == (RECORDS[0]["text"], "plain")
+
+
+def test_a_dataset_with_splits_in_a_folder_is_refused(tmp_path):
+    """Its split for tests would be learned from."""
+    (tmp_path / "sets" / "test").mkdir(parents=True)
+    for name in ("test/state.json", "test/dataset_info.json", "dataset_dict.json"):
+        (tmp_path / "sets" / name).write_text("{}")
+    with pytest.raises(ValueError, match=r"data must be a dataset with splits itself, got .* holds one in '.*/sets'"):
+        read(tmp_path)
 
 
 @pytest.mark.slow

@@ -60,6 +60,31 @@ def test_a_zip_archive_holds_one_document_per_member_in_path_order(tmp_path):
     assert sorted(names) == ["texts.zip/a/y.txt", "texts.zip/a/z.txt", "texts.zip/b.txt"]
 
 
+def test_members_of_one_name_are_a_document_each(tmp_path):
+    with zipfile.ZipFile(tmp_path / "texts.zip", "w") as archive:
+        archive.writestr("a.txt", TEXT)
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr("a.txt", TEXT[:100])
+    assert [document.text() for document in load_corpus(str(tmp_path / "texts.zip")).documents] == [TEXT, TEXT[:100]]
+
+
+@pytest.mark.parametrize("name", ["BOOK.GZ", "book.Xz", "book.ZIP"])
+def test_names_of_formats_may_be_in_capitals(tmp_path, name):
+    if name.lower().endswith(".zip"):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.writestr("book.txt", TEXT)
+    else:
+        (tmp_path / name).write_bytes({"gz": gzip, "xz": lzma}[name.lower()[-2:]].compress(TEXT))
+    assert [document.text() for document in load_corpus(str(tmp_path / name)).documents] == [TEXT]
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.TGZ", "a.txt.bz2", "a.7z"])
+def test_archives_of_other_formats_are_refused_by_name(tmp_path, name):
+    (tmp_path / name).write_bytes(gzip.compress(TEXT) if name.endswith("gz") else TEXT)
+    with pytest.raises(ValueError, match=rf"data must be text, or packed as .gz, .xz, .zst, .zip, got '.*{name}', ano"):
+        load_corpus(str(tmp_path / name))
+
+
 def test_a_directory_gives_its_text_files_and_one_document_for_each_directory_in_it(tmp_path):
     (tmp_path / "sub" / "below").mkdir(parents=True)
     (tmp_path / "nothing").mkdir()

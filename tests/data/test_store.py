@@ -164,6 +164,31 @@ def test_what_was_interrupted_goes_on_and_ends_as_if_it_never_was(tmp_path, monk
     }
 
 
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("short", [b"", b"x"])
+def test_texts_that_are_too_short_to_count_are_no_change_behind_an_interruption(tmp_path, monkeypatch, name, short):
+    contents = {"0": short, "1": b"done", "2": short, "3": b"x" * 400, "4": short, "5": b"the end"}
+    (tmp_path / "texts").mkdir()
+    for number, content in contents.items():
+        (tmp_path / "texts" / number).write_bytes(content)
+    monkeypatch.setattr(tokenize, "SAVED_EVERY", 100)
+    monkeypatch.setattr(tokenize, "CHUNKS_AT_ONCE", 2)
+    monkeypatch.setattr("memtrans.data.texts.PIECE", 60)
+    monkeypatch.setattr("memtrans.data.tokens.CHUNK", 60)
+
+    def report(size: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    tokenizer = TOKENIZERS[name]()
+    with pytest.raises(OSError, match="No space"):
+        write_store(Source(str(tmp_path / "texts")), tmp_path / "store", tokenizer, "drawn", report=report)
+    assert json.loads((tmp_path / "store" / store.PROGRESS).read_text())["chunks"], "within the longest text"
+    found = written(str(tmp_path / "texts"), tmp_path / "store", tokenizer)
+    assert [(found.name(number), found.document(number).text()) for number in range(len(found))] == [
+        (number, content) for number, content in contents.items() if len(content) > 1
+    ]
+
+
 def test_many_short_texts_are_made_tokens_together(tmp_path, monkeypatch):
     (tmp_path / "some.jsonl").write_text("".join(f'{{"text": "the fox {number}"}}\n' for number in range(500)))
     tokenizer, calls = learned(), []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -42,6 +43,11 @@ def test_what_was_written_and_read_is_data_whatever_it_holds() -> None:
     data = embedded(page)
     assert data["tokens"][3]["text"] == " " + PLANTED
     assert " " + PLANTED in data["strings"]
+
+
+def test_a_source_whose_name_is_no_utf_8_has_a_page(tmp_path: Path) -> None:
+    write_page(tmp_path / "page.html", replace(records(), source="book\udcff.txt"))
+    assert "book?.txt" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_nothing_leads_out_of_the_page() -> None:
