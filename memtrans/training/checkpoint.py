@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ from memtrans.storage import write_atomically
 INDEX = "checkpoint.json"
 KIND = "memtrans.checkpoint"
 VERSION = 1
+
+# The names of a part, of one that is being written, and of an index that is.
+WRITTEN = re.compile(rf"[^.].*-[0-9a-f]{{16}}\.safetensors|\..+-[0-9a-f]{{16}}\.safetensors\..+|\.{INDEX}\..+")
 
 Parts = Mapping[str, Mapping[str, Tensor]]
 
@@ -195,12 +199,11 @@ def _force_to_disk(directory: Path) -> None:
 
 
 def _remove_unnamed(directory: Path) -> None:
-    """Removes the files of earlier and of interrupted checkpoints."""
+    """Removes the files of earlier and of interrupted checkpoints, which their names tell from those of others."""
     if not exists(directory):
         named = set()
     else:
         named = {INDEX, *(file["name"] for file in _read_index(directory / INDEX)["files"].values())}
     for path in directory.iterdir():
-        ours = path.name.endswith(".safetensors") or (path.name.startswith(".") and ".safetensors." in path.name)
-        if (ours or path.name.startswith(f".{INDEX}.")) and path.name not in named:
+        if WRITTEN.fullmatch(path.name) and path.name not in named:
             path.unlink(missing_ok=True)

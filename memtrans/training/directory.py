@@ -24,6 +24,8 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 RUNS = Path("runs")  # where runs without --out go
+LOCK = ".lock"
+REPLACED = ("checkpoint", "metrics.jsonl", "loss.png", "retrieved.html")  # by a run that begins
 
 
 def checkpoint_of(out: str | Path) -> Path:
@@ -37,12 +39,24 @@ def metrics_of(out: str | Path) -> Metrics:
 
 
 def check_directory(out: str | Path, resume: bool) -> None:
-    """Raises ValueError when a run cannot write there: a file is in the way, or there is a checkpoint already."""
+    """Raises ValueError when a run cannot write there: a file is in the way, what it would replace is a checkpoint, or
+    no run's."""
     blocked = next((path for path in (Path(out), *Path(out).parents) if path.exists() and not path.is_dir()), None)
     if blocked:
         raise ValueError(f"out must be a directory or not exist, got {str(out)!r}, where {str(blocked)!r} is a file")
     if not resume and exists(checkpoint_of(out)):
         raise ValueError(f"out must be a directory without a checkpoint, or come with --resume, got {str(out)!r}")
+    foreign = None if resume else _foreign(Path(out))
+    if foreign:
+        raise ValueError(f"out must hold no {foreign.name} but a run's, got {str(out)!r}, where no run has begun")
+
+
+def _foreign(out: Path) -> Path | None:
+    """The first of what a run would replace, where no run has ever locked the directory."""
+    if (out / LOCK).exists():
+        return None
+    there = (out / name for name in REPLACED if (out / name).exists())
+    return next((path for path in there if not path.is_dir() or any(path.iterdir())), None)
 
 
 def numbered(name: str, number: int) -> Path:
@@ -76,7 +90,7 @@ class Lock:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._handle = os.open(self.directory / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        self._handle = os.open(self.directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             self._take()
         except BaseException:

@@ -84,7 +84,7 @@ def start(
         if resume:
             checkpoint = ranks.together(lambda: load_checkpoint(checkpoint_of(directory), trainer.wants))
             ranks.together(lambda: trainer.restore(checkpoint))
-            ranks.together(lambda: metrics_of(directory).read())
+        ranks.together(lambda: metrics_of(directory).read())
     except BaseException:
         if taken is not None:
             taken.release()

@@ -130,11 +130,14 @@ def test_a_full_disk_is_what_the_error_says_where_the_previous_index_is_damaged(
 
 def test_what_an_interrupted_checkpoint_left_behind_is_removed_and_files_of_others_stay(tmp_path):
     write(tmp_path, 1)
-    for name in ("model-0000.safetensors", ".model-1.safetensors.x7", f".{INDEX}.abc", "notes.txt"):
+    of_others = {"notes.txt", "adapter.safetensors", "model-00001-of-00002.safetensors", ".adapter.safetensors.x7"}
+    left = {f"memories.3-{'0a' * 8}.safetensors", f".model-{'1b' * 8}.safetensors.x7", f".{INDEX}.abc"}
+    for name in (*of_others, *left):
         (tmp_path / name).write_text("left")
     write(tmp_path, 2)
-    assert len(list(tmp_path.iterdir())) == 5
-    assert (tmp_path / "notes.txt").read_text() == "left"
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found >= of_others
+    assert len(found - of_others) == 4
 
 
 # ------------------------------------------------------------------------------------------------ damaged or foreign
