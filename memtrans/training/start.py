@@ -20,13 +20,13 @@ from memtrans.training.state import check_settings
 from memtrans.training.trainer import Trainer, check_shares
 
 MAY_CHANGE = (
-    *("steps", "memory", "device", "compile", "capture", "fsdp", "skip_nonfinite"),
+    *("data", "steps", "memory", "device", "compile", "capture", "fsdp", "skip_nonfinite"),
     *("eval_bytes", "eval_every", "checkpoint_every", "log_every", "log", "sample"),
 )
 
 
 def resumed_settings(out: str | Path, given: Mapping[str, Any]) -> Settings:
-    """The settings of the checkpoint in `out`, with those that were given and may change.
+    """The settings of the checkpoint in `out`, with those that were given and may change; of the data, where they are.
 
     A memory of another size keeps its newest entries, a larger one all of them: the paper trains with a small memory
     and continues with a large one (its table 5). A run that was trained without one gets layers with products that are
@@ -109,4 +109,5 @@ def _data(settings: Settings, saved: Path | None) -> TrainingData:
     if saved is None:
         return open_data(settings)
     checkpoint = load_checkpoint(saved, wanted=lambda part, values: part == TOKENIZER_PART)
-    return open_data(settings, reading=reading_of(checkpoint.values), tokenizer=tokenizer_in(checkpoint))
+    values = require(checkpoint, "fingerprint").values
+    return open_data(settings, reading=reading_of(values), tokenizer=tokenizer_in(checkpoint), trained=values)

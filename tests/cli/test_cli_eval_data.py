@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from memtrans.cli.main import main
 from memtrans.training import start
 from memtrans.training.checkpoint import INDEX, load_checkpoint, save_checkpoint
-from tests.helpers.tiny_runs import last_line, train, written_text
+from tests.helpers.tiny_runs import last_line, train, uneven_documents, written_text
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +54,34 @@ def test_a_split_of_another_text_is_scored_where_it_is_named(run, tmp_path, caps
     assert (found["split"], found["eval_scored_bytes"]) == ("validation", 419)
 
 
-def test_the_runs_own_text_stays_its_held_out_part_wherever_it_is(run, tmp_path, capsys):
-    (tmp_path / "moved").mkdir()
-    copy = written_text(tmp_path / "moved")
-    own, named = (report(capsys, "--out", str(run), *more) for more in ([], ["--data", copy]))
-    assert own["split"] == named["split"] == "validation"
-    assert own["eval_bits_per_byte"] == named["eval_bits_per_byte"]
+def test_the_runs_own_text_stays_its_held_out_part_wherever_it_is_and_whatever_its_name(run, tmp_path, capsys):
+    (tmp_path / "moved" / "below").mkdir(parents=True)
+    copy = Path(written_text(tmp_path / "moved" / "below"))
+    renamed = copy.with_name("a copy.md")
+    renamed.write_bytes(copy.read_bytes())
+    packed = tmp_path / "text.txt.gz"
+    packed.write_bytes(gzip.compress(copy.read_bytes()))
+    own = report(capsys, "--out", str(run))
+    for data in (copy, renamed, packed):
+        named = report(capsys, "--out", str(run), "--data", str(data))
+        assert own["split"] == named["split"] == "validation"
+        assert own["eval_bits_per_byte"] == named["eval_bits_per_byte"]
+
+
+def test_several_texts_of_the_runs_under_other_names_are_refused(tmp_path, capsys):
+    """Names say which of them are held out: others would hold out what the run learned from."""
+    data = Path(uneven_documents(tmp_path / "texts"))
+    assert train(tmp_path / "run", "--data", str(data), "--steps", "1") == 0
+    (data / "0.txt").rename(data / "zero.txt")
+    for command in (["eval", "--data", str(data)], ["train", "--resume", "--data", str(data)]):
+        assert main([*command, "--out", str(tmp_path / "run")]) == 2
+        assert "data must have the names with which the run read them" in capsys.readouterr().err
+
+
+def test_another_text_needs_no_part_to_hold_out(run, tmp_path, capsys):
+    (tmp_path / "two.txt").write_bytes(b"ab")
+    found = report(capsys, "--out", str(run), "--data", str(tmp_path / "two.txt"))
+    assert (found["split"], found["eval_scored_bytes"]) == ("all", 1)
 
 
 def test_a_text_that_changed_since_is_told(run, tmp_path, capsys):

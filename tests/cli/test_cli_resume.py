@@ -197,6 +197,19 @@ def test_a_resumed_run_refuses_other_settings_and_other_data(tmp_path, text, cap
     assert "data must be what the checkpoint was trained on" in capsys.readouterr().err
 
 
+def test_a_resumed_run_finds_its_text_where_it_is_told_and_stays_there(tmp_path, text, capsys):
+    out, moved = tmp_path / "run", tmp_path / "moved.md"
+    resume = ["train", "--resume", "--out", str(out), "--plain"]
+    assert train(out, "--data", text, "--steps", "1") == 0
+    Path(text).rename(moved)
+    assert main([*resume, "--steps", "2", "--data", str(moved)]) == 0
+    assert main([*resume, "--steps", "3"]) == 0
+    assert last_line(capsys)["data"] == str(moved)
+    (tmp_path / "other.md").write_bytes(moved.read_bytes() + b"and more")
+    assert main([*resume, "--steps", "4", "--data", str(tmp_path / "other.md")]) == 2
+    assert "data must be what the checkpoint was trained on, got other texts or names" in capsys.readouterr().err
+
+
 def test_a_resumed_run_may_have_a_larger_memory_but_not_lose_it(tmp_path, text, capsys):
     out = tmp_path / "run"
     assert train(out, "--data", text, "--steps", "4") == 0
