@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memtrans.data.documents import Document, DocumentOrder, RandomWindows, Shuffled, stretches
+from memtrans.data.documents import Document, DocumentOrder, RandomWindows, Shuffled, lengths_of, stretches
 from memtrans.data.recall import RecallDocuments, RecallTask
 from memtrans.data.records import Fields
 from memtrans.data.sources import READING, Corpus, Texts, all_of, corpus_of, load_library
@@ -104,7 +104,7 @@ def open_data(
             "data must hold text of at least 2 tokens to learn from, got none beside "
             f"{len(corpus.validation) + len(corpus.test)} held-out texts in {settings.data!r}"
         )
-    held_out = _held_out(corpus, split)
+    held_out = _held_out(corpus, split, settings.segment)
     if settings.windows:
         length = settings.window_segments * settings.segment + 1
         order: DocumentOrder = RandomWindows(corpus.train, length, settings.seed)
@@ -191,7 +191,7 @@ def open_held_out(settings: Settings, split: str | None, checkpoint: Checkpoint)
     if split is None and fingerprint != checkpoint.values["fingerprint"]:
         return _foreign(library if reading == READING else _library(settings, READING, tokenizer), settings.data)
     split = split or "validation"
-    return HeldOut(_held_out(corpus_of(library, settings.data), split), split, fingerprint)
+    return HeldOut(_held_out(corpus_of(library, settings.data), split, settings.segment), split, fingerprint)
 
 
 def _foreign(library: Texts, data: str) -> HeldOut:
@@ -202,10 +202,20 @@ def _foreign(library: Texts, data: str) -> HeldOut:
     return HeldOut(documents, ALL, library.fingerprint)
 
 
-def _held_out(corpus: Corpus, split: str) -> Sequence[Document]:
+def _held_out(corpus: Corpus, split: str, segment: int) -> Sequence[Document]:
+    """The documents of a split; warns where they have less than a segment of so many tokens."""
     held_out = {"validation": corpus.validation, "test": corpus.test}[split]
+    if split == "validation" and not held_out:
+        raise ValueError(f"data must hold out text of at least 2 tokens, got none in {corpus.name!r}")
     if not held_out:
         raise ValueError(f"split must be validation, which is all that {corpus.name!r} holds out, got {split!r}")
+    if sum(lengths_of(held_out)) < segment:
+        size = sum(document.size(0, len(document)) for document in held_out)
+        warnings.warn(
+            f"data {corpus.name!r} holds out {size} bytes, less than a segment of {segment} tokens: what they say of a "
+            "model is next to nothing",
+            stacklevel=3,
+        )
     return held_out
 
 

@@ -12,6 +12,7 @@ from memtrans.cli.main import main
 from memtrans.training import start
 from memtrans.training.checkpoint import INDEX, load_checkpoint, save_checkpoint
 from tests.helpers.tiny_runs import last_line, train, uneven_documents, written_text
+from tests.helpers.vocabularies import learned
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +83,22 @@ def test_another_text_needs_no_part_to_hold_out(run, tmp_path, capsys):
     (tmp_path / "two.txt").write_bytes(b"ab")
     found = report(capsys, "--out", str(run), "--data", str(tmp_path / "two.txt"))
     assert (found["split"], found["eval_scored_bytes"]) == ("all", 1)
+
+
+def test_other_texts_of_one_token_each_are_refused_in_a_line(tmp_path, capsys):
+    vocabulary = tmp_path / "tokenizer.json"
+    vocabulary.write_bytes(learned(300).content)
+    options = ["--tokenizer", str(vocabulary), "--steps", "1"]
+    assert train(tmp_path / "run", "--data", written_text(tmp_path), *options) == 0
+    (tmp_path / "words").mkdir()
+    for number, word in enumerate(("the", " fox")):
+        assert len(learned(300).encode(word.encode())) == 1
+        (tmp_path / "words" / str(number)).write_bytes(word.encode())
+    capsys.readouterr()
+    assert main(["eval", "--out", str(tmp_path / "run"), "--data", str(tmp_path / "words")]) == 2
+    assert "data must hold text of at least 2 tokens, got none in" in capsys.readouterr().err
+    assert train(tmp_path / "another", "--data", str(tmp_path / "words"), *options) == 2
+    assert "data must hold text of at least 2 tokens to learn from, got none" in capsys.readouterr().err
 
 
 def test_a_text_that_changed_since_is_told(run, tmp_path, capsys):

@@ -45,7 +45,7 @@ def test_tokenize_says_what_the_store_holds(tmp_path, capsys):
 
 
 def test_records_are_documents_and_may_be_joined(tmp_path, capsys):
-    records = [{"body": f"text {number}", "book": number // 2} for number in range(8)]
+    records = [{"body": f"text {number} " * 9, "book": number // 2} for number in range(8)]
     (tmp_path / "some.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     options = ["--text-field", "body", "--join-by", "book"]
     assert main(["tokenize", str(tmp_path / "some.jsonl"), "--out", str(tmp_path / "store"), *options]) == 0
