@@ -71,13 +71,15 @@ def write_store(
     way: str,
     cuts: tuple[int, ...] = (),
     report: Callable[[int], None] = lambda size: None,
+    learned: int | None = None,
 ) -> Store:
     """Writes the tokens of a source's texts, or goes on with what an earlier call has left.
 
     Args:
         source: of the texts. out: a directory, made if missing. tokenizer: makes the tokens.
         way: how documents are held out, which the store keeps. cuts: places of bytes where tokens end in any case.
-        report: called with the number of bytes done, every so often.
+        report: called with the number of bytes done, every so often. learned: tokens that were asked of a tokenizer
+            learned from the texts, None of another; a call that goes on has to ask for as many.
 
     Returns:
         The store, which is whole.
@@ -91,7 +93,7 @@ def write_store(
     check_new(out)
     source.check()
     out.mkdir(parents=True, exist_ok=True)
-    what = _what(source, tokenizer, way, cuts)
+    what = _what(source, tokenizer, way, cuts, learned)
     done = _read_progress(out, what)
     if done == Progress():
         _write_progress(out, what, done)
@@ -272,10 +274,10 @@ class _Writer:
         self.report(self.done.size + (self._size if self.done.chunks else 0))
 
 
-def _what(source: Source, tokenizer: Tokenizer, way: str, cuts: tuple[int, ...]) -> str:
+def _what(source: Source, tokenizer: Tokenizer, way: str, cuts: tuple[int, ...], learned: int | None) -> str:
     """Tells what is tokenized, by what, from everything else."""
     where = str(source.path.resolve()) if source.files() else source.data
-    return hashlib.sha256(repr((where, source.fields, tokenizer.digest, way, cuts)).encode()).hexdigest()
+    return hashlib.sha256(repr((where, source.fields, tokenizer.digest, way, cuts, learned)).encode()).hexdigest()
 
 
 def _read_progress(out: Path, what: str) -> Progress:
