@@ -140,6 +140,24 @@ def test_what_an_interrupted_checkpoint_left_behind_is_removed_and_files_of_othe
     assert len(found - of_others) == 4
 
 
+def test_whoever_reads_while_another_one_is_written_gets_one_of_them_whole(tmp_path, monkeypatch):
+    """Twice a new checkpoint comes while the first part is read, which removes the files of the one before."""
+    write(tmp_path, 1)
+    read_file, numbers = checkpoint.read_file, [2, 3]
+
+    def slowly(name, path, *most):
+        content = read_file(name, path, *most)
+        if name != INDEX and numbers:
+            number = numbers.pop(0)
+            with monkeypatch.context() as patch:
+                patch.setattr(checkpoint, "read_file", read_file)
+                write(tmp_path, number)
+        return content
+
+    monkeypatch.setattr(checkpoint, "read_file", slowly)
+    assert_holds(tmp_path, 3)
+
+
 # ------------------------------------------------------------------------------------------------ damaged or foreign
 
 
