@@ -5,7 +5,8 @@ OUT/metrics.jsonl   a line every `log_every` steps and at every evaluation
 OUT/loss.png        its curves
 OUT/tensorboard/    the same record, with `--log tensorboard`
 OUT/retrieved.html  what the end of a held-out document looked up; see `memtrans.inspection.page`
-OUT/.lock           locked while a run writes; the operating system unlocks it when the process ends, however it ends
+OUT/.lock           locked while a run writes; the operating system unlocks it when the process ends, however it ends.
+                    It stays, and tells a directory that a run wrote to from others
 """
 
 from __future__ import annotations
