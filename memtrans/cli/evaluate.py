@@ -11,7 +11,7 @@ from memtrans.cli.ending import reading_input, show_json
 from memtrans.cli.parser import given_settings
 from memtrans.distributed.ranks import Ranks
 from memtrans.training.checkpoint import Checkpoint, load_checkpoint, require
-from memtrans.training.data import ALL, HeldOut, open_held_out, reading_of, tokenizer_in
+from memtrans.training.data import ALL, HeldOut, open_held_out
 from memtrans.training.device import pick_device
 from memtrans.training.directory import checkpoint_of
 from memtrans.training.evaluate import evaluate_both
@@ -79,8 +79,7 @@ def _held_out(settings: Settings, options: argparse.Namespace, checkpoint: Check
     """The documents to evaluate on: of the data that were named, or of the run's own, changed since or not."""
     trained_on, named = str(checkpoint.values["fingerprint"]), hasattr(options, "data")
     split = options.split or (None if named else "validation")
-    reading, tokenizer = reading_of(checkpoint.values), tokenizer_in(checkpoint)
-    held_out = open_held_out(settings, split, trained_on, reading, tokenizer)
+    held_out = open_held_out(settings, split, checkpoint)
     if not named and held_out.fingerprint != trained_on:
         warnings.warn(
             f"data {settings.data!r} changed since the run read them: it may have learned from what is evaluated here",

@@ -66,15 +66,14 @@ def _add_train(commands: Any) -> None:
     train.description = "Trains a model on documents read from beginning to end, with a memory of each."
     train.epilog = (
         "A preset sets every option, --config overrides it, and options that are given override both. The values in\n"
-        "brackets are those of the preset demo; `memtrans presets NAME` prints those of another."
+        "brackets are those of the preset demo; `memtrans presets NAME` prints those of another, for --config."
     )
     names = ", ".join(sorted(PRESETS))
     train.add_argument(
         "--preset",
         choices=sorted(PRESETS),
-        default="demo",
         metavar="NAME",
-        help=f"values to begin with (demo): {names}",
+        help=f"values to begin with (default: what --config names as its preset, or demo): {names}",
     )
     train.add_argument("--config", type=Path, help="file of settings, TOML or JSON")
     train.add_argument(

@@ -16,7 +16,7 @@ def run(options: argparse.Namespace, ranks: Ranks) -> None:
     """Prints a line for each preset, or all settings of one."""
     del ranks
     if options.preset:
-        show(written(PRESETS[options.preset]))
+        show(written(options.preset))
         return
     for name, settings in PRESETS.items():
         show(f"{name:22} {figures(settings)}")

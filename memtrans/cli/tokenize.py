@@ -30,7 +30,8 @@ def run(options: argparse.Namespace, ranks: Ranks) -> None:
         tokenizer = _tokenizer(options, source)
         way = way_of(source)
         try:
-            store = write_store(source, options.out, tokenizer, way, cuts_of(way), _report)
+            learned = options.train_vocabulary
+            store = write_store(source, options.out, tokenizer, way, cuts_of(way), _report, learned)
         except OSError as error:
             if error.filename is not None and not _is_of(error, options.out):
                 raise

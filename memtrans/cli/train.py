@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from memtrans.cli.ending import EndedError, reading_input, show_json, writing
 from memtrans.cli.parser import given_settings
@@ -22,15 +23,17 @@ from memtrans.training.signals import StoppedError
 from memtrans.training.start import resumed_settings, start
 
 SHARED = True
+PRESET = "demo"  # where neither the command line nor a file names one
 
 
 def run(options: argparse.Namespace, ranks: Ranks) -> None:
     """Trains to the end and prints the summary."""
     try:
         with reading_input():
-            out = options.out or (newest(options.preset) if options.resume else None)
-            settings = ranks.together(lambda: _settings(options, out))
-            trainer, options.out, lock = start(settings, out, options.resume, ranks, options.preset)
+            preset, given = ranks.together(lambda: _given(options))
+            out = options.out or (newest(preset) if options.resume else None)
+            settings = ranks.together(lambda: _settings(preset, given, out if options.resume else None))
+            trainer, options.out, lock = start(settings, out, options.resume, ranks, preset)
         try:
             run = Run(trainer, options.out, options.plain)
             summary = _trained(run)
@@ -60,10 +63,14 @@ def _trained(run: Run) -> dict[str, object]:
         raise EndedError(f"{error}; the last good checkpoint is kept") from error
 
 
-def _settings(options: argparse.Namespace, out: Path | None) -> Settings:
-    given = (read_settings(options.config) if options.config else {}) | given_settings(options)
-    if options.resume:
-        assert out is not None
-        return resumed_settings(out, given)
-    settings = dataclasses.replace(PRESETS[options.preset], **given)
+def _given(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """The preset to begin with, and the settings that override it: the command line's above those of the file."""
+    preset, in_file = read_settings(options.config) if options.config else (None, {})
+    return options.preset or preset or PRESET, in_file | given_settings(options)
+
+
+def _settings(preset: str, given: dict[str, Any], resumed: Path | None) -> Settings:
+    if resumed is not None:
+        return resumed_settings(resumed, given)
+    settings = dataclasses.replace(PRESETS[preset], **given)
     return settings if "vocabulary" in given else fitted(settings)

@@ -13,12 +13,13 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from memtrans.data.documents import Chosen, Document, Library
+from memtrans.data.documents import Chosen, Document, Library, contents_of
 from memtrans.data.held_out import ENWIK8, LEAST, NAMED, before_end, cuts_of, drawn, enwik8_ends, named, way_of
 from memtrans.data.records import Fields
 from memtrans.data.store import INDEX, VERSION, Store, is_store
@@ -56,9 +57,31 @@ class Corpus:
 def load_corpus(
     data: str, reading: int = READING, fields: Fields | None = None, tokenizer: Tokenizer | None = None
 ) -> Corpus:
-    """Reads all documents of a source and holds some out, always the same ones.
+    """Reads all documents of a source and holds some out, see `load_library` and `corpus_of`."""
+    return corpus_of(load_library(data, reading, fields, tokenizer), data)
 
-    Documents of the same text are held out together, or not at all.
+
+def corpus_of(library: Texts, data: str) -> Corpus:
+    """What `load_library` read, with some documents held out, always the same ones.
+
+    Documents of the same text are held out together, or not at all. A dataset may say itself that all are.
+
+    data: what was read.
+
+    Raises ValueError where there is too little text to hold some out, or an enwik8 has the wrong length.
+    """
+    return Corpus(data, *_split(library, data), all_of(library), library.fingerprint, library.tokenizer)
+
+
+def all_of(library: Texts) -> Chosen:
+    """The documents of a library with at least two tokens."""
+    return Chosen(library, np.arange(len(library.sizes)))
+
+
+def load_library(
+    data: str, reading: int = READING, fields: Fields | None = None, tokenizer: Tokenizer | None = None
+) -> Texts:
+    """Reads all documents of a source.
 
     Args:
         data: `stdlib`; or a file (.gz, .xz and .zst are unpacked; of a .zip each member that is text is a document, of
@@ -72,22 +95,20 @@ def load_corpus(
 
     Raises:
         FileNotFoundError: no such path. ValueError: no bytes in it, a damaged archive or store, a store of another
-        tokenizer, records without the field, or an enwik8 of the wrong length. OSError: the disk is full, where a store
-        is made.
+        tokenizer, or records without the field. OSError: the disk is full, where a store is made.
     """
     source = Source(data, fields or RECORD_FIELDS, records=reading > 1)
     source.check()
     if data != STANDARD_LIBRARY and is_store(source.path):
-        library: Store | _Read = Store(source.path)
-        if tokenizer is not None and tokenizer.digest != library.tokenizer.digest:
+        store = Store(source.path)
+        if tokenizer is not None and tokenizer.digest != store.tokenizer.digest:
             raise ValueError(
-                f"data must hold tokens of {_shown(tokenizer)}, got {data!r} with those of {_shown(library.tokenizer)}"
+                f"data must hold tokens of {_shown(tokenizer)}, got {data!r} with those of {_shown(store.tokenizer)}"
             )
-    elif reading == 1 or source.is_pipe() or source.size() <= _most_read(tokenizer or BYTES):
-        library = _Read(source, tokenizer or BYTES, reading)
-    else:
-        library = _cached_store(source, tokenizer or BYTES)
-    return Corpus(data, *_split(library, data), library.fingerprint, library.tokenizer)
+        return store
+    if reading == 1 or source.is_pipe() or source.size() <= _most_read(tokenizer or BYTES):
+        return _Read(source, tokenizer or BYTES, reading)
+    return _cached_store(source, tokenizer or BYTES)
 
 
 def standard_library() -> list[Document]:
@@ -126,10 +147,11 @@ class _Read:
             fingerprint.update(digests[-1] if reading > 1 else content)
         if not sizes:
             raise ValueError(f"data must hold text of at least 2 bytes, got none in {source.data!r}")
+        self.contents = contents_of(_rows(digests))
         if reading == 1:  # which looked at no text
             digests = [hashlib.sha256(str(number).encode()).digest() for number in range(len(sizes))]
         self.fingerprint = fingerprint.hexdigest()
-        self.digests = np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 32)
+        self.digests = _rows(digests)
         self.sizes = np.array(sizes, dtype=np.int64)
         self.lengths = np.array([len(document) for document in self._documents], dtype=np.int64)
 
@@ -140,11 +162,19 @@ class _Read:
         return self._documents[index]
 
 
+def _rows(digests: list[bytes]) -> NDArray[np.uint8]:
+    """Digests as a library has them."""
+    return np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 32)
+
+
 def _encoded(name: str, content: bytes, tokenizer: Tokenizer, cuts: tuple[int, ...]) -> Document:
     if tokenizer is BYTES:
         return Document.of(name, content)
     tokens = np.concatenate(tokenizer.encode_chunks(list(chunks_of([content], cuts))))
     return Document(name, torch.from_numpy(tokens), tokenizer=tokenizer)
+
+
+Texts: TypeAlias = Store | _Read
 
 
 # ------------------------------------------------------------------------------------------------- stores of runs
@@ -173,18 +203,16 @@ def _cached_store(source: Source, tokenizer: Tokenizer) -> Store:
 
 # ----------------------------------------------------------------------------------------------- what is held out
 
-Parts = tuple[Sequence[Document], Sequence[Document], Sequence[Document], Sequence[Document]]
+Parts = tuple[Sequence[Document], Sequence[Document], Sequence[Document]]
 
 
-def _split(library: Store | _Read, data: str) -> Parts:
-    """The documents to learn from, for validation, for tests, and all of them."""
-    everything = np.arange(len(library.sizes))
-    documents = Chosen(library, everything)
+def _split(library: Texts, data: str) -> Parts:
+    """The documents to learn from, for validation and for tests."""
     if library.way == ENWIK8:
-        return *_enwik8(data, library), documents
+        return _enwik8(data, library)
     if library.way == NAMED:
-        return *_named(library), documents
-    return *_drawn(library, everything), [], documents
+        return _named(library)
+    return *_drawn(library, np.arange(len(library.sizes))), []
 
 
 def _enwik8(data: str, library: Library) -> tuple[list[Document], list[Document], list[Document]]:
@@ -199,18 +227,14 @@ def _enwik8(data: str, library: Library) -> tuple[list[Document], list[Document]
     return [parts[0]], [parts[1]], [parts[2]]
 
 
-def _named(library: Library) -> tuple[Sequence[Document], Sequence[Document], Sequence[Document]]:
+def _named(library: Library) -> Parts:
     """The splits that names begin with; without one for validation some of the rest is held out."""
     names = [library.name(index) for index in range(len(library.sizes))]
     validation, test = named(names)
-    rest = np.flatnonzero(~validation & ~test)
-    if not len(rest):
-        splits = sorted({name.split("/", 1)[0] for name in names})
-        raise ValueError(f"data must hold a split to learn from, got {', '.join(splits)}")
-    held_out = Chosen(library, np.flatnonzero(test))
-    if validation.any():
-        return Chosen(library, rest), Chosen(library, np.flatnonzero(validation)), held_out
-    return *_drawn(library, rest), held_out
+    rest, for_tests = np.flatnonzero(~validation & ~test), Chosen(library, np.flatnonzero(test))
+    if validation.any() or not len(rest):
+        return Chosen(library, rest), Chosen(library, np.flatnonzero(validation)), for_tests
+    return *_drawn(library, rest), for_tests
 
 
 def _drawn(library: Library, indices: NDArray[np.int64]) -> tuple[Sequence[Document], Sequence[Document]]:

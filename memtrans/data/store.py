@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from memtrans.annotations import allows
-from memtrans.data.documents import Document
+from memtrans.data.documents import Document, contents_of
 from memtrans.data.tokens import BYTES, Tokenizer, tokenizer_of
 from memtrans.data.tokens import FILE as TOKENIZER
 from memtrans.files import MOST_JSON, check_file, parse_json, read_file
@@ -72,7 +72,8 @@ class Store:
 
     Attributes:
         tokenizer: what made the tokens. sizes, lengths, digests: of each document, see `documents.Library`.
-        fingerprint: of the corpus. way: how documents are held out, see `held_out.way_of`.
+        fingerprint: of the corpus. contents: see `documents.contents_of`. way: how documents are held out, see
+            `held_out.way_of`.
 
     Raises FileNotFoundError where there is none, ValueError where it is damaged, of another version or not yet whole.
     """
@@ -93,6 +94,7 @@ class Store:
         self.sizes = np.diff(rows["byte_end"], prepend=0)
         self.lengths = np.diff(self._token_ends, prepend=0)
         self.digests: NDArray[np.uint8] = rows["digest"]
+        self.contents = contents_of(self.digests)
         self._names = _mapped(self.path / NAMES, np.dtype(np.uint8))
         self._tokens = torch.from_numpy(_mapped(self.path / TOKENS, token_dtype(self.tokenizer)))
         self._check()

@@ -73,13 +73,15 @@ def write_store(
     way: str,
     cuts: tuple[int, ...] = (),
     report: Callable[[int], None] = lambda size: None,
+    learned: int | None = None,
 ) -> Store:
     """Writes the tokens of a source's texts, or goes on with what an earlier call has left.
 
     Args:
         source: of the texts. out: a directory, made if missing. tokenizer: makes the tokens.
         way: how documents are held out, which the store keeps. cuts: places of bytes where tokens end in any case.
-        report: called with the number of bytes done, every so often.
+        report: called with the number of bytes done, every so often. learned: tokens that were asked of a tokenizer
+            learned from the texts, None of another; a call that goes on has to ask for as many.
 
     Returns:
         The store, which is whole.
@@ -95,13 +97,19 @@ def write_store(
     with ExitStack() as stack:
         stack.callback(Lock(out, "command", "makes tokens").release)
         check_new(out)  # again: another process may have ended in it meanwhile
-        return _written(source, out, tokenizer, way, cuts, report)
+        return _written(source, out, tokenizer, way, cuts, report, learned)
 
 
 def _written(
-    source: Source, out: Path, tokenizer: Tokenizer, way: str, cuts: tuple[int, ...], report: Callable[[int], None]
+    source: Source,
+    out: Path,
+    tokenizer: Tokenizer,
+    way: str,
+    cuts: tuple[int, ...],
+    report: Callable[[int], None],
+    learned: int | None,
 ) -> Store:
-    what = _what(source, tokenizer, way, cuts)
+    what = _what(source, tokenizer, way, cuts, learned)
     done = _read_progress(out, what)
     if done == Progress():
         _write_progress(out, what, done)
@@ -298,10 +306,10 @@ class _Writer:
         self.report(self.done.size + (self._size if self.done.chunks else 0))
 
 
-def _what(source: Source, tokenizer: Tokenizer, way: str, cuts: tuple[int, ...]) -> str:
+def _what(source: Source, tokenizer: Tokenizer, way: str, cuts: tuple[int, ...], learned: int | None) -> str:
     """Tells what is tokenized, by what, from everything else."""
     where = str(source.path.resolve()) if source.data != STANDARD_LIBRARY else source.data
-    return hashlib.sha256(repr((where, source.fields, tokenizer.digest, way, cuts)).encode()).hexdigest()
+    return hashlib.sha256(repr((where, source.fields, tokenizer.digest, way, cuts, learned)).encode()).hexdigest()
 
 
 def _read_progress(out: Path, what: str) -> Progress:

@@ -3,7 +3,8 @@
 A checkpoint is a directory. Its `checkpoint.json`, the index, names the tensor files that belong to the checkpoint and
 their SHA-256. `save_checkpoint` writes tensor files under new names and forces them to disk, then renames a new index
 over the old one, then removes the files that the new index does not name. The renaming replaces the old checkpoint by
-the new one at once, so a kill or a full disk at any moment leaves one of them whole.
+the new one at once, so a kill or a full disk at any moment leaves one of them whole. Whoever reads meanwhile may miss a
+file that was just removed; there is a new index then, and `load_checkpoint` begins again with it.
 
 Where several ranks share a run they share the directory too. Each rank writes its own tensors to files of its own
 (`part_name`); the first rank writes the index when all files are on disk.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,6 +33,9 @@ from memtrans.storage import write_atomically
 INDEX = "checkpoint.json"
 KIND = "memtrans.checkpoint"
 VERSION = 1
+
+# The names of a part, of one that is being written, and of an index that is.
+WRITTEN = re.compile(rf"[^.].*-[0-9a-f]{{16}}\.safetensors|\..+-[0-9a-f]{{16}}\.safetensors\..+|\.{INDEX}\..+")
 
 Parts = Mapping[str, Mapping[str, Tensor]]
 
@@ -126,7 +131,7 @@ def require(checkpoint: Checkpoint, *values: str) -> Checkpoint:
 def load_checkpoint(
     directory: str | Path, wanted: Callable[[str, Mapping[str, Any]], bool] = lambda part, values: True
 ) -> Checkpoint:
-    """Reads and verifies a checkpoint.
+    """Reads and verifies a checkpoint, of a run that goes on the newest one.
 
     wanted: a function of a part's name and the checkpoint's values that says whether to read the part. Default: all.
 
@@ -142,20 +147,31 @@ def load_checkpoint(
     if not exists(directory):
         raise FileNotFoundError(f"checkpoint must be a directory with {INDEX}, got {str(directory)!r}")
     index = _read_index(directory / INDEX)
-    parts = {}
-    for part, file in index["files"].items():
-        if not wanted(part, index["values"]):
-            continue
-        path = directory / file["name"]
-        content = read_file(f"part {part} of the checkpoint", path) if path.exists() else b""
-        if hashlib.sha256(content).hexdigest() != file["sha256"]:
-            what = "does not have the bytes that were written" if content else "is missing"
-            raise ValueError(f"checkpoint must be whole, got {str(directory)!r}, where {file['name']} {what}")
+    while True:
+        values, files = index["values"], index["files"].items()
         try:
-            parts[part] = parse_tensors(content)
-        except SafetensorError as error:
-            raise ValueError(f"checkpoint must hold safetensors files, got {str(path)!r}: {error}") from error
-    return Checkpoint(parts, index["values"])
+            parts = {part: _read_part(directory, part, file) for part, file in files if wanted(part, values)}
+            return Checkpoint(parts, values)
+        except (ValueError, OSError):
+            read, index = index, _read_index(directory / INDEX)
+            if index == read:  # nobody wrote another checkpoint
+                raise
+
+
+def _read_part(directory: Path, part: str, file: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors of a part. Raises ValueError where its file is missing or damaged."""
+    path = directory / file["name"]
+    try:
+        content = read_file(f"part {part} of the checkpoint", path)
+    except FileNotFoundError:
+        content = b""
+    if hashlib.sha256(content).hexdigest() != file["sha256"]:
+        what = "does not have the bytes that were written" if content else "is missing"
+        raise ValueError(f"checkpoint must be whole, got {str(directory)!r}, where {file['name']} {what}")
+    try:
+        return parse_tensors(content)
+    except SafetensorError as error:
+        raise ValueError(f"checkpoint must hold safetensors files, got {str(path)!r}: {error}") from error
 
 
 def _read_index(path: Path) -> dict[str, Any]:
@@ -195,12 +211,11 @@ def _force_to_disk(directory: Path) -> None:
 
 
 def _remove_unnamed(directory: Path) -> None:
-    """Removes the files of earlier and of interrupted checkpoints."""
+    """Removes the files of earlier and of interrupted checkpoints, which their names tell from those of others."""
     if not exists(directory):
         named = set()
     else:
         named = {INDEX, *(file["name"] for file in _read_index(directory / INDEX)["files"].values())}
     for path in directory.iterdir():
-        ours = path.name.endswith(".safetensors") or (path.name.startswith(".") and ".safetensors." in path.name)
-        if (ours or path.name.startswith(f".{INDEX}.")) and path.name not in named:
+        if WRITTEN.fullmatch(path.name) and path.name not in named:
             path.unlink(missing_ok=True)

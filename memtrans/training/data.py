@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memtrans.data.documents import Document, DocumentOrder, RandomWindows, Shuffled, stretches
+from memtrans.data.documents import Document, DocumentOrder, RandomWindows, Shuffled, lengths_of, stretches
 from memtrans.data.recall import RecallDocuments, RecallTask
 from memtrans.data.records import Fields
-from memtrans.data.sources import READING, Corpus, load_corpus
+from memtrans.data.sources import READING, Corpus, Texts, all_of, corpus_of, load_library
 from memtrans.data.store import Store, is_store
 from memtrans.data.texts import STANDARD_LIBRARY, Source
 from memtrans.data.tokens import BYTES, Tokenizer, open_tokenizer, tokenizer_of
@@ -36,6 +36,7 @@ class TrainingData:
     Attributes:
         order: of documents to learn from. held_out: documents held out. fingerprint: of the corpus.
         reading: how the corpus is held out and shared out to rows, see `sources.READING`. tokenizer: of all documents.
+        contents: of the corpus, see `documents.contents_of`.
     """
 
     order: DocumentOrder
@@ -43,6 +44,7 @@ class TrainingData:
     fingerprint: str
     reading: int = READING
     tokenizer: Tokenizer = BYTES
+    contents: str = ""
 
 
 def reading_of(values: Mapping[str, Any]) -> int:
@@ -77,28 +79,40 @@ def tokenizer_part(tokenizer: Tokenizer) -> dict[str, dict[str, Tensor]]:
 
 
 def open_data(
-    settings: Settings, split: str = "validation", reading: int = READING, tokenizer: Tokenizer | None = None
+    settings: Settings,
+    split: str = "validation",
+    reading: int = READING,
+    tokenizer: Tokenizer | None = None,
+    trained: Mapping[str, Any] | None = None,
 ) -> TrainingData:
     """The documents that the settings ask for.
 
     Where there are fewer than rows they are cut into as many stretches: rows that read the same would learn the same.
 
     split: which documents are held out, `validation` or `test`. reading: as the run did that is to go on. tokenizer: of
-        a checkpoint; default: what the settings name.
+        a checkpoint; default: what the settings name. trained: the values of a checkpoint that is to go on; text of one
+        piece may have another name then.
 
     Raises FileNotFoundError or ValueError when there is no such data, tokenizer or split.
     """
     if settings.data == RECALL:
         return _recall_data(settings, reading, tokenizer)
-    corpus = _corpus(settings, reading, tokenizer)
-    held_out = _held_out(corpus, split)
+    library = _library(settings, reading, tokenizer)
+    fingerprint = library.fingerprint if trained is None else _known_as(library, settings.data, trained)
+    corpus = corpus_of(library, settings.data)
+    if not corpus.train:
+        raise ValueError(
+            "data must hold text of at least 2 tokens to learn from, got none beside "
+            f"{len(corpus.validation) + len(corpus.test)} held-out texts in {settings.data!r}"
+        )
+    held_out = _held_out(corpus, split, settings.segment)
     if settings.windows:
         length = settings.window_segments * settings.segment + 1
         order: DocumentOrder = RandomWindows(corpus.train, length, settings.seed)
     else:
         documents = corpus.train if reading == 1 else _for_rows(corpus.train, settings.batch)
         order = Shuffled(documents, settings.seed)
-    return TrainingData(order, held_out, corpus.fingerprint, reading, corpus.tokenizer)
+    return TrainingData(order, held_out, fingerprint, reading, corpus.tokenizer, library.contents)
 
 
 def check_apart(data: str, out: str | Path) -> None:
@@ -110,17 +124,33 @@ def check_apart(data: str, out: str | Path) -> None:
         raise ValueError(f"out must be another directory than data, got {str(out)!r} for both")
 
 
-def _corpus(settings: Settings, reading: int, tokenizer: Tokenizer | None) -> Corpus:
+def _library(settings: Settings, reading: int, tokenizer: Tokenizer | None) -> Texts:
     if tokenizer is None and settings.tokenizer is not None:
         tokenizer = open_tokenizer(settings.tokenizer)
     fields = Fields(settings.text_field, settings.join_by)
-    corpus = load_corpus(settings.data, reading, fields, tokenizer)
-    if corpus.tokenizer.vocabulary > settings.vocabulary:
+    library = load_library(settings.data, reading, fields, tokenizer)
+    if library.tokenizer.vocabulary > settings.vocabulary:
         raise ValueError(
-            f"vocabulary must be at least {corpus.tokenizer.vocabulary}, as many as the tokenizer has, "
+            f"vocabulary must be at least {library.tokenizer.vocabulary}, as many as the tokenizer has, "
             f"got {settings.vocabulary}"
         )
-    return corpus
+    return library
+
+
+def _known_as(library: Texts, data: str, trained: Mapping[str, Any]) -> str:
+    """The fingerprint of a corpus: the run's, whose checkpoint has these values, where it learned from the same text.
+
+    Raises ValueError where it learned from the same texts under other names, which say what is held out of several.
+    """
+    own = str(trained["fingerprint"])
+    if library.fingerprint == own or library.contents != trained.get("contents"):
+        return library.fingerprint
+    if (library.digests != library.digests[0]).any():
+        raise ValueError(
+            f"data must have the names with which the run read them, which say what is held out, got {data!r} with the "
+            "same texts under others"
+        )
+    return own
 
 
 def fitted(settings: Settings) -> Settings:
@@ -154,31 +184,48 @@ class HeldOut:
     fingerprint: str
 
 
-def open_held_out(
-    settings: Settings, split: str | None, trained_on: str, reading: int, tokenizer: Tokenizer
-) -> HeldOut:
+def open_held_out(settings: Settings, split: str | None, checkpoint: Checkpoint) -> HeldOut:
     """The documents of the settings' data that a run did not learn from.
 
     split: which held-out documents, `validation` or `test`; None for `validation` of what the run learned from, and for
-        all of another corpus. trained_on: the fingerprint of the run's corpus. reading, tokenizer: the run's.
+        all of another corpus. checkpoint: the run's.
 
     Raises as `open_data` does.
     """
+    reading, tokenizer = reading_of(checkpoint.values), tokenizer_in(checkpoint)
     if settings.data == RECALL:
         data = _recall_data(settings, reading, tokenizer)
         return HeldOut(data.held_out, split or "validation", data.fingerprint)
-    corpus = _corpus(settings, reading, tokenizer)
-    if split is None and corpus.fingerprint != trained_on:
-        foreign = corpus if reading == READING else _corpus(settings, READING, tokenizer)
-        return HeldOut(foreign.documents, ALL, foreign.fingerprint)
+    library = _library(settings, reading, tokenizer)
+    fingerprint = _known_as(library, settings.data, checkpoint.values)
+    if split is None and fingerprint != checkpoint.values["fingerprint"]:
+        return _foreign(library if reading == READING else _library(settings, READING, tokenizer), settings.data)
     split = split or "validation"
-    return HeldOut(_held_out(corpus, split), split, corpus.fingerprint)
+    return HeldOut(_held_out(corpus_of(library, settings.data), split, settings.segment), split, fingerprint)
 
 
-def _held_out(corpus: Corpus, split: str) -> Sequence[Document]:
+def _foreign(library: Texts, data: str) -> HeldOut:
+    """All of a corpus that a run did not learn from."""
+    documents = all_of(library)
+    if not documents:
+        raise ValueError(f"data must hold text of at least 2 tokens, got none in {data!r}")
+    return HeldOut(documents, ALL, library.fingerprint)
+
+
+def _held_out(corpus: Corpus, split: str, segment: int) -> Sequence[Document]:
+    """The documents of a split; warns where they have less than a segment of so many tokens."""
     held_out = {"validation": corpus.validation, "test": corpus.test}[split]
+    if split == "validation" and not held_out:
+        raise ValueError(f"data must hold out text of at least 2 tokens, got none in {corpus.name!r}")
     if not held_out:
         raise ValueError(f"split must be validation, which is all that {corpus.name!r} holds out, got {split!r}")
+    if sum(lengths_of(held_out)) < segment:
+        size = sum(document.size(0, len(document)) for document in held_out)
+        warnings.warn(
+            f"data {corpus.name!r} holds out {size} bytes, less than a segment of {segment} tokens: what they say of a "
+            "model is next to nothing",
+            stacklevel=3,
+        )
     return held_out
 
 

@@ -5,7 +5,8 @@ OUT/metrics.jsonl   a line every `log_every` steps and at every evaluation
 OUT/loss.png        its curves
 OUT/tensorboard/    the same record, with `--log tensorboard`
 OUT/retrieved.html  what the end of a held-out document looked up; see `memtrans.inspection.page`
-OUT/.lock           locked while a run writes; the operating system unlocks it when the process ends, however it ends
+OUT/.lock           locked while a run writes; the operating system unlocks it when the process ends, however it ends.
+                    It stays, and tells a directory that a run wrote to from others
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from itertools import count
 from pathlib import Path
 
 from memtrans.data.folders import CHECKPOINT, METRICS
-from memtrans.locks import Lock
+from memtrans.locks import LOCK, Lock
 from memtrans.training.checkpoint import exists
 from memtrans.training.metrics import Metrics
 
 RUNS = Path("runs")  # where runs without --out go
+REPLACED = ("checkpoint", "metrics.jsonl", "loss.png", "retrieved.html")  # by a run that begins
 
 
 def checkpoint_of(out: str | Path) -> Path:
@@ -32,12 +34,24 @@ def metrics_of(out: str | Path) -> Metrics:
 
 
 def check_directory(out: str | Path, resume: bool) -> None:
-    """Raises ValueError when a run cannot write there: a file is in the way, or there is a checkpoint already."""
+    """Raises ValueError when a run cannot write there: a file is in the way, what it would replace is a checkpoint, or
+    no run's."""
     blocked = next((path for path in (Path(out), *Path(out).parents) if path.exists() and not path.is_dir()), None)
     if blocked:
         raise ValueError(f"out must be a directory or not exist, got {str(out)!r}, where {str(blocked)!r} is a file")
     if not resume and exists(checkpoint_of(out)):
         raise ValueError(f"out must be a directory without a checkpoint, or come with --resume, got {str(out)!r}")
+    foreign = None if resume else _foreign(Path(out))
+    if foreign:
+        raise ValueError(f"out must hold no {foreign.name} but a run's, got {str(out)!r}, where no run has begun")
+
+
+def _foreign(out: Path) -> Path | None:
+    """The first of what a run would replace, where no run has ever locked the directory."""
+    if (out / LOCK).exists():
+        return None
+    there = (out / name for name in REPLACED if (out / name).exists())
+    return next((path for path in there if not path.is_dir() or any(path.iterdir())), None)
 
 
 def numbered(name: str, number: int) -> Path:

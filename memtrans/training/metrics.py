@@ -57,9 +57,13 @@ class Metrics:
                 raise ValueError(f"{self.path} must hold a number as {name}, got {report[name]!r} in {number}")
         return report
 
-    def truncate(self, step: int) -> None:
-        """Keeps what was known when the checkpoint of `step` was written; evaluations at that step come after it."""
+    def truncate(self, step: int, evaluates: bool) -> None:
+        """Keeps what was known when the checkpoint of `step` was written.
+
+        evaluates: whether the run that goes on evaluates at that step, in the place of the evaluation that is there.
+        """
         if not self.kept:
             return
-        kept = [line for line in self.read() if line["step"] < step or (line["step"] == step and EVALUATED not in line)]
+        known = [line for line in self.read() if line["step"] <= step]
+        kept = [line for line in known if line["step"] < step or not (evaluates and EVALUATED in line)]
         write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())

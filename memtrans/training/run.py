@@ -65,7 +65,7 @@ class Run:
         """
         with self._writing():
             self.out.mkdir(parents=True, exist_ok=True)
-            self.metrics.truncate(self.trainer.step)
+            self.metrics.truncate(self.trainer.step, self._begins_with_evaluation())
             kept = self.settings.log is not None and self.ranks.first
             self.events = Events(self.out / "tensorboard", self.trainer.step) if kept else NoEvents()
         self.progress = Progress(self.settings.steps, self.trainer.step, self.plain, shown=self.ranks.first)
@@ -86,7 +86,7 @@ class Run:
         self._save()
         if trainer.device.type == "cuda" and compiles(settings, trainer.reader):
             self.progress.say("compiling the step, about 40 s, once")
-        if trainer.step and self._is_due(settings.eval_every):
+        if self._begins_with_evaluation():
             evaluation = self._evaluate(interruption.check)
         while trainer.step < settings.steps:
             begin, tokens = time.perf_counter(), trainer.tokens
@@ -119,6 +119,10 @@ class Run:
             if not interruption.noted:
                 raise
             raise StoppedError(interruption.noted, error) from error
+
+    def _begins_with_evaluation(self) -> bool:
+        """Whether it goes on from a checkpoint at which an evaluation is due: a stopped one may not have been made."""
+        return self.trainer.step > 0 and self._is_due(self.settings.eval_every)
 
     def _is_due(self, every: int, after: int = 0) -> bool:
         """Whether something happens after this step, or `after` more: every so many (0: never), and after the last."""

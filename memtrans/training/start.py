@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from memtrans.data.tokens import BYTES, open_tokenizer
 from memtrans.distributed.ranks import ALONE, Ranks
-from memtrans.training.checkpoint import load_checkpoint, require
+from memtrans.training.checkpoint import Checkpoint, load_checkpoint, require
 from memtrans.training.data import TOKENIZER_PART, TrainingData, check_apart, open_data, reading_of, tokenizer_in
 from memtrans.training.device import pick_device
 from memtrans.training.directory import Lock, check_directory, checkpoint_of, lock, metrics_of
@@ -20,7 +21,7 @@ from memtrans.training.state import check_settings
 from memtrans.training.trainer import Trainer, check_shares
 
 MAY_CHANGE = (
-    *("steps", "memory", "device", "compile", "capture", "fsdp", "skip_nonfinite"),
+    *("data", "tokenizer", "steps", "memory", "device", "compile", "capture", "fsdp", "skip_nonfinite"),
     *("eval_bytes", "eval_every", "checkpoint_every", "log_every", "log", "sample"),
 )
 
@@ -28,6 +29,7 @@ MAY_CHANGE = (
 def resumed_settings(out: str | Path, given: Mapping[str, Any]) -> Settings:
     """The settings of the checkpoint in `out`, with those that were given and may change.
 
+    Data and tokenizer may lie elsewhere than they did, but have to be the same: data are compared when they are read.
     A memory of another size keeps its newest entries, a larger one all of them: the paper trains with a small memory
     and continues with a large one (its table 5). A run that was trained without one gets layers that are its plain
     layers as long as their memory is empty; see `gaining.py`.
@@ -44,10 +46,19 @@ def resumed_settings(out: str | Path, given: Mapping[str, Any]) -> Settings:
         may_change = name in MAY_CHANGE or (gains and name in (*OF_MEMORY, *RATES))
         if not may_change and value != saved[name]:
             raise ValueError(f"{name} must be {saved[name]!r}, as in the checkpoint to resume, got {value!r}")
+    if given.get("tokenizer") is not None:
+        _check_tokenizer(given["tokenizer"], checkpoint)
     if gains:
         return Settings.from_json({**saved, **given, **gaining(saved)})
     check_memory(asked, saved["memory"])
     return Settings.from_json({**saved, **given})
+
+
+def _check_tokenizer(name: str, checkpoint: Checkpoint) -> None:
+    """Refuses another tokenizer than the one that the checkpoint carries."""
+    found, carried = open_tokenizer(name).digest, checkpoint.values.get("tokenizer", BYTES.digest)
+    if found != carried:
+        raise ValueError(f"tokenizer must be the checkpoint's, {carried}, got {found} as {name!r}")
 
 
 def check_memory(asked: int, trained: int) -> None:
@@ -85,7 +96,7 @@ def start(
         if resume:
             checkpoint = ranks.together(lambda: load_checkpoint(checkpoint_of(directory), trainer.wants))
             ranks.together(lambda: trainer.restore(checkpoint))
-            ranks.together(lambda: metrics_of(directory).read())
+        ranks.together(lambda: metrics_of(directory).read())
     except BaseException:
         if taken is not None:
             taken.release()
@@ -110,4 +121,5 @@ def _data(settings: Settings, saved: Path | None) -> TrainingData:
     if saved is None:
         return open_data(settings)
     checkpoint = load_checkpoint(saved, wanted=lambda part, values: part == TOKENIZER_PART)
-    return open_data(settings, reading=reading_of(checkpoint.values), tokenizer=tokenizer_in(checkpoint))
+    values = require(checkpoint, "fingerprint").values
+    return open_data(settings, reading=reading_of(values), tokenizer=tokenizer_in(checkpoint), trained=values)

@@ -211,6 +211,7 @@ class Trainer:
             "tokens": self.tokens,
             "stream": self.loader.state_dict(),
             "fingerprint": self.data.fingerprint,
+            "contents": self.data.contents,
             "reading": self.data.reading,
             "tokenizer": self.data.tokenizer.digest,
             "ranks": self.ranks.size,
@@ -255,7 +256,7 @@ class Trainer:
         saved_by = self._saved_by(values["ranks"])
         if values["fingerprint"] != self.data.fingerprint:
             raise ValueError(
-                f"data must be what the checkpoint was trained on, got {self.settings.data!r} changed since"
+                f"data must be what the checkpoint was trained on, got other texts or names in {self.settings.data!r}"
             )
         if values.get("tokenizer", BYTES.digest) != self.data.tokenizer.digest:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 from memtrans.cli.main import main
 from memtrans.training import start
 from memtrans.training.checkpoint import INDEX, load_checkpoint, save_checkpoint
-from tests.helpers.tiny_runs import last_line, train, written_text
+from tests.helpers.tiny_runs import last_line, train, uneven_documents, written_text
+from tests.helpers.vocabularies import learned
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +55,50 @@ def test_a_split_of_another_text_is_scored_where_it_is_named(run, tmp_path, caps
     assert (found["split"], found["eval_scored_bytes"]) == ("validation", 419)
 
 
-def test_the_runs_own_text_stays_its_held_out_part_wherever_it_is(run, tmp_path, capsys):
-    (tmp_path / "moved").mkdir()
-    copy = written_text(tmp_path / "moved")
-    own, named = (report(capsys, "--out", str(run), *more) for more in ([], ["--data", copy]))
-    assert own["split"] == named["split"] == "validation"
-    assert own["eval_bits_per_byte"] == named["eval_bits_per_byte"]
+def test_the_runs_own_text_stays_its_held_out_part_wherever_it_is_and_whatever_its_name(run, tmp_path, capsys):
+    (tmp_path / "moved" / "below").mkdir(parents=True)
+    copy = Path(written_text(tmp_path / "moved" / "below"))
+    renamed = copy.with_name("a copy.md")
+    renamed.write_bytes(copy.read_bytes())
+    packed = tmp_path / "text.txt.gz"
+    packed.write_bytes(gzip.compress(copy.read_bytes()))
+    own = report(capsys, "--out", str(run))
+    for data in (copy, renamed, packed):
+        named = report(capsys, "--out", str(run), "--data", str(data))
+        assert own["split"] == named["split"] == "validation"
+        assert own["eval_bits_per_byte"] == named["eval_bits_per_byte"]
+
+
+def test_several_texts_of_the_runs_under_other_names_are_refused(tmp_path, capsys):
+    """Names say which of them are held out: others would hold out what the run learned from."""
+    data = Path(uneven_documents(tmp_path / "texts"))
+    assert train(tmp_path / "run", "--data", str(data), "--steps", "1") == 0
+    (data / "0.txt").rename(data / "zero.txt")
+    for command in (["eval", "--data", str(data)], ["train", "--resume", "--data", str(data)]):
+        assert main([*command, "--out", str(tmp_path / "run")]) == 2
+        assert "data must have the names with which the run read them" in capsys.readouterr().err
+
+
+def test_another_text_needs_no_part_to_hold_out(run, tmp_path, capsys):
+    (tmp_path / "two.txt").write_bytes(b"ab")
+    found = report(capsys, "--out", str(run), "--data", str(tmp_path / "two.txt"))
+    assert (found["split"], found["eval_scored_bytes"]) == ("all", 1)
+
+
+def test_other_texts_of_one_token_each_are_refused_in_a_line(tmp_path, capsys):
+    vocabulary = tmp_path / "tokenizer.json"
+    vocabulary.write_bytes(learned(300).content)
+    options = ["--tokenizer", str(vocabulary), "--steps", "1"]
+    assert train(tmp_path / "run", "--data", written_text(tmp_path), *options) == 0
+    (tmp_path / "words").mkdir()
+    for number, word in enumerate(("the", " fox")):
+        assert len(learned(300).encode(word.encode())) == 1
+        (tmp_path / "words" / str(number)).write_bytes(word.encode())
+    capsys.readouterr()
+    assert main(["eval", "--out", str(tmp_path / "run"), "--data", str(tmp_path / "words")]) == 2
+    assert "data must hold text of at least 2 tokens, got none in" in capsys.readouterr().err
+    assert train(tmp_path / "another", "--data", str(tmp_path / "words"), *options) == 2
+    assert "data must hold text of at least 2 tokens to learn from, got none" in capsys.readouterr().err
 
 
 def test_a_text_that_changed_since_is_told(run, tmp_path, capsys):

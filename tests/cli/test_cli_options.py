@@ -15,8 +15,9 @@ from memtrans import __version__
 from memtrans.cli.main import main
 from memtrans.cli.parser import build_parser
 from memtrans.cli.settings_file import read_settings, written
-from memtrans.cli.train import _settings
+from memtrans.cli.train import _given, _settings
 from memtrans.presets import PRESETS
+from memtrans.training.settings import Settings
 from memtrans_kernels import native
 
 
@@ -70,15 +71,27 @@ def test_a_preset_that_was_printed_is_read_again(name: str, tmp_path: Path, caps
     file = tmp_path / "preset.toml"
     file.write_text(text_of(["presets", name], capsys), encoding="utf-8")
     present = {key: value for key, value in dataclasses.asdict(PRESETS[name]).items() if value is not None}
-    assert read_settings(file) == present
+    assert read_settings(file) == (name, present)
+    assert settings_of("--config", str(file)) == PRESETS[name]
+
+
+def settings_of(*arguments: str) -> Settings:
+    """Those of a new run."""
+    return _settings(*_given(build_parser().parse_args(["train", *arguments])), None)
 
 
 def test_options_override_the_file_and_the_file_the_preset(tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     file.write_text(json.dumps({"steps": 7, "head-width": 64, "memory_layers": [1, 2]}))
-    options = build_parser().parse_args(["train", "--preset", "code", "--config", str(file), "--steps", "9"])
     expected = dataclasses.replace(PRESETS["code"], steps=9, head_width=64, memory_layers=(1, 2))
-    assert _settings(options, None) == expected
+    assert settings_of("--preset", "code", "--config", str(file), "--steps", "9") == expected
+
+
+def test_a_file_may_name_a_preset_and_the_command_line_another(tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"preset": "recall", "steps": 7}))
+    assert settings_of("--config", str(file)) == dataclasses.replace(PRESETS["recall"], steps=7)
+    assert settings_of("--config", str(file), "--preset", "code") == dataclasses.replace(PRESETS["code"], steps=7)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +102,8 @@ def test_options_override_the_file_and_the_file_the_preset(tmp_path: Path) -> No
         ("a.json", "{", "is no JSON: "),
         ("a.json", "[1]", "must hold names with values, got list"),
         ("a.toml", "step = 1", "has step, which is no setting"),
+        ("a.toml", 'preset = "dmeo"', "must name one of code, demo, .* as its preset, got 'dmeo'"),
+        ("a.json", '{"preset": [1]}', r"must name one of code, demo, .* as its preset, got \[1\]"),
     ],
 )
 def test_a_file_that_will_not_do_is_an_error(name: str, content: str, message: str, tmp_path: Path) -> None:
@@ -104,7 +119,7 @@ def test_a_setting_of_another_type_is_an_error(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_settings_without_a_value_are_left_out() -> None:
-    assert "# memory_heads is not set" in written(PRESETS["demo"])
+    assert "# memory_heads is not set" in written("demo")
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])

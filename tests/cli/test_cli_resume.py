@@ -49,6 +49,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_last_byte(tmp_path, te
     assert checkpoint_files(tmp_path / "stopped") == checkpoint_files(tmp_path / "through")
 
 
+def test_the_evaluation_at_a_runs_end_stays_in_its_record_when_it_goes_on(tmp_path, text):
+    out = tmp_path / "run"
+    assert train(out, "--data", text, "--steps", "3") == 0
+    (at_end,) = (line for line in without_times(out) if "eval_bits_per_byte" in line)
+    assert main(["train", "--resume", "--out", str(out), "--plain", "--steps", "5"]) == 0
+    evaluations = [line for line in without_times(out) if "eval_bits_per_byte" in line]
+    assert evaluations[0] == at_end
+    assert [line["step"] for line in evaluations] == [3, 5]
+
+
 def test_a_half_written_last_line_of_metrics_is_cut(tmp_path, text):
     out = tmp_path / "run"
     assert train(out, "--data", text, "--steps", "3", "--log-every", "1") == 0
@@ -187,6 +197,19 @@ def test_a_resumed_run_refuses_other_settings_and_other_data(tmp_path, text, cap
     assert "data must be what the checkpoint was trained on" in capsys.readouterr().err
 
 
+def test_a_resumed_run_finds_its_text_where_it_is_told_and_stays_there(tmp_path, text, capsys):
+    out, moved = tmp_path / "run", tmp_path / "moved.md"
+    resume = ["train", "--resume", "--out", str(out), "--plain"]
+    assert train(out, "--data", text, "--steps", "1") == 0
+    Path(text).rename(moved)
+    assert main([*resume, "--steps", "2", "--data", str(moved)]) == 0
+    assert main([*resume, "--steps", "3"]) == 0
+    assert last_line(capsys)["data"] == str(moved)
+    (tmp_path / "other.md").write_bytes(moved.read_bytes() + b"and more")
+    assert main([*resume, "--steps", "4", "--data", str(tmp_path / "other.md")]) == 2
+    assert "data must be what the checkpoint was trained on, got other texts or names" in capsys.readouterr().err
+
+
 def test_a_resumed_run_may_have_a_larger_memory_but_not_lose_it(tmp_path, text, capsys):
     out = tmp_path / "run"
     assert train(out, "--data", text, "--steps", "4") == 0
@@ -213,7 +236,7 @@ def test_a_run_without_a_memory_goes_on_with_one(tmp_path, text, capsys):
     settings = gained.values["settings"]
     assert [settings[name] for name in ("memory", "neighbours", "similarity", "final_rate")] == [256, 3, "product", 0]
     assert plain.values["settings"]["memory"] == 0
-    assert [line["step"] for line in without_times(out)] == [4, 6, 6]
+    assert [line["step"] for line in without_times(out)] == [4, 4, 6, 6]
     assert main([*resume, "--steps", "7"]) == 0
     assert main(["eval", "--out", str(out)]) == 0
     assert main([*resume, "--steps", "8", "--final-rate", "0.1"]) == 2  # as of any other run

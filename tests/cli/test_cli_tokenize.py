@@ -14,7 +14,7 @@ import pytest
 
 from memtrans import MemorizingTransformer
 from memtrans.cli.main import main
-from memtrans.data import sources
+from memtrans.data import sources, tokenize
 from memtrans.locks import Lock
 from memtrans.training.checkpoint import load_checkpoint, save_checkpoint
 from memtrans.training.data import fitted
@@ -63,7 +63,7 @@ def test_a_second_command_is_refused_while_the_first_one_writes(tmp_path, capsys
 
 
 def test_records_are_documents_and_may_be_joined(tmp_path, capsys):
-    records = [{"body": f"text {number}", "book": number // 2} for number in range(8)]
+    records = [{"body": f"text {number} " * 9, "book": number // 2} for number in range(8)]
     (tmp_path / "some.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     options = ["--text-field", "body", "--join-by", "book"]
     assert main(["tokenize", str(tmp_path / "some.jsonl"), "--out", str(tmp_path / "store"), *options]) == 0
@@ -172,7 +172,7 @@ def test_what_does_not_belong_together_ends_with_one_line(made, tmp_path, capsys
             run,
             "--tokenizer",
             str(tmp_path),
-        ): "tokenizer must be None, as in the checkpoint",
+        ): "tokenizer must be the checkpoint's, ",
         ("train", "--data", store, "--tokenizer", "bytes"): "data must hold tokens of bytes, got",
         (
             "train",
@@ -206,6 +206,34 @@ def test_what_does_not_belong_together_ends_with_one_line(made, tmp_path, capsys
         status, error = ended(capsys, *command)
         assert status == 2 and error.startswith(f"memtrans {command[0]}: ") and message in error, (command, error)
         assert error.count("\n") == 1
+
+
+def test_a_resumed_run_takes_its_tokenizer_by_what_it_says_wherever_it_is(made, tmp_path, capsys):
+    shutil.copytree(made / "run", tmp_path / "run")
+    tokenizer = shutil.copy(made / "store" / "tokenizer.json", tmp_path)
+    resume = ["train", "--resume", "--out", str(tmp_path / "run"), "--plain", "--tokenizer", tokenizer]
+    assert main([*resume, "--steps", "5"]) == 0
+    Path(tokenizer).write_bytes(learned().content)
+    status, error = ended(capsys, *resume, "--steps", "6")
+    assert status == 2 and "tokenizer must be the checkpoint's, " in error and error.count("\n") == 1
+    assert f"got {learned().digest} as {tokenizer!r}" in error
+
+
+@pytest.mark.parametrize("begun", [["--train-vocabulary", "280"], ["--tokenizer", "tokenizer.json"]])
+def test_another_vocabulary_than_was_begun_with_is_refused(begun, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("tokenizer.json").write_bytes(learned().content)
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenize._Writer, "end", fill_up)
+        assert main(["tokenize", written_text(tmp_path), "--out", "store", *begun]) == 1
+    capsys.readouterr()
+    status, error = ended(capsys, "tokenize", "text.txt", "--out", "store", "--train-vocabulary", "290")
+    assert status == 2 and "out must be unfinished by the same data and tokenizer, got 'store'" in error
+    assert main(["tokenize", "text.txt", "--out", "store", *begun]) == 0
+
+
+def fill_up(writer) -> None:
+    raise OSError(28, "No space left on device")
 
 
 def test_a_text_that_the_tokenizer_loses_ends_with_one_line(tmp_path, capsys):

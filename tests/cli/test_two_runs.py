@@ -1,4 +1,4 @@
-"""Two runs that would write to one directory: the second is refused, whatever it came with."""
+"""Two runs that would write to one directory: the second is refused, whatever it came with; so is what is no run's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from helpers.tiny_runs import TINY, checkpoint_files, train, written_text
 
 from memtrans.cli.main import main
 from memtrans.locks import Lock
-from memtrans.training.directory import lock, newest
+from memtrans.training.directory import check_directory, lock, newest
 
 pytestmark = pytest.mark.cpu
 
@@ -73,6 +73,33 @@ def test_21_2_runs_without_out_that_start_at_once_take_different_directories(
     assert newest("demo") == Path("runs/demo-8")
     for taken in locks:
         taken.release()
+
+
+@pytest.mark.parametrize("name", ["checkpoint/adapter.safetensors", "metrics.jsonl", "loss.png", "retrieved.html"])
+def test_files_of_others_that_a_run_would_replace_are_refused(tmp_path: Path, text: str, name: str, capsys) -> None:
+    out = tmp_path / "mine"
+    (out / name).parent.mkdir(parents=True)
+    (out / name).write_text('{"step": 1}\n')
+    assert train(out, "--data", text, "--steps", "1") == 2
+    expected = f"out must hold no {Path(name).parts[0]} but a run's, got '{out}', where no run has begun"
+    assert capsys.readouterr().err == f"memtrans train: {expected}\n"
+    assert [path for path in out.rglob("*") if path.is_file()] == [out / name]
+
+
+def test_a_run_may_begin_beside_other_files_and_where_one_was_before_it(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    lock(tmp_path, "demo", resume=False).release()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    check_directory(tmp_path, resume=False)
+
+
+def test_a_record_that_is_no_runs_is_refused_wherever_a_run_was(tmp_path: Path, text: str, capsys) -> None:
+    Lock(tmp_path).release()
+    (tmp_path / "metrics.jsonl").write_text("step,loss\n")
+    assert train(tmp_path, "--data", text, "--steps", "1") == 2
+    assert "metrics.jsonl must hold a JSON object with a step in each line" in capsys.readouterr().err
+    assert (tmp_path / "metrics.jsonl").read_text() == "step,loss\n"
 
 
 def test_21_2_what_is_refused_leaves_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,10 @@ def test_every_row_of_every_rank_reads_a_text_of_its_own(tmp_path, files, ranks)
 
 def test_a_text_too_short_for_its_rows_is_told(tmp_path):
     (tmp_path / "short.txt").write_bytes(b"abcdefgh")
-    with pytest.warns(UserWarning, match="batch is 8, but data has text for 3 rows that differ"):
+    with (
+        pytest.warns(UserWarning, match="batch is 8, but data has text for 3 rows that differ"),
+        pytest.warns(UserWarning, match=r"short.txt' holds out 2 bytes, less than a segment of 256 tokens"),
+    ):
         open_data(Settings(data=str(tmp_path / "short.txt"), batch=8))
 
 
@@ -98,7 +101,7 @@ def test_rows_of_copies_read_stretches_of_what_differs(tmp_path):
 def test_a_run_from_before_reads_as_it_did(tmp_path):
     """Its checkpoint names no way of reading: rows took whole documents, and names alone decided what is held out."""
     (tmp_path / "book.txt").write_bytes(random_text(2000))
-    order = open_data(Settings(data=str(tmp_path / "book.txt"), batch=4), reading=1).order
+    order = open_data(Settings(data=str(tmp_path / "book.txt"), batch=4, segment=128), reading=1).order
     assert {len(order.document(number)) for number in range(8)} == {1800}
     (tmp_path / "many").mkdir()
     corpus = load_corpus(copies(tmp_path / "many", 60), reading=1)

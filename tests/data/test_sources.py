@@ -9,8 +9,10 @@ import zipfile
 import pytest
 import torch
 
-from memtrans.data import held_out
-from memtrans.data.sources import load_corpus, standard_library
+from memtrans.data import held_out, sources
+from memtrans.data.sources import load_corpus, load_library, standard_library
+from memtrans.training.data import open_data
+from memtrans.training.settings import Settings
 
 TEXT = b"the quick brown fox jumps over the lazy dog\n" * 20
 
@@ -125,6 +127,28 @@ def test_the_fingerprint_changes_with_a_byte_and_with_a_name(tmp_path):
         (tmp_path / name).write_bytes(text)
         prints.add(load_corpus(str(tmp_path / name)).fingerprint)
     assert len(prints) == 3
+
+
+def test_the_contents_change_with_a_byte_alone(tmp_path):
+    prints = []
+    for names, texts in (("ab", b"12"), ("ba", b"12"), ("xy", b"12"), ("ab", b"13")):
+        directory = tmp_path / str(len(prints))
+        directory.mkdir()
+        for name, letter in zip(names, texts, strict=True):
+            (directory / name).write_bytes(TEXT + bytes([letter]))
+        prints.append(load_library(str(directory)).contents)
+    assert prints[0] == prints[1] == prints[2] != prints[3]
+
+
+def test_a_source_whose_splits_are_for_tests_alone_has_nothing_to_learn_from(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "way_of", lambda source: held_out.NAMED)
+    (tmp_path / "set" / "test").mkdir(parents=True)
+    (tmp_path / "set" / "test" / "text").write_bytes(TEXT)
+    data = str(tmp_path / "set")
+    corpus = load_corpus(data)
+    assert (content(corpus.train), content(corpus.validation), content(corpus.test)) == ([], [], [TEXT])
+    with pytest.raises(ValueError, match=r"text of .* to learn from, got none beside 1 held-out texts in .*set"):
+        open_data(Settings(data=data))
 
 
 def test_enwik8_gets_the_standard_split(tmp_path, monkeypatch):

@@ -70,6 +70,7 @@ def test_a_store_is_the_corpus_that_it_was_made_of(tmp_path, name):
     written(data, tmp_path / "store", tokenizer)
     raw, stored = load_corpus(data, tokenizer=tokenizer), load_corpus(str(tmp_path / "store"))
     assert raw.fingerprint == stored.fingerprint == load_corpus(data).fingerprint
+    assert raw.documents.library.contents == stored.documents.library.contents
     for part in ("train", "validation", "test", "documents"):
         left, right = (
             [(document.name, document.content.tolist()) for document in getattr(corpus, part)]

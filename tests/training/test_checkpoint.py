@@ -130,11 +130,32 @@ def test_a_full_disk_is_what_the_error_says_where_the_previous_index_is_damaged(
 
 def test_what_an_interrupted_checkpoint_left_behind_is_removed_and_files_of_others_stay(tmp_path):
     write(tmp_path, 1)
-    for name in ("model-0000.safetensors", ".model-1.safetensors.x7", f".{INDEX}.abc", "notes.txt"):
+    of_others = {"notes.txt", "adapter.safetensors", "model-00001-of-00002.safetensors", ".adapter.safetensors.x7"}
+    left = {f"memories.3-{'0a' * 8}.safetensors", f".model-{'1b' * 8}.safetensors.x7", f".{INDEX}.abc"}
+    for name in (*of_others, *left):
         (tmp_path / name).write_text("left")
     write(tmp_path, 2)
-    assert len(list(tmp_path.iterdir())) == 5
-    assert (tmp_path / "notes.txt").read_text() == "left"
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found >= of_others
+    assert len(found - of_others) == 4
+
+
+def test_whoever_reads_while_another_one_is_written_gets_one_of_them_whole(tmp_path, monkeypatch):
+    """Twice a new checkpoint comes while the first part is read, which removes the files of the one before."""
+    write(tmp_path, 1)
+    read_file, numbers = checkpoint.read_file, [2, 3]
+
+    def slowly(name, path, *most):
+        content = read_file(name, path, *most)
+        if name != INDEX and numbers:
+            number = numbers.pop(0)
+            with monkeypatch.context() as patch:
+                patch.setattr(checkpoint, "read_file", read_file)
+                write(tmp_path, number)
+        return content
+
+    monkeypatch.setattr(checkpoint, "read_file", slowly)
+    assert_holds(tmp_path, 3)
 
 
 # ------------------------------------------------------------------------------------------------ damaged or foreign

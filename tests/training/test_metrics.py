@@ -20,12 +20,14 @@ def test_lines_come_back_in_order(tmp_path):
     assert Metrics(tmp_path / "metrics.jsonl").read() == lines_of(1, 2, 3)
 
 
-def test_truncation_keeps_what_the_checkpoint_knew_and_drops_the_evaluation_that_came_after_it(tmp_path):
+def test_truncation_keeps_what_the_checkpoint_knew_and_drops_the_evaluation_that_is_made_again(tmp_path):
     metrics = Metrics(tmp_path / "metrics.jsonl")
     evaluations = [{"step": step, "eval_bits_per_byte": 5.0} for step in (2, 4)]
     for line in [*lines_of(1, 2), evaluations[0], *lines_of(3, 4), evaluations[1], *lines_of(5)]:
         metrics.append(line)
-    metrics.truncate(4)
+    metrics.truncate(4, evaluates=False)
+    assert metrics.read() == [*lines_of(1, 2), evaluations[0], *lines_of(3, 4), evaluations[1]]
+    metrics.truncate(4, evaluates=True)
     assert metrics.read() == [*lines_of(1, 2), evaluations[0], *lines_of(3, 4)]
     metrics.append(lines_of(5)[0])
     assert metrics.read()[-1] == lines_of(5)[0]
@@ -38,7 +40,7 @@ def test_a_line_that_a_kill_cut_off_is_no_line(tmp_path):
     with path.open("a") as file:
         file.write('{"step": 2, "bi')
     assert metrics.read() == lines_of(1)
-    metrics.truncate(2)
+    metrics.truncate(2, evaluates=False)
     assert path.read_text().count("\n") == 1
 
 

@@ -20,6 +20,7 @@ from memtrans.training.device import pick_device
 from memtrans.training.trainer import Trainer
 
 
+@pytest.mark.filterwarnings("ignore:data .* holds out")
 @pytest.mark.parametrize("variant", ["several backward passes before one step", "adafactor", "muon"])
 def test_21_16_a_step_is_the_same_whatever_the_default_dtype_is(variant, text):
     """Of a model that was made before: what comes without a dtype is a sum of losses, a share, a count."""
