@@ -6,6 +6,7 @@ Shapes: the letters of `memtrans_kernels`.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,15 +51,15 @@ def before_decoder(memory: ModelMemory, decoder: nn.Module, args: Any, kwargs: d
     padding = padding_of(mask, length) if count is None else Padding(torch.zeros_like(count), count)
     if writes and isinstance(mask, Tensor) and padding is not None and _counts_positions(memory, kwargs):
         kwargs["position_ids"] = (mask[:, -length:].long().cumsum(-1) - 1).clamp(min=0)
-    snapshots = memory.views(entries)
+    standing = entries.snapshots() if writes or torch.is_grad_enabled() else entries.live()
+    snapshots = memory.views(standing)
     most = _most(snapshots[memory.numbers[0]])
     blind, watched = _blind(memory.settings.sink, given, kwargs, cache, padding), memory.watched(entries)
     asking, blind = _asking(memory, decoder, most, blind, watched is not None)
-    kwargs[STATE] = ForwardState(
+    state = kwargs[STATE] = ForwardState(
         snapshots=snapshots,
         k=memory.settings.k,
         combine=memory.settings.combine,
-        writes=writes,
         searches=memory.searches,
         entries=most,
         asking=asking,
@@ -70,16 +71,23 @@ def before_decoder(memory: ModelMemory, decoder: nn.Module, args: Any, kwargs: d
         watched=watched,
     )
     if writes:
-        entries.note(ids if ids is not None else given.new_zeros(batch, length), memory.settings.sink, padding)
+        tokens = ids if ids is not None else given.new_zeros(batch, length)
+        state.stored, state.store = {}, partial(entries.store, standing, tokens, memory.settings.sink, padding)
     return args, kwargs
 
 
 def after_decoder(memory: ModelMemory, decoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-    """The forward hook. Raises RuntimeError where a layer was not handed the state: its memory would do nothing."""
+    """The forward hook: adds what the layers saw.
+
+    Raises RuntimeError where a layer was not handed the state: its memory would do nothing.
+    """
     state = kwargs.get(STATE)
     if state is not None and len(state.seen) < len(memory.numbers):
         unseen = [number for number in memory.numbers if number not in state.seen]
         raise RuntimeError(f"layers {unseen} of {type(decoder).__name__} were not handed the memory")
+    if state is not None and state.stored is not None:
+        stored, state.stored = state.stored, None
+        state.store(stored)
     return output
 
 

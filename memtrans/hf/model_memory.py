@@ -131,14 +131,13 @@ class ModelMemory:
         self.reset(batch)
         return self._held[self._place]
 
-    def views(self, entries: Entries) -> dict[int, MemorySnapshot]:
+    def views(self, snapshots: Mapping[int, MemorySnapshot]) -> dict[int, MemorySnapshot]:
         """Every layer's memory as this pass sees it: rows repeated by `expand`, and no more entries than `newest`."""
-        snapshots = entries.snapshots() if self.is_writing or torch.is_grad_enabled() else entries.live()
         if isinstance(self._newest, Tensor) or self._newest:
             snapshots = {number: _part(view, self._newest, self._behind) for number, view in snapshots.items()}
         if self._questions > 1:
             snapshots = {number: _repeated(view, self._questions) for number, view in snapshots.items()}
-        return snapshots
+        return dict(snapshots)
 
     def watched(self, entries: Entries) -> Watched | None:
         """Who watches a pass that looks at these entries; None for nobody."""
@@ -177,6 +176,8 @@ class ModelMemory:
         self, ids: Tensor, attention_mask: Tensor | None = None, *, search: bool = True, progress: bool = True
     ) -> None:
         """Reads documents into the memory, segment by segment; positions begin again in each.
+
+        Where a segment fails, those before it stay, and nothing of it is in any layer.
 
         Args:
             ids: (B, any length) int64; what the memory holds goes on with them.

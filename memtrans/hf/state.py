@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,12 +49,24 @@ class Watched:
     ids: MemorySnapshot | None = None
 
 
+class Stored(NamedTuple):
+    """What a layer adds to its memory.
+
+    Attributes:
+        keys: (B, G, N, D), turned. values: (B, G, N, E). counts: (B,) int64, how many of each document; None for all.
+    """
+
+    keys: Tensor
+    values: Tensor
+    counts: Tensor | None
+
+
 @dataclass(eq=False)
 class ForwardState:
     """What the attention function of every chosen layer is handed.
 
     Attributes:
-        snapshots: by layer. k: K. combine: as in `add_memory`. writes: whether this pass's keys are stored.
+        snapshots: by layer. k: K. combine: as in `add_memory`.
         searches: whether this pass looks at the memory.
         entries: () int64, of the longest document, which the offsets depend on.
         asking: by layer, how it is asked; empty while training: a layer then finds out by itself, as it may be run
@@ -65,12 +77,14 @@ class ForwardState:
         plain: whether the pass was given no mask, positions or cache: each token then sees all before it.
         watched: who watches; None for nobody.
         seen: layers whose attention function was handed this.
+        stored: by layer, what `store` adds once every layer has run, so that a pass that fails adds nothing; None where
+            nothing is added: in a pass that does not write, and in layers that a checkpoint runs again.
+        store: adds it.
     """
 
     snapshots: Mapping[int, MemorySnapshot]
     k: int
     combine: str
-    writes: bool
     searches: bool
     entries: Tensor
     asking: Mapping[int, Asking]
@@ -81,6 +95,8 @@ class ForwardState:
     plain: bool = False
     watched: Watched | None = None
     seen: set[int] = field(default_factory=set)
+    stored: dict[int, Stored] | None = None
+    store: Callable[[Mapping[int, Stored]], None] | None = None
     made: dict[Any, Any] = field(default_factory=dict)
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:

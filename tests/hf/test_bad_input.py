@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.hf_families import made, tokens
+from helpers.hf_families import VOCABULARY, made, tokens
+from torch import Tensor
 
-from memtrans.hf import add_memory
+from memtrans.hf import ModelMemory, add_memory
+from memtrans.memory.ring import Ring
 
 SIZES: dict[str, Any] = {"max_memories": 100, "k": 8, "segment": 16}
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -106,3 +108,59 @@ def test_a_layer_that_is_not_handed_the_memory_is_an_error() -> None:
     layer.forward = lambda *args, **kwargs: handed_on(*args, **{**kwargs, "memtrans_state": None})
     with pytest.raises(RuntimeError, match=r"layers \[1\] of LlamaModel were not handed the memory"):
         model(tokens())
+
+
+def held(memory: ModelMemory) -> list[Any]:
+    """What every layer holds, and the ids."""
+    assert memory._entries is not None
+    states = [layer.state_dict() for layer in memory._entries.memories.values()]
+    layers = [(state["keys"], state["lengths"].tolist()) for state in states]
+    return [memory.ids(0).tolist(), memory._entries.read.tolist(), *layers]
+
+
+def outside_the_vocabulary(model: Any, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    ids = tokens(length=16, seed=1).clone()
+    ids[0, 5] = VOCABULARY
+    return ids
+
+
+def interrupted_between_layers(model: Any, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    def interrupt(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model.model.layers[1].self_attn, "forward", interrupt)
+    return tokens(length=16, seed=1)
+
+
+def no_room_in_the_second_layer(model: Any, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    enough, asked = Ring.make_room, list[int]()
+
+    def make_room(ring: Ring, ticket: Tensor, length: int) -> None:
+        asked.append(length)
+        if len(asked) == 2:
+            raise MemoryError
+        enough(ring, ticket, length)
+
+    monkeypatch.setattr(Ring, "make_room", make_room)
+    return tokens(length=16, seed=1)
+
+
+@pytest.mark.parametrize(
+    "fails", [outside_the_vocabulary, interrupted_between_layers, no_room_in_the_second_layer], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize("max_memories", [100, 20])
+def test_a_pass_that_fails_adds_nothing_to_any_layer(fails: Any, max_memories: int) -> None:
+    model = made("llama")
+    memory = add_memory(model, **{**SIZES, "max_memories": max_memories})
+    memory.read(tokens(length=30))
+    before = held(memory)
+    with pytest.MonkeyPatch.context() as patched:
+        ids = fails(model, patched)
+        with pytest.raises((IndexError, KeyboardInterrupt, MemoryError)):
+            memory.read(ids)
+    torch.testing.assert_close(held(memory), before, rtol=0.0, atol=0.0)
+    memory.read(tokens(length=16, seed=2))
+    fresh = add_memory(made("llama"), **{**SIZES, "max_memories": max_memories})
+    fresh.read(tokens(length=30))
+    fresh.read(tokens(length=16, seed=2))
+    torch.testing.assert_close(held(memory), held(fresh), rtol=0.0, atol=0.0)
