@@ -66,7 +66,7 @@ def before_decoder(memory: ModelMemory, decoder: nn.Module, args: Any, kwargs: d
         blind=blind,
         sink=memory.settings.sink,
         padding=padding,
-        turns=_turns(memory, decoder, given) if writes else {},
+        turns=_turns(memory, decoder, given, kwargs.get("position_ids")) if writes else {},
         plain=plain,
         watched=watched,
     )
@@ -143,15 +143,18 @@ def _blind(sink: int, given: Tensor, kwargs: dict[str, Any], cache: Any, padding
     return rank < sink
 
 
-def _turns(memory: ModelMemory, decoder: nn.Module, given: Tensor) -> dict[int, tuple[Rotation, Angles]]:
+def _turns(
+    memory: ModelMemory, decoder: nn.Module, given: Tensor, positions: Tensor | None
+) -> dict[int, tuple[Rotation, Angles]]:
     """How each layer's keys are turned back before they are stored."""
     weight, kinds = next(decoder.parameters()), {}
+    latest = given.shape[1] - 1 if positions is None else positions.max()
     turns = {}
     for number, layer in memory.layers.items():
         if layer.rotation is not None:
             kind = layer.rotation.kind
             if kind not in kinds:
                 like = weight.new_empty(1, device=given.device)
-                kinds[kind] = angles_back(decoder, like, memory.settings.turn, kind)
+                kinds[kind] = angles_back(decoder, like, memory.settings.turn, kind, latest)
             turns[number] = (layer.rotation, kinds[kind])
     return turns
