@@ -38,7 +38,10 @@ def before_decoder(memory: ModelMemory, decoder: nn.Module, args: Any, kwargs: d
     cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
     writes = memory.is_writing
     if fresh is not None and not writes:
-        raise ValueError("new_document must be given inside writing() alone, got it in a pass that writes nothing")
+        raise ValueError(
+            "new_document must be given inside writing() or training() alone, got it in a pass that writes nothing: a "
+            "Trainer evaluates `with memory.training():`"
+        )
     if writes:
         _check_segment(memory, length, cache)
     entries = memory.entries_for(batch, writes)

@@ -94,7 +94,7 @@ def test_a_writing_pass_is_a_segment_without_a_cache() -> None:
             model(tokens(length=17))
         with pytest.raises(ValueError, match="must have no cache"):
             model(tokens(length=8), past_key_values=cache)
-    with pytest.raises(ValueError, match="new_document must be given inside writing"):
+    with pytest.raises(ValueError, match=r"new_document must be given inside writing\(\) or training\(\) alone"):
         model(tokens(length=8), new_document=torch.tensor([True, False]))
     assert memory.lengths.tolist() == []
 
