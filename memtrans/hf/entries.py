@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memtrans.hf.masks import Padding
 from memtrans.hf.probe import Layer
 from memtrans.hf.settings import MemorySettings
-from memtrans.hf.state import Padding, Stored, kept
+from memtrans.hf.state import Stored, kept
 from memtrans.memory import KNNMemory, KNNMemoryList
 from memtrans.memory.announcement import made_together
 from memtrans.memory.snapshot import MemorySnapshot

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from memtrans.hf.layer_memory import Asking, asking_of
+from memtrans.hf.masks import Padding, begins_of, check_one_document, padding_of, ranks_of
 from memtrans.hf.rotation import Angles, Rotation, angles_back
-from memtrans.hf.state import ForwardState, Padding, padding_of
+from memtrans.hf.state import ForwardState
 
 if TYPE_CHECKING:
     from memtrans.hf.model_memory import ModelMemory
@@ -47,17 +48,14 @@ def before_decoder(memory: ModelMemory, decoder: nn.Module, args: Any, kwargs: d
     entries = memory.entries_for(batch, writes)
     if entries is None:
         return args, kwargs
+    plain = count is None and all(kwargs.get(name) is None for name in SHAPING)
+    padding, blind = _told(memory, decoder, given, kwargs, cache, count)
     if fresh is not None:
         entries.clear_rows(fresh.bool())
-    mask = kwargs.get("attention_mask")
-    plain = count is None and all(kwargs.get(name) is None for name in SHAPING)
-    padding = padding_of(mask, length) if count is None else Padding(torch.zeros_like(count), count)
-    if writes and isinstance(mask, Tensor) and padding is not None and _counts_positions(memory, kwargs):
-        kwargs["position_ids"] = (mask[:, -length:].long().cumsum(-1) - 1).clamp(min=0)
     standing = entries.snapshots() if writes or torch.is_grad_enabled() else entries.live()
     snapshots = memory.views(standing)
     most = _most(snapshots[memory.numbers[0]])
-    blind, watched = _blind(memory.settings.sink, given, kwargs, cache, padding), memory.watched(entries)
+    watched = memory.watched(entries)
     asking, blind = _asking(memory, decoder, most, blind, watched is not None)
     state = kwargs[STATE] = ForwardState(
         snapshots=snapshots,
@@ -75,7 +73,7 @@ def before_decoder(memory: ModelMemory, decoder: nn.Module, args: Any, kwargs: d
     )
     if writes:
         tokens = ids if ids is not None else given.new_zeros(batch, length)
-        state.stored, state.store = {}, partial(entries.store, standing, tokens, memory.settings.sink, padding)
+        state.stored, state.store = {}, partial(entries.store, standing, tokens, state.sink, padding)
     return args, kwargs
 
 
@@ -105,9 +103,30 @@ def _asking(
     return asking_of(learned, most, memory.dtype, shut), blind if shut is None else None
 
 
-def _counts_positions(memory: ModelMemory, kwargs: dict[str, Any]) -> bool:
-    """Whether a model may be given positions that count a row's real tokens: they alone matter to rotary ones."""
-    return memory.is_rotary and kwargs.get("position_ids") is None
+def _told(
+    memory: ModelMemory, decoder: nn.Module, given: Tensor, kwargs: dict[str, Any], cache: Any, count: Tensor | None
+) -> tuple[Padding | None, Tensor | None]:
+    """What is padding, and which tokens look at no memory (1 or B, N): the first `sink` real ones of their document.
+
+    Those see themselves alone in a pretrained model, and it uses them as attention sinks. A pass that writes and has no
+    positions is given those that count a row's real tokens: they alone matter to rotary ones.
+    """
+    mask, positions, sink = kwargs.get("attention_mask"), kwargs.get("position_ids"), memory.settings.sink
+    length, writes = given.shape[1], memory.is_writing
+    padding = padding_of(mask, length, dense=writes) if count is None else Padding(torch.zeros_like(count), count)
+    by_positions = writes or not _makes_cache(decoder, kwargs)
+    begins = begins_of(mask, positions if by_positions else None, length) if cache is None else None
+    if writes:
+        check_one_document(begins, padding)
+    blind = ranks_of(begins, mask, positions, cache, given) < sink if sink else None
+    if writes and count is None and padding is not None and positions is None and memory.is_rotary:
+        kwargs["position_ids"] = padding.positions(length)
+    return padding, blind
+
+
+def _makes_cache(decoder: nn.Module, kwargs: dict[str, Any]) -> bool:
+    asked = kwargs.get("use_cache")
+    return bool(getattr(decoder.config, "use_cache", False) if asked is None else asked)
 
 
 def _check_segment(memory: ModelMemory, length: int, cache: Any) -> None:
@@ -124,26 +143,6 @@ def _most(snapshot: Any) -> Tensor:
     """How many entries the longest document in scope holds; no look from the host."""
     held = snapshot.cursor - snapshot.start
     return (held if snapshot.in_order else held[snapshot.rows]).max().clamp(max=snapshot.ring.capacity)
-
-
-def _blind(sink: int, given: Tensor, kwargs: dict[str, Any], cache: Any, padding: Padding | None) -> Tensor | None:
-    """Which tokens are the first `sink` real ones of what the pass and its cache hold: (1 or B, N).
-
-    Those see themselves alone in a pretrained model, and it uses them as attention sinks.
-    """
-    if sink == 0:
-        return None
-    length, positions, mask = given.shape[1], kwargs.get("position_ids"), kwargs.get("attention_mask")
-    if cache is not None and isinstance(positions, Tensor):
-        return positions < sink
-    if cache is not None and isinstance(mask, Tensor) and mask.dim() == 2:
-        return mask.cumsum(-1)[:, -length:] <= sink
-    rank = torch.arange(length, device=given.device)[None]
-    if cache is not None:
-        rank = rank + cache.get_seq_length()
-    elif padding is not None:
-        rank = rank - padding.left[:, None]
-    return rank < sink
 
 
 def _turns(

@@ -21,10 +21,11 @@ from memtrans.hf.attention import BASE
 from memtrans.hf.entries import Entries, read_entries
 from memtrans.hf.hooks import COUNT, after_decoder, before_decoder
 from memtrans.hf.layer_memory import states_of
+from memtrans.hf.masks import padding_of
 from memtrans.hf.probe import Layer
 from memtrans.hf.reading import Reader, to_the_right
 from memtrans.hf.settings import MemorySettings
-from memtrans.hf.state import Watched, padding_of
+from memtrans.hf.state import Watched
 from memtrans.inspection.trace import Trace
 from memtrans.memory.snapshot import MemorySnapshot
 from memtrans.storage import load_tensors, save_tensors

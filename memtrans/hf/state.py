@@ -13,26 +13,10 @@ import torch
 from torch import Tensor
 
 from memtrans.hf.layer_memory import Asking
+from memtrans.hf.masks import Padding
 from memtrans.hf.rotation import Angles, Rotation
 from memtrans.memory.observation import Observation
 from memtrans.memory.snapshot import MemorySnapshot
-from memtrans_kernels.checks import may_look
-
-
-@dataclass(frozen=True)
-class Padding:
-    """Which of a pass's tokens are real.
-
-    Attributes:
-        left: (B,) int64, padding before the real tokens. real: (B,) int64, how many there are.
-    """
-
-    left: Tensor
-    real: Tensor
-
-    def to(self, device: torch.device) -> Padding:
-        """The same on a device."""
-        return Padding(self.left.to(device), self.real.to(device))
 
 
 @dataclass(frozen=True)
@@ -104,26 +88,6 @@ class ForwardState:
         if key not in self.made:
             self.made[key] = make()
         return self.made[key]
-
-
-def padding_of(mask: object, length: int) -> Padding | None:
-    """What a mask (B, L) says of the last N tokens. Raises ValueError for one with a hole between real tokens.
-
-    `generate` hands on masks that it has prepared, (B, 1, N, L) or one for each type of layer: they say nothing here.
-    """
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        return None
-    new = mask[:, -length:].bool()
-    left, real = (new.cumsum(-1) == 0).sum(-1), new.sum(-1)
-    if may_look(mask):
-        last = (new * torch.arange(1, length + 1, device=mask.device)).amax(-1)
-        holes = (last - left != real) & (real > 0)
-        if bool(holes.any()):
-            raise ValueError(
-                f"attention_mask must be 1 for tokens that follow each other, got holes in rows "
-                f"{holes.nonzero().flatten().tolist()}"
-            )
-    return Padding(left, real)
 
 
 def kept(tokens: Tensor, state_sink: int, padding: Padding | None) -> tuple[Tensor, Tensor | None]:
