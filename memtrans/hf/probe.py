@@ -46,8 +46,8 @@ class Layer:
 
     @property
     def learned(self) -> LayerMemory:
-        """What the layer learns, once it has a memory."""
-        return self.attention.memtrans  # type: ignore[return-value]
+        """What the layer learns, once it has a memory; the copy that an active adapter learns instead of it."""
+        return self.attention.memtrans.itself  # type: ignore[return-value, union-attr]
 
 
 def probed(decoder: PreTrainedModel, chosen: Mapping[int, nn.Module], combine: str, turn: int) -> dict[int, Layer]:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, StaticCache, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from memtrans.hf import MemoryCallback, ModelMemory, add_memory, document_rows
+from memtrans.hf import MemoryCallback, ModelMemory, add_memory, document_rows, load_memory
 
 SIZES: dict[str, Any] = {"max_memories": 100, "k": 8, "segment": 16}
 FINITE_DIFFERENCE, AGREES = 1e-6, 1e-6
@@ -182,6 +182,26 @@ def test_low_rank_adapters_come_before_or_after(first: str) -> None:
     assert sum("lora_B" in name for name in trained) == 2
     assert sum("memory_offset" in name for name in trained) == 2
     assert memory.lengths.tolist() == [28, 28]
+
+
+def test_what_an_adapter_learned_of_the_memory_is_saved_and_taken_up(tmp_path: Path) -> None:
+    model = made("llama")
+    memory = add_memory(model, **SIZES)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["memtrans"]))
+    calibrated = [layer.learned for layer in memory.layers.values()]
+    for layer in calibrated:
+        layer.learn_to_ask("mix")
+        for parameter in layer.parameters():
+            parameter.data.normal_()
+    assert [parameter.requires_grad for parameter in memory.parameters()] == [True] * 10
+    memory.save(tmp_path)
+    again = load_memory(made("llama"), tmp_path)
+    for mine, its in zip(again.parameters(), memory.parameters(), strict=True):
+        assert torch.equal(mine, its)
+    memory.load(tmp_path)
+    assert [layer.learned for layer in memory.layers.values()] == calibrated
+    with adapted.disable_adapter():
+        assert not any(parameter.requires_grad for parameter in memory.parameters())
 
 
 def arguments(directory: Path, **changed: Any) -> TrainingArguments:
