@@ -153,6 +153,7 @@ class ModelMemory:
         """
         if documents is not None:
             documents = checks.integer("documents", documents, low=1)
+            self._check_in_model()
         self._held.pop(self._place, None)
         self._forget_reader()
         if documents is not None:
@@ -188,8 +189,12 @@ class ModelMemory:
             progress: a bar on standard error, where that is a terminal.
 
         Raises:
-            ValueError: another shape, a hole in the mask, another batch than the memory's.
+            ValueError: another shape, a hole in the mask, another batch than the memory's; inside `off()`, and after
+                `remove()`.
         """
+        self._check_in_model()
+        if self.is_off:
+            raise ValueError("read must be called outside off(), where the model has no memory, got it inside")
         if ids.dim() != 2 or (attention_mask is not None and attention_mask.shape != ids.shape):
             of_mask = None if attention_mask is None else tuple(attention_mask.shape)
             raise ValueError(f"ids must be (B, N), and attention_mask too, got {tuple(ids.shape)} and {of_mask}")
@@ -239,11 +244,13 @@ class ModelMemory:
 
         Give `model(segment, new_document=flags)`, flags (B,) bool, where rows begin another document.
         """
+        self._check_in_model()
         yield from self._with(is_writing=True)
 
     @contextmanager
     def training(self) -> Iterator[None]:
         """Like `writing()`, but passes in `eval()` mode have memories of their own: an evaluation amid training."""
+        self._check_in_model()
         yield from self._with(is_writing=True, _splits=True)
 
     def forget_evaluation(self) -> None:
@@ -289,6 +296,7 @@ class ModelMemory:
 
         Yields a trace, which `memtrans.inspection.trace.Trace` describes. Raises ValueError inside another `tracing`.
         """
+        self._check_in_model()
         if self._watched is not None:
             raise ValueError("a memory must be watched by one trace at a time, got a second one inside the first")
         trace = Trace()
@@ -311,6 +319,7 @@ class ModelMemory:
 
     def parameters(self) -> list[nn.Parameter]:
         """What the memory learns: how each head of each layer asks and trusts it; see `LayerMemory`."""
+        self._check_in_model()
         return [parameter for layer in self.layers.values() for parameter in layer.learned.parameters()]
 
     def save(self, directory: str | Path) -> None:
@@ -319,6 +328,7 @@ class ModelMemory:
         directory: made if missing; each file takes the place of an older one at once and whole. Where no document was
             read, the second is not there afterwards.
         """
+        self._check_in_model()
         place = Path(directory)
         place.mkdir(parents=True, exist_ok=True)
         learned = {
@@ -340,6 +350,7 @@ class ModelMemory:
 
         Raises FileNotFoundError, or ValueError for a file that is damaged or of other layers; nothing changed then.
         """
+        self._check_in_model()
         place = Path(directory)
         learned, configuration = load_tensors(place / WEIGHTS, KIND)
         if configuration.get("layers") != self.numbers:
@@ -356,13 +367,23 @@ class ModelMemory:
             layer.learned.take(states[number])
 
     def remove(self) -> None:
-        """Takes the memory out of the model, which is then what it was, bit for bit."""
+        """Takes the memory out of the model, which is then what it was, bit for bit; once more, it does nothing.
+
+        What was read is gone, and methods that need the model raise ValueError from then on: `read`, `save` and others.
+        """
+        if not self._handles:
+            return
         for handle in self._handles:
             handle.remove()
+        self._handles.clear()
         for layer in self.layers.values():
             layer.attention.config = getattr(layer.attention.config, BASE)
             del layer.attention.memtrans
         self._held.clear()
+
+    def _check_in_model(self) -> None:
+        if not self._handles:
+            raise ValueError("memory must be in its model, got one that remove() took out: add_memory makes another")
 
 
 def _repeated(view: MemorySnapshot, times: int) -> MemorySnapshot:

@@ -47,14 +47,47 @@ def test_an_argument_that_will_not_do_changes_nothing(arguments: dict[str, Any],
     assert not any("memtrans" in name for name, _ in model.named_modules())
 
 
-def test_a_layer_has_one_memory_at_most() -> None:
+@pytest.mark.parametrize("layers", ["all", [0]])
+def test_a_model_has_one_memory_at_most(layers: Any) -> None:
     model = made("llama")
     first = add_memory(model, layers=[1], **SIZES)
     with pytest.raises(ValueError, match=r"got \[1\], which have one: call remove"):
-        add_memory(model, **SIZES)
+        add_memory(model, layers=layers, **SIZES)
     assert not hasattr(model.model.layers[0].self_attn, "memtrans")
     first.remove()
-    add_memory(model, **SIZES)
+    add_memory(model, layers=layers, **SIZES)
+
+
+AFTER_REMOVAL: dict[str, Any] = {
+    "read": lambda memory: memory.read(tokens()),
+    "writing": lambda memory: memory.writing().__enter__(),
+    "training": lambda memory: memory.training().__enter__(),
+    "tracing": lambda memory: memory.tracing().__enter__(),
+    "reset": lambda memory: memory.reset(2),
+    "parameters": lambda memory: memory.parameters(),
+    "save": lambda memory: memory.save("nowhere"),
+    "load": lambda memory: memory.load("nowhere"),
+}
+
+
+def test_a_memory_that_was_removed_does_nothing_in_silence() -> None:
+    model = made("llama")
+    removed = add_memory(model, **SIZES)
+    removed.remove()
+    memory = add_memory(model, **SIZES)
+    for name, use in AFTER_REMOVAL.items():
+        with pytest.raises(ValueError, match=r"memory must be in its model, got one that remove\(\) took out"):
+            use(removed)
+        assert memory.lengths.tolist() == [], name
+    removed.remove()
+    memory.read(tokens())
+    assert memory.lengths.tolist() == [22, 22]
+
+
+def test_reading_inside_off_is_refused() -> None:
+    memory = add_memory(made("llama"), **SIZES)
+    with memory.off(), pytest.raises(ValueError, match=r"read must be called outside off\(\)"):
+        memory.read(tokens())
 
 
 def test_what_is_no_pretrained_model_is_refused() -> None:
