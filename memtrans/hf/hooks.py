@@ -78,7 +78,7 @@ def before_decoder(memory: ModelMemory, decoder: nn.Module, args: Any, kwargs: d
 
 
 def after_decoder(memory: ModelMemory, decoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-    """The forward hook: adds what the layers saw.
+    """The forward hook: adds what the layers saw, and tells who watches.
 
     Raises RuntimeError where a layer was not handed the state: its memory would do nothing.
     """
@@ -89,6 +89,9 @@ def after_decoder(memory: ModelMemory, decoder: nn.Module, args: Any, kwargs: di
     if state is not None and state.stored is not None:
         stored, state.stored = state.stored, None
         state.store(stored)
+    if state is not None and state.watched is not None:
+        for layer, observation in state.told:
+            state.watched.tell(layer, observation)
     return output
 
 

@@ -59,7 +59,7 @@ class ForwardState:
         sink: how many of the first real tokens are not stored. padding: None where all tokens are real.
         turns: by layer, how a key is turned before it is stored; none for a layer without rotary positions.
         plain: whether the pass was given no mask, positions or cache: each token then sees all before it.
-        watched: who watches; None for nobody.
+        watched: who watches; None for nobody. told: what each layer saw, of which they are told after the pass.
         seen: layers whose attention function was handed this.
         stored: by layer, what `store` adds once every layer has run, so that a pass that fails adds nothing; None where
             nothing is added: in a pass that does not write, and in layers that a checkpoint runs again.
@@ -78,6 +78,7 @@ class ForwardState:
     turns: Mapping[int, tuple[Rotation, Angles]]
     plain: bool = False
     watched: Watched | None = None
+    told: list[tuple[int, Observation]] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)
     stored: dict[int, Stored] | None = None
     store: Callable[[Mapping[int, Stored]], None] | None = None
