@@ -26,6 +26,7 @@ from memtrans.hf.probe import Layer
 from memtrans.hf.reading import Reader, to_the_right
 from memtrans.hf.settings import MemorySettings
 from memtrans.hf.state import Watched
+from memtrans.hf.views import part_of, repeated
 from memtrans.inspection.trace import Trace
 from memtrans.memory.snapshot import MemorySnapshot
 from memtrans.storage import load_tensors, save_tensors
@@ -134,11 +135,12 @@ class ModelMemory:
 
     def views(self, snapshots: Mapping[int, MemorySnapshot]) -> dict[int, MemorySnapshot]:
         """Every layer's memory as this pass sees it: rows repeated by `expand`, and no more entries than `newest`."""
+        return {number: self._view(snapshot) for number, snapshot in snapshots.items()}
+
+    def _view(self, snapshot: MemorySnapshot) -> MemorySnapshot:
         if isinstance(self._newest, Tensor) or self._newest:
-            snapshots = {number: _part(view, self._newest, self._behind) for number, view in snapshots.items()}
-        if self._questions > 1:
-            snapshots = {number: _repeated(view, self._questions) for number, view in snapshots.items()}
-        return dict(snapshots)
+            snapshot = part_of(snapshot, self._newest, self._behind)
+        return repeated(snapshot, self._questions) if self._questions > 1 else snapshot
 
     def watched(self, entries: Entries) -> Watched | None:
         """Who watches a pass that looks at these entries; None for nobody."""
@@ -384,15 +386,3 @@ class ModelMemory:
     def _check_in_model(self) -> None:
         if not self._handles:
             raise ValueError("memory must be in its model, got one that remove() took out: add_memory makes another")
-
-
-def _repeated(view: MemorySnapshot, times: int) -> MemorySnapshot:
-    """Each document's rows so many times, one after the other."""
-    rows = view.rows.reshape(view.documents, 1, -1).expand(-1, times, -1).flatten()
-    return replace(view, rows=rows, documents=view.documents * times, in_order=False)
-
-
-def _part(view: MemorySnapshot, newest: int | Tensor, behind: int | Tensor) -> MemorySnapshot:
-    """The same, before the last `behind` entries of each row were added, and of what is left only the newest."""
-    cursor = torch.maximum(view.start, view.cursor - behind)
-    return replace(view, cursor=cursor, start=torch.maximum(view.start, cursor - newest))
