@@ -63,7 +63,7 @@ def add_memory(
         The memory, which takes `bytes_per_document` for each document that is read.
 
     Raises:
-        ValueError, TypeError: an argument out of range, a layer that is none or has a memory; a model that is an
+        ValueError, TypeError: an argument out of range, a layer that is none; a model that has a memory, is an
             encoder-decoder or not causal, of a family that does not go through AttentionInterface, drops keywords on
             the way to attention, or has rotary positions that cannot be undone. The model is as it was then.
 

@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from memtrans.hf.families import file_of
 from memtrans.hf.layer_memory import Asking
-from memtrans.hf.state import ForwardState, kept
+from memtrans.hf.state import ForwardState, Stored, kept
 from memtrans.hf.telling import tell
 from memtrans.local_keys import LocalKeys
 from memtrans.memory.snapshot import memory_share
@@ -76,7 +76,7 @@ def memory_attention_forward(
     memtrans_state: ForwardState | None = None,
     **arguments: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Searches, attends, stores; without a state it is the model's own function."""
+    """Searches, attends, keeps what is to be stored; without a state it is the model's own function."""
     call = Call(module, query, key, value, attention_mask, arguments)
     if memtrans_state is None:
         return call.base()
@@ -89,8 +89,8 @@ def memory_attention_forward(
         result = _attend_by_gate(call, memtrans_state)
     else:
         result = _attend(call, memtrans_state)
-    if memtrans_state.writes:
-        _store(call, memtrans_state)
+    if memtrans_state.stored is not None:
+        memtrans_state.stored[call.layer] = _stored(call, memtrans_state)
     return result
 
 
@@ -109,15 +109,15 @@ def _is_causal_alone(call: Call) -> bool:
     )
 
 
-def _store(call: Call, state: ForwardState) -> None:
-    """Adds the segment's keys, turned to where they are to stand, and values; a recomputed pass adds the same."""
+def _stored(call: Call, state: ForwardState) -> Stored:
+    """The segment's keys, turned to where they are to stand, and values."""
     length = call.query.shape[2]
     key, value = call.key[:, :, -length:].detach(), call.value[:, :, -length:].detach()
     if call.layer in state.turns:
         rotation, angles = state.turns[call.layer]
         key = rotation.turned(key, angles)
     (key, count), (value, _) = kept(key, state.sink, state.padding), kept(value, state.sink, state.padding)
-    state.snapshots[call.layer].append(key, value, count)
+    return Stored(key, value, count)
 
 
 def _retrieved(call: Call, state: ForwardState) -> tuple[dict[str, Any], Tensor]:

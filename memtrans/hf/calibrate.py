@@ -79,7 +79,8 @@ def calibrate(
         those that there was time for, of "after".
 
     Raises:
-        ValueError, TypeError: too little text for the sizes, a size beyond the memory's, a number out of range.
+        ValueError, TypeError: too little text for the sizes, a size beyond the memory's, a number out of range, a model
+            that the memory is not of.
 
     >>> import torch
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -94,18 +95,17 @@ def calibrate(
     >>> sorted(learned["after"])
     ['facts_400', 'right_400', 'steps', 'text', 'text_400']
     """
-    check_number("rate", rate, above=0)
-    check_number("text_weight", text_weight)
-    if form not in FORMS:
+    if form not in tuple(FORMS):
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
-    steps, each = checks.integer("steps", steps, low=1), checks.integer("lesson_steps", lesson_steps, low=1)
-    plan = Plan(steps, min(steps, each), float(rate), float(text_weight), seed, seconds)
+    if all(module is not memory.decoder for module in model.modules()):
+        raise ValueError(f"model must be the one that the memory is of, got another {type(model).__name__}")
+    plan = Plan.of(steps, lesson_steps, rate, text_weight, seed, seconds)
     made, batch = checks.integer("facts", facts, low=1), checks.integer("batch", batch, low=1)
     course = Course.of(memory, tokenizer, documents, sizes, made, batch)
-    judge = course.lesson(seed, len(course.ids) - course.tokens).to(model.device)  # type: ignore[arg-type]
+    judge = course.lesson(plan.seed, len(course.ids) - course.tokens).to(model.device)  # type: ignore[arg-type]
+    memory.reset(batch)
     for layer in memory.layers.values():
         layer.learned.learn_to_ask(form)
-    memory.reset(batch)
     with _alone(model, memory), memory.reading_again():
         try:
             before = _judged(model, memory, course, judge)
@@ -125,6 +125,19 @@ class Plan:
     text_weight: float
     seed: int
     seconds: float = math.inf
+
+    @staticmethod
+    def of(steps: int, each: int, rate: float, text_weight: float, seed: int, seconds: float) -> Plan:
+        """Raises ValueError or TypeError for a number out of range."""
+        check_number("rate", rate, above=0)
+        check_number("text_weight", text_weight)
+        if text_weight < 0:
+            raise ValueError(f"text_weight must be at least 0, got {text_weight!r}")
+        if seconds != math.inf:
+            check_number("seconds", seconds, above=0)
+        steps, each = checks.integer("steps", steps, low=1), checks.integer("lesson_steps", each, low=1)
+        seed = checks.integer("seed", seed)
+        return Plan(steps, min(steps, each), float(rate), float(text_weight), seed, float(seconds))
 
     def passed(self, steps: int, seconds: float) -> float:
         """The share of the calibration that is over after so many steps and seconds."""

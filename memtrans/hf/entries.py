@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memtrans.hf.masks import Padding
 from memtrans.hf.probe import Layer
 from memtrans.hf.settings import MemorySettings
-from memtrans.hf.state import Padding, kept
+from memtrans.hf.state import Stored, kept
 from memtrans.memory import KNNMemory, KNNMemoryList
 from memtrans.memory.announcement import made_together
 from memtrans.memory.snapshot import MemorySnapshot
@@ -87,15 +88,38 @@ class Entries:
             memory.clear_rows(mask.to(memory.device))
         self.read.masked_fill_(mask.to(self.read.device), 0)
 
-    def note(self, tokens: Tensor, sink: int, padding: Padding | None) -> None:
-        """Keeps the ids (B, N) of what a pass stores, and where in the document they stand."""
-        if self.ids is not None:
-            first = self.read[:, None] if padding is None else (self.read - padding.left.to(self.read.device))[:, None]
-            at = first + torch.arange(tokens.shape[1], device=self.read.device)  # (B, N)
-            ids, count = kept(tokens.to(self.ids.device).float()[:, None, :, None], sink, padding)
-            positions, _ = kept(at.double()[:, None, :, None], sink, padding)
-            self.ids.snapshot().append(ids, positions, count)
-        self.read += tokens.shape[1] if padding is None else padding.real.to(self.read.device)
+    def store(
+        self,
+        standing: Mapping[int, MemorySnapshot],
+        tokens: Tensor,
+        sink: int,
+        padding: Padding | None,
+        stored: Mapping[int, Stored],
+    ) -> None:
+        """Adds what a pass saw: in every memory or, where that fails or is interrupted, in none.
+
+        standing: the layers' memories as they stood before it. tokens: (B, N), its ids. stored: what its layers add.
+        """
+        before = [*standing.values()]
+        try:
+            for number, added in stored.items():
+                standing[number].append(*added)
+            if self.ids is not None:
+                before.append(self.ids.snapshot())
+                before[-1].append(*self._named(self.ids, tokens, sink, padding))
+            self.read += tokens.shape[1] if padding is None else padding.real.to(self.read.device)
+        except BaseException:
+            for snapshot in before:
+                snapshot.ring.cursor.copy_(snapshot.cursor)  # spare slots took what was added: nothing is overwritten
+            raise
+
+    def _named(self, memory: KNNMemory, tokens: Tensor, sink: int, padding: Padding | None) -> Stored:
+        """The ids (B, N) of what a pass stores, and where in the document they stand."""
+        first = self.read[:, None] if padding is None else (self.read - padding.left.to(self.read.device))[:, None]
+        at = first + torch.arange(tokens.shape[1], device=self.read.device)  # (B, N)
+        ids, count = kept(tokens.to(memory.device).float()[:, None, :, None], sink, padding)
+        positions, _ = kept(at.double()[:, None, :, None], sink, padding)
+        return Stored(ids, positions, count)
 
     def ids_of(self, document: int) -> Tensor:
         """The ids of the tokens that a document holds, old to new (n,) int64."""

@@ -66,9 +66,11 @@ def chosen_of(model: nn.Module, layers: Sequence[int] | str) -> dict[int, nn.Mod
     missing = [number for number in numbers if number not in found]
     if missing:
         raise ValueError(f"layers must be among the attention layers {list(found)}, got {missing}")
-    taken = [number for number in numbers if hasattr(found[number], "memtrans")]
+    taken = [number for number, attention in found.items() if hasattr(attention, "memtrans")]
     if taken:
-        raise ValueError(f"layers must be without a memory, got {taken}, which have one: call remove() on it first")
+        raise ValueError(
+            f"model must be without a memory in all its layers, got {taken}, which have one: call remove() on it first"
+        )
     return {number: found[number] for number in numbers}
 
 

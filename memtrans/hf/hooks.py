@@ -6,14 +6,16 @@ Shapes: the letters of `memtrans_kernels`.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from memtrans.hf.layer_memory import Asking, asking_of
+from memtrans.hf.masks import Padding, begins_of, check_one_document, padding_of, ranks_of
 from memtrans.hf.rotation import Angles, Rotation, angles_back
-from memtrans.hf.state import ForwardState, Padding, padding_of
+from memtrans.hf.state import ForwardState
 
 if TYPE_CHECKING:
     from memtrans.hf.model_memory import ModelMemory
@@ -37,49 +39,59 @@ def before_decoder(memory: ModelMemory, decoder: nn.Module, args: Any, kwargs: d
     cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
     writes = memory.is_writing
     if fresh is not None and not writes:
-        raise ValueError("new_document must be given inside writing() alone, got it in a pass that writes nothing")
+        raise ValueError(
+            "new_document must be given inside writing() or training() alone, got it in a pass that writes nothing: a "
+            "Trainer evaluates `with memory.training():`"
+        )
     if writes:
         _check_segment(memory, length, cache)
     entries = memory.entries_for(batch, writes)
     if entries is None:
         return args, kwargs
+    plain = count is None and all(kwargs.get(name) is None for name in SHAPING)
+    padding, blind = _told(memory, decoder, given, kwargs, cache, count)
     if fresh is not None:
         entries.clear_rows(fresh.bool())
-    mask = kwargs.get("attention_mask")
-    plain = count is None and all(kwargs.get(name) is None for name in SHAPING)
-    padding = padding_of(mask, length) if count is None else Padding(torch.zeros_like(count), count)
-    if writes and isinstance(mask, Tensor) and padding is not None and _counts_positions(memory, kwargs):
-        kwargs["position_ids"] = (mask[:, -length:].long().cumsum(-1) - 1).clamp(min=0)
-    snapshots = memory.views(entries)
+    standing = entries.snapshots() if writes or torch.is_grad_enabled() else entries.live()
+    snapshots = memory.views(standing)
     most = _most(snapshots[memory.numbers[0]])
-    blind, watched = _blind(memory.settings.sink, given, kwargs, cache, padding), memory.watched(entries)
+    watched = memory.watched(entries)
     asking, blind = _asking(memory, decoder, most, blind, watched is not None)
-    kwargs[STATE] = ForwardState(
+    state = kwargs[STATE] = ForwardState(
         snapshots=snapshots,
         k=memory.settings.k,
         combine=memory.settings.combine,
-        writes=writes,
         searches=memory.searches,
         entries=most,
         asking=asking,
         blind=blind,
         sink=memory.settings.sink,
         padding=padding,
-        turns=_turns(memory, decoder, given) if writes else {},
+        turns=_turns(memory, decoder, given, kwargs.get("position_ids")) if writes else {},
         plain=plain,
         watched=watched,
     )
     if writes:
-        entries.note(ids if ids is not None else given.new_zeros(batch, length), memory.settings.sink, padding)
+        tokens = ids if ids is not None else given.new_zeros(batch, length)
+        state.stored, state.store = {}, partial(entries.store, standing, tokens, state.sink, padding)
     return args, kwargs
 
 
 def after_decoder(memory: ModelMemory, decoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-    """The forward hook. Raises RuntimeError where a layer was not handed the state: its memory would do nothing."""
+    """The forward hook: adds what the layers saw, and tells who watches.
+
+    Raises RuntimeError where a layer was not handed the state: its memory would do nothing.
+    """
     state = kwargs.get(STATE)
     if state is not None and len(state.seen) < len(memory.numbers):
         unseen = [number for number in memory.numbers if number not in state.seen]
         raise RuntimeError(f"layers {unseen} of {type(decoder).__name__} were not handed the memory")
+    if state is not None and state.stored is not None:
+        stored, state.stored = state.stored, None
+        state.store(stored)
+    if state is not None and state.watched is not None:
+        for layer, observation in state.told:
+            state.watched.tell(layer, observation)
     return output
 
 
@@ -94,9 +106,30 @@ def _asking(
     return asking_of(learned, most, memory.dtype, shut), blind if shut is None else None
 
 
-def _counts_positions(memory: ModelMemory, kwargs: dict[str, Any]) -> bool:
-    """Whether a model may be given positions that count a row's real tokens: they alone matter to rotary ones."""
-    return memory.is_rotary and kwargs.get("position_ids") is None
+def _told(
+    memory: ModelMemory, decoder: nn.Module, given: Tensor, kwargs: dict[str, Any], cache: Any, count: Tensor | None
+) -> tuple[Padding | None, Tensor | None]:
+    """What is padding, and which tokens look at no memory (1 or B, N): the first `sink` real ones of their document.
+
+    Those see themselves alone in a pretrained model, and it uses them as attention sinks. A pass that writes and has no
+    positions is given those that count a row's real tokens: they alone matter to rotary ones.
+    """
+    mask, positions, sink = kwargs.get("attention_mask"), kwargs.get("position_ids"), memory.settings.sink
+    length, writes = given.shape[1], memory.is_writing
+    padding = padding_of(mask, length, dense=writes) if count is None else Padding(torch.zeros_like(count), count)
+    by_positions = writes or not _makes_cache(decoder, kwargs)
+    begins = begins_of(mask, positions if by_positions else None, length) if cache is None else None
+    if writes:
+        check_one_document(begins, padding)
+    blind = ranks_of(begins, mask, positions, cache, given) < sink if sink else None
+    if writes and count is None and padding is not None and positions is None and memory.is_rotary:
+        kwargs["position_ids"] = padding.positions(length)
+    return padding, blind
+
+
+def _makes_cache(decoder: nn.Module, kwargs: dict[str, Any]) -> bool:
+    asked = kwargs.get("use_cache")
+    return bool(getattr(decoder.config, "use_cache", False) if asked is None else asked)
 
 
 def _check_segment(memory: ModelMemory, length: int, cache: Any) -> None:
@@ -115,35 +148,18 @@ def _most(snapshot: Any) -> Tensor:
     return (held if snapshot.in_order else held[snapshot.rows]).max().clamp(max=snapshot.ring.capacity)
 
 
-def _blind(sink: int, given: Tensor, kwargs: dict[str, Any], cache: Any, padding: Padding | None) -> Tensor | None:
-    """Which tokens are the first `sink` real ones of what the pass and its cache hold: (1 or B, N).
-
-    Those see themselves alone in a pretrained model, and it uses them as attention sinks.
-    """
-    if sink == 0:
-        return None
-    length, positions, mask = given.shape[1], kwargs.get("position_ids"), kwargs.get("attention_mask")
-    if cache is not None and isinstance(positions, Tensor):
-        return positions < sink
-    if cache is not None and isinstance(mask, Tensor) and mask.dim() == 2:
-        return mask.cumsum(-1)[:, -length:] <= sink
-    rank = torch.arange(length, device=given.device)[None]
-    if cache is not None:
-        rank = rank + cache.get_seq_length()
-    elif padding is not None:
-        rank = rank - padding.left[:, None]
-    return rank < sink
-
-
-def _turns(memory: ModelMemory, decoder: nn.Module, given: Tensor) -> dict[int, tuple[Rotation, Angles]]:
+def _turns(
+    memory: ModelMemory, decoder: nn.Module, given: Tensor, positions: Tensor | None
+) -> dict[int, tuple[Rotation, Angles]]:
     """How each layer's keys are turned back before they are stored."""
     weight, kinds = next(decoder.parameters()), {}
+    latest = given.shape[1] - 1 if positions is None else positions.max()
     turns = {}
     for number, layer in memory.layers.items():
         if layer.rotation is not None:
             kind = layer.rotation.kind
             if kind not in kinds:
                 like = weight.new_empty(1, device=given.device)
-                kinds[kind] = angles_back(decoder, like, memory.settings.turn, kind)
+                kinds[kind] = angles_back(decoder, like, memory.settings.turn, kind, latest)
             turns[number] = (layer.rotation, kinds[kind])
     return turns

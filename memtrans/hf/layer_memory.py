@@ -76,6 +76,11 @@ class LayerMemory(nn.Module):
         for name in ASKING:
             self.register_parameter(name, None)
 
+    @property
+    def itself(self) -> LayerMemory:
+        """This one; asked of a wrapper that hands attributes on (PEFT's, for `modules_to_save`), its active copy."""
+        return self
+
     def learn_to_ask(self, form: str = "mix") -> None:
         """Gives it the parameters that make the query another one; they change nothing yet.
 

@@ -135,11 +135,13 @@ class Course:
         count: int,
         batch: int,
     ) -> Course:
-        """Raises ValueError for too little text or sizes that do not fit."""
+        """Raises ValueError or TypeError for too little text or sizes that do not fit."""
 
         def encode(text: str) -> list[int]:
             return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
+        if isinstance(documents, str):
+            raise TypeError("documents must be texts in a list, got one text")
         ids = [token for document in documents for token in encode(document)]
         if len(ids) < FEWEST:
             raise ValueError(f"documents must have at least {FEWEST} tokens, got {len(ids)}")
@@ -209,6 +211,8 @@ def _sizes(asked: Sequence[int] | None, tokens: int, most: int) -> tuple[int, ..
     if asked is None:
         fitting = tuple(size for size in SIZES if size <= min(tokens, most))
         return fitting or (min(tokens, most),)
+    if not isinstance(asked, Sequence):
+        raise TypeError(f"sizes must be numbers in a list, got {asked!r}")
     sizes = tuple(sorted(checks.integer("sizes", size, low=1) for size in asked))
     if not sizes or sizes[-1] > min(tokens, most):
         raise ValueError(

@@ -21,10 +21,12 @@ from memtrans.hf.attention import BASE
 from memtrans.hf.entries import Entries, read_entries
 from memtrans.hf.hooks import COUNT, after_decoder, before_decoder
 from memtrans.hf.layer_memory import states_of
+from memtrans.hf.masks import padding_of
 from memtrans.hf.probe import Layer
 from memtrans.hf.reading import Reader, to_the_right
 from memtrans.hf.settings import MemorySettings
-from memtrans.hf.state import Watched, padding_of
+from memtrans.hf.state import Watched
+from memtrans.hf.views import part_of, repeated
 from memtrans.inspection.trace import Trace
 from memtrans.memory.snapshot import MemorySnapshot
 from memtrans.storage import load_tensors, save_tensors
@@ -131,14 +133,14 @@ class ModelMemory:
         self.reset(batch)
         return self._held[self._place]
 
-    def views(self, entries: Entries) -> dict[int, MemorySnapshot]:
+    def views(self, snapshots: Mapping[int, MemorySnapshot]) -> dict[int, MemorySnapshot]:
         """Every layer's memory as this pass sees it: rows repeated by `expand`, and no more entries than `newest`."""
-        snapshots = entries.snapshots() if self.is_writing or torch.is_grad_enabled() else entries.live()
+        return {number: self._view(snapshot) for number, snapshot in snapshots.items()}
+
+    def _view(self, snapshot: MemorySnapshot) -> MemorySnapshot:
         if isinstance(self._newest, Tensor) or self._newest:
-            snapshots = {number: _part(view, self._newest, self._behind) for number, view in snapshots.items()}
-        if self._questions > 1:
-            snapshots = {number: _repeated(view, self._questions) for number, view in snapshots.items()}
-        return snapshots
+            snapshot = part_of(snapshot, self._newest, self._behind)
+        return repeated(snapshot, self._questions) if self._questions > 1 else snapshot
 
     def watched(self, entries: Entries) -> Watched | None:
         """Who watches a pass that looks at these entries; None for nobody."""
@@ -153,6 +155,7 @@ class ModelMemory:
         """
         if documents is not None:
             documents = checks.integer("documents", documents, low=1)
+            self._check_in_model()
         self._held.pop(self._place, None)
         self._forget_reader()
         if documents is not None:
@@ -178,6 +181,8 @@ class ModelMemory:
     ) -> None:
         """Reads documents into the memory, segment by segment; positions begin again in each.
 
+        Where a segment fails, those before it stay, and nothing of it is in any layer.
+
         Args:
             ids: (B, any length) int64; what the memory holds goes on with them.
             attention_mask: (B, any length), 1 for real tokens: padding on either side. Default: all are.
@@ -186,8 +191,12 @@ class ModelMemory:
             progress: a bar on standard error, where that is a terminal.
 
         Raises:
-            ValueError: another shape, a hole in the mask, another batch than the memory's.
+            ValueError: another shape, a hole in the mask, another batch than the memory's; inside `off()`, and after
+                `remove()`.
         """
+        self._check_in_model()
+        if self.is_off:
+            raise ValueError("read must be called outside off(), where the model has no memory, got it inside")
         if ids.dim() != 2 or (attention_mask is not None and attention_mask.shape != ids.shape):
             of_mask = None if attention_mask is None else tuple(attention_mask.shape)
             raise ValueError(f"ids must be (B, N), and attention_mask too, got {tuple(ids.shape)} and {of_mask}")
@@ -237,11 +246,13 @@ class ModelMemory:
 
         Give `model(segment, new_document=flags)`, flags (B,) bool, where rows begin another document.
         """
+        self._check_in_model()
         yield from self._with(is_writing=True)
 
     @contextmanager
     def training(self) -> Iterator[None]:
         """Like `writing()`, but passes in `eval()` mode have memories of their own: an evaluation amid training."""
+        self._check_in_model()
         yield from self._with(is_writing=True, _splits=True)
 
     def forget_evaluation(self) -> None:
@@ -287,6 +298,7 @@ class ModelMemory:
 
         Yields a trace, which `memtrans.inspection.trace.Trace` describes. Raises ValueError inside another `tracing`.
         """
+        self._check_in_model()
         if self._watched is not None:
             raise ValueError("a memory must be watched by one trace at a time, got a second one inside the first")
         trace = Trace()
@@ -309,6 +321,7 @@ class ModelMemory:
 
     def parameters(self) -> list[nn.Parameter]:
         """What the memory learns: how each head of each layer asks and trusts it; see `LayerMemory`."""
+        self._check_in_model()
         return [parameter for layer in self.layers.values() for parameter in layer.learned.parameters()]
 
     def save(self, directory: str | Path) -> None:
@@ -317,6 +330,7 @@ class ModelMemory:
         directory: made if missing; each file takes the place of an older one at once and whole. Where no document was
             read, the second is not there afterwards.
         """
+        self._check_in_model()
         place = Path(directory)
         place.mkdir(parents=True, exist_ok=True)
         learned = {
@@ -338,6 +352,7 @@ class ModelMemory:
 
         Raises FileNotFoundError, or ValueError for a file that is damaged or of other layers; nothing changed then.
         """
+        self._check_in_model()
         place = Path(directory)
         learned, configuration = load_tensors(place / WEIGHTS, KIND)
         if configuration.get("layers") != self.numbers:
@@ -354,22 +369,20 @@ class ModelMemory:
             layer.learned.take(states[number])
 
     def remove(self) -> None:
-        """Takes the memory out of the model, which is then what it was, bit for bit."""
+        """Takes the memory out of the model, which is then what it was, bit for bit; once more, it does nothing.
+
+        What was read is gone, and methods that need the model raise ValueError from then on: `read`, `save` and others.
+        """
+        if not self._handles:
+            return
         for handle in self._handles:
             handle.remove()
+        self._handles.clear()
         for layer in self.layers.values():
             layer.attention.config = getattr(layer.attention.config, BASE)
             del layer.attention.memtrans
         self._held.clear()
 
-
-def _repeated(view: MemorySnapshot, times: int) -> MemorySnapshot:
-    """Each document's rows so many times, one after the other."""
-    rows = view.rows.reshape(view.documents, 1, -1).expand(-1, times, -1).flatten()
-    return replace(view, rows=rows, documents=view.documents * times, in_order=False)
-
-
-def _part(view: MemorySnapshot, newest: int | Tensor, behind: int | Tensor) -> MemorySnapshot:
-    """The same, before the last `behind` entries of each row were added, and of what is left only the newest."""
-    cursor = torch.maximum(view.start, view.cursor - behind)
-    return replace(view, cursor=cursor, start=torch.maximum(view.start, cursor - newest))
+    def _check_in_model(self) -> None:
+        if not self._handles:
+            raise ValueError("memory must be in its model, got one that remove() took out: add_memory makes another")

@@ -46,8 +46,8 @@ class Layer:
 
     @property
     def learned(self) -> LayerMemory:
-        """What the layer learns, once it has a memory."""
-        return self.attention.memtrans  # type: ignore[return-value]
+        """What the layer learns, once it has a memory; the copy that an active adapter learns instead of it."""
+        return self.attention.memtrans.itself  # type: ignore[return-value, union-attr]
 
 
 def probed(decoder: PreTrainedModel, chosen: Mapping[int, nn.Module], combine: str, turn: int) -> dict[int, Layer]:
@@ -98,7 +98,7 @@ def _rotation(decoder: Any, attention: nn.Module, key: Tensor, number: int, turn
         return None
     for rotation in rotations_of(decoder, attention):
         try:
-            turned = rotation.turned(later[None], angles_back(decoder, key, turn, rotation.kind))[0]
+            turned = rotation.turned(later[None], angles_back(decoder, key, turn, rotation.kind, turn + 2))[0]
         except (TypeError, RuntimeError):  # the family's function wants other components
             continue
         if turned.shape == first.shape and _same(first, turned):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from memtrans.cuda_graph import EAGER_CALLS, Replay
-from memtrans.hf.state import Padding
+from memtrans.hf.masks import Padding
 
 WORTH = 4 * EAGER_CALLS  # segments from which capturing a graph pays
 

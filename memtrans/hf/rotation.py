@@ -46,15 +46,21 @@ class Rotation:
         return torch.cat((self.apply(turning, turning, *angles)[1], kept), dim=-1)
 
 
-def angles_back(decoder: nn.Module, like: Tensor, by: int, kind: str | None) -> Angles:
-    """The angles of a rotation by so many positions back; like: a tensor of the device and dtype to use."""
-    position = torch.full((1, 1), by, dtype=torch.int64, device=like.device)
-    angles = decoder.rotary_emb(like, position, *([] if kind is None else [kind]))  # type: ignore[operator]
+def angles_back(decoder: nn.Module, like: Tensor, by: int, kind: str | None, latest: int | Tensor) -> Angles:
+    """The angles of a rotation by so many positions back.
+
+    like: a tensor of the device and dtype to use. latest: the last position of the pass whose keys are turned, which
+        some embeddings choose their frequencies by (longrope).
+    """
+    positions = torch.full((1, 2), -by, dtype=torch.int64, device=like.device)
+    positions[:, 1] = latest
+    angles = decoder.rotary_emb(like, positions, *([] if kind is None else [kind]))  # type: ignore[operator]
     if isinstance(angles, Tensor):
-        return ((angles / angles.abs()).conj().resolve_conj(),)
-    cos, sin = (angle.float() for angle in angles)
+        angles = angles[:, :1]
+        return (angles / angles.abs(),)
+    cos, sin = (angle[:, :1].float() for angle in angles)
     factor = (cos.square() + sin.square()).sqrt()
-    return cos / factor, -sin / factor
+    return cos / factor, sin / factor
 
 
 def rotations_of(decoder: nn.Module, attention: nn.Module) -> list[Rotation]:
@@ -64,6 +70,6 @@ def rotations_of(decoder: nn.Module, attention: nn.Module) -> list[Rotation]:
         return []
     by_kind = "layer_type" in inspect.signature(rotary.forward).parameters
     kind = getattr(attention, "layer_type", None) if by_kind else None
-    angle = angles_back(decoder, next(decoder.parameters()), 1, kind)[0]
+    angle = angles_back(decoder, next(decoder.parameters()), 1, kind, 1)[0]
     width = angle.shape[-1] * (2 if angle.is_complex() else 1)
     return [Rotation(apply, kind, None), *(Rotation(apply, kind, width, last) for last in (False, True))]

@@ -7,32 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from memtrans.hf.layer_memory import Asking
+from memtrans.hf.masks import Padding
 from memtrans.hf.rotation import Angles, Rotation
 from memtrans.memory.observation import Observation
 from memtrans.memory.snapshot import MemorySnapshot
-from memtrans_kernels.checks import may_look
-
-
-@dataclass(frozen=True)
-class Padding:
-    """Which of a pass's tokens are real.
-
-    Attributes:
-        left: (B,) int64, padding before the real tokens. real: (B,) int64, how many there are.
-    """
-
-    left: Tensor
-    real: Tensor
-
-    def to(self, device: torch.device) -> Padding:
-        """The same on a device."""
-        return Padding(self.left.to(device), self.real.to(device))
 
 
 @dataclass(frozen=True)
@@ -49,12 +33,24 @@ class Watched:
     ids: MemorySnapshot | None = None
 
 
+class Stored(NamedTuple):
+    """What a layer adds to its memory.
+
+    Attributes:
+        keys: (B, G, N, D), turned. values: (B, G, N, E). counts: (B,) int64, how many of each document; None for all.
+    """
+
+    keys: Tensor
+    values: Tensor
+    counts: Tensor | None
+
+
 @dataclass(eq=False)
 class ForwardState:
     """What the attention function of every chosen layer is handed.
 
     Attributes:
-        snapshots: by layer. k: K. combine: as in `add_memory`. writes: whether this pass's keys are stored.
+        snapshots: by layer. k: K. combine: as in `add_memory`.
         searches: whether this pass looks at the memory.
         entries: () int64, of the longest document, which the offsets depend on.
         asking: by layer, how it is asked; empty while training: a layer then finds out by itself, as it may be run
@@ -63,14 +59,16 @@ class ForwardState:
         sink: how many of the first real tokens are not stored. padding: None where all tokens are real.
         turns: by layer, how a key is turned before it is stored; none for a layer without rotary positions.
         plain: whether the pass was given no mask, positions or cache: each token then sees all before it.
-        watched: who watches; None for nobody.
+        watched: who watches; None for nobody. told: what each layer saw, of which they are told after the pass.
         seen: layers whose attention function was handed this.
+        stored: by layer, what `store` adds once every layer has run, so that a pass that fails adds nothing; None where
+            nothing is added: in a pass that does not write, and in layers that a checkpoint runs again.
+        store: adds it.
     """
 
     snapshots: Mapping[int, MemorySnapshot]
     k: int
     combine: str
-    writes: bool
     searches: bool
     entries: Tensor
     asking: Mapping[int, Asking]
@@ -80,7 +78,10 @@ class ForwardState:
     turns: Mapping[int, tuple[Rotation, Angles]]
     plain: bool = False
     watched: Watched | None = None
+    told: list[tuple[int, Observation]] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)
+    stored: dict[int, Stored] | None = None
+    store: Callable[[Mapping[int, Stored]], None] | None = None
     made: dict[Any, Any] = field(default_factory=dict)
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
@@ -88,26 +89,6 @@ class ForwardState:
         if key not in self.made:
             self.made[key] = make()
         return self.made[key]
-
-
-def padding_of(mask: object, length: int) -> Padding | None:
-    """What a mask (B, L) says of the last N tokens. Raises ValueError for one with a hole between real tokens.
-
-    `generate` hands on masks that it has prepared, (B, 1, N, L) or one for each type of layer: they say nothing here.
-    """
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        return None
-    new = mask[:, -length:].bool()
-    left, real = (new.cumsum(-1) == 0).sum(-1), new.sum(-1)
-    if may_look(mask):
-        last = (new * torch.arange(1, length + 1, device=mask.device)).amax(-1)
-        holes = (last - left != real) & (real > 0)
-        if bool(holes.any()):
-            raise ValueError(
-                f"attention_mask must be 1 for tokens that follow each other, got holes in rows "
-                f"{holes.nonzero().flatten().tolist()}"
-            )
-    return Padding(left, real)
 
 
 def kept(tokens: Tensor, state_sink: int, padding: Padding | None) -> tuple[Tensor, Tensor | None]:

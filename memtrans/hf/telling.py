@@ -29,7 +29,7 @@ def tell(
     local: LocalKeys | None = None,
     share: Tensor | None = None,
 ) -> None:
-    """Tells what a layer retrieved; not once more where a backward pass runs a forward pass again.
+    """Keeps what a layer retrieved, to be told after the pass; not once more where a backward pass runs it again.
 
     Args:
         state: of the pass, which somebody watches. layer: its number.
@@ -56,7 +56,7 @@ def tell(
     if watched.wants_local and local is not None:
         of_local = local_weights(retrieved["query"], local, scale, lse)
     rows = torch.arange(slots.shape[0], device=slots.device)
-    watched.tell(layer, Observation(rows, positions, weights, of_local, tokens))
+    state.told.append((layer, Observation(rows, positions, weights, of_local, tokens)))
 
 
 def _looked_up(ids: MemorySnapshot, snapshot: MemorySnapshot, slots: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, RandomSampler
 from transformers import TrainerCallback
+from transformers.trainer_pt_utils import DistributedLengthGroupedSampler, LengthGroupedSampler
 
 from memtrans.hf.model_memory import ModelMemory
 from memtrans_kernels import checks
 
 DIRECTORY = "memory"  # of a checkpoint: what `ModelMemory.save` writes
+SHUFFLING = (RandomSampler, LengthGroupedSampler, DistributedLengthGroupedSampler)
 
 
 def document_rows(documents: Iterable[Sequence[int]], batch: int, segment: int) -> IterableDataset:
@@ -75,25 +77,46 @@ class _DocumentRows(IterableDataset):
 
 
 def _shuffles(loader: Any) -> bool:
-    """Whether a DataLoader draws its rows; what Trainer makes of one keeps the sampler of rows in that of batches."""
-    while loader is not None and not isinstance(loader, RandomSampler):
+    """Whether a DataLoader draws or sorts its rows; what Trainer makes of one keeps that sampler in that of batches."""
+    while loader is not None and not isinstance(loader, SHUFFLING):
         inner = getattr(loader, "batch_sampler", None)
         loader = getattr(loader, "sampler", None) if inner is None else inner
     return loader is not None
+
+
+def _check_rows(name: str, loader: Any, batch: int) -> None:
+    """Raises ValueError for data of which row i of a batch does not go on where row i of the batch before stopped.
+
+    name: of the Trainer's argument. batch: rows that the Trainer takes at a time, over all its processes.
+    """
+    if _shuffles(loader):
+        raise ValueError(
+            f"{name} must come in its own order with a memory, got one that is shuffled or grouped by length: give a "
+            f"Trainer document_rows(...)"
+        )
+    dataset = getattr(loader, "dataset", None)
+    documents = getattr(dataset, "dataset", dataset)  # accelerate's share of a rank holds the whole
+    if isinstance(documents, _DocumentRows) and documents.batch != batch:
+        raise ValueError(
+            f"{name} must have the batch of its Trainer, which takes {batch} rows at a time, got "
+            f"document_rows(batch={documents.batch})"
+        )
 
 
 class MemoryCallback(TrainerCallback):
     """Lets a Trainer's passes write into a memory, and refuses what would mix its documents up.
 
     The memory is empty when training begins and when it ends. Evaluations during training have a memory of their own,
-    which each one begins anew. Beside each checkpoint a directory `memory` holds what `ModelMemory.save` writes.
+    which each one begins anew; `trainer.evaluate()` by itself needs `with memory.training():` around it. Beside each
+    checkpoint a directory `memory` holds what `ModelMemory.save` writes.
 
     Args:
         memory: of the model that is trained.
 
     Raises:
         ValueError: when training begins, with remove_unused_columns=True, which drops `new_document` without a word,
-            data that is shuffled, or more than one worker that loads it.
+            or more than one worker that loads data; when training or an evaluation begins, with data that is shuffled
+            or grouped by length, `document_rows` of another batch than the Trainer's, and rows without `new_document`.
 
     >>> import torch
     >>> from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
@@ -111,6 +134,8 @@ class MemoryCallback(TrainerCallback):
     def __init__(self, memory: ModelMemory) -> None:
         self.memory = memory
         self._passes: Any = None
+        self._handle: Any = None
+        self._evaluated: Any = None  # what was checked
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Checks how the data comes, and lets passes write from now on."""
@@ -121,25 +146,53 @@ class MemoryCallback(TrainerCallback):
                 f"dataloader_num_workers must be 0 or 1 with a memory, got {args.dataloader_num_workers}: rows would "
                 f"not go on where they stopped"
             )
-        if _shuffles(kwargs.get("train_dataloader")):
-            raise ValueError(
-                "train_dataset must come in its own order with a memory, got one that is shuffled: give a Trainer "
-                "document_rows(...)"
-            )
-        self.memory.reset()
+        _check_rows("train_dataset", kwargs.get("train_dataloader"), args.train_batch_size * args.world_size)
+        self._end()
         self._passes = self.memory.training()
         self._passes.__enter__()
+        self._handle = self.memory.decoder.register_forward_pre_hook(self._check_told, prepend=True, with_kwargs=True)
+
+    def _check_told(self, decoder: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if not self.memory.is_off and "new_document" not in kwargs:
+            self._end()
+            raise ValueError(
+                "datasets must say new_document in each row with a memory, got a batch that does not: give a Trainer "
+                "document_rows(...)"
+            )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Passes write no more, and what training read is forgotten."""
         if self._passes is not None:
+            self._end()
+
+    def _end(self) -> None:
+        if self._passes is not None:
             self._passes.__exit__(None, None, None)
-            self._passes = None
-            self.memory.reset()
+            self._handle.remove()
+        self._passes = None
+        self.memory.forget_evaluation()
+        self.memory.reset()
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Checks how the data of an evaluation comes, at its first batch: before it no callback is told of it."""
+        loader = kwargs.get("eval_dataloader")
+        if not self.memory.is_writing or loader is self._evaluated:
+            return
+        self._evaluated = loader
+        try:
+            _check_rows("eval_dataset", loader, args.eval_batch_size * args.world_size)
+        except ValueError:
+            self._end()
+            raise
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The next evaluation begins with an empty memory."""
+        self._evaluated = None
         self.memory.forget_evaluation()
+
+    def on_predict(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """As `on_evaluate`."""
+        self.on_evaluate(args, state, control)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Saves the memory beside the checkpoint."""

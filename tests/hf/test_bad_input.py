@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.hf_families import made, tokens
+from helpers.hf_families import VOCABULARY, made, tokens
+from torch import Tensor
 
-from memtrans.hf import add_memory
+from memtrans.hf import ModelMemory, add_memory
+from memtrans.memory.ring import Ring
 
 SIZES: dict[str, Any] = {"max_memories": 100, "k": 8, "segment": 16}
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -45,14 +47,47 @@ def test_an_argument_that_will_not_do_changes_nothing(arguments: dict[str, Any],
     assert not any("memtrans" in name for name, _ in model.named_modules())
 
 
-def test_a_layer_has_one_memory_at_most() -> None:
+@pytest.mark.parametrize("layers", ["all", [0]])
+def test_a_model_has_one_memory_at_most(layers: Any) -> None:
     model = made("llama")
     first = add_memory(model, layers=[1], **SIZES)
     with pytest.raises(ValueError, match=r"got \[1\], which have one: call remove"):
-        add_memory(model, **SIZES)
+        add_memory(model, layers=layers, **SIZES)
     assert not hasattr(model.model.layers[0].self_attn, "memtrans")
     first.remove()
-    add_memory(model, **SIZES)
+    add_memory(model, layers=layers, **SIZES)
+
+
+AFTER_REMOVAL: dict[str, Any] = {
+    "read": lambda memory: memory.read(tokens()),
+    "writing": lambda memory: memory.writing().__enter__(),
+    "training": lambda memory: memory.training().__enter__(),
+    "tracing": lambda memory: memory.tracing().__enter__(),
+    "reset": lambda memory: memory.reset(2),
+    "parameters": lambda memory: memory.parameters(),
+    "save": lambda memory: memory.save("nowhere"),
+    "load": lambda memory: memory.load("nowhere"),
+}
+
+
+def test_a_memory_that_was_removed_does_nothing_in_silence() -> None:
+    model = made("llama")
+    removed = add_memory(model, **SIZES)
+    removed.remove()
+    memory = add_memory(model, **SIZES)
+    for name, use in AFTER_REMOVAL.items():
+        with pytest.raises(ValueError, match=r"memory must be in its model, got one that remove\(\) took out"):
+            use(removed)
+        assert memory.lengths.tolist() == [], name
+    removed.remove()
+    memory.read(tokens())
+    assert memory.lengths.tolist() == [22, 22]
+
+
+def test_reading_inside_off_is_refused() -> None:
+    memory = add_memory(made("llama"), **SIZES)
+    with memory.off(), pytest.raises(ValueError, match=r"read must be called outside off\(\)"):
+        memory.read(tokens())
 
 
 def test_what_is_no_pretrained_model_is_refused() -> None:
@@ -92,7 +127,7 @@ def test_a_writing_pass_is_a_segment_without_a_cache() -> None:
             model(tokens(length=17))
         with pytest.raises(ValueError, match="must have no cache"):
             model(tokens(length=8), past_key_values=cache)
-    with pytest.raises(ValueError, match="new_document must be given inside writing"):
+    with pytest.raises(ValueError, match=r"new_document must be given inside writing\(\) or training\(\) alone"):
         model(tokens(length=8), new_document=torch.tensor([True, False]))
     assert memory.lengths.tolist() == []
 
@@ -106,3 +141,59 @@ def test_a_layer_that_is_not_handed_the_memory_is_an_error() -> None:
     layer.forward = lambda *args, **kwargs: handed_on(*args, **{**kwargs, "memtrans_state": None})
     with pytest.raises(RuntimeError, match=r"layers \[1\] of LlamaModel were not handed the memory"):
         model(tokens())
+
+
+def held(memory: ModelMemory) -> list[Any]:
+    """What every layer holds, and the ids."""
+    assert memory._entries is not None
+    states = [layer.state_dict() for layer in memory._entries.memories.values()]
+    layers = [(state["keys"], state["lengths"].tolist()) for state in states]
+    return [memory.ids(0).tolist(), memory._entries.read.tolist(), *layers]
+
+
+def outside_the_vocabulary(model: Any, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    ids = tokens(length=16, seed=1).clone()
+    ids[0, 5] = VOCABULARY
+    return ids
+
+
+def interrupted_between_layers(model: Any, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    def interrupt(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model.model.layers[1].self_attn, "forward", interrupt)
+    return tokens(length=16, seed=1)
+
+
+def no_room_in_the_second_layer(model: Any, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    enough, asked = Ring.make_room, list[int]()
+
+    def make_room(ring: Ring, ticket: Tensor, length: int) -> None:
+        asked.append(length)
+        if len(asked) == 2:
+            raise MemoryError
+        enough(ring, ticket, length)
+
+    monkeypatch.setattr(Ring, "make_room", make_room)
+    return tokens(length=16, seed=1)
+
+
+@pytest.mark.parametrize(
+    "fails", [outside_the_vocabulary, interrupted_between_layers, no_room_in_the_second_layer], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize("max_memories", [100, 20])
+def test_a_pass_that_fails_adds_nothing_to_any_layer(fails: Any, max_memories: int) -> None:
+    model = made("llama")
+    memory = add_memory(model, **{**SIZES, "max_memories": max_memories})
+    memory.read(tokens(length=30))
+    before = held(memory)
+    with pytest.MonkeyPatch.context() as patched:
+        ids = fails(model, patched)
+        with pytest.raises((IndexError, KeyboardInterrupt, MemoryError)):
+            memory.read(ids)
+    torch.testing.assert_close(held(memory), before, rtol=0.0, atol=0.0)
+    memory.read(tokens(length=16, seed=2))
+    fresh = add_memory(made("llama"), **{**SIZES, "max_memories": max_memories})
+    fresh.read(tokens(length=30))
+    fresh.read(tokens(length=16, seed=2))
+    torch.testing.assert_close(held(memory), held(fresh), rtol=0.0, atol=0.0)

@@ -79,13 +79,31 @@ def test_the_same_seed_learns_the_same() -> None:
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"facts": 0}, "facts must be at least 1, got 0"),
         ({"form": "gains"}, "form must be one of offset, gain, mix, across, got 'gains'"),
+        ({"form": ["mix"]}, r"form must be one of offset, gain, mix, across, got \['mix'\]"),
+        ({"seconds": 0}, "seconds must be a finite number above 0, got 0"),
+        ({"seconds": -1.0}, "seconds must be a finite number above 0, got -1.0"),
+        ({"seconds": float("nan")}, "seconds must be a finite number above 0, got nan"),
+        ({"seconds": "5"}, "seconds must be a finite number above 0, got '5'"),
+        ({"text_weight": -1}, "text_weight must be at least 0, got -1"),
+        ({"seed": None}, "seed must be an integer, got None"),
+        ({"sizes": 100}, "sizes must be numbers in a list, got 100"),
+        ({"documents": TEXT}, "documents must be texts in a list, got one text"),
         ({"documents": [""]}, "documents must have at least 64 tokens, got 0"),
     ],
 )
 def test_what_cannot_be_learned_from_is_refused(model: PreTrainedModel, arguments: Any, message: str) -> None:
     memory = with_memory(model)
-    with pytest.raises(ValueError, match=message):
-        calibrate(model, memory, bytes_tokenizer(), **{"documents": [TEXT], **arguments})
+    with pytest.raises((ValueError, TypeError), match=message):
+        calibrate(model, memory, bytes_tokenizer(), **{"documents": [TEXT], "steps": 1, **arguments})
+
+
+def test_a_memory_of_another_model_or_of_none_is_refused(model: PreTrainedModel) -> None:
+    memory = with_memory(model)
+    with pytest.raises(ValueError, match="model must be the one that the memory is of, got another LlamaForCausalLM"):
+        calibrate(made("llama", vocab_size=260), memory, bytes_tokenizer(), [TEXT], steps=1)
+    memory.remove()
+    with pytest.raises(ValueError, match="memory must be in its model"):
+        calibrate(model, memory, bytes_tokenizer(), [TEXT], steps=1)
 
 
 def test_facts_stand_in_the_text_at_every_size() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.checks import PARITY, assert_close
+from helpers.checks import ATTENTION, PARITY, assert_close
 from helpers.hf_families import made, tokens
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -208,6 +209,31 @@ def test_what_is_saved_comes_back(model: PreTrainedModel, tmp_path: Path) -> Non
     other = add_memory(made("llama"), layers=[0], **SIZES)
     with pytest.raises(ValueError, match=r"layers \[0\], got \[1\]"):
         other.load(tmp_path)
+
+
+def test_a_copy_of_a_model_and_its_memory_is_their_own(model: PreTrainedModel) -> None:
+    memory, question = add_memory(model, **SIZES), tokens(length=6, seed=2)
+    memory.read(tokens(length=30))
+    before = logits_of(model, question)
+    other, its = copy.deepcopy((model, memory))
+    assert torch.equal(logits_of(other, question), before)
+    its.reset()
+    assert not torch.equal(logits_of(other, question), before)
+    assert torch.equal(logits_of(model, question), before)
+    its.remove()
+    assert not any("memtrans" in name for name, _ in other.named_modules())
+    assert torch.equal(logits_of(model, question), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_model_that_is_cast_goes_on_with_what_its_memory_holds(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    memory, question = add_memory(model, offset=0.5, **SIZES), tokens(length=6, seed=2)
+    memory.read(tokens(length=30))
+    before = logits_of(model, question)
+    model.to(dtype)
+    assert_close(logits_of(model, question).float(), before, 2 * ATTENTION[torch.float16], "logits")
+    memory.read(tokens(length=30))
+    assert memory.lengths.tolist() == [56, 56]
 
 
 def test_a_saved_model_loads_without_a_memory(model: PreTrainedModel, tmp_path: Path) -> None:

@@ -46,6 +46,23 @@ def test_weights_are_those_of_one_pass_over_document_and_question(family: str) -
 
 
 @torch.no_grad()
+def test_a_pass_that_is_interrupted_is_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    model, question = made("llama"), tokens(length=6, seed=2)
+    memory = add_memory(model, max_memories=100, k=8, segment=16)
+    memory.read(tokens(length=30))
+    with memory.tracing() as trace:
+        with monkeypatch.context() as patched:
+            patched.setattr(model.model.layers[1].self_attn, "forward", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                model(question)
+        model(question)
+    assert [trace.positions(0, layer).shape[1] for layer in (0, 1)] == [6, 6]
+
+
+@torch.no_grad()
 def test_generating_is_traced_as_a_pass_over_the_same_text() -> None:
     model, ids, question = made("llama", torch.float64), tokens(length=60), tokens(length=6, seed=2)
     memory = add_memory(model, max_memories=100, k=8, segment=16)

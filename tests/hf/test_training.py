@@ -13,9 +13,11 @@ from helpers.hf_families import made, tokens
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, StaticCache, Trainer, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from memtrans.hf import MemoryCallback, ModelMemory, add_memory, document_rows
+from memtrans.hf import MemoryCallback, ModelMemory, add_memory, document_rows, load_memory
 
 SIZES: dict[str, Any] = {"max_memories": 100, "k": 8, "segment": 16}
 FINITE_DIFFERENCE, AGREES = 1e-6, 1e-6
@@ -182,6 +184,26 @@ def test_low_rank_adapters_come_before_or_after(first: str) -> None:
     assert memory.lengths.tolist() == [28, 28]
 
 
+def test_what_an_adapter_learned_of_the_memory_is_saved_and_taken_up(tmp_path: Path) -> None:
+    model = made("llama")
+    memory = add_memory(model, **SIZES)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["memtrans"]))
+    calibrated = [layer.learned for layer in memory.layers.values()]
+    for layer in calibrated:
+        layer.learn_to_ask("mix")
+        for parameter in layer.parameters():
+            parameter.data.normal_()
+    assert [parameter.requires_grad for parameter in memory.parameters()] == [True] * 10
+    memory.save(tmp_path)
+    again = load_memory(made("llama"), tmp_path)
+    for mine, its in zip(again.parameters(), memory.parameters(), strict=True):
+        assert torch.equal(mine, its)
+    memory.load(tmp_path)
+    assert [layer.learned for layer in memory.layers.values()] == calibrated
+    with adapted.disable_adapter():
+        assert not any(parameter.requires_grad for parameter in memory.parameters())
+
+
 def arguments(directory: Path, **changed: Any) -> TrainingArguments:
     given = {"remove_unused_columns": False, "max_steps": 6, "per_device_train_batch_size": 2, "use_cpu": True}
     given |= {"per_device_eval_batch_size": 1, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
@@ -226,6 +248,50 @@ def test_a_trainer_that_would_mix_documents_up_is_refused(tmp_path: Path, change
     with pytest.raises(ValueError, match=message):
         trainer.train()
     assert not memory.is_writing
+
+
+ROWS: dict[str, Any] = {"segment": 16, "documents": [tokens(1, 64)[0].tolist()] * 2}
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "message"),
+    [
+        ([dict.fromkeys(("input_ids", "labels"), tokens(1, 16)[0])] * 4, "datasets must say new_document in each row"),
+        (document_rows(batch=1, **ROWS), r"eval_dataset must have .* takes 2 rows at a time, got .*\(batch=1\)"),
+    ],
+    ids=["rows that say nothing", "another batch"],
+)
+def test_an_evaluation_that_would_mix_documents_up_is_refused(tmp_path: Path, evaluation: Any, message: str) -> None:
+    model = made("llama")
+    memory, rows = add_memory(model, **SIZES), document_rows(batch=2, **ROWS)
+    said = arguments(tmp_path, max_steps=2, per_device_eval_batch_size=2, eval_strategy="steps", eval_steps=1)
+    trainer = Trainer(model, said, train_dataset=rows, eval_dataset=evaluation, callbacks=[MemoryCallback(memory)])
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert (memory.is_writing, memory.lengths.tolist()) == (False, [])
+
+
+@pytest.mark.parametrize(("event", "which"), [("on_train_begin", "train"), ("on_prediction_step", "eval")])
+def test_rows_that_are_grouped_by_length_are_refused(tmp_path: Path, event: str, which: str) -> None:
+    memory = add_memory(made("llama"), **SIZES)
+    loader: Any = DataLoader([0] * 4, batch_size=2, sampler=LengthGroupedSampler(2, lengths=[16] * 4))
+    told, said = getattr(MemoryCallback(memory), event), arguments(tmp_path)
+    with memory.training(), pytest.raises(ValueError, match=rf"{which}_dataset must come in its own .* by length"):
+        told(said, None, None, **{f"{which}_dataloader": loader})
+
+
+def test_an_evaluation_by_itself_is_one_amid_training(tmp_path: Path) -> None:
+    model = made("llama")
+    memory, rows = add_memory(model, **SIZES), document_rows(batch=2, **ROWS)
+    said = arguments(tmp_path, max_steps=2, per_device_eval_batch_size=2, eval_strategy="steps", eval_steps=2)
+    trainer = Trainer(model, said, train_dataset=rows, eval_dataset=rows, callbacks=[MemoryCallback(memory)])
+    trainer.train()
+    amid = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
+    with pytest.raises(ValueError, match=r"a Trainer evaluates `with memory.training\(\):`"):
+        trainer.evaluate()
+    with memory.training():
+        assert [trainer.evaluate()["eval_loss"] for _ in range(2)] == [amid, amid]
+    assert (memory.is_writing, memory.lengths.tolist()) == (False, [])
 
 
 def test_too_few_documents_for_the_rows_are_refused() -> None:
