@@ -100,14 +100,19 @@ class LocalContext(nn.Module):
         if not self.causal and inputs.xl_memory is not None:
             raise ValueError("xl_memory must be None with causal=False: a cache is of a causal model")
 
-    def in_order(self, x: Tensor, inputs: LayerInputs, mask: Tensor) -> tuple[Tensor, LayerInputs, Padding]:
-        """x (B, N, dim) and what comes with it once padding leads, where a mask (B, N) bool says what is padding."""
+    def in_order(
+        self, x: Tensor, inputs: LayerInputs, mask: Tensor | None
+    ) -> tuple[Tensor, LayerInputs, Padding | None]:
+        """x (B, N, dim) and what comes with it once padding leads, where a mask (B, N) bool says what is padding, or
+        lengths do whose padding would be seen; else as they are."""
         batch, length, _ = x.shape
         check_tokens("mask", mask, batch, length, x.device)
+        real = mask_of(mask, inputs.lengths, length, self.causal)
+        if real is None:
+            return x, inputs, None
         if inputs.rel_pos_bias is not None and inputs.rel_pos_bias.dim() != 2:
-            raise ValueError("rel_pos_bias must be by distance, (H, distances), beside a mask, got a dense one")
-        real = mask_of(mask, inputs.lengths, length)
-        assert real is not None
+            beside = "lengths with causal=False" if mask is None else "a mask"
+            raise ValueError(f"rel_pos_bias must be by distance, (H, distances), beside {beside}, got a dense one")
         padding = leading(real)
         query_mask = None if inputs.query_mask is None else ordered(inputs.query_mask, padding.order)
         inputs = inputs._replace(lengths=None, padding=padding, query_mask=query_mask)
@@ -252,7 +257,8 @@ class Attention(LocalContext):
             xl_memory: (B, X, 2, D), or (B, G, X, 2, D) if G > 1.
             rel_pos_bias: by distance (H, distances), or dense (1 or B, H, at least N, at least L).
             local_length: (B,) int64, how many of the newest of the L local keys are this document's. Default: all.
-            lengths: (B,) int64, how many of the N tokens are real; padding at the tail is not cached. Default: all.
+            lengths: (B,) int64, how many of the N tokens are real; padding at the tail is neither seen nor cached.
+                Default: all.
             mask: (B, N) bool, False for padding anywhere: it is neither seen nor cached, sees nothing and takes no
                 position. Default: all is real.
 
@@ -267,9 +273,7 @@ class Attention(LocalContext):
         if inputs is None:
             inputs = LayerInputs(xl_memory, rel_pos_bias, local_length, lengths)
             self.check(x, inputs)
-        padding = None
-        if mask is not None:
-            x, inputs, padding = self.in_order(x, inputs, mask)
+        x, inputs, padding = self.in_order(x, inputs, mask)
         query, key, value = self.project(x)  # (B, H, N, D), (B, G, N, D), (B, G, N, E)
         local, new_cache = self.extend(key, value, inputs)
         dropout_p, plain = self.dropout_p, self.soft_cap is None and self.sink is None

@@ -147,8 +147,8 @@ class KNNAttention(LocalContext):
             add_knn_memory: False leaves the memory as it is.
             rel_pos_bias: by distance (H, distances), or dense (1 or B, H, at least N, at least L).
             local_length: (B,) int64, how many of the newest of the L local keys are this document's. Default: all.
-            lengths: (B,) int64, how many of the N tokens are real; padding at the tail is neither cached nor stored.
-                Default: all.
+            lengths: (B,) int64, how many of the N tokens are real; padding at the tail is neither seen, cached nor
+                stored. Default: all.
             add_to: the memory to add to. Default: `knn_memory`.
             return_memory: also return the state of the memory after the segment.
             temperature: (H,), what `temperature()` gives, from callers that read by the token. Default: computed here.
@@ -172,9 +172,7 @@ class KNNAttention(LocalContext):
             inputs = _without_forgotten(inputs, x.shape[1], alone)
         assert isinstance(knn_memory, MemorySnapshot) and not isinstance(add_to, KNNMemory)
         added_to = knn_memory if add_to is None else add_to
-        padding = None
-        if mask is not None:
-            x, inputs, padding = self.in_order(x, inputs, mask)
+        x, inputs, padding = self.in_order(x, inputs, mask)
         query, key, value = self.project(x)  # (B, H, N, D), (B, G, N, D), (B, G, N, E)
         if self.similarity == "cosine":
             query, key = cosine(query, key)

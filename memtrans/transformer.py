@@ -218,8 +218,9 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
             add_knn_memory: False leaves the memories as they are.
             inputs_embeds: (B, N, dim) instead of x.
             return_embeddings: stop before the logits, after the last norm.
-            lengths: (B,) int64, how many tokens of each row are real; padding at the tail is neither cached nor stored,
-                and start and end tokens there mean nothing. The row may go on in the next segment. Default: all.
+            lengths: (B,) int64, how many tokens of each row are real; padding at the tail is neither seen, cached nor
+                stored, and start and end tokens there mean nothing. The row may go on in the next segment. Default:
+                all.
             xl_length: (B,) int64, how many of the newest cached tokens belong to each row's document. Default: what
                 the caches say that were returned, in whatever list; else all. Without `legacy` none do for a row that
                 one of the memories was told to forget since the caches were made. Positions under `legacy` leave out a
@@ -279,7 +280,7 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         if not self.legacy:
             xl_length = length_seen(caches, xl_length, searched)
 
-        ids, padding, real = x, None, mask_of(mask, lengths, length)
+        ids, padding, real = x, None, mask_of(mask, lengths, length, self.causal)
         if real is not None:
             hidden, ids, padding = self._padding_first(hidden, x, real)
         lengths = lengths if padding is None else None
@@ -422,7 +423,7 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         check_count("xl_length", xl_length, batch, device)
         if mask is not None:
             check_tokens("mask", mask, batch, length, device)
-        real = mask_of(mask, lengths, length)
+        real = mask_of(mask, lengths, length, self.causal)
         check_said(caches, lengths if real is None else real.sum(dim=1), xl_length, self.validate)
 
     def snapshots(
