@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from memtrans.attention import LocalContext
 from memtrans.checks import check_choice, check_number, check_tokens
 from memtrans.local_keys import LayerInputs
-from memtrans.memory.clearings import cleared_since, remember
+from memtrans.memory.clearings import check_cache_known, cleared_since, remember
 from memtrans.memory.given import snapshot_for
 from memtrans.memory.knn_memory import KNNMemory
 from memtrans.memory.leaving import add_leaving
@@ -158,11 +158,13 @@ class KNNAttention(LocalContext):
 
         Returns:
             out (B, N, dim), and the new XL cache, None without one; `Attention.forward` says what it holds of rows with
-            padding. Of rows that a memory is told to forget from now on, nothing of it is seen or stored.
+            padding. Of rows that a memory is told to forget from now on, nothing of it is seen or stored; a copy of it
+            (clone, cast, rows picked) does not know that.
 
         Raises:
             ValueError, TypeError: a shape, dtype, device or memory that does not fit; on the CPU also a count out of
-            range. Nothing was added then.
+            range; without `local_length`, a copy of a cache beside a memory that was cleared since its last segment.
+            Nothing was added then.
         """
         alone: tuple[MemorySnapshot, ...] = ()  # the memories of a layer that is called without a model
         if inputs is None:
@@ -238,6 +240,8 @@ def _without_forgotten(inputs: LayerInputs, length: int, snapshots: Sequence[Mem
     """Without the XL cache of rows that a memory forgot since it was made; of a segment of N = `length`."""
     if not isinstance(inputs.xl_memory, Tensor):
         return inputs
+    if not torch.compiler.is_compiling():
+        check_cache_known(inputs.xl_memory, inputs.local_length, snapshots)
     cleared = cleared_since([inputs.xl_memory], snapshots)
     if cleared is None:
         return inputs
