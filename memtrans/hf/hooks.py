@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from memtrans.hf.layer_memory import Asking, asking_of
 from memtrans.hf.rotation import Angles, Rotation, angles_back
 from memtrans.hf.state import ForwardState, Padding, padding_of
+from memtrans.memory.checks import check_mask
+from memtrans_kernels import checks
+from memtrans_kernels.checks import may_look
 
 if TYPE_CHECKING:
     from memtrans.hf.model_memory import ModelMemory
@@ -38,13 +41,14 @@ def before_decoder(memory: ModelMemory, decoder: nn.Module, args: Any, kwargs: d
     writes = memory.is_writing
     if fresh is not None and not writes:
         raise ValueError("new_document must be given inside writing() alone, got it in a pass that writes nothing")
+    fresh = None if fresh is None else _beginning(fresh, batch)
     if writes:
         _check_segment(memory, length, cache)
     entries = memory.entries_for(batch, writes)
     if entries is None:
         return args, kwargs
     if fresh is not None:
-        entries.clear_rows(fresh.bool())
+        entries.clear_rows(fresh)
     mask = kwargs.get("attention_mask")
     plain = count is None and all(kwargs.get(name) is None for name in SHAPING)
     padding = padding_of(mask, length) if count is None else Padding(torch.zeros_like(count), count)
@@ -72,6 +76,15 @@ def before_decoder(memory: ModelMemory, decoder: nn.Module, args: Any, kwargs: d
     if writes:
         entries.note(ids if ids is not None else given.new_zeros(batch, length), memory.settings.sink, padding)
     return args, kwargs
+
+
+def _beginning(fresh: Tensor, batch: int) -> Tensor:
+    """`new_document` as a mask (B,) bool; collators may make ones and zeros of it. Raises for anything else."""
+    checks.tensors(new_document=fresh)
+    if fresh.dtype != torch.bool and may_look(fresh) and bool(((fresh != 0) & (fresh != 1)).any()):
+        raise ValueError(f"new_document must be 1 where a document begins and else 0, got {fresh.tolist()}")
+    check_mask(fresh.bool(), batch, name="new_document")
+    return fresh.bool()
 
 
 def after_decoder(memory: ModelMemory, decoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:

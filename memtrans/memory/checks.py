@@ -7,6 +7,7 @@ looked at on CPU tensors alone: on a GPU a look is a host round trip.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -88,13 +89,13 @@ def check_queries(queries: Tensor, batch: int, kv_heads: int, width: int) -> Non
         )
 
 
-def check_mask(mask: Tensor, documents: int, device: torch.device | None = None) -> None:
+def check_mask(mask: Tensor, documents: int, device: torch.device | None = None, name: str = "mask") -> None:
     """Raises TypeError or ValueError unless `mask` is a bool tensor (B,), on that device if one is given."""
-    checks.tensors(mask=mask)
+    checks.tensors(**{name: mask})
     if mask.dtype != torch.bool or mask.shape != (documents,):
-        raise ValueError(f"mask must be a bool tensor of shape ({documents},), got {mask.dtype} {tuple(mask.shape)}")
+        raise ValueError(f"{name} must be a bool tensor of shape ({documents},), got {mask.dtype} {tuple(mask.shape)}")
     if device is not None:
-        checks.same_device(device, mask=mask)
+        checks.same_device(device, **{name: mask})
 
 
 def check_ids(ids: Tensor, keys: Tensor, kept: bool) -> None:
@@ -136,9 +137,18 @@ def check_numbers(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must be numbers, got NaN components")
 
 
+def are_several(numbers: object) -> TypeGuard[Iterable[Any]]:
+    """Whether they are to be gone through; a tensor or an array without an axis is one number, iterable by its class.
+
+    >>> are_several([1]), are_several(1), are_several(torch.tensor(1))
+    (True, False, False)
+    """
+    return isinstance(numbers, Iterable) and getattr(numbers, "ndim", 1) > 0
+
+
 def document_numbers(name: str, documents: Iterable[int], batch: int) -> list[int]:
     """`documents` as a list; raises TypeError or ValueError unless they are different integers in [0, B)."""
-    if not isinstance(documents, Iterable):
+    if not are_several(documents):
         raise TypeError(f"{name} must be a sequence of numbers of documents, got {documents!r}")
     numbers = [checks.integer(name, document) for document in documents]
     if len(set(numbers)) != len(numbers) or not all(0 <= number < batch for number in numbers):

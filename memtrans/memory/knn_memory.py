@@ -15,6 +15,7 @@ from torch import Tensor
 from memtrans.checks import check_finite
 from memtrans.compatibility import UNUSED, warn_unused
 from memtrans.memory.checks import (
+    are_several,
     check_ids,
     check_keys_and_values,
     check_mask,
@@ -274,8 +275,7 @@ class KNNMemory(SavedMemory):
         if batch_indices is None:
             indices = list(range(self.num_indices))
         else:
-            several = isinstance(batch_indices, Iterable) and getattr(batch_indices, "ndim", 1) > 0
-            given: Any = batch_indices if several else [batch_indices]
+            given: Any = batch_indices if are_several(batch_indices) else [batch_indices]
             indices = document_numbers("batch_indices", given, self.num_indices)
         if self._ring is not None:
             with self.at_batch_indices(range(self.num_indices)):

@@ -30,7 +30,9 @@ def random_memory(batch: int, kv_heads: int = 1, **kwargs: Any) -> KNNMemory:
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
-@pytest.mark.parametrize(("rows", "documents"), [(6, [0, 0, 1, 1, 2, 2]), ([2, 0, 2], [2, 0, 2]), (3, [0, 1, 2])])
+@pytest.mark.parametrize(
+    ("rows", "documents"), [(6, [0, 0, 1, 1, 2, 2]), ([2, 0, 2], [2, 0, 2]), (torch.tensor(3), [0, 1, 2])]
+)
 def test_22_5_a_row_of_a_view_finds_what_its_document_finds(kv_heads: int, rows: Any, documents: list[int]) -> None:
     memory = random_memory(3, kv_heads, keep_ids=True)
     view = memory.expand(rows)
