@@ -109,14 +109,18 @@ def check_ids(ids: Tensor, keys: Tensor, kept: bool) -> None:
         raise ValueError(f"ids must have shape {expected} as memories have, got {tuple(ids.shape)}")
 
 
-def check_slots(slots: Tensor, batch: int, kv_heads: int) -> None:
-    """Raises ValueError or TypeError unless `slots` are whole numbers (B, ..., K), or (B, H, ..., K) if G > 1."""
+def check_slots(slots: Tensor, batch: int, kv_heads: int, most: int | None) -> None:
+    """Raises ValueError or TypeError unless `slots` are whole numbers (B, ..., K), or (B, H, ..., K) if G > 1.
+
+    most: the largest there is, where it is known; values are looked at on the CPU alone.
+    """
     checks.tensors(slots=slots)
     if slots.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"slots must be torch.int32 or torch.int64, got {slots.dtype}")
     if slots.dim() < 2 or slots.shape[0] != batch or (kv_heads > 1 and slots.shape[1] % kv_heads):
         heads = "" if kv_heads == 1 else f"H, a multiple of kv_heads={kv_heads}, "
         raise ValueError(f"slots must have shape ({batch}, {heads}..., K) as search gave, got {tuple(slots.shape)}")
+    checks.within("slots", slots, -1, most)
 
 
 def check_removal(mask: Tensor, batch: int, capacity: int, device: torch.device | None) -> None:

@@ -184,7 +184,9 @@ class KNNMemory(SavedMemory):
 
         slots: (B, ..., K), from `search(..., return_slots=True)`; -1 where there is none.
 
-        Returns ids (B, ..., K) int64, -1 where there is none. Raises ValueError without keep_ids, or for another batch.
+        Returns ids (B, ..., K) int64, -1 where there is none.
+
+        Raises ValueError without keep_ids, for another batch, or on the CPU for slots that there are not.
 
         >>> memory = KNNMemory(dim=1, max_memories=2, keep_ids=True)
         >>> memory.add(torch.tensor([[[[1.0], [0.0]], [[3.0], [0.0]], [[2.0], [0.0]]]]))
@@ -192,7 +194,9 @@ class KNNMemory(SavedMemory):
         >>> memory.ids_of(slots).tolist()
         [[1, 2, -1]]
         """
-        check_slots(slots, len(self.scoped_indices), self.kv_heads)
+        ring = self._ring if self._ranks is None else None  # of a sharded memory they are numbers of entries
+        most = None if ring is None else ring.keys.shape[1] - 1
+        check_slots(slots, len(self.scoped_indices), self.kv_heads, most)
         if not self.keep_ids:
             check_kept(None)
         of_heads = slots.unsqueeze(1) if self.kv_heads == 1 else slots  # (B, H, ...)
