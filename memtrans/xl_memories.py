@@ -155,7 +155,12 @@ def length_after(
 
 
 def caches_of(xl_memories: Sequence[Tensor | None] | None, layers: Sequence[int]) -> list[Tensor | None]:
-    """The XL caches given, or none for each of the caching layers; raises ValueError where their number is another."""
+    """The XL caches given, or none for each of the caching layers.
+
+    Raises TypeError for what is no sequence, ValueError where their number is another.
+    """
+    if xl_memories is not None and not isinstance(xl_memories, Sequence):
+        raise TypeError(f"xl_memories must be a sequence of caches, got {type(xl_memories).__name__}")
     caches: list[Tensor | None] = [None] * len(layers) if xl_memories is None else list(xl_memories)
     if len(caches) != len(layers):
         raise ValueError(f"xl_memories must hold one cache for each of the layers {layers}, got {len(caches)}")

@@ -147,6 +147,7 @@ def test_a_bias_and_a_cache_of_another_floating_dtype_are_cast(kind, dtype):
         (torch.ones(1, 2, DIM).long(), TypeError, r"x must be floating point, got torch\.int64"),
         (torch.randn(1, 2, DIM).to("meta"), ValueError, "x must be on cpu like the other tensors, got meta"),
         (numpy.zeros((1, 2, DIM)), TypeError, "x must be a torch.Tensor, got ndarray"),
+        (torch.randn(0, 2, DIM), ValueError, r"x must have at least one row, got shape \(0, 2, 16\)"),
     ],
 )
 def test_an_input_that_the_weights_cannot_read_is_refused(kind, x, error, message):
