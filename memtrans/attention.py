@@ -24,7 +24,7 @@ from memtrans.checks import (
     whole_number,
 )
 from memtrans.layers import bare_weight
-from memtrans.local_keys import LayerInputs, LocalKeys, LocalView, biases, seed_of
+from memtrans.local_keys import LayerInputs, LocalKeys, LocalView, biases, not_inputs, seed_of
 from memtrans.pairs import paired, taken_apart
 from memtrans.segments import Padding, leading, mask_of, ordered
 from memtrans_kernels import checks, local_attention
@@ -91,7 +91,7 @@ class LocalContext(nn.Module):
         check_hidden("x", x, getattr(self.to_q, "in_features", None), bare_weight(self.to_q, nn.Linear))
         batch, length, _ = x.shape
         local_keys = length
-        if isinstance(inputs.xl_memory, Tensor):
+        if inputs.xl_memory is not None and not isinstance(inputs.xl_memory, LocalView):
             check_cache("xl_memory", inputs.xl_memory, batch, self.kv_heads, self.widths, x.device)
             local_keys += inputs.xl_memory.shape[-3]
         check_count("local_length", inputs.local_length, batch, x.device, local_keys)
@@ -100,16 +100,13 @@ class LocalContext(nn.Module):
         if not self.causal and inputs.xl_memory is not None:
             raise ValueError("xl_memory must be None with causal=False: a cache is of a causal model")
 
-    def in_order(
-        self, x: Tensor, inputs: LayerInputs, mask: Tensor | None
-    ) -> tuple[Tensor, LayerInputs, Padding | None]:
+    def in_order(self, x: Tensor, inputs: LayerInputs, mask: Tensor | None) -> tuple[Tensor, LayerInputs, Padding]:
         """x (B, N, dim) and what comes with it once padding leads, where a mask (B, N) bool says what is padding, or
-        lengths do whose padding would be seen; else as they are."""
+        lengths do in a layer that is not causal."""
         batch, length, _ = x.shape
         check_tokens("mask", mask, batch, length, x.device)
         real = mask_of(mask, inputs.lengths, length, self.causal)
-        if real is None:
-            return x, inputs, None
+        assert real is not None
         if inputs.rel_pos_bias is not None and inputs.rel_pos_bias.dim() != 2:
             beside = "lengths with causal=False" if mask is None else "a mask"
             raise ValueError(f"rel_pos_bias must be by distance, (H, distances), beside {beside}, got a dense one")
@@ -273,7 +270,11 @@ class Attention(LocalContext):
         if inputs is None:
             inputs = LayerInputs(xl_memory, rel_pos_bias, local_length, lengths)
             self.check(x, inputs)
-        x, inputs, padding = self.in_order(x, inputs, mask)
+        elif not isinstance(inputs, LayerInputs):
+            raise TypeError(not_inputs(inputs))
+        padding = None
+        if mask is not None or (inputs.lengths is not None and not self.causal):
+            x, inputs, padding = self.in_order(x, inputs, mask)
         query, key, value = self.project(x)  # (B, H, N, D), (B, G, N, D), (B, G, N, E)
         local, new_cache = self.extend(key, value, inputs)
         dropout_p, plain = self.dropout_p, self.soft_cap is None and self.sink is None

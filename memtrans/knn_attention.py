@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from memtrans.attention import LocalContext
 from memtrans.checks import check_choice, check_number, check_tokens
-from memtrans.local_keys import LayerInputs
+from memtrans.local_keys import LayerInputs, not_inputs
 from memtrans.memory.clearings import check_cache_known, cleared_since, remember
 from memtrans.memory.given import snapshot_for
 from memtrans.memory.knn_memory import KNNMemory
@@ -172,9 +172,13 @@ class KNNAttention(LocalContext):
             knn_memory, add_to = self.check_all(x, inputs, knn_memory, add_to)
             alone = (knn_memory,) if add_to is None else (knn_memory, add_to)
             inputs = _without_forgotten(inputs, x.shape[1], alone)
+        elif not isinstance(inputs, LayerInputs):
+            raise TypeError(not_inputs(inputs))
         assert isinstance(knn_memory, MemorySnapshot) and not isinstance(add_to, KNNMemory)
         added_to = knn_memory if add_to is None else add_to
-        x, inputs, padding = self.in_order(x, inputs, mask)
+        padding = None
+        if mask is not None or (inputs.lengths is not None and not self.causal):
+            x, inputs, padding = self.in_order(x, inputs, mask)
         query, key, value = self.project(x)  # (B, H, N, D), (B, G, N, D), (B, G, N, E)
         if self.similarity == "cosine":
             query, key = cosine(query, key)

@@ -157,6 +157,17 @@ def test_an_input_that_the_weights_cannot_read_is_refused(kind, x, error, messag
         attention(x, **extra)
 
 
+@pytest.mark.parametrize("kind", [Attention, KNNAttention])
+def test_a_cache_of_another_type_or_a_mask_without_its_name_is_refused(kind):
+    attention, memory = kind(dim=DIM, heads=HEADS, dim_head=WIDTH, xl_max_memories=1), KNNMemory(WIDTH, 9)
+    extra = {"knn_memory": memory} if kind is KNNAttention else {}
+    with pytest.raises(TypeError, match=r"xl_memory must be a torch\.Tensor, got list"):
+        attention(torch.randn(1, 2, DIM), xl_memory=[torch.randn(1, 1, 2, WIDTH)], **extra)
+    with pytest.raises(TypeError, match="inputs must be LayerInputs, got Tensor: give mask"):
+        attention(torch.randn(1, 2, DIM), torch.ones(1, 2).bool(), **extra)
+    assert memory.lengths.tolist() == [0]
+
+
 def softmax_attention(query, key, value, mask, scale):
     """The formula of PyTorch's attention; what a query gets that sees no key is not a number."""
     return (query @ key.transpose(-2, -1) * scale + mask).softmax(dim=-1) @ value
