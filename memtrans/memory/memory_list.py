@@ -17,7 +17,7 @@ from memtrans.memory.checks import are_several
 from memtrans.memory.files import check_configuration, check_layers, of_class_alone
 from memtrans.memory.knn_memory import KNNMemory
 from memtrans.memory.moving import Movable
-from memtrans.memory.state import memory_arguments
+from memtrans.memory.state import check_mapping, memory_arguments
 from memtrans.storage import load_tensors, save_tensors
 from memtrans_kernels import checks
 
@@ -146,7 +146,11 @@ class KNNMemoryList(list[KNNMemory], Movable):
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Replaces what the memories hold. Raises ValueError when the state is of another number of layers or shape."""
+        """Replaces what the memories hold.
+
+        Raises TypeError when the state is no mapping, ValueError when it is of another number of layers or shape.
+        """
+        check_mapping(state)
         layers = {name.partition(".")[0] for name in state}
         if layers != {str(index) for index in range(len(self))}:
             raise ValueError(f"state must hold memories 0 to {len(self) - 1}, got {sorted(layers)}")

@@ -395,6 +395,8 @@ def test_a_list_names_the_memories_that_it_does_not_hold() -> None:
         memories.clear_memory(memory_indices=[0, 3])
     with pytest.raises(TypeError, match="memory_indices must be a sequence of numbers of memories, got 0"):
         memories.clear_memory([0], 0)
+    with pytest.raises(TypeError, match="state must be a mapping of names to tensors, got list"):
+        memories.load_state_dict([1])
     with pytest.raises(TypeError, match="indices must be a sequence of numbers of documents, got 1"):
         memories.at_batch_indices(1).__enter__()
     assert memories[0].lengths.tolist() == [3, 3]
