@@ -89,7 +89,7 @@ def test_the_device_is_the_one_given_or_that_of_the_first_tensor() -> None:
     memory.add(pairs(1))
     assert memory.device == torch.device("cpu")
     assert KNNMemory(2, 4, device="cpu").device == torch.device("cpu")
-    with pytest.raises(ValueError, match="the memory lives on cpu, got a tensor on meta"):
+    with pytest.raises(ValueError, match=r"memory lives on cpu, got a tensor on meta: memory.to\('meta'\) moves it"):
         memory.add(pairs(1).to("meta"))
 
 
