@@ -26,7 +26,7 @@ from memtrans.checks import (
     whole_number,
 )
 from memtrans.layers import bare_weight
-from memtrans.local_keys import LayerInputs, LocalKeys, LocalView, biases, seed_of
+from memtrans.local_keys import LayerInputs, LocalKeys, LocalView, biases, not_inputs, seed_of
 from memtrans.pairs import paired, taken_apart
 from memtrans.segments import Padding, leading, mask_of, ordered
 from memtrans_kernels import checks, cosine, local_attention
@@ -96,7 +96,7 @@ class LocalContext(nn.Module):
         check_hidden("x", x, getattr(self.to_q, "in_features", None), bare_weight(self.to_q, nn.Linear))
         batch, length, _ = x.shape
         local_keys = length
-        if isinstance(inputs.xl_memory, Tensor):
+        if inputs.xl_memory is not None and not isinstance(inputs.xl_memory, LocalView):
             check_cache("xl_memory", inputs.xl_memory, batch, self.kv_heads, self.widths, x.device)
             local_keys += inputs.xl_memory.shape[-3]
         check_count("local_length", inputs.local_length, batch, x.device, local_keys)
@@ -105,14 +105,16 @@ class LocalContext(nn.Module):
         if not self.causal and inputs.xl_memory is not None:
             raise ValueError("xl_memory must be None with causal=False: a cache is of a causal model")
 
-    def in_order(self, x: Tensor, inputs: LayerInputs, mask: Tensor) -> tuple[Tensor, LayerInputs, Padding]:
-        """x (B, N, dim) and what comes with it once padding leads, where a mask (B, N) bool says what is padding."""
+    def in_order(self, x: Tensor, inputs: LayerInputs, mask: Tensor | None) -> tuple[Tensor, LayerInputs, Padding]:
+        """x (B, N, dim) and what comes with it once padding leads, where a mask (B, N) bool says what is padding, or
+        lengths do in a layer that is not causal."""
         batch, length, _ = x.shape
         check_tokens("mask", mask, batch, length, x.device)
-        if inputs.rel_pos_bias is not None and inputs.rel_pos_bias.dim() != 2:
-            raise ValueError("rel_pos_bias must be by distance, (H, distances), beside a mask, got a dense one")
-        real = mask_of(mask, inputs.lengths, length)
+        real = mask_of(mask, inputs.lengths, length, self.causal)
         assert real is not None
+        if inputs.rel_pos_bias is not None and inputs.rel_pos_bias.dim() != 2:
+            beside = "lengths with causal=False" if mask is None else "a mask"
+            raise ValueError(f"rel_pos_bias must be by distance, (H, distances), beside {beside}, got a dense one")
         padding = leading(real)
         query_mask = None if inputs.query_mask is None else ordered(inputs.query_mask, padding.order)
         inputs = inputs._replace(lengths=None, padding=padding, query_mask=query_mask)
@@ -268,7 +270,8 @@ class Attention(LocalContext):
             xl_memory: (B, X, 2, D), or (B, G, X, 2, D) if G > 1.
             rel_pos_bias: by distance (H, distances), or dense (1 or B, H, at least N, at least L).
             local_length: (B,) int64, how many of the newest of the L local keys are this document's. Default: all.
-            lengths: (B,) int64, how many of the N tokens are real; padding at the tail is not cached. Default: all.
+            lengths: (B,) int64, how many of the N tokens are real; padding at the tail is neither seen nor cached.
+                Default: all.
             mask: (B, N) bool, False for padding anywhere: it is neither seen nor cached, sees nothing and takes no
                 position. Default: all is real.
 
@@ -283,8 +286,10 @@ class Attention(LocalContext):
         if inputs is None:
             inputs = LayerInputs(xl_memory, rel_pos_bias, local_length, lengths)
             self.check(x, inputs)
+        elif not isinstance(inputs, LayerInputs):
+            raise TypeError(not_inputs(inputs))
         padding = None
-        if mask is not None:
+        if mask is not None or (inputs.lengths is not None and not self.causal):
             x, inputs, padding = self.in_order(x, inputs, mask)
         query, key, value = self.project(x)  # (B, H, N, D), (B, G, N, D), (B, G, N, E)
         if self.similarity == "cosine":

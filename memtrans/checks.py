@@ -38,6 +38,8 @@ def check_ids(
     checks.tensors(**{name: ids})
     if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{name} must be integers of shape (B, N), got {ids.dtype} {tuple(ids.shape)}")
+    if ids.shape[0] == 0:
+        raise ValueError(f"{name} must have at least one row, got shape {tuple(ids.shape)}")
     if device is not None:
         checks.same_device(device, **{name: ids})
     if may_look(ids, validate):
@@ -75,6 +77,8 @@ def check_hidden(name: str, hidden: Tensor, width: int | None, weight: Tensor | 
         checks.same_device(weight.device, **{name: hidden})
     if hidden.dim() != 3 or width not in (None, hidden.shape[2]):
         raise ValueError(f"{name} must have shape (B, N, {width or 'dim'}), got {tuple(hidden.shape)}")
+    if hidden.shape[0] == 0:
+        raise ValueError(f"{name} must have at least one row, got shape {tuple(hidden.shape)}")
     if weight is None or not weight.dtype.is_floating_point:
         return
     if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):

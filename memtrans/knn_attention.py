@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from memtrans.attention import COSINE_SCALE, SIMILARITIES, LocalContext, learned_temperature, temperature_of
 from memtrans.checks import check_choice, check_number, check_tokens
-from memtrans.local_keys import LayerInputs
-from memtrans.memory.clearings import cleared_since, remember
+from memtrans.local_keys import LayerInputs, not_inputs
+from memtrans.memory.clearings import check_cache_known, cleared_since, remember
 from memtrans.memory.given import snapshot_for
 from memtrans.memory.knn_memory import KNNMemory
 from memtrans.memory.leaving import add_leaving
@@ -144,8 +144,8 @@ class KNNAttention(LocalContext):
             add_knn_memory: False leaves the memory as it is.
             rel_pos_bias: by distance (H, distances), or dense (1 or B, H, at least N, at least L).
             local_length: (B,) int64, how many of the newest of the L local keys are this document's. Default: all.
-            lengths: (B,) int64, how many of the N tokens are real; padding at the tail is neither cached nor stored.
-                Default: all.
+            lengths: (B,) int64, how many of the N tokens are real; padding at the tail is neither seen, cached nor
+                stored. Default: all.
             add_to: the memory to add to. Default: `knn_memory`.
             return_memory: also return the state of the memory after the segment.
             temperature: (H,), what `temperature()` gives, from callers that read by the token. Default: computed here.
@@ -155,11 +155,13 @@ class KNNAttention(LocalContext):
 
         Returns:
             out (B, N, dim), and the new XL cache, None without one; `Attention.forward` says what it holds of rows with
-            padding. Of rows that a memory is told to forget from now on, nothing of it is seen or stored.
+            padding. Of rows that a memory is told to forget from now on, nothing of it is seen or stored; a copy of it
+            (clone, cast, rows picked) does not know that.
 
         Raises:
             ValueError, TypeError: a shape, dtype, device or memory that does not fit; on the CPU also a count out of
-            range. Nothing was added then.
+            range; without `local_length`, a copy of a cache beside a memory that was cleared since its last segment.
+            Nothing was added then.
         """
         alone: tuple[MemorySnapshot, ...] = ()  # the memories of a layer that is called without a model
         if inputs is None:
@@ -167,10 +169,12 @@ class KNNAttention(LocalContext):
             knn_memory, add_to = self.check_all(x, inputs, knn_memory, add_to)
             alone = (knn_memory,) if add_to is None else (knn_memory, add_to)
             inputs = _without_forgotten(inputs, x.shape[1], alone)
+        elif not isinstance(inputs, LayerInputs):
+            raise TypeError(not_inputs(inputs))
         assert isinstance(knn_memory, MemorySnapshot) and not isinstance(add_to, KNNMemory)
         added_to = knn_memory if add_to is None else add_to
         padding = None
-        if mask is not None:
+        if mask is not None or (inputs.lengths is not None and not self.causal):
             x, inputs, padding = self.in_order(x, inputs, mask)
         query, key, value = self.project(x)  # (B, H, N, D), (B, G, N, D), (B, G, N, E)
         if self.similarity == "cosine":
@@ -237,6 +241,8 @@ def _without_forgotten(inputs: LayerInputs, length: int, snapshots: Sequence[Mem
     """Without the XL cache of rows that a memory forgot since it was made; of a segment of N = `length`."""
     if not isinstance(inputs.xl_memory, Tensor):
         return inputs
+    if not torch.compiler.is_compiling():
+        check_cache_known(inputs.xl_memory, inputs.local_length, snapshots)
     cleared = cleared_since([inputs.xl_memory], snapshots)
     if cleared is None:
         return inputs

@@ -83,6 +83,11 @@ class LayerInputs(NamedTuple):
         return sees
 
 
+def not_inputs(given: object) -> str:
+    """What an error says of a mask or a cache that stands where a model's loop gives all of them together."""
+    return f"inputs must be LayerInputs, got {type(given).__name__}: give mask, xl_memory and the rest by name"
+
+
 class LocalKeys(NamedTuple):
     """The local context that queries attend to, as the kernels take it.
 

@@ -105,12 +105,17 @@ def ordered(tensor: Tensor, order: Tensor) -> Tensor:
     return tensor.gather(1, index)
 
 
-def mask_of(mask: Tensor | None, lengths: Tensor | None, length: int) -> Tensor | None:
-    """The tokens (B, N) bool that are real by a mask (B, N), where there is one, and by lengths (B,).
+def mask_of(mask: Tensor | None, lengths: Tensor | None, length: int, causal: bool) -> Tensor | None:
+    """The tokens (B, N) bool that are real by a mask (B, N) and by lengths (B,); None where that hides nothing.
 
-    >>> mask_of(torch.tensor([[False, True, True]]), torch.tensor([2]), 3)
+    In a causal segment no real token sees the padding that lengths alone put behind it.
+
+    >>> mask_of(torch.tensor([[False, True, True]]), torch.tensor([2]), 3, causal=True)
     tensor([[False,  True, False]])
+    >>> mask_of(None, torch.tensor([2]), 3, causal=False)
+    tensor([[ True,  True, False]])
     """
-    if mask is None or lengths is None:
+    if lengths is None or (mask is None and causal):
         return mask
-    return mask & (torch.arange(length, device=mask.device) < lengths[:, None])
+    real = torch.arange(length, device=lengths.device) < lengths[:, None]
+    return real if mask is None else mask & real

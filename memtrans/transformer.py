@@ -33,6 +33,7 @@ from memtrans.trainers import Configuration, ForTrainers, without_memories
 from memtrans.vocabulary import Vocabulary
 from memtrans.xl_memories import (
     XLMemories,
+    caches_attended,
     caches_of,
     check_caches,
     check_said,
@@ -220,8 +221,9 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
             add_knn_memory: False leaves the memories as they are.
             inputs_embeds: (B, N, dim) instead of x.
             return_embeddings: stop before the logits, after the last norm.
-            lengths: (B,) int64, how many tokens of each row are real; padding at the tail is neither cached nor stored,
-                and start and end tokens there mean nothing. The row may go on in the next segment. Default: all.
+            lengths: (B,) int64, how many tokens of each row are real; padding at the tail is neither seen, cached nor
+                stored, and start and end tokens there mean nothing. The row may go on in the next segment. Default:
+                all.
             xl_length: (B,) int64, how many of the newest cached tokens belong to each row's document. Default: what
                 the caches say that were returned, in whatever list; else all. Without `legacy` none do for a row that
                 one of the memories was told to forget since the caches were made. Positions under `legacy` leave out a
@@ -281,7 +283,7 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         if not self.legacy:
             xl_length = length_seen(caches, xl_length, searched)
 
-        ids, padding, real = x, None, mask_of(mask, lengths, length)
+        ids, padding, real = x, None, mask_of(mask, lengths, length, self.causal)
         if real is not None:
             hidden, ids, padding = self._padding_first(hidden, x, real)
         lengths = lengths if padding is None else None
@@ -295,7 +297,9 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
             begun = begun if elsewhere is None else begun.beside(*elsewhere)
         elif add_knn_memory and self.legacy and ids is not None and start is not None:
             searched = added_to = self._clear(searched, ids, lengths, padding, start)
-        inputs = self._layer_inputs(length, device, caches, lengths, xl_length, padding, begun)
+        counted = lengths if padding is None else length - padding.skipped
+        attended = caches_attended(caches, self.shift_xl_memories_down, length, counted)
+        inputs = self._layer_inputs(length, device, attended, lengths, xl_length, padding, begun)
         unused = self._nothing_of_unused_bias(device)
         hidden = hidden if unused is None else hidden + unused
         hidden, stored, new_caches = self.run_layers(hidden, inputs, searched, add_knn_memory, added_to)
@@ -309,7 +313,6 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
             return result
         if "forward" in self.__dict__:  # accelerate's, which makes float32 copies of all else, and they say nothing
             new_caches = [cache.float() for cache in new_caches]
-        counted = lengths if padding is None else length - padding.skipped
         held = length_after(caches, length, counted, xl_length)  # (B,)
         if begun is not None:
             held = _held_of_new_documents(begun, held, length, lengths, longest_of(caches) + length)
@@ -346,7 +349,10 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         padding: Padding | None,
         begun: Beginnings | None,
     ) -> list[LayerInputs]:
-        """For each layer the bias of its kind, and the XL cache that it attends to; of a segment of N = `length`."""
+        """For each layer the bias of its kind, and the XL cache that it attends to; of a segment of N = `length`.
+
+        caches: what each caching layer attends to.
+        """
         free = longest_of(caches) if self.legacy else 0
         plain, of_memory = (bias.table(free, device) for bias in (self.rel_pos_bias, self.knn_rel_pos_bias))
         inputs = []
@@ -354,8 +360,7 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
             bias = of_memory if number in self.memorizing_layers else plain
             cached = local_length = None
             if number in self.xl_memory_layers:
-                place = self.xl_memory_layers.index(number) + self.shift_xl_memories_down
-                cached = caches[place % self.num_xl_memory_layers]
+                cached = caches[self.xl_memory_layers.index(number)]
             if cached is not None and xl_length is not None:
                 local_length = xl_length.clamp(max=cached.shape[-3]) + length  # (B,)
             inputs.append(LayerInputs(cached, bias, local_length, lengths, padding=padding, beginnings=begun))
@@ -424,7 +429,7 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         check_count("xl_length", xl_length, batch, device)
         if mask is not None:
             check_tokens("mask", mask, batch, length, device)
-        real = mask_of(mask, lengths, length)
+        real = mask_of(mask, lengths, length, self.causal)
         check_said(caches, lengths if real is None else real.sum(dim=1), xl_length, self.validate)
 
     def snapshots(

@@ -155,11 +155,43 @@ def length_after(
 
 
 def caches_of(xl_memories: Sequence[Tensor | None] | None, layers: Sequence[int]) -> list[Tensor | None]:
-    """The XL caches given, or none for each of the caching layers; raises ValueError where their number is another."""
+    """The XL caches given, or none for each of the caching layers.
+
+    Raises TypeError for what is no sequence, ValueError where their number is another.
+    """
+    if xl_memories is not None and not isinstance(xl_memories, Sequence):
+        raise TypeError(f"xl_memories must be a sequence of caches, got {type(xl_memories).__name__}")
     caches: list[Tensor | None] = [None] * len(layers) if xl_memories is None else list(xl_memories)
     if len(caches) != len(layers):
         raise ValueError(f"xl_memories must hold one cache for each of the layers {layers}, got {len(caches)}")
     return caches
+
+
+def caches_attended(
+    caches: Sequence[Tensor | None], shift: int, length: int, real: Tensor | None
+) -> list[Tensor | None]:
+    """For each caching layer the XL cache of the one `shift` above, wrapping round.
+
+    A row without a real token keeps its caches where they are: its next segment is then read as if this one, of N =
+    `length` tokens, had not been. real: (B,), real tokens of each row. Default: all.
+
+    >>> low, high = torch.zeros(2, 1, 2, 1), torch.ones(2, 1, 2, 1)
+    >>> [cache[:, 0, 0, 0].tolist() for cache in caches_attended([low, high], 1, 4, torch.tensor([3, 0]))]
+    [[1.0, 0.0], [0.0, 1.0]]
+    """
+    if length == 0 or not caches or shift % len(caches) == 0:
+        return list(caches)
+    shifted = [caches[(place + shift) % len(caches)] for place in range(len(caches))]
+    if real is None:
+        return shifted
+    return [_of_rows(real > 0, other, own) for own, other in zip(caches, shifted, strict=True)]
+
+
+def _of_rows(chosen: Tensor, cache: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """`cache` for the rows where `chosen` (B,) is True, else `other`; all of it where they are not of one size."""
+    if cache is None or other is None or cache.shape != other.shape:
+        return cache
+    return torch.where(chosen.reshape(-1, *[1] * (cache.dim() - 1)), cache, other)
 
 
 def check_caches(

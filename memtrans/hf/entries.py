@@ -15,6 +15,7 @@ from memtrans.hf.settings import MemorySettings
 from memtrans.hf.state import Stored, kept
 from memtrans.memory import KNNMemory, KNNMemoryList
 from memtrans.memory.announcement import made_together
+from memtrans.memory.checks import check_mask
 from memtrans.memory.snapshot import MemorySnapshot
 from memtrans.storage import load_tensors, save_tensors
 
@@ -84,6 +85,7 @@ class Entries:
 
     def clear_rows(self, mask: Tensor) -> None:
         """Forgets the documents where mask (B,) bool is True."""
+        check_mask(mask, self.documents)
         for memory in self.all():
             memory.clear_rows(mask.to(memory.device))
         self.read.masked_fill_(mask.to(self.read.device), 0)

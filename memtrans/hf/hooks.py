@@ -16,6 +16,9 @@ from memtrans.hf.layer_memory import Asking, asking_of
 from memtrans.hf.masks import Padding, begins_of, check_one_document, padding_of, ranks_of
 from memtrans.hf.rotation import Angles, Rotation, angles_back
 from memtrans.hf.state import ForwardState
+from memtrans.memory.checks import check_mask
+from memtrans_kernels import checks
+from memtrans_kernels.checks import may_look
 
 if TYPE_CHECKING:
     from memtrans.hf.model_memory import ModelMemory
@@ -43,6 +46,7 @@ def before_decoder(memory: ModelMemory, decoder: nn.Module, args: Any, kwargs: d
             "new_document must be given inside writing() or training() alone, got it in a pass that writes nothing: a "
             "Trainer evaluates `with memory.training():`"
         )
+    fresh = None if fresh is None else _beginning(fresh, batch)
     if writes:
         _check_segment(memory, length, cache)
     entries = memory.entries_for(batch, writes)
@@ -51,7 +55,7 @@ def before_decoder(memory: ModelMemory, decoder: nn.Module, args: Any, kwargs: d
     plain = count is None and all(kwargs.get(name) is None for name in SHAPING)
     padding, blind = _told(memory, decoder, given, kwargs, cache, count)
     if fresh is not None:
-        entries.clear_rows(fresh.bool())
+        entries.clear_rows(fresh)
     standing = entries.snapshots() if writes or torch.is_grad_enabled() else entries.live()
     snapshots = memory.views(standing)
     most = _most(snapshots[memory.numbers[0]])
@@ -75,6 +79,15 @@ def before_decoder(memory: ModelMemory, decoder: nn.Module, args: Any, kwargs: d
         tokens = ids if ids is not None else given.new_zeros(batch, length)
         state.stored, state.store = {}, partial(entries.store, standing, tokens, state.sink, padding)
     return args, kwargs
+
+
+def _beginning(fresh: Tensor, batch: int) -> Tensor:
+    """`new_document` as a mask (B,) bool; collators may make ones and zeros of it. Raises for anything else."""
+    checks.tensors(new_document=fresh)
+    if fresh.dtype != torch.bool and may_look(fresh) and bool(((fresh != 0) & (fresh != 1)).any()):
+        raise ValueError(f"new_document must be 1 where a document begins and else 0, got {fresh.tolist()}")
+    check_mask(fresh.bool(), batch, name="new_document")
+    return fresh.bool()
 
 
 def after_decoder(memory: ModelMemory, decoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:

@@ -98,9 +98,13 @@ class ModelMemory:
         return torch.zeros(0, dtype=torch.int64) if self._entries is None else self._entries.lengths
 
     def ids(self, document: int) -> Tensor:
-        """The ids of the tokens that a document holds, old to new (n,) int64. Raises ValueError without keep_ids."""
-        if self._entries is None:
-            raise ValueError(f"document must be one that was read, got {document} of none")
+        """The ids of the tokens that a document holds, old to new (n,) int64.
+
+        Raises ValueError without keep_ids, or where there is no such document, TypeError for what is no integer.
+        """
+        documents, document = len(self.lengths), checks.integer("document", document)
+        if self._entries is None or not 0 <= document < documents:
+            raise ValueError(f"document must be one that was read, got {document} of {documents or 'none'}")
         return self._entries.ids_of(document)
 
     @property

@@ -7,6 +7,7 @@ looked at on CPU tensors alone: on a GPU a look is a host round trip.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -88,13 +89,13 @@ def check_queries(queries: Tensor, batch: int, kv_heads: int, width: int) -> Non
         )
 
 
-def check_mask(mask: Tensor, documents: int, device: torch.device | None = None) -> None:
+def check_mask(mask: Tensor, documents: int, device: torch.device | None = None, name: str = "mask") -> None:
     """Raises TypeError or ValueError unless `mask` is a bool tensor (B,), on that device if one is given."""
-    checks.tensors(mask=mask)
+    checks.tensors(**{name: mask})
     if mask.dtype != torch.bool or mask.shape != (documents,):
-        raise ValueError(f"mask must be a bool tensor of shape ({documents},), got {mask.dtype} {tuple(mask.shape)}")
+        raise ValueError(f"{name} must be a bool tensor of shape ({documents},), got {mask.dtype} {tuple(mask.shape)}")
     if device is not None:
-        checks.same_device(device, mask=mask)
+        checks.same_device(device, **{name: mask})
 
 
 def check_ids(ids: Tensor, keys: Tensor, kept: bool) -> None:
@@ -108,14 +109,18 @@ def check_ids(ids: Tensor, keys: Tensor, kept: bool) -> None:
         raise ValueError(f"ids must have shape {expected} as memories have, got {tuple(ids.shape)}")
 
 
-def check_slots(slots: Tensor, batch: int, kv_heads: int) -> None:
-    """Raises ValueError or TypeError unless `slots` are whole numbers (B, ..., K), or (B, H, ..., K) if G > 1."""
+def check_slots(slots: Tensor, batch: int, kv_heads: int, most: int | None) -> None:
+    """Raises ValueError or TypeError unless `slots` are whole numbers (B, ..., K), or (B, H, ..., K) if G > 1.
+
+    most: the largest there is, where it is known; values are looked at on the CPU alone.
+    """
     checks.tensors(slots=slots)
     if slots.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"slots must be torch.int32 or torch.int64, got {slots.dtype}")
     if slots.dim() < 2 or slots.shape[0] != batch or (kv_heads > 1 and slots.shape[1] % kv_heads):
         heads = "" if kv_heads == 1 else f"H, a multiple of kv_heads={kv_heads}, "
         raise ValueError(f"slots must have shape ({batch}, {heads}..., K) as search gave, got {tuple(slots.shape)}")
+    checks.within("slots", slots, -1, most)
 
 
 def check_removal(mask: Tensor, batch: int, capacity: int, device: torch.device | None) -> None:
@@ -136,9 +141,18 @@ def check_numbers(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must be numbers, got NaN components")
 
 
+def are_several(numbers: object) -> TypeGuard[Iterable[Any]]:
+    """Whether they are to be gone through; a tensor or an array without an axis is one number, iterable by its class.
+
+    >>> are_several([1]), are_several(1), are_several(torch.tensor(1))
+    (True, False, False)
+    """
+    return isinstance(numbers, Iterable) and getattr(numbers, "ndim", 1) > 0
+
+
 def document_numbers(name: str, documents: Iterable[int], batch: int) -> list[int]:
     """`documents` as a list; raises TypeError or ValueError unless they are different integers in [0, B)."""
-    if not isinstance(documents, Iterable):
+    if not are_several(documents):
         raise TypeError(f"{name} must be a sequence of numbers of documents, got {documents!r}")
     numbers = [checks.integer(name, document) for document in documents]
     if len(set(numbers)) != len(numbers) or not all(0 <= number < batch for number in numbers):

@@ -67,12 +67,9 @@ def cleared_since(caches: Sequence[Tensor | None], snapshots: Sequence[MemorySna
 
     Of caches that were made without these memories nothing is known.
     """
-    said = clearings_said(caches)
-    if len(said) != len(snapshots):
-        return None
     rows = [
         snapshot.cleared_since(counts)
-        for counts, snapshot in zip(said, snapshots, strict=True)
+        for counts, snapshot in zip(clearings_said(caches), snapshots, strict=False)
         if counts.shape == snapshot.clearings.shape
         and (torch.compiler.is_compiling() or counts is not snapshot.clearings)
     ]
@@ -96,8 +93,22 @@ def remember(cache: Tensor, snapshots: Sequence[MemorySnapshot]) -> None:
 
 def check_known(caches: Sequence[Tensor | None], xl_length: Tensor | None, snapshots: Sequence[MemorySnapshot]) -> None:
     """Raises ValueError where nobody says whether the caches are older than what the memories forgot."""
-    if xl_length is None and is_silent(caches) and any(snapshot.ring.clearings.unread for snapshot in snapshots):
+    if xl_length is None and is_silent(caches) and _any_unread(snapshots):
         raise ValueError(
             "xl_length must be given with xl_memories that do not say which document they are of, beside memories that "
             "were cleared since their last segment: 0 for rows that begin anew"
         )
+
+
+def check_cache_known(cache: Tensor, local_length: Tensor | None, snapshots: Sequence[MemorySnapshot]) -> None:
+    """`check_known`, for a layer that is called without a model."""
+    silent = cache.shape[-3] > 0 and not hasattr(cache, CLEARINGS)
+    if local_length is None and silent and _any_unread(snapshots):
+        raise ValueError(
+            "local_length must be given with an xl_memory that does not say which document it is of, beside a memory "
+            "that was cleared since its last segment: N for rows that begin anew"
+        )
+
+
+def _any_unread(snapshots: Sequence[MemorySnapshot]) -> bool:
+    return any(snapshot.ring.clearings.unread for snapshot in snapshots)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
+from memtrans.memory.checks import are_several
 from memtrans.memory.knn_memory import KNNMemory
 from memtrans_kernels import checks
 
@@ -91,7 +92,7 @@ def documents_of_rows(rows: int | Iterable[int], scope: Sequence[int]) -> list[i
     >>> documents_of_rows(4, [0, 2]), documents_of_rows([1, 0, 1], [0, 2])
     ([0, 0, 2, 2], [2, 0, 2])
     """
-    if isinstance(rows, Iterable):
+    if are_several(rows):
         places = [checks.integer("rows", place) for place in rows]
         if not places or not all(0 <= place < len(scope) for place in places):
             raise ValueError(f"rows must be numbers of the documents in scope, in [0, {len(scope)}), got {places}")

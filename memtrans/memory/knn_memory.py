@@ -15,6 +15,7 @@ from torch import Tensor
 from memtrans.checks import check_finite
 from memtrans.compatibility import UNUSED, warn_unused
 from memtrans.memory.checks import (
+    are_several,
     check_ids,
     check_keys_and_values,
     check_mask,
@@ -183,7 +184,9 @@ class KNNMemory(SavedMemory):
 
         slots: (B, ..., K), from `search(..., return_slots=True)`; -1 where there is none.
 
-        Returns ids (B, ..., K) int64, -1 where there is none. Raises ValueError without keep_ids, or for another batch.
+        Returns ids (B, ..., K) int64, -1 where there is none.
+
+        Raises ValueError without keep_ids, for another batch, or on the CPU for slots that there are not.
 
         >>> memory = KNNMemory(dim=1, max_memories=2, keep_ids=True)
         >>> memory.add(torch.tensor([[[[1.0], [0.0]], [[3.0], [0.0]], [[2.0], [0.0]]]]))
@@ -191,7 +194,9 @@ class KNNMemory(SavedMemory):
         >>> memory.ids_of(slots).tolist()
         [[1, 2, -1]]
         """
-        check_slots(slots, len(self.scoped_indices), self.kv_heads)
+        ring = self._ring if self._ranks is None else None  # of a sharded memory they are numbers of entries
+        most = None if ring is None else ring.keys.shape[1] - 1
+        check_slots(slots, len(self.scoped_indices), self.kv_heads, most)
         if not self.keep_ids:
             check_kept(None)
         of_heads = slots.unsqueeze(1) if self.kv_heads == 1 else slots  # (B, H, ...)
@@ -274,8 +279,7 @@ class KNNMemory(SavedMemory):
         if batch_indices is None:
             indices = list(range(self.num_indices))
         else:
-            several = isinstance(batch_indices, Iterable) and getattr(batch_indices, "ndim", 1) > 0
-            given: Any = batch_indices if several else [batch_indices]
+            given: Any = batch_indices if are_several(batch_indices) else [batch_indices]
             indices = document_numbers("batch_indices", given, self.num_indices)
         if self._ring is not None:
             with self.at_batch_indices(range(self.num_indices)):

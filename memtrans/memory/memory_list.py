@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -13,10 +13,11 @@ from torch import Tensor
 
 from memtrans.compatibility import UNUSED, warn_unused
 from memtrans.memory.announcement import made_together
+from memtrans.memory.checks import are_several
 from memtrans.memory.files import check_configuration, check_layers, of_class_alone
 from memtrans.memory.knn_memory import KNNMemory
 from memtrans.memory.moving import Movable
-from memtrans.memory.state import memory_arguments
+from memtrans.memory.state import check_mapping, memory_arguments
 from memtrans.storage import load_tensors, save_tensors
 from memtrans_kernels import checks
 
@@ -59,7 +60,7 @@ class KNNMemoryList(list[KNNMemory], Movable):
     @contextmanager
     def at_batch_indices(self, indices: Iterable[int]) -> Iterator[KNNMemoryList]:
         """Scopes every memory to some documents inside a `with`."""
-        indices = list(indices)
+        indices = _to_go_through_again(indices)
         with ExitStack() as stack:
             for memory in self:
                 stack.enter_context(memory.at_batch_indices(indices))
@@ -99,7 +100,7 @@ class KNNMemoryList(list[KNNMemory], Movable):
         >>> [view.num_indices for view in memories.expand(4)]
         [4, 4]
         """
-        rows = list(rows) if isinstance(rows, Iterable) else rows
+        rows = _to_go_through_again(rows)
         return type(self)(memory.expand(rows) for memory in self)
 
     def to(self: MemoryType, *args: Any, **kwargs: Any) -> MemoryType:
@@ -109,7 +110,7 @@ class KNNMemoryList(list[KNNMemory], Movable):
         return self
 
     def clear_memory(
-        self, batch_indices: int | Sequence[int] | None = None, memory_indices: Iterable[int] | None = None
+        self, batch_indices: int | Iterable[int] | None = None, memory_indices: Iterable[int] | None = None
     ) -> None:
         """Forgets documents (all by default), counted absolutely, in the memories named (all by default).
 
@@ -118,8 +119,9 @@ class KNNMemoryList(list[KNNMemory], Movable):
 
         Raises IndexError or TypeError when there is no such memory; see `KNNMemory.clear` for documents.
         """
+        batch_indices = _to_go_through_again(batch_indices)
         named: Any = range(len(self)) if memory_indices is None else memory_indices
-        if not isinstance(named, Iterable):
+        if not are_several(named):
             raise TypeError(f"memory_indices must be a sequence of numbers of memories, got {named!r}")
         chosen = [checks.integer("memory_indices", index) for index in named]
         if not all(-len(self) <= index < len(self) for index in chosen):
@@ -144,7 +146,11 @@ class KNNMemoryList(list[KNNMemory], Movable):
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Replaces what the memories hold. Raises ValueError when the state is of another number of layers or shape."""
+        """Replaces what the memories hold.
+
+        Raises TypeError when the state is no mapping, ValueError when it is of another number of layers or shape.
+        """
+        check_mapping(state)
         layers = {name.partition(".")[0] for name in state}
         if layers != {str(index) for index in range(len(self))}:
             raise ValueError(f"state must hold memories 0 to {len(self) - 1}, got {sorted(layers)}")
@@ -188,3 +194,8 @@ class KNNMemoryList(list[KNNMemory], Movable):
             memories = cls([KNNMemory(**arguments, device=device) for _ in range(layers)])
         memories.load_state_dict(state)
         return memories
+
+
+def _to_go_through_again(numbers: Any) -> Any:
+    """The same numbers for every memory: a generator would have none left for the second one."""
+    return list(numbers) if isinstance(numbers, Iterator) else numbers

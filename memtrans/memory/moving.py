@@ -10,7 +10,7 @@ Moved = TypeVar("Moved", bound="Movable")
 
 
 class Movable:
-    """Gives `cuda`, `cpu`, `half`, `float` and `bfloat16` to what has a `to`."""
+    """Gives `cuda`, `cpu`, `half`, `bfloat16`, `float` and `double` to what has a `to`."""
 
     def to(self: Moved, *args: Any, **kwargs: Any) -> Moved:
         """Moves and casts in place; returns itself."""
@@ -37,6 +37,10 @@ class Movable:
     def float(self: Moved) -> Moved:
         """Stores keys and values as float32; see `to`."""
         return self.to(torch.float32)
+
+    def double(self: Moved) -> Moved:
+        """Stores keys and values as float64; see `to`."""
+        return self.to(torch.float64)
 
 
 def device_and_dtype(*args: Any, **kwargs: Any) -> tuple[torch.device | None, torch.dtype | None]:

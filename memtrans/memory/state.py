@@ -32,12 +32,17 @@ def state_parts(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
     Raises TypeError where `state` is no mapping, ValueError where one of the three is missing.
     """
-    if not isinstance(state, Mapping):
-        raise TypeError(f"state must be a mapping of names to tensors, got {type(state).__name__}")
+    check_mapping(state)
     missing = {"keys", "values", "lengths"} - set(state)
     if missing:
         raise ValueError(f"state must hold keys, values and lengths, got none of {sorted(missing)}")
     return state["keys"], state["values"], state["lengths"]
+
+
+def check_mapping(state: object) -> None:
+    """Raises TypeError unless `state` is a mapping."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state must be a mapping of names to tensors, got {type(state).__name__}")
 
 
 def with_ids(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

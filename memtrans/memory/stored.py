@@ -160,8 +160,7 @@ class StoredMemory:
             raise ValueError("device must be given to a memory that has seen no tensor yet, got None")
         if device is not None and device != rows.device:
             raise ValueError(
-                f"the memory lives on {rows.device}, got a tensor on {device}: make or load the memory "
-                f"with device={str(device)!r}"
+                f"the memory lives on {rows.device}, got a tensor on {device}: memory.to({str(device)!r}) moves it"
             )
         assert device is None or longest <= ring.spare  # a compiled graph asks it of every memory that it is given
         if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():

@@ -137,6 +137,44 @@ def test_a_document_that_begins_finds_nothing_of_the_one_before(model: PreTraine
     assert memory.lengths.tolist() == [0, 15]
 
 
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda memory: memory.ids(2), ValueError, "document must be one that was read, got 2 of 2"),
+        (lambda memory: memory.ids(-1), ValueError, "document must be one that was read, got -1 of 2"),
+        (lambda memory: memory.ids([0]), TypeError, r"document must be an integer, got \[0\]"),
+        (lambda memory: memory.clear_rows([True, False]), TypeError, "mask must be a torch.Tensor, got list"),
+        (lambda memory: memory.clear_rows(torch.tensor([0])), ValueError, "mask must be a bool tensor of shape"),
+    ],
+)
+def test_documents_that_it_does_not_hold_are_refused(
+    model: PreTrainedModel, call: Any, error: type[Exception], message: str
+) -> None:
+    memory = add_memory(model, **SIZES)
+    memory.read(tokens(length=8))
+    with pytest.raises(error, match=message):
+        call(memory)
+    assert memory.lengths.tolist() == [7, 7]
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "message"),
+    [
+        ([True, False], TypeError, "new_document must be a torch.Tensor, got list"),
+        (torch.tensor([True]), ValueError, r"new_document must be a bool tensor of shape \(2,\), got .* \(1,\)"),
+        (torch.tensor([0, 2]), ValueError, r"new_document must be 1 where a document begins and else 0, got \[0, 2\]"),
+    ],
+)
+def test_flags_of_another_kind_are_refused_and_nothing_is_forgotten(
+    model: PreTrainedModel, flags: Any, error: type[Exception], message: str
+) -> None:
+    memory = add_memory(model, **SIZES)
+    memory.read(tokens(length=8))
+    with memory.writing(), pytest.raises(error, match=message):
+        logits_of(model, tokens(length=8), new_document=flags)
+    assert memory.lengths.tolist() == [7, 7]
+
+
 def test_a_view_of_the_newest_entries_is_a_smaller_memory(model: PreTrainedModel) -> None:
     ids, question, small = tokens(length=16), tokens(length=6, seed=1), made("llama")
     memory = add_memory(model, **{**SIZES, "sink": 0})

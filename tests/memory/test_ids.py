@@ -69,7 +69,7 @@ def test_22_6_slots_have_the_shape_of_the_queries_and_ids_of_the_slots() -> None
     memory.add(torch.randn(2, 2, 3, 2, 2))
     _, _, slots, scores = memory.search(torch.randn(2, 4, 5, 7, 2), 2, return_slots=True, return_scores=True)
     assert slots.shape == scores.shape == memory.ids_of(slots).shape == (2, 4, 5, 7, 2)
-    for wrong in (slots[:1], slots[:, :3], slots.float()):
+    for wrong in (slots[:1], slots[:, :3], slots.float(), slots + 7, slots - 2):
         with pytest.raises((TypeError, ValueError), match="slots must"):
             memory.ids_of(wrong)
 

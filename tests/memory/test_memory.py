@@ -89,7 +89,7 @@ def test_the_device_is_the_one_given_or_that_of_the_first_tensor() -> None:
     memory.add(pairs(1))
     assert memory.device == torch.device("cpu")
     assert KNNMemory(2, 4, device="cpu").device == torch.device("cpu")
-    with pytest.raises(ValueError, match="the memory lives on cpu, got a tensor on meta"):
+    with pytest.raises(ValueError, match=r"memory lives on cpu, got a tensor on meta: memory.to\('meta'\) moves it"):
         memory.add(pairs(1).to("meta"))
 
 
@@ -355,6 +355,7 @@ def test_a_memory_that_cannot_be_is_refused(kwargs: dict, error: type[Exception]
             r"batch_indices must be an integer, got tensor\(True",
         ),
         (lambda m: m.set_scoped_indices(1), TypeError, "indices must be a sequence of numbers of documents, got 1"),
+        (lambda m: m.set_scoped_indices(torch.tensor(1)), TypeError, r"indices must be a sequence .* got tensor\(1\)"),
         (lambda m: m.set_scoped_indices([0.0]), TypeError, "indices must be an integer, got 0.0"),
         (lambda m: m.clear_rows(torch.ones(3).bool()), ValueError, r"mask must be a bool tensor of shape \(2,\), got"),
         (lambda m: m.clear_rows(torch.ones(2)), ValueError, "mask must be a bool tensor .* got torch.float32"),
@@ -394,9 +395,19 @@ def test_a_list_names_the_memories_that_it_does_not_hold() -> None:
         memories.clear_memory(memory_indices=[0, 3])
     with pytest.raises(TypeError, match="memory_indices must be a sequence of numbers of memories, got 0"):
         memories.clear_memory([0], 0)
+    with pytest.raises(TypeError, match="state must be a mapping of names to tensors, got list"):
+        memories.load_state_dict([1])
+    with pytest.raises(TypeError, match="indices must be a sequence of numbers of documents, got 1"):
+        memories.at_batch_indices(1).__enter__()
     assert memories[0].lengths.tolist() == [3, 3]
     with pytest.raises(TypeError, match=r"num_memory_layers must be an integer, got 2\.0"):
         KNNMemoryList.create_memories(batch_size=2, num_memory_layers=2.0)
+
+
+def test_a_list_tells_every_memory_of_documents_that_can_be_gone_through_once() -> None:
+    memories = KNNMemoryList([filled(), filled()])
+    memories.clear_memory(number for number in (0,))
+    assert [memory.lengths.tolist() for memory in memories] == [[0, 3], [0, 3]]
 
 
 @pytest.mark.parametrize("index", [1, torch.tensor(1), numpy.int64(1)])

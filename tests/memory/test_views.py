@@ -30,7 +30,9 @@ def random_memory(batch: int, kv_heads: int = 1, **kwargs: Any) -> KNNMemory:
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
-@pytest.mark.parametrize(("rows", "documents"), [(6, [0, 0, 1, 1, 2, 2]), ([2, 0, 2], [2, 0, 2]), (3, [0, 1, 2])])
+@pytest.mark.parametrize(
+    ("rows", "documents"), [(6, [0, 0, 1, 1, 2, 2]), ([2, 0, 2], [2, 0, 2]), (torch.tensor(3), [0, 1, 2])]
+)
 def test_22_5_a_row_of_a_view_finds_what_its_document_finds(kv_heads: int, rows: Any, documents: list[int]) -> None:
     memory = random_memory(3, kv_heads, keep_ids=True)
     view = memory.expand(rows)
@@ -151,7 +153,7 @@ def test_22_5_half_and_to_store_in_another_dtype_and_give_the_memory_back() -> N
     assert held(memory) == [[], [1, 2, 3]] and memory.entries().ids[1].tolist() == [0, 1, 2, -1]
     ring = memory._ring
     assert memory.to("cpu", torch.float16)._ring is ring, "nothing to do"
-    assert memory.to(torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
+    assert memory.to(torch.zeros(1, dtype=torch.float64)).dtype == memory.half().double().dtype == torch.float64
     assert memory.float().bfloat16().cpu().dtype == torch.bfloat16
     memory.add(pairs(4, batch=2))
     assert held(memory) == [[4], [1, 2, 3, 4]]

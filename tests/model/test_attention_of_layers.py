@@ -125,6 +125,53 @@ def test_not_causal_it_is_pytorchs_attention_with_a_bias_by_distance_on_either_s
     assert_close(out, attention.to_out(expected.transpose(1, 2).flatten(2)), SAME_FORMULA)
 
 
+LENGTHS = torch.tensor([4, 0], device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(Attention, {}), *((KNNAttention, options) for options in ({}, {"combine": "gate"}, {"attend_to": "all"}))],
+)
+def test_not_causal_no_token_sees_the_padding_that_lengths_put_behind_it(kind: type, options: dict[str, Any]) -> None:
+    """Outputs, what is stored and gradients are those of each row alone, in two segments."""
+    attention = layer(kind, causal=False, **options)
+    together, inputs = memory(), [hidden().requires_grad_(), hidden(seed=2).requires_grad_()]
+
+    def run(x: Tensor, of: KNNMemory, **given: Any) -> Tensor:
+        out, _ = attention(x, rel_pos_bias=TABLE, **given, **({"knn_memory": of} if kind is KNNAttention else {}))
+        return out
+
+    def gradients(loss: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(loss, [*inputs, *attention.parameters()], allow_unused=True)
+
+    counts = [LENGTHS, LENGTHS.flip(0)]
+    found, expected = [run(x, together, lengths=real) for x, real in zip(inputs, counts, strict=True)], []
+    for row in range(B):
+        alone = KNNMemory(dim=D, max_memories=40, num_indices=1, kv_heads=G, dtype=torch.float64)
+        for out, x, real in zip(found, inputs, counts, strict=True):
+            if real[row]:
+                expected.append((out[row, : real[row]], run(x[row : row + 1, : real[row]], alone)[0]))
+        if kind is KNNAttention:
+            assert int(together.lengths[row]) == int(alone.lengths) == 4
+    for of_both, of_alone in expected:
+        assert_close(of_both, of_alone, SAME_FORMULA)
+    sides = (gradients(sum(side.square().sum() for side in pair)) for pair in zip(*expected, strict=True))
+    for of_both, of_alone in zip(*sides, strict=True):
+        assert (of_both is None) == (of_alone is None)
+        if of_both is not None:
+            assert_close(of_both, of_alone, SAME_FORMULA)
+
+
+def test_a_model_that_is_not_causal_sees_no_padding_that_lengths_put_behind_a_text() -> None:
+    model = build(causal=False)
+    ids = torch.randint(1, 30, (B, N), generator=torch.Generator().manual_seed(5))
+    memories = model.create_knn_memories(batch_size=B)
+    logits = model(ids, memories, lengths=LENGTHS)
+    alone = model(ids[:1, :4], model.create_knn_memories(batch_size=1))
+    assert_close(logits[0, :4], alone[0], SAME_GRAPH)
+    assert memories[0].lengths.tolist() == LENGTHS.tolist() and logits.isfinite().all()
+
+
 def test_a_cap_and_a_sink_are_in_the_softmax() -> None:
     attention, x = layer(soft_cap=0.7, sink=True), hidden()
     query, key, value = projected(attention, x)
@@ -248,6 +295,10 @@ def test_a_model_that_is_not_causal_sees_both_ways() -> None:
         (
             lambda: layer()(hidden(), mask=torch.ones(B, N).bool(), rel_pos_bias=torch.zeros(1, H, N, N).double()),
             r"rel_pos_bias must be by distance, \(H, distances\), beside a mask",
+        ),
+        (
+            lambda: layer(causal=False)(hidden(), lengths=LENGTHS, rel_pos_bias=torch.zeros(1, H, N, N).double()),
+            r"rel_pos_bias must be by distance, \(H, distances\), beside lengths with causal=False, got a dense one",
         ),
     ],
 )  # fmt: skip

@@ -352,6 +352,33 @@ def test_21_5_a_layer_without_a_model_leaves_the_cache_out_too() -> None:
     assert memory.lengths.tolist() == [N - X] * BATCH
 
 
+@pytest.mark.parametrize("copied", [Tensor.clone, Tensor.double, lambda cache: cache[torch.arange(BATCH)]])
+@torch.no_grad()
+def test_21_5_a_layer_without_a_model_refuses_copies_of_a_cache_beside_a_memory_that_was_cleared(copied: Any) -> None:
+    layer = KNNAttention(dim=16, heads=2, dim_head=8, xl_max_memories=X, num_retrieved_memories=4).eval()
+    memory, x = KNNMemory(dim=8, max_memories=40, num_indices=BATCH), torch.randn(3, BATCH, N, 16)
+    _, cache = layer(x[0], knn_memory=memory)
+    _, cache = layer(x[1], knn_memory=memory, xl_memory=copied(cache))  # nothing was cleared yet
+    memory.clear([0, 2])
+    with pytest.raises(ValueError, match=r"local_length must be given with an xl_memory .* N for rows that begin anew"):
+        layer(x[2], knn_memory=memory, xl_memory=copied(cache))
+    assert memory.lengths.tolist() == [0, 2 * N - X, 0]
+    seen = torch.where(ROWS, N, N + X)
+    found, _ = layer(x[2], knn_memory=memory, xl_memory=copied(cache), local_length=seen, add_knn_memory=False)
+    assert_close(found, layer(x[2], knn_memory=memory, xl_memory=cache)[0], SAME_GRAPH)
+
+
+@torch.no_grad()
+def test_21_5_a_layers_cache_knows_its_memory_also_where_another_one_is_added_to() -> None:
+    layer = KNNAttention(dim=16, heads=2, dim_head=8, xl_max_memories=X, num_retrieved_memories=4).eval()
+    memory, other = (KNNMemory(dim=8, max_memories=40, num_indices=BATCH) for _ in range(2))
+    x = torch.randn(2, BATCH, N, 16)
+    _, cache = layer(x[0], knn_memory=memory)
+    memory.clear()
+    layer(x[1], knn_memory=memory, xl_memory=cache, add_to=other)
+    assert other.lengths.tolist() == [N - X] * BATCH
+
+
 @on_every_variant
 @pytest.mark.parametrize("place", [1, 5, N])
 @torch.no_grad()

@@ -147,6 +147,7 @@ def test_a_bias_and_a_cache_of_another_floating_dtype_are_cast(kind, dtype):
         (torch.ones(1, 2, DIM).long(), TypeError, r"x must be floating point, got torch\.int64"),
         (torch.randn(1, 2, DIM).to("meta"), ValueError, "x must be on cpu like the other tensors, got meta"),
         (numpy.zeros((1, 2, DIM)), TypeError, "x must be a torch.Tensor, got ndarray"),
+        (torch.randn(0, 2, DIM), ValueError, r"x must have at least one row, got shape \(0, 2, 16\)"),
     ],
 )
 def test_an_input_that_the_weights_cannot_read_is_refused(kind, x, error, message):
@@ -154,6 +155,17 @@ def test_an_input_that_the_weights_cannot_read_is_refused(kind, x, error, messag
     extra = {"knn_memory": KNNMemory(WIDTH, 9)} if kind is KNNAttention else {}
     with pytest.raises(error, match=message):
         attention(x, **extra)
+
+
+@pytest.mark.parametrize("kind", [Attention, KNNAttention])
+def test_a_cache_of_another_type_or_a_mask_without_its_name_is_refused(kind):
+    attention, memory = kind(dim=DIM, heads=HEADS, dim_head=WIDTH, xl_max_memories=1), KNNMemory(WIDTH, 9)
+    extra = {"knn_memory": memory} if kind is KNNAttention else {}
+    with pytest.raises(TypeError, match=r"xl_memory must be a torch\.Tensor, got list"):
+        attention(torch.randn(1, 2, DIM), xl_memory=[torch.randn(1, 1, 2, WIDTH)], **extra)
+    with pytest.raises(TypeError, match="inputs must be LayerInputs, got Tensor: give mask"):
+        attention(torch.randn(1, 2, DIM), torch.ones(1, 2).bool(), **extra)
+    assert memory.lengths.tolist() == [0]
 
 
 def softmax_attention(query, key, value, mask, scale):

@@ -229,6 +229,12 @@ def test_a_default_layer_and_layers_given_in_any_form():
             r"lengths must be in \[0, 4\], got \[5, 4\]",
         ),
         (lambda m, k: m([[1, 2]], k), TypeError, "x must be a torch.Tensor, got list"),
+        (lambda m, k: m(torch.ones(0, 4).long(), k), ValueError, r"x must have at least one row, got shape \(0, 4\)"),
+        (
+            lambda m, k: m(torch.ones(2, 4).long(), k, torch.ones(1, 2, 3, 2, 8)),
+            TypeError,
+            "xl_memories must be a sequence of caches, got Tensor",
+        ),
         (lambda m, k: m(torch.ones(2, 4).long(), k[0]), TypeError, "knn_memories must be a sequence .* got KNNMemory"),
         (
             lambda m, k: m(torch.ones(2, 4).long(), ["k"]),

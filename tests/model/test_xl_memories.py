@@ -88,14 +88,19 @@ def test_a_row_with_padding_reads_as_it_would_alone_without_any(variant):
             assert_close(*held, SAME_GRAPH)
 
 
-def test_a_row_without_a_token_in_a_segment_keeps_cache_and_memory():
-    model = build(xl_max_memories=4)
-    memories, texts = model.create_knn_memories(batch_size=BATCH), tokens()
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("way", ["lengths", "mask"])
+def test_a_row_without_a_token_in_a_segment_keeps_cache_and_memory(way, shift):
+    model = build(xl_max_memories=4, shift_xl_memories_down=shift)
+    memories, texts, real = model.create_knn_memories(batch_size=BATCH), tokens(), torch.tensor([0, 4, 4])
     _, xl_memories = model(texts[4], memories)
-    _, after = model(texts[3], memories, xl_memories, lengths=torch.tensor([0, 4, 4]))
+    said = {"lengths": real} if way == "lengths" else {"mask": torch.arange(LENGTH) < real[:, None]}
+    _, after = model(texts[3], memories, xl_memories, **said)
     assert all(torch.equal(new[0], old[0]) for new, old in zip(after, xl_memories, strict=True))
     assert [memory.lengths.tolist() for memory in memories] == [[0, 4, 4]] * 2
     assert after.length.tolist() == [4, 4, 4]
+    _, same = model(texts[3][:, :0], memories, after)
+    assert all(map(torch.equal, same, after))
 
 
 def test_the_xl_memories_say_how_much_of_them_each_rows_document_filled():
