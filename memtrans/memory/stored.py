@@ -97,7 +97,7 @@ class StoredMemory:
             self._ring = self._new_ring(device, max(self.spare, longest))
             self._rows = self._scoped_rows()
             if self._cleared is not None:
-                self._ring.clearings.go_on(self._cleared.to(device))
+                self._ring.clearings.take_up(self._cleared.to(device))
         elif longest > self._ring.spare:
             self._ring.widen(longest)
         self.spare = max(self.spare, longest)
