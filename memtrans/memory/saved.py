@@ -85,7 +85,7 @@ class SavedMemory(StoredMemory, Movable):
         of heads, or is a share of another sharding.
         """
         self.check_state(state)
-        self._cleared = state.get("clearings") if holds_nothing(state) else None
+        self._cleared = state.get("clearings", torch.zeros_like(state["lengths"])) if holds_nothing(state) else None
         if self._ring is None and holds_nothing(state):
             return
         device = self.device or state["keys"].device

@@ -301,6 +301,24 @@ def test_21_5_caches_that_say_nothing_are_refused_also_beside_what_was_saved_or_
 
 
 @torch.no_grad()
+def test_21_5_a_memory_that_was_loaded_without_entries_counts_what_it_forgets_before_it_has_a_device(
+    tmp_path: Any,
+) -> None:
+    model, pieces = build(xl_max_memories=3 * N), segments(2)
+    memories = memories_of(model)
+    _, caches = read(model, pieces[:1], memories)
+    memories.save(tmp_path / "memories")
+    loaded = KNNMemoryList.load(tmp_path / "memories")
+    assert loaded[0].device is None
+    loaded[0].clear([0])
+    with loaded.at_batch_indices([2]):
+        loaded.clear_rows(torch.tensor([True]))
+    found, _ = model(pieces[1], loaded, caches)
+    expected, _, _ = expected_of(model, 1, pieces)
+    assert_close(found, expected, SAME_GRAPH)
+
+
+@torch.no_grad()
 def test_21_5_what_is_moved_knows_that_nothing_was_cleared_since_its_last_segment() -> None:
     model, pieces = build(), segments(3)
     memories = memories_of(model)
