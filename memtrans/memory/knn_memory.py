@@ -298,9 +298,9 @@ class KNNMemory(SavedMemory):
             self.snapshot().clear_rows(mask)
         else:
             check_mask(mask, len(self.scoped_indices))
-            self._count_cleared(
-                [number for number, gone in zip(self.scoped_indices, mask.tolist(), strict=True) if gone]
-            )
+            if self._cleared is not None:
+                places = mask.nonzero()[:, 0].tolist()
+                self._count_cleared([self.scoped_indices[place] for place in places])
 
     def cleanup(self) -> None:
         """Changes nothing, as upstream's; `clear()` empties, and storage goes with the last reference to the memory."""
