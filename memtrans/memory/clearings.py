@@ -56,6 +56,17 @@ class Clearings:
         if not torch.compiler.is_compiling():
             self.unread = self._read
 
+    def take_up(self, counts: Tensor | None) -> None:
+        """The memory holds what another one did, whose counts (R,) are taken up, where it was cleared; for all that is
+        known, a segment was given to that one."""
+        self._read = True
+        if counts is not None:
+            self.go_on(counts)
+
+    def know_as(self, other: Clearings) -> None:
+        """The memory is the one of `other`, in another storage."""
+        self.unread, self._read = other.unread, other._read
+
     def note_segment(self) -> None:
         """The memory is given a segment, which may leave nothing in it."""
         if not torch.compiler.is_compiling():

@@ -286,6 +286,8 @@ class KNNMemory(SavedMemory):
                 mask = torch.zeros(self.num_indices, dtype=torch.bool, device="cpu")
                 mask[indices] = True
                 self.clear_rows(mask.to(self._ring.keys.device))
+        else:
+            self._count_cleared(indices)
 
     def clear_rows(self, mask: Tensor) -> None:
         """Forgets the documents in scope where mask (B,) bool, on the memory's device, is True, as `clear` does.
@@ -296,6 +298,9 @@ class KNNMemory(SavedMemory):
             self.snapshot().clear_rows(mask)
         else:
             check_mask(mask, len(self.scoped_indices))
+            if self._cleared is not None:
+                places = mask.nonzero()[:, 0].tolist()
+                self._count_cleared([self.scoped_indices[place] for place in places])
 
     def cleanup(self) -> None:
         """Changes nothing, as upstream's; `clear()` empties, and storage goes with the last reference to the memory."""

@@ -221,5 +221,5 @@ class Ring:
 
     def load_clearings(self, state: Mapping[str, Tensor]) -> None:
         """Takes up how often each row was cleared, where the state says that one was."""
-        if "clearings" in state:
-            self.clearings.go_on(state["clearings"].to(self.cursor.device))
+        cleared = state.get("clearings")
+        self.clearings.take_up(None if cleared is None else cleared.to(self.cursor.device))

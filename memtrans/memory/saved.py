@@ -47,13 +47,16 @@ class SavedMemory(StoredMemory, Movable):
         if device in (None, self.device) and chosen == (self.dtype, self.value_dtype):
             return self
         state = None if self._ring is None else self.state_dict()
+        known = None if self._ring is None else self._ring.clearings
         self.dtype, self.value_dtype = chosen
         device = device or self.device
         self._forget_storage()
         if device is not None:
             self._prepare(device, 0)
-        if state is not None:
+        if state is not None and known is not None:
             self.load_state_dict(state)
+            assert self._ring is not None
+            self._ring.clearings.know_as(known)
         return self
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -82,7 +85,7 @@ class SavedMemory(StoredMemory, Movable):
         of heads, or is a share of another sharding.
         """
         self.check_state(state)
-        self._cleared = state.get("clearings") if holds_nothing(state) else None
+        self._cleared = state.get("clearings", torch.zeros_like(state["lengths"])) if holds_nothing(state) else None
         if self._ring is None and holds_nothing(state):
             return
         device = self.device or state["keys"].device

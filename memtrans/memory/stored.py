@@ -97,10 +97,18 @@ class StoredMemory:
             self._ring = self._new_ring(device, max(self.spare, longest))
             self._rows = self._scoped_rows()
             if self._cleared is not None:
-                self._ring.clearings.go_on(self._cleared.to(device))
+                self._ring.clearings.take_up(self._cleared.to(device))
         elif longest > self._ring.spare:
             self._ring.widen(longest)
         self.spare = max(self.spare, longest)
+
+    def _count_cleared(self, documents: Iterable[int]) -> None:
+        """Counts that they are forgotten, for a ring to come: XL caches beside what was loaded may be older."""
+        if self._cleared is not None:
+            rows = [document * self.kv_heads + group for document in documents for group in range(self.kv_heads)]
+            counts = self._cleared.clone()
+            counts[rows] += 1
+            self._cleared = counts
 
     def _forget_storage(self) -> None:
         self._ring, self._rows = None, None

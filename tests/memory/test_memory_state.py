@@ -77,7 +77,7 @@ def test_a_memory_that_has_no_device_takes_that_of_the_entries_it_loads_if_there
     memory.load_state_dict(filled().state_dict())
     assert memory.device == torch.device("cpu")
     elsewhere = torch.zeros(2, 1, 2, 2, device="meta")
-    with pytest.raises(ValueError, match=r"lives on cpu, got a tensor on meta: make or load .* with device='meta'"):
+    with pytest.raises(ValueError, match=r"lives on cpu, got a tensor on meta: memory.to\('meta'\) moves it"):
         memory.add(elsewhere)
 
 

@@ -283,6 +283,50 @@ def test_21_5_what_was_saved_and_not_cleared_goes_on(tmp_path: Any) -> None:
         assert_close(found, expected[:, 2 * N :], SAME_GRAPH)
 
 
+@pytest.mark.parametrize("way", SAVED)
+@pytest.mark.parametrize("size", [X, 3 * N])  # of a cache, which has room for all, so that nothing is stored
+@pytest.mark.parametrize("when", ["before", "after"])
+@torch.no_grad()
+def test_21_5_caches_that_say_nothing_are_refused_also_beside_what_was_saved_or_moved(
+    way: str, size: int, when: str, tmp_path: Any
+) -> None:
+    model, pieces = build(xl_max_memories=size), segments(3)
+    memories = memories_of(model)
+    _, caches = read(model, pieces[:2], memories)
+    memories.clear_memory([0] if when == "before" else [])
+    memories, _ = SAVED[way](memories, caches, tmp_path)
+    memories.clear_memory([0] if when == "after" else [])
+    with pytest.raises(ValueError, match=r"xl_length must be given .* beside memories that were cleared"):
+        model(pieces[2], memories, [cache.clone() for cache in caches])
+
+
+@torch.no_grad()
+def test_21_5_a_memory_that_was_loaded_without_entries_counts_what_it_forgets_before_it_has_a_device(
+    tmp_path: Any,
+) -> None:
+    model, pieces = build(xl_max_memories=3 * N), segments(2)
+    memories = memories_of(model)
+    _, caches = read(model, pieces[:1], memories)
+    memories.save(tmp_path / "memories")
+    loaded = KNNMemoryList.load(tmp_path / "memories")
+    assert loaded[0].device is None
+    loaded[0].clear([0])
+    with loaded.at_batch_indices([2]):
+        loaded.clear_rows(torch.tensor([True]))
+    found, _ = model(pieces[1], loaded, caches)
+    expected, _, _ = expected_of(model, 1, pieces)
+    assert_close(found, expected, SAME_GRAPH)
+
+
+@torch.no_grad()
+def test_21_5_what_is_moved_knows_that_nothing_was_cleared_since_its_last_segment() -> None:
+    model, pieces = build(), segments(3)
+    memories = memories_of(model)
+    memories.clear_memory()
+    _, caches = read(model, pieces[:2], memories)
+    model(pieces[2], memories.double(), [cache.clone() for cache in caches])
+
+
 def test_21_5_compiled_it_is_the_same_and_makes_no_graph_anew() -> None:
     model, pieces = build(), segments(9)
     graphs = CompileCounterWithBackend("aot_eager")
