@@ -299,19 +299,20 @@ class Attention(LocalContext):
         of_view = isinstance(inputs.xl_memory, LocalView) and plain
         if of_view and query.shape[2] == 1 and local.bias_dense is not None and dropout_p == 0.0:
             return self.to_out(self._attend_once(query, local)), new_cache
+        scale = self._temperature(x.device, arithmetic_dtype(query))
         attended, _ = local_attention(
-            query, local.key, local.value, self.temperature(query), local.bias_table, local.bias_dense,
-            local.local_length, dropout_p, seed_of(dropout_p, x.device),
+            query, local.key, local.value, scale, local.bias_table, local.bias_dense, local.local_length,
+            dropout_p, seed_of(dropout_p, x.device),
             causal=self.causal, first=local.first, soft_cap=self.soft_cap, sink=self.sink,
         )  # fmt: skip
         out = self.to_out(attended.transpose(1, 2).flatten(2))  # (B, N, dim)
         return out if padding is None else ordered(out, padding.back), new_cache
 
-    def temperature(self, query: Tensor) -> Tensor:
-        """What logits of a query (B, H, N, D) are multiplied by, per head (H,)."""
+    def _temperature(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """What logits are multiplied by, per head (H,); where it is not learned, there and in that dtype."""
         if isinstance(self.scale, Tensor):
             return temperature_of(self.scale)
-        return kept(_full, query.device, self.heads, self.scale, arithmetic_dtype(query))
+        return kept(_full, device, self.heads, self.scale, dtype)
 
     def _attend_once(self, query: Tensor, local: LocalKeys) -> Tensor:
         """One query a head, (B, H, 1, D), that finds itself, by PyTorch's attention; (B, 1, H·E).
