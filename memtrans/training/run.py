@@ -53,7 +53,7 @@ class Run:
         self._seconds = 0.0  # spent on steps by this process
         self._read = 0  # tokens read in them
         self._since = (0.0, 0)  # both, at the last report
-        self._drawn = True  # whether there is a picture of the curves
+        self._drawn: int | None = 0  # lines of the record in the picture of the curves; None where none can be drawn
 
     def train(self) -> dict[str, Any]:
         """Runs to the end and returns the summary.
@@ -194,14 +194,19 @@ class Run:
             self._plot()
 
     def _plot(self) -> None:
-        """Draws the curves; where Matplotlib is missing, one line says so."""
-        if not self.ranks.first or not self._drawn:
+        """Draws the curves if they are longer than those drawn; where Matplotlib is missing, one line says so."""
+        if not self.ranks.first or self._drawn is None:
+            return
+        with self._writing():
+            lines = self.metrics.read()
+        if len(lines) == self._drawn:
             return
         try:
             with self._writing():
-                plot_metrics(self.metrics.read(), self.out / "loss.png")
+                plot_metrics(lines, self.out / "loss.png")
+            self._drawn = len(lines)
         except ImportError as error:
-            self._drawn = False
+            self._drawn = None
             self.progress.say(f"no loss.png, which needs Matplotlib: pip install 'memtrans[train]' ({error})")
 
     def _summary(self, evaluation: Mapping[str, Any]) -> dict[str, Any]:

@@ -298,6 +298,15 @@ def test_five_steps_of_the_demo_with_both_evaluations_end_within_half_a_minute(t
     assert {"eval_bits_per_byte", "eval_bits_per_byte_without_memory", "tokens_per_second"} <= set(summary)
 
 
+def test_curves_are_drawn_where_there_is_more_to_draw(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("memtrans.training.run.plot_metrics", lambda lines, path: drawn.append(len(lines)))
+    options = ["--steps", "4", "--checkpoint-every", "2", "--eval-every", "2"]
+    assert train(tmp_path / "run", "--data", written_text(tmp_path), *options) == 0
+    assert len(drawn) > 1 and drawn[0] > 0
+    assert drawn == sorted(set(drawn))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_recall_preset_answers_far_questions_with_its_memory_and_not_without(tmp_path):

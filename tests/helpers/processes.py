@@ -23,7 +23,10 @@ import torch
 import torch.distributed as dist
 
 # What a process imports that is forked from others of its kind. Threads and groups begin after the fork.
-WARM = ["pytest", "torch.distributed.fsdp", "memtrans.cli.main", "memtrans.training.trainer", "memtrans.presets"]
+WARM = [
+    *("pytest", "torch.distributed.fsdp", "memtrans.cli.main", "memtrans.training.trainer", "memtrans.presets"),
+    *("torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg"),  # what the end of a run imports
+]
 SECONDS = 30
 GLOO_SAYS = re.compile(r"^\[Gloo\] Rank \d+ is connected to .*\n", re.MULTILINE)  # some versions, to either stream
 MOMENT = 5  # seconds that the other ranks have to answer once one has failed
