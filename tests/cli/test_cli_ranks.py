@@ -144,7 +144,8 @@ def test_a_rank_whose_step_failed_after_a_signal_says_so_itself(stopped: Keyboar
 @pytest.mark.slow
 def test_ranks_that_cannot_write_end_with_one_message(text: str, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").mkdir()  # in the way of the record
+    (tmp_path / "run" / ".lock").touch()  # of a run
+    (tmp_path / "run" / "checkpoint").touch()  # in the way of a directory
     first, second = ended(started(2, "train", "--data", text, "--out", str(tmp_path / "run"), "--steps", "4", *TINY))
     assert first[0] == second[0] == 1, (first, second)
     assert f"memtrans train: writing to {tmp_path / 'run'} failed: " in first[2]
