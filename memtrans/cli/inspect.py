@@ -14,6 +14,7 @@ import torch
 from memtrans.cli.ending import reading_input, show, writing
 from memtrans.distributed.ranks import Ranks
 from memtrans.files import read_input
+from memtrans.generation.sampling import Sampling, check_chosen
 from memtrans.inspection.page import LEVELS, write_page
 from memtrans.inspection.records import Records, Written, to_json
 from memtrans.inspection.texts import texts_of_tokens
@@ -39,6 +40,7 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("tokens", "memory", "segment"):
         if getattr(options, name) is not None:
             checks.integer(name, getattr(options, name), low=1)
+    Sampling(options.temperature, seed=options.seed)  # raises for what no draw can be made with
     for name in ("out", "json"):
         path = getattr(options, name)
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
@@ -70,7 +72,6 @@ def _of_checkpoint(options: argparse.Namespace) -> Records:
     from memtrans.cli.generate import check_vocabulary, open_model
     from memtrans.generation.decoder import Decoder
     from memtrans.generation.generate import as_texts, stream
-    from memtrans.generation.sampling import Sampling, check_chosen
     from memtrans.training.device import pick_device
 
     sampling = Sampling(temperature=options.temperature, seed=options.seed)
