@@ -45,6 +45,10 @@ def _check(options: argparse.Namespace) -> None:
         path = getattr(options, name)
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             raise ValueError(f"{name} must name a file in a directory that exists, got {str(path)!r}")
+    if options.json is not None and options.json.absolute() == options.out.absolute():
+        raise ValueError(f"json must name another file than out, got {str(options.json)!r} for both")
+    if options.dtype != "auto" and options.model is None:
+        raise ValueError(f"dtype must come with --model, got {options.dtype!r}")
     if options.load is not None and options.model is None:
         raise ValueError(f"load must come with --model, got {str(options.load)!r}")
 
