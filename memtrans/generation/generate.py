@@ -17,6 +17,7 @@ from memtrans.checks import check_ids, sizes
 from memtrans.cuda_graph import Replay
 from memtrans.generation.decoder import Decoder, check_model
 from memtrans.generation.sampling import Sampling, check_chosen
+from memtrans.layers import evaluating
 from memtrans.memory.memory_list import KNNMemoryList
 from memtrans.transformer import MemorizingTransformer
 from memtrans_kernels import checks
@@ -81,15 +82,11 @@ def generate(
         if token is not None and not 0 <= checks.integer(name, token) < model.vocabulary:
             raise ValueError(f"{name} must be a token id in [0, {model.vocabulary}), got {token}")
     texts = as_texts(prompt, model, start)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         decoder = Decoder(model, len(texts), segment=segment, memories=memories)
         with reading_bar(sum(map(len, texts)), progress) as read:
             decoder.read(texts, read)
         result = torch.stack(list(stream(decoder, tokens, sampling, stop)), dim=1)
-    finally:
-        model.train(was_training)
     check_chosen(result)
     if stop is None:
         return result
