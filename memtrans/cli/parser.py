@@ -134,7 +134,7 @@ def _add_generate(commands: Any) -> None:
     add("--segment", type=int, help=f"N: tokens of a segment (default: the run's, or {SEGMENT})")
     add("--memory", type=int, help="M: entries of the memory (default: the model's)")
     add("--memories", type=Path, help="begin with memories that were saved")
-    add("--save-memories", type=Path, help="save the memories at the end")
+    add("--save-memories", type=Path, help="save the memories at the end, which hold whole segments")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one")
     add("--dtype", choices=kind_of(hints()["dtype"]).choices, help="of the weights (default: as they were saved)")
 

@@ -58,12 +58,12 @@ def generate(
         stop: a row that generates this token is finished; the rest of it is filled up with the token.
         start: what an empty text begins with. Default: the model's `clear_memories_on_sos_token_id`, or 0 without one.
         segment: N; give what the model was trained with.
-        memories: what was read before; they grow. Default: empty ones.
+        memories: what was read before; they grow by whole segments, so that an unfinished one at the end, and what an
+            XL cache holds, is in none of them. Default: empty ones.
         progress: show how much of the prompt was read, as a bar on standard error.
 
     Returns:
-        The new tokens (B, at most `tokens`) int64, on the model's device. The last one was not read, so it is not in
-        the memory.
+        The new tokens (B, at most `tokens`) int64, on the model's device. The last one was not read.
 
     Raises:
         ValueError, IndexError, TypeError: ids outside the vocabulary, an option out of range or of another kind,
