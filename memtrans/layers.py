@@ -7,6 +7,9 @@ layer is exactly PyTorch's and nothing stands between.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -39,6 +42,26 @@ def bare_weight(layer: nn.Module | None, kind: type[nn.Module]) -> Tensor | None
     if weight is None or type(weight) is not nn.Parameter or weight.is_meta or weight.numel() == 0:
         return None
     return weight
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in `eval()` mode inside a `with`; behind it every layer is in the mode that it was in.
+
+    >>> model = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
+    >>> with evaluating(model):
+    ...     model[0].training
+    False
+    >>> model.training, model[0].training, model[1].training
+    (True, True, False)
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -41,17 +41,17 @@ def model_card(name: str, config: Mapping[str, Any], documents: int | None) -> b
         documents: how many the memories hold that were saved beside it; None where none were.
     """
     numbers = ", ".join(map(str, config["memorizing_layers"]))
-    has_vocabulary = config["num_tokens"] is not None
+    writes = config["num_tokens"] is not None and config["causal"]
     made = "model.create_knn_memories(batch_size=1)" if documents is None else "model.load_memories(directory)"
     first = config["clear_memories_on_sos_token_id"] or 0
     rows = documents or 1
-    use = WRITES if has_vocabulary else READS
+    use = WRITES if writes else READS
     text = HEADER.format(
-        pipeline="pipeline_tag: text-generation\n" if has_vocabulary else "",
+        pipeline="pipeline_tag: text-generation\n" if writes else "",
         name=name,
         layers=f"layers {numbers} of {config['depth']}" if numbers else f"none of its {config['depth']} layers",
         memories="" if documents is None else f", `memories.safetensors` a memory of {documents} documents",
-        imports=", generate" if has_vocabulary else "\nimport torch",
+        imports=", generate" if writes else "\nimport torch",
         use=use.format(made=made, dim=config["dim"], rows=rows, texts=[[first]] * rows),
     )
     return (text + "".join(f"| {argument} | {value} |\n" for argument, value in config.items())).encode()

@@ -168,7 +168,7 @@ class Pretrained(nn.Module):
         except RuntimeError as error:
             detail = " ".join(str(error).split())
             raise ValueError(f"{WEIGHTS} must hold weights of the model in {CONFIG}, got others: {detail}") from error
-        return model.to(device or "cpu").eval()
+        return model.to("cpu" if device is None else device).eval()
 
     def load_memories(
         self, path: str | Path, *, device: torch.device | str | None = None, **overrides: Any
@@ -183,7 +183,7 @@ class Pretrained(nn.Module):
             FileNotFoundError: there is none. ValueError: it is damaged, or of another number of layers, width or heads.
         """
         path = Path(path) / MEMORIES if Path(path).is_dir() else Path(path)
-        memories = KNNMemoryList.load(path, device=device or device_of(self), **overrides)
+        memories = KNNMemoryList.load(path, device=device_of(self) if device is None else device, **overrides)
         self._check_memories(memories, str(path))
         return memories
 

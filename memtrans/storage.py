@@ -24,8 +24,11 @@ def _umask() -> int:
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
-    """Writes beside `path`, forces the bytes to disk, then renames over it."""
+    """Writes beside `path`, forces the bytes to disk, then renames over it. Into a device or a pipe it just writes."""
     path = Path(path)
+    if path.exists() and not path.is_file():  # nothing may take the place of /dev/null
+        path.write_bytes(content)
+        return
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

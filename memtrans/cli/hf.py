@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
-from memtrans.cli.ending import reading_input, show
+from memtrans.cli.ending import reading_input, show, writing
 from memtrans.distributed.ranks import Ranks
+from memtrans.files import read_input
+from memtrans.generation.sampling import Sampling
 
 SHARED = False
 
@@ -19,34 +21,55 @@ def run(options: argparse.Namespace, ranks: Ranks) -> None:
     """Reads, calibrates, saves, writes to standard output; figures go to standard error."""
     del ranks
     with reading_input(ImportError):
-        _run(options)
+        model, tokenizer, memory = _opened(options)
+        _fill(memory, model, tokenizer, options)
+    if options.save is not None:
+        with writing():
+            memory.save(options.save)
+    if options.prompt is not None:
+        _answer(model, tokenizer, options)
 
 
-def _run(options: argparse.Namespace) -> None:
-    """Raises ValueError, OSError or ImportError for what the user gave or has not installed."""
+def _opened(options: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """The model, its tokenizer and its memory.
+
+    Raises ValueError, OSError or ImportError for what the user gave or has not installed.
+    """
     _check(options)
-    from memtrans.hf import calibrate
-    from memtrans.hf.opening import answer, open_model, read_text
+    from memtrans.hf.opening import open_model
 
-    text = None if options.document is None else options.document.read_text(encoding="utf-8", errors="replace")
     model, tokenizer = open_model(options.model, options.dtype, options.device)
+    if options.prompt is not None and not tokenizer(options.prompt)["input_ids"]:
+        raise ValueError("prompt must hold some text, got none")
     memory = _memory(model, options)
+    if options.save is not None:  # before anything is read: a directory that cannot be made is known now
+        options.save.mkdir(parents=True, exist_ok=True)
+    return model, tokenizer, memory
+
+
+def _fill(memory: Any, model: Any, tokenizer: Any, options: argparse.Namespace) -> None:
+    from memtrans.hf import calibrate
+    from memtrans.hf.opening import read_text
+
+    if options.document is None:
+        return
+    text = read_input("document", options.document).decode("utf-8", "replace")
     if options.calibrate:
-        assert text is not None
         learned = calibrate(model, memory, tokenizer, [text], options.calibration_steps, seed=options.seed, report=_say)
         _say(f"before {learned['before']}\nafter  {learned['after']}")
-    if text is not None:
-        begin = time.perf_counter()
-        tokens = read_text(memory, model, tokenizer, text)
-        _say(f"read {tokens} tokens in {time.perf_counter() - begin:.1f} s")
-    if options.save is not None:
-        memory.save(options.save)
-    if options.prompt is not None:
-        torch.manual_seed(options.seed)
-        begin = time.perf_counter()
-        written = answer(model, tokenizer, options.prompt, options.tokens, options.temperature, _write)
-        show("")
-        _say(f"wrote {len(written) / (time.perf_counter() - begin):.0f} tokens/s")
+    begin = time.perf_counter()
+    tokens = read_text(memory, model, tokenizer, text)
+    _say(f"read {tokens} tokens in {time.perf_counter() - begin:.1f} s")
+
+
+def _answer(model: Any, tokenizer: Any, options: argparse.Namespace) -> None:
+    from memtrans.hf.opening import answer
+
+    torch.manual_seed(options.seed)
+    begin = time.perf_counter()
+    written = answer(model, tokenizer, options.prompt, options.tokens, options.temperature, _write)
+    show("")
+    _say(f"wrote {len(written) / (time.perf_counter() - begin):.0f} tokens/s")
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -57,6 +80,7 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("document must be given with --calibrate, got none")
     if options.tokens < 1:
         raise ValueError(f"tokens must be at least 1, got {options.tokens}")
+    Sampling(options.temperature, seed=options.seed)  # raises for what no draw can be made with
     if options.save is not None and options.save.is_file():
         raise ValueError(f"save must name a directory, got {str(options.save)!r}, a file")
 

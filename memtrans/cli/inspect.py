@@ -14,6 +14,7 @@ import torch
 from memtrans.cli.ending import reading_input, show, writing
 from memtrans.distributed.ranks import Ranks
 from memtrans.files import read_input
+from memtrans.generation.sampling import Sampling, check_chosen
 from memtrans.inspection.page import LEVELS, write_page
 from memtrans.inspection.records import Records, Written, to_json
 from memtrans.inspection.texts import texts_of_tokens
@@ -39,10 +40,15 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("tokens", "memory", "segment"):
         if getattr(options, name) is not None:
             checks.integer(name, getattr(options, name), low=1)
+    Sampling(options.temperature, seed=options.seed)  # raises for what no draw can be made with
     for name in ("out", "json"):
         path = getattr(options, name)
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             raise ValueError(f"{name} must name a file in a directory that exists, got {str(path)!r}")
+    if options.json is not None and options.json.absolute() == options.out.absolute():
+        raise ValueError(f"json must name another file than out, got {str(options.json)!r} for both")
+    if options.dtype != "auto" and options.model is None:
+        raise ValueError(f"dtype must come with --model, got {options.dtype!r}")
     if options.load is not None and options.model is None:
         raise ValueError(f"load must come with --model, got {str(options.load)!r}")
 
@@ -70,7 +76,6 @@ def _of_checkpoint(options: argparse.Namespace) -> Records:
     from memtrans.cli.generate import check_vocabulary, open_model
     from memtrans.generation.decoder import Decoder
     from memtrans.generation.generate import as_texts, stream
-    from memtrans.generation.sampling import Sampling, check_chosen
     from memtrans.training.device import pick_device
 
     sampling = Sampling(temperature=options.temperature, seed=options.seed)

@@ -87,5 +87,6 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def _told(options: argparse.Namespace, ending: EndedError, ranks: Ranks) -> int:
     if ranks.first or ending.everywhere:
-        print(f"memtrans {options.name}: {ending}", file=sys.stderr, flush=True)
+        lines = (line.strip() for line in str(ending).splitlines())  # other libraries' errors have several
+        print(f"memtrans {options.name}: {' '.join(filter(None, lines))}", file=sys.stderr, flush=True)
     return ending.status

@@ -14,6 +14,7 @@ from memtrans.presets import PRESETS
 from memtrans.training.settings import Settings, hints
 
 SEGMENT = 512  # of `generate`, where the checkpoint does not say what the model was trained with
+DTYPES = ("auto", "float32", "bfloat16", "float16")  # of a pretrained model from the hub
 OVERRIDDEN_BY_EVAL = (
     *("data", "text_field", "join_by", "batch", "segment", "memory", "keep_memory", "neighbours", "device"),
     "eval_bytes",
@@ -133,7 +134,7 @@ def _add_generate(commands: Any) -> None:
     add("--segment", type=int, help=f"N: tokens of a segment (default: the run's, or {SEGMENT})")
     add("--memory", type=int, help="M: entries of the memory (default: the model's)")
     add("--memories", type=Path, help="begin with memories that were saved")
-    add("--save-memories", type=Path, help="save the memories at the end")
+    add("--save-memories", type=Path, help="save the memories at the end, which hold whole segments")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one")
     add("--dtype", choices=kind_of(hints()["dtype"]).choices, help="of the weights (default: as they were saved)")
 
@@ -157,7 +158,7 @@ def _add_hf(commands: Any) -> None:
     add("--calibration-steps", type=int, default=120, help="of --calibrate (120)")
     add("--save", type=Path, help="directory to write the memory to: what it learned and what it holds")
     add("--load", type=Path, help="directory that --save wrote; the options of the memory are those saved")
-    add("--dtype", default="auto", help="of the model: auto (that of its weights), float32, bfloat16, float16 (auto)")
+    add("--dtype", choices=DTYPES, default="auto", help="of the model; auto is that of its weights (auto)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
 
 
@@ -183,7 +184,7 @@ def _add_inspect(commands: Any) -> None:
     )
     add("--segment", type=int, help="N: tokens read at a time (default: what it was trained with; with --model 512)")
     add("--load", type=Path, help="with --model, directory that `hf --save` wrote: settings and what was learned")
-    add("--dtype", default="auto", help="of --model: auto (that of its weights), float32, bfloat16, float16 (auto)")
+    add("--dtype", choices=DTYPES, default="auto", help="of --model; auto is that of its weights (auto)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
 
 

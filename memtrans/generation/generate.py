@@ -17,6 +17,7 @@ from memtrans.checks import check_ids, sizes
 from memtrans.cuda_graph import Replay
 from memtrans.generation.decoder import Decoder, check_model
 from memtrans.generation.sampling import Sampling, check_chosen
+from memtrans.layers import evaluating
 from memtrans.memory.memory_list import KNNMemoryList
 from memtrans.transformer import MemorizingTransformer
 from memtrans_kernels import checks
@@ -57,12 +58,12 @@ def generate(
         stop: a row that generates this token is finished; the rest of it is filled up with the token.
         start: what an empty text begins with. Default: the model's `clear_memories_on_sos_token_id`, or 0 without one.
         segment: N; give what the model was trained with.
-        memories: what was read before; they grow. Default: empty ones.
+        memories: what was read before; they grow by whole segments, so that an unfinished one at the end, and what an
+            XL cache holds, is in none of them. Default: empty ones.
         progress: show how much of the prompt was read, as a bar on standard error.
 
     Returns:
-        The new tokens (B, at most `tokens`) int64, on the model's device. The last one was not read, so it is not in
-        the memory.
+        The new tokens (B, at most `tokens`) int64, on the model's device. The last one was not read.
 
     Raises:
         ValueError, IndexError, TypeError: ids outside the vocabulary, an option out of range or of another kind,
@@ -81,15 +82,11 @@ def generate(
         if token is not None and not 0 <= checks.integer(name, token) < model.vocabulary:
             raise ValueError(f"{name} must be a token id in [0, {model.vocabulary}), got {token}")
     texts = as_texts(prompt, model, start)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         decoder = Decoder(model, len(texts), segment=segment, memories=memories)
         with reading_bar(sum(map(len, texts)), progress) as read:
             decoder.read(texts, read)
         result = torch.stack(list(stream(decoder, tokens, sampling, stop)), dim=1)
-    finally:
-        model.train(was_training)
     check_chosen(result)
     if stop is None:
         return result

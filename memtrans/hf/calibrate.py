@@ -24,6 +24,7 @@ from memtrans.hf.layer_memory import FORMS
 from memtrans.hf.lessons import Course, Drawn, Lesson
 from memtrans.hf.model_memory import ModelMemory
 from memtrans.hf.planted import Questions
+from memtrans.layers import evaluating
 from memtrans_kernels import checks
 
 DECAY = 0.1  # of those: what does not help returns to the model's own query
@@ -277,17 +278,14 @@ class Step:
 def _alone(model: nn.Module, memory: ModelMemory) -> Iterator[None]:
     """The model in `eval()` mode, and no parameter but the memory's asks for a gradient."""
     asked = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
-    training = [module for module in model.modules() if module.training]
-    model.eval()
     for parameter in asked:
         parameter.requires_grad_(False)
     for parameter in memory.parameters():
         parameter.requires_grad_(True)
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         for parameter, (wanted, gradient) in asked.items():
             parameter.requires_grad_(wanted)
             parameter.grad = gradient
-        for module in training:
-            module.training = True

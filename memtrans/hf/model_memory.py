@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memtrans.checks import check_ids
 from memtrans.generation.generate import reading_bar
 from memtrans.hf.attention import BASE
 from memtrans.hf.entries import Entries, read_entries
@@ -195,15 +196,19 @@ class ModelMemory:
             progress: a bar on standard error, where that is a terminal.
 
         Raises:
-            ValueError: another shape, a hole in the mask, another batch than the memory's; inside `off()`, and after
-                `remove()`.
+            ValueError, TypeError: no tensor of integers (B, N), a hole in the mask, another batch than the memory's;
+                inside `off()`, and after `remove()`. IndexError: ids outside the vocabulary, on the CPU.
         """
         self._check_in_model()
         if self.is_off:
             raise ValueError("read must be called outside off(), where the model has no memory, got it inside")
-        if ids.dim() != 2 or (attention_mask is not None and attention_mask.shape != ids.shape):
-            of_mask = None if attention_mask is None else tuple(attention_mask.shape)
-            raise ValueError(f"ids must be (B, N), and attention_mask too, got {tuple(ids.shape)} and {of_mask}")
+        table = self.decoder.get_input_embeddings()  # type: ignore[operator]
+        check_ids("ids", ids, getattr(table, "num_embeddings", None), None, None, validate=False)
+        if attention_mask is not None:
+            checks.tensors(attention_mask=attention_mask)
+            if attention_mask.shape != ids.shape:
+                of_ids, of_mask = tuple(ids.shape), tuple(attention_mask.shape)
+                raise ValueError(f"attention_mask must be (B, N) as ids are, {of_ids}, got {of_mask}")
         padding = padding_of(attention_mask, ids.shape[1])
         real = None if padding is None else padding.real
         ids = ids if padding is None else to_the_right(ids, padding)

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
+from memtrans.devices import usable_device
+from memtrans.generation.sampling import COLDEST
 from memtrans.hf.model_memory import ModelMemory
 
 
@@ -22,11 +25,15 @@ def open_model(directory: Path, dtype: str, device: str | None, gguf: str | None
     """
     if not directory.is_dir():
         raise FileNotFoundError(f"model must be a directory, got {str(directory)!r}")
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = usable_device(best if device in (None, "auto") else device)
     where = {"local_files_only": True} if gguf is None else {"local_files_only": True, "gguf_file": gguf}
     tokenizer = AutoTokenizer.from_pretrained(directory, **where)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **where)
-    return model.to(torch.device(chosen)).eval(), tokenizer
+    try:
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **where)
+    except SafetensorError as error:
+        raise ValueError(f"model must hold whole weights, got {str(directory)!r}: {error}") from error
+    return model.to(chosen).eval(), tokenizer
 
 
 def read_text(memory: ModelMemory, model: Any, tokenizer: Any, text: str) -> int:
@@ -54,7 +61,7 @@ def answer(
 ) -> Sequence[int]:
     """Continues a prompt; hands its text to `write` as it comes, and returns the ids. temperature: 0 is greedy."""
     given = tokenizer(prompt, return_tensors="pt").to(model.device)
-    drawn = {"do_sample": True, "temperature": temperature} if temperature > 0.0 else {"do_sample": False}
+    drawn = {"do_sample": True, "temperature": max(temperature, COLDEST)} if temperature > 0.0 else {"do_sample": False}
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     written = model.generate(
         **given, max_new_tokens=tokens, pad_token_id=padding, streamer=_Pieces(tokenizer, write), **drawn

@@ -20,7 +20,7 @@ from memtrans.hf.attention import base_of, configured
 from memtrans.hf.families import rotary_function
 from memtrans.hf.layer_memory import LayerMemory
 from memtrans.hf.rotation import Rotation, angles_back, rotations_of
-from memtrans.layers import device_of
+from memtrans.layers import device_of, evaluating
 
 NAME = "memtrans_probe"
 SAME = {torch.float64: 1e-3, torch.float32: 1e-3}  # of the keys' norm: a pass at other positions rounds otherwise
@@ -125,14 +125,8 @@ def _asked(decoder: PreTrainedModel, chosen: Mapping[int, nn.Module], turn: int 
         later = torch.tensor([[0], [turn], [0]], device=device)
         arguments["position_ids"] = torch.arange(3, device=device) + later
     ALL_ATTENTION_FUNCTIONS.register(NAME, _note)
-    with _configured(chosen.values()), torch.random.fork_rng(enabled=decoder.training):
-        was_training = [module for module in decoder.modules() if module.training]
-        decoder.eval()
-        try:
-            decoder(**arguments)
-        finally:
-            for module in was_training:
-                module.training = True
+    with _configured(chosen.values()), torch.random.fork_rng(enabled=decoder.training), evaluating(decoder):
+        decoder(**arguments)
     return seen.layers
 
 

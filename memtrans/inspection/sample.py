@@ -12,6 +12,7 @@ from memtrans.data.stream import NOT_SCORED, Batch, DocumentStream
 from memtrans.inspection.records import Records, Written
 from memtrans.inspection.texts import texts_of_tokens
 from memtrans.inspection.trace import Trace
+from memtrans.layers import evaluating
 from memtrans.memory.memory_list import KNNMemoryList
 from memtrans.transformer import MemorizingTransformer
 
@@ -60,12 +61,8 @@ def sample_retrievals(
     if not model.memorizing_layers or segments < 2:
         return None
     first = max(1, segments - 2)  # two: the last one may be too short to tell what is usual
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         trace, asked = _read_to_the_end(model, document, segment, first, read, memories)
-    finally:
-        model.train(was_training)
     texts = texts_of_tokens(document.text(), document.tokenizer.sizes[document.content.numpy()].tolist())
     begin = first * segment
     shift, count = model.shift_knn_memories_down, model.num_memory_layers

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
+from memtrans.layers import evaluating
 from memtrans.memory.memory_list import KNNMemoryList
 from memtrans.memory.observation import Observation
 from memtrans.transformer import MemorizingTransformer
@@ -45,13 +46,8 @@ def measured_share(
     """
     if not model.memorizing_layers or not bool(counted.any()):
         return None
-    was_training = model.training
-    model.eval()
-    try:
-        with watched_shares(memories) as found:
-            read()
-    finally:
-        model.train(was_training)
+    with evaluating(model), watched_shares(memories) as found:
+        read()
     mean = torch.stack([share.mean(dim=1)[counted].mean() for share in found]).mean()
     return float(mean)
 

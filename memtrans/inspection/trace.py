@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from memtrans.inspection.background import Shares, shares_of
 from memtrans.inspection.passages import Passage, passages_of
 from memtrans.memory.observation import Observation
+from memtrans_kernels import checks
 
 
 class Citation(NamedTuple):
@@ -149,8 +150,12 @@ class Trace:
         """How much of each query's weight each place of the document had.
 
         layer, head: of one alone. Default: a mean over all of them.
+
+        Raises ValueError where the row or the layer was not traced, or there is no such head.
         """
         layers = self.layers if layer is None else [layer]
+        if head is not None:
+            _check_among("head", head, self.weights(row, layers[0]).shape[0])
         heads = slice(None) if head is None else slice(head, head + 1)
         key = (row, layer, head, sum(map(len, self._seen.values())))
         if key not in self._shares:
@@ -165,8 +170,9 @@ class Trace:
             row: the document. top: so many places at most, of what stands out and of what is usual.
             layer, head: of one alone. Default: all together.
 
-        Raises ValueError where the row or the layer was not traced.
+        Raises ValueError where the row or the layer was not traced, there is no such head, or top is negative.
         """
+        checks.integer("top", top, low=0)
         shares, tokens = self.shares(row, layer, head), self.tokens(row)
         cited = []
         for query in range(shares.queries):
@@ -186,9 +192,18 @@ class Trace:
             row: the document. top: so many at most, largest share first.
             queries: which of them. Default: all; the share is a mean over them.
 
-        Raises ValueError where the row was not traced.
+        Raises ValueError where the row was not traced, there is no such query, or top is negative.
         """
+        checks.integer("top", top, low=0)
         shares = self.shares(row)
         chosen = range(shares.queries) if queries is None else queries
+        for query in chosen:
+            _check_among("a query of queries", query, shares.queries)
         own = shares.among(chosen).standing_out()
         return passages_of(own.position, own.lift / max(1, len(chosen)), own.score, top)
+
+
+def _check_among(name: str, number: int, count: int) -> None:
+    """Raises ValueError unless a number counts one of so many, from 0."""
+    if not 0 <= checks.integer(name, number) < count:
+        raise ValueError(f"{name} must be in [0, {count}), got {number}")

@@ -16,6 +16,7 @@ from memtrans.data.documents import Document, InOrder
 from memtrans.data.recall import CHANCE, FAR
 from memtrans.data.stream import NOT_SCORED, Batch, DocumentStream
 from memtrans.distributed.ranks import ALONE, Ranks
+from memtrans.layers import evaluating
 from memtrans.training.reader import DocumentReader
 from memtrans.transformer import MemorizingTransformer
 
@@ -105,13 +106,11 @@ def evaluate(
         NonFiniteLossError: the loss is infinite or NaN.
     """
     device = model.device
-    was_training = model.training
-    model.eval()
     reader = DocumentReader(model, len(stream.rows), retrieval=retrieval, dtype=dtype, keep_memory=keep_memory)
     placed = torch.zeros(2, len(POSITIONS), dtype=torch.float64, device=device)  # nats and bytes by position
     far = torch.zeros(2, dtype=torch.int64, device=device)  # asked, answered
     read = scored = tokens = 0
-    try:
+    with evaluating(model):
         while read < most_bytes and (batch := stream.next()) is not None:
             on_device = batch.to(device)
             losses, answers = _judged(reader, on_device)
@@ -123,8 +122,6 @@ def evaluate(
                 read + batch.real + batch.more,
             )
             on_segment()
-    finally:
-        model.train(was_training)
     shares = [(placed.tolist(), far.tolist())]
     if len(stream.rows) < stream.batch:
         shares = ranks.gather(shares[0])

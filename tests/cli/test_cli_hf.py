@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ pytest.importorskip("transformers")
 from helpers.byte_tokenizers import bytes_tokenizer
 from helpers.hf_families import made
 
+from memtrans.cli import hf
 from memtrans.cli.main import main
 
 TEXT = "The ferry to Corabury leaves from pier 4127. " * 20
@@ -57,12 +60,51 @@ def test_a_memory_is_calibrated_first(directory: Path, capsys: pytest.CaptureFix
         (("--load", "missing"), "must name a file"),
         (("--document", "BOOK", "--save", "BOOK"), "save must name a directory"),
         (("--document", "BOOK", "--model", "missing"), "model must be a directory"),
+        (("--document", "BOOK", "--model", "damaged"), "model must hold whole weights"),
+        (("--document", "BOOK", "--model", "."), "tokenizer"),  # transformers says so in several lines
+        (("--document", "/dev/zero"), "document must be a regular file or a pipe"),
+        (("--document", "BOOK", "--prompt", ""), "prompt must hold some text"),
+        (("--document", "BOOK", "--temperature", "nan"), "temperature must be finite"),
+        (("--document", "BOOK", "--seed", str(2**64)), "seed must be in [0, 2**63)"),
+        (("--document", "BOOK", "--device", "banana"), "device must be one that this torch can use, got 'banana'"),
+        (("--document", "BOOK", "--save", "BOOK/below"), "Not a directory"),
     ],
 )
 def test_bad_input_is_one_line(
     directory: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], message: str
 ) -> None:
-    given = [str(directory / "book.txt") if word == "BOOK" else word for word in more]
+    damaged = shutil.copytree(directory / "tiny", directory / "damaged", dirs_exist_ok=True) / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    book = directory / "book.txt"
+    places = {"BOOK": book, "BOOK/below": book / "below", ".": directory, "damaged": damaged.parent}
+    given = [str(places.get(word, word)) for word in more]
     assert command(directory, *given) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]  # behind the bar of loading
+    said = capsys.readouterr().err
+    assert " tokens in " not in said, "read for nothing"
+    error = said.strip().splitlines()[-1]  # behind the bar of loading
     assert message in error and error.startswith("memtrans hf: ") and "Traceback" not in error
+
+
+def test_a_dtype_that_does_not_exist_is_refused(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command(directory, "--document", str(directory / "book.txt"), "--dtype", "floaty")
+    assert "invalid choice: 'floaty'" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_gone_is_no_error(
+    directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object, **__: object) -> None:
+        raise BrokenPipeError
+
+    (directory / "short.txt").write_text(TEXT[:60])
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # the command closes it
+    monkeypatch.setattr(hf, "show", gone)
+    assert command(directory, "--document", str(directory / "short.txt"), "--prompt", "The", "--tokens", "2") == 1
+    assert "memtrans hf" not in capsys.readouterr().err
+
+
+def test_a_document_is_the_bytes_of_its_file(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (directory / "lines.txt").write_bytes(b"a line\r\n" * 5)
+    assert command(directory, "--document", str(directory / "lines.txt")) == 0
+    assert "read 40 tokens" in capsys.readouterr().err

@@ -126,6 +126,13 @@ def test_the_model_stays_in_the_mode_that_it_was_in_and_dropout_is_off():
     assert not model.training
 
 
+def test_a_layer_that_was_kept_from_training_still_is():
+    model = build().train()
+    model.layers[0].eval()
+    generate(model, PROMPTS, 1)
+    assert model.layers[1].training and not model.layers[0].training
+
+
 def test_a_stream_yields_what_generate_returns():
     model = build().eval()
     decoder = Decoder(model, 3, segment=SEGMENT)

@@ -118,6 +118,23 @@ def test_holes_in_a_mask_are_refused_before_anything_is_stored() -> None:
     assert memory.lengths.sum() == 0
 
 
+@pytest.mark.parametrize(
+    ("ids", "mask", "kind", "message"),
+    [
+        ([[1, 2, 3]], None, TypeError, "ids must be a torch.Tensor, got list"),  # of a tokenizer without return_tensors
+        (torch.ones(1, 3), None, ValueError, "ids must be integers of shape"),
+        (torch.tensor([1, 2, 3]), None, ValueError, "ids must be integers of shape"),
+        (torch.tensor([[1, 999]]), None, IndexError, "ids must be token ids in"),
+        (torch.tensor([[1, 2]]), [[1, 1]], TypeError, "attention_mask must be a torch.Tensor, got list"),
+        (torch.tensor([[1, 2]]), torch.ones(1, 3), ValueError, "attention_mask must be"),
+    ],
+)
+def test_what_is_no_text_is_refused(ids: Any, mask: Any, kind: type[Exception], message: str) -> None:
+    memory = add_memory(made("llama"), max_memories=20, segment=8)
+    with pytest.raises(kind, match=message):
+        memory.read(ids, mask)
+
+
 def test_a_writing_pass_is_a_segment_without_a_cache() -> None:
     model = made("llama")
     memory = add_memory(model, **SIZES)

@@ -226,6 +226,26 @@ def test_a_memory_has_one_trace_at_a_time_and_none_behind_an_error() -> None:
     assert all(memory.watch.tell is None for memory in memories)
 
 
+@pytest.mark.cpu
+@torch.no_grad()
+def test_a_head_a_query_or_a_number_of_places_that_cannot_be_is_named() -> None:
+    model = small_model()
+    memories = memories_of(model, 1)
+    model(torch.arange(9)[None], memories)
+    with memories.tracing() as trace:
+        model(torch.arange(3)[None], memories)
+    assert len(trace.citations(0, head=1)) == 3 and trace.passages(0, queries=[2])
+    for call, message in (
+        (lambda: trace.citations(0, head=2), r"head must be in \[0, 2\), got 2"),
+        (lambda: trace.shares(0, layer=1, head=-1), r"head must be in \[0, 2\), got -1"),
+        (lambda: trace.citations(0, top=-1), "top must be at least 0, got -1"),
+        (lambda: trace.passages(0, top=-1), "top must be at least 0, got -1"),
+        (lambda: trace.passages(0, queries=[3]), r"a query of queries must be in \[0, 3\), got 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 def test_what_every_query_finds_stands_apart() -> None:
     """Entry 3 is near every query, entry 20 + i near query i alone."""
     trace, queries = Trace(), 9

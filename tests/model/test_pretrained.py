@@ -57,7 +57,10 @@ def test_a_model_comes_back_with_its_arguments_and_weights(tmp_path):
     }
 
 
-@pytest.mark.parametrize("options", [{}, {"num_tokens": None}, {"clear_memories_on_sos_token_id": 7}])
+NOT_CAUSAL = {"causal": False, "xl_max_memories": 0}
+
+
+@pytest.mark.parametrize("options", [{}, {"num_tokens": None}, {"clear_memories_on_sos_token_id": 7}, NOT_CAUSAL])
 @pytest.mark.parametrize("documents", [None, 1, 3])
 def test_22_9_the_model_card_says_what_it_is_and_its_code_runs(options, documents, tmp_path, monkeypatch):
     model = build(**options)
@@ -69,6 +72,15 @@ def test_22_9_the_model_card_says_what_it_is_and_its_code_runs(options, document
     monkeypatch.chdir(tmp_path)
     (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     exec(snippet, {})
+
+
+def test_the_first_device_is_no_word_for_none(tmp_path, monkeypatch):
+    asked = []
+    build().save_pretrained(tmp_path)
+    monkeypatch.setattr(MemorizingTransformer, "to", lambda model, device: asked.append(device) or model)
+    MemorizingTransformer.from_pretrained(tmp_path, device=0)
+    MemorizingTransformer.from_pretrained(tmp_path)
+    assert asked == [0, "cpu"]
 
 
 def test_22_9_a_card_that_someone_wrote_stays(tmp_path):

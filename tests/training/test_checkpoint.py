@@ -260,3 +260,12 @@ def test_a_kill_leaves_a_whole_checkpoint(tmp_path, after):
 @pytest.mark.parametrize("after", [0.007 * number for number in range(20)])
 def test_twenty_kills_leave_twenty_whole_checkpoints(tmp_path, after):
     kill_a_writer(tmp_path, after)
+
+
+def test_what_is_written_takes_the_place_of_no_device_and_no_pipe(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    storage.write_atomically(pipe, b"a page")
+    assert (os.read(reader, 100), pipe.is_fifo()) == (b"a page", True)
+    os.close(reader)
