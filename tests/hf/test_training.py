@@ -131,6 +131,19 @@ def test_checkpointing_recomputes_the_same_and_stores_once(reentrant: bool, asks
     assert len(plain) == len(again) and all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
+def test_what_a_memory_learns_has_a_gradient_wherever_it_was_made(tmp_path: Path) -> None:
+    model, again = made("llama"), made("llama")
+    with torch.inference_mode():
+        memory = add_memory(model, **SIZES)
+        memory.read(tokens(length=30))
+        for layer in memory.layers.values():
+            layer.learned.learn_to_ask()
+        memory.save(tmp_path)
+        loaded = load_memory(again, tmp_path)
+    loss_of(again, tokens(length=12, seed=1)).backward()
+    assert all(parameter.grad is not None for parameter in loaded.parameters())
+
+
 @pytest.mark.slow
 def test_the_model_compiles_without_a_break() -> None:
     segments = tokens(length=12), tokens(length=12, seed=1)
