@@ -28,6 +28,7 @@ from memtrans.hf.settings import MemorySettings
 from memtrans.hf.state import Watched
 from memtrans.hf.views import part_of, repeated
 from memtrans.inspection.trace import Trace
+from memtrans.memory.checks import running_backward
 from memtrans.memory.snapshot import MemorySnapshot
 from memtrans.storage import load_tensors, save_tensors
 from memtrans_kernels import checks
@@ -120,11 +121,17 @@ class ModelMemory:
     def entries_for(self, batch: int, writes: bool) -> Entries | None:
         """What a pass of so many rows looks at; None where nothing was ever read and the pass adds nothing.
 
-        Raises ValueError for a batch of other documents than those that the memory holds.
+        Raises ValueError for a batch of other documents than those that the memory holds, RuntimeError where a backward
+        pass runs the whole pass again: the memory is no longer what it saw.
         """
         if writes and self._questions > 1:
             raise ValueError("a pass that writes must not be inside expand(), where several rows share a document")
         held = self._held.get(self._place)
+        if (writes or held is not None) and running_backward() != -1:
+            raise RuntimeError(
+                "model must not be inside a checkpoint as a whole, got a forward pass that a backward pass runs again: "
+                "model.gradient_checkpointing_enable() runs layers again, which know what they saw"
+            )
         if held is not None and held.documents * self._questions == batch:
             return held
         if held is not None and int(held.lengths.max()) > 0:

@@ -13,6 +13,7 @@ from helpers.hf_families import made, tokens
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, StaticCache, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -129,6 +130,21 @@ def test_checkpointing_recomputes_the_same_and_stores_once(reentrant: bool, asks
     )
     assert stored == lengths == [28 + 11] * 2
     assert len(plain) == len(again) and all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_around_the_whole_model_is_refused_and_changes_nothing(reentrant: bool) -> None:
+    model, ids = made("llama").train(), tokens(length=12, seed=1)
+    memory = add_memory(model, **SIZES)
+    memory.read(tokens(length=30))
+    embeds, begins = model.get_input_embeddings()(ids), torch.tensor([False, True])
+    with memory.writing():
+        logits = checkpoint(
+            lambda given: model(inputs_embeds=given, new_document=begins).logits, embeds, use_reentrant=reentrant
+        )
+        with pytest.raises(RuntimeError, match=r"got a forward pass that a backward pass runs again: .*_enable\(\)"):
+            logits.sum().backward()
+    assert memory.lengths.tolist() == [28 + 11, 11]
 
 
 def test_what_a_memory_learns_has_a_gradient_wherever_it_was_made(tmp_path: Path) -> None:
