@@ -133,6 +133,7 @@ class ModelMemory:
                 "model.gradient_checkpointing_enable() runs layers again, which know what they saw"
             )
         if held is not None and held.documents * self._questions == batch:
+            held.follow(self.layers)
             return held
         if held is not None and int(held.lengths.max()) > 0:
             raise ValueError(
