@@ -62,25 +62,31 @@ class ModelMemory:
     >>> memory.remove()
     """
 
+    # what the contexts below change, as it is outside of them
+    is_off = is_writing = _splits = _keeps_reader = False
+    searches = True
+    _questions = 1
+    _newest: int | Tensor = 0
+    _behind: int | Tensor = 0
+    _kept_reader: Reader | None = None
+    _watched: Watched | None = None
+
     def __init__(self, decoder: nn.Module, layers: Mapping[int, Layer], settings: MemorySettings) -> None:
         self.decoder, self.layers, self.settings = decoder, dict(layers), settings
         self.numbers = list(layers)
         self.dtype = next(iter(layers.values())).dtype
         self.is_rotary = any(layer.rotation is not None for layer in layers.values())
-        self.is_off = self.is_writing = False
-        self._questions = 1
-        self._newest: int | Tensor = 0
-        self._behind: int | Tensor = 0
-        self._kept_reader: Reader | None = None
-        self._keeps_reader = False
-        self._watched: Watched | None = None
-        self._splits = False
-        self.searches = True
         self._held: dict[str, Entries] = {}
+        decoder.memtrans_memory = self  # type: ignore[assignment]  # for `memory_of`, of a copy of the model too
         self._handles = [
             decoder.register_forward_pre_hook(partial(before_decoder, self), with_kwargs=True),
             decoder.register_forward_hook(partial(after_decoder, self), with_kwargs=True),
         ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy: it is outside of every context that this one is in."""
+        kept = {name: value for name, value in self.__dict__.items() if name not in vars(ModelMemory)}
+        return {**kept, "_held": {place: held for place, held in self._held.items() if place == READ}}
 
     # ------------------------------------------------------------------------------------------------------ entries
 
@@ -393,6 +399,7 @@ class ModelMemory:
         for layer in self.layers.values():
             layer.attention.config = getattr(layer.attention.config, BASE)
             del layer.attention.memtrans
+        del self.decoder.memtrans_memory
         self._held.clear()
 
     def _check_in_model(self) -> None:
