@@ -295,7 +295,7 @@ class ModelMemory:
         """Inside, a pass sees only so many of the newest entries of each document: as if the memory were that small.
 
         behind: leaves out so many that were added last: the memory as it stood before them. What a full memory has
-            dropped for them does not come back.
+            dropped for them does not come back. A pass that writes adds behind all that is held nonetheless.
 
         Both are numbers or, for a step that is replayed, () int64 on the memory's device, which are not checked.
         """

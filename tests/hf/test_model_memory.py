@@ -185,6 +185,16 @@ def test_a_view_of_the_newest_entries_is_a_smaller_memory(model: PreTrainedModel
     assert not torch.allclose(logits_of(model, question), logits_of(small, question), atol=1e-3)
 
 
+def test_a_pass_that_writes_inside_a_view_of_the_newest_adds_behind_all_of_them(model: PreTrainedModel) -> None:
+    memory, ids, more = add_memory(model, **{**SIZES, "sink": 0}), tokens(length=16), tokens(length=6, seed=1)
+    memory.read(ids)
+    with memory.newest(5, behind=3):
+        seen = logits_of(model, more)
+        with memory.writing():
+            assert_close(logits_of(model, more), seen, PARITY, "logits")
+    assert held(memory) == torch.cat((ids, more), 1).tolist()
+
+
 def test_one_document_serves_several_questions(model: PreTrainedModel) -> None:
     memory, questions = add_memory(model, **SIZES), tokens(batch=6, length=7, seed=2)
     memory.read(tokens(length=30))
