@@ -39,7 +39,9 @@ def before_decoder(memory: ModelMemory, decoder: nn.Module, args: Any, kwargs: d
         return args, kwargs
     args, kwargs = _named(decoder, args, kwargs)
     ids = args[0] if args else kwargs.get("input_ids")
-    given = ids if ids is not None else kwargs["inputs_embeds"]
+    given = ids if ids is not None else kwargs.get("inputs_embeds")
+    if given is None:  # the model says what it wants
+        return args, kwargs
     batch, length = given.shape[:2]
     cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
     writes = memory.is_writing

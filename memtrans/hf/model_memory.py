@@ -210,14 +210,12 @@ class ModelMemory:
 
         Raises:
             ValueError: another shape, a hole in the mask, another batch than the memory's; inside `off()`, and after
-                `remove()`.
+                `remove()`. TypeError: no tensor, or not of whole numbers.
         """
         self._check_in_model()
         if self.is_off:
             raise ValueError("read must be called outside off(), where the model has no memory, got it inside")
-        if ids.dim() != 2 or (attention_mask is not None and attention_mask.shape != ids.shape):
-            of_mask = None if attention_mask is None else tuple(attention_mask.shape)
-            raise ValueError(f"ids must be (B, N), and attention_mask too, got {tuple(ids.shape)} and {of_mask}")
+        _check_ids(ids, attention_mask)
         padding = padding_of(attention_mask, ids.shape[1])
         real = None if padding is None else padding.real
         ids = ids if padding is None else to_the_right(ids, padding)
@@ -405,3 +403,13 @@ class ModelMemory:
     def _check_in_model(self) -> None:
         if not self._handles:
             raise ValueError("memory must be in its model, got one that remove() took out: add_memory makes another")
+
+
+def _check_ids(ids: Tensor, attention_mask: Tensor | None) -> None:
+    """Raises TypeError or ValueError unless ids are whole numbers (B, N), and a mask is of their shape."""
+    checks.tensors(ids=ids, **({} if attention_mask is None else {"attention_mask": attention_mask}))
+    if ids.is_floating_point():
+        raise TypeError(f"ids must be whole numbers, got {ids.dtype}")
+    if ids.dim() != 2 or (attention_mask is not None and attention_mask.shape != ids.shape):
+        of_mask = None if attention_mask is None else tuple(attention_mask.shape)
+        raise ValueError(f"ids must be (B, N), and attention_mask too, got {tuple(ids.shape)} and {of_mask}")

@@ -90,6 +90,31 @@ def test_reading_inside_off_is_refused() -> None:
         memory.read(tokens())
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (({"input_ids": tokens()},), "ids must be a torch.Tensor, got dict"),
+        (([[1, 2, 3]],), "ids must be a torch.Tensor, got list"),
+        ((tokens().float(),), "ids must be whole numbers, got torch.float32"),
+        ((tokens(), [[1] * 24] * 2), "attention_mask must be a torch.Tensor, got list"),
+    ],
+)
+def test_what_cannot_be_read_is_named(given: Any, message: str) -> None:
+    memory = add_memory(made("llama"), **SIZES)
+    with pytest.raises(TypeError, match=message):
+        memory.read(*given)
+    assert memory.lengths.tolist() == []
+
+
+def test_a_pass_of_nothing_gets_the_error_of_the_model() -> None:
+    model = made("llama")
+    memory = add_memory(model, **SIZES)
+    memory.read(tokens())
+    for called in (model, model.model):
+        with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
+            called()
+
+
 def test_what_is_no_pretrained_model_is_refused() -> None:
     with pytest.raises(TypeError, match="model must be a transformers model, got Linear"):
         add_memory(torch.nn.Linear(1, 1))
