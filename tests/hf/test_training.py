@@ -323,6 +323,26 @@ def test_an_evaluation_by_itself_is_one_amid_training(tmp_path: Path) -> None:
     assert (memory.is_writing, memory.lengths.tolist()) == (False, [])
 
 
+def test_a_training_that_an_exception_ended_leaves_the_memory_as_outside_of_it(tmp_path: Path) -> None:
+    model = made("llama")
+    memory, question = add_memory(model, **SIZES), tokens(length=6, seed=2)
+    plain = model.eval()(question).logits
+
+    class Interrupted(MemoryCallback):
+        def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    said = arguments(tmp_path, max_steps=2, gradient_accumulation_steps=2)
+    rows = document_rows(batch=2, **ROWS)
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(model, said, train_dataset=rows, callbacks=[Interrupted(memory)]).train()
+    assert not memory.is_writing
+    assert_close(model.eval()(question).logits, plain, PARITY, "logits")
+    memory.read(question)
+    assert memory.lengths.tolist() == [5, 5]
+    Trainer(model, said, train_dataset=rows, callbacks=[MemoryCallback(memory)]).train()
+
+
 def test_too_few_documents_for_the_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="documents must be at least batch=3 with tokens, got 2"):
         list(document_rows([[1, 2], [3], []], batch=3, segment=2))
