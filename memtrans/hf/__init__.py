@@ -18,9 +18,9 @@ if int(transformers.__version__.split(".")[0]) < 5:
         f"memtrans.hf needs transformers 5 or newer, got {transformers.__version__}: pip install -U 'memtrans[hf]'"
     )
 
-from memtrans.hf.add_memory import add_memory, load_memory
+from memtrans.hf.add_memory import add_memory, load_memory, memory_of
 from memtrans.hf.calibrate import calibrate
 from memtrans.hf.model_memory import ModelMemory
 from memtrans.hf.trainer import MemoryCallback, document_rows
 
-__all__ = ["MemoryCallback", "ModelMemory", "add_memory", "calibrate", "document_rows", "load_memory"]
+__all__ = ["MemoryCallback", "ModelMemory", "add_memory", "calibrate", "document_rows", "load_memory", "memory_of"]

@@ -104,6 +104,32 @@ def _check_positions(settings: MemorySettings, most: int | None) -> None:
         )
 
 
+def memory_of(model: nn.Module) -> ModelMemory:
+    """The memory that a model has: of a copy (`copy.deepcopy`, or `torch.save` of the whole model) its own.
+
+    A copy holds what was read when it was made, and is outside of `writing()`, `off()` and the like.
+
+    Raises ValueError for a model without one.
+
+    >>> import copy
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, max_position_embeddings=64, **sizes)).eval()
+    >>> memory = add_memory(model, max_memories=100, segment=16)
+    >>> memory.read(torch.arange(10)[None])
+    >>> other = copy.deepcopy(model)
+    >>> memory_of(other).reset()
+    >>> memory_of(model) is memory, memory.lengths.tolist()
+    (True, [9])
+    """
+    found = (getattr(module, "memtrans_memory", None) for module in model.modules())
+    memory = next((memory for memory in found if isinstance(memory, ModelMemory)), None)
+    if memory is None:
+        raise ValueError(f"model must have a memory, got {type(model).__name__} without one: add_memory gives it one")
+    return memory
+
+
 def load_memory(model: nn.Module, directory: str | Path, **overrides: Any) -> ModelMemory:
     """Gives a model the memory that `ModelMemory.save` wrote: its settings, what it learned, and what it held.
 

@@ -83,6 +83,27 @@ class Entries:
             self._live = {number: view.live() for number, view in self.snapshots().items()}
         return dict(self._live)
 
+    def follow(self, layers: Mapping[int, Layer]) -> None:
+        """Moves what each layer's memory holds to where the layer is by now. Raises ValueError for one on meta."""
+        moved = {
+            number: device
+            for number, layer in layers.items()
+            if (device := layer.learned.memory_offset.device) != self.memories[number].device
+        }
+        for number, device in moved.items():
+            if device.type == "meta":
+                raise ValueError(
+                    f"layers with a memory must be on a device that keeps values, got layer {number} on meta: offload "
+                    f"a model before add_memory"
+                )
+        for number, device in moved.items():
+            self.memories[number].to(device)
+        if moved:
+            self._live = {}
+            self.read = self.read.to(self.first.device)
+            if self.ids is not None:
+                self.ids.to(self.first.device)
+
     def clear_rows(self, mask: Tensor) -> None:
         """Forgets the documents where mask (B,) bool is True."""
         check_mask(mask, self.documents)

@@ -69,7 +69,8 @@ def chosen_of(model: nn.Module, layers: Sequence[int] | str) -> dict[int, nn.Mod
     taken = [number for number, attention in found.items() if hasattr(attention, "memtrans")]
     if taken:
         raise ValueError(
-            f"model must be without a memory in all its layers, got {taken}, which have one: call remove() on it first"
+            f"model must be without a memory in all its layers, got {taken}, which have one: call remove() on it "
+            f"first, memory_of(model) finds it"
         )
     return {number: found[number] for number in numbers}
 

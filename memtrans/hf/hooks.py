@@ -6,6 +6,7 @@ Shapes: the letters of `memtrans_kernels`.
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +37,11 @@ def before_decoder(memory: ModelMemory, decoder: nn.Module, args: Any, kwargs: d
     fresh, count = kwargs.pop("new_document", None), kwargs.pop(COUNT, None)
     if memory.is_off:
         return args, kwargs
+    args, kwargs = _named(decoder, args, kwargs)
     ids = args[0] if args else kwargs.get("input_ids")
-    given = ids if ids is not None else kwargs["inputs_embeds"]
+    given = ids if ids is not None else kwargs.get("inputs_embeds")
+    if given is None:  # the model says what it wants
+        return args, kwargs
     batch, length = given.shape[:2]
     cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
     writes = memory.is_writing
@@ -79,6 +83,15 @@ def before_decoder(memory: ModelMemory, decoder: nn.Module, args: Any, kwargs: d
         tokens = ids if ids is not None else given.new_zeros(batch, length)
         state.stored, state.store = {}, partial(entries.store, standing, tokens, state.sink, padding)
     return args, kwargs
+
+
+def _named(decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A call's arguments by the names that the decoder's forward has for them."""
+    if not args:
+        return args, kwargs
+    parameters = inspect.signature(decoder.forward).parameters.values()
+    names = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    return args[len(names) :], dict(**dict(zip(names, args, strict=False)), **kwargs)
 
 
 def _beginning(fresh: Tensor, batch: int) -> Tensor:

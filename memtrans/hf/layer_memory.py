@@ -67,6 +67,7 @@ class LayerMemory(nn.Module):
     memory_mix: nn.Parameter | None
     memory_across: nn.Parameter | None
 
+    @torch.inference_mode(False)  # else what is made there has no gradient later
     def __init__(self, heads: int, width: int, offset: float | str, device: torch.device) -> None:
         super().__init__()
         start, slope = (0.0, -1.0) if isinstance(offset, str) else (offset, 0.0)
@@ -81,6 +82,7 @@ class LayerMemory(nn.Module):
         """This one; asked of a wrapper that hands attributes on (PEFT's, for `modules_to_save`), its active copy."""
         return self
 
+    @torch.inference_mode(False)
     def learn_to_ask(self, form: str = "mix") -> None:
         """Gives it the parameters that make the query another one; they change nothing yet.
 

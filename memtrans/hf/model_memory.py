@@ -29,6 +29,7 @@ from memtrans.hf.settings import MemorySettings
 from memtrans.hf.state import Watched
 from memtrans.hf.views import part_of, repeated
 from memtrans.inspection.trace import Trace
+from memtrans.memory.checks import running_backward
 from memtrans.memory.snapshot import MemorySnapshot
 from memtrans.storage import load_tensors, save_tensors
 from memtrans_kernels import checks
@@ -62,25 +63,31 @@ class ModelMemory:
     >>> memory.remove()
     """
 
+    # what the contexts below change, as it is outside of them
+    is_off = is_writing = _splits = _keeps_reader = False
+    searches = True
+    _questions = 1
+    _newest: int | Tensor = 0
+    _behind: int | Tensor = 0
+    _kept_reader: Reader | None = None
+    _watched: Watched | None = None
+
     def __init__(self, decoder: nn.Module, layers: Mapping[int, Layer], settings: MemorySettings) -> None:
         self.decoder, self.layers, self.settings = decoder, dict(layers), settings
         self.numbers = list(layers)
         self.dtype = next(iter(layers.values())).dtype
         self.is_rotary = any(layer.rotation is not None for layer in layers.values())
-        self.is_off = self.is_writing = False
-        self._questions = 1
-        self._newest: int | Tensor = 0
-        self._behind: int | Tensor = 0
-        self._kept_reader: Reader | None = None
-        self._keeps_reader = False
-        self._watched: Watched | None = None
-        self._splits = False
-        self.searches = True
         self._held: dict[str, Entries] = {}
+        decoder.memtrans_memory = self  # type: ignore[assignment]  # for `memory_of`, of a copy of the model too
         self._handles = [
             decoder.register_forward_pre_hook(partial(before_decoder, self), with_kwargs=True),
             decoder.register_forward_hook(partial(after_decoder, self), with_kwargs=True),
         ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy: it is outside of every context that this one is in."""
+        kept = {name: value for name, value in self.__dict__.items() if name not in vars(ModelMemory)}
+        return {**kept, "_held": {place: held for place, held in self._held.items() if place == READ}}
 
     # ------------------------------------------------------------------------------------------------------ entries
 
@@ -121,12 +128,19 @@ class ModelMemory:
     def entries_for(self, batch: int, writes: bool) -> Entries | None:
         """What a pass of so many rows looks at; None where nothing was ever read and the pass adds nothing.
 
-        Raises ValueError for a batch of other documents than those that the memory holds.
+        Raises ValueError for a batch of other documents than those that the memory holds, RuntimeError where a backward
+        pass runs the whole pass again: the memory is no longer what it saw.
         """
         if writes and self._questions > 1:
             raise ValueError("a pass that writes must not be inside expand(), where several rows share a document")
         held = self._held.get(self._place)
+        if (writes or held is not None) and running_backward() != -1:
+            raise RuntimeError(
+                "model must not be inside a checkpoint as a whole, got a forward pass that a backward pass runs again: "
+                "model.gradient_checkpointing_enable() runs layers again, which know what they saw"
+            )
         if held is not None and held.documents * self._questions == batch:
+            held.follow(self.layers)
             return held
         if held is not None and int(held.lengths.max()) > 0:
             raise ValueError(
@@ -202,13 +216,7 @@ class ModelMemory:
         self._check_in_model()
         if self.is_off:
             raise ValueError("read must be called outside off(), where the model has no memory, got it inside")
-        table = self.decoder.get_input_embeddings()  # type: ignore[operator]
-        check_ids("ids", ids, getattr(table, "num_embeddings", None), None, None, validate=False)
-        if attention_mask is not None:
-            checks.tensors(attention_mask=attention_mask)
-            if attention_mask.shape != ids.shape:
-                of_ids, of_mask = tuple(ids.shape), tuple(attention_mask.shape)
-                raise ValueError(f"attention_mask must be (B, N) as ids are, {of_ids}, got {of_mask}")
+        self._check_ids(ids, attention_mask)
         padding = padding_of(attention_mask, ids.shape[1])
         real = None if padding is None else padding.real
         ids = ids if padding is None else to_the_right(ids, padding)
@@ -286,7 +294,7 @@ class ModelMemory:
         """Inside, a pass sees only so many of the newest entries of each document: as if the memory were that small.
 
         behind: leaves out so many that were added last: the memory as it stood before them. What a full memory has
-            dropped for them does not come back.
+            dropped for them does not come back. A pass that writes adds behind all that is held nonetheless.
 
         Both are numbers or, for a step that is replayed, () int64 on the memory's device, which are not checked.
         """
@@ -390,8 +398,19 @@ class ModelMemory:
         for layer in self.layers.values():
             layer.attention.config = getattr(layer.attention.config, BASE)
             del layer.attention.memtrans
+        del self.decoder.memtrans_memory
         self._held.clear()
 
     def _check_in_model(self) -> None:
         if not self._handles:
             raise ValueError("memory must be in its model, got one that remove() took out: add_memory makes another")
+
+    def _check_ids(self, ids: Tensor, attention_mask: Tensor | None) -> None:
+        """Raises unless ids are of the vocabulary (B, N), and a mask is of their shape."""
+        table = self.decoder.get_input_embeddings()  # type: ignore[operator]
+        check_ids("ids", ids, getattr(table, "num_embeddings", None), None, None, validate=False)
+        if attention_mask is not None:
+            checks.tensors(attention_mask=attention_mask)
+            if attention_mask.shape != ids.shape:
+                of_ids, of_mask = tuple(ids.shape), tuple(attention_mask.shape)
+                raise ValueError(f"attention_mask must be (B, N) as ids are, {of_ids}, got {of_mask}")

@@ -5,19 +5,23 @@ A row of a batch continues the document of the same row of the batch before; the
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Iterable, Iterator, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, RandomSampler
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import DistributedLengthGroupedSampler, LengthGroupedSampler
 
 from memtrans.hf.model_memory import ModelMemory
 from memtrans_kernels import checks
 
 DIRECTORY = "memory"  # of a checkpoint: what `ModelMemory.save` writes
+TRAIN = inspect.unwrap(Trainer.train).__code__
 SHUFFLING = (RandomSampler, LengthGroupedSampler, DistributedLengthGroupedSampler)
 
 
@@ -103,12 +107,21 @@ def _check_rows(name: str, loader: Any, batch: int) -> None:
         )
 
 
+def _trains() -> bool:
+    """Whether a Trainer's `train` is what runs here: no callback is told of one that an exception ended."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not TRAIN:
+        frame = frame.f_back
+    return frame is not None
+
+
 class MemoryCallback(TrainerCallback):
     """Lets a Trainer's passes write into a memory, and refuses what would mix its documents up.
 
-    The memory is empty when training begins and when it ends. Evaluations during training have a memory of their own,
-    which each one begins anew; `trainer.evaluate()` by itself needs `with memory.training():` around it. Beside each
-    checkpoint a directory `memory` holds what `ModelMemory.save` writes.
+    The memory is empty when training begins and when it ends; where an exception ended it, when the next pass begins.
+    Evaluations during training have a memory of their own, which each one begins anew; `trainer.evaluate()` by itself
+    needs `with memory.training():` around it. Beside each checkpoint a directory `memory` holds what `ModelMemory.save`
+    writes.
 
     Args:
         memory: of the model that is trained.
@@ -133,8 +146,9 @@ class MemoryCallback(TrainerCallback):
 
     def __init__(self, memory: ModelMemory) -> None:
         self.memory = memory
-        self._passes: Any = None
-        self._handle: Any = None
+        self._handles: list[Any] = []  # while a training runs
+        self._is_seen = False  # whether it is seen to run
+        self._pass: Any = None
         self._evaluated: Any = None  # what was checked
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -148,35 +162,50 @@ class MemoryCallback(TrainerCallback):
             )
         _check_rows("train_dataset", kwargs.get("train_dataloader"), args.train_batch_size * args.world_size)
         self._end()
-        self._passes = self.memory.training()
-        self._passes.__enter__()
-        self._handle = self.memory.decoder.register_forward_pre_hook(self._check_told, prepend=True, with_kwargs=True)
+        self._is_seen, decoder = _trains(), self.memory.decoder
+        self._handles = [
+            decoder.register_forward_pre_hook(self._begin_pass, prepend=True, with_kwargs=True),
+            decoder.register_forward_hook(self._end_pass, always_call=True),
+        ]
 
-    def _check_told(self, decoder: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        if not self.memory.is_off and "new_document" not in kwargs:
+    def _begin_pass(self, decoder: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """Lets a pass of the training write; one behind a training that an exception ended is any other."""
+        if self._is_seen and not _trains():
+            self._end()
+            return
+        if self.memory.is_off:
+            return
+        if "new_document" not in kwargs:
             self._end()
             raise ValueError(
                 "datasets must say new_document in each row with a memory, got a batch that does not: give a Trainer "
                 "document_rows(...)"
             )
+        self._pass = self.memory.training()
+        self._pass.__enter__()
+
+    def _end_pass(self, *_: Any) -> None:
+        if self._pass is not None:
+            self._pass.__exit__(None, None, None)
+        self._pass = None
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Passes write no more, and what training read is forgotten."""
-        if self._passes is not None:
+        if self._handles:
             self._end()
 
     def _end(self) -> None:
-        if self._passes is not None:
-            self._passes.__exit__(None, None, None)
-            self._handle.remove()
-        self._passes = None
+        self._end_pass()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
         self.memory.forget_evaluation()
         self.memory.reset()
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Checks how the data of an evaluation comes, at its first batch: before it no callback is told of it."""
         loader = kwargs.get("eval_dataloader")
-        if not self.memory.is_writing or loader is self._evaluated:
+        if not (self._handles or self.memory.is_writing) or loader is self._evaluated:
             return
         self._evaluated = loader
         try:

@@ -101,3 +101,16 @@ def test_a_token_that_is_replayed_follows_its_place_the_memory_and_what_was_lear
         token()
         assert_close(replayed, logits, GPU_MODEL, "logits")
         assert not torch.allclose(replayed, before, atol=1e-3)
+
+
+@torch.no_grad()
+def test_what_is_held_follows_a_model_that_moves() -> None:
+    model, question = made("llama", head_dim=32), tokens(length=6, seed=2)
+    memory = add_memory(model, max_memories=100, k=8, segment=16)
+    memory.read(tokens(length=30))
+    here = model(question).logits
+    there = model.to("cuda")(question.to("cuda")).logits
+    assert_close(there.cpu(), here, GPU_MODEL, "logits")
+    memory.read(tokens(length=30).to("cuda"))
+    assert memory.lengths.tolist() == [56, 56]
+    assert memory.ids(0).tolist() == tokens(length=30)[0, [*range(1, 16), *range(17, 30)]].tolist() * 2

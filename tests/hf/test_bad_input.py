@@ -90,6 +90,15 @@ def test_reading_inside_off_is_refused() -> None:
         memory.read(tokens())
 
 
+def test_a_pass_of_nothing_gets_the_error_of_the_model() -> None:
+    model = made("llama")
+    memory = add_memory(model, **SIZES)
+    memory.read(tokens())
+    for called in (model, model.model):
+        with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
+            called()
+
+
 def test_what_is_no_pretrained_model_is_refused() -> None:
     with pytest.raises(TypeError, match="model must be a transformers model, got Linear"):
         add_memory(torch.nn.Linear(1, 1))
@@ -121,6 +130,7 @@ def test_holes_in_a_mask_are_refused_before_anything_is_stored() -> None:
 @pytest.mark.parametrize(
     ("ids", "mask", "kind", "message"),
     [
+        ({"input_ids": [[1]]}, None, TypeError, "ids must be a torch.Tensor, got dict"),
         ([[1, 2, 3]], None, TypeError, "ids must be a torch.Tensor, got list"),  # of a tokenizer without return_tensors
         (torch.ones(1, 3), None, ValueError, "ids must be integers of shape"),
         (torch.tensor([1, 2, 3]), None, ValueError, "ids must be integers of shape"),
@@ -133,6 +143,7 @@ def test_what_is_no_text_is_refused(ids: Any, mask: Any, kind: type[Exception], 
     memory = add_memory(made("llama"), max_memories=20, segment=8)
     with pytest.raises(kind, match=message):
         memory.read(ids, mask)
+    assert memory.lengths.tolist() == []
 
 
 def test_a_writing_pass_is_a_segment_without_a_cache() -> None:

@@ -8,9 +8,12 @@ import pytest
 import torch
 from helpers.checks import PARITY, assert_close
 from helpers.hf_families import left_padded, made, tokens
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from memtrans.hf import add_memory
+from memtrans.memory import KNNMemory
 
 SIZES = {"max_memories": 100, "k": 8, "segment": 24}
 
@@ -38,3 +41,25 @@ def test_a_layer_that_is_nowhere_is_refused() -> None:
     model = made("llama").to("meta")
     with pytest.raises(ValueError, match=r"layers must each be on one device, got \['meta'\]"):
         add_memory(model, **SIZES)
+
+
+def test_a_model_that_went_where_nothing_is_kept_is_refused_and_its_memory_stays() -> None:
+    model = made("llama")
+    memory = add_memory(model, **SIZES)
+    memory.read(tokens())
+    model.to("meta")
+    with pytest.raises(ValueError, match=r"on a device that keeps values, got layer 0 on meta: offload a model before"):
+        model(tokens().to("meta"))
+    assert memory.lengths.tolist() == [23, 23]
+
+
+def test_what_is_held_goes_where_its_layer_went(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, went = add_memory(made("llama"), layers=[1], **SIZES), []
+    memory.read(tokens())
+    with FakeTensorMode():
+        memory.layers[1].attention.memtrans.memory_offset = nn.Parameter(torch.zeros(4, device="cuda"))
+    monkeypatch.setattr(KNNMemory, "to", lambda self, device: went.append((self, device)))
+    entries = memory.entries_for(2, writes=False)
+    assert entries is not None
+    assert went[0] == (entries.memories[1], torch.device("cuda", 0))
+    assert went[1][0] is entries.ids  # it follows the first layer's

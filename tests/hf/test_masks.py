@@ -97,3 +97,16 @@ def test_a_pass_that_writes_has_one_document_in_a_row(told: dict[str, Tensor]) -
     with memory.writing(), pytest.raises(ValueError, match=r"one document in a row, got several in rows \[0"):
         model(tokens(length=LENGTH), **told)
     assert memory.lengths.tolist() == [0, 0]
+
+
+@torch.no_grad()
+def test_a_mask_that_is_given_by_its_place_is_one_that_is_given_by_name() -> None:
+    model, ids = made("llama"), tokens(length=LENGTH)
+    memory, mask = add_memory(model, **SIZES), hidden_padding()[:, 0, -1].long()
+    with memory.writing():
+        model.model(ids, mask)
+    assert memory.lengths.tolist() == [LENGTH - 1, LENGTH - 1 - LEFT]
+    by_name = model.model(ids, attention_mask=mask).last_hidden_state
+    assert torch.equal(model.model(ids, mask).last_hidden_state, by_name)
+    with pytest.raises(TypeError, match="multiple values for keyword argument 'input_ids'"):
+        model.model(ids, input_ids=ids)

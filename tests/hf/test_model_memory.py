@@ -13,7 +13,7 @@ from helpers.hf_families import made, tokens
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from memtrans.hf import ModelMemory, add_memory, load_memory
+from memtrans.hf import ModelMemory, add_memory, load_memory, memory_of
 
 SIZES: dict[str, Any] = {"max_memories": 100, "k": 8, "segment": 16}
 
@@ -185,6 +185,16 @@ def test_a_view_of_the_newest_entries_is_a_smaller_memory(model: PreTrainedModel
     assert not torch.allclose(logits_of(model, question), logits_of(small, question), atol=1e-3)
 
 
+def test_a_pass_that_writes_inside_a_view_of_the_newest_adds_behind_all_of_them(model: PreTrainedModel) -> None:
+    memory, ids, more = add_memory(model, **{**SIZES, "sink": 0}), tokens(length=16), tokens(length=6, seed=1)
+    memory.read(ids)
+    with memory.newest(5, behind=3):
+        seen = logits_of(model, more)
+        with memory.writing():
+            assert_close(logits_of(model, more), seen, PARITY, "logits")
+    assert held(memory) == torch.cat((ids, more), 1).tolist()
+
+
 def test_one_document_serves_several_questions(model: PreTrainedModel) -> None:
     memory, questions = add_memory(model, **SIZES), tokens(batch=6, length=7, seed=2)
     memory.read(tokens(length=30))
@@ -261,6 +271,24 @@ def test_a_copy_of_a_model_and_its_memory_is_their_own(model: PreTrainedModel) -
     its.remove()
     assert not any("memtrans" in name for name, _ in other.named_modules())
     assert torch.equal(logits_of(model, question), before)
+
+
+def test_a_copy_of_a_model_alone_has_a_memory_that_is_found_outside_of_every_context(model: PreTrainedModel) -> None:
+    memory, question = add_memory(model, **SIZES), tokens(length=6, seed=2)
+    memory.read(tokens(length=30))
+    before = logits_of(model, question)
+    with memory.training(), memory.tracing():
+        logits_of(model, tokens(length=6))  # an evaluation's
+        other = copy.deepcopy(model)
+        assert torch.equal(logits_of(other, question), before)
+        assert memory_of(model) is memory
+    its = memory_of(other)
+    assert its.lengths.tolist() == [28, 28]
+    memory.reset()
+    assert torch.equal(logits_of(other, question), before)
+    its.remove()
+    with pytest.raises(ValueError, match="model must have a memory, got LlamaForCausalLM without one: add_memory"):
+        memory_of(other)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])

@@ -13,6 +13,7 @@ from helpers.hf_families import made, tokens
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, StaticCache, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -129,6 +130,34 @@ def test_checkpointing_recomputes_the_same_and_stores_once(reentrant: bool, asks
     )
     assert stored == lengths == [28 + 11] * 2
     assert len(plain) == len(again) and all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_around_the_whole_model_is_refused_and_changes_nothing(reentrant: bool) -> None:
+    model, ids = made("llama").train(), tokens(length=12, seed=1)
+    memory = add_memory(model, **SIZES)
+    memory.read(tokens(length=30))
+    embeds, begins = model.get_input_embeddings()(ids), torch.tensor([False, True])
+    with memory.writing():
+        logits = checkpoint(
+            lambda given: model(inputs_embeds=given, new_document=begins).logits, embeds, use_reentrant=reentrant
+        )
+        with pytest.raises(RuntimeError, match=r"got a forward pass that a backward pass runs again: .*_enable\(\)"):
+            logits.sum().backward()
+    assert memory.lengths.tolist() == [28 + 11, 11]
+
+
+def test_what_a_memory_learns_has_a_gradient_wherever_it_was_made(tmp_path: Path) -> None:
+    model, again = made("llama"), made("llama")
+    with torch.inference_mode():
+        memory = add_memory(model, **SIZES)
+        memory.read(tokens(length=30))
+        for layer in memory.layers.values():
+            layer.learned.learn_to_ask()
+        memory.save(tmp_path)
+        loaded = load_memory(again, tmp_path)
+    loss_of(again, tokens(length=12, seed=1)).backward()
+    assert all(parameter.grad is not None for parameter in loaded.parameters())
 
 
 @pytest.mark.slow
@@ -292,6 +321,26 @@ def test_an_evaluation_by_itself_is_one_amid_training(tmp_path: Path) -> None:
     with memory.training():
         assert [trainer.evaluate()["eval_loss"] for _ in range(2)] == [amid, amid]
     assert (memory.is_writing, memory.lengths.tolist()) == (False, [])
+
+
+def test_a_training_that_an_exception_ended_leaves_the_memory_as_outside_of_it(tmp_path: Path) -> None:
+    model = made("llama")
+    memory, question = add_memory(model, **SIZES), tokens(length=6, seed=2)
+    plain = model.eval()(question).logits
+
+    class Interrupted(MemoryCallback):
+        def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    said = arguments(tmp_path, max_steps=2, gradient_accumulation_steps=2)
+    rows = document_rows(batch=2, **ROWS)
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(model, said, train_dataset=rows, callbacks=[Interrupted(memory)]).train()
+    assert not memory.is_writing
+    assert_close(model.eval()(question).logits, plain, PARITY, "logits")
+    memory.read(question)
+    assert memory.lengths.tolist() == [5, 5]
+    Trainer(model, said, train_dataset=rows, callbacks=[MemoryCallback(memory)]).train()
 
 
 def test_too_few_documents_for_the_rows_are_refused() -> None:
