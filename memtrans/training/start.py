@@ -42,16 +42,16 @@ def resumed_settings(out: str | Path, given: Mapping[str, Any]) -> Settings:
     saved = settings.to_json()
     asked = given.get("memory", saved["memory"])
     gains = bool(asked) and not saved["memory"]
+    expected = {**saved, **(gaining(saved) if gains else {})}
     for name, value in given.items():
         may_change = name in MAY_CHANGE or (gains and name in (*OF_MEMORY, *RATES))
-        if not may_change and value != saved[name]:
-            raise ValueError(f"{name} must be {saved[name]!r}, as in the checkpoint to resume, got {value!r}")
+        if not may_change and value != expected[name]:
+            raise ValueError(f"{name} must be {expected[name]!r}, as in the checkpoint to resume, got {value!r}")
     if given.get("tokenizer") is not None:
         _check_tokenizer(given["tokenizer"], checkpoint)
-    if gains:
-        return Settings.from_json({**saved, **given, **gaining(saved)})
-    check_memory(asked, saved["memory"])
-    return Settings.from_json({**saved, **given})
+    if not gains:
+        check_memory(asked, saved["memory"])
+    return Settings.from_json({**expected, **given})
 
 
 def _check_tokenizer(name: str, checkpoint: Checkpoint) -> None:

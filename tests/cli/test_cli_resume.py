@@ -229,8 +229,10 @@ def test_a_run_without_a_memory_goes_on_with_one(tmp_path, text, capsys):
     resume = ["train", "--resume", "--out", str(out), "--plain"]
     assert main([*resume, "--steps", "6", "--memory", "256", "--neighbours", "3", "--width", "32"]) == 2
     assert "width must be 16, as in the checkpoint to resume, got 32" in capsys.readouterr().err
+    assert main([*resume, "--steps", "6", "--memory", "256", "--similarity", "cosine"]) == 2
+    assert "similarity must be 'product', as in the checkpoint to resume" in capsys.readouterr().err
     as_wanted = ["--memory", "256", "--neighbours", "3", "--memory-layers", "1", "2", "--final-rate", "0"]
-    assert main([*resume, "--steps", "6", *as_wanted]) == 0
+    assert main([*resume, "--steps", "6", *as_wanted, "--similarity", "product"]) == 0  # as it is without that
     gained = load_checkpoint(out / "checkpoint")
     assert [gained.parts["memories"][f"{layer}.lengths"].tolist() for layer in range(2)] == [[64, 64]] * 2
     settings = gained.values["settings"]
