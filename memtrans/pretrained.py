@@ -74,7 +74,7 @@ class Pretrained(nn.Module):
 
         Raises OSError when the disk is full, or the like; ValueError, before anything is written, when the memories are
         not this model's, or `from_pretrained` could not load it: a PEFT that is not merged, a parametrised weight, a
-        parameter or buffer of one's own.
+        parameter or buffer of one's own; TypeError, then too, when the memories are a view that `expand` made.
 
         >>> import tempfile
         >>> from memtrans import MemorizingTransformer
@@ -104,10 +104,10 @@ class Pretrained(nn.Module):
         def write() -> None:
             place = Path(directory)
             place.mkdir(parents=True, exist_ok=True)
+            if memories is not None:
+                memories.save(place / MEMORIES)  # first: it refuses a view
             write_atomically(place / WEIGHTS, save(weights, metadata={"format": "pt"}))
             write_atomically(place / CONFIG, described)
-            if memories is not None:
-                memories.save(place / MEMORIES)
             if not (place / CARD).exists():
                 write_atomically(place / CARD, card)
 

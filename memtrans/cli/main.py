@@ -1,4 +1,4 @@
-"""`python -m memtrans train | eval | generate | tokenize | hf | presets | info`.
+"""`python -m memtrans train | eval | generate | tokenize | hf | inspect | presets | info | completion`.
 
 Bad input ends with one line on standard error and exit status 2; Ctrl-C with 130 and SIGTERM with 143, `train` after
 a checkpoint; a loss that is not finite, a disk that is full, too little memory or a rank that is lost with 1, and the

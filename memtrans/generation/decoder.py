@@ -36,6 +36,7 @@ from memtrans.memory.snapshot import MemorySnapshot
 from memtrans.position import T5RelativePositionBias
 from memtrans.segments import Beginnings, beginnings
 from memtrans.transformer import MemorizingTransformer
+from memtrans_kernels import checks
 
 
 class Decoder:
@@ -170,11 +171,15 @@ class Decoder:
             logits (B, V) for the next token of each row.
 
         Raises:
-            ValueError, IndexError: another number of texts, or ids outside the vocabulary. Nothing was read then.
+            ValueError, IndexError, TypeError: another number of texts, what is no tensor of token ids (P,), or ids
+                outside the vocabulary. Nothing was read then.
         """
         if len(texts) != self.batch:
             raise ValueError(f"texts must hold one text for each of the {self.batch} rows, got {len(texts)}")
         for text in texts:
+            checks.tensors(texts=text)
+            if text.dim() != 1:
+                raise ValueError(f"texts must hold token ids (P,), got {text.dtype} {tuple(text.shape)}")
             check_ids("texts", text[None], self.model.vocabulary, None, text.device, validate=True)
         self.locate()
         self.follow_memories()
@@ -283,7 +288,13 @@ class Decoder:
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
-        """Every row reads one token: tokens (B,) int64 on the model's device -> logits (B, V) for the next one."""
+        """Every row reads one token: tokens (B,) int64 on the model's device -> logits (B, V) for the next one.
+
+        Raises ValueError, IndexError or TypeError for other tokens; nothing was read then.
+        """
+        checks.tensors(tokens=tokens)
+        if tokens.shape != (self.batch,):
+            raise ValueError(f"tokens must be one of each row, of shape ({self.batch},), got {tuple(tokens.shape)}")
         check_ids("tokens", tokens[None], self.model.vocabulary, None, self.device, self.model.validate)
         self.locate()
         self.follow_memories()

@@ -78,9 +78,8 @@ def generate(
     check_model(model)
     sampling = Sampling(temperature, top_k, top_p, seed)
     sizes(1, tokens=tokens)
-    for name, token in (("stop", stop), ("start", start)):
-        if token is not None and not 0 <= checks.integer(name, token) < model.vocabulary:
-            raise ValueError(f"{name} must be a token id in [0, {model.vocabulary}), got {token}")
+    _check_token("stop", stop, model)
+    _check_token("start", start, model)
     texts = as_texts(prompt, model, start)
     with evaluating(model):
         decoder = Decoder(model, len(texts), segment=segment, memories=memories)
@@ -111,7 +110,11 @@ def stream(
         sampling: how they are chosen. Default: `Sampling()`.
         stop: as in `generate`.
         capture: on CUDA, replay the step as a captured graph.
+
+    Raises ValueError or TypeError, when the first token is asked for, unless tokens is at least 0 and stop a token id.
     """
+    sizes(0, tokens=tokens)
+    _check_token("stop", stop, decoder.model)
     sampling = sampling or Sampling()
     decoder.locate()
     draws = sampling.draws(decoder.batch, tokens, decoder.device)
@@ -145,6 +148,11 @@ def stream(
         yield chosen.clone()
         if stop is not None and (number + 1) % every == 0 and not bool(going_on.any()):
             return
+
+
+def _check_token(name: str, token: int | None, model: MemorizingTransformer) -> None:
+    if token is not None and not 0 <= checks.integer(name, token) < model.vocabulary:
+        raise ValueError(f"{name} must be a token id in [0, {model.vocabulary}), got {token}")
 
 
 @contextmanager

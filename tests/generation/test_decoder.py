@@ -221,6 +221,15 @@ def test_under_autocast_keys_and_values_are_kept_in_its_dtype():
         (lambda m: Decoder(m, 0), ValueError, "batch must be at least 1, got 0"),
         (lambda m: Decoder(m, 1, segment=0), ValueError, "segment must be at least 1, got 0"),
         (lambda m: Decoder(m, 2).read([torch.tensor([1])]), ValueError, "one text for each of the 2 rows, got 1"),
+        (lambda m: Decoder(m, 1).read([[1, 2]]), TypeError, "texts must be a torch.Tensor, got list"),
+        (
+            lambda m: Decoder(m, 1).read([torch.ones(1, 3).long()]),
+            ValueError,
+            r"token ids \(P,\), got torch.int64 \(1, 3\)",
+        ),
+        (lambda m: Decoder(m, 2).step([1, 2]), TypeError, "tokens must be a torch.Tensor, got list"),
+        (lambda m: Decoder(m, 2).step(torch.tensor([1])), ValueError, r"of shape \(2,\), got \(1,\)"),
+        (lambda m: Decoder(m, 2).step(torch.tensor([[1], [2]])), ValueError, r"of shape \(2,\), got \(2, 1\)"),
         (lambda m: Decoder(m, 1).read([torch.tensor([30])]), IndexError, r"texts must be token ids in \[0, 30\)"),
         (
             lambda m: Decoder(m, 1, memories=build(dim_head=5).create_knn_memories(batch_size=1)),

@@ -336,3 +336,14 @@ def test_21_16_a_default_dtype_of_bfloat16_generates_what_the_model_in_bfloat16_
     expected = generate(model, PROMPTS, 12, segment=SEGMENT, **options)
     with default_dtype(torch.bfloat16):
         assert torch.equal(generate(model, PROMPTS, 12, segment=SEGMENT, **options), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"tokens": -1}, "tokens must be at least 0, got -1"), ({"stop": VOCABULARY}, "stop must be a token id")],
+)
+def test_a_stream_refuses_what_generate_refuses(options, message):
+    decoder = Decoder(build().eval(), 1)
+    with pytest.raises(ValueError, match=message):
+        next(stream(decoder, **{"tokens": 3, **options}))
+    assert not list(stream(decoder, 0))

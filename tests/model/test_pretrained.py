@@ -74,6 +74,13 @@ def test_22_9_the_model_card_says_what_it_is_and_its_code_runs(options, document
     exec(snippet, {})
 
 
+def test_views_of_memories_are_refused_before_anything_is_written(tmp_path):
+    model = build()
+    with pytest.raises(TypeError, match="must be called on the memory itself, got a view"):
+        model.save_pretrained(tmp_path, model.create_knn_memories(batch_size=1, device="cpu").expand(2))
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_first_device_is_no_word_for_none(tmp_path, monkeypatch):
     asked = []
     build().save_pretrained(tmp_path)
