@@ -27,6 +27,12 @@ def rotary_function(attention: nn.Module) -> Any:
     return next((function for name in names if (function := getattr(file_of(attention), name, None))), None)
 
 
+def layer_type(attention: nn.Module) -> Any:
+    """The type of an attention module's layer; None for a family whose layers have none."""
+    types: Any = getattr(attention.config, "layer_types", None)
+    return getattr(attention, "layer_type", None if types is None else types[attention.layer_idx])
+
+
 def attentions_of(model: nn.Module) -> dict[int, nn.Module]:
     """The causal self-attention modules of a model by the number of their layer.
 

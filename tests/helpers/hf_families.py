@@ -61,6 +61,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("phi", {"partial_rotary_factor": 0.5, **ALL_ALIKE}),
     "cohere": ("cohere", {}),
     "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", FULL),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}),
     "starcoder2": ("starcoder2", {}),
     "granite": ("granite", {"attention_multiplier": 0.2}),
@@ -79,7 +80,7 @@ FAMILIES = {name: family for name, family in FAMILIES.items() if family[0] in CO
 # Rotary positions and full attention in every layer: two segments are one pass, if nothing is left out.
 ORACLE = (
     *("llama", "llama_yarn", "llama3", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gpt_neox", "phi", "cohere", "olmo2"),
-    *("smollm3", "starcoder2", "granite", "gemma2_full", "gpt_oss_full"),
+    *("olmo3", "smollm3", "starcoder2", "granite", "gemma2_full", "gpt_oss_full"),
     *("llama4", "deepseek_v2", "deepseek_v3", "deepseek_v3_halves", "minicpm3"),
 )
 ORACLE = tuple(name for name in ORACLE if name in FAMILIES)
