@@ -62,7 +62,8 @@ def attentions_of(model: nn.Module) -> dict[int, nn.Module]:
 def takes_part(module: nn.Module) -> bool:
     """Whether it is a causal attention module that goes through AttentionInterface."""
     named = type(module).__name__.endswith("Attention") and isinstance(getattr(module, "layer_idx", None), int)
-    return named and hasattr(file_of(module), "eager_attention_forward") and bool(getattr(module, "is_causal", True))
+    chooses = hasattr(module, "config") and hasattr(file_of(module), "eager_attention_forward")
+    return named and chooses and bool(getattr(module, "is_causal", True))
 
 
 def chosen_of(model: nn.Module, layers: Sequence[int] | str) -> dict[int, nn.Module]:
