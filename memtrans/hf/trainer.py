@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -121,7 +122,7 @@ class MemoryCallback(TrainerCallback):
     The memory is empty when training begins and when it ends; where an exception ended it, when the next pass begins.
     Evaluations during training have a memory of their own, which each one begins anew; `trainer.evaluate()` by itself
     needs `with memory.training():` around it. Beside each checkpoint a directory `memory` holds what `ModelMemory.save`
-    writes.
+    writes; a training of one process that goes on from a checkpoint of its `output_dir` begins with that.
 
     Args:
         memory: of the model that is trained.
@@ -162,11 +163,18 @@ class MemoryCallback(TrainerCallback):
             )
         _check_rows("train_dataset", kwargs.get("train_dataloader"), args.train_batch_size * args.world_size)
         self._end()
+        self._go_on(args, state)
         self._is_seen, decoder = _trains(), self.memory.decoder
         self._handles = [
             decoder.register_forward_pre_hook(self._begin_pass, prepend=True, with_kwargs=True),
             decoder.register_forward_hook(self._end_pass, always_call=True),
         ]
+
+    def _go_on(self, args: Any, state: Any) -> None:
+        """Takes up the memory of the checkpoint that a training goes on from, whose documents go on as well."""
+        saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / DIRECTORY
+        if state.global_step and args.world_size == 1 and saved.is_dir():  # other processes' are not in it
+            self.memory.load(saved)
 
     def _begin_pass(self, decoder: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Lets a pass of the training write; one behind a training that an exception ended is any other."""
@@ -226,4 +234,4 @@ class MemoryCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Saves the memory beside the checkpoint."""
         if state.is_world_process_zero:
-            self.memory.save(f"{args.output_dir}/checkpoint-{state.global_step}/{DIRECTORY}")
+            self.memory.save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / DIRECTORY)

@@ -343,6 +343,23 @@ def test_a_training_that_an_exception_ended_leaves_the_memory_as_outside_of_it(t
     Trainer(model, said, train_dataset=rows, callbacks=[MemoryCallback(memory)]).train()
 
 
+def test_a_training_that_goes_on_from_a_checkpoint_goes_on_with_its_memory(tmp_path: Path) -> None:
+    lengths = []
+
+    class Watched(MemoryCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            lengths.append(self.memory.lengths.tolist())
+
+    for steps in (2, 4):
+        model = made("llama")
+        memory = add_memory(model, **{**SIZES, "sink": 0})
+        said = arguments(tmp_path, max_steps=steps, save_strategy="steps", save_steps=2)
+        rows = document_rows(batch=2, **ROWS)
+        trainer = Trainer(model, said, train_dataset=rows, callbacks=[Watched(memory)])
+        trainer.train(resume_from_checkpoint=steps > 2)
+    assert lengths == [[16, 16], [32, 32], [48, 48], [64, 64]]
+
+
 def test_too_few_documents_for_the_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="documents must be at least batch=3 with tokens, got 2"):
         list(document_rows([[1, 2], [3], []], batch=3, segment=2))
