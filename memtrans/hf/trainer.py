@@ -129,8 +129,9 @@ class MemoryCallback(TrainerCallback):
 
     Raises:
         ValueError: when training begins, with remove_unused_columns=True, which drops `new_document` without a word,
-            or more than one worker that loads data; when training or an evaluation begins, with data that is shuffled
-            or grouped by length, `document_rows` of another batch than the Trainer's, and rows without `new_document`.
+            more than one worker that loads data, or several GPUs for one process; when training or an evaluation
+            begins, with data that is shuffled or grouped by length, `document_rows` of another batch than the
+            Trainer's, and rows without `new_document`.
 
     >>> import torch
     >>> from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
@@ -160,6 +161,11 @@ class MemoryCallback(TrainerCallback):
             raise ValueError(
                 f"dataloader_num_workers must be 0 or 1 with a memory, got {args.dataloader_num_workers}: rows would "
                 f"not go on where they stopped"
+            )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"a process must have one GPU with a memory, got {args.n_gpu} for DataParallel: start one for each "
+                f"with torchrun, or choose one by CUDA_VISIBLE_DEVICES"
             )
         _check_rows("train_dataset", kwargs.get("train_dataloader"), args.train_batch_size * args.world_size)
         self._end()

@@ -279,6 +279,13 @@ def test_a_trainer_that_would_mix_documents_up_is_refused(tmp_path: Path, change
     assert not memory.is_writing
 
 
+def test_a_process_with_several_gpus_is_refused(tmp_path: Path) -> None:
+    said, memory = arguments(tmp_path), add_memory(made("llama"), **SIZES)
+    said._n_gpu = 2
+    with pytest.raises(ValueError, match="a process must have one GPU with a memory, got 2 for DataParallel"):
+        MemoryCallback(memory).on_train_begin(said, None, None)
+
+
 ROWS: dict[str, Any] = {"segment": 16, "documents": [tokens(1, 64)[0].tolist()] * 2}
 
 
