@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from memtrans.hf.families import file_of
+from memtrans.hf.families import file_of, layer_type
 from memtrans.hf.layer_memory import Asking
 from memtrans.hf.state import ForwardState, Stored, kept
 from memtrans.hf.telling import tell
@@ -104,7 +104,7 @@ def _is_causal_alone(call: Call) -> bool:
         isinstance(call.mask, Tensor)
         and call.mask.dim() == 4
         and (window is None or call.query.shape[2] <= window)
-        and getattr(call.module, "layer_type", "full_attention") in ("full_attention", "sliding_attention")
+        and layer_type(call.module) in (None, "full_attention", "sliding_attention")
         and getattr(call.module.config, BASE)._attn_implementation == "sdpa"  # which is causal without a mask
     )
 

@@ -85,11 +85,8 @@ class Entries:
 
     def follow(self, layers: Mapping[int, Layer]) -> None:
         """Moves what each layer's memory holds to where the layer is by now. Raises ValueError for one on meta."""
-        moved = {
-            number: device
-            for number, layer in layers.items()
-            if (device := layer.learned.memory_offset.device) != self.memories[number].device
-        }
+        places = {number: layer.learned.memory_offset.device for number, layer in layers.items()}
+        moved = {number: place for number, place in places.items() if place != self.memories[number].device}
         for number, device in moved.items():
             if device.type == "meta":
                 raise ValueError(

@@ -27,6 +27,12 @@ def rotary_function(attention: nn.Module) -> Any:
     return next((function for name in names if (function := getattr(file_of(attention), name, None))), None)
 
 
+def layer_type(attention: nn.Module) -> Any:
+    """The type of an attention module's layer; None for a family whose layers have none."""
+    types: Any = getattr(attention.config, "layer_types", None)
+    return getattr(attention, "layer_type", None if types is None else types[attention.layer_idx])
+
+
 def attentions_of(model: nn.Module) -> dict[int, nn.Module]:
     """The causal self-attention modules of a model by the number of their layer.
 
@@ -56,7 +62,8 @@ def attentions_of(model: nn.Module) -> dict[int, nn.Module]:
 def takes_part(module: nn.Module) -> bool:
     """Whether it is a causal attention module that goes through AttentionInterface."""
     named = type(module).__name__.endswith("Attention") and isinstance(getattr(module, "layer_idx", None), int)
-    return named and hasattr(file_of(module), "eager_attention_forward") and bool(getattr(module, "is_causal", True))
+    chooses = hasattr(module, "config") and hasattr(file_of(module), "eager_attention_forward")
+    return named and chooses and bool(getattr(module, "is_causal", True))
 
 
 def chosen_of(model: nn.Module, layers: Sequence[int] | str) -> dict[int, nn.Module]:

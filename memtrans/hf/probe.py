@@ -82,6 +82,8 @@ def _layer(
         )
     if combine == "softmax" and arguments.get("position_bias") is not None:
         raise ValueError(f"combine must be 'gate' for {name}, whose attention has a position_bias")
+    if _is_biased(seen["mask"]):
+        raise ValueError(f"model must add nothing to logits, got {name}, whose mask does in layer {number}")
     if not _same(key[0, :, :2], key[2, :, :2]):
         raise ValueError(f"model must be causal, got {name}, whose tokens see later ones")
     rotation = None
@@ -89,6 +91,13 @@ def _layer(
         rotation = _rotation(decoder, attention, key, number, turn)
     heads, kv_heads = seen["query"].shape[1], key.shape[1]
     return Layer(attention, heads, kv_heads, key.shape[3], value.shape[3], key.dtype, rotation)
+
+
+def _is_biased(mask: Any) -> bool:
+    """Whether a mask is added to the logits of what it lets be seen, as a stored key's would lack."""
+    if not isinstance(mask, Tensor) or not mask.is_floating_point():
+        return False
+    return bool(((mask != 0) & (mask > torch.finfo(mask.dtype).min / 2)).any())
 
 
 def _rotation(decoder: Any, attention: nn.Module, key: Tensor, number: int, turn: int) -> Rotation | None:
@@ -138,11 +147,23 @@ class _Seen:
 
 
 def _note(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, memtrans_seen: Any = None, **arguments: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    memtrans_seen: Any = None,
+    **arguments: Any,
 ) -> Any:
     if memtrans_seen is not None:
-        memtrans_seen.layers[module.layer_idx] = {"query": query, "key": key, "value": value, "arguments": arguments}
-    return base_of(module)(module, query, key, value, mask, **arguments)
+        if module.layer_idx in memtrans_seen.layers:
+            raise ValueError(
+                f"model must attend once in a layer, got {type(module).__name__}, which does several times in layer "
+                f"{module.layer_idx}"
+            )
+        told = {"query": query, "key": key, "value": value, "mask": attention_mask, "arguments": arguments}
+        memtrans_seen.layers[module.layer_idx] = told
+    return base_of(module)(module, query, key, value, attention_mask, **arguments)
 
 
 @contextmanager

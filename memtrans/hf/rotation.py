@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memtrans.hf.families import rotary_function
+from memtrans.hf.families import layer_type, rotary_function
 
 Angles = tuple[Tensor, ...]  # cos and sin, or one of complex numbers, (B or 1, 1, part of D)
 
@@ -69,7 +69,7 @@ def rotations_of(decoder: nn.Module, attention: nn.Module) -> list[Rotation]:
     if apply is None or rotary is None:
         return []
     by_kind = "layer_type" in inspect.signature(rotary.forward).parameters
-    kind = getattr(attention, "layer_type", None) if by_kind else None
+    kind = layer_type(attention) if by_kind else None
     angle = angles_back(decoder, next(decoder.parameters()), 1, kind, 1)[0]
     width = angle.shape[-1] * (2 if angle.is_complex() else 1)
     return [Rotation(apply, kind, None), *(Rotation(apply, kind, width, last) for last in (False, True))]

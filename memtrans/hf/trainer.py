@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -121,15 +122,16 @@ class MemoryCallback(TrainerCallback):
     The memory is empty when training begins and when it ends; where an exception ended it, when the next pass begins.
     Evaluations during training have a memory of their own, which each one begins anew; `trainer.evaluate()` by itself
     needs `with memory.training():` around it. Beside each checkpoint a directory `memory` holds what `ModelMemory.save`
-    writes.
+    writes; a training of one process that goes on from a checkpoint of its `output_dir` begins with that.
 
     Args:
         memory: of the model that is trained.
 
     Raises:
         ValueError: when training begins, with remove_unused_columns=True, which drops `new_document` without a word,
-            or more than one worker that loads data; when training or an evaluation begins, with data that is shuffled
-            or grouped by length, `document_rows` of another batch than the Trainer's, and rows without `new_document`.
+            more than one worker that loads data, or several GPUs for one process; when training or an evaluation
+            begins, with data that is shuffled or grouped by length, `document_rows` of another batch than the
+            Trainer's, and rows without `new_document`.
 
     >>> import torch
     >>> from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
@@ -160,13 +162,25 @@ class MemoryCallback(TrainerCallback):
                 f"dataloader_num_workers must be 0 or 1 with a memory, got {args.dataloader_num_workers}: rows would "
                 f"not go on where they stopped"
             )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"a process must have one GPU with a memory, got {args.n_gpu} for DataParallel: start one for each "
+                f"with torchrun, or choose one by CUDA_VISIBLE_DEVICES"
+            )
         _check_rows("train_dataset", kwargs.get("train_dataloader"), args.train_batch_size * args.world_size)
         self._end()
+        self._go_on(args, state)
         self._is_seen, decoder = _trains(), self.memory.decoder
         self._handles = [
             decoder.register_forward_pre_hook(self._begin_pass, prepend=True, with_kwargs=True),
             decoder.register_forward_hook(self._end_pass, always_call=True),
         ]
+
+    def _go_on(self, args: Any, state: Any) -> None:
+        """Takes up the memory of the checkpoint that a training goes on from, whose documents go on as well."""
+        saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / DIRECTORY
+        if state.global_step and args.world_size == 1 and saved.is_dir():  # other processes' are not in it
+            self.memory.load(saved)
 
     def _begin_pass(self, decoder: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Lets a pass of the training write; one behind a training that an exception ended is any other."""
@@ -226,4 +240,4 @@ class MemoryCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Saves the memory beside the checkpoint."""
         if state.is_world_process_zero:
-            self.memory.save(f"{args.output_dir}/checkpoint-{state.global_step}/{DIRECTORY}")
+            self.memory.save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / DIRECTORY)

@@ -61,6 +61,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("phi", {"partial_rotary_factor": 0.5, **ALL_ALIKE}),
     "cohere": ("cohere", {}),
     "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", FULL),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}),
     "starcoder2": ("starcoder2", {}),
     "granite": ("granite", {"attention_multiplier": 0.2}),
@@ -73,13 +74,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mimo_v2_flash": ("mimo_v2_flash", {"head_dim": 16, "v_head_dim": 8}),
     "llama4": ("llama4_text", {"head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48,
                                "no_rope_layers": [1, 0], "attention_chunk_size": 128, "use_qk_norm": False}),
+    "minimax": ("minimax", {"num_local_experts": 4, "num_experts_per_tok": 2, "block_size": 8,
+                            "layer_types": ["linear_attention", "full_attention"]}),
     "opt": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}),
 }  # fmt: skip
 FAMILIES = {name: family for name, family in FAMILIES.items() if family[0] in CONFIG_MAPPING}  # older ones lack some
 # Rotary positions and full attention in every layer: two segments are one pass, if nothing is left out.
 ORACLE = (
     *("llama", "llama_yarn", "llama3", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gpt_neox", "phi", "cohere", "olmo2"),
-    *("smollm3", "starcoder2", "granite", "gemma2_full", "gpt_oss_full"),
+    *("olmo3", "smollm3", "starcoder2", "granite", "gemma2_full", "gpt_oss_full"),
     *("llama4", "deepseek_v2", "deepseek_v3", "deepseek_v3_halves", "minicpm3"),
 )
 ORACLE = tuple(name for name in ORACLE if name in FAMILIES)
@@ -90,6 +93,8 @@ REFUSED = {
     "gpt_neo": ("gpt_neo", {"attention_types": [[["global"], 2]], "num_layers": 2, "num_heads": 4}),
     "gptj": ("gptj", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "rotary_dim": 4}),
     "stablelm": ("stablelm", {}),
+    "diffllama": ("diffllama", {}),
+    "doge": ("doge", {}),
 }
 
 

@@ -279,6 +279,13 @@ def test_a_trainer_that_would_mix_documents_up_is_refused(tmp_path: Path, change
     assert not memory.is_writing
 
 
+def test_a_process_with_several_gpus_is_refused(tmp_path: Path) -> None:
+    said, memory = arguments(tmp_path), add_memory(made("llama"), **SIZES)
+    said._n_gpu = 2
+    with pytest.raises(ValueError, match="a process must have one GPU with a memory, got 2 for DataParallel"):
+        MemoryCallback(memory).on_train_begin(said, None, None)
+
+
 ROWS: dict[str, Any] = {"segment": 16, "documents": [tokens(1, 64)[0].tolist()] * 2}
 
 
@@ -341,6 +348,23 @@ def test_a_training_that_an_exception_ended_leaves_the_memory_as_outside_of_it(t
     memory.read(question)
     assert memory.lengths.tolist() == [5, 5]
     Trainer(model, said, train_dataset=rows, callbacks=[MemoryCallback(memory)]).train()
+
+
+def test_a_training_that_goes_on_from_a_checkpoint_goes_on_with_its_memory(tmp_path: Path) -> None:
+    lengths = []
+
+    class Watched(MemoryCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            lengths.append(self.memory.lengths.tolist())
+
+    for steps in (2, 4):
+        model = made("llama")
+        memory = add_memory(model, **{**SIZES, "sink": 0})
+        said = arguments(tmp_path, max_steps=steps, save_strategy="steps", save_steps=2)
+        rows = document_rows(batch=2, **ROWS)
+        trainer = Trainer(model, said, train_dataset=rows, callbacks=[Watched(memory)])
+        trainer.train(resume_from_checkpoint=steps > 2)
+    assert lengths == [[16, 16], [32, 32], [48, 48], [64, 64]]
 
 
 def test_too_few_documents_for_the_rows_are_refused() -> None:
