@@ -240,7 +240,7 @@ def figures(settings: Settings) -> Figures:
     at SEARCH_RATE, and SEARCH_START. Tests hold it against measured steps.
 
     >>> print(figures(PRESETS["paper-512-8192-512"]).parameters)
-    216687376
+    216688488
     """
     import torch  # here, because `--help` lists the presets and need not wait for it
 
