@@ -20,7 +20,7 @@ from memtrans.training.checkpoint import exists
 from memtrans.training.metrics import Metrics
 
 RUNS = Path("runs")  # where runs without --out go
-REPLACED = ("checkpoint", "metrics.jsonl", "loss.png", "retrieved.html")  # by a run that begins
+REPLACED = (CHECKPOINT, METRICS, "loss.png", "retrieved.html")  # by a run that begins
 
 
 def checkpoint_of(out: str | Path) -> Path:
