@@ -41,7 +41,8 @@ from memtrans_kernels.ledger import room_needed
 
 
 def _alias(tensor: Tensor) -> Tensor:
-    return torch.from_dlpack(tensor.detach())
+    with torch.cuda.device_of(tensor):  # PyTorch exports tensors of the current GPU only
+        return torch.from_dlpack(tensor.detach())
 
 
 class Ring:
