@@ -29,15 +29,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest, results: Path) -> Iterator[dict[str, Future[Ended]]]:
-    """Of each module the process that it shares with every other one, because PyTorch's start takes its time."""
+    """Of each module the process that it shares with all others, because PyTorch's start takes its time."""
     variables = {"MEMTRANS_BENCH_TOY": "1", "CUDA_VISIBLE_DEVICES": "", "MEMTRANS_BENCH_RESULTS": str(results)}
     chosen = selected(request)
-    shares = {share[0]: share for share in (chosen[::2], chosen[1::2]) if share}
-    for ends in beside_each_other(
-        list(shares),
-        lambda first: ([*(str(BENCHMARKS / module) for module in shares[first]), "-k", f"not ({SLOW})"], variables),
-    ):
-        yield {module: ends[first] for first, share in shares.items() for module in share}
+    arguments = [*(str(BENCHMARKS / module) for module in chosen), "-k", f"not ({SLOW})"]
+    for ends in beside_each_other(["all"], lambda _: (arguments, variables)):
+        yield dict.fromkeys(chosen, ends["all"])
 
 
 @pytest.mark.parametrize("module", sorted({path.name for path in BENCHMARKS.glob("bench_*.py")} - {SEVERAL}))

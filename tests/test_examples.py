@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers.programs import Program
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "examples"
 SAYS = {
@@ -25,7 +23,7 @@ def test_every_script_is_run() -> None:
 @pytest.mark.parametrize("name", sorted(SAYS))
 def test_a_script_is_short_and_runs(name: str) -> None:
     assert len((FOLDER / name).read_text().splitlines()) <= 60
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, FOLDER / name], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert SAYS[name] in done.stdout
+    program = Program(script=FOLDER / name, variables={"CUDA_VISIBLE_DEVICES": ""})
+    said, errors = program.communicate(timeout=120)
+    assert program.returncode == 0, errors
+    assert SAYS[name] in said

@@ -33,14 +33,14 @@ MODULES = [  # those that take longest first
 DRAWN = "test_memory_attention_drawn.py"  # its examples are not cases: a minute and a half
 QUICK = [module for module in MODULES if module != DRAWN]
 TWICE = "two_passes_give_the_same_bits or the_same_inputs_give_the_same_bits"
-EVERYONES = {"one half": QUICK[::2], "the other half": QUICK[1::2]}  # in two processes, which start once
+EVERYONES = "everyone's"  # all of them in one process, which starts once
 
 
 @pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Ended]]]:
     def run(name: str) -> tuple[list[str], dict[str, str]]:
-        everyones = name in EVERYONES
-        modules, chosen = (EVERYONES[name], f"triton and not ({TWICE})") if everyones else ([name], "triton")
+        everyones = name == EVERYONES
+        modules, chosen = (QUICK, f"triton and not ({TWICE})") if everyones else ([name], "triton")
         arguments = ["-k", chosen, "-rp", *(str(TESTS / module) for module in modules)]
         return arguments, {"TRITON_INTERPRET": "1", "MEMTRANS_TEST_ONE_OF": "24" if everyones else "1"}
 
@@ -48,10 +48,10 @@ def runs(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Ended]]]:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("module", [*EVERYONES, *(pytest.param(module, marks=pytest.mark.slow) for module in MODULES)])
+@pytest.mark.parametrize("module", [EVERYONES, *(pytest.param(module, marks=pytest.mark.slow) for module in MODULES)])
 def test_interpreted(module: str, runs: dict[str, Future[Ended]]) -> None:
     result = runs[module].result()
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     passed = Counter(re.findall(r"^PASSED \S*?(\w+\.py)::", result.stdout, re.MULTILINE))
-    least = dict.fromkeys(EVERYONES[module], 1) if module in EVERYONES else {module: 3}
+    least = dict.fromkeys(QUICK, 1) if module == EVERYONES else {module: 3}
     assert all(passed[name] >= count for name, count in least.items()), f"the triton backend was not live: {passed}"
