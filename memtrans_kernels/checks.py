@@ -81,15 +81,21 @@ class Letters:
         return self.sizes[letter]
 
     def bind(self, name: str, tensor: Tensor, axes: str) -> None:
-        """Binds the axes of `tensor`, named by different letters such as "B H N D", or raises ValueError."""
-        tensors(**{name: tensor})
-        letters = axes.split()
-        sizes = dict(zip(letters, tensor.shape, strict=False))
-        if tensor.dim() != len(letters) or any(self.sizes.get(letter, size) != size for letter, size in sizes.items()):
-            known = ", ".join(f"{letter}={self.sizes[letter]}" for letter in letters if letter in self.sizes)
+        """Binds the axes of `tensor`, named by different letters such as "B H N D", or raises ValueError.
+
+        A plain loop, for a compiler that traces a model goes through every one of these steps.
+        """
+        if not isinstance(tensor, Tensor):
+            raise _no_tensor(name, tensor)
+        letters, shape, sizes, bound = axes.split(), tuple(tensor.shape), self.sizes, len(self.sizes)
+        fits = len(shape) == len(letters)
+        for letter, size in zip(letters, shape, strict=False):
+            fits = sizes.setdefault(letter, size) == size and fits
+        if not fits:
+            before = list(sizes)[:bound]
+            known = ", ".join(f"{letter}={sizes[letter]}" for letter in letters if letter in before)
             expected = f"({', '.join(letters)})" + (f" with {known}" if known else "")
-            raise ValueError(f"{name} must have shape {expected}, got {tuple(tensor.shape)}")
-        self.sizes.update(sizes)
+            raise ValueError(f"{name} must have shape {expected}, got {shape}")
 
 
 def groups(letters: Letters) -> None:
@@ -130,15 +136,21 @@ def tensors(**arguments: Any) -> None:
     """Raises TypeError unless every argument is a tensor; a list or an array of NumPy is none."""
     for name, argument in arguments.items():
         if not isinstance(argument, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(argument).__name__}")
+            raise _no_tensor(name, argument)
+
+
+def _no_tensor(name: str, argument: Any) -> TypeError:
+    return TypeError(f"{name} must be a torch.Tensor, got {type(argument).__name__}")
 
 
 def _given(arguments: Mapping[str, Tensor | None]) -> Iterator[tuple[str, Tensor]]:
     """The arguments that are not None, which all must be tensors."""
     for name, argument in arguments.items():
-        if argument is not None:
-            tensors(**{name: argument})
-            yield name, argument
+        if argument is None:
+            continue
+        if not isinstance(argument, Tensor):
+            raise _no_tensor(name, argument)
+        yield name, argument
 
 
 def floating(**arguments: Tensor | None) -> None:

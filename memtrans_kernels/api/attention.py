@@ -13,6 +13,7 @@ from memtrans_kernels.ledger import Ledger
 
 # Of the arguments that are tensors, those that are not floating point.
 KINDS = {torch.int32: ("slots",), torch.int64: ("rows", "local_length", "seed", "first"), torch.bool: ("key_mask",)}
+NOT_FLOATING = frozenset(name for names in KINDS.values() for name in names)
 
 
 def memory_attention(
@@ -237,7 +238,7 @@ def _check_kinds(inputs: AttentionInputs) -> None:
     checks.tensors(query=inputs.query)
     for dtype, names in KINDS.items():
         checks.typed(dtype, **{name: tensors[name] for name in names})
-    checks.floating(**{name: value for name, value in tensors.items() if name not in sum(KINDS.values(), ())})
+    checks.floating(**{name: value for name, value in tensors.items() if name not in NOT_FLOATING})
     checks.same_device(inputs.query.device, **tensors)
 
 
