@@ -44,9 +44,9 @@ def test_a_document_is_read_kept_and_asked(directory: Path, capsys: pytest.Captu
 
 def test_a_memory_is_calibrated_first(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     book = str(directory / "book.txt")
-    assert command(directory, "--document", book, "--calibrate", "--calibration-steps", "20") == 0
+    assert command(directory, "--document", book, "--calibrate", "--calibration-steps", "8") == 0
     said = capsys.readouterr().err
-    assert "step 20/20" in said and "after  {'text'" in said and "read 900 tokens" in said
+    assert "step 8/8" in said and "after  {'text'" in said and "read 900 tokens" in said
 
 
 @pytest.mark.parametrize(

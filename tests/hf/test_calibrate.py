@@ -43,11 +43,11 @@ def test_a_memory_that_drowns_the_text_is_trusted_less(model: PreTrainedModel) -
     model.train()
     model.model.embed_tokens.weight.requires_grad_(False)
     learned = calibrate(
-        model, memory, bytes_tokenizer(), [TEXT, TEXT], steps=30, sizes=[100, 600], facts=6, batch=2, rate=0.5
+        model, memory, bytes_tokenizer(), [TEXT, TEXT], steps=12, sizes=[100, 600], facts=6, batch=2, rate=0.5
     )
     assert all(learned["after"][f"text_{size}"] < learned["before"][f"text_{size}"] for size in (100, 600))
     assert learned["after"]["text"] == learned["before"]["text"]
-    assert learned["after"].pop("steps") == 30
+    assert learned["after"].pop("steps") == 12
     assert set(learned["after"]) == {
         "text",
         *(f"{n}_{size}" for n in ("facts", "right", "text") for size in (100, 600)),
