@@ -34,7 +34,7 @@ from memtrans_kernels.eager import kept
 from memtrans_kernels.precision import arithmetic_dtype
 
 SIMILARITIES = ("cosine", "product")
-COSINE_SCALE = 20.0  # what the learned temperature of cosines starts at
+COSINE_SCALE = 20.0  # what the learned temperature of a memory's cosines starts at
 
 
 class LocalContext(nn.Module):
@@ -210,8 +210,8 @@ class Attention(LocalContext):
         sink: whether each head has a learned logit, which starts at 0, in the denominator of its softmax.
         value_dim_head: E, width of a head's values. Default: D.
         similarity: "product" of query and key, times dim_head**-0.5, or their "cosine", times a temperature per head
-            that is learned and starts at 20. Cosines train more steadily with an XL cache, whose keys are of the
-            weights before.
+            that is learned and starts at dim_head**0.5: logits then vary as those of products do. Cosines train more
+            steadily with an XL cache, whose keys are of the weights before.
 
     Raises:
         ValueError, TypeError: a size that is no integer or below 1, an H that G does not divide, a dropout outside
@@ -246,7 +246,7 @@ class Attention(LocalContext):
         self.similarity = similarity
         self.scale: float | nn.Parameter = self.dim_head**-0.5
         if similarity == "cosine":
-            self.scale = learned_temperature(self.heads, COSINE_SCALE)
+            self.scale = learned_temperature(self.heads, self.dim_head**0.5)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({"similarity": "product", **state})

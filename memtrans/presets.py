@@ -13,7 +13,7 @@ and XL cache; its table 4 compares ten of them. What is known from where:
 
 What differs from it: documents are read as bytes unless there is a tokenizer, and bytes use 256 of the 32,000 tokens
 (`vocabulary=256` leaves the rest out); the search is exact; a key enters the memory when it leaves the XL cache; the
-learned factors on cosines start at 20, where the authors' start at 1.
+learned factors on cosines start at 20 in the memory's layer and at sqrt(128) in the others, the authors' at 1.
 """
 
 from __future__ import annotations

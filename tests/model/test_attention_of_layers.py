@@ -246,10 +246,15 @@ def test_the_defaults_of_products_are_those_of_plain_layers() -> None:
     assert_close(KNNAttention(dim=DIM, dim_head=D).temperature(), torch.full((8,), 20.0), SAME_GRAPH)
 
 
-def test_cosines_start_at_the_same_factor_in_all_layers() -> None:
+def test_cosines_of_plain_layers_start_with_logits_that_vary_as_those_of_products() -> None:
     model = build(plain_similarity="cosine")
-    factors = [attention.fn.scale.exp().flatten() for attention, _ in model.layers]
-    assert_close(torch.cat(factors), torch.full((len(factors) * H,), 20.0, dtype=factors[0].dtype), SAME_GRAPH)
+    plain, of_memory = (
+        [attention.fn.scale.exp().flatten() for attention, _ in model.layers if isinstance(attention.fn, kind)]
+        for kind in (Attention, KNNAttention)
+    )
+    assert plain and of_memory
+    assert_close(torch.cat(plain), torch.full_like(torch.cat(plain), D**0.5), SAME_GRAPH)
+    assert_close(torch.cat(of_memory), torch.full_like(torch.cat(of_memory), 20.0), SAME_GRAPH)
 
 
 @pytest.mark.parametrize(
