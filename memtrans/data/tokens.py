@@ -248,6 +248,11 @@ def _text(content: bytes) -> str | None:
         return None
 
 
+def check_library() -> None:
+    """Raises ValueError where the library that reads and learns tokenizers is missing."""
+    _library()
+
+
 def _library() -> Any:
     try:
         import tokenizers

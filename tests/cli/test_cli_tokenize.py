@@ -47,6 +47,15 @@ def test_tokenize_says_what_the_store_holds(tmp_path, capsys):
     assert report["bytes_per_token"] == round(report["bytes"] / report["tokens"], 3)
 
 
+def test_without_the_library_nothing_is_begun(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    out = tmp_path / "store"
+    assert main(["tokenize", written_text(tmp_path), "--out", str(out), "--train-vocabulary", "300"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("memtrans tokenize: ") and "pip install 'memtrans[text]'" in line
+    assert not out.exists()
+
+
 def test_a_second_command_is_refused_while_the_first_one_writes(tmp_path, capsys):
     text, out = written_text(tmp_path), tmp_path / "store"
     writing = Lock(out, "command", "makes tokens")
