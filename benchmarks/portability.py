@@ -207,7 +207,14 @@ def said_to_be(target: str, module: str) -> Iterator[None]:
 
 def _other_jobs(width: int) -> list[Callable[[], Any]]:
     from memtrans_kernels.attention_inputs import AttentionInputs
-    from memtrans_kernels.impl.triton import cosine, knn_add, knn_merge, memory_attention, memory_attention_backward
+    from memtrans_kernels.impl.triton import (
+        cosine,
+        knn_add,
+        knn_merge,
+        memory_attention,
+        memory_attention_backward,
+        whole_attention,
+    )
 
     half, number = torch.bfloat16, torch.arange(2)
     query, key = torch.empty(2, 8, 512, width, dtype=half), torch.empty(2, 1, 512, width, dtype=half)
@@ -236,6 +243,19 @@ def _other_jobs(width: int) -> list[Callable[[], Any]]:
         )
     ]
     return [
+        lambda: whole_attention.whole_attention(
+            query,
+            entries[:, 0],
+            entries[:, 0],
+            number,
+            number,
+            number,
+            8192,
+            torch.empty(8),
+            query,
+            lse,
+            torch.empty(8),
+        ),
         lambda: cosine.cosine(query, key),
         lambda: cosine.cosine_backward(query, key, query, key),
         lambda: knn_add.knn_add_(ring, ring.clone(), number, number, key, key),

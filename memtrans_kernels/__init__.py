@@ -15,6 +15,7 @@ from memtrans_kernels.api import (
     local_attention,
     memory_attention,
     merge_attention,
+    whole_attention,
 )
 from memtrans_kernels.backends import backends_info
 from memtrans_kernels.ledger import Ledger, StaleMemoryError, ledger_advance_, ledger_ticket, read_cursors
@@ -35,4 +36,5 @@ __all__ = [
     "memory_attention",
     "merge_attention",
     "read_cursors",
+    "whole_attention",
 ]

@@ -145,6 +145,15 @@ def _beyond_attention_tiles(inputs: AttentionInputs, *of_backward: Tensor) -> st
     return _no_float64(*inputs, *of_backward)
 
 
+WHOLE_ATTENTION_LIMITS = f"{NARROW}, D and E up to {ATTENTION_MOST}"
+
+
+def _wide_whole_attention(query: Tensor, keys: Tensor, values: Tensor, *others: Any) -> str | None:
+    if max(keys.shape[2], values.shape[2]) > ATTENTION_MOST:
+        return f"D and E must be at most {ATTENTION_MOST}, got {keys.shape[2]} and {values.shape[2]}"
+    return _no_float64(query, keys, values, *others)
+
+
 FAISS_MOST_NEIGHBOURS = 2048  # getMaxKSelection in Faiss
 FAISS_LIMITS = f"no float64, K up to {FAISS_MOST_NEIGHBOURS}, scores within ±2e9 for float16 keys; no CUDA graphs"
 
@@ -264,6 +273,10 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
     ),
     "memory_attention": _attention("memory_attention"),
     "memory_attention_backward": _attention("memory_attention_backward"),
+    "whole_attention": _ordered(
+        _triton("whole_attention", "whole_attention", _wide_whole_attention, WHOLE_ATTENTION_LIMITS),
+        _reference("whole_attention"),
+    ),
 }
 
 FORMULAS = {

@@ -1,8 +1,9 @@
 """Attention to all that a memory holds, instead of to the nearest entries: for memories that are small.
 
 Up to some thousand entries it is cheaper to attend to all of them than to search. What is seen is what a search may
-find: the entries [max(start, cursor - M), cursor) of a snapshot whose keys are finite. The kernel reads the ring where
-it lies, hidden slots among the others, with a mask over slots.
+find: the entries [max(start, cursor - M), cursor) of a snapshot whose keys are finite. Where nothing is learned a
+kernel of its own reads the ring where it lies; otherwise the one for local keys does, hidden slots among the others,
+with a mask over slots.
 
 Shapes: the letters of `memtrans_kernels`; T = M + S slots of a row.
 """
@@ -16,12 +17,13 @@ from torch import Tensor
 
 from memtrans.local_keys import LocalKeys, seed_of
 from memtrans.memory.parts import attend_to_local, mixed
-from memtrans_kernels import memory_attention
+from memtrans_kernels import memory_attention, whole_attention
 
 if TYPE_CHECKING:
     from memtrans.memory.snapshot import MemorySnapshot
 
 FAR_BELOW = -1e30  # an lse that weighs nothing beside any other
+MANY = 64  # queries of a head from which on a block of them is worth a kernel of its own
 TILE = 16  # queries of a head from which on a cast of the memory is read often enough to be made
 
 
@@ -40,8 +42,11 @@ def attend_to_whole(
     """
     if snapshot.ring.watch.looks:
         raise RuntimeError("attend_to must be 'neighbours' in a layer that is traced: all entries are no citation")
-    to_memory, memory_lse = attend_to_entries(snapshot, query, scale, dropout_p, local.query_mask, local.soft_cap)
     to_local, local_lse = attend_to_local(query, local, scale, dropout_p)
+    plain = dropout_p == 0.0 and local.query_mask is None and local.soft_cap is None
+    if plain and memory_gate is None and has_kernel(snapshot, query, scale, to_local, memory_offset):
+        return attend_at_once(snapshot, query, scale, to_local, local_lse, memory_offset)[0]
+    to_memory, memory_lse = attend_to_entries(snapshot, query, scale, dropout_p, local.query_mask, local.soft_cap)
     if memory_gate is not None:
         share = torch.where(memory_lse == -torch.inf, 0.0, memory_gate.sigmoid()[:, None])
         return mixed(to_memory, to_local, share)
@@ -71,6 +76,9 @@ def attend_to_entries(
     Returns out (B, H, N, E) and lse (B, H, N), differentiable in query and scale; zeros and -inf for a query that sees
     no entry. Raises StaleMemoryError where more than `spare` entries were added since, from the backward pass too.
     """
+    plain = dropout_p == 0.0 and query_mask is None and soft_cap is None
+    if plain and has_kernel(snapshot, query, scale):
+        return attend_at_once(snapshot, query, scale)
     snapshot.check_current()
     learning = torch.is_grad_enabled() and (query.requires_grad or scale.requires_grad)
     keys, values, seen = entries_seen(snapshot, query, learning)
@@ -91,6 +99,43 @@ def attend_to_entries(
         return parts[0]
     outs, lses = zip(*parts, strict=True)
     return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
+
+
+def has_kernel(snapshot: MemorySnapshot, query: Tensor, *learned: Tensor | None) -> bool:
+    """Whether `attend_at_once` is the fastest way: for many queries of a memory in their dtype, on a GPU.
+
+    learned: what else a gradient may be wanted for.
+    """
+    if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (query, *learned)):
+        return False
+    ring, one_group = snapshot.ring, snapshot.rows.numel() == snapshot.documents  # of several, one hides another's
+    return (
+        (query.is_cuda or ring.backend == "triton")
+        and ring.backend in ("auto", "triton")
+        and one_group
+        and query.shape[2] >= MANY
+        and query.dtype == snapshot.keys.dtype == snapshot.values.dtype
+        and query.dtype in (torch.bfloat16, torch.float32)
+    )
+
+
+def attend_at_once(
+    snapshot: MemorySnapshot,
+    query: Tensor,
+    scale: Tensor,
+    to_local: Tensor | None = None,
+    local_lse: Tensor | None = None,
+    memory_offset: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`attend_to_entries`, in one softmax with the local part (B, H, N, E) and (B, H, N) where it is given.
+
+    Nothing learns from it.
+    """
+    snapshot.check_current()
+    return whole_attention(
+        query, snapshot.keys, snapshot.values, snapshot.rows, snapshot.start, snapshot.cursor,
+        snapshot.ring.capacity, scale, to_local, local_lse, memory_offset, backend=snapshot.ring.backend,
+    )  # fmt: skip
 
 
 def entries_seen(snapshot: MemorySnapshot, query: Tensor, learning: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,6 +9,7 @@ from memtrans_kernels.api.cosine import cosine
 from memtrans_kernels.api.gather_logits import gather_logits
 from memtrans_kernels.api.gather_pairs import gather_pairs
 from memtrans_kernels.api.memory import knn_add_, knn_merge, knn_search
+from memtrans_kernels.api.whole_attention import whole_attention
 
 __all__ = [
     "cosine",
@@ -20,4 +21,5 @@ __all__ = [
     "local_attention",
     "memory_attention",
     "merge_attention",
+    "whole_attention",
 ]

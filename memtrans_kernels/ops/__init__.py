@@ -12,5 +12,15 @@ from memtrans_kernels.ops.cosine import cosine
 from memtrans_kernels.ops.gather_logits import gather_logits
 from memtrans_kernels.ops.gather_pairs import gather_pairs
 from memtrans_kernels.ops.memory import knn_add_, knn_merge, knn_search
+from memtrans_kernels.ops.whole_attention import whole_attention
 
-__all__ = ["cosine", "gather_logits", "gather_pairs", "knn_add_", "knn_merge", "knn_search", "memory_attention"]
+__all__ = [
+    "cosine",
+    "gather_logits",
+    "gather_pairs",
+    "knn_add_",
+    "knn_merge",
+    "knn_search",
+    "memory_attention",
+    "whole_attention",
+]

@@ -73,7 +73,7 @@ def _memory_attention(
     check_not_stale(written, ticket, spare)
     note_saved(written, ticket)
     out, lse = backends.run("memory_attention", backend, inputs)
-    return _by_position(out), lse
+    return by_position(out), lse
 
 
 @_memory_attention.register_fake
@@ -125,7 +125,7 @@ def _memory_attention_backward(
     grad_query, *others = backends.run(
         "memory_attention_backward", backend, inputs, grad_out, grad_lse, out, lse, of_keys
     )
-    return (_by_position(grad_query), *others)
+    return (by_position(grad_query), *others)
 
 
 @_memory_attention_backward.register_fake
@@ -144,7 +144,7 @@ def _(grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, *arguments: 
     return query, key, value, scale, table, dense, offset, sink
 
 
-def _by_position(tensor: Tensor) -> Tensor:
+def by_position(tensor: Tensor) -> Tensor:
     """(B, H, N, E) as `strides_by_position` says and compilers count on; a copy where a backend gave it otherwise."""
     strides = strides_by_position(tensor.shape)
     if tensor.stride() == strides:

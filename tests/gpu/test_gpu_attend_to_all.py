@@ -10,7 +10,7 @@ from torch import Tensor
 
 from memtrans import KNNAttention, KNNMemory, MemorizingTransformer
 from memtrans.generation.decoder import Decoder
-from memtrans.memory.whole import attend_to_entries
+from memtrans.memory.whole import attend_to_entries, has_kernel
 
 pytestmark = pytest.mark.gpu
 
@@ -63,6 +63,21 @@ def test_results_and_gradients_are_those_of_float64(dtype: torch.dtype, kv_heads
         assert_close(actual, expected, tolerance, name)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("capacity", [M, 300])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_results_without_gradients_come_from_a_kernel_of_their_own(dtype: torch.dtype, capacity: int) -> None:
+    memory = filled(dtype, 1, capacity)
+    query = torch.nn.functional.normalize(torch.randn(B, H, N, D, generator=seeded(6)), dim=-1).to(dtype)
+    scale, snapshot = 1.0 + torch.arange(H), memory.snapshot()
+    assert has_kernel(snapshot, query, scale)
+    out, lse = attend_to_entries(snapshot, query, scale)
+    sees = torch.ones(B, N, dtype=torch.bool)
+    expected_out, expected_lse = by_hand(memory, query.double(), scale.double(), sees)
+    assert_close(out, expected_out, ATTENTION[dtype], "out")
+    assert_close(lse.exp(), expected_lse.exp(), 100 * LSE, "lse")
+
+
 def layer_of(dtype: torch.dtype) -> KNNAttention:
     torch.manual_seed(0)
     return KNNAttention(dim=128, heads=H, dim_head=D, attend_to="all").to("cuda", dtype)
@@ -91,6 +106,22 @@ def test_a_step_waits_for_nothing_and_its_graph_replays_over_segments_that_wrap(
         graph.replay()
         for actual, wanted in zip(found, expected[number], strict=True):
             assert torch.equal(actual, wanted), f"segment {number}"
+
+
+@torch.no_grad()
+def test_a_graph_without_gradients_replays_too() -> None:
+    layer, inputs = layer_of(torch.bfloat16), torch.randn(9, B, N, 128, generator=seeded(1)).bfloat16()
+    memory = KNNMemory(D, 700, B, device="cuda", spare=N, dtype=torch.bfloat16)
+    expected = [layer(x, knn_memory=memory)[0].clone() for x in inputs]
+    memory, static = KNNMemory(D, 700, B, device="cuda", spare=N, dtype=torch.bfloat16), inputs[0].clone()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        found, _ = layer(static, knn_memory=memory)
+    for number, x in enumerate(inputs):
+        static.copy_(x)
+        graph.replay()
+        assert torch.equal(found, expected[number]), f"segment {number}"
 
 
 def _gradient(layer: KNNAttention, x: Tensor, memory: KNNMemory) -> tuple[Tensor, Tensor]:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.cases import (
+    BATCH,
     CAPACITY,
     DIFFERENTIABLE,
+    HEADS,
+    LENGTH,
     NEIGHBOURS,
+    WIDTH,
     Shape,
     attention_inputs,
     random_attention,
@@ -76,6 +80,13 @@ def _attention_of_every_argument():
     return tuple(AttentionInputs(**inputs | leaves))
 
 
+def _whole():
+    memory, of_queries = ring(), (BATCH, HEADS, LENGTH)
+    memory = {name: memory[name] for name in ("keys", "values", "rows", "start", "cursor")}
+    local = torch.randn(*of_queries, WIDTH), torch.randn(of_queries)
+    return torch.randn(*of_queries, WIDTH), *memory.values(), CAPACITY, torch.rand(HEADS), *local, torch.randn(HEADS)
+
+
 def _backward_of(attention):
     arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in attention]
     inputs = AttentionInputs(*arguments)
@@ -95,6 +106,7 @@ CASES = {
     "cosine_backward": lambda: (*(t.detach() for t in _cosine()), *(t.detach() for t in _cosine())),
     "memory_attention": _attention,
     "memory_attention_backward": lambda: _backward_of(_attention()),
+    "whole_attention": _whole,
     "read_cursors": lambda: (torch.tensor([3, 4, 5]), torch.tensor([6, 6, 6])),
     "ledger_ticket": lambda: (torch.tensor([3, 4, 5]), [0, 2]),
     "ledger_advance_": lambda: (torch.tensor([3, 4, 5]), torch.tensor([3, 4, 5]), 6),

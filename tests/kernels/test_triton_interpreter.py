@@ -24,6 +24,7 @@ MODULES = [  # those that take longest first
     "test_knn_search.py",
     "test_knn_merge.py",
     "test_memory_attention.py",
+    "test_whole_attention.py",
     "test_knn_add.py",
     "test_cosine.py",
     "test_gather_logits.py",

@@ -1,0 +1,75 @@
+"""Attention to all that a memory holds as an operator: it has no gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memtrans_kernels import backends
+from memtrans_kernels.attention_inputs import strides_by_position
+from memtrans_kernels.eager import is_plain
+from memtrans_kernels.ops.attention import by_position
+from memtrans_kernels.precision import arithmetic_dtype
+
+Output = tuple[Tensor, Tensor]
+
+
+def whole_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: Tensor,
+    start: Tensor,
+    cursor: Tensor,
+    capacity: int,
+    scale: Tensor,
+    local_out: Tensor | None,
+    local_lse: Tensor | None,
+    memory_offset: Tensor | None,
+    backend: str,
+) -> Output:
+    """No tensor may require a gradient."""
+    arguments = (query, keys, values, rows, start, cursor, capacity, scale, local_out, local_lse, memory_offset)
+    if is_plain(*arguments):
+        return backends.run("whole_attention", backend, *arguments)
+    return _whole_attention(*arguments, backend)
+
+
+@torch.library.custom_op("memtrans::whole_attention", mutates_args=())
+def _whole_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: Tensor,
+    start: Tensor,
+    cursor: Tensor,
+    capacity: int,
+    scale: Tensor,
+    local_out: Tensor | None = None,
+    local_lse: Tensor | None = None,
+    memory_offset: Tensor | None = None,
+    backend: str = "auto",
+) -> Output:
+    arguments = (query, keys, values, rows, start, cursor, capacity, scale, local_out, local_lse, memory_offset)
+    out, lse = backends.run("whole_attention", backend, *arguments)
+    return by_position(out), lse
+
+
+@_whole_attention.register_fake
+def _(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: Tensor,
+    start: Tensor,
+    cursor: Tensor,
+    capacity: int,
+    scale: Tensor,
+    local_out: Tensor | None = None,
+    local_lse: Tensor | None = None,
+    memory_offset: Tensor | None = None,
+    backend: str = "auto",
+) -> Output:
+    shape = (*query.shape[:3], values.shape[2])
+    out = query.new_empty_strided(shape, strides_by_position(shape))
+    return out, query.new_empty(query.shape[:3], dtype=arithmetic_dtype(query))
