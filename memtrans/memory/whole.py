@@ -102,7 +102,7 @@ def attend_to_entries(
 
 
 def has_kernel(snapshot: MemorySnapshot, query: Tensor, *learned: Tensor | None) -> bool:
-    """Whether `attend_at_once` is the fastest way: for many queries of a memory in their dtype, on a GPU.
+    """Whether `attend_at_once` is the fastest way: for many queries on a GPU.
 
     learned: what else a gradient may be wanted for.
     """
@@ -114,7 +114,6 @@ def has_kernel(snapshot: MemorySnapshot, query: Tensor, *learned: Tensor | None)
         and ring.backend in ("auto", "triton")
         and one_group
         and query.shape[2] >= MANY
-        and query.dtype == snapshot.keys.dtype == snapshot.values.dtype
         and query.dtype in (torch.bfloat16, torch.float32)
     )
 
@@ -132,8 +131,9 @@ def attend_at_once(
     Nothing learns from it.
     """
     snapshot.check_current()
+    keys, values = (ring.to(query.dtype) for ring in (snapshot.keys, snapshot.values))  # itself where it is of that one
     return whole_attention(
-        query, snapshot.keys, snapshot.values, snapshot.rows, snapshot.start, snapshot.cursor,
+        query, keys, values, snapshot.rows, snapshot.start, snapshot.cursor,
         snapshot.ring.capacity, scale, to_local, local_lse, memory_offset, backend=snapshot.ring.backend,
     )  # fmt: skip
 
