@@ -20,7 +20,7 @@ from memtrans.training.checkpoint import load_checkpoint, save_checkpoint
 from memtrans.training.data import fitted
 from memtrans.training.settings import Settings
 from tests.helpers.tiny_runs import checkpoint_files, last_line, train, uneven_documents, without_times, written_text
-from tests.helpers.vocabularies import learned, losing
+from tests.helpers.vocabularies import learned, losing, without_lines
 
 
 def ended(capsys, *arguments: str) -> tuple[int, str]:
@@ -165,6 +165,17 @@ def test_a_saved_model_may_have_a_tokenizer_beside_it(tmp_path, capsys):
     assert "read 2 tokens" in capsys.readouterr().err
     status, error = ended(capsys, "generate", "--checkpoint", str(tmp_path / "small"), "--tokens", "5")
     assert status == 2 and "a model over the 280 tokens of its tokenizer, got one of 279" in error
+
+
+def test_a_prompt_needs_no_token_for_a_lines_end(tmp_path, capsys):
+    sizes = {"num_tokens": 256, "dim": 16, "depth": 2, "dim_head": 8, "heads": 2, "memorizing_layers": 2}
+    MemorizingTransformer(**sizes, max_knn_memories=20).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes(without_lines().content)
+    generate = ["generate", "--checkpoint", str(tmp_path), "--tokens", "2"]
+    assert main([*generate, "--prompt", "the fox"]) == 0
+    capsys.readouterr()
+    status, error = ended(capsys, *generate)
+    assert status == 2 and "prompt must hold text where the tokenizer has no token for a line's end" in error
 
 
 def test_what_does_not_belong_together_ends_with_one_line(made, tmp_path, capsys):
