@@ -200,6 +200,20 @@ def test_a_row_of_parquet_is_a_document(tmp_path):
 
 
 @pytest.mark.slow
+def test_columns_of_one_name_and_bytes_that_are_no_utf8_are_refused_by_file(tmp_path):
+    arrow, parquet = package("pyarrow"), package("pyarrow.parquet")
+
+    texts = arrow.array(["one text", "another"])
+    parquet.write_table(arrow.Table.from_arrays([texts, texts], names=["text", "text"]), tmp_path / "two.parquet")
+    with pytest.raises(ValueError, match=r"the field 'text' once in each record, got text, text in .*two.parquet"):
+        read(tmp_path / "two.parquet")
+    invalid = arrow.Array.from_buffers(arrow.string(), 2, [None, texts.buffers()[1], arrow.py_buffer(b"\xff" * 20)])
+    parquet.write_table(arrow.table({"text": invalid}), tmp_path / "invalid.parquet")
+    with pytest.raises(ValueError, match=r"whole Parquet files, got .*invalid.parquet.*invalid start byte"):
+        read(tmp_path / "invalid.parquet")
+
+
+@pytest.mark.slow
 def test_a_saved_dataset_is_read_without_its_library(tmp_path):
     saved_dataset(tmp_path / "set")
     assert list(read(tmp_path / "set").values()) == [record["text"] for record in RECORDS]
