@@ -13,7 +13,7 @@ from memtrans.data.records import Fields
 from memtrans.data.store import PROGRESS
 from memtrans.data.texts import Source
 from memtrans.data.tokenize import check_new, check_texts, describe, write_store
-from memtrans.data.tokens import FILE, FileTokenizer, Tokenizer, check_library, open_tokenizer, train_vocabulary
+from memtrans.data.tokens import FILE, FileTokenizer, Tokenizer, check_learnable, open_tokenizer, train_vocabulary
 from memtrans.distributed.ranks import Ranks
 from memtrans.files import MOST_JSON, read_file
 
@@ -53,7 +53,7 @@ def _tokenizer(options: argparse.Namespace, source: Source) -> Tokenizer:
     if (options.out / PROGRESS).is_file() and file.is_file():
         return FileTokenizer(read_file("tokenizer", file, MOST_JSON), str(file))
     check_new(options.out)
-    check_library()
+    check_learnable(options.train_vocabulary)
     print(f"learning a vocabulary of {options.train_vocabulary} tokens", file=sys.stderr, flush=True)
     return FileTokenizer(train_vocabulary(pieces_to_learn(source), options.train_vocabulary), str(file))
 

@@ -27,6 +27,7 @@ FILE = "tokenizer.json"
 CHUNK = 1 << 16  # bytes of text that are made tokens at once; tokens do not reach over its end
 CHANGES_TEXT = {"Prepend", "NFC", "NFD", "NFKC", "NFKD", "Strip"}  # normalizers that are left out
 WORD_START = "\u2581"  # stands for a space in vocabularies of SentencePiece
+MOST_TOKENS = 2**24  # of a vocabulary: numbers beyond would take gigabytes to look up
 MOST_SHOWN = 40  # characters of a text that an error shows
 
 
@@ -91,7 +92,10 @@ class FileTokenizer:
         self._tokenizer = _library().Tokenizer.from_str(json.dumps(description))
         by_token = self._tokenizer.get_vocab(with_added_tokens=True)
         added = {token["content"] for token in description.get("added_tokens") or []}
-        self.vocabulary = max(BYTES.vocabulary, max(by_token.values()) + 1)  # numbers without a token stand for nothing
+        largest = max(by_token.values(), default=0)
+        if largest >= MOST_TOKENS:
+            raise ValueError(f"tokenizer must number its tokens below {MOST_TOKENS}, got {largest} in {source!r}")
+        self.vocabulary = max(BYTES.vocabulary, largest + 1)  # numbers without a token stand for nothing
         pieces = [b""] * self.vocabulary
         for token, number in by_token.items():
             pieces[number] = token.encode() if token in added else _bytes_of(token, _has(description, "ByteLevel"))
@@ -180,10 +184,9 @@ def _cached(content: bytes, source: str) -> Tokenizer:
 def train_vocabulary(texts: Iterable[bytes], size: int) -> bytes:
     """The tokenizer.json of a byte-level vocabulary of so many tokens, learned from texts by merging frequent pairs.
 
-    Raises ValueError for a size below 256, which all bytes need, or where `tokenizers` is missing.
+    Raises ValueError as `check_learnable` does.
     """
-    if size < BYTES.vocabulary:
-        raise ValueError(f"train_vocabulary must be at least {BYTES.vocabulary}, a token for each byte, got {size}")
+    check_learnable(size)
     library = _library()
     tokenizer = library.Tokenizer(library.models.BPE())
     tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -248,8 +251,15 @@ def _text(content: bytes) -> str | None:
         return None
 
 
-def check_library() -> None:
-    """Raises ValueError where the library that reads and learns tokenizers is missing."""
+def check_learnable(size: int) -> None:
+    """Raises ValueError for a vocabulary that cannot be learned: below 256, which all bytes need, or above 2^24.
+
+    So it does where the library that learns it is missing.
+    """
+    if size < BYTES.vocabulary:
+        raise ValueError(f"train_vocabulary must be at least {BYTES.vocabulary}, a token for each byte, got {size}")
+    if size > MOST_TOKENS:
+        raise ValueError(f"train_vocabulary must be at most {MOST_TOKENS}, got {size}")
     _library()
 
 

@@ -56,6 +56,14 @@ def test_without_the_library_nothing_is_begun(tmp_path, capsys, monkeypatch):
     assert not out.exists()
 
 
+@pytest.mark.parametrize("size", ["-1", "255", "16777217", "18446744073709551616"])
+def test_a_vocabulary_of_no_size_is_refused_before_it_is_learned(tmp_path, capsys, size):
+    options = ["--out", str(tmp_path / "store"), "--train-vocabulary", size]
+    status, error = ended(capsys, "tokenize", written_text(tmp_path), *options)
+    (line,) = error.splitlines()
+    assert status == 2 and line.startswith("memtrans tokenize: train_vocabulary must be at ")
+
+
 def test_a_second_command_is_refused_while_the_first_one_writes(tmp_path, capsys):
     text, out = written_text(tmp_path), tmp_path / "store"
     writing = Lock(out, "command", "makes tokens")
