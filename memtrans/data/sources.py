@@ -86,11 +86,11 @@ def load_library(
     """Reads all documents of a source.
 
     Args:
-        data: `stdlib`; or a file (.gz, .xz and .zst are unpacked; of a .zip each member that is text is a document, of
-            .jsonl and .parquet each record); or a directory: each of its files is read like that, and each directory
-            in it is a document, all text files below it in path order; or a dataset that Hugging Face's library saved;
-            or a store of tokens. A file called enwik8 (or enwik8.zip, ...) gets the standard split of 90, 5 and 5
-            million.
+        data: `stdlib`; or a file (.gz, .xz and .zst are unpacked; of a .zip each member is read like a file, of .jsonl
+            and .parquet each record is a document); or a directory: each of its files is read like that, and each
+            directory in it is a document, all text files below it in path order; or a dataset that Hugging Face's
+            library saved; or a store of tokens. A file called enwik8 (or enwik8.zip, ...) gets the standard split of
+            90, 5 and 5 million.
         reading: 1 reads as runs did whose checkpoints name no way: it holds documents out by their names alone.
         fields: of records. Default: the field `text`, each record by itself.
         tokenizer: makes the tokens. Default: that of a store, or bytes.

@@ -148,17 +148,32 @@ class Source:
             raise ValueError(f"data must be text, or packed as {packed}, got {str(file)!r}, another archive")
         with _damage_told(file), open_input("data", file) as raw:
             if _packing(file) == ".zip":
-                yield from _members(name, file, raw)
+                yield from self._members(name, file, raw)
                 return
-            with _plain(raw, file) as content:
-                if self.records and _suffix(file) in RECORDS:
-                    lines = None if _suffix(file) in COLUMNAR else _told(file, content)
-                    yield from records_of(name, file, content, lines, self.fields)
-                    return
-                pieces = _told(file, _pieces(content))
-                first = next(pieces, b"")
-                if not sniffed or _is_text(first):
-                    yield Text(name, chain([first], pieces))
+            yield from self._of_content(name, file, file, raw, sniffed)
+
+    def _members(self, name: str, file: Path, raw: IO[bytes]) -> Iterator[Text]:
+        """The texts of an archive's members that are not hidden, in path order."""
+        with zipfile.ZipFile(raw) as archive:
+            for member in sorted(archive.infolist(), key=lambda member: member.filename):
+                if member.filename.endswith("/") or _is_hidden(PurePath(member.filename)):
+                    continue
+                with archive.open(member) as content:
+                    path = file / member.filename
+                    yield from self._of_content(f"{name}/{member.filename}", file, path, content, sniffed=True)
+
+    def _of_content(self, name: str, file: Path, path: Path, raw: IO[bytes], sniffed: bool) -> Iterator[Text]:
+        """The texts of a file, or of the member of an archive `file` with this path."""
+        suffix = _suffix(path)
+        with _plain(raw, path) as content:
+            if self.records and suffix in RECORDS:
+                lines = None if suffix in COLUMNAR else _told(file, content)
+                yield from records_of(name, path, content, lines, self.fields)
+                return
+            pieces = _told(file, _pieces(content))
+            first = next(pieces, b"")
+            if not sniffed or _is_text(first):
+                yield Text(name, chain([first], pieces))
 
 
 def standard_library_files() -> Iterator[tuple[str, Sequence[Path]]]:
@@ -277,19 +292,6 @@ def _told(file: Path, parts: Iterable[bytes]) -> Iterator[bytes]:
     """Lines or pieces of a file, which are read long after it was opened; its damage is told wherever it shows."""
     with _damage_told(file):
         yield from parts
-
-
-def _members(name: str, file: Path, raw: IO[bytes]) -> Iterator[Text]:
-    """The texts of an archive, in path order: members that are text and not hidden."""
-    with zipfile.ZipFile(raw) as archive:
-        for member in sorted(archive.infolist(), key=lambda member: member.filename):
-            if member.filename.endswith("/") or _is_hidden(PurePath(member.filename)):
-                continue
-            with archive.open(member) as content:
-                pieces = _told(file, _pieces(content))
-                first = next(pieces, b"")
-                if _is_text(first):
-                    yield Text(f"{name}/{member.filename}", chain([first], pieces))
 
 
 def _is_hidden(path: PurePath) -> bool:

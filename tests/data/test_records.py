@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+import zipfile
 from functools import cache
 
 import pytest
@@ -82,6 +83,20 @@ def test_a_directory_may_hold_records_and_texts(tmp_path):
     found = read(tmp_path)
     assert list(found) == ["a.txt", "b.jsonl.gz:1", "b.jsonl.gz:2", "sub", "sub/below/d.jsonl:1"]
     assert found["sub"] == "below"
+
+
+def test_an_archive_may_hold_records_and_texts_packed_or_not(tmp_path):
+    path = tmp_path / "some.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.jsonl", lines(RECORDS[:1]))
+        archive.writestr("b/c.jsonl.gz", gzip.compress(lines(RECORDS[1:2])))
+        archive.writestr("d.txt.gz", gzip.compress(b"a text"))
+    texts = [record["text"] for record in RECORDS[:2]]
+    assert read(path) == {
+        "some.zip/a.jsonl:1": texts[0], "some.zip/b/c.jsonl.gz:1": texts[1], "some.zip/d.txt.gz": "a text"
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"got text, book, n in line 1 of '.*some.zip/a.jsonl'"):
+        read(path, text="body")
 
 
 @pytest.mark.parametrize(
