@@ -97,6 +97,8 @@ def open_data(
     """
     if settings.data == RECALL:
         return _recall_data(settings, reading, tokenizer)
+    if trained is None:
+        _check_join(settings)
     library = _library(settings, reading, tokenizer)
     fingerprint = library.fingerprint if trained is None else _known_as(library, settings.data, trained)
     corpus = corpus_of(library, settings.data)
@@ -135,6 +137,16 @@ def _library(settings: Settings, reading: int, tokenizer: Tokenizer | None) -> T
             f"got {settings.vocabulary}"
         )
     return library
+
+
+def _check_join(settings: Settings) -> None:
+    """Raises ValueError where records are to be joined that a store holds as they were when it was made."""
+    joins = settings.join_by is not None and settings.data != STANDARD_LIBRARY
+    if joins and is_store(Source(settings.data).path):
+        raise ValueError(
+            f"join_by must be given to tokenize, not with the store {settings.data!r} that it made, got "
+            f"{settings.join_by!r}"
+        )
 
 
 def _known_as(library: Texts, data: str, trained: Mapping[str, Any]) -> str:

@@ -85,7 +85,12 @@ def test_records_are_documents_and_may_be_joined(tmp_path, capsys):
     options = ["--text-field", "body", "--join-by", "book"]
     assert main(["tokenize", str(tmp_path / "some.jsonl"), "--out", str(tmp_path / "store"), *options]) == 0
     assert last_line(capsys)["documents"] == 4
-    assert train(tmp_path / "run", "--data", str(tmp_path / "some.jsonl"), "--steps", "1", *options) == 0
+    run, store = tmp_path / "run", str(tmp_path / "store")
+    assert train(run, "--data", str(tmp_path / "some.jsonl"), "--steps", "1", *options) == 0
+    assert main(["train", "--resume", "--out", str(run), "--data", store, "--steps", "2"]) == 0
+    capsys.readouterr()
+    assert train(tmp_path / "other", "--data", store, "--join-by", "book", "--steps", "1") == 2
+    assert f"join_by must be given to tokenize, not with the store '{store}' that it" in capsys.readouterr().err
 
 
 def test_a_run_reports_bits_per_byte_nats_per_token_and_perplexity(made):
