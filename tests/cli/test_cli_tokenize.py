@@ -265,6 +265,18 @@ def test_another_vocabulary_than_was_begun_with_is_refused(begun, tmp_path, caps
     assert main(["tokenize", "text.txt", "--out", "store", *begun]) == 0
 
 
+@pytest.mark.parametrize("wrong", [["--text-field", "body"], ["--tokenizer", "few.json"]])
+def test_what_is_refused_at_once_leaves_nothing_behind(wrong, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("few.json").write_bytes(losing().content)
+    Path("some.jsonl").write_text('{"text": "some text"}\n' * 9)
+    tokenize = ["tokenize", "some.jsonl", "--out", "store"]
+    assert main([*tokenize, *wrong]) == 2
+    assert list(Path("store").iterdir()) == []
+    assert main(tokenize) == 0
+    assert last_line(capsys)["vocabulary"] == 256
+
+
 def fill_up(writer) -> None:
     raise OSError(28, "No space left on device")
 
