@@ -95,7 +95,7 @@ def write_store(
     check_new(out)
     check_texts(source)
     with ExitStack() as stack:
-        stack.callback(Lock(out, "command", "makes tokens").release)
+        stack.callback(lock_store(out).release)
         check_new(out)  # again: another process may have ended in it meanwhile
         return _written(source, out, tokenizer, way, cuts, report, learned)
 
@@ -132,6 +132,11 @@ def _written(
     write_atomically(out / INDEX, write_index(out, {**index, **counts, "fingerprint": writer.fingerprint.hexdigest()}))
     (out / PROGRESS).unlink()
     return Store(out)
+
+
+def lock_store(out: Path) -> Lock:
+    """Makes the directory of a store this process's own. Raises ValueError where another one writes it."""
+    return Lock(out, "command", "makes tokens")
 
 
 def check_texts(source: Source) -> None:

@@ -47,6 +47,12 @@ def test_tokenize_says_what_the_store_holds(tmp_path, capsys):
     assert report["bytes_per_token"] == round(report["bytes"] / report["tokens"], 3)
 
 
+def test_tokenize_says_how_far_it_is(tmp_path, capsys):
+    text = written_text(tmp_path)
+    assert main(["tokenize", text, "--out", str(tmp_path / "store")]) == 0
+    assert capsys.readouterr().err == f"{Path(text).stat().st_size:,} bytes of text are tokens\n"
+
+
 def test_without_the_library_nothing_is_begun(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     out = tmp_path / "store"
@@ -64,12 +70,13 @@ def test_a_vocabulary_of_no_size_is_refused_before_it_is_learned(tmp_path, capsy
     assert status == 2 and line.startswith("memtrans tokenize: train_vocabulary must be at ")
 
 
-def test_a_second_command_is_refused_while_the_first_one_writes(tmp_path, capsys):
+@pytest.mark.parametrize("options", [[], ["--train-vocabulary", "280"]])
+def test_a_second_command_is_refused_while_the_first_one_writes(options, tmp_path, capsys):
     text, out = written_text(tmp_path), tmp_path / "store"
     writing = Lock(out, "command", "makes tokens")
     (out / "progress.json").write_text('{"kind": "memtrans.tokens"}')
     expected = f"must be a directory that no other command writes to, got '{out}', where process {os.getpid()}"
-    assert ended(capsys, "tokenize", text, "--out", str(out)) == (
+    assert ended(capsys, "tokenize", text, "--out", str(out), *options) == (
         2,
         f"memtrans tokenize: out {expected} makes tokens\n",
     )
