@@ -76,6 +76,15 @@ def test_a_learned_vocabulary_makes_fewer_tokens_than_bytes():
         train_vocabulary([TEXT], 2**64)
 
 
+def test_bytes_that_are_no_utf8_cut_no_words_elsewhere():
+    tokenizer, texts = learned(), [b"the quick brown fox j", b"mps over the l", b"zy dog"]
+    single = tokenizer.encode(b"\xfc").tolist()
+    expected = single + tokenizer.encode(texts[0]).tolist()
+    for text in texts[1:]:
+        expected += single + tokenizer.encode(text).tolist()
+    assert tokenizer.encode(b"\xfc" + b"\xfc".join(texts)).tolist() == expected
+
+
 def test_what_a_tokenizer_would_lose_is_refused_by_name():
     with pytest.raises(ValueError, match=r"tokenizer must give every text back.*got 'few.json', which loses 'H'"):
         losing().encode(b"Hello")
