@@ -20,6 +20,7 @@ from memtrans.data.sources import READING, Corpus, Texts, all_of, corpus_of, loa
 from memtrans.data.store import Store, is_store
 from memtrans.data.texts import STANDARD_LIBRARY, Source
 from memtrans.data.tokens import BYTES, Tokenizer, open_tokenizer, tokenizer_of
+from memtrans.data.tokens import FILE as TOKENIZER_FILE
 from memtrans.training.checkpoint import Checkpoint
 from memtrans.training.settings import Settings
 
@@ -68,7 +69,7 @@ def tokenizer_in(checkpoint: Checkpoint) -> Tokenizer:
     named = checkpoint.values.get("tokenizer", BYTES.digest)
     if digest != named:
         raise ValueError(f"checkpoint must carry the tokenizer that it names, {named}, got {digest}")
-    return tokenizer_of(content, "of the checkpoint")
+    return tokenizer_of(content, f"{TOKENIZER_FILE} of the checkpoint")
 
 
 def tokenizer_part(tokenizer: Tokenizer) -> dict[str, dict[str, Tensor]]:

@@ -295,6 +295,17 @@ def test_a_text_that_the_tokenizer_loses_ends_with_one_line(tmp_path, capsys):
     assert status == 2 and "tokenizer must give every text back" in error and error.count("\n") == 1
 
 
+def test_a_text_that_a_runs_tokenizer_loses_is_refused_by_name(tmp_path, capsys):
+    (tmp_path / "tokenizer.json").write_bytes(without_lines().content)
+    (tmp_path / "text.txt").write_bytes(b"words and words " * 40)
+    (tmp_path / "other.txt").write_bytes(b"words\n" * 40)
+    run, tokenizer = tmp_path / "run", str(tmp_path)
+    assert train(run, "--data", str(tmp_path / "text.txt"), "--tokenizer", tokenizer, "--steps", "1") == 0
+    capsys.readouterr()
+    status, error = ended(capsys, "eval", "--out", str(run), "--data", str(tmp_path / "other.txt"))
+    assert status == 2 and r"got 'tokenizer.json of the checkpoint', which loses '\n'" in error
+
+
 def test_a_checkpoint_whose_tokenizer_was_exchanged_is_refused(made, tmp_path, capsys):
     checkpoint = load_checkpoint(made / "run" / "checkpoint")
     parts = {part: tensors for part, tensors in checkpoint.parts.items() if part != "tokenizer"}
