@@ -33,6 +33,7 @@ SNIFFED = 8192  # bytes looked at to tell text from the rest
 LONGEST_WINDOW = 1 << 31  # bytes; of `zstd --long=31`
 COMPRESSED = (".gz", ".xz", ".zst")
 OTHER_ARCHIVES = {".tar", ".tgz", ".txz", ".tzst", ".tbz", ".tbz2", ".bz2", ".lzma", ".lz4", ".br", ".z", ".7z", ".rar"}
+BOOKS = {".pdf", ".epub", ".mobi", ".azw3", ".djvu", ".docx", ".odt"}  # whose text is not in their bytes
 EXPANDS = 8  # a compressed file is taken to hold so many times its bytes
 UNUSUAL_PACKAGES = {"test", "idlelib", "lib2to3", "site-packages", "dist-packages"}  # not installed everywhere
 
@@ -146,6 +147,8 @@ class Source:
         if not sniffed and _suffix(file) in OTHER_ARCHIVES:
             packed = ", ".join((*COMPRESSED, ".zip"))
             raise ValueError(f"data must be text, or packed as {packed}, got {str(file)!r}, another archive")
+        if not sniffed and _suffix(file) in BOOKS:
+            raise ValueError(f"data must be text, got {str(file)!r}, which has to be converted to plain text first")
         with _damage_told(file), open_input("data", file) as raw:
             if _packing(file) == ".zip":
                 yield from self._members(name, file, raw)
@@ -172,7 +175,7 @@ class Source:
                 return
             pieces = _told(file, _pieces(content))
             first = next(pieces, b"")
-            if not sniffed or _is_text(first):
+            if not sniffed or (suffix not in BOOKS and _is_text(first)):
                 yield Text(name, chain([first], pieces))
 
 
