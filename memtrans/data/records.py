@@ -17,6 +17,7 @@ SAVED_DATASET = (STATE, "dataset_info.json")
 END = b"\xff\xff\xff\xff\0\0\0\0"  # of a stream of Arrow; without it a reader takes what is left for the whole
 UNREADABLE = (OSError, UnicodeDecodeError)  # what damaged columns raise, beside the library's own errors
 AT_ONCE = 256  # records of a columnar file
+PIECE = 1 << 20  # bytes of a columnar file that are read at once
 MOST_SHOWN = 200  # characters of a record or of its fields that an error shows
 
 
@@ -131,7 +132,7 @@ def _of_columns(path: Path, content: IO[bytes], fields: Fields) -> Iterator[Reco
     from pyarrow import parquet
 
     try:
-        file = parquet.ParquetFile(content)
+        file = parquet.ParquetFile(content, buffer_size=PIECE, pre_buffer=False)  # whose groups may be of any size
         _check_columns(file.schema_arrow.names, fields, path)
         batches = file.iter_batches(batch_size=AT_ONCE, columns=fields.names)
         yield from _of_batches(batches, fields, path, 1)

@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from functools import cache
 
@@ -212,6 +213,21 @@ def test_a_row_of_parquet_is_a_document(tmp_path):
     (tmp_path / "some.parquet").write_bytes(content[:-9])
     with pytest.raises(ValueError, match=r"data must hold whole Parquet files, got .*some.parquet"):
         read(tmp_path / "some.parquet")
+
+
+@pytest.mark.slow
+def test_rows_that_are_stored_together_are_read_a_piece_at_a_time(tmp_path):
+    arrow, parquet = package("pyarrow"), package("pyarrow.parquet")
+
+    texts = [random.Random(number).randbytes(500).hex() for number in range(20_000)]
+    parquet.write_table(arrow.table({"text": texts}), tmp_path / "some.parquet", row_group_size=len(texts))
+    found = Source(str(tmp_path / "some.parquet")).texts()
+    tracemalloc.start()
+    assert b"".join(next(found).pieces).decode() == texts[0]
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 8 << 20, "of 20 MB"
+    assert [b"".join(text.pieces).decode() for text in found] == texts[1:]
 
 
 @pytest.mark.slow
