@@ -153,12 +153,11 @@ def check_new(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"out must be a directory or not exist, got {str(out)!r}, a file")
     if out.exists() and not is_store(out):
-        ours = (TOKENIZER, f".{TOKENIZER}.", f".{PROGRESS}.", LOCK)  # what a kill may leave
-        taken = next((path for path in out.iterdir() if not path.name.startswith(ours)), None)
+        ours = (f".{TOKENIZER}.", f".{PROGRESS}.")  # what a kill may leave, beside the lock
+        names = (path.name for path in out.iterdir())
+        taken = next((name for name in names if name != LOCK and not name.startswith(ours)), None)
         if taken is not None:
-            raise ValueError(
-                f"out must be an empty directory or not exist, got {str(out)!r}, which holds {taken.name!r}"
-            )
+            raise ValueError(f"out must be an empty directory or not exist, got {str(out)!r}, which holds {taken!r}")
 
 
 class _End(NamedTuple):
@@ -357,7 +356,7 @@ def _cut_back(path: Path, size: int) -> IO[bytes]:
 
 def _remove(out: Path) -> None:
     """Removes the files of a store of which nothing is done."""
-    for name in (TOKENS, DOCUMENTS, NAMES, PROGRESS, TOKENIZER, LOCK):
+    for name in (TOKENS, DOCUMENTS, NAMES, TOKENIZER, PROGRESS, LOCK):  # what tells a store that has not ended is last
         (out / name).unlink(missing_ok=True)
 
 

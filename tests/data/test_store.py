@@ -298,10 +298,11 @@ def test_an_empty_corpus_and_a_document_too_long_are_refused(tmp_path, monkeypat
 def test_nothing_that_is_there_is_overwritten(some_store, tmp_path):
     with pytest.raises(ValueError, match="out must hold no store"):
         written(str(tmp_path / "book.txt"), some_store)
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "thesis.tex").touch()
-    with pytest.raises(ValueError, match=r"out must be an empty directory or not exist, got .* holds 'thesis.tex'"):
-        written(str(tmp_path / "book.txt"), tmp_path / "full")
+    for name in ("thesis.tex", "tokenizer.json", ".lock.txt"):
+        (tmp_path / name[1:]).mkdir()
+        (tmp_path / name[1:] / name).touch()
+        with pytest.raises(ValueError, match=rf"out must be an empty directory or not exist, got .* holds '{name}'"):
+            written(str(tmp_path / "book.txt"), tmp_path / name[1:])
 
 
 def test_long_texts_are_read_from_a_store_that_is_made_once(tmp_path, monkeypatch, capsys):
