@@ -167,13 +167,13 @@ class Source:
 
     def _of_content(self, name: str, file: Path, path: Path, raw: IO[bytes], sniffed: bool) -> Iterator[Text]:
         """The texts of a file, or of the member of an archive `file` with this path."""
-        suffix = _suffix(path)
+        suffix, packed = _suffix(path), path if _packing(path) in COMPRESSED else file
         with _plain(raw, path) as content:
             if self.records and suffix in RECORDS:
-                lines = None if suffix in COLUMNAR else _told(file, content)
+                lines = None if suffix in COLUMNAR else _told(packed, content)
                 yield from records_of(name, path, content, lines, self.fields)
                 return
-            pieces = _told(file, _pieces(content))
+            pieces = _told(packed, _pieces(content))
             first = next(pieces, b"")
             if not sniffed or (suffix not in BOOKS and _is_text(first)):
                 yield Text(name, chain([first], pieces))

@@ -98,6 +98,10 @@ def test_an_archive_may_hold_records_and_texts_packed_or_not(tmp_path):
     }  # fmt: skip
     with pytest.raises(ValueError, match=r"got text, book, n in line 1 of '.*some.zip/a.jsonl'"):
         read(path, text="body")
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("e.txt.gz", b"a text that is not packed")
+    with pytest.raises(ValueError, match=r"data must hold whole .gz archives, got '.*some.zip/e.txt.gz'"):
+        read(path)
 
 
 @pytest.mark.parametrize(
