@@ -22,6 +22,7 @@ from typing import IO, Any
 
 from memtrans.data.folders import files_below
 from memtrans.data.records import COLUMNAR, RECORDS, Fields, Text, is_saved_dataset, records_of
+from memtrans.data.store import STORED, is_store
 from memtrans.files import expanded, open_input, parse_json, read_file
 
 STANDARD_LIBRARY = "stdlib"
@@ -67,10 +68,14 @@ class Source:
         return expanded(self.data)
 
     def check(self) -> None:
-        """Raises FileNotFoundError when there is no such data."""
-        if self.data != STANDARD_LIBRARY and (not self.data or not self.path.exists()):
+        """Raises FileNotFoundError when there is no such data, ValueError for a file of a store of tokens."""
+        if self.data == STANDARD_LIBRARY:
+            return
+        if not self.data or not self.path.exists():
             expected = f"data must be {STANDARD_LIBRARY!r} or the path of a file or directory"
             raise FileNotFoundError(f"no such file: {expected}, got {self.data!r}")
+        if self.path.name in STORED and is_store(self.path.parent):
+            raise ValueError(f"data must be the directory of a store of tokens, got {self.data!r}, a file of it")
 
     def files(self) -> list[Path]:
         """The files that may be read; none of the standard library."""

@@ -295,6 +295,12 @@ def test_an_empty_corpus_and_a_document_too_long_are_refused(tmp_path, monkeypat
         written(str(tmp_path / "long.txt"), tmp_path / "store")
 
 
+@pytest.mark.parametrize("name", ["store.json", "tokens.bin", "tokenizer.json"])
+def test_a_file_of_a_store_is_no_text(some_store, name):
+    with pytest.raises(ValueError, match=rf"data must be the directory of a store of tokens, got '.*{name}', a fi"):
+        load_corpus(str(some_store / name))
+
+
 def test_nothing_that_is_there_is_overwritten(some_store, tmp_path):
     with pytest.raises(ValueError, match="out must hold no store"):
         written(str(tmp_path / "book.txt"), some_store)
