@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+
+from memtrans.training.progress import printable
 
 
 class EndedError(Exception):
@@ -44,10 +45,9 @@ def writing() -> Iterator[None]:
 
 
 def show(text: str, end: str = "\n") -> None:
-    """Prints to standard output, at once; what its encoding has no sign for, as names that are no UTF-8, by number."""
-    encoding = sys.stdout.encoding or "utf-8"
+    """Prints to standard output, at once, as `printable` has it."""
     with writing():
-        print(text.encode(encoding, "backslashreplace").decode(encoding), end=end, flush=True)
+        print(printable(text), end=end, flush=True)
 
 
 def show_json(values: Mapping[str, Any]) -> None:

@@ -73,7 +73,7 @@ class Generation:
             memories = model.load_memories(options.memories, **sizes)
         file = options.prompt_file
         text = os.fsencode(options.prompt) if file is None else read_input("prompt_file", file)
-        start = int(tokenizer.encode(START)[0]) if model.clear_memories_on_sos_token_id is None else None
+        start = None if text else _start(model, tokenizer)
         prompt = as_texts(text if tokenizer is BYTES else torch.from_numpy(tokenizer.encode(text)), model, start)
         segment = segment if options.segment is None else options.segment
         decoder = Decoder(model, 1, segment=segment, memories=memories)
@@ -122,6 +122,19 @@ def check_vocabulary(model: MemorizingTransformer, tokenizer: Tokenizer) -> None
             f"checkpoint must be of a model over the {tokenizer.vocabulary} tokens of its tokenizer, "
             f"got one of {model.vocabulary}"
         )
+
+
+def _start(model: MemorizingTransformer, tokenizer: Tokenizer) -> int | None:
+    """The token that stands for no prompt: a line's end, None where the model has a start token.
+
+    Raises ValueError where the tokenizer has none for it.
+    """
+    if model.clear_memories_on_sos_token_id is not None:
+        return None
+    try:
+        return int(tokenizer.encode(START)[0])
+    except ValueError as error:
+        raise ValueError("prompt must hold text where the tokenizer has no token for a line's end, got none") from error
 
 
 def _check_memory_options(options: argparse.Namespace, model: MemorizingTransformer) -> None:

@@ -60,6 +60,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _path(text: str) -> Path:
+    """A path; an empty one, of a variable that is not set, would be the current directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("must name a file or directory, got ''")
+    return Path(text)
+
+
 def _add_train(commands: Any) -> None:
     train = commands.add_parser("train", help="train a model", formatter_class=argparse.RawDescriptionHelpFormatter)
     train.set_defaults(verb="train", name="train")
@@ -76,9 +83,9 @@ def _add_train(commands: Any) -> None:
         metavar="NAME",
         help=f"values to begin with (default: what --config names as its preset, or demo): {names}",
     )
-    train.add_argument("--config", type=Path, help="file of settings, TOML or JSON")
+    train.add_argument("--config", type=_path, help="file of settings, TOML or JSON")
     train.add_argument(
-        "--out", type=Path, help="directory of the run (default: the first free of runs/PRESET, -2, ...)"
+        "--out", type=_path, help="directory of the run (default: the first free of runs/PRESET, -2, ...)"
     )
     train.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     train.add_argument("--plain", action="store_true", help="lines instead of a progress bar")
@@ -88,7 +95,7 @@ def _add_train(commands: Any) -> None:
 def _add_eval(commands: Any) -> None:
     evaluate = commands.add_parser("eval", help="evaluate a run's checkpoint, with its memory and without")
     evaluate.set_defaults(verb="evaluate", name="eval")
-    evaluate.add_argument("--out", type=Path, required=True, help="directory of the run")
+    evaluate.add_argument("--out", type=_path, required=True, help="directory of the run")
     evaluate.add_argument(
         "--split",
         choices=("validation", "test"),
@@ -106,7 +113,7 @@ def _add_tokenize(commands: Any) -> None:
     )
     add = tokenize.add_argument
     add("data", help="stdlib, or a file or directory: text, archives, .jsonl, .parquet, a saved dataset")
-    add("--out", type=Path, required=True, help="directory of the store; it must not exist, or be empty")
+    add("--out", type=_path, required=True, help="directory of the store; it must not exist, or be empty")
     add("--tokenizer", metavar="FILE", help="bytes, or a tokenizer.json or a directory with one (default: bytes)")
     add(
         "--train-vocabulary",
@@ -122,10 +129,10 @@ def _add_generate(commands: Any) -> None:
     generate = commands.add_parser("generate", help="continue a prompt of any length with a trained model")
     generate.set_defaults(verb="generate", name="generate")
     add = generate.add_argument
-    add("--checkpoint", type=Path, required=True, help="a run's directory, or one that save_pretrained wrote")
+    add("--checkpoint", type=_path, required=True, help="a run's directory, or one that save_pretrained wrote")
     prompt = generate.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", default="", help="text to continue (default: none, which stands for a line's end)")
-    prompt.add_argument("--prompt-file", type=Path, help="file to continue, read as bytes, of any length")
+    prompt.add_argument("--prompt-file", type=_path, help="file to continue, read as bytes, of any length")
     add("--tokens", type=int, default=256, help="tokens to write: bytes, of a run without a tokenizer (256)")
     add("--temperature", type=float, default=1.0, help="divides the logits; 0 or less is greedy (1)")
     add("--top-k", type=int, help="draw among so many likeliest tokens")
@@ -133,8 +140,8 @@ def _add_generate(commands: Any) -> None:
     add("--seed", type=int, default=0, help="of the draws (0)")
     add("--segment", type=int, help=f"N: tokens of a segment (default: the run's, or {SEGMENT})")
     add("--memory", type=int, help="M: entries of the memory (default: the model's)")
-    add("--memories", type=Path, help="begin with memories that were saved")
-    add("--save-memories", type=Path, help="save the memories at the end, which hold whole segments")
+    add("--memories", type=_path, help="begin with memories that were saved")
+    add("--save-memories", type=_path, help="save the memories at the end, which hold whole segments")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one")
     add("--dtype", choices=kind_of(hints()["dtype"]).choices, help="of the weights (default: as they were saved)")
 
@@ -143,8 +150,8 @@ def _add_hf(commands: Any) -> None:
     pretrained = commands.add_parser("hf", help="give a pretrained model a memory of a document, and ask it")
     pretrained.set_defaults(verb="hf", name="hf")
     add = pretrained.add_argument
-    add("--model", type=Path, required=True, help="directory of a pretrained causal language model and its tokenizer")
-    add("--document", type=Path, help="text to read into the memory, of any length (default: what --load holds)")
+    add("--model", type=_path, required=True, help="directory of a pretrained causal language model and its tokenizer")
+    add("--document", type=_path, help="text to read into the memory, of any length (default: what --load holds)")
     add("--prompt", default=None, help="text to continue (default: none; the document is read, and saved if asked)")
     add("--tokens", type=int, default=64, help="tokens to write at most (64)")
     add("--temperature", type=float, default=0.0, help="of the draws; 0 is greedy (0)")
@@ -156,8 +163,8 @@ def _add_hf(commands: Any) -> None:
     add("--offset", type=float, help="added to the logits of neighbours (default: by the size of the memory)")
     add("--calibrate", action="store_true", help="first learn from the document how much each head trusts the memory")
     add("--calibration-steps", type=int, default=120, help="of --calibrate (120)")
-    add("--save", type=Path, help="directory to write the memory to: what it learned and what it holds")
-    add("--load", type=Path, help="directory that --save wrote; the options of the memory are those saved")
+    add("--save", type=_path, help="directory to write the memory to: what it learned and what it holds")
+    add("--load", type=_path, help="directory that --save wrote; the options of the memory are those saved")
     add("--dtype", choices=DTYPES, default="auto", help="of the model; auto is that of its weights (auto)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
 
@@ -168,13 +175,13 @@ def _add_inspect(commands: Any) -> None:
     inspect.description = "Reads a document into the memory, continues a prompt, and shows what each word came from."
     add = inspect.add_argument
     model = inspect.add_mutually_exclusive_group(required=True)
-    model.add_argument("--checkpoint", type=Path, help="a run's directory, or one that save_pretrained wrote")
-    model.add_argument("--model", type=Path, help="directory of a pretrained causal language model and its tokenizer")
-    add("--document", type=Path, required=True, help="text to read into the memory, of any length")
+    model.add_argument("--checkpoint", type=_path, help="a run's directory, or one that save_pretrained wrote")
+    model.add_argument("--model", type=_path, help="directory of a pretrained causal language model and its tokenizer")
+    add("--document", type=_path, required=True, help="text to read into the memory, of any length")
     add("--prompt", required=True, help="text to continue")
     add("--tokens", type=int, default=64, help="tokens to write at most (64)")
-    add("--out", type=Path, required=True, help="the page, one HTML file")
-    add("--json", type=Path, help="file for all entries of all layers and heads (default: none)")
+    add("--out", type=_path, required=True, help="the page, one HTML file")
+    add("--json", type=_path, help="file for all entries of all layers and heads (default: none)")
     add("--temperature", type=float, default=0.0, help="of the draws; 0 is greedy (0)")
     add("--seed", type=int, default=0, help="of the draws (0)")
     add(
@@ -183,7 +190,7 @@ def _add_inspect(commands: Any) -> None:
         help="M: entries (default: the model's; with --model the document's tokens, at most 65536)",
     )
     add("--segment", type=int, help="N: tokens read at a time (default: what it was trained with; with --model 512)")
-    add("--load", type=Path, help="with --model, directory that `hf --save` wrote: settings and what was learned")
+    add("--load", type=_path, help="with --model, directory that `hf --save` wrote: settings and what was learned")
     add("--dtype", choices=DTYPES, default="auto", help="of --model; auto is that of its weights (auto)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
 

@@ -12,8 +12,8 @@ from memtrans.data.held_out import cuts_of, pieces_to_learn, way_of
 from memtrans.data.records import Fields
 from memtrans.data.store import PROGRESS
 from memtrans.data.texts import Source
-from memtrans.data.tokenize import check_new, check_texts, describe, write_store
-from memtrans.data.tokens import FILE, FileTokenizer, Tokenizer, check_library, open_tokenizer, train_vocabulary
+from memtrans.data.tokenize import check_new, check_texts, describe, lock_store, write_store
+from memtrans.data.tokens import FILE, FileTokenizer, Tokenizer, check_learnable, open_tokenizer, train_vocabulary
 from memtrans.distributed.ranks import Ranks
 from memtrans.files import MOST_JSON, read_file
 
@@ -53,13 +53,18 @@ def _tokenizer(options: argparse.Namespace, source: Source) -> Tokenizer:
     if (options.out / PROGRESS).is_file() and file.is_file():
         return FileTokenizer(read_file("tokenizer", file, MOST_JSON), str(file))
     check_new(options.out)
-    check_library()
-    print(f"learning a vocabulary of {options.train_vocabulary} tokens", file=sys.stderr, flush=True)
-    return FileTokenizer(train_vocabulary(pieces_to_learn(source), options.train_vocabulary), str(file))
+    check_learnable(options.train_vocabulary)
+    lock = lock_store(options.out)  # what cannot be written is refused before anything is learned
+    try:
+        print(f"learning a vocabulary of {options.train_vocabulary} tokens", file=sys.stderr, flush=True)
+        return FileTokenizer(train_vocabulary(pieces_to_learn(source), options.train_vocabulary), str(file))
+    finally:
+        lock.release()
 
 
 def _report(size: int) -> None:
-    print(f"{size / 1e6:,.0f} MB of text are tokens", file=sys.stderr, flush=True)
+    amount = f"{size / 1e6:,.0f} MB" if size >= 1e6 else f"{size:,} bytes"
+    print(f"{amount} of text are tokens", file=sys.stderr, flush=True)
 
 
 def _is_of(error: OSError, out: Path) -> bool:

@@ -15,7 +15,9 @@ RECORDS = (".jsonl", ".ndjson", *COLUMNAR)  # what files of records end with, be
 STATE = "state.json"  # names the files of a dataset on disk
 SAVED_DATASET = (STATE, "dataset_info.json")
 END = b"\xff\xff\xff\xff\0\0\0\0"  # of a stream of Arrow; without it a reader takes what is left for the whole
+UNREADABLE = (OSError, UnicodeDecodeError)  # what damaged columns raise, beside the library's own errors
 AT_ONCE = 256  # records of a columnar file
+PIECE = 1 << 20  # bytes of a columnar file that are read at once
 MOST_SHOWN = 200  # characters of a record or of its fields that an error shows
 
 
@@ -130,11 +132,11 @@ def _of_columns(path: Path, content: IO[bytes], fields: Fields) -> Iterator[Reco
     from pyarrow import parquet
 
     try:
-        file = parquet.ParquetFile(content)
+        file = parquet.ParquetFile(content, buffer_size=PIECE, pre_buffer=False)  # whose groups may be of any size
         _check_columns(file.schema_arrow.names, fields, path)
         batches = file.iter_batches(batch_size=AT_ONCE, columns=fields.names)
         yield from _of_batches(batches, fields, path, 1)
-    except (arrow.ArrowException, OSError) as error:
+    except (arrow.ArrowException, *UNREADABLE) as error:
         raise _damaged(path, "Parquet", error) from error
 
 
@@ -151,7 +153,7 @@ def _of_dataset(path: Path, fields: Fields) -> Iterator[Record]:
                     small = (batch.slice(start, AT_ONCE) for start in range(0, batch.num_rows, AT_ONCE))
                     yield from _of_batches(small, fields, file, number)
                     number += batch.num_rows
-        except (arrow.ArrowException, OSError) as error:
+        except (arrow.ArrowException, *UNREADABLE) as error:
             raise _damaged(file, "Arrow", error) from error
 
 
@@ -177,9 +179,10 @@ def _of_batches(batches: Iterable[Any], fields: Fields, path: Path, first: int) 
 
 def _check_columns(found: list[str], fields: Fields, path: Path) -> None:
     for name in fields.names:
-        if name not in found:
+        if found.count(name) != 1:
             shown = ", ".join(found)[:MOST_SHOWN]
-            raise ValueError(f"data must hold the field {name!r} in each record, got {shown} in {str(path)!r}")
+            once = " once" if name in found else ""
+            raise ValueError(f"data must hold the field {name!r}{once} in each record, got {shown} in {str(path)!r}")
 
 
 def _damaged(path: Path, kind: str, error: Exception) -> ValueError:

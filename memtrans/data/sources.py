@@ -10,7 +10,8 @@ import hashlib
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -26,6 +27,7 @@ from memtrans.data.store import INDEX, VERSION, Store, is_store
 from memtrans.data.texts import RECORD_FIELDS, STANDARD_LIBRARY, Source, standard_library_files
 from memtrans.data.tokenize import write_store
 from memtrans.data.tokens import BYTES, Tokenizer, chunks_of
+from memtrans.files import expanded
 from memtrans.locks import alone
 
 READING = 2  # how documents are held out and shared out to rows; a checkpoint keeps the number of its run
@@ -84,11 +86,11 @@ def load_library(
     """Reads all documents of a source.
 
     Args:
-        data: `stdlib`; or a file (.gz, .xz and .zst are unpacked; of a .zip each member that is text is a document, of
-            .jsonl and .parquet each record); or a directory: each of its files is read like that, and each directory
-            in it is a document, all text files below it in path order; or a dataset that Hugging Face's library saved;
-            or a store of tokens. A file called enwik8 (or enwik8.zip, ...) gets the standard split of 90, 5 and 5
-            million.
+        data: `stdlib`; or a file (.gz, .xz and .zst are unpacked; of a .zip each member is read like a file, of .jsonl
+            and .parquet each record is a document); or a directory: each of its files is read like that, and each
+            directory in it is a document, all text files below it in path order; or a dataset that Hugging Face's
+            library saved; or a store of tokens. A file called enwik8 (or enwik8.zip, ...) gets the standard split of
+            90, 5 and 5 million.
         reading: 1 reads as runs did whose checkpoints name no way: it holds documents out by their names alone.
         fields: of records. Default: the field `text`, each record by itself.
         tokenizer: makes the tokens. Default: that of a store, or bytes.
@@ -181,10 +183,18 @@ Texts: TypeAlias = Store | _Read
 
 
 def cache_directory() -> Path:
-    """Where stores are that runs made: MEMTRANS_CACHE, or `memtrans` in the user's directory of caches."""
+    """Where stores are that runs made: MEMTRANS_CACHE, or `memtrans` in the user's directory of caches.
+
+    Raises ValueError where neither is known.
+    """
     if os.environ.get(CACHE):
-        return Path(os.environ[CACHE])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memtrans"
+        return expanded(os.environ[CACHE])
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "memtrans"
+    try:
+        return Path.home() / ".cache" / "memtrans"
+    except RuntimeError as error:
+        raise ValueError(f"{CACHE} must name a directory for stores where the user has none, got nothing") from error
 
 
 def _cached_store(source: Source, tokenizer: Tokenizer) -> Store:
@@ -192,13 +202,35 @@ def _cached_store(source: Source, tokenizer: Tokenizer) -> Store:
     files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in source.files()]
     key = hashlib.sha256(repr((files, source.data, source.fields, tokenizer.digest, VERSION)).encode()).hexdigest()
     directory = cache_directory() / key[:32]
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with alone(directory.with_suffix(".lock")):
-        if (directory / INDEX).is_file():
-            return Store(directory)
-        print(f"making tokens of {source.data} in {directory}, once", file=sys.stderr, flush=True)
-        way = way_of(source)
-        return write_store(source, directory, tokenizer, way, cuts_of(way))
+    with _cache_named(directory.parent):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with alone(directory.with_suffix(".lock")):
+            if (directory / INDEX).is_file():
+                return _found(directory)
+            print(f"making tokens of {source.data} in {directory}, once", file=sys.stderr, flush=True)
+            way = way_of(source)
+            return write_store(source, directory, tokenizer, way, cuts_of(way))
+
+
+def _found(directory: Path) -> Store:
+    """A store that an earlier run made. Raises ValueError where it is damaged."""
+    try:
+        return Store(directory)
+    except ValueError as error:
+        raise ValueError(f"{error}; remove that directory, and the next run makes it again") from error
+
+
+@contextmanager
+def _cache_named(cache: Path) -> Iterator[None]:
+    """Says of an error of this directory, or of a file written there, how another one is named."""
+    try:
+        yield
+    except OSError as error:
+        path = None if error.filename is None else Path(str(error.filename))
+        if path is not None and not path.is_relative_to(cache) and not cache.is_relative_to(path):
+            raise
+        expected = f"{CACHE} must name a directory where stores can be written"
+        raise OSError(f"{expected}, got {str(cache)!r}: {error}") from error
 
 
 # ----------------------------------------------------------------------------------------------- what is held out

@@ -33,6 +33,7 @@ KIND = "memtrans.tokens"
 VERSION = 1
 INDEX, PROGRESS = "store.json", "progress.json"
 TOKENS, DOCUMENTS, NAMES = "tokens.bin", "documents.bin", "names.bin"
+STORED = (INDEX, TOKENS, DOCUMENTS, NAMES, TOKENIZER)
 MOST_TOKENS = 2**31  # of a document
 MOST_HASHED = 256 << 20  # bytes of a file that are hashed when a store is opened; of a longer one the length is checked
 HASHED_AT_ONCE = 1 << 20  # bytes

@@ -22,6 +22,7 @@ from typing import IO, Any
 
 from memtrans.data.folders import files_below
 from memtrans.data.records import COLUMNAR, RECORDS, Fields, Text, is_saved_dataset, records_of
+from memtrans.data.store import STORED, is_store
 from memtrans.files import expanded, open_input, parse_json, read_file
 
 STANDARD_LIBRARY = "stdlib"
@@ -33,6 +34,7 @@ SNIFFED = 8192  # bytes looked at to tell text from the rest
 LONGEST_WINDOW = 1 << 31  # bytes; of `zstd --long=31`
 COMPRESSED = (".gz", ".xz", ".zst")
 OTHER_ARCHIVES = {".tar", ".tgz", ".txz", ".tzst", ".tbz", ".tbz2", ".bz2", ".lzma", ".lz4", ".br", ".z", ".7z", ".rar"}
+BOOKS = {".pdf", ".epub", ".mobi", ".azw3", ".djvu", ".docx", ".odt"}  # whose text is not in their bytes
 EXPANDS = 8  # a compressed file is taken to hold so many times its bytes
 UNUSUAL_PACKAGES = {"test", "idlelib", "lib2to3", "site-packages", "dist-packages"}  # not installed everywhere
 
@@ -66,10 +68,14 @@ class Source:
         return expanded(self.data)
 
     def check(self) -> None:
-        """Raises FileNotFoundError when there is no such data."""
-        if self.data != STANDARD_LIBRARY and (not self.data or not self.path.exists()):
+        """Raises FileNotFoundError when there is no such data, ValueError for a file of a store of tokens."""
+        if self.data == STANDARD_LIBRARY:
+            return
+        if not self.data or not self.path.exists():
             expected = f"data must be {STANDARD_LIBRARY!r} or the path of a file or directory"
             raise FileNotFoundError(f"no such file: {expected}, got {self.data!r}")
+        if self.path.name in STORED and is_store(self.path.parent):
+            raise ValueError(f"data must be the directory of a store of tokens, got {self.data!r}, a file of it")
 
     def files(self) -> list[Path]:
         """The files that may be read; none of the standard library."""
@@ -146,19 +152,36 @@ class Source:
         if not sniffed and _suffix(file) in OTHER_ARCHIVES:
             packed = ", ".join((*COMPRESSED, ".zip"))
             raise ValueError(f"data must be text, or packed as {packed}, got {str(file)!r}, another archive")
+        if not sniffed and _suffix(file) in BOOKS:
+            raise ValueError(f"data must be text, got {str(file)!r}, which has to be converted to plain text first")
         with _damage_told(file), open_input("data", file) as raw:
             if _packing(file) == ".zip":
-                yield from _members(name, file, raw)
+                yield from self._members(name, file, raw)
                 return
-            with _plain(raw, file) as content:
-                if self.records and _suffix(file) in RECORDS:
-                    lines = None if _suffix(file) in COLUMNAR else _told(file, content)
-                    yield from records_of(name, file, content, lines, self.fields)
-                    return
-                pieces = _told(file, _pieces(content))
-                first = next(pieces, b"")
-                if not sniffed or _is_text(first):
-                    yield Text(name, chain([first], pieces))
+            yield from self._of_content(name, file, file, raw, sniffed)
+
+    def _members(self, name: str, file: Path, raw: IO[bytes]) -> Iterator[Text]:
+        """The texts of an archive's members that are not hidden, in path order."""
+        with zipfile.ZipFile(raw) as archive:
+            for member in sorted(archive.infolist(), key=lambda member: member.filename):
+                if member.filename.endswith("/") or _is_hidden(PurePath(member.filename)):
+                    continue
+                with archive.open(member) as content:
+                    path = file / member.filename
+                    yield from self._of_content(f"{name}/{member.filename}", file, path, content, sniffed=True)
+
+    def _of_content(self, name: str, file: Path, path: Path, raw: IO[bytes], sniffed: bool) -> Iterator[Text]:
+        """The texts of a file, or of the member of an archive `file` with this path."""
+        suffix, packed = _suffix(path), path if _packing(path) in COMPRESSED else file
+        with _plain(raw, path) as content:
+            if self.records and suffix in RECORDS:
+                lines = None if suffix in COLUMNAR else _told(packed, content)
+                yield from records_of(name, path, content, lines, self.fields)
+                return
+            pieces = _told(packed, _pieces(content))
+            first = next(pieces, b"")
+            if not sniffed or (suffix not in BOOKS and _is_text(first)):
+                yield Text(name, chain([first], pieces))
 
 
 def standard_library_files() -> Iterator[tuple[str, Sequence[Path]]]:
@@ -277,19 +300,6 @@ def _told(file: Path, parts: Iterable[bytes]) -> Iterator[bytes]:
     """Lines or pieces of a file, which are read long after it was opened; its damage is told wherever it shows."""
     with _damage_told(file):
         yield from parts
-
-
-def _members(name: str, file: Path, raw: IO[bytes]) -> Iterator[Text]:
-    """The texts of an archive, in path order: members that are text and not hidden."""
-    with zipfile.ZipFile(raw) as archive:
-        for member in sorted(archive.infolist(), key=lambda member: member.filename):
-            if member.filename.endswith("/") or _is_hidden(PurePath(member.filename)):
-                continue
-            with archive.open(member) as content:
-                pieces = _told(file, _pieces(content))
-                first = next(pieces, b"")
-                if _is_text(first):
-                    yield Text(f"{name}/{member.filename}", chain([first], pieces))
 
 
 def _is_hidden(path: PurePath) -> bool:

@@ -88,14 +88,14 @@ def write_store(
 
     Raises:
         ValueError: there is a store already, one of another source or tokenizer is unfinished there, another process
-        writes it, the texts changed meanwhile, one of them has 2^31 tokens or more, or none has two bytes. OSError: the
-        disk is full; what is done is kept.
+        writes it, the texts changed meanwhile, one of them has 2^31 tokens or more, or none has two bytes; where
+        nothing was done yet, nothing is left. OSError: the disk is full; what is done is kept.
     """
     out = Path(out)
     check_new(out)
     check_texts(source)
     with ExitStack() as stack:
-        stack.callback(Lock(out, "command", "makes tokens").release)
+        stack.callback(lock_store(out).release)
         check_new(out)  # again: another process may have ended in it meanwhile
         return _written(source, out, tokenizer, way, cuts, report, learned)
 
@@ -115,19 +115,28 @@ def _written(
         _write_progress(out, what, done)
     if tokenizer.content:
         write_atomically(out / TOKENIZER, tokenizer.content)
-    with ExitStack() as stack:
-        writer = _Writer(out, what, tokenizer, done, cuts, report, stack)
-        for text in source.texts():
-            writer.take(text)
-        writer.end()
-    if not writer.done.documents:
-        _remove(out)
-        raise ValueError(f"data must hold text of at least 2 bytes, got none in {source.data!r}")
+    try:
+        with ExitStack() as stack:
+            writer = _Writer(out, what, tokenizer, done, cuts, report, stack)
+            for text in source.texts():
+                writer.take(text)
+            writer.end()
+        if not writer.done.documents:
+            raise ValueError(f"data must hold text of at least 2 bytes, got none in {source.data!r}")
+    except ValueError:
+        if _read_progress(out, what) == Progress():
+            _remove(out)  # there is nothing to go on from, and the next command may be another one
+        raise
     index = {"tokenizer": tokenizer.digest, "vocabulary": tokenizer.vocabulary, "way": way}
     counts = {"documents": writer.done.documents, "tokens": writer.done.tokens, "bytes": writer.done.size}
     write_atomically(out / INDEX, write_index(out, {**index, **counts, "fingerprint": writer.fingerprint.hexdigest()}))
     (out / PROGRESS).unlink()
     return Store(out)
+
+
+def lock_store(out: Path) -> Lock:
+    """Makes the directory of a store this process's own. Raises ValueError where another one writes it."""
+    return Lock(out, "command", "makes tokens")
 
 
 def check_texts(source: Source) -> None:
@@ -144,12 +153,11 @@ def check_new(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"out must be a directory or not exist, got {str(out)!r}, a file")
     if out.exists() and not is_store(out):
-        ours = (TOKENIZER, f".{TOKENIZER}.", f".{PROGRESS}.", LOCK)  # what a kill may leave
-        taken = next((path for path in out.iterdir() if not path.name.startswith(ours)), None)
+        ours = (f".{TOKENIZER}.", f".{PROGRESS}.")  # what a kill may leave, beside the lock
+        names = (path.name for path in out.iterdir())
+        taken = next((name for name in names if name != LOCK and not name.startswith(ours)), None)
         if taken is not None:
-            raise ValueError(
-                f"out must be an empty directory or not exist, got {str(out)!r}, which holds {taken.name!r}"
-            )
+            raise ValueError(f"out must be an empty directory or not exist, got {str(out)!r}, which holds {taken!r}")
 
 
 class _End(NamedTuple):
@@ -322,7 +330,10 @@ def _read_progress(out: Path, what: str) -> Progress:
     if not whole or values.get("kind") != KIND or values.get("version") != VERSION:
         raise ValueError(f"out must hold the progress of this version, got {str(out / PROGRESS)!r} of another")
     if values.get("what") != what:
-        raise ValueError(f"out must be unfinished by the same data and tokenizer, got {str(out)!r}, begun with others")
+        raise ValueError(
+            f"out must be unfinished by the same data and tokenizer, got {str(out)!r}, begun with others: remove it to "
+            "begin again"
+        )
     return Progress(**{name: values[name] for name in kinds})
 
 
@@ -344,8 +355,8 @@ def _cut_back(path: Path, size: int) -> IO[bytes]:
 
 
 def _remove(out: Path) -> None:
-    """Removes the files of a store without a document."""
-    for name in (TOKENS, DOCUMENTS, NAMES, PROGRESS, TOKENIZER, LOCK):
+    """Removes the files of a store of which nothing is done."""
+    for name in (TOKENS, DOCUMENTS, NAMES, TOKENIZER, PROGRESS, LOCK):  # what tells a store that has not ended is last
         (out / name).unlink(missing_ok=True)
 
 

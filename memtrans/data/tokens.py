@@ -26,7 +26,9 @@ Ids = NDArray[Any]
 FILE = "tokenizer.json"
 CHUNK = 1 << 16  # bytes of text that are made tokens at once; tokens do not reach over its end
 CHANGES_TEXT = {"Prepend", "NFC", "NFD", "NFKC", "NFKD", "Strip"}  # normalizers that are left out
+ESCAPED = re.compile("([\udc80-\udcff]+)")  # bytes that are no UTF-8, as Python writes them in strings
 WORD_START = "\u2581"  # stands for a space in vocabularies of SentencePiece
+MOST_TOKENS = 2**24  # of a vocabulary: numbers beyond would take gigabytes to look up
 MOST_SHOWN = 40  # characters of a text that an error shows
 
 
@@ -91,7 +93,10 @@ class FileTokenizer:
         self._tokenizer = _library().Tokenizer.from_str(json.dumps(description))
         by_token = self._tokenizer.get_vocab(with_added_tokens=True)
         added = {token["content"] for token in description.get("added_tokens") or []}
-        self.vocabulary = max(BYTES.vocabulary, max(by_token.values()) + 1)  # numbers without a token stand for nothing
+        largest = max(by_token.values(), default=0)
+        if largest >= MOST_TOKENS:
+            raise ValueError(f"tokenizer must number its tokens below {MOST_TOKENS}, got {largest} in {source!r}")
+        self.vocabulary = max(BYTES.vocabulary, largest + 1)  # numbers without a token stand for nothing
         pieces = [b""] * self.vocabulary
         for token, number in by_token.items():
             pieces[number] = token.encode() if token in added else _bytes_of(token, _has(description, "ByteLevel"))
@@ -112,23 +117,32 @@ class FileTokenizer:
         strings = [_text(chunk) for chunk in chunks]
         whole = self._tokenizer.encode_batch_fast([text or "" for text in strings], add_special_tokens=False)
         found = []
-        for chunk, encoding in zip(chunks, whole, strict=True):
+        for chunk, string, encoding in zip(chunks, strings, whole, strict=True):
             tokens = np.array(encoding.ids, dtype=self.dtype)
-            found.append(tokens if self.decode(tokens) == chunk else self._exact(chunk))
+            if string is None:
+                tokens = self._runs(chunk)
+            found.append(tokens if self.decode(tokens) == chunk else self._halves(chunk))
         return found
 
-    def _exact(self, text: bytes) -> Ids:
-        """The tokens of a text, in halves and at last in single bytes where the tokenizer does not give it back."""
-        string = _text(text)
-        if string is not None:
-            encoding = self._tokenizer.encode(string, add_special_tokens=False)
-            tokens = np.array(encoding.ids, dtype=self.dtype)
-            if self.decode(tokens) == text:
-                return tokens
+    def _runs(self, text: bytes) -> Ids:
+        """The tokens of what is UTF-8 in a text, and the single bytes of what is none, by turns."""
+        runs = [run.encode(errors="surrogateescape") for run in ESCAPED.split(text.decode(errors="surrogateescape"))]
+        found = [np.zeros(0, dtype=self.dtype)] * len(runs)
+        found[::2] = self.encode_chunks(runs[::2])
+        found[1::2] = [self._single_bytes(run) for run in runs[1::2]]
+        return np.concatenate(found)
+
+    def _halves(self, text: bytes) -> Ids:
+        """The tokens of both halves of a text that the tokenizer does not give back; at last its single bytes."""
         middle = _character(text, len(text) // 2)
         if middle == 0:
             return self._single_bytes(text)
-        return np.concatenate((self._exact(text[:middle]), self._exact(text[middle:])))
+        return np.concatenate([self._exact(text[:middle]), self._exact(text[middle:])])
+
+    def _exact(self, text: bytes) -> Ids:
+        """The tokens of a text that is UTF-8, halved where the tokenizer does not give it back."""
+        tokens = np.array(self._tokenizer.encode(text.decode(), add_special_tokens=False).ids, dtype=self.dtype)
+        return tokens if self.decode(tokens) == text else self._halves(text)
 
     def _single_bytes(self, text: bytes) -> Ids:
         tokens = [self._bytes[value] for value in text]
@@ -180,10 +194,9 @@ def _cached(content: bytes, source: str) -> Tokenizer:
 def train_vocabulary(texts: Iterable[bytes], size: int) -> bytes:
     """The tokenizer.json of a byte-level vocabulary of so many tokens, learned from texts by merging frequent pairs.
 
-    Raises ValueError for a size below 256, which all bytes need, or where `tokenizers` is missing.
+    Raises ValueError as `check_learnable` does.
     """
-    if size < BYTES.vocabulary:
-        raise ValueError(f"train_vocabulary must be at least {BYTES.vocabulary}, a token for each byte, got {size}")
+    check_learnable(size)
     library = _library()
     tokenizer = library.Tokenizer(library.models.BPE())
     tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -248,8 +261,15 @@ def _text(content: bytes) -> str | None:
         return None
 
 
-def check_library() -> None:
-    """Raises ValueError where the library that reads and learns tokenizers is missing."""
+def check_learnable(size: int) -> None:
+    """Raises ValueError for a vocabulary that cannot be learned: below 256, which all bytes need, or above 2^24.
+
+    So it does where the library that learns it is missing.
+    """
+    if size < BYTES.vocabulary:
+        raise ValueError(f"train_vocabulary must be at least {BYTES.vocabulary}, a token for each byte, got {size}")
+    if size > MOST_TOKENS:
+        raise ValueError(f"train_vocabulary must be at most {MOST_TOKENS}, got {size}")
     _library()
 
 

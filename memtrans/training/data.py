@@ -20,6 +20,7 @@ from memtrans.data.sources import READING, Corpus, Texts, all_of, corpus_of, loa
 from memtrans.data.store import Store, is_store
 from memtrans.data.texts import STANDARD_LIBRARY, Source
 from memtrans.data.tokens import BYTES, Tokenizer, open_tokenizer, tokenizer_of
+from memtrans.data.tokens import FILE as TOKENIZER_FILE
 from memtrans.training.checkpoint import Checkpoint
 from memtrans.training.settings import Settings
 
@@ -68,7 +69,7 @@ def tokenizer_in(checkpoint: Checkpoint) -> Tokenizer:
     named = checkpoint.values.get("tokenizer", BYTES.digest)
     if digest != named:
         raise ValueError(f"checkpoint must carry the tokenizer that it names, {named}, got {digest}")
-    return tokenizer_of(content, "of the checkpoint")
+    return tokenizer_of(content, f"{TOKENIZER_FILE} of the checkpoint")
 
 
 def tokenizer_part(tokenizer: Tokenizer) -> dict[str, dict[str, Tensor]]:
@@ -97,6 +98,8 @@ def open_data(
     """
     if settings.data == RECALL:
         return _recall_data(settings, reading, tokenizer)
+    if trained is None:
+        _check_join(settings)
     library = _library(settings, reading, tokenizer)
     fingerprint = library.fingerprint if trained is None else _known_as(library, settings.data, trained)
     corpus = corpus_of(library, settings.data)
@@ -135,6 +138,16 @@ def _library(settings: Settings, reading: int, tokenizer: Tokenizer | None) -> T
             f"got {settings.vocabulary}"
         )
     return library
+
+
+def _check_join(settings: Settings) -> None:
+    """Raises ValueError where records are to be joined that a store holds as they were when it was made."""
+    joins = settings.join_by is not None and settings.data != STANDARD_LIBRARY
+    if joins and is_store(Source(settings.data).path):
+        raise ValueError(
+            f"join_by must be given to tokenize, not with the store {settings.data!r} that it made, got "
+            f"{settings.join_by!r}"
+        )
 
 
 def _known_as(library: Texts, data: str, trained: Mapping[str, Any]) -> str:

@@ -8,6 +8,12 @@ from contextlib import suppress
 from typing import Any
 
 
+def printable(text: str) -> str:
+    """A text as standard output can take it: what its encoding has no sign for is said by number."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
 class Progress:
     """A bar on standard error where that is a terminal and tqdm is installed, lines on standard output otherwise.
 
@@ -42,9 +48,9 @@ class Progress:
     def say(self, text: str) -> None:
         """Shows a line without breaking the bar."""
         if self._bar is not None:
-            self._bar.write(text, file=sys.stdout)
+            self._bar.write(printable(text), file=sys.stdout)
         elif self._shown:
-            print(text, flush=True)
+            print(printable(text), flush=True)
 
     def close(self) -> None:
         """Ends the bar."""

@@ -48,7 +48,8 @@ def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["train", "--preset", "dmeo"], ["presets", "dmeo"], ["nothing"], ["train", "--no"]]
+    "arguments",
+    [["train", "--preset", "dmeo"], ["presets", "dmeo"], ["nothing"], ["train", "--no"], ["eval", "--out", ""]],
 )
 def test_what_is_mistyped_is_told_in_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:

@@ -20,7 +20,7 @@ from memtrans.training.checkpoint import load_checkpoint, save_checkpoint
 from memtrans.training.data import fitted
 from memtrans.training.settings import Settings
 from tests.helpers.tiny_runs import checkpoint_files, last_line, train, uneven_documents, without_times, written_text
-from tests.helpers.vocabularies import learned, losing
+from tests.helpers.vocabularies import learned, losing, without_lines
 
 
 def ended(capsys, *arguments: str) -> tuple[int, str]:
@@ -47,6 +47,12 @@ def test_tokenize_says_what_the_store_holds(tmp_path, capsys):
     assert report["bytes_per_token"] == round(report["bytes"] / report["tokens"], 3)
 
 
+def test_tokenize_says_how_far_it_is(tmp_path, capsys):
+    text = written_text(tmp_path)
+    assert main(["tokenize", text, "--out", str(tmp_path / "store")]) == 0
+    assert capsys.readouterr().err == f"{Path(text).stat().st_size:,} bytes of text are tokens\n"
+
+
 def test_without_the_library_nothing_is_begun(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     out = tmp_path / "store"
@@ -56,12 +62,21 @@ def test_without_the_library_nothing_is_begun(tmp_path, capsys, monkeypatch):
     assert not out.exists()
 
 
-def test_a_second_command_is_refused_while_the_first_one_writes(tmp_path, capsys):
+@pytest.mark.parametrize("size", ["-1", "255", "16777217", "18446744073709551616"])
+def test_a_vocabulary_of_no_size_is_refused_before_it_is_learned(tmp_path, capsys, size):
+    options = ["--out", str(tmp_path / "store"), "--train-vocabulary", size]
+    status, error = ended(capsys, "tokenize", written_text(tmp_path), *options)
+    (line,) = error.splitlines()
+    assert status == 2 and line.startswith("memtrans tokenize: train_vocabulary must be at ")
+
+
+@pytest.mark.parametrize("options", [[], ["--train-vocabulary", "280"]])
+def test_a_second_command_is_refused_while_the_first_one_writes(options, tmp_path, capsys):
     text, out = written_text(tmp_path), tmp_path / "store"
     writing = Lock(out, "command", "makes tokens")
     (out / "progress.json").write_text('{"kind": "memtrans.tokens"}')
     expected = f"must be a directory that no other command writes to, got '{out}', where process {os.getpid()}"
-    assert ended(capsys, "tokenize", text, "--out", str(out)) == (
+    assert ended(capsys, "tokenize", text, "--out", str(out), *options) == (
         2,
         f"memtrans tokenize: out {expected} makes tokens\n",
     )
@@ -77,7 +92,12 @@ def test_records_are_documents_and_may_be_joined(tmp_path, capsys):
     options = ["--text-field", "body", "--join-by", "book"]
     assert main(["tokenize", str(tmp_path / "some.jsonl"), "--out", str(tmp_path / "store"), *options]) == 0
     assert last_line(capsys)["documents"] == 4
-    assert train(tmp_path / "run", "--data", str(tmp_path / "some.jsonl"), "--steps", "1", *options) == 0
+    run, store = tmp_path / "run", str(tmp_path / "store")
+    assert train(run, "--data", str(tmp_path / "some.jsonl"), "--steps", "1", *options) == 0
+    assert main(["train", "--resume", "--out", str(run), "--data", store, "--steps", "2"]) == 0
+    capsys.readouterr()
+    assert train(tmp_path / "other", "--data", store, "--join-by", "book", "--steps", "1") == 2
+    assert f"join_by must be given to tokenize, not with the store '{store}' that it" in capsys.readouterr().err
 
 
 def test_a_run_reports_bits_per_byte_nats_per_token_and_perplexity(made):
@@ -167,6 +187,17 @@ def test_a_saved_model_may_have_a_tokenizer_beside_it(tmp_path, capsys):
     assert status == 2 and "a model over the 280 tokens of its tokenizer, got one of 279" in error
 
 
+def test_a_prompt_needs_no_token_for_a_lines_end(tmp_path, capsys):
+    sizes = {"num_tokens": 256, "dim": 16, "depth": 2, "dim_head": 8, "heads": 2, "memorizing_layers": 2}
+    MemorizingTransformer(**sizes, max_knn_memories=20).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes(without_lines().content)
+    generate = ["generate", "--checkpoint", str(tmp_path), "--tokens", "2"]
+    assert main([*generate, "--prompt", "the fox"]) == 0
+    capsys.readouterr()
+    status, error = ended(capsys, *generate)
+    assert status == 2 and "prompt must hold text where the tokenizer has no token for a line's end" in error
+
+
 def test_what_does_not_belong_together_ends_with_one_line(made, tmp_path, capsys):
     run, text, store = str(made / "run"), str(made / "text.txt"), str(made / "store")
     (tmp_path / "tokenizer.json").write_bytes(learned().content)
@@ -241,6 +272,18 @@ def test_another_vocabulary_than_was_begun_with_is_refused(begun, tmp_path, caps
     assert main(["tokenize", "text.txt", "--out", "store", *begun]) == 0
 
 
+@pytest.mark.parametrize("wrong", [["--text-field", "body"], ["--tokenizer", "few.json"]])
+def test_what_is_refused_at_once_leaves_nothing_behind(wrong, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("few.json").write_bytes(losing().content)
+    Path("some.jsonl").write_text('{"text": "some text"}\n' * 9)
+    tokenize = ["tokenize", "some.jsonl", "--out", "store"]
+    assert main([*tokenize, *wrong]) == 2
+    assert list(Path("store").iterdir()) == []
+    assert main(tokenize) == 0
+    assert last_line(capsys)["vocabulary"] == 256
+
+
 def fill_up(writer) -> None:
     raise OSError(28, "No space left on device")
 
@@ -250,6 +293,17 @@ def test_a_text_that_the_tokenizer_loses_ends_with_one_line(tmp_path, capsys):
     text = written_text(tmp_path)
     status, error = ended(capsys, "tokenize", text, "--out", str(tmp_path / "store"), "--tokenizer", str(tmp_path))
     assert status == 2 and "tokenizer must give every text back" in error and error.count("\n") == 1
+
+
+def test_a_text_that_a_runs_tokenizer_loses_is_refused_by_name(tmp_path, capsys):
+    (tmp_path / "tokenizer.json").write_bytes(without_lines().content)
+    (tmp_path / "text.txt").write_bytes(b"words and words " * 40)
+    (tmp_path / "other.txt").write_bytes(b"words\n" * 40)
+    run, tokenizer = tmp_path / "run", str(tmp_path)
+    assert train(run, "--data", str(tmp_path / "text.txt"), "--tokenizer", tokenizer, "--steps", "1") == 0
+    capsys.readouterr()
+    status, error = ended(capsys, "eval", "--out", str(run), "--data", str(tmp_path / "other.txt"))
+    assert status == 2 and r"got 'tokenizer.json of the checkpoint', which loses '\n'" in error
 
 
 def test_a_checkpoint_whose_tokenizer_was_exchanged_is_refused(made, tmp_path, capsys):

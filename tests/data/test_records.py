@@ -9,6 +9,8 @@ import os
 import random
 import subprocess
 import sys
+import tracemalloc
+import zipfile
 from functools import cache
 
 import pytest
@@ -82,6 +84,24 @@ def test_a_directory_may_hold_records_and_texts(tmp_path):
     found = read(tmp_path)
     assert list(found) == ["a.txt", "b.jsonl.gz:1", "b.jsonl.gz:2", "sub", "sub/below/d.jsonl:1"]
     assert found["sub"] == "below"
+
+
+def test_an_archive_may_hold_records_and_texts_packed_or_not(tmp_path):
+    path = tmp_path / "some.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.jsonl", lines(RECORDS[:1]))
+        archive.writestr("b/c.jsonl.gz", gzip.compress(lines(RECORDS[1:2])))
+        archive.writestr("d.txt.gz", gzip.compress(b"a text"))
+    texts = [record["text"] for record in RECORDS[:2]]
+    assert read(path) == {
+        "some.zip/a.jsonl:1": texts[0], "some.zip/b/c.jsonl.gz:1": texts[1], "some.zip/d.txt.gz": "a text"
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"got text, book, n in line 1 of '.*some.zip/a.jsonl'"):
+        read(path, text="body")
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("e.txt.gz", b"a text that is not packed")
+    with pytest.raises(ValueError, match=r"data must hold whole .gz archives, got '.*some.zip/e.txt.gz'"):
+        read(path)
 
 
 @pytest.mark.parametrize(
@@ -197,6 +217,35 @@ def test_a_row_of_parquet_is_a_document(tmp_path):
     (tmp_path / "some.parquet").write_bytes(content[:-9])
     with pytest.raises(ValueError, match=r"data must hold whole Parquet files, got .*some.parquet"):
         read(tmp_path / "some.parquet")
+
+
+@pytest.mark.slow
+def test_rows_that_are_stored_together_are_read_a_piece_at_a_time(tmp_path):
+    arrow, parquet = package("pyarrow"), package("pyarrow.parquet")
+
+    texts = [random.Random(number).randbytes(500).hex() for number in range(20_000)]
+    parquet.write_table(arrow.table({"text": texts}), tmp_path / "some.parquet", row_group_size=len(texts))
+    found = Source(str(tmp_path / "some.parquet")).texts()
+    tracemalloc.start()
+    assert b"".join(next(found).pieces).decode() == texts[0]
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 8 << 20, "of 20 MB"
+    assert [b"".join(text.pieces).decode() for text in found] == texts[1:]
+
+
+@pytest.mark.slow
+def test_columns_of_one_name_and_bytes_that_are_no_utf8_are_refused_by_file(tmp_path):
+    arrow, parquet = package("pyarrow"), package("pyarrow.parquet")
+
+    texts = arrow.array(["one text", "another"])
+    parquet.write_table(arrow.Table.from_arrays([texts, texts], names=["text", "text"]), tmp_path / "two.parquet")
+    with pytest.raises(ValueError, match=r"the field 'text' once in each record, got text, text in .*two.parquet"):
+        read(tmp_path / "two.parquet")
+    invalid = arrow.Array.from_buffers(arrow.string(), 2, [None, texts.buffers()[1], arrow.py_buffer(b"\xff" * 20)])
+    parquet.write_table(arrow.table({"text": invalid}), tmp_path / "invalid.parquet")
+    with pytest.raises(ValueError, match=r"whole Parquet files, got .*invalid.parquet.*invalid start byte"):
+        read(tmp_path / "invalid.parquet")
 
 
 @pytest.mark.slow

@@ -87,12 +87,20 @@ def test_archives_of_other_formats_are_refused_by_name(tmp_path, name):
         load_corpus(str(tmp_path / name))
 
 
+@pytest.mark.parametrize("name", ["book.epub", "book.PDF", "book.docx", "book.pdf.gz"])
+def test_books_that_are_no_plain_text_are_refused_by_name(tmp_path, name):
+    (tmp_path / name).write_bytes(gzip.compress(TEXT))
+    with pytest.raises(ValueError, match=rf"data must be text, got '.*{name}', which has to be converted"):
+        load_corpus(str(tmp_path / name))
+
+
 def test_a_directory_gives_its_text_files_and_one_document_for_each_directory_in_it(tmp_path):
     (tmp_path / "sub" / "below").mkdir(parents=True)
     (tmp_path / "nothing").mkdir()
     for name in ("b.txt", "a.py", "sub/c.md", "sub/below/d.txt"):
         (tmp_path / name).write_bytes(name.encode() * 30)
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\0\0\0data")
+    (tmp_path / "paper.pdf").write_bytes(b"%PDF-1.7\n" * 9)
     (tmp_path / ".hidden").write_bytes(TEXT)
     (tmp_path / "empty.txt").touch()
     corpus = load_corpus(str(tmp_path))

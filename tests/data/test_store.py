@@ -295,13 +295,20 @@ def test_an_empty_corpus_and_a_document_too_long_are_refused(tmp_path, monkeypat
         written(str(tmp_path / "long.txt"), tmp_path / "store")
 
 
+@pytest.mark.parametrize("name", ["store.json", "tokens.bin", "tokenizer.json"])
+def test_a_file_of_a_store_is_no_text(some_store, name):
+    with pytest.raises(ValueError, match=rf"data must be the directory of a store of tokens, got '.*{name}', a fi"):
+        load_corpus(str(some_store / name))
+
+
 def test_nothing_that_is_there_is_overwritten(some_store, tmp_path):
     with pytest.raises(ValueError, match="out must hold no store"):
         written(str(tmp_path / "book.txt"), some_store)
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "thesis.tex").touch()
-    with pytest.raises(ValueError, match=r"out must be an empty directory or not exist, got .* holds 'thesis.tex'"):
-        written(str(tmp_path / "book.txt"), tmp_path / "full")
+    for name in ("thesis.tex", "tokenizer.json", ".lock.txt"):
+        (tmp_path / name[1:]).mkdir()
+        (tmp_path / name[1:] / name).touch()
+        with pytest.raises(ValueError, match=rf"out must be an empty directory or not exist, got .* holds '{name}'"):
+            written(str(tmp_path / "book.txt"), tmp_path / name[1:])
 
 
 def test_long_texts_are_read_from_a_store_that_is_made_once(tmp_path, monkeypatch, capsys):
@@ -318,6 +325,44 @@ def test_long_texts_are_read_from_a_store_that_is_made_once(tmp_path, monkeypatc
     with (tmp_path / "texts" / "0.txt").open("ab") as file:
         file.write(b"more")
     assert load_corpus(data).fingerprint != first.fingerprint
+
+
+def test_a_directory_of_stores_that_will_not_do_is_named_with_what_helps(tmp_path, monkeypatch):
+    data = folder(tmp_path)
+    monkeypatch.setattr(sources, "MOST_READ", 100)
+    for cache in (tmp_path / "texts" / "0.txt", tmp_path / "texts" / "0.txt" / "deeper"):
+        monkeypatch.setenv("MEMTRANS_CACHE", str(cache))
+        with pytest.raises(OSError, match=r"MEMTRANS_CACHE must name a directory .* got '.*0.txt"):
+            load_corpus(data)
+    monkeypatch.setenv("MEMTRANS_CACHE", str(tmp_path / "cache"))
+    with monkeypatch.context() as full:
+        full.setattr(tokenize._Writer, "save", fill_up)
+        with pytest.raises(OSError, match=r"MEMTRANS_CACHE must .*No space left"):
+            load_corpus(data)
+    load_corpus(data)
+    (file,) = tmp_path.glob("cache/*/names.bin")
+    file.unlink()
+    with pytest.raises(ValueError, match=r"names.bin is missing; remove that directory, and the next run makes it"):
+        load_corpus(data)
+
+
+def test_where_stores_of_runs_are(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for value, found in (("~/stores", "stores"), ("", ".cache/memtrans")):
+        monkeypatch.setenv("MEMTRANS_CACHE", value)
+        monkeypatch.setenv("XDG_CACHE_HOME", "")
+        assert sources.cache_directory() == tmp_path / found
+    monkeypatch.setattr(sources.Path, "home", homeless)
+    with pytest.raises(ValueError, match="MEMTRANS_CACHE must name a directory for stores where the user has none"):
+        sources.cache_directory()
+
+
+def fill_up(writer) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def homeless() -> None:
+    raise RuntimeError("Could not determine home directory.")
 
 
 def test_enwik8_keeps_its_split_in_a_store(tmp_path, monkeypatch):

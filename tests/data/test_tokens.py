@@ -72,6 +72,17 @@ def test_a_learned_vocabulary_makes_fewer_tokens_than_bytes():
     assert (tokenizer.vocabulary, len(tokenizer.encode(TEXT)) < len(TEXT) / 2) == (280, True)
     with pytest.raises(ValueError, match="train_vocabulary must be at least 256, a token for each byte, got 255"):
         train_vocabulary([TEXT], 255)
+    with pytest.raises(ValueError, match="train_vocabulary must be at most 16777216, got 18446744073709551616"):
+        train_vocabulary([TEXT], 2**64)
+
+
+def test_bytes_that_are_no_utf8_cut_no_words_elsewhere():
+    tokenizer, texts = learned(), [b"the quick brown fox j", b"mps over the l", b"zy dog"]
+    single = tokenizer.encode(b"\xfc").tolist()
+    expected = single + tokenizer.encode(texts[0]).tolist()
+    for text in texts[1:]:
+        expected += single + tokenizer.encode(text).tolist()
+    assert tokenizer.encode(b"\xfc" + b"\xfc".join(texts)).tolist() == expected
 
 
 def test_what_a_tokenizer_would_lose_is_refused_by_name():
@@ -119,6 +130,27 @@ def test_what_is_no_tokenizer_is_refused_by_name(tmp_path, content):
         open_tokenizer(str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"tokenizer must be bytes, a tokenizer.json .* got '/no/such'"):
         open_tokenizer("/no/such")
+
+
+@pytest.mark.parametrize("vocabulary", [2**16 - 1, 2**16, 2**16 + 1])
+def test_the_last_token_of_a_vocabulary_is_kept(vocabulary):
+    tokenizer = FileTokenizer(numbered({"a": 0, "b": vocabulary - 1}))
+    assert (tokenizer.vocabulary, tokenizer.encode(b"ab").tolist()) == (vocabulary, [0, vocabulary - 1])
+
+
+def test_numbers_of_tokens_beyond_any_vocabulary_are_refused():
+    with pytest.raises(ValueError, match=r"tokens below 16777216, got 4000000000 in 'far.json'"):
+        FileTokenizer(numbered({"a": 0, "b": 4_000_000_000}), "far.json")
+
+
+def test_a_tokenizer_without_tokens_loses_every_text():
+    with pytest.raises(ValueError, match=r"got 'none.json', which loses 'a'"):
+        FileTokenizer(numbered({}), "none.json").encode(b"ab")
+
+
+def numbered(tokens: dict[str, int]) -> bytes:
+    """A tokenizer.json of tokens that are single characters, with these numbers."""
+    return json.dumps({"version": "1.0", "model": {"type": "BPE", "vocab": tokens, "merges": []}}).encode()
 
 
 def test_a_missing_library_is_named(monkeypatch):

@@ -36,3 +36,11 @@ def losing() -> FileTokenizer:
     tokenizer = Tokenizer(models.WordPiece(vocab={"[UNK]": 0, "hello": 1, "a": 2}, unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
     return FileTokenizer(tokenizer.to_str().encode(), "few.json")
+
+
+@cache
+def without_lines() -> FileTokenizer:
+    """Has a token for each small letter and for a space, and none for a line's end."""
+    letters = " abcdefghijklmnopqrstuvwxyz"
+    tokenizer = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[]))
+    return FileTokenizer(tokenizer.to_str().encode(), "letters.json")

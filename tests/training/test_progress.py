@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import threading
@@ -45,6 +46,18 @@ def test_plain_wins_over_a_terminal(capsys, monkeypatch):
     progress.close()
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("hello\n", "")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_the_terminal_has_no_sign_for_is_said_by_number(monkeypatch, terminal):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr("sys.stdout", out)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    progress = Progress(20, 0, plain=False)
+    progress.say("d\u00e9j\u00e0 \u6771 \udcff")
+    progress.close()
+    out.flush()
+    assert out.buffer.getvalue() == b"d\xe9j\xe0 \\u6771 \\udcff\n"
 
 
 @pytest.mark.parametrize(
