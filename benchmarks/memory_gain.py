@@ -9,7 +9,9 @@
 
 Each run writes an entry into results/<machine>/memory_gain.json when it ends: held-out bits per byte along the way,
 against bytes and against seconds of training (evaluations and compilation not counted), and at the end by the position
-in the document, with the memory and with retrieval off. A `late-0-` run was trained with a plain layer first.
+in the document, with the memory and with retrieval off. A `late-0-` run was trained with a plain layer first. Plain
+layers take products, as the preset's did when the committed runs were made; --set 'plain_similarity="cosine"' has them
+as they are now.
 """
 
 from __future__ import annotations
@@ -191,7 +193,7 @@ def main(arguments: list[str] | None = None) -> None:
     options: Any = parsed(arguments)
     if options.plot:
         return plot(options.plot, options.machine, [f"-{label}" if label else "" for label in options.label])
-    base = dataclasses.replace(PRESETS["code"], data=options.data, dtype="bfloat16")
+    base = dataclasses.replace(PRESETS["code"], plain_similarity="product", data=options.data, dtype="bfloat16")
     base = overridden(base, options.set)
     per_step = base.batch * base.segment * base.segments * base.accumulate
     steps = max(POINTS, int(options.bytes) // per_step)

@@ -241,16 +241,18 @@ def of_script(machine: str, script: str) -> dict[str, Any]:
 def text_table(machine: str, script: str) -> str:
     """The runs of a script of runs/, a row each: held-out bits per byte, with retrieval off, and far into documents."""
     runs = of_script(machine, script)
-    far = max(set.intersection(*(set(run["result"]["eval_by_position"]) for run in runs.values())), key=int)
+    places = [{int(place) for place in run["result"]["eval_by_position"]} for run in runs.values()]
+    far = max(set.intersection(*places))
+    until = "on" if all(far == max(of) for of in places) else f"to {2 * far:,}"
     rows = []
     for name, run in runs.items():
         result = run["result"]
         bits = [result["eval_bits_per_byte"], result["eval_bits_per_byte_without_memory"]]
-        bits.append(result["eval_by_position"][far])
+        bits.append(result["eval_by_position"][str(far)])
         at_once = run.get("runs_at_once", 1)
         seconds = f"{run['seconds']:.0f}" + (f" ({at_once} at once)" if at_once > 1 else "")
         rows.append([name, f"{result['steps']:,}", seconds, *(f"{number:.4f}" for number in bits)])
-    return lines_of(["run", "steps", "seconds of steps", *BITS, f"from byte {int(far):,} on"], rows)
+    return lines_of(["run", "steps", "seconds of steps", *BITS, f"from token {far:,} {until}"], rows)
 
 
 def rows_table(machine: str, script: str) -> str:

@@ -135,6 +135,7 @@ PRESETS: dict[str, Settings] = {
         memory_layers=(4,),
         neighbours=32,
         memory_offset=-4.0,
+        plain_similarity="cosine",
         position_start=8.0,
         xl=512,
         learning_rate=1e-3,

@@ -14,7 +14,8 @@ data=$(c_sources)
 
 for optimizer in $OPTIMIZERS; do
     for memory in $MEMORIES; do
-        options=(--preset code --data "$data" --memory "$memory" --optimizer "$optimizer" --eval-every 0)
+        options=(--preset code --data "$data" --memory "$memory" --plain-similarity product)
+        options+=(--optimizer "$optimizer" --eval-every 0)
         for rate in $RATES; do
             timed_figure "$BUDGET" "seconds-$BUDGET-$optimizer-$memory-$rate" "${options[@]}" --learning-rate "$rate"
         done

@@ -6,7 +6,8 @@ data=$(c_sources)
 
 for share in 0.1 0.25; do
     for rate in 1e-3 5e-4; do
-        figure "late-$share-$rate" --preset code --data "$data" --memory-late "$share" --learning-rate "$rate" --eval-every 0
+        figure "late-$share-$rate" --preset code --data "$data" --memory-late "$share" --plain-similarity product \
+            --learning-rate "$rate" --eval-every 0
     done
 done
 ended

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What the memory layer is worth by itself, and what its memory: a plain layer in its place, next to no memory (32
-# entries), and 65,536, at two learning rates; then another seed, and 8,192 entries; then with queries and keys
-# normalised in plain layers too.
+# entries), and 65,536, at two learning rates; then another seed, and 8,192 entries. Plain layers take products there;
+# then with queries and keys normalised in them too, as the preset has it since.
 source "$(dirname "$0")/common.sh"
 data=$(c_sources)
 
@@ -11,7 +11,8 @@ compare() { # SEED MEMORY...
     for rate in 1e-3 5e-4; do
         for memory in "$@"; do
             figure "separate-$memory-$rate-seed-$seed" \
-                --preset code --data "$data" --memory "$memory" --learning-rate "$rate" --seed "$seed" --eval-every 0
+                --preset code --data "$data" --memory "$memory" --plain-similarity product \
+                --learning-rate "$rate" --seed "$seed" --eval-every 0
         done
     done
 }
