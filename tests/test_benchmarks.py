@@ -115,11 +115,13 @@ def test_a_table_of_a_script_has_its_runs_by_the_farthest_place_that_all_know(
     run_of_a_script(folder, "a-0", 1, {"0": 1.5, "512": 1.25})
     run_of_a_script(folder, "a-64", 2, {"0": 1.0, "512": 0.75, "1024": 0.5})
     head, _, *rows = tables.text_table("h200", "a").splitlines()
-    assert head.endswith("| from byte 512 on |")
+    assert head.endswith("| from token 512 to 1,024 |")
     assert rows == [
         "| 0 | 1,000 | 5 | 2.0000 | 3.0000 | 1.2500 |",
         "| 64 | 1,000 | 5 (2 at once) | 2.0000 | 3.0000 | 0.7500 |",
     ]
+    run_of_a_script(folder, "b-0", 1, {"0": 1.5, "512": 1.25})
+    assert tables.text_table("h200", "b").splitlines()[0].endswith("| from token 512 on |")
     with pytest.raises(AssertionError, match="no result of late in h200/text"):
         tables.text_table("h200", "late")
 
