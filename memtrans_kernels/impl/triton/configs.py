@@ -143,11 +143,11 @@ def whole_attention(target: Target, itemsize: int, width: int) -> WholeLaunch:
     """
     if itemsize > 2:
         return WholeLaunch(queries=32 if width <= 128 else 16, keys=32, careful_keys=32, warps=4, stages=1)
-    if width > 128:
-        return WholeLaunch(queries=32, keys=32, careful_keys=32, warps=4, stages=1)
     if has_few_registers(target):
         queries, keys, warps, stages, _ = small_tiles(width)
         return WholeLaunch(queries, keys, keys, warps, stages)
+    if width > 128:
+        return WholeLaunch(queries=32, keys=32, careful_keys=32, warps=4, stages=1)
     if target.vendor == "nvidia" and target.architecture == 90:
         registers = 128 if width <= 64 else 0
         return WholeLaunch(queries=128, keys=64, careful_keys=32, warps=8, stages=3, registers=registers)
