@@ -58,6 +58,18 @@ def is_saved_dataset(path: Path) -> bool:
     return all((path / name).is_file() for name in SAVED_DATASET)
 
 
+def begins_with_record(beginning: bytes, fields: Fields) -> bool:
+    """Whether a text looks like JSON lines: its first line is a record with the fields, and others come behind it."""
+    line, _, behind = beginning.partition(b"\n")
+    if not behind.strip():
+        return False
+    try:
+        record = parse_json(line)
+    except ValueError:
+        return False
+    return isinstance(record, dict) and all(name in record for name in fields.names)
+
+
 def records_of(
     name: str, path: Path, content: IO[bytes] | None, lines: Iterable[bytes] | None, fields: Fields
 ) -> Iterator[Text]:

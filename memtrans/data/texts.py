@@ -5,12 +5,14 @@ A *text* has a name and comes in pieces of bytes, which are read before the next
 
 from __future__ import annotations
 
+import functools
 import gzip
 import io
 import lzma
 import os
 import stat
 import sysconfig
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
@@ -21,7 +23,15 @@ from pathlib import Path, PurePath
 from typing import IO, Any
 
 from memtrans.data.folders import files_below
-from memtrans.data.records import COLUMNAR, RECORDS, Fields, Text, is_saved_dataset, records_of
+from memtrans.data.records import (
+    COLUMNAR,
+    RECORDS,
+    Fields,
+    Text,
+    begins_with_record,
+    is_saved_dataset,
+    records_of,
+)
 from memtrans.data.store import STORED, is_store
 from memtrans.files import expanded, open_input, parse_json, read_file
 
@@ -180,6 +190,8 @@ class Source:
                 return
             pieces = _told(packed, _pieces(content))
             first = next(pieces, b"")
+            if self.records and suffix == ".json" and begins_with_record(first, self.fields):
+                _warn_of_lines(self.data)
             if not sniffed or (suffix not in BOOKS and _is_text(first)):
                 yield Text(name, chain([first], pieces))
 
@@ -300,6 +312,16 @@ def _told(file: Path, parts: Iterable[bytes]) -> Iterator[bytes]:
     """Lines or pieces of a file, which are read long after it was opened; its damage is told wherever it shows."""
     with _damage_told(file):
         yield from parts
+
+
+@functools.cache
+def _warn_of_lines(data: str) -> None:
+    """Says once of a source that records are learned from as JSON."""
+    warnings.warn(
+        f"data {data!r} has .json files with a record in each line, which are read as texts: called .jsonl, each "
+        "record is a document",
+        stacklevel=2,
+    )
 
 
 def _is_hidden(path: PurePath) -> bool:

@@ -330,3 +330,24 @@ print(begin, anonymous(), corpus.documents.library.sizes.sum())
     )
     begin, end, size = map(float, result.stdout.split())
     assert size > 1.9e9 and end - begin < 100, f"{end - begin:.0f} MB more"
+
+
+LINES = ['{"text": "one"}\n{"text": "two"}\n', '{"text": "one", "id": 1}\n\n{"te']
+NO_LINES = ['{"text": "one"}', '{"body": "one"}\n{"body": "two"}', '{\n"text": "one"\n}', "[1]\n2"]
+
+
+@pytest.mark.parametrize("content", LINES)
+@pytest.mark.parametrize("inside", [False, True])
+def test_records_in_a_file_called_json_are_warned_of_once(tmp_path, recwarn, content, inside):
+    file = tmp_path / "part.json"
+    file.write_text(content)
+    source = Source(str(tmp_path if inside else file))
+    for _ in range(2):
+        assert [b"".join(text.pieces) for text in source.texts()] == [content.encode()]
+    assert ["called .jsonl, each record is a document" in str(said.message) for said in recwarn] == [True]
+
+
+@pytest.mark.parametrize("content", NO_LINES)
+def test_a_json_text_is_no_file_of_records(tmp_path, recwarn, content):
+    (tmp_path / "settings.json").write_text(content)
+    assert len(list(Source(str(tmp_path)).texts())) == 1 and not list(recwarn)
