@@ -30,7 +30,8 @@ def whole_attention(
     """Attends to all visible entries of each query's row where they lie, without a search; no gradient.
 
     Visible in a row are the entries `[max(start, cursor - M), cursor)` without those whose key has a non-finite
-    component, as in `knn_search`. For small memories: the time grows with M.
+    component, as in `knn_search`. For small memories: the time grows with M. `triton` casts keys and values to the
+    query's dtype, so they must be within its range: of a float16 query, 65,504.
 
     Args:
         query: (B, H, N, D), floating point; H a multiple of G.

@@ -174,7 +174,7 @@ def test_inputs_without_order_in_memory(backend: str) -> None:
 
 
 @on_every_backend
-def test_no_queries_and_no_documents(backend: str) -> None:
+def test_no_queries(backend: str) -> None:
     case = given(local=False)
     out, lse = whole_attention(*case._replace(query=case.query[:, :, :0]), backend=backend)
     assert out.shape == (B, H, 0, E) and lse.shape == (B, H, 0)
