@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -141,18 +142,20 @@ def test_the_ring_is_read_where_it_lies() -> None:
     assert keys.shape == (B, 2, M + N, D) and seen.shape == (B, M + N) and not seen.any()
 
 
-def test_a_snapshot_whose_entries_were_overwritten_is_refused() -> None:
-    from memtrans.memory.whole import attend_to_entries
-
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("attend", [whole.attend_to_entries, whole.attend_at_once])
+def test_a_snapshot_whose_entries_were_overwritten_is_refused(attend: Callable[..., Any], compiled: bool) -> None:
     of, query, scale = memory(spare=N), torch.zeros(B, H, N, D, dtype=torch.float64), torch.ones(H)
     segment = torch.randn(B, N, 2, D, dtype=torch.float64, generator=seeded(3))
     of.add(segment)
     snapshot = of.snapshot()
     of.add(segment)
-    attend_to_entries(snapshot, query, scale)
+    attend(snapshot, query, scale)
     of.add(segment)
+    if compiled:
+        attend = torch.compile(attend, fullgraph=True, backend="eager")
     with pytest.raises(StaleMemoryError, match=f"spare={N} "):
-        attend_to_entries(snapshot, query, scale)
+        attend(snapshot, query, scale)
 
 
 def test_what_the_kernel_cannot_do_is_not_asked_of_it() -> None:
