@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Four rows of the paper's table 4 with its own presets and a vocabulary of 32,000 tokens learned from C sources, PIECE
-# seconds each. This is another corpus than the paper's GitHub, and about a thousandth of its steps.
+# seconds each. This is another corpus than the paper's GitHub, and about a five-hundredth of its steps.
 #
 #   runs/paper.sh [cosine | product]   similarity of queries and keys in plain layers; the paper's is cosine
 similarity=${1:-cosine}

@@ -18,6 +18,8 @@ from torch import Tensor
 from memtrans.local_keys import LocalKeys, seed_of
 from memtrans.memory.parts import attend_to_local, mixed
 from memtrans_kernels import memory_attention, whole_attention
+from memtrans_kernels.backends import ATTENTION_MOST
+from memtrans_kernels.eager import is_differentiated_by_transform
 
 if TYPE_CHECKING:
     from memtrans.memory.snapshot import MemorySnapshot
@@ -104,16 +106,20 @@ def attend_to_entries(
 def has_kernel(snapshot: MemorySnapshot, query: Tensor, *learned: Tensor | None) -> bool:
     """Whether `attend_at_once` is the fastest way: for many queries on a GPU.
 
-    learned: what else a gradient may be wanted for.
+    learned: what else a derivative may be wanted by.
     """
     if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (query, *learned)):
         return False
+    if is_differentiated_by_transform(query, *learned):
+        return False
+    widest = max(snapshot.keys.shape[2], snapshot.values.shape[2])
     ring, one_group = snapshot.ring, snapshot.rows.numel() == snapshot.documents  # of several, one hides another's
     return (
         (query.is_cuda or ring.backend == "triton")
         and ring.backend in ("auto", "triton")
         and one_group
         and query.shape[2] >= MANY
+        and widest <= ATTENTION_MOST
         and query.dtype in (torch.bfloat16, torch.float32)
     )
 
@@ -130,11 +136,16 @@ def attend_at_once(
 
     Nothing learns from it.
     """
-    snapshot.check_current()
-    keys, values = (ring.to(query.dtype) for ring in (snapshot.keys, snapshot.values))  # itself where it is of that one
+    keys, values, rows, start, cursor = (
+        snapshot.keys, snapshot.values, snapshot.rows, snapshot.start, snapshot.cursor
+    )  # fmt: skip
+    if rows.numel() < len(keys) and not query.dtype == keys.dtype == values.dtype:  # the others need no cast
+        keys, values, start, cursor = (of_rows[rows] for of_rows in (keys, values, start, cursor))
+        rows = torch.arange(rows.numel(), device=rows.device)
+    keys, values = (ring.to(query.dtype) for ring in (keys, values))  # itself where it is of that one
     return whole_attention(
-        query, keys, values, snapshot.rows, snapshot.start, snapshot.cursor,
-        snapshot.ring.capacity, scale, to_local, local_lse, memory_offset, backend=snapshot.ring.backend,
+        query, keys, values, rows, start, cursor, snapshot.ring.capacity, scale, to_local, local_lse, memory_offset,
+        ledger=snapshot.ledger, backend=snapshot.ring.backend,
     )  # fmt: skip
 
 

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from memtrans_kernels import checks, ops
 from memtrans_kernels.backends import check_name
+from memtrans_kernels.eager import is_differentiated_by_transform
+from memtrans_kernels.ledger import Ledger
 
 
 def whole_attention(
@@ -22,12 +24,14 @@ def whole_attention(
     local_lse: Tensor | None = None,
     memory_offset: Tensor | None = None,
     *,
+    ledger: Ledger | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attends to all visible entries of each query's row where they lie, without a search; no gradient.
 
     Visible in a row are the entries `[max(start, cursor - M), cursor)` without those whose key has a non-finite
-    component, as in `knn_search`. For small memories: the time grows with M.
+    component, as in `knn_search`. For small memories: the time grows with M. `triton` casts keys and values to the
+    query's dtype, so they must be within its range: of a float16 query, 65,504.
 
     Args:
         query: (B, H, N, D), floating point; H a multiple of G.
@@ -42,6 +46,7 @@ def whole_attention(
             it. Default: the memory alone.
         local_lse: (B, H, N), floating point, the logarithm of that part's denominator; both or neither.
         memory_offset: (H,), floating point, added to the memory's logits. Default: nothing.
+        ledger: the memory's host counts: a call that comes after more than `spare` new entries raises.
         backend: one of `auto`, `reference`, `triton`.
 
     Returns:
@@ -52,7 +57,9 @@ def whole_attention(
         ValueError: a shape, device or number that does not fit, or one of `local_out` and `local_lse` without the
             other.
         TypeError: a dtype that does not fit.
-        RuntimeError: the named backend cannot run, or a gradient is wanted: `memory_attention` has one.
+        RuntimeError: the named backend cannot run, or a gradient is wanted, by torch.func or in forward mode too:
+            `memory_attention` has one.
+        StaleMemoryError: see `ledger`.
 
     Source: Wu et al. 2022, section 3.1.
 
@@ -69,13 +76,16 @@ def whole_attention(
     checks.within("rows", rows, 0, keys.shape[0] - 1)
     checks.within("start", start, 0)
     checks.within("cursor", cursor, 0)
+    optional = {"local_out": local_out, "local_lse": local_lse, "memory_offset": memory_offset}
+    tensors = {"query": query, "keys": keys, "values": values, "scale": scale, **optional}
     if torch.is_grad_enabled():
-        optional = {"local_out": local_out, "local_lse": local_lse, "memory_offset": memory_offset}
-        for name, tensor in {"query": query, "keys": keys, "values": values, "scale": scale, **optional}.items():
+        for name, tensor in tensors.items():
             if tensor is not None and tensor.requires_grad:
                 raise RuntimeError(f"whole_attention has no gradient, and {name} requires one: call it under no_grad")
+    if is_differentiated_by_transform(*tensors.values()):
+        raise RuntimeError("whole_attention has no derivatives by torch.func or in forward mode: memory_attention has")
     arguments = (query, keys, values, rows, start, cursor, capacity, scale, local_out, local_lse, memory_offset)
-    return ops.whole_attention(*arguments, check_name(backend))
+    return ops.whole_attention(*arguments, ledger, check_name(backend))
 
 
 @checks.remembered

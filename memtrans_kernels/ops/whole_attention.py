@@ -8,6 +8,7 @@ from torch import Tensor
 from memtrans_kernels import backends
 from memtrans_kernels.attention_inputs import strides_by_position
 from memtrans_kernels.eager import is_plain
+from memtrans_kernels.ledger import Ledger, check_not_stale
 from memtrans_kernels.ops.attention import by_position
 from memtrans_kernels.precision import arithmetic_dtype
 
@@ -26,13 +27,16 @@ def whole_attention(
     local_out: Tensor | None,
     local_lse: Tensor | None,
     memory_offset: Tensor | None,
+    ledger: Ledger | None,
     backend: str,
 ) -> Output:
     """No tensor may require a gradient."""
     arguments = (query, keys, values, rows, start, cursor, capacity, scale, local_out, local_lse, memory_offset)
+    of_ledger = ledger if ledger is not None else (None, None, 0)
     if is_plain(*arguments):
+        check_not_stale(*of_ledger)
         return backends.run("whole_attention", backend, *arguments)
-    return _whole_attention(*arguments, backend)
+    return _whole_attention(*arguments, *of_ledger, backend)
 
 
 @torch.library.custom_op("memtrans::whole_attention", mutates_args=())
@@ -48,8 +52,12 @@ def _whole_attention(
     local_out: Tensor | None = None,
     local_lse: Tensor | None = None,
     memory_offset: Tensor | None = None,
+    written: Tensor | None = None,
+    ticket: Tensor | None = None,
+    spare: int = 0,
     backend: str = "auto",
 ) -> Output:
+    check_not_stale(written, ticket, spare)
     arguments = (query, keys, values, rows, start, cursor, capacity, scale, local_out, local_lse, memory_offset)
     out, lse = backends.run("whole_attention", backend, *arguments)
     return by_position(out), lse
@@ -68,6 +76,9 @@ def _(
     local_out: Tensor | None = None,
     local_lse: Tensor | None = None,
     memory_offset: Tensor | None = None,
+    written: Tensor | None = None,
+    ticket: Tensor | None = None,
+    spare: int = 0,
     backend: str = "auto",
 ) -> Output:
     shape = (*query.shape[:3], values.shape[2])

@@ -10,7 +10,7 @@ from helpers.checks import ATTENTION, LSE, assert_close
 from helpers.devices import DEVICE, live_backends, seeded
 from torch import Tensor
 
-from memtrans_kernels import whole_attention
+from memtrans_kernels import Ledger, StaleMemoryError, whole_attention
 
 pytestmark = pytest.mark.device
 
@@ -174,7 +174,7 @@ def test_inputs_without_order_in_memory(backend: str) -> None:
 
 
 @on_every_backend
-def test_no_queries_and_no_documents(backend: str) -> None:
+def test_no_queries(backend: str) -> None:
     case = given(local=False)
     out, lse = whole_attention(*case._replace(query=case.query[:, :, :0]), backend=backend)
     assert out.shape == (B, H, 0, E) and lse.shape == (B, H, 0)
@@ -186,6 +186,28 @@ def test_a_wanted_gradient_is_an_error() -> None:
         whole_attention(*case._replace(scale=case.scale.requires_grad_()))
     with torch.no_grad():
         whole_attention(*case)
+
+
+def test_a_derivative_by_torch_func_or_in_forward_mode_is_an_error() -> None:
+    case = given(local=False)
+
+    def out(query: Tensor) -> Tensor:
+        return whole_attention(*case._replace(query=query))[0].sum()
+
+    with pytest.raises(RuntimeError, match=r"no derivatives by torch\.func or in forward mode"), torch.no_grad():
+        torch.func.jvp(out, (case.query,), (torch.ones_like(case.query),))
+    with pytest.raises(RuntimeError, match=r"no derivatives by torch\.func or in forward mode"):
+        torch.func.grad(lambda queries: torch.func.vmap(out)(queries).sum())(torch.stack([case.query] * 2))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_call_that_comes_too_late_is_an_error(compiled: bool) -> None:
+    case, added = given(), torch.zeros(B * 2 + 1, dtype=torch.int64)
+    call = torch.compile(whole_attention, fullgraph=True, backend="eager") if compiled else whole_attention
+    with torch.no_grad():
+        call(*case, ledger=Ledger(added + S, added, S))
+        with pytest.raises(StaleMemoryError, match=f"spare={S} .* this search comes after {S + 1}"):
+            call(*case, ledger=Ledger(added + S + 1, added, S))
 
 
 @pytest.mark.parametrize(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from helpers.checks import SAME_FORMULA, SAME_GRAPH, assert_close
+from helpers.checks import ATTENTION, SAME_FORMULA, SAME_GRAPH, assert_close
 from helpers.devices import seeded
 from torch import Tensor
 
 from memtrans import KNNAttention, KNNMemory, KNNMemoryList, MemorizingTransformer
 from memtrans.generation.decoder import Decoder
-from memtrans_kernels import StaleMemoryError
+from memtrans.memory import whole
+from memtrans_kernels import StaleMemoryError, whole_attention
 
 B, N, DIM, H, D, E, M = 2, 6, 16, 4, 4, 3, 15
 
@@ -140,18 +142,57 @@ def test_the_ring_is_read_where_it_lies() -> None:
     assert keys.shape == (B, 2, M + N, D) and seen.shape == (B, M + N) and not seen.any()
 
 
-def test_a_snapshot_whose_entries_were_overwritten_is_refused() -> None:
-    from memtrans.memory.whole import attend_to_entries
-
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("attend", [whole.attend_to_entries, whole.attend_at_once])
+def test_a_snapshot_whose_entries_were_overwritten_is_refused(attend: Callable[..., Any], compiled: bool) -> None:
     of, query, scale = memory(spare=N), torch.zeros(B, H, N, D, dtype=torch.float64), torch.ones(H)
     segment = torch.randn(B, N, 2, D, dtype=torch.float64, generator=seeded(3))
     of.add(segment)
     snapshot = of.snapshot()
     of.add(segment)
-    attend_to_entries(snapshot, query, scale)
+    attend(snapshot, query, scale)
     of.add(segment)
+    if compiled:
+        attend = torch.compile(attend, fullgraph=True, backend="eager")
     with pytest.raises(StaleMemoryError, match=f"spare={N} "):
-        attend_to_entries(snapshot, query, scale)
+        attend(snapshot, query, scale)
+
+
+def test_what_the_kernel_cannot_do_is_not_asked_of_it() -> None:
+    scale, query = torch.ones(H), torch.zeros(B, H, whole.MANY, D)
+    narrow, widest, wider = (
+        KNNMemory(D, M, B, value_dim=width, device="cpu", backend="triton").snapshot() for width in (D, 256, 257)
+    )
+    assert whole.has_kernel(narrow, query, scale) and whole.has_kernel(widest, query, scale)
+    assert not whole.has_kernel(wider, query, scale)
+
+    def not_asked(scale: Tensor) -> Tensor:
+        assert not whole.has_kernel(narrow, query, scale)
+        return scale.sum()
+
+    torch.func.jvp(not_asked, (scale,), (scale,))
+    torch.func.grad(not_asked)(scale)
+    torch.func.grad(lambda scales: torch.func.vmap(not_asked)(scales).sum())(torch.ones(2, H))
+
+
+def test_the_rows_in_scope_alone_are_cast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A view of four rows reads the ring of three."""
+    of = KNNMemory(D, M, 3, device="cpu", spare=N, dtype=torch.bfloat16, value_dtype=torch.bfloat16)
+    of.add(torch.randn(3, N, 2, D, generator=seeded(3)))
+    sizes: list[int] = []
+
+    def counted(query: Tensor, keys: Tensor, *others: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        sizes.append(len(keys))
+        return whole_attention(query, keys, *others, **options)
+
+    monkeypatch.setattr(whole, "whole_attention", counted)
+    with of.at_batch_indices([2, 0]):
+        for snapshot in (of.snapshot(), of.expand(4).snapshot()):
+            query = torch.randn(snapshot.documents, H, N, D, generator=seeded(4))
+            expected = whole.attend_to_entries(snapshot, query, torch.ones(H))
+            for actual, wanted in zip(whole.attend_at_once(snapshot, query, torch.ones(H)), expected, strict=True):
+                assert_close(actual, wanted, ATTENTION[torch.float32])
+    assert sizes == [2, 3]
 
 
 def test_a_segment_may_be_longer_than_the_ring_that_is_only_read() -> None:
