@@ -206,7 +206,7 @@ def said_to_be(target: str, module: str) -> Iterator[None]:
 
 
 def _other_jobs(width: int) -> list[Callable[[], Any]]:
-    from memtrans_kernels.attention_inputs import AttentionInputs
+    from memtrans_kernels.attention_inputs import AttentionInputs, WholeInputs
     from memtrans_kernels.impl.triton import (
         cosine,
         knn_add,
@@ -244,17 +244,7 @@ def _other_jobs(width: int) -> list[Callable[[], Any]]:
     ]
     return [
         lambda: whole_attention.whole_attention(
-            query,
-            entries[:, 0],
-            entries[:, 0],
-            number,
-            number,
-            number,
-            8192,
-            torch.empty(8),
-            query,
-            lse,
-            torch.empty(8),
+            WholeInputs(query, *(entries[:, 0],) * 2, *(number,) * 3, 8192, torch.empty(8), query, lse, torch.empty(8))
         ),
         lambda: cosine.cosine(query, key),
         lambda: cosine.cosine_backward(query, key, query, key),

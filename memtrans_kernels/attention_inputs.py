@@ -1,4 +1,4 @@
-"""What `memory_attention` and its gradients are given, by name; csrc/attention_inputs.h is the same in C++.
+"""What operators of attention are given, by name; csrc/attention_inputs.h is the same of `memory_attention` in C++.
 
 Shapes in the letters of `memtrans_kernels`.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class AttentionInputs(NamedTuple):
-    """The arguments of one call, in the order of the operator's schema."""
+    """The arguments of one call of `memory_attention` or its gradient, in the order of the operator's schema."""
 
     query: Tensor  # (B, H, N, D)
     key: Tensor  # (B, G, L, D)
@@ -65,6 +65,32 @@ class AttentionInputs(NamedTuple):
     def distances(self) -> int:
         """Columns of the bias by distance; without one it is as if there were one column of zeros."""
         return 1 if self.bias_table is None else self.bias_table.shape[1]
+
+
+class WholeInputs(NamedTuple):
+    """The arguments of one call of `whole_attention`, in the order of the operator's schema."""
+
+    query: Tensor  # (B, H, N, D)
+    keys: Tensor  # (R, M + S, D)
+    values: Tensor  # (R, M + S, E)
+    rows: Tensor  # (B·G,) int64
+    start: Tensor  # (R,) int64
+    cursor: Tensor  # (R,) int64
+    capacity: int
+    scale: Tensor  # (H,)
+    local_out: Tensor | None = None  # (B, H, N, E)
+    local_lse: Tensor | None = None  # (B, H, N)
+    memory_offset: Tensor | None = None  # (H,)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the operator runs."""
+        return self.query.device
+
+    @property
+    def widest(self) -> int:
+        """D or E."""
+        return max(self.keys.shape[2], self.values.shape[2])
 
 
 def strides_by_position(shape: Sequence[int]) -> tuple[int, int, int, int]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from memtrans_kernels import native
-from memtrans_kernels.attention_inputs import AttentionInputs
+from memtrans_kernels.attention_inputs import AttentionInputs, WholeInputs
 from memtrans_kernels.mending import mending_command
 
 Function = Callable[..., Any]
@@ -148,10 +148,11 @@ def _beyond_attention_tiles(inputs: AttentionInputs, *of_backward: Tensor) -> st
 WHOLE_ATTENTION_LIMITS = f"{NARROW}, D and E up to {ATTENTION_MOST}"
 
 
-def _wide_whole_attention(query: Tensor, keys: Tensor, values: Tensor, *others: Any) -> str | None:
-    if max(keys.shape[2], values.shape[2]) > ATTENTION_MOST:
-        return f"D and E must be at most {ATTENTION_MOST}, got {keys.shape[2]} and {values.shape[2]}"
-    return _no_float64(query, keys, values, *others)
+def _beyond_whole_attention_tiles(inputs: WholeInputs) -> str | None:
+    if inputs.widest > ATTENTION_MOST:
+        sizes = f"{inputs.keys.shape[2]} and {inputs.values.shape[2]}"
+        return f"D and E must be at most {ATTENTION_MOST}, got {sizes}"
+    return _no_float64(*inputs)
 
 
 FAISS_MOST_NEIGHBOURS = 2048  # getMaxKSelection in Faiss
@@ -274,7 +275,7 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
     "memory_attention": _attention("memory_attention"),
     "memory_attention_backward": _attention("memory_attention_backward"),
     "whole_attention": _ordered(
-        _triton("whole_attention", "whole_attention", _wide_whole_attention, WHOLE_ATTENTION_LIMITS),
+        _triton("whole_attention", "whole_attention", _beyond_whole_attention_tiles, WHOLE_ATTENTION_LIMITS),
         _reference("whole_attention"),
     ),
 }

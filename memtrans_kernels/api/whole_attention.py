@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from memtrans_kernels import checks, ops
+from memtrans_kernels.attention_inputs import WholeInputs
 from memtrans_kernels.backends import check_name
 from memtrans_kernels.eager import is_differentiated_by_transform
 from memtrans_kernels.ledger import Ledger
@@ -72,20 +73,20 @@ def whole_attention(
     (2.0, 3.0)
     """
     capacity = checks.integer("capacity", capacity)
-    _check(query, keys, values, rows, start, cursor, capacity, scale, local_out, local_lse, memory_offset)
+    inputs = WholeInputs(
+        query, keys, values, rows, start, cursor, capacity, scale, local_out, local_lse, memory_offset
+    )  # fmt: skip
+    _check(*inputs)
     checks.within("rows", rows, 0, keys.shape[0] - 1)
     checks.within("start", start, 0)
     checks.within("cursor", cursor, 0)
-    optional = {"local_out": local_out, "local_lse": local_lse, "memory_offset": memory_offset}
-    tensors = {"query": query, "keys": keys, "values": values, "scale": scale, **optional}
     if torch.is_grad_enabled():
-        for name, tensor in tensors.items():
-            if tensor is not None and tensor.requires_grad:
+        for name, tensor in inputs._asdict().items():
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
                 raise RuntimeError(f"whole_attention has no gradient, and {name} requires one: call it under no_grad")
-    if is_differentiated_by_transform(*tensors.values()):
+    if is_differentiated_by_transform(*inputs):
         raise RuntimeError("whole_attention has no derivatives by torch.func or in forward mode: memory_attention has")
-    arguments = (query, keys, values, rows, start, cursor, capacity, scale, local_out, local_lse, memory_offset)
-    return ops.whole_attention(*arguments, ledger, check_name(backend))
+    return ops.whole_attention(inputs, ledger, check_name(backend))
 
 
 @checks.remembered

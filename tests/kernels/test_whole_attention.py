@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import pytest
 import torch
 from helpers.checks import ATTENTION, LSE, assert_close
@@ -11,6 +9,7 @@ from helpers.devices import DEVICE, live_backends, seeded
 from torch import Tensor
 
 from memtrans_kernels import Ledger, StaleMemoryError, whole_attention
+from memtrans_kernels.attention_inputs import WholeInputs
 
 pytestmark = pytest.mark.device
 
@@ -19,20 +18,8 @@ B, H, D, E, M, S = 2, 4, 24, 40, 70, 21
 STORED = 150  # entries, ever: the ring has wrapped, in the middle of a tile
 
 
-class Given(NamedTuple):
+class Given(WholeInputs):
     """Arguments of `whole_attention`."""
-
-    query: Tensor
-    keys: Tensor
-    values: Tensor
-    rows: Tensor
-    start: Tensor
-    cursor: Tensor
-    capacity: int
-    scale: Tensor
-    local_out: Tensor | None = None
-    local_lse: Tensor | None = None
-    memory_offset: Tensor | None = None
 
     def seen(self) -> Tensor:
         """Which slots of each row hold an entry that a search may find (R, M + S)."""

@@ -16,23 +16,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from memtrans_kernels.attention_inputs import WholeInputs
 from memtrans_kernels.precision import arithmetic_dtype
 
 
-def whole_attention(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    rows: Tensor,
-    start: Tensor,
-    cursor: Tensor,
-    capacity: int,
-    scale: Tensor,
-    local_out: Tensor | None = None,
-    local_lse: Tensor | None = None,
-    memory_offset: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def whole_attention(inputs: WholeInputs) -> tuple[Tensor, Tensor]:
     """One document and group of heads at a time."""
+    query, keys, values, rows, start, cursor, capacity, scale, local_out, local_lse, memory_offset = inputs
     (batch, heads, length, _), dtype = query.shape, arithmetic_dtype(query)
     groups = rows.numel() // max(batch, 1)
     out = query.new_zeros(batch, heads, length, values.shape[2], dtype=dtype)

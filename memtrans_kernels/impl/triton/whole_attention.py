@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memtrans_kernels.attention_inputs import strides_by_position
+from memtrans_kernels.attention_inputs import WholeInputs, strides_by_position
 from memtrans_kernels.impl.triton import attention_tiles, configs
 from memtrans_kernels.impl.triton.attention_tiles import LN2, LOG2E, load_rows, packed, rows_of
 from memtrans_kernels.impl.triton.launching import launch
@@ -203,12 +203,9 @@ def whole_attention_kernel(
     tl.store(lse + at, logarithm, mask=inside)
 
 
-def whole_attention(
-    query: Tensor, keys: Tensor, values: Tensor, rows: Tensor, start: Tensor, cursor: Tensor, capacity: int,
-    scale: Tensor, local_out: Tensor | None = None, local_lse: Tensor | None = None,
-    memory_offset: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def whole_attention(inputs: WholeInputs) -> tuple[Tensor, Tensor]:
     """One program per document, head and block of queries."""
+    query, keys, values, rows, start, cursor, capacity, scale, local_out, local_lse, memory_offset = inputs
     (batch, heads, length, width), (slots, value_width) = query.shape, values.shape[1:]
     query, keys, values = rows_of(query), rows_of(keys), rows_of(values)
     local_out = None if local_out is None else rows_of(local_out)
