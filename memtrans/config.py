@@ -15,7 +15,7 @@ from memtrans_kernels import checks
 # Arguments of the model that go to the attention of memorizing layers as they are, and are checked there.
 OF_MEMORY = (
     *("num_retrieved_memories", "attn_scale_init", "memory_offset", "combine"),
-    *("similarity", "learn_scale", "bias_out", "attend_to"),
+    *("similarity", "learn_scale", "bias_out", "attend_to", "memory_query"),
 )
 # Those that go to the attention of the other layers, by the names that they have there.
 OF_PLAIN = {"similarity": "plain_similarity"}

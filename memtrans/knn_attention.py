@@ -20,12 +20,14 @@ from memtrans.memory.clearings import check_cache_known, cleared_since, remember
 from memtrans.memory.given import snapshot_for
 from memtrans.memory.knn_memory import KNNMemory
 from memtrans.memory.leaving import add_leaving
+from memtrans.memory.parts import Asking
 from memtrans.memory.snapshot import MemorySnapshot
 from memtrans.segments import ordered
 from memtrans_kernels import checks, cosine
 
 COMBINATIONS = ("softmax", "gate")
 ATTENDED = ("neighbours", "all")
+QUERIES = ("shared", "own")
 
 
 class KNNAttention(LocalContext):
@@ -53,6 +55,11 @@ class KNNAttention(LocalContext):
         attend_to: "neighbours", the K nearest entries, or "all" entries that a search could find. Then nothing is
             searched and K changes nothing. It is meant for small memories: up to some thousand entries attention to
             all is cheaper than a search. The memory is of one process, and untraced.
+        memory_query: what asks the memory, the "shared" query, as it asks the local keys, or one of its "own", for
+            layers that learned without a memory. For head h that is query + query · memory_mix[h], and the
+            temperature of what it finds is temperature[h] · exp(memory_sharpness[h]); memory_mix (H, D, D) and
+            memory_sharpness (H,) start at 0 and change nothing yet. With cosines the query is normalised before that
+            and not again.
         causal, soft_cap, sink, value_dim_head: as of `Attention`. The cap bounds retrieved logits too; the sink is in
             the joint softmax, with a gate in that of the local part; the memory has `value_dim=value_dim_head`.
 
@@ -90,6 +97,7 @@ class KNNAttention(LocalContext):
         sink: bool = False,
         value_dim_head: int | None = None,
         attend_to: str = "neighbours",
+        memory_query: str = "shared",
     ) -> None:
         super().__init__(
             dim, heads, dim_head, dropout, xl_max_memories, kv_heads, bias_out,
@@ -99,6 +107,7 @@ class KNNAttention(LocalContext):
         check_choice("combine", combine, COMBINATIONS)
         check_choice("similarity", similarity, SIMILARITIES)
         check_choice("attend_to", attend_to, ATTENDED)
+        check_choice("memory_query", memory_query, QUERIES)
         if attn_scale_init is None:
             attn_scale_init = COSINE_SCALE if similarity == "cosine" else self.dim_head**-0.5
         check_number("attn_scale_init", attn_scale_init, above=0)
@@ -112,9 +121,15 @@ class KNNAttention(LocalContext):
             check_number("memory_offset", memory_offset)
             self.memory_offset = nn.Parameter(torch.full((self.heads,), float(memory_offset)))
         self.memory_gate = nn.Parameter(torch.zeros(self.heads)) if combine == "gate" else None
+        self.memory_mix = self.memory_sharpness = None
+        if memory_query == "own":
+            self.memory_mix = nn.Parameter(torch.zeros(self.heads, self.dim_head, self.dim_head))
+            self.memory_sharpness = nn.Parameter(torch.zeros(self.heads))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({"similarity": "cosine", "attend_to": "neighbours", **state})
+        for name in ("memory_mix", "memory_sharpness"):
+            self._parameters.setdefault(name, None)
 
     def forward(
         self,
@@ -180,14 +195,16 @@ class KNNAttention(LocalContext):
         if self.similarity == "cosine":
             query, key = cosine(query, key)
         local, new_cache = self.extend(key, value, inputs)
+        scale = self.temperature() if inputs.temperature is None else inputs.temperature
         out = knn_memory.attend(
             query,
             None if self.attend_to == "all" else self.num_retrieved_memories,
             local,
-            self.temperature() if inputs.temperature is None else inputs.temperature,
+            scale,
             self.memory_offset,
             self.memory_gate,
             self.dropout_p,
+            None if self.memory_mix is None else self._asking(query, scale),
         )  # (B, H, N, E)
         if add_knn_memory:
             added_to = add_leaving(
@@ -210,6 +227,11 @@ class KNNAttention(LocalContext):
     def temperature(self) -> Tensor:
         """What logits are multiplied by, per head (H,): the exponential of what is learned."""
         return temperature_of(self.scale)
+
+    def _asking(self, query: Tensor, scale: Tensor) -> Asking:
+        """What the memory is asked with in the place of query (B, H, N, D) and scale (H,)."""
+        assert self.memory_mix is not None and self.memory_sharpness is not None
+        return Asking(query + query @ self.memory_mix.to(query.dtype), scale * self.memory_sharpness.exp())
 
     def check_all(
         self,

@@ -92,6 +92,8 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         value_dim_head: E, width of an attention head's values, in all layers. Default: D.
         attend_to: what memorizing layers attend to, the K nearest "neighbours" of a query or "all" entries that it may
             see, which is cheaper with memories of up to some thousand entries; see `KNNAttention`.
+        memory_query: what memorizing layers ask their memory with, the "shared" query, or one of its "own", which is
+            the same until it has learned; see `KNNAttention`.
         plain_similarity: of queries and keys in plain layers, "product" or "cosine"; see `Attention`.
 
     Attributes:
@@ -150,6 +152,7 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         value_dim_head: int | None = None,
         attend_to: str = "neighbours",
         plain_similarity: str = "product",
+        memory_query: str = "shared",
     ) -> None:
         arguments = configuration_of(locals(), without=("knn_memories_directory", "knn_memory_multiprocessing"))
         super().__init__()

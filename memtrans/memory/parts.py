@@ -5,10 +5,23 @@ Shapes: the letters of `memtrans_kernels`.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from memtrans.local_keys import LocalKeys, seed_of
 from memtrans_kernels import local_attention
+
+
+class Asking(NamedTuple):
+    """What a memory is asked with where that is not what asks the local keys.
+
+    Attributes:
+        query: (B, H, N, D). scale: (H,), what its logits are multiplied by.
+    """
+
+    query: Tensor
+    scale: Tensor
 
 
 def attend_to_local(query: Tensor, local: LocalKeys, scale: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,7 @@ from torch import Tensor
 from memtrans.local_keys import LocalKeys, seed_of
 from memtrans.memory.exchange import by_rank, exchange, from_all, side_by_side
 from memtrans.memory.ids import NOTHING, check_kept
-from memtrans.memory.parts import attend_to_local
+from memtrans.memory.parts import Asking
 from memtrans.memory.snapshot import MemorySnapshot
 from memtrans_kernels import knn_merge, knn_search, memory_attention, merge_attention
 from memtrans_kernels.backends import implements
@@ -169,6 +169,7 @@ class ShardedSnapshot(MemorySnapshot):
         memory_offset: Tensor | None = None,
         memory_gate: Tensor | None = None,
         dropout_p: float = 0.0,
+        asking: Asking | None = None,
     ) -> Tensor:
         """See `MemorySnapshot.attend`. The neighbours are on several ranks: one softmax is merged from two parts.
 
@@ -177,19 +178,7 @@ class ShardedSnapshot(MemorySnapshot):
         if k is None:
             number = self.ring.ranks.size
             raise ValueError(f"attend_to must be 'neighbours' with a memory spread over {number} ranks, got 'all'")
-        if memory_gate is not None:
-            return super().attend(query, k, local, scale, None, memory_gate, dropout_p)
-        to_memory, memory_lse, scores, entries = self.attend_to_retrieved(
-            query, k, scale, dropout_p, local.query_mask, local.soft_cap
-        )
-        to_local, local_lse = attend_to_local(query, local, scale, dropout_p)
-        if memory_offset is not None:
-            memory_lse = memory_lse + memory_offset[:, None]
-        memory_lse = memory_lse.masked_fill(entries[..., 0] < 0, -torch.inf)
-        out, lse = merge_attention(torch.stack((to_memory, to_local)), torch.stack((memory_lse, local_lse)))
-        if self.ring.watch.looks:
-            self.tell(query, local, scores, entries, scale, (lse, lse), memory_offset)
-        return out
+        return self.attend_in_parts(query, k, local, scale, memory_offset, memory_gate, dropout_p, asking)
 
     def entries_in(self, slots: Tensor) -> Tensor:
         """What `nearest` gives here are numbers of entries."""

@@ -19,7 +19,7 @@ from memtrans.memory.checks import check_mask, running_backward, scoping, widths
 from memtrans.memory.ids import check_kept, positions, read_ids
 from memtrans.memory.layout import in_slots
 from memtrans.memory.observation import Observation, as_given, keys_as_given, local_weights, retrieved_weights
-from memtrans.memory.parts import attend_to_local, mixed
+from memtrans.memory.parts import Asking, attend_to_local, mixed
 from memtrans.memory.whole import attend_to_whole
 from memtrans_kernels import (
     Ledger,
@@ -28,6 +28,7 @@ from memtrans_kernels import (
     knn_search,
     ledger_advance_,
     memory_attention,
+    merge_attention,
 )
 from memtrans_kernels.backends import implements
 from memtrans_kernels.ledger import OUT_OF_SCOPE, check_not_stale, stored_since
@@ -161,6 +162,7 @@ class MemorySnapshot:
         memory_offset: Tensor | None = None,
         memory_gate: Tensor | None = None,
         dropout_p: float = 0.0,
+        asking: Asking | None = None,
     ) -> Tensor:
         """Attention of query (B, H, N, D) to its K nearest entries and to the local keys: (B, H, N, E).
 
@@ -172,18 +174,12 @@ class MemorySnapshot:
             memory_gate: (H,); each part then has a softmax of its own, and sigmoid(memory_gate) is the share of the
                 retrieved part. Default: one softmax over both.
             dropout_p: probability of dropping a weight.
+            asking: what the entries are found and weighed with. Default: `query` and `scale`.
         """
         if k is None:
-            return attend_to_whole(self, query, local, scale, memory_offset, memory_gate, dropout_p)
-        if memory_gate is not None:
-            to_memory, memory_lse, scores, slots = self.attend_to_retrieved(
-                query, k, scale, dropout_p, local.query_mask, local.soft_cap
-            )
-            to_local, local_lse = attend_to_local(query, local, scale, dropout_p)
-            share = memory_share(slots, memory_gate)
-            if self.ring.watch.looks:
-                self.tell(query, local, scores, slots, scale, (memory_lse, local_lse), share=share)
-            return mixed(to_memory, to_local, share)
+            return attend_to_whole(self, query, local, scale, memory_offset, memory_gate, dropout_p, asking)
+        if memory_gate is not None or asking is not None:
+            return self.attend_in_parts(query, k, local, scale, memory_offset, memory_gate, dropout_p, asking)
         scores, slots = self._nearest_seen(query, k, local.query_mask)
         out, lse = memory_attention(
             query, local.key, local.value, self.keys, self.values, self.rows, scores, slots, scale,
@@ -192,7 +188,38 @@ class MemorySnapshot:
             causal=local.causal, first=local.first, soft_cap=local.soft_cap, sink=local.sink,
         )  # fmt: skip
         if self.ring.watch.looks:
-            self.tell(query, local, scores, slots, scale, (lse, lse), memory_offset)
+            self.tell(query, local, scores, slots, (scale, scale), (lse, lse), memory_offset)
+        return out
+
+    def attend_in_parts(
+        self,
+        query: Tensor,
+        k: int,
+        local: LocalKeys,
+        scale: Tensor,
+        memory_offset: Tensor | None = None,
+        memory_gate: Tensor | None = None,
+        dropout_p: float = 0.0,
+        asking: Asking | None = None,
+    ) -> Tensor:
+        """`attend`, by attention to the neighbours and attention to the local keys, put together at the end."""
+        asked, memory_scale = (query, scale) if asking is None else asking
+        to_memory, memory_lse, scores, slots = self.attend_to_retrieved(
+            asked, k, memory_scale, dropout_p, local.query_mask, local.soft_cap
+        )
+        to_local, local_lse = attend_to_local(query, local, scale, dropout_p)
+        share, lses = None, (memory_lse, local_lse)
+        if memory_gate is not None:
+            memory_offset, share = None, memory_share(slots, memory_gate)
+            out = mixed(to_memory, to_local, share)
+        else:
+            if memory_offset is not None:
+                memory_lse = memory_lse + memory_offset[:, None]
+            memory_lse = memory_lse.masked_fill(slots[..., 0] < 0, -torch.inf)
+            out, lse = merge_attention(torch.stack((to_memory, to_local)), torch.stack((memory_lse, local_lse)))
+            lses = lse, lse
+        if self.ring.watch.looks:
+            self.tell(query, local, scores, slots, (memory_scale, scale), lses, memory_offset, share)
         return out
 
     @torch.no_grad()
@@ -202,23 +229,23 @@ class MemorySnapshot:
         local: LocalKeys,
         scores: Tensor,
         slots: Tensor,
-        scale: Tensor,
+        scales: tuple[Tensor, Tensor],
         lses: tuple[Tensor, Tensor],
         memory_offset: Tensor | None = None,
         share: Tensor | None = None,
     ) -> None:
         """Tells who watches the memory what `attend` did with scores and slots (B, H, N, K).
 
-        lses: (B, H, N) each, of the softmax of the retrieved entries and of that of the local keys. share: (B, H, N),
-        of the retrieved part, with a gate.
+        scales, lses: (H,) and (B, H, N) each, of the softmax of the retrieved entries and of that of the local keys.
+        share: (B, H, N), of the retrieved part, with a gate.
         """
         watch, padding, of_local = self.ring.watch, local.padding, None
         assert watch.tell is not None
         if watch.wants_local:
             local_share = None if share is None else 1.0 - share
-            of_local = local_weights(query, local, scale, lses[1], local_share)
+            of_local = local_weights(query, local, scales[1], lses[1], local_share)
             of_local = as_given(keys_as_given(of_local, padding), padding)
-        weights = retrieved_weights(scores, scale, lses[0], memory_offset, share, local.soft_cap)
+        weights = retrieved_weights(scores, scales[0], lses[0], memory_offset, share, local.soft_cap)
         positions = as_given(self.positions(slots), padding)
         watch.tell(Observation(self.numbers(), positions, as_given(weights, padding), of_local))
 

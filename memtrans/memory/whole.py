@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from memtrans.local_keys import LocalKeys, seed_of
-from memtrans.memory.parts import attend_to_local, mixed
+from memtrans.memory.parts import Asking, attend_to_local, mixed
 from memtrans_kernels import memory_attention, whole_attention
 from memtrans_kernels.backends import ATTENTION_MOST
 from memtrans_kernels.eager import is_differentiated_by_transform
@@ -37,6 +37,7 @@ def attend_to_whole(
     memory_offset: Tensor | None = None,
     memory_gate: Tensor | None = None,
     dropout_p: float = 0.0,
+    asking: Asking | None = None,
 ) -> Tensor:
     """Attention of query (B, H, N, D) to all entries that it may see and to the local keys: (B, H, N, E).
 
@@ -45,6 +46,8 @@ def attend_to_whole(
     if snapshot.ring.watch.looks:
         raise RuntimeError("attend_to must be 'neighbours' in a layer that is traced: all entries are no citation")
     to_local, local_lse = attend_to_local(query, local, scale, dropout_p)
+    if asking is not None:
+        query, scale = asking
     plain = dropout_p == 0.0 and local.query_mask is None and local.soft_cap is None
     if plain and memory_gate is None and has_kernel(snapshot, query, scale, to_local, memory_offset):
         return attend_at_once(snapshot, query, scale, to_local, local_lse, memory_offset)[0]

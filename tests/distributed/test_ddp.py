@@ -25,6 +25,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "caches alone": {"memorizing_layers": (), "xl_max_memories": 6},
     "a gate": {"memorizing_layers": (1, 2), "combine": "gate"},
     "a learned offset": {"memorizing_layers": (1, 2), "memory_offset": -1.0},
+    "a query of the memory's own": {"memorizing_layers": 2, "memory_query": "own"},
     "a sink and a start token": {"memorizing_layers": 2, "sink": True, "clear_memories_on_sos_token_id": 0},
     "recomputed": {"memorizing_layers": 2, "activation_checkpointing": True},
     "legacy": {"memorizing_layers": 2, "xl_max_memories": 6, "legacy": True},

@@ -32,12 +32,17 @@ VARIANTS: dict[str, dict] = {
     "offset": {"memory_offset": -2.0},
     "gate": {"combine": "gate", "xl_max_memories": 6},
     "gate, a memory for each head": {"combine": "gate", "kv_heads": 4, "memorizing_layers": (2, 3)},
+    "a query of the memory's own": {"memory_query": "own", "memory_offset": 1.0, "xl_max_memories": 6},
 }
 
 
 def build(**options) -> MemorizingTransformer:
     torch.manual_seed(0)
-    return MemorizingTransformer(**{**SMALL, "max_knn_memories": 100, "pad_id": -1, **options}).eval()
+    model = MemorizingTransformer(**{**SMALL, "max_knn_memories": 100, "pad_id": -1, **options}).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith((".memory_mix", ".memory_sharpness")):  # which start at 0
+            torch.nn.init.normal_(parameter, std=0.4)
+    return model
 
 
 def memories_of(model, batch: int) -> KNNMemoryList:

@@ -33,9 +33,13 @@ class Document:
         to_memory = torch.full((heads, length, len(self.stored)), -torch.inf, dtype=torch.float64)
         first = max(0, len(self.stored) - self.most)
         if self.stored:
-            scores = query @ torch.stack(self.stored, dim=1)[group, first:].mT
+            asked, memory_scale = query, scale
+            if layer.memory_mix is not None and layer.memory_sharpness is not None:
+                asked = query + query @ layer.memory_mix
+                memory_scale = scale * layer.memory_sharpness.exp()[:, None, None]
+            scores = asked @ torch.stack(self.stored, dim=1)[group, first:].mT
             best = scores.topk(min(layer.num_retrieved_memories, scores.shape[2]), dim=2)
-            logits = capped(layer, scale * best.values)
+            logits = capped(layer, memory_scale * best.values)
             if layer.memory_offset is not None:
                 logits = logits + layer.memory_offset[:, None, None]
             to_memory[:, :, first:] = to_memory[:, :, first:].scatter(2, best.indices, logits)
@@ -58,6 +62,14 @@ class Document:
         leaving = max(0, len(local) - kept)
         self.stored += local[:leaving]
         self.cached = local[leaving:]
+
+
+def begun(layer: KNNAttention) -> KNNAttention:
+    """The same layer, where what it learns of its memory does not stand at 0 any more."""
+    for parameter in (layer.memory_gate, layer.memory_mix, layer.memory_sharpness):
+        if parameter is not None:
+            torch.nn.init.normal_(parameter)
+    return layer
 
 
 def capped(layer: KNNAttention, products: Tensor) -> Tensor:

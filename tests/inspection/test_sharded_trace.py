@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.checks import SAME_FORMULA, assert_close
-from helpers.definition import Document, dense
+from helpers.definition import Document, begun, dense
 from helpers.processes import Processes
 from torch import Tensor
 
@@ -41,6 +41,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "heads of their own": {"kv_heads": H, "soft_cap": 3.0, "num_retrieved_memories": 3},
     "groups, a cache and a sink": {"kv_heads": 2, "xl_max_memories": 7, "sink": True, "num_retrieved_memories": 3},
     "not causal": {"causal": False, "num_retrieved_memories": 3},
+    "a query of its own": {"memory_query": "own", "num_retrieved_memories": 3},
 }
 
 
@@ -54,9 +55,7 @@ def follow_the_definition(rank: int, form: str, keep_ids: bool) -> None:
     """Through segments that fill the ring, go round it, clear a row on the last rank, and are saved and read again."""
     size = dist.get_world_size()
     torch.manual_seed(3)
-    layer = KNNAttention(dim=DIM, heads=H, dim_head=D, **FORMS[form]).double()
-    if layer.memory_gate is not None:
-        layer.memory_gate.normal_()
+    layer = begun(KNNAttention(dim=DIM, heads=H, dim_head=D, **FORMS[form]).double())
     table, memories = torch.randn(H, 6, dtype=torch.float64), memories_of(layer, keep_ids=keep_ids)
     rows: list[list[Document]] = [of_all_ranks(layer, size) for _ in range(B)]
     xl_memory, before = None, [0] * B  # stored when the memory was saved: there positions begin anew without ids

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.checks import SAME_FORMULA, assert_close
-from helpers.definition import Document, dense
+from helpers.definition import Document, begun, dense
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memtrans import KNNAttention, KNNMemory, KNNMemoryList, MemorizingTransformer, generate
@@ -24,7 +24,8 @@ def memory_of(groups: int, **options: Any) -> KNNMemory:
     return KNNMemory(D, M, B, kv_heads=groups, dtype=torch.float64, device="cpu", spare=N + 3, **options)
 
 
-CAUSAL = [{}, {"memory_offset": -0.5}, {"combine": "gate"}, {"soft_cap": 3.0}, {"sink": True}]
+OWN = {"memory_query": "own"}
+CAUSAL = [{}, {"memory_offset": -0.5}, {"combine": "gate"}, {"soft_cap": 3.0}, {"sink": True}, OWN]
 FORMS: list[dict[str, Any]] = [
     *(form | {"xl_max_memories": cached} for form in CAUSAL for cached in (0, 7)),
     *(form | {"causal": False} for form in CAUSAL),  # which have no cache
@@ -39,9 +40,8 @@ FORMS: list[dict[str, Any]] = [
 def test_weights_are_those_of_the_definition(form: dict[str, Any], groups: int, keep_ids: bool, tmp_path: Path) -> None:
     """Through segments that fill the ring, go round it, clear a row, and read on in a memory that was saved."""
     torch.manual_seed(0)
-    layer = KNNAttention(dim=DIM, heads=H, dim_head=D, num_retrieved_memories=K, kv_heads=groups, **form).double()
-    if layer.memory_gate is not None:
-        layer.memory_gate.normal_()
+    sizes = {"dim": DIM, "heads": H, "dim_head": D, "num_retrieved_memories": K, "kv_heads": groups}
+    layer = begun(KNNAttention(**sizes, **form).double())
     table, documents = torch.randn(H, 6, dtype=torch.float64), [Document(layer, M) for _ in range(B)]
     memories, xl_memory = KNNMemoryList([memory_of(groups, keep_ids=keep_ids)]), None
     before = [0] * B  # stored when the memory was saved: there positions begin anew without ids

@@ -209,6 +209,7 @@ class Layer:
     memory_offset: float | None = -1.0
     combine: str = "softmax"
     xl: int = 0
+    memory_query: str = "shared"
 
 
 LAYERS = {
@@ -216,12 +217,13 @@ LAYERS = {
     "the winners travel": Layer(neighbours=1),
     "grouped heads and a cache": Layer(kv_heads=2, xl=5),
     "a gate": Layer(combine="gate", memory_offset=None),
+    "a query of its own": Layer(neighbours=2, memory_query="own"),
 }
 
 
 def attention_of(layer: Layer) -> KNNAttention:
     torch.manual_seed(5)
-    return KNNAttention(
+    attention = KNNAttention(
         dim=16,
         heads=4,
         dim_head=8,
@@ -230,7 +232,11 @@ def attention_of(layer: Layer) -> KNNAttention:
         memory_offset=layer.memory_offset,
         combine=layer.combine,
         xl_max_memories=layer.xl,
+        memory_query=layer.memory_query,
     ).double()
+    if attention.memory_mix is not None:
+        torch.nn.init.normal_(attention.memory_mix, std=0.4)
+    return attention
 
 
 def attended(attention: KNNAttention, x: Tensor, **arguments: Any) -> tuple[Tensor, ...]:

@@ -31,6 +31,7 @@ CONFIGURATIONS = {
         "combine": "gate",
         "activation_checkpointing": True,
     },
+    "a query of the memory's own": {**ONE_LAYER, "memory_query": "own", "memory_offset": -1.0},
 }
 # The compiler takes its time.
 MORE_CONFIGURATIONS = {
@@ -47,6 +48,8 @@ MORE_CONFIGURATIONS = {
     "gate": {"memorizing_layers": (2,), "combine": "gate"},
     "all entries, cache": {"memorizing_layers": (2, 3), "attend_to": "all", "xl_max_memories": SEGMENT},
     "per-head memory with an offset": {"memorizing_layers": (2,), "kv_heads": 2, "memory_offset": -1.0},
+    "a query of the memory's own, all entries": {"memory_query": "own", "attend_to": "all", "memory_offset": -1.0},
+    "a query of the memory's own, activation checkpointing": {"memory_query": "own", "activation_checkpointing": True},
 }
 
 
