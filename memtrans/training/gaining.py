@@ -5,6 +5,10 @@ own that starts at theirs. It has a bias on its way out and a table of positions
 the model is the one it was for as long as nothing is remembered. What is retrieved lies farther back than all local
 keys: the learned offset of each head starts at the settings' one on top of its bias for the farthest of these, so that
 a head which looks one token back is not shown the whole document.
+
+What asks for the next token's neighbours is not what asks for a memory's entries, and in the steps that are left the
+queries do not become that: the memory is asked with a query of its own, unless the settings say "shared". It is the
+shared one at first, and what makes it another one learns faster than all else.
 """
 
 from __future__ import annotations
@@ -17,19 +21,23 @@ from torch import Tensor
 
 from memtrans.distributed.dtensors import gathered
 from memtrans.training.checkpoint import Checkpoint
+from memtrans.training.optimizer import OWN_QUERY
 from memtrans.training.settings import Settings
 from memtrans.transformer import MemorizingTransformer
 
-OF_MEMORY = ("memory_layers", "memory_late", "neighbours", "memory_offset", "combine")  # meant nothing until now
+OF_MEMORY = (  # meant nothing until now
+    *("memory_layers", "memory_late", "neighbours", "memory_offset"),
+    *("combine", "memory_query"),
+)
 RATES = ("learning_rate", "final_rate")  # of the steps that are left, in which it is learned
 PLAIN, WITH_MEMORY = "rel_pos_bias.", "knn_rel_pos_bias."  # the tables of positions of both kinds of layers
 OFFSET = ".memory_offset"
-OWN = (".scale", OFFSET, ".memory_gate")  # what a plain layer does not have
+OWN = (".scale", OFFSET, ".memory_gate", *OWN_QUERY)  # what a plain layer does not have
 
 
 def gaining(saved: Mapping[str, Any]) -> dict[str, Any]:
     """What else the settings of such a run say, by those of the run before it."""
-    return {"similarity": saved["plain_similarity"], "memory_heads": None}
+    return {"similarity": saved["plain_similarity"], "memory_heads": None, "memory_query": "own"}
 
 
 def gains_memory(saved: Mapping[str, Any], settings: Settings) -> bool:

@@ -36,6 +36,7 @@ def build_model(settings: Settings) -> MemorizingTransformer:
         plain_similarity=settings.plain_similarity,
         memory_offset=settings.memory_offset,
         combine=settings.combine,
+        memory_query=settings.memory_query,
     )
     if settings.position_start is not None:
         _look_back(model, settings.position_start)

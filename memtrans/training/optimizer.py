@@ -15,15 +15,21 @@ from memtrans.training.muon import Muon
 from memtrans.training.settings import Settings
 from memtrans.transformer import MemorizingTransformer
 
+# What makes a memory's own query starts at nothing when all else has learned, at the end of a schedule: at the rate of
+# the rest it would get nowhere in the steps that are left.
+OWN_QUERY, OWN_RATE = (".memory_mix", ".memory_sharpness"), 10.0
+
 
 def make_optimizer(model: MemorizingTransformer, settings: Settings) -> torch.optim.Optimizer:
     """The optimiser of a run, with weight decay on matrices of linear layers alone.
 
     All kinds can be captured, read the learning rate from the device on a GPU, and leave a step out where their
     attribute `found_inf` is 1. Muon moves the matrices inside the model's layers; embeddings, the linear layer of the
-    logits, tables and vectors are AdamW's.
+    logits, tables and vectors are AdamW's. A group's rate is the run's times its `rate_factor`, where it has one: that
+    of what makes a memory's own query is 10.
     """
-    parameters = list(model.parameters())
+    own = [p for name, p in model.named_parameters() if name.endswith(OWN_QUERY)]
+    parameters = [p for name, p in model.named_parameters() if not name.endswith(OWN_QUERY)]
     decayed = _matrices(model)
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if id(p) in decayed], "weight_decay": settings.weight_decay},
@@ -33,6 +39,8 @@ def make_optimizer(model: MemorizingTransformer, settings: Settings) -> torch.op
     rate: Tensor | float = settings.learning_rate
     if on_gpu:
         rate = torch.tensor(rate, dtype=torch.float32, device=parameters[0].device)
+    if own:  # a number of its own where it lies on the device
+        groups.append({"params": own, "weight_decay": 0.0, "lr": OWN_RATE * rate, "rate_factor": OWN_RATE})
     if settings.optimizer == "adafactor":
         return Adafactor(groups, lr=rate)
     if settings.optimizer == "muon":
@@ -58,6 +66,16 @@ def state_shapes(optimizer: torch.optim.Optimizer, weight: Tensor) -> dict[str, 
         state = muon.initial_state(weight, optimizer.moves_orthogonally(weight))
         return {name: tuple(tensor.shape) for name, tensor in state.items()}
     return {"step": (), "exp_avg": tuple(weight.shape), "exp_avg_sq": tuple(weight.shape)}
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Sets the learning rate of an optimiser of `make_optimizer`, in place where it lives on the device."""
+    for group in optimizer.param_groups:
+        of_group = rate * group.get("rate_factor", 1.0)
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(of_group)
+        else:
+            group["lr"] = of_group
 
 
 def learning_rate(settings: Settings, step: int) -> float:

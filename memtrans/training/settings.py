@@ -80,6 +80,9 @@ class Settings:
     combine: Literal["softmax", "gate"] = _option(
         "softmax", "one softmax over retrieved and local keys, or one each and a learned gate"
     )
+    memory_query: Literal["shared", "own"] = _option(
+        "shared", "ask the memory as the local keys, or with a query of its own, which is learned at ten times the rate"
+    )
     similarity: Literal["cosine", "product"] = _option(
         "cosine", "of queries and keys in memory layers; that of plain layers makes them plain layers with a memory"
     )

@@ -22,6 +22,7 @@ from memtrans.distributed.ranks import ALONE, Ranks
 from memtrans.memory.snapshot import MemorySnapshot
 from memtrans.training.evaluate import negative_log_likelihood, scores_in_chunks
 from memtrans.training.loader import StepInputs
+from memtrans.training.optimizer import set_rate
 from memtrans.training.reader import Carried, DocumentReader
 from memtrans.training.rounded import RoundedWeights
 from memtrans.training.settings import Settings
@@ -77,7 +78,7 @@ class Step:
 
         Returns bits per byte, the gradient's norm and nats per token (3,), on the device.
         """
-        self._set_rate(rate)
+        set_rate(self.optimizer, rate)
         self._place(inputs)
         if self._graph.captured and not self.reader.still_holds(self._captured_with):
             self._graph.release()  # it would go on with storage that is nobody's any more
@@ -87,14 +88,6 @@ class Step:
         if self._graph.captured and not was_captured:
             self._captured_with = self.reader.snapshots()
         return self._result.clone()
-
-    def _set_rate(self, rate: float) -> None:
-        """Sets the learning rate, in place where it lives on the device."""
-        for group in self.optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
 
     def _place(self, inputs: StepInputs) -> None:
         """Puts the inputs where `_compute` reads them: always the same place where a graph captures it."""

@@ -235,14 +235,28 @@ def test_a_run_without_a_memory_goes_on_with_one(tmp_path, text, capsys):
     assert main([*resume, "--steps", "6", *as_wanted, "--similarity", "product"]) == 0  # as it is without that
     gained = load_checkpoint(out / "checkpoint")
     assert [gained.parts["memories"][f"{layer}.lengths"].tolist() for layer in range(2)] == [[64, 64]] * 2
-    settings = gained.values["settings"]
-    assert [settings[name] for name in ("memory", "neighbours", "similarity", "final_rate")] == [256, 3, "product", 0]
+    settings, names = gained.values["settings"], ("memory", "neighbours", "similarity", "final_rate", "memory_query")
+    assert [settings[name] for name in names] == [256, 3, "product", 0, "own"]
+    assert gained.parts["model"]["layers.1.0.fn.memory_mix"].any()
     assert plain.values["settings"]["memory"] == 0
     assert [line["step"] for line in without_times(out)] == [4, 4, 6, 6]
     assert main([*resume, "--steps", "7"]) == 0
     assert main(["eval", "--out", str(out)]) == 0
     assert main([*resume, "--steps", "8", "--final-rate", "0.1"]) == 2  # as of any other run
+    assert main([*resume, "--steps", "8", "--memory-query", "shared"]) == 2
+    assert "memory_query must be 'own', as in the checkpoint to resume, got 'shared'" in capsys.readouterr().err
     assert main([*resume, "--steps", "8", "--no-capture"]) == 0
+
+
+def test_a_memory_that_is_gained_may_be_asked_with_the_shared_query(tmp_path, text):
+    out = tmp_path / "run"
+    assert train(out, "--data", text, "--steps", "2", "--memory", "0") == 0
+    resume = ["train", "--resume", "--out", str(out), "--plain"]
+    assert main([*resume, "--steps", "3", "--memory", "256", "--memory-query", "shared"]) == 0
+    assert main([*resume, "--steps", "4"]) == 0
+    resumed = load_checkpoint(out / "checkpoint")
+    assert resumed.values["settings"]["memory_query"] == "shared"
+    assert not any(name.endswith("memory_mix") for name in resumed.parts["model"])
 
 
 def test_a_foreign_record_is_refused_before_anything_is_written(tmp_path, text, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -9,8 +10,12 @@ import torch
 from helpers.checks import GAINED, assert_close
 from helpers.small_runs import SMALL, advance, assert_same_state, checkpoint_of, row_tokens, trainer_of
 
+from memtrans.training.checkpoint import Checkpoint
+from memtrans.training.evaluate import negative_log_likelihood
 from memtrans.training.gaining import gaining
+from memtrans.training.optimizer import OWN_QUERY
 from memtrans.training.settings import Settings
+from memtrans.training.trainer import Trainer
 
 
 def test_a_memory_comes_late_and_keeps_what_it_held(text):
@@ -41,6 +46,8 @@ def test_a_late_memory_must_be_one_that_can_grow():
         {"combine": "gate"},
         {"memory_offset": -2.0, "kv_heads": 2, "xl": 16},
         {"plain_similarity": "cosine", "xl": 16},
+        {"optimizer": "muon"},
+        {"optimizer": "adafactor"},
     ],
 )
 def test_a_run_gains_a_memory_and_is_what_it_was_while_that_is_empty(text, changes):
@@ -58,6 +65,7 @@ def test_a_run_gains_a_memory_and_is_what_it_was_while_that_is_empty(text, chang
         if settings.xl:
             before, after = before[0], after[0]
     assert_close(after, before, GAINED, "logits")
+    assert_learns_no_query_of_its_own(trainer, tokens)
     attention, as_before = (one.model.layers[0][0].fn for one in (trainer, plain))
     assert torch.equal(attention.to_out.bias, as_before.to_out.bias)
     if settings.memory_offset is not None:
@@ -68,12 +76,47 @@ def test_a_run_gains_a_memory_and_is_what_it_was_while_that_is_empty(text, chang
     assert len({tensor.data_ptr() for tensor in moments}) == len(moments)
     trainer.model.train()
     advance(trainer, 2)
+    assert all(parameter.abs().sum() > 0 for parameter in own_queries(trainer).values())
     assert trainer.reader.memories[0].lengths.tolist() != [0, 0, 0]
     assert not torch.equal(trainer.model.knn_rel_pos_bias.relative_attention_bias.weight,
                            trainer.model.rel_pos_bias.relative_attention_bias.weight)  # fmt: skip
     again = trainer_of(settings)
     again.restore(checkpoint_of(trainer))
     assert_same_state(again, trainer)
+
+
+def own_queries(trainer: Trainer) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in trainer.model.named_parameters() if name.endswith(OWN_QUERY)}
+
+
+def assert_learns_no_query_of_its_own(trainer: Trainer, tokens: torch.Tensor) -> None:
+    """From memories with nothing in them; all else has its gradient."""
+    logits = trainer.model(tokens, knn_memories=trainer.model.create_knn_memories(batch_size=len(tokens)))
+    negative_log_likelihood(logits[0] if trainer.settings.xl else logits, tokens).backward()
+    found = own_queries(trainer)
+    assert len(found) == 2
+    for name, parameter in found.items():
+        assert not parameter.any() and parameter.grad is not None and not parameter.grad.any(), name
+    assert trainer.model.layers[0][0].fn.to_q.weight.grad.any()
+    trainer.model.zero_grad()
+
+
+def test_a_run_that_asks_with_the_shared_query_goes_on_so(text):
+    """As all did that gained a memory before there was another one: their settings do not say it."""
+    plain = trainer_of(dataclasses.replace(SMALL, data=text, memory=0))
+    advance(plain, 2)
+    shared = {**gaining(plain.settings.to_json()), "memory_query": "shared"}
+    gained = trainer_of(dataclasses.replace(plain.settings, memory=64, **shared))
+    gained.restore(checkpoint_of(plain))
+    advance(gained, 2)
+    assert not own_queries(gained)
+    parts, values = copy.deepcopy(gained.state())  # whose moments are the run's own
+    settings = {name: value for name, value in values["settings"].items() if name != "memory_query"}
+    again = trainer_of(Settings.from_json(settings))
+    again.restore(Checkpoint(parts, {**values, "settings": settings}))
+    for trainer in (gained, again):
+        advance(trainer, 2)
+    assert_same_state(again, gained)
 
 
 def test_a_foreign_checkpoint_gains_nothing(text):
