@@ -5,11 +5,13 @@
     python benchmarks/memory_gain.py --data c-sources.zip --set position_start=null --label random-start
     python benchmarks/memory_gain.py --data c-sources.zip --memory 0 --set learning_rate=5e-4 --label half-rate
     python benchmarks/memory_gain.py --data c-sources.zip --memory 65536 --late 0 --late-set final_rate=0
+    python benchmarks/memory_gain.py --data c-sources.zip --memory 65536 --late 0 --late-set 'memory_query="shared"'
     python benchmarks/memory_gain.py --plot docs/images/memory_gain.png --machine h100 --label "" half-rate
 
 Each run writes an entry into results/<machine>/memory_gain.json when it ends: held-out bits per byte along the way,
 against bytes and against seconds of training (evaluations and compilation not counted), and at the end by the position
-in the document, with the memory and with retrieval off. A `late-0-` run was trained with a plain layer first. Plain
+in the document, with the memory and with retrieval off. A `late-0-` run was trained with a plain layer first, and asks
+its memory with a query of its own, as `train --resume` does; committed ones before that did with the shared one. Plain
 layers take products, as the preset's did when the committed runs were made; --set 'plain_similarity="cosine"' has them
 as they are now.
 """
