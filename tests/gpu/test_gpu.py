@@ -123,7 +123,13 @@ def test_more_than_two_to_the_31_elements_in_one_memory():
 
 @pytest.mark.parametrize(
     "configuration",
-    [{}, {"xl_max_memories": SEGMENT}, {"kv_heads": 2, "memory_offset": -1.0}, {"combine": "gate"}],
+    [
+        {},
+        {"xl_max_memories": SEGMENT},
+        {"kv_heads": 2, "memory_offset": -1.0},
+        {"combine": "gate"},
+        {"memory_query": "own", "memory_offset": -1.0},
+    ],
 )
 def test_the_model_gives_what_it_gives_on_the_cpu(configuration):
     torch.manual_seed(0)

@@ -137,9 +137,11 @@ def test_a_replayed_run_has_the_curve_of_an_eager_one_with_other_optimisers(
     assert replayed[-1] < replayed[0] - 1
 
 
+@pytest.mark.parametrize("memory_query", ["shared", "own"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_replayed_run_that_is_not_compiled_learns_the_same_bits(text: str, dtype: str) -> None:
-    ours, eager = trainer_of(text, dtype=dtype, compile=False), eager_trainer(text, dtype=dtype)
+def test_a_replayed_run_that_is_not_compiled_learns_the_same_bits(text: str, dtype: str, memory_query: str) -> None:
+    changes: dict[str, Any] = {"dtype": dtype, "memory_query": memory_query}
+    ours, eager = trainer_of(text, compile=False, **changes), eager_trainer(text, **changes)
     assert torch.equal(losses(ours), losses(eager))
     assert ours._step.captured and not eager._step.captured
     for one, other in zip(ours.model.parameters(), eager.model.parameters(), strict=True):
