@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from memtrans.hf.families import file_of, layer_type
-from memtrans.hf.layer_memory import Asking, said
+from memtrans.hf.layer_memory import Asking, spoken
 from memtrans.hf.state import ForwardState, Stored, behind, kept
 from memtrans.hf.telling import tell
 from memtrans.local_keys import LocalKeys
@@ -63,11 +63,15 @@ class Call(NamedTuple):
         return self.module.memtrans(state.entries)  # type: ignore[operator]
 
     def saying(self, state: ForwardState) -> Tensor | None:
-        """What is made of its values; see `said`."""
+        """What is made of its values; see `spoken`."""
         if self.layer in state.saying:
             return state.saying[self.layer]
         found: Tensor | None = self.module.memtrans.itself.saying()  # type: ignore[union-attr, operator]
         return found
+
+    def saying_behind(self, state: ForwardState) -> Tensor | None:
+        """What is made of what attention to stored values gives; None where it was made of them before."""
+        return self.saying(state) if state.as_they_are else None
 
     def base(self) -> tuple[Tensor, Tensor | None]:
         """What the model's own function gives: (B, N, H, D), and weights if it has them."""
@@ -135,7 +139,7 @@ def _to_say(call: Call, state: ForwardState, value: Tensor) -> Tensor:
         return value
     if saying.shape[1] > value.shape[3]:
         value = torch.cat((value, behind(value, state.padding)), -1)
-    return value if state.as_they_are else said(value, saying)
+    return value if state.as_they_are else spoken(value, saying)
 
 
 def _attend_to_retrieved(call: Call, state: ForwardState, retrieved: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -143,8 +147,8 @@ def _attend_to_retrieved(call: Call, state: ForwardState, retrieved: dict[str, A
     key = call.key[:, :, :0].detach()
     value = call.value.new_empty(*key.shape[:3], retrieved["memory_values"].shape[2])
     out, lse = memory_attention(key=key, value=value, **retrieved)
-    saying = call.saying(state) if state.as_they_are else None
-    return out if saying is None else said(out, saying), lse
+    saying = call.saying_behind(state)
+    return out if saying is None else spoken(out, saying), lse
 
 
 def _retrieved(call: Call, state: ForwardState) -> tuple[dict[str, Any], Tensor]:
@@ -200,7 +204,7 @@ def _attend(call: Call, state: ForwardState) -> tuple[Tensor, None]:
     local = {"query": call.query, "key": key, "value": value, **mask, **_sink(call)}
     # training decides by its mode: a checkpoint's first pass has no gradients, and must round as its second one
     learns = call.module.training or (torch.is_grad_enabled() and retrieved["query"].requires_grad)
-    if state.as_they_are or (retrieved["query"] is not call.query and learns):
+    if call.saying_behind(state) is not None or (retrieved["query"] is not call.query and learns):
         out, lse = _in_parts(call, state, retrieved, local, offset)
     else:  # the scores are what the memory was asked for; the query is that of the local keys
         out, lse = memory_attention(memory_offset=offset, **{**retrieved, **local})

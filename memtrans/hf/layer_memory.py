@@ -49,12 +49,12 @@ class Asking(NamedTuple):
         return query * factor if self.factor.shape[1] == 1 else query @ factor
 
 
-def said(values: Tensor, saying: Tensor) -> Tensor:
+def spoken(values: Tensor, saying: Tensor) -> Tensor:
     """What values (B, H, N, E), or (B, H, N, 2E) with those of the tokens behind them, say: (B, H, N, E).
 
     saying: (G, E or 2E, E); each of the G serves H/G heads.
 
-    >>> said(torch.tensor([[[[1.0, 5.0]]]]), torch.tensor([[[0.0], [2.0]]])).tolist()   # 1 + 0 · 1 + 2 · 5
+    >>> spoken(torch.tensor([[[[1.0, 5.0]]]]), torch.tensor([[[0.0], [2.0]]])).tolist()   # 1 + 0 · 1 + 2 · 5
     [[[[11.0]]]]
     """
     groups, _, width = saying.shape
@@ -160,7 +160,7 @@ class LayerMemory(nn.Module):
         return 1 if self.memory_next is None else 2
 
     def saying(self) -> Tensor | None:
-        """What makes of values what is stored, for `said`; None for values as they are."""
+        """What makes of values what is stored, for `spoken`; None for values as they are."""
         return saying_of({0: self})[0]
 
     def forward(self, entries: Tensor) -> Asking:

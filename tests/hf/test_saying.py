@@ -13,7 +13,7 @@ from torch import Tensor
 
 from memtrans.hf import ModelMemory, add_memory, calibrate
 from memtrans.hf.calibrate import SLOWER
-from memtrans.hf.layer_memory import LayerMemory, said
+from memtrans.hf.layer_memory import LayerMemory, spoken
 
 SIZES: dict[str, Any] = {"max_memories": 100, "k": 8, "segment": 16}
 QUESTION = tokens(length=6, seed=2)
@@ -191,7 +191,7 @@ def test_values_of_each_group_are_its_heads() -> None:
     saying = layer.saying()
     assert saying is not None and saying.shape == (2, 10, 5)
     values = torch.randn(3, 4, 7, 10)
-    found = said(values, saying)
+    found = spoken(values, saying)
     for head in range(4):
         own, then = values[:, head, :, :5], values[:, head, :, 5:]
         wanted = own + own @ layer.memory_value[head // 2] + then @ layer.memory_next[head // 2]
