@@ -90,7 +90,8 @@ def add_memory(
     found = probed(decoder, chosen, settings.combine, settings.turn)
     ALL_ATTENTION_FUNCTIONS.register(NAME, memory_attention_forward)
     for number, layer in found.items():
-        layer.attention.memtrans = LayerMemory(layer.heads, layer.width, settings.offset, devices[number])
+        sizes = {"kv_heads": layer.kv_heads, "value_width": layer.value_width}
+        layer.attention.memtrans = LayerMemory(layer.heads, layer.width, settings.offset, devices[number], **sizes)
         layer.attention.config = configured(layer.attention.config)
     return ModelMemory(decoder, found, settings)
 

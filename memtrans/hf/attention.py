@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from memtrans.hf.families import file_of, layer_type
-from memtrans.hf.layer_memory import Asking
-from memtrans.hf.state import ForwardState, Stored, kept
+from memtrans.hf.layer_memory import Asking, spoken
+from memtrans.hf.state import ForwardState, Stored, behind, kept
 from memtrans.hf.telling import tell
 from memtrans.local_keys import LocalKeys
 from memtrans.memory.snapshot import memory_share
@@ -61,6 +61,17 @@ class Call(NamedTuple):
         if self.layer in state.asking:
             return state.asking[self.layer]
         return self.module.memtrans(state.entries)  # type: ignore[operator]
+
+    def saying(self, state: ForwardState) -> Tensor | None:
+        """What is made of its values; see `spoken`."""
+        if self.layer in state.saying:
+            return state.saying[self.layer]
+        found: Tensor | None = self.module.memtrans.itself.saying()  # type: ignore[union-attr, operator]
+        return found
+
+    def saying_behind(self, state: ForwardState) -> Tensor | None:
+        """What is made of what attention to stored values gives; None where it was made of them before."""
+        return self.saying(state) if state.as_they_are else None
 
     def base(self) -> tuple[Tensor, Tensor | None]:
         """What the model's own function gives: (B, N, H, D), and weights if it has them."""
@@ -110,14 +121,34 @@ def _is_causal_alone(call: Call) -> bool:
 
 
 def _stored(call: Call, state: ForwardState) -> Stored:
-    """The segment's keys, turned to where they are to stand, and values."""
+    """The segment's keys, turned to where they are to stand, and what its values say."""
     length = call.query.shape[2]
-    key, value = call.key[:, :, -length:].detach(), call.value[:, :, -length:].detach()
+    key, value = call.key[:, :, -length:].detach(), _to_say(call, state, call.value[:, :, -length:].detach())
     if call.layer in state.turns:
         rotation, angles = state.turns[call.layer]
         key = rotation.turned(key, angles)
     (key, count), (value, _) = kept(key, state.sink, state.padding), kept(value, state.sink, state.padding)
     return Stored(key, value, count)
+
+
+@torch.no_grad()
+def _to_say(call: Call, state: ForwardState, value: Tensor) -> Tensor:
+    """Of a segment's values (B, G, N, E) what is stored; in a calibration (B, G, N, 2E) where the next ones count."""
+    saying = call.saying(state)
+    if saying is None:
+        return value
+    if saying.shape[1] > value.shape[3]:
+        value = torch.cat((value, behind(value, state.padding)), -1)
+    return value if state.as_they_are else spoken(value, saying)
+
+
+def _attend_to_retrieved(call: Call, state: ForwardState, retrieved: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Attention to the neighbours alone: (B, H, N, E), and lse."""
+    key = call.key[:, :, :0].detach()
+    value = call.value.new_empty(*key.shape[:3], retrieved["memory_values"].shape[2])
+    out, lse = memory_attention(key=key, value=value, **retrieved)
+    saying = call.saying_behind(state)
+    return out if saying is None else spoken(out, saying), lse
 
 
 def _retrieved(call: Call, state: ForwardState) -> tuple[dict[str, Any], Tensor]:
@@ -173,8 +204,8 @@ def _attend(call: Call, state: ForwardState) -> tuple[Tensor, None]:
     local = {"query": call.query, "key": key, "value": value, **mask, **_sink(call)}
     # training decides by its mode: a checkpoint's first pass has no gradients, and must round as its second one
     learns = call.module.training or (torch.is_grad_enabled() and retrieved["query"].requires_grad)
-    if retrieved["query"] is not call.query and learns:
-        out, lse = _in_parts(retrieved, local, offset)
+    if call.saying_behind(state) is not None or (retrieved["query"] is not call.query and learns):
+        out, lse = _in_parts(call, state, retrieved, local, offset)
     else:  # the scores are what the memory was asked for; the query is that of the local keys
         out, lse = memory_attention(memory_offset=offset, **{**retrieved, **local})
     if state.watched is not None:
@@ -184,12 +215,13 @@ def _attend(call: Call, state: ForwardState) -> tuple[Tensor, None]:
     return out.transpose(1, 2).contiguous(), None
 
 
-def _in_parts(retrieved: dict[str, Any], local: dict[str, Any], offset: Tensor) -> tuple[Tensor, Tensor]:
+def _in_parts(
+    call: Call, state: ForwardState, retrieved: dict[str, Any], local: dict[str, Any], offset: Tensor
+) -> tuple[Tensor, Tensor]:
     """The same softmax, from one over the neighbours and one over the local keys, each with a query of its own."""
     again = {name: retrieved[name] for name in ("dropout_p", "seed", "soft_cap") if name in retrieved}
     to_local, of_local = local_attention(scale=retrieved["scale"], **local, **again)
-    nothing = {name: local[name][:, :, :0].detach() for name in ("key", "value")}
-    to_memory, of_memory = memory_attention(**nothing, **retrieved)
+    to_memory, of_memory = _attend_to_retrieved(call, state, retrieved)
     lses = torch.stack((of_memory + offset[:, None], of_local))
     return merge_attention(torch.stack((to_memory, to_local)), lses)
 
@@ -209,9 +241,8 @@ def _soft_cap(call: Call) -> dict[str, float]:
 def _attend_by_gate(call: Call, state: ForwardState) -> tuple[Tensor, Tensor | None]:
     """The model's own attention and one over the neighbours, mixed; (B, N, H, E). Found nothing: the local part."""
     to_local, weights = call.base()
-    nothing: dict[str, Any] = {"key": call.key[:, :, :0].detach(), "value": call.value[:, :, :0].detach()}
     retrieved, offset = _retrieved(call, state)
-    to_memory, lse = memory_attention(**nothing, **retrieved)
+    to_memory, lse = _attend_to_retrieved(call, state, retrieved)
     share = memory_share(retrieved["slots"], offset)  # (B, H, N)
     if state.watched is not None:
         tell(state, call.layer, retrieved, lse, share=share)

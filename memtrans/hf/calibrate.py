@@ -33,6 +33,8 @@ SLOWER = {  # than offsets these are learned
     "memory_gain": 0.2,
     "memory_mix": 0.03,
     "memory_across": 0.006,
+    "memory_value": 0.03,
+    "memory_next": 0.03,
 }
 
 
@@ -69,7 +71,9 @@ def calibrate(
         facts: planted in a piece. batch: pieces that are read at once; each takes the memory of a document.
         lesson_steps: after how many the memory is filled anew. rate: of AdamW for offsets, falling to 0.
         text_weight: of a token's nats of text beside an answer's. form: what is learned, one of `offset`, `gain`,
-            `mix` and `across`; see `LayerMemory`. seconds: of training, after which it ends: the rate falls with both.
+            `mix`, `across`, `value` and `next`; see `LayerMemory`. With the last two what the memory holds during it
+            takes more room, as values are held as they are, with `next` each with the one behind it.
+        seconds: of training, after which it ends: the rate falls with both.
         seed: of pieces, facts and the order.
         report: called with a line of text after each lesson.
 
@@ -104,11 +108,9 @@ def calibrate(
     made, batch = checks.integer("facts", facts, low=1), checks.integer("batch", batch, low=1)
     course = Course.of(memory, tokenizer, documents, sizes, made, batch)
     judge = course.lesson(plan.seed, len(course.ids) - course.tokens).to(model.device)  # type: ignore[arg-type]
-    memory.reset(batch)
-    for layer in memory.layers.values():
-        layer.learned.learn_to_ask(form)
-    with _alone(model, memory), memory.reading_again():
+    with memory.learning(form), _alone(model, memory), memory.reading_again():
         try:
+            memory.reset(batch)
             before = _judged(model, memory, course, judge)
             done = _train(model, memory, course, plan, report)
             return {"before": before, "after": {**_judged(model, memory, course, judge), "steps": float(done)}}

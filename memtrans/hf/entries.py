@@ -27,22 +27,25 @@ class Entries:
     """The memories of B documents, one for each chosen layer, and a memory of the tokens' ids.
 
     Args:
-        layers: by number. settings: of `add_memory`. documents: B.
+        layers: by number. settings: of `add_memory`. documents: B. as_they_are: whether values are, for a calibration.
 
     Attributes:
         memories: by layer. ids: what was read, in float32, exact below 2^24, and in place of values where it stood in
             its document, in float64; None where they are not kept. read: (B,) int64, tokens that each document had.
+        as_they_are: as given.
     """
 
-    def __init__(self, layers: Mapping[int, Layer], settings: MemorySettings, documents: int) -> None:
-        self.documents = documents
+    def __init__(
+        self, layers: Mapping[int, Layer], settings: MemorySettings, documents: int, as_they_are: bool = False
+    ) -> None:
+        self.documents, self.as_they_are = documents, as_they_are
         sizes: dict[str, Any] = {"max_memories": settings.max_memories, "num_indices": documents}
         spare = max(settings.spare, settings.segment)
         with made_together(0):  # `ModelMemory.reset` has said what they take
             self.memories = {
                 number: KNNMemory(
                     dim=layer.width,
-                    value_dim=layer.value_width,
+                    value_dim=layer.held_width(as_they_are),
                     kv_heads=layer.kv_heads,
                     dtype=settings.dtype or layer.dtype,
                     device=layer.learned.memory_offset.device,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from memtrans.hf.layer_memory import Asking, asking_of
+from memtrans.hf.layer_memory import Asking, asking_of, saying_of
 from memtrans.hf.masks import Padding, begins_of, check_one_document, padding_of, ranks_of
 from memtrans.hf.rotation import Angles, Rotation, angles_back
 from memtrans.hf.state import ForwardState
@@ -77,6 +77,8 @@ def before_decoder(memory: ModelMemory, decoder: nn.Module, args: Any, kwargs: d
         padding=padding,
         turns=_turns(memory, decoder, given, kwargs.get("position_ids")) if writes else {},
         plain=plain,
+        saying=_saying(memory, decoder) if writes or entries.as_they_are else {},
+        as_they_are=entries.as_they_are,
         watched=watched,
     )
     if writes:
@@ -130,6 +132,13 @@ def _asking(
     shut = blind if not is_watched and blind is not None and blind.numel() == 1 else None
     learned = {number: layer.learned for number, layer in memory.layers.items()}
     return asking_of(learned, most, memory.dtype, shut), blind if shut is None else None
+
+
+def _saying(memory: ModelMemory, decoder: nn.Module) -> dict[int, Tensor | None]:
+    """What is made of each layer's values."""
+    if decoder.training:
+        return {}
+    return saying_of({number: layer.learned for number, layer in memory.layers.items()}, memory.dtype)
 
 
 def _told(

@@ -1,11 +1,11 @@
-"""What a memorizing attention module of a pretrained model learns: how its heads ask the memory, and trust it.
+"""What a memorizing attention module of a pretrained model learns: how its heads ask the memory, and what it says.
 
 Shapes: the letters of `memtrans_kernels`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +14,16 @@ from torch import Tensor, nn
 FROM = 1024  # entries up to which an untrained memory needs no offset
 TRUSTING = ("memory_offset", "memory_slope")
 ASKING = ("memory_sharpness", "memory_gain", "memory_mix", "memory_across")
+SAYING = ("memory_value", "memory_next")
 OF_HEADS = (*TRUSTING, "memory_sharpness")  # a number a head each
-FORMS = {"offset": 0, "gain": 2, "mix": 3, "across": 4}  # how many of these are learned beside the offsets
+FORMS: dict[str, tuple[str, ...]] = {  # what is learned beside the offsets
+    "offset": (),
+    "gain": ASKING[:2],
+    "mix": ASKING[:3],
+    "across": ASKING,
+    "value": (*ASKING[:3], "memory_value"),
+    "next": (*ASKING[:3], *SAYING),
+}
 
 
 class Asking(NamedTuple):
@@ -41,8 +49,23 @@ class Asking(NamedTuple):
         return query * factor if self.factor.shape[1] == 1 else query @ factor
 
 
+def spoken(values: Tensor, saying: Tensor) -> Tensor:
+    """What values (B, H, N, E), or (B, H, N, 2E) with those of the tokens behind them, say: (B, H, N, E).
+
+    saying: (G, E or 2E, E); each of the G serves H/G heads.
+
+    >>> spoken(torch.tensor([[[[1.0, 5.0]]]]), torch.tensor([[[0.0], [2.0]]])).tolist()   # 1 + 0 · 1 + 2 · 5
+    [[[[11.0]]]]
+    """
+    groups, _, width = saying.shape
+    of_groups = values.unflatten(1, (groups, -1)).flatten(2, 3)  # (B, G, H/G · N, E or 2E)
+    more = of_groups @ saying.to(values.dtype)
+    return (of_groups[..., :width] + more).reshape(*values.shape[:3], width)
+
+
 class LayerMemory(nn.Module):
-    """What a head adds to the logits of retrieved keys (or, with a gate, to the gate's), and the query it asks with.
+    """What a head adds to the logits of retrieved keys (or, with a gate, to the gate's), the query it asks with, and
+    what it is told.
 
     With n entries in the memory and beyond = log(max(1, n / 1024)), the offset is
 
@@ -56,25 +79,49 @@ class LayerMemory(nn.Module):
     other components of it tell them apart than among a segment's. With "across" the queries q of all heads, side by
     side, times memory_across are added: a head may ask for what only another one's query knows.
 
+    With "value" and "next", which are "mix" and more, a token's value v is stored as
+
+        v + v · memory_value[g] + v' · memory_next[g]
+
+    where v' is the value of the token behind it, 0 for the last of a segment; with "value" without v'. Whoever finds a
+    word finds then what followed it. It is linear in what is retrieved, so a calibration, which alone learns these two,
+    stores values as they are and does it behind attention.
+
     Attributes:
         memory_offset, memory_slope: (H,) float32.
-        memory_sharpness: (H,), memory_gain: (H, D), memory_mix: (H, D, D), memory_across: (H·D, H·D), float32; None
-            before `learn_to_ask`, and where the form has none.
+        memory_sharpness: (H,), memory_gain: (H, D), memory_mix: (H, D, D), memory_across: (H·D, H·D), memory_value and
+            memory_next: (G, E, E), float32; None before `learn_to_ask`, and where the form has none.
+
+    >>> layer = LayerMemory(2, 8, "auto", torch.device("cpu"))
+    >>> layer.learn_to_ask("value")
+    >>> [name for name, _ in layer.named_parameters()][2:]
+    ['memory_sharpness', 'memory_gain', 'memory_mix', 'memory_value']
     """
 
     memory_sharpness: nn.Parameter | None
     memory_gain: nn.Parameter | None
     memory_mix: nn.Parameter | None
     memory_across: nn.Parameter | None
+    memory_value: nn.Parameter | None
+    memory_next: nn.Parameter | None
 
     @torch.inference_mode(False)  # else what is made there has no gradient later
-    def __init__(self, heads: int, width: int, offset: float | str, device: torch.device) -> None:
+    def __init__(
+        self,
+        heads: int,
+        width: int,
+        offset: float | str,
+        device: torch.device,
+        kv_heads: int | None = None,
+        value_width: int | None = None,
+    ) -> None:
+        """heads: H. width: D. kv_heads: G. Default: H. value_width: E. Default: D."""
         super().__init__()
         start, slope = (0.0, -1.0) if isinstance(offset, str) else (offset, 0.0)
-        self.width = width
+        self.width, self.kv_heads, self.value_width = width, kv_heads or heads, value_width or width
         self.memory_offset = nn.Parameter(torch.full((heads,), start, device=device, dtype=torch.float32))
         self.memory_slope = nn.Parameter(torch.full((heads,), slope, device=device, dtype=torch.float32))
-        for name in ASKING:
+        for name in (*ASKING, *SAYING):
             self.register_parameter(name, None)
 
     @property
@@ -82,23 +129,39 @@ class LayerMemory(nn.Module):
         """This one; asked of a wrapper that hands attributes on (PEFT's, for `modules_to_save`), its active copy."""
         return self
 
-    @torch.inference_mode(False)
     def learn_to_ask(self, form: str = "mix") -> None:
-        """Gives it the parameters that make the query another one; they change nothing yet.
+        """Gives it the parameters of a form; they change nothing yet.
 
-        form: "offset" for none of them, "gain" for a factor of each component, "mix" for a matrix too, "across" for
-            one of all heads together besides; what it has already stays.
+        form: "offset" for none, "gain" for a factor of each component of the query, "mix" for a matrix too, "across"
+            for one of all heads together besides, "value" for "mix" and a matrix on what is stored, "next" for another
+            on what followed it besides; what it has already stays.
         """
+        self._learn(FORMS[form])
+
+    @torch.inference_mode(False)
+    def _learn(self, names: Iterable[str]) -> None:
         shapes = self._shapes()
-        for name in ASKING[: FORMS[form]]:
+        for name in names:
             if getattr(self, name) is None:
-                setattr(self, name, nn.Parameter(self.memory_offset.new_zeros(shapes[name])))
+                # what is stored has no gradient: a trainer would wait for one in vain, so `calibrate` asks for it
+                wanted = name not in SAYING
+                setattr(self, name, nn.Parameter(self.memory_offset.new_zeros(shapes[name]), requires_grad=wanted))
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """Of each parameter that a form may have."""
         heads, width = len(self.memory_offset), self.width
         of_asking = ((heads,), (heads, width), (heads, width, width), (heads * width, heads * width))
-        return {**dict.fromkeys(TRUSTING, (heads,)), **dict(zip(ASKING, of_asking, strict=True))}
+        of_saying = dict.fromkeys(SAYING, (self.kv_heads, self.value_width, self.value_width))
+        return {**dict.fromkeys(TRUSTING, (heads,)), **dict(zip(ASKING, of_asking, strict=True)), **of_saying}
+
+    @property
+    def parts(self) -> int:
+        """Of how many values each that is stored is made: its own, and with "next" that of the token behind it."""
+        return 1 if self.memory_next is None else 2
+
+    def saying(self) -> Tensor | None:
+        """What makes of values what is stored, for `spoken`; None for values as they are."""
+        return saying_of({0: self})[0]
 
     def forward(self, entries: Tensor) -> Asking:
         """How a memory of entries () int64 is asked.
@@ -111,11 +174,12 @@ class LayerMemory(nn.Module):
 
     def check_state(self, state: Mapping[str, Tensor]) -> None:
         """Raises ValueError, with the name of what is wrong, unless `take` can take the state up."""
-        learned, shapes = sum(name in state for name in ASKING), self._shapes()
-        if learned not in FORMS.values() or set(state) != {*TRUSTING, *ASKING[:learned]}:
+        shapes = self._shapes()
+        known = {name for names in FORMS.values() if {*names} <= {*state} for name in names}  # forms may be together
+        if set(state) != {*TRUSTING, *known}:
             raise ValueError(
-                f"state must hold {' and '.join(TRUSTING)}, and of {', '.join(ASKING)} none, the first two, three or "
-                f"all, got {', '.join(sorted(state))}"
+                f"state must hold {' and '.join(TRUSTING)}, and beside them all that one of the forms "
+                f"{', '.join(FORMS)} has, got {', '.join(sorted(state))}"
             )
         for name, tensor in state.items():
             if tuple(tensor.shape) != shapes[name] or not tensor.is_floating_point():
@@ -126,11 +190,10 @@ class LayerMemory(nn.Module):
 
     def take(self, state: Mapping[str, Tensor]) -> None:
         """Takes up what another one learned, in its form: what that one does not have is gone. See `check_state`."""
-        for name in ASKING:
+        for name in (*ASKING, *SAYING):
             if name not in state:
                 setattr(self, name, None)
-        learned = sum(name in state for name in ASKING)
-        self.learn_to_ask(next(form for form, count in FORMS.items() if count == learned))
+        self._learn(name for name in state if name not in TRUSTING)
         self.load_state_dict(dict(state))
 
 
@@ -165,12 +228,8 @@ def asking_of(
     dtype: of the factors, that of the queries where they all are of one.
     shut: (1, 1) bool, whether nothing that is found counts: the offset is -inf then.
     """
-    alike: dict[Any, list[int]] = {}
-    for number, layer in layers.items():
-        kinds = tuple((name, tensor.shape, tensor.device) for name, tensor in layer.named_parameters())
-        alike.setdefault(kinds, []).append(number)
     found: dict[int, Asking] = {}
-    for numbers in alike.values():
+    for numbers in _alike(layers):
         some = [layers[number] for number in numbers]
         offset, slope, *sharpness = _of_heads(some)
         beyond = (entries.to(offset.device).float() / FROM).clamp(min=1.0).log()
@@ -180,6 +239,26 @@ def asking_of(
         factors = _factors(some, sharpness[0], beyond, dtype) if sharpness else [None] * len(some)
         found.update(zip(numbers, map(Asking, offsets.unbind(), factors), strict=True))
     return {number: found[number] for number in layers}
+
+
+def saying_of(layers: Mapping[int, LayerMemory], dtype: torch.dtype = torch.float32) -> dict[int, Tensor | None]:
+    """What makes of the values of each layer what is stored (G, E or 2E, E); layers of one shape in a few kernels."""
+    found: dict[int, Tensor | None] = dict.fromkeys(layers)
+    for numbers in _alike(layers):
+        some = [layers[number] for number in numbers]
+        if some[0].memory_value is not None:
+            parts = [_together(some, name) for name in SAYING if getattr(some[0], name) is not None]
+            found.update(zip(numbers, torch.cat(parts, 2).to(dtype).unbind(), strict=True))
+    return found
+
+
+def _alike(layers: Mapping[int, LayerMemory]) -> list[list[int]]:
+    """The numbers of layers that have parameters of the same shapes on the same device, together."""
+    alike: dict[Any, list[int]] = {}
+    for number, layer in layers.items():
+        kinds = tuple((name, tensor.shape, tensor.device) for name, tensor in layer.named_parameters())
+        alike.setdefault(kinds, []).append(number)
+    return list(alike.values())
 
 
 def _factors(layers: Sequence[LayerMemory], sharpness: Tensor, beyond: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:

@@ -64,7 +64,7 @@ class ModelMemory:
     """
 
     # what the contexts below change, as it is outside of them
-    is_off = is_writing = _splits = _keeps_reader = False
+    is_off = is_writing = _splits = _keeps_reader = _as_they_are = False
     searches = True
     _questions = 1
     _newest: int | Tensor = 0
@@ -118,12 +118,16 @@ class ModelMemory:
     @property
     def bytes_per_document(self) -> int:
         """Bytes that the memories of one document take, spare slots included."""
+        return self._bytes(as_they_are=False)
+
+    def _bytes(self, as_they_are: bool) -> int:
         slots = self.settings.max_memories + max(self.settings.spare, self.settings.segment)
-        widths = [
-            layer.kv_heads * (layer.width + layer.value_width) * (self.settings.dtype or layer.dtype).itemsize
+        return slots * sum(
+            layer.kv_heads
+            * (layer.width + layer.held_width(as_they_are))
+            * (self.settings.dtype or layer.dtype).itemsize
             for layer in self.layers.values()
-        ]
-        return slots * sum(widths)
+        )
 
     def entries_for(self, batch: int, writes: bool) -> Entries | None:
         """What a pass of so many rows looks at; None where nothing was ever read and the pass adds nothing.
@@ -178,10 +182,10 @@ class ModelMemory:
         self._held.pop(self._place, None)
         self._forget_reader()
         if documents is not None:
-            size = documents * self.bytes_per_document
+            size = documents * self._bytes(self._as_they_are)
             text = f"a memory of {documents} documents in {len(self.layers)} layers takes {size / 1e9:.2f} GB"
             log.log(logging.WARNING if size >= LARGE else logging.INFO, text)
-            self._held[self._place] = Entries(self.layers, self.settings, documents)
+            self._held[self._place] = Entries(self.layers, self.settings, documents, self._as_they_are)
 
     def clear_rows(self, mask: Tensor) -> None:
         """Forgets the documents where mask (B,) bool is True; for a memory that holds none, nothing.
@@ -252,6 +256,18 @@ class ModelMemory:
             yield from self._with(_keeps_reader=True)
         finally:
             self._forget_reader()
+
+    @contextmanager
+    def learning(self, form: str) -> Iterator[None]:
+        """Inside, all that a form has can be learned, as a calibration does; `parameters` are those of the form, too.
+
+        A memory that is laid out inside holds values as they are, for passes to learn what is made of them (see
+        `LayerMemory`), and is to be forgotten before the end.
+        """
+        self._check_in_model()
+        for layer in self.layers.values():
+            layer.learned.learn_to_ask(form)
+        yield from self._with(_as_they_are=True)
 
     @contextmanager
     def _reading(self, search: bool) -> Iterator[None]:
@@ -337,7 +353,11 @@ class ModelMemory:
     # -------------------------------------------------------------------------------------------- parameters, files
 
     def parameters(self) -> list[nn.Parameter]:
-        """What the memory learns: how each head of each layer asks and trusts it; see `LayerMemory`."""
+        """What the memory learns: how each head of each layer asks and trusts it; see `LayerMemory`.
+
+        `memory_value` and `memory_next` are in what is stored: `calibrate` alone learns them, and what was read before
+        they changed is to be read again.
+        """
         self._check_in_model()
         return [parameter for layer in self.layers.values() for parameter in layer.learned.parameters()]
 

@@ -49,6 +49,10 @@ class Layer:
         """What the layer learns, once it has a memory; the copy that an active adapter learns instead of it."""
         return self.attention.memtrans.itself  # type: ignore[return-value, union-attr]
 
+    def held_width(self, as_they_are: bool) -> int:
+        """Of values in its memory; where they are held as they are, each with the next one if that is learned of."""
+        return self.value_width * self.learned.parts if as_they_are else self.value_width
+
 
 def probed(decoder: PreTrainedModel, chosen: Mapping[int, nn.Module], combine: str, turn: int) -> dict[int, Layer]:
     """The chosen layers of a model, which is as it was afterwards. Raises ValueError for what cannot have a memory."""

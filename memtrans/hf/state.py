@@ -57,6 +57,9 @@ class ForwardState:
             again by a checkpoint.
         blind: (1 or B, N) bool, the tokens that look at no memory; None for none.
         sink: how many of the first real tokens are not stored. padding: None where all tokens are real.
+        saying: by layer, what is made of its values; empty while training, as `asking` is, and where nothing is stored.
+        as_they_are: whether values are stored as they are, with those of the tokens behind them where the layer has
+            learned to say these, and `saying` is for what attention to them gives: in a calibration.
         turns: by layer, how a key is turned before it is stored; none for a layer without rotary positions.
         plain: whether the pass was given no mask, positions or cache: each token then sees all before it.
         watched: who watches; None for nobody. told: what each layer saw, of which they are told after the pass.
@@ -77,6 +80,8 @@ class ForwardState:
     padding: Padding | None
     turns: Mapping[int, tuple[Rotation, Angles]]
     plain: bool = False
+    saying: Mapping[int, Tensor | None] = field(default_factory=dict)
+    as_they_are: bool = False
     watched: Watched | None = None
     told: list[tuple[int, Observation]] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)
@@ -100,3 +105,18 @@ def kept(tokens: Tensor, state_sink: int, padding: Padding | None) -> tuple[Tens
     at = (first[:, None] + torch.arange(tokens.shape[2], device=tokens.device)).clamp(max=tokens.shape[2] - 1)
     at = at[:, None, :, None].expand(-1, tokens.shape[1], -1, tokens.shape[3])
     return tokens.gather(2, at), (padding.real - state_sink).clamp(min=0)
+
+
+def behind(values: Tensor, padding: Padding | None) -> Tensor:
+    """For each token of values (B, G, N, E) the value of the one behind it; 0 where that is padding, or none.
+
+    >>> behind(torch.tensor([[[[1.0], [2.0], [3.0]]]]), None).flatten().tolist()
+    [2.0, 3.0, 0.0]
+    """
+    moved = torch.nn.functional.pad(values[:, :, 1:], (0, 0, 0, 1))
+    if padding is None:
+        return moved
+    padding = padding.to(values.device)
+    last = padding.left + padding.real - 1
+    gone = torch.arange(values.shape[2], device=values.device) >= last[:, None]
+    return moved.masked_fill(gone[:, None, :, None], 0.0)

@@ -36,7 +36,7 @@ def test_reading_by_replays_stores_what_passes_do(search: bool, monkeypatch: pyt
     assert_close(held[0][1], held[1][1], GPU_MODEL, "keys")
 
 
-@pytest.mark.parametrize("form", ["offset", "gain", "mix", "across"])
+@pytest.mark.parametrize("form", ["offset", "gain", "mix", "across", "value", "next"])
 def test_a_step_that_is_replayed_learns_what_steps_one_by_one_learn(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "It was a bright cold day in the hills, and all the clocks were being wound again. " * 60
     learned, captured = [], []
@@ -44,9 +44,10 @@ def test_a_step_that_is_replayed_learns_what_steps_one_by_one_learn(form: str, m
         monkeypatch.setattr(cuda_graph, "EAGER_CALLS", first)
         model = made("llama", vocab_size=260, head_dim=32).to("cuda").requires_grad_(False)
         memory = add_memory(model, max_memories=1500, k=8, segment=16)
-        for layer in memory.layers.values():
-            layer.learned.learn_to_ask(form)
-        memory.reset(2)
+        with memory.learning(form):
+            memory.reset(2)
+        for parameter in memory.parameters():
+            parameter.requires_grad_(True)
         course = Course.of(memory, bytes_tokenizer(), [text], [400, 1200], 8, 2)
         step = Step(model, memory, course, Plan(12, 2, 0.05, 2.0, 0))
         for seed in (1, 2):

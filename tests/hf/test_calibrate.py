@@ -78,8 +78,8 @@ def test_the_same_seed_learns_the_same() -> None:
         ({"sizes": [20]}, r"sizes must have room for a fact of \d+ tokens, got 20"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"facts": 0}, "facts must be at least 1, got 0"),
-        ({"form": "gains"}, "form must be one of offset, gain, mix, across, got 'gains'"),
-        ({"form": ["mix"]}, r"form must be one of offset, gain, mix, across, got \['mix'\]"),
+        ({"form": "gains"}, "form must be one of offset, gain, mix, across, value, next, got 'gains'"),
+        ({"form": ["mix"]}, r"form must be one of offset, gain, mix, across, value, next, got \['mix'\]"),
         ({"seconds": 0}, "seconds must be a finite number above 0, got 0"),
         ({"seconds": -1.0}, "seconds must be a finite number above 0, got -1.0"),
         ({"seconds": float("nan")}, "seconds must be a finite number above 0, got nan"),
@@ -200,14 +200,21 @@ def test_a_segment_is_read_again_with_what_was_read_before_it(model: PreTrainedM
         assert_close(found, wanted, PARITY)
 
 
-def test_a_step_on_static_buffers_learns_what_one_by_hand_learns() -> None:
-    def prepared() -> tuple[PreTrainedModel, ModelMemory]:
-        model = made("llama", vocab_size=260).requires_grad_(False)
-        memory = with_memory(model)
-        for layer in memory.layers.values():
-            layer.learned.learn_to_ask("mix")
+def learning(model: PreTrainedModel, form: str) -> ModelMemory:
+    """A memory of two documents, all of whose parameters and no others are learned."""
+    memory = with_memory(model.requires_grad_(False))
+    with memory.learning(form):
         memory.reset(2)
-        return model, memory
+    for parameter in memory.parameters():
+        parameter.requires_grad_(True)
+    return memory
+
+
+@pytest.mark.parametrize("form", ["mix", "next"])
+def test_a_step_on_static_buffers_learns_what_one_by_hand_learns(form: str) -> None:
+    def prepared() -> tuple[PreTrainedModel, ModelMemory]:
+        model = made("llama", vocab_size=260)
+        return model, learning(model, form)
 
     plan = Plan(4, 1, 0.1, 2.0, 0)
     model, memory = prepared()
@@ -245,7 +252,7 @@ def test_a_step_on_static_buffers_learns_what_one_by_hand_learns() -> None:
         optimizer.zero_grad()
         seen.append(torch.stack((nats, text)).detach())
     assert_close(step.seen, torch.stack(seen).sum(0), PARITY)
-    assert by_hand.layers[0].learned.memory_mix.abs().max() > 0.005
+    assert getattr(by_hand.layers[0].learned, f"memory_{form}").abs().max() > 0.005
     for mine, its in zip(memory.parameters(), by_hand.parameters(), strict=True):
         assert_close(mine.detach(), its.detach(), PARITY)
 
@@ -262,11 +269,11 @@ class Unaskable(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_step_asks_the_device_for_no_value(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = with_memory(model.requires_grad_(False))
-    for layer in memory.layers.values():
-        layer.learned.learn_to_ask("mix")
-    memory.reset(2)
+@pytest.mark.parametrize("form", ["mix", "next"])
+def test_a_step_asks_the_device_for_no_value(
+    model: PreTrainedModel, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = learning(model, form)
     course, lesson, drawn = lesson_of(memory, 3)
     fill(memory, lesson)
     step = Step(model, memory, course, Plan(3, 1, 0.1, 2.0, 0))
@@ -302,7 +309,9 @@ def test_a_mask_that_is_made_while_capturing_is_left_out(
         assert seen[4] is not None
 
 
-@pytest.mark.parametrize(("form", "learned"), [("offset", 2), ("gain", 4), ("mix", 5), ("across", 6)])
+@pytest.mark.parametrize(
+    ("form", "learned"), [("offset", 2), ("gain", 4), ("mix", 5), ("across", 6), ("value", 6), ("next", 7)]
+)
 def test_a_form_says_what_is_learned_and_is_saved(
     model: PreTrainedModel, form: str, learned: int, tmp_path: Path
 ) -> None:

@@ -98,7 +98,13 @@ def beside(form: str) -> tuple[dict[str, int], int]:
 
 @pytest.mark.parametrize(
     ("form", "asking", "once"),
-    [("offset", {}, 13), ("gain", {"mul": 1}, 17), ("mix", {"bmm": 1}, 20), ("across", {"mm": 1}, 23)],
+    [
+        ("offset", {}, 13),
+        ("gain", {"mul": 1}, 17),
+        ("mix", {"bmm": 1}, 20),
+        ("across", {"mm": 1}, 23),
+        ("next", {"bmm": 1}, 20),
+    ],
 )
 def test_a_layer_asks_searches_and_attends_once_and_runs_nothing_else(
     form: str, asking: dict[str, int], once: int, monkeypatch: pytest.MonkeyPatch

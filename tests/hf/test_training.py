@@ -161,13 +161,18 @@ def test_what_a_memory_learns_has_a_gradient_wherever_it_was_made(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_the_model_compiles_without_a_break() -> None:
+@pytest.mark.parametrize("form", ["offset", "next"])
+@pytest.mark.parametrize("training", [False, True])
+def test_the_model_compiles_without_a_break(training: bool, form: str) -> None:
     segments = tokens(length=12), tokens(length=12, seed=1)
 
     def logits(change: Callable[[PreTrainedModel], Any]) -> tuple[list[Tensor], list[int]]:
         torch._dynamo.reset()
-        model = made("llama")
+        model = made("llama").train(training)
         memory = add_memory(model, **SIZES)
+        if form != "offset":
+            learned(memory, form)
+            model.float()
         memory.reset(2)
         called = change(model)
         with torch.no_grad(), memory.writing():
@@ -211,6 +216,23 @@ def test_low_rank_adapters_come_before_or_after(first: str) -> None:
     assert sum("lora_B" in name for name in trained) == 2
     assert sum("memory_offset" in name for name in trained) == 2
     assert memory.lengths.tolist() == [28, 28]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_what_an_adapter_learned_of_values_is_in_what_is_stored(training: bool) -> None:
+    held = []
+    for adapts in (False, True):
+        model = made("llama").train(training)
+        memory = add_memory(model, **SIZES)
+        if adapts:
+            get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["memtrans"])).train(training)
+        learned(memory, "next")
+        model.float()
+        with memory.writing():
+            model(tokens(length=12))
+        assert memory._entries is not None
+        held.append(memory._entries.memories[0].entries().values)
+    assert_close(held[1], held[0], PARITY, "values")
 
 
 def test_what_an_adapter_learned_of_the_memory_is_saved_and_taken_up(tmp_path: Path) -> None:
