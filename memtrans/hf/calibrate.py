@@ -26,6 +26,7 @@ from memtrans.hf.model_memory import ModelMemory
 from memtrans.hf.planted import Questions
 from memtrans.layers import evaluating
 from memtrans_kernels import checks
+from memtrans_kernels.backends import ATTENTION_MOST
 
 DECAY = 0.1  # of those: what does not help returns to the model's own query
 SLOWER = {  # than offsets these are learned
@@ -49,8 +50,8 @@ def calibrate(
     batch: int = 4,
     lesson_steps: int = 50,
     rate: float = 0.05,
-    text_weight: float = 2.0,
-    form: str = "mix",
+    text_weight: float = 0.5,
+    form: str | None = None,
     seconds: float = math.inf,
     seed: int = 0,
     report: Callable[[str], None] | None = None,
@@ -71,8 +72,9 @@ def calibrate(
         facts: planted in a piece. batch: pieces that are read at once; each takes the memory of a document.
         lesson_steps: after how many the memory is filled anew. rate: of AdamW for offsets, falling to 0.
         text_weight: of a token's nats of text beside an answer's. form: what is learned, one of `offset`, `gain`,
-            `mix`, `across`, `value` and `next`; see `LayerMemory`. With the last two what the memory holds during it
-            takes more room, as values are held as they are, with `next` each with the one behind it.
+            `mix`, `across`, `value` and `next`; see `LayerMemory`. With `next` the values that the memory holds take
+            twice the room meanwhile. Default: `next`, or `value` where values are wider than 128: two of them, side
+            by side, have no kernel.
         seconds: of training, after which it ends: the rate falls with both.
         seed: of pieces, facts and the order.
         report: called with a line of text after each lesson.
@@ -100,6 +102,8 @@ def calibrate(
     >>> sorted(learned["after"])
     ['facts_400', 'right_400', 'steps', 'text', 'text_400']
     """
+    if form is None:
+        form = _best_form(memory)
     if form not in tuple(FORMS):
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
     if all(module is not memory.decoder for module in model.modules()):
@@ -116,6 +120,11 @@ def calibrate(
             return {"before": before, "after": {**_judged(model, memory, course, judge), "steps": float(done)}}
         finally:
             memory.reset()
+
+
+def _best_form(memory: ModelMemory) -> str:
+    """See `calibrate`."""
+    return "next" if 2 * max(layer.value_width for layer in memory.layers.values()) <= ATTENTION_MOST else "value"
 
 
 @dataclass(frozen=True)
