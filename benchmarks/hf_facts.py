@@ -36,6 +36,13 @@ from memtrans.hf.facts import Fact, Words, facts
 from memtrans.hf.opening import open_model
 from memtrans.hf.planted import plant, questions
 
+NAMES = (
+    *("Adam", "Alice", "Amelia", "Andrew", "Anna", "Barbara", "Charles", "Charlotte", "Daniel", "David", "Diana"),
+    *("Eleanor", "Emily", "Emma", "Frederick", "George", "Grace", "Hannah", "Isabel", "Jack", "James", "Jane", "John"),
+    *("Joseph", "Julia", "Kate", "Laura", "Lawrence", "Louise", "Margaret", "Mark", "Mary", "Matthew", "Michael"),
+    *("Nicholas", "Oliver", "Paul", "Peter", "Rachel", "Rebecca", "Richard", "Robert", "Samuel", "Sarah", "Sophie"),
+    *("Stephen", "Susan", "Thomas", "Timothy", "William"),
+)
 WORDS = Words(
     templates=(
         ("The gardener of {place} is named", "name"),
@@ -52,13 +59,7 @@ WORDS = Words(
         ("ber", "co", "den", "fi", "ga", "hu", "ko", "lin", "ma", "ne", "pa", "ru", "to"),
         ("brook", "by", "cliff", "combe", "croft", "field", "gate", "hurst", "mouth", "port", "ridge", "ton"),
     ),
-    names=(
-        *("Adam", "Alice", "Amelia", "Andrew", "Anna", "Barbara", "Charles", "Charlotte", "Daniel", "David", "Diana"),
-        *("Eleanor", "Emily", "Emma", "Frederick", "George", "Grace", "Hannah", "Isabel", "Jack", "James", "Jane"),
-        *("John", "Joseph", "Julia", "Kate", "Laura", "Lawrence", "Louise", "Margaret", "Mark", "Mary", "Matthew"),
-        *("Michael", "Nicholas", "Oliver", "Paul", "Peter", "Rachel", "Rebecca", "Richard", "Robert", "Samuel"),
-        *("Sarah", "Sophie", "Stephen", "Susan", "Thomas", "Timothy", "William"),
-    ),
+    answers={"name": NAMES, "number": range(1000, 9990)},
 )
 OF_PEOPLE = (
     "The {one} of {{place}} is named",

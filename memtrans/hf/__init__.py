@@ -20,7 +20,17 @@ if int(transformers.__version__.split(".")[0]) < 5:
 
 from memtrans.hf.add_memory import add_memory, load_memory, memory_of
 from memtrans.hf.calibrate import calibrate
+from memtrans.hf.facts import Words
 from memtrans.hf.model_memory import ModelMemory
 from memtrans.hf.trainer import MemoryCallback, document_rows
 
-__all__ = ["MemoryCallback", "ModelMemory", "add_memory", "calibrate", "document_rows", "load_memory", "memory_of"]
+__all__ = [
+    "MemoryCallback",
+    "ModelMemory",
+    "Words",
+    "add_memory",
+    "calibrate",
+    "document_rows",
+    "load_memory",
+    "memory_of",
+]

@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from memtrans.checks import check_number
 from memtrans.cuda_graph import Replay
+from memtrans.hf.facts import Words
 from memtrans.hf.layer_memory import FORMS
 from memtrans.hf.lessons import Course, Drawn, Lesson
 from memtrans.hf.model_memory import ModelMemory
@@ -55,6 +56,7 @@ def calibrate(
     seconds: float = math.inf,
     seed: int = 0,
     report: Callable[[str], None] | None = None,
+    words: Words | None = None,
 ) -> dict[str, dict[str, float]]:
     """Trains how the heads of a memory ask it and trust it, on planted facts and on running text; see `LayerMemory`.
 
@@ -78,6 +80,7 @@ def calibrate(
         seconds: of training, after which it ends: the rate falls with both.
         seed: of pieces, facts and the order.
         report: called with a line of text after each lesson.
+        words: what facts are of, for a model of another language or texts of another kind. Default: `Words()`.
 
     Returns:
         For "before" and "after", and each size n: `facts_n` nats of an answer, `right_n` share of answers whose first
@@ -86,8 +89,8 @@ def calibrate(
         those that there was time for, of "after".
 
     Raises:
-        ValueError, TypeError: too little text for the sizes, a size beyond the memory's, a number out of range, a model
-            that the memory is not of.
+        ValueError, TypeError: too little text for the sizes, a size beyond the memory's, a number out of range, words
+            of fewer places than facts of a piece, a model that the memory is not of.
 
     >>> import torch
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -110,7 +113,7 @@ def calibrate(
         raise ValueError(f"model must be the one that the memory is of, got another {type(model).__name__}")
     plan = Plan.of(steps, lesson_steps, rate, text_weight, seed, seconds)
     made, batch = checks.integer("facts", facts, low=1), checks.integer("batch", batch, low=1)
-    course = Course.of(memory, tokenizer, documents, sizes, made, batch)
+    course = Course.of(memory, tokenizer, documents, sizes, made, batch, words)
     judge = course.lesson(plan.seed, len(course.ids) - course.tokens).to(model.device)  # type: ignore[arg-type]
     with memory.learning(form), _alone(model, memory), memory.reading_again():
         try:

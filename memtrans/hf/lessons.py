@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from memtrans.hf.facts import facts
+from memtrans.hf.facts import Words, facts
 from memtrans.hf.model_memory import ModelMemory
 from memtrans.hf.planted import Planted, Questions, passages, plant, questions
 from memtrans_kernels import checks
@@ -22,6 +22,7 @@ SIZES = (4096, 16384, 65536, 262144)
 SEGMENTS = 8  # of running text behind a document
 FEWEST = 64  # tokens of all documents together
 ASKED = 64  # questions of a step
+MEASURED = 400  # facts at least, of every template
 ALIKE = 8  # facts that say the same of different places, in every other document
 
 
@@ -112,7 +113,7 @@ class Course:
     Attributes:
         ids: of the whole text. sizes: of the memory. length: N. facts: of a document. batch: B.
         asked: questions of a step. width: tokens of a question's row. reads: tokens of a segment that is read, of which
-        the first `sink` are not stored.
+        the first `sink` are not stored. words: what facts are of.
     """
 
     ids: Sequence[int]
@@ -125,6 +126,7 @@ class Course:
     width: int
     reads: int
     sink: int
+    words: Words
 
     @staticmethod
     def of(
@@ -134,12 +136,16 @@ class Course:
         sizes: Sequence[int] | None,
         count: int,
         batch: int,
+        words: Words | None = None,
     ) -> Course:
-        """Raises ValueError or TypeError for too little text or sizes that do not fit."""
+        """Raises ValueError or TypeError for too little text, sizes that do not fit, or words of too few places."""
 
         def encode(text: str) -> list[int]:
             return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
+        words = Words() if words is None else words
+        if not isinstance(words, Words):
+            raise TypeError(f"words must be memtrans.hf.Words, got {type(words).__name__}")
         if isinstance(documents, str):
             raise TypeError("documents must be texts in a list, got one text")
         ids = [token for document in documents for token in encode(document)]
@@ -147,14 +153,19 @@ class Course:
             raise ValueError(f"documents must have at least {FEWEST} tokens, got {len(ids)}")
         length = min(memory.settings.segment, len(ids) // 4 // SEGMENTS)
         chosen = _sizes(sizes, len(ids) - SEGMENTS * length, memory.settings.max_memories)
-        longest = max(len(encode(fact.sentence)) for fact in facts(400, 0))
+        measured = min(max(MEASURED, len(words.templates)), words.room)
+        longest = max(len(encode(fact.sentence)) for fact in facts(measured, 0, words))
         if chosen[0] < longest:
             raise ValueError(f"sizes must have room for a fact of {longest} tokens, got {chosen[0]}")
         most = max(1, chosen[0] // (2 * longest))  # half of a text may be facts
         count = min(max(count, len(chosen)), most * len(chosen))
+        if count > words.room:
+            raise ValueError(
+                f"words must have places for the {count} facts of a piece, got syllables of {words.room} places"
+            )
         return Course(
             ids, chosen, length, count, batch, max(1, ASKED // batch) * batch, encode, longest + 8,
-            memory.settings.segment, memory.settings.sink,
+            memory.settings.segment, memory.settings.sink, words,
         )  # fmt: skip
 
     @property
@@ -174,7 +185,7 @@ class Course:
         for row in range(self.batch):
             at = draw.randint(0, max(0, latest)) if begin is None else begin
             piece = self.ids[at : at + self.tokens]
-            made = facts(self.facts, self.batch * seed + row, alike=(1, ALIKE)[(seed + row) % 2])
+            made = facts(self.facts, self.batch * seed + row, self.words, alike=(1, ALIKE)[(seed + row) % 2])
             document = plant(piece[:size], made, self.sizes, self.encode)
             planted.append(document)
             behind.append(torch.tensor(piece[size:], dtype=torch.int64).view(SEGMENTS, self.length))

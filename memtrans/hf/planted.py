@@ -103,18 +103,18 @@ class Questions:
         return (nats * answers).sum(-1), right
 
 
-def questions(facts: Sequence[Fact], encode: Encode, width: int = 0) -> Questions:
-    """The facts as questions, in rows of so many tokens, or more where one is longer."""
+def questions(facts: Sequence[Fact], encode: Encode, width: int | None = None) -> Questions:
+    """The facts as questions, in rows of so many tokens, of which a longer one fills the last; default: the longest."""
     parts = [(encode(fact.question), encode(fact.answer)) for fact in facts]
-    longest = max(width, *(len(question) + len(answer) for question, answer in parts))
+    width = max(len(question) + len(answer) for question, answer in parts) if width is None else width
     ids, answers = (
-        torch.zeros(len(parts), longest, dtype=torch.int64),
-        torch.zeros(len(parts), longest, dtype=torch.bool),
+        torch.zeros(len(parts), width, dtype=torch.int64),
+        torch.zeros(len(parts), width, dtype=torch.bool),
     )
     for row, (question, answer) in enumerate(parts):
-        end = len(question) + len(answer)
-        ids[row, :end] = torch.tensor(question + answer)
-        answers[row, len(question) : end] = True
+        asked = (question + answer)[-width:]
+        ids[row, : len(asked)] = torch.tensor(asked)
+        answers[row, max(0, len(asked) - len(answer)) : len(asked)] = True
     return Questions(ids, answers)
 
 

@@ -14,9 +14,9 @@ from helpers.hf_families import made
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from memtrans.hf import ModelMemory, add_memory, calibrate, load_memory
+from memtrans.hf import ModelMemory, Words, add_memory, calibrate, load_memory
 from memtrans.hf.calibrate import SLOWER, Plan, Step, fill, text_loss
-from memtrans.hf.facts import FIRST, LAST, MIDDLE, facts
+from memtrans.hf.facts import FIRST, LAST, MIDDLE, Fact, facts
 from memtrans.hf.lessons import Course, Drawn, Lesson
 from memtrans.hf.planted import plant, questions
 from memtrans_kernels import memory_attention
@@ -89,6 +89,11 @@ def test_the_same_seed_learns_the_same() -> None:
         ({"sizes": 100}, "sizes must be numbers in a list, got 100"),
         ({"documents": TEXT}, "documents must be texts in a list, got one text"),
         ({"documents": [""]}, "documents must have at least 64 tokens, got 0"),
+        ({"words": {"name": ["Ida"]}}, "words must be memtrans.hf.Words, got dict"),
+        (
+            {"words": Words(syllables=[["Bel", "Cor"], ["dale"]]), "facts": 3},
+            "words must have places for the 3 facts of a piece, got syllables of 2 places",
+        ),
     ],
 )
 def test_what_cannot_be_learned_from_is_refused(model: PreTrainedModel, arguments: Any, message: str) -> None:
@@ -147,6 +152,32 @@ def test_no_lesson_repeats_another_and_the_end_of_a_text_is_kept_to_judge_by(mod
     assert kept.behind[0].flatten().tolist() == list(course.ids[-256:])
     asked = kept.asked(700, 8, 1)
     assert len(asked.ids) == 8 and asked.ids.shape[1] == course.width
+
+
+def test_facts_of_a_lesson_are_of_the_words_that_are_given(model: PreTrainedModel) -> None:
+    words = Words(
+        [("Le pont de {place} date de", "year"), ("Le maire de {place} est", "name")],
+        {"year": range(1200, 1300), "name": ["Zoé"]},
+        [["Mont", "Saint-"], ["ju", "mar"], ["lieu", "tin"]],
+    )
+    memory = with_memory(model)
+    course = Course.of(memory, bytes_tokenizer(), [TEXT], [600], 6, 2, words)
+    lesson, tokenizer = course.lesson(1), bytes_tokenizer()
+    for rows in lesson.known(600):
+        for row in rows:
+            asked = tokenizer.decode(lesson.bank.ids[row][lesson.bank.ids[row] > 0])
+            pattern = r"Le (pont de \S+ date de 12\d\d|maire de \S+ est Zoé)"
+            assert re.fullmatch(pattern, asked), asked
+    learned = calibrate(model, memory, bytes_tokenizer(), [TEXT], steps=2, facts=4, batch=1, words=words)
+    assert learned["after"]["steps"] == 2
+
+
+def test_a_question_that_is_longer_than_its_row_fills_it_with_its_end() -> None:
+    made_up = [Fact("abcdef", " gh"), Fact("a", " b"), Fact("a", " bcdefgh")]
+    asked = questions(made_up, encode, width=5)
+    shown = [bytes_tokenizer().decode(row[row > 0]) for row in asked.ids]
+    assert shown == ["ef gh", "a b", "defgh"]
+    assert asked.answers.tolist() == [[False] * 2 + [True] * 3, [False, True, True, False, False], [True] * 5]
 
 
 def lesson_of(memory: ModelMemory, steps: int) -> tuple[Course, Lesson, Drawn]:
