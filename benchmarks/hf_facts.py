@@ -6,17 +6,19 @@
 
 Forms of calibration are compared one after the other, each trained from the start for its share of the time that
 `--seconds` for all of it leaves. After each the texts are read as documents with 64 facts each at even depths, of
-sentences, names and places that the calibration has not seen, and are asked for them at each size: `facts` of 64
-sentences, and `alike` of 8, each said of 8 places, so that the place alone decides. Running text is what follows a
-document: as it is read on, segment by segment (`text`), and with the memory as it stood (`text_behind`), against the
-same segments without the memory. An entry for each form and size goes into results/<machine>/hf.json at once, and
-`in-context`, with as much of a document before each question as the model's positions allow. Last, with the form whose
-facts are best, a document of the largest size is read from nothing, and a token is written, as in `bench_hf.py`.
+sentences, names and places that the calibration has not seen, neither its own words nor the varied ones of
+`hf_words.json` (`--words varied`), and are asked for them at each size: `facts` of 64 sentences, and `alike` of 8, each
+said of 8 places, so that the place alone decides. Running text is what follows a document: as it is read on, segment by
+segment (`text`), and with the memory as it stood (`text_behind`), against the same segments without the memory. An
+entry for each form and size goes into results/<machine>/hf.json at once, and `in-context`, with as much of a document
+before each question as the model's positions allow. Last, with the form whose facts are best, a document of the largest
+size is read from nothing, and a token is written, as in `bench_hf.py`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import time
 import traceback
@@ -83,8 +85,23 @@ VARIED = replace(
     ),
 )
 KINDS = {"facts": VARIED, "alike": WORDS}
+VARIED_WORDS = Path(__file__).with_name("hf_words.json")
 FACTS, SEGMENTS, QUESTIONS, CONTEXT = 64, 8, 16, 3500
 PART = 200_000  # characters
+
+
+def varied_words() -> Words:
+    """Words of a calibration that are more, and less alike, than its own: every form is said of every one."""
+    found = json.loads(VARIED_WORDS.read_text())
+    templates = [
+        (form.replace("{one}", one), kind)
+        for said in (found["of_people"], found["of_things"])
+        for kind, forms in said["forms"].items()
+        for form in forms
+        for one in said["ones"]
+    ]
+    numbers = {kind: range(*ends) for kind, ends in found["numbers"].items()}
+    return Words(templates, {**found["answers"], **numbers}, found["syllables"], found["around"])
 
 
 class Documents(NamedTuple):
@@ -265,25 +282,26 @@ class Bench:
         place, options = self.options.save / form, self.options
         for k in options.other_k:
             with self.memory(place, k=k) as memory:
-                self.judge(memory, f"{form}-k{k}", options.sizes)
+                self.judge(memory, f"{form}-k{k}", options.sizes, words=options.words)
         if options.far:
             with self.memory(place, max_memories=max(options.far)) as memory:
-                self.judge(memory, form, options.far)
+                self.judge(memory, form, options.far, words=options.words)
 
-    def calibrated(self, form: str, seconds: float, place: Path) -> float:
-        """Learns a form in so many seconds, judges and saves it."""
+    def calibrated(self, form: str, entry: str, seconds: float) -> float:
+        """Learns a form in so many seconds, judges and saves it under the name of its entries."""
         options = self.options
         text = {"documents": self.calibration, "sizes": options.calibration_sizes, "report": self.clock.say}
+        words = varied_words() if options.words == "varied" else Words()
         steps = {"steps": options.steps, "lesson_steps": options.lesson_steps, "seconds": seconds}
         steps |= {name: getattr(options, name) for name in ("rate", "text_weight") if getattr(options, name)}
         with self.memory() as memory:
             begin = time.perf_counter()
-            learned = calibrate(self.model, memory, self.tokenizer, form=form, **text, **steps)
+            learned = calibrate(self.model, memory, self.tokenizer, form=form, words=words, **text, **steps)
             took = time.perf_counter() - begin
-            self.clock.say(form, learned)
-            memory.save(place / form)
-            said = {"ms": took * 1e3, "training_s": min(took, seconds), "calibration": learned}
-            return self.judge(memory, form, options.sizes, **said)
+            self.clock.say(entry, learned)
+            memory.save(options.save / entry)
+            said = {"ms": took * 1e3, "training_s": min(took, seconds), "calibration": learned, "words": options.words}
+            return self.judge(memory, entry, options.sizes, **said)
 
     @torch.no_grad()
     def timed(self, memory: ModelMemory, form: str) -> None:
@@ -331,6 +349,7 @@ def asked_for() -> argparse.Namespace:
     parser.add_argument("--texts", type=Path, nargs="+", required=True, help="documents, of other text")
     parser.add_argument("--sizes", type=int, nargs="+", default=[16384, 65536])
     parser.add_argument("--calibration-sizes", type=int, nargs="+", default=[4096, 16384, 65536])
+    parser.add_argument("--words", choices=["own", "varied"], default="own", help="what a calibration's facts are of")
     parser.add_argument("--forms", nargs="+", default=["mix", "gain", "offset"])
     parser.add_argument("--seconds", type=float, default=470.0, help="for all of it")
     parser.add_argument("--most", type=float, default=300.0, help="seconds of training of a form")
@@ -368,8 +387,9 @@ def main() -> None:
         if seconds <= 0:
             clock.say("no time for", form)
             continue
+        entry = form if options.words == "own" else f"{form}-{options.words}"
         with part_of(clock, form):
-            found[form] = bench.calibrated(form, min(seconds, options.most), options.save)
+            found[entry] = bench.calibrated(form, entry, min(seconds, options.most))
     for form in sorted(found, key=lambda form: found[form])[:1]:
         with part_of(clock, "otherwise"):
             bench.otherwise(form)
