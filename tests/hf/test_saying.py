@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from helpers.checks import PARITY, assert_close
 from helpers.hf_families import made, tokens
 from torch import Tensor
 
-from memtrans.hf import ModelMemory, add_memory, calibrate, memory_of
+from memtrans.hf import ModelMemory, add_memory, calibrate, load_memory, memory_of
 from memtrans.hf.calibrate import SLOWER
 from memtrans.hf.layer_memory import LayerMemory, spoken
 
@@ -174,6 +175,26 @@ def test_a_calibration_learns_what_is_said_and_leaves_nothing_behind(form: str, 
     memory.read(ids, progress=False)
     assert memory._entries is not None and not memory._entries.as_they_are
     assert held(memory, 0).shape[-1] == 8
+
+
+def test_what_is_saved_and_copied_amid_a_calibration_holds_no_lesson(tmp_path: Path) -> None:
+    """Its values are no others' values: a memory of any other time could not take them up."""
+    model = made("llama", vocab_size=260)
+    memory, copies = add_memory(model, max_memories=700, k=8, segment=32), []
+
+    def report(line: str) -> None:
+        memory.save(tmp_path)
+        copies.append(copy.deepcopy(model))
+
+    text = "It was a bright cold day in the hills, and all the clocks were being wound again. " * 12
+    calibrate(model, memory, bytes_tokenizer(), [text], steps=2, facts=4, batch=1, form="next", report=report)
+    loaded = load_memory(made("llama", vocab_size=260), tmp_path)
+    copied = memory_of(copies[-1])
+    for one in (memory, loaded, copied):
+        assert one.lengths.tolist() == []
+        one.read(tokens(length=40), progress=False)
+    for one in (loaded, copied):
+        assert torch.equal(held(one, 1), held(memory, 1))
 
 
 def test_a_model_that_was_saved_whole_before_there_were_forms_of_values(tmp_path: Path) -> None:
