@@ -386,7 +386,8 @@ class ModelMemory:
     def load(self, directory: str | Path) -> None:
         """Takes up what `save` wrote of a memory in the same layers: what it learned and, if anything, what it held.
 
-        `parameters` are others afterwards where the form of what was learned is another one.
+        `parameters` are others afterwards where the form of what was learned is another one. Where the directory holds
+        nothing that was read, what is held stays as it was stored: read it again if `memory_value` is learned or was.
 
         Raises FileNotFoundError, or ValueError for a file that is damaged or of other layers; nothing changed then.
         """
