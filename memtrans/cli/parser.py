@@ -161,7 +161,7 @@ def _add_hf(commands: Any) -> None:
     add("--neighbours", type=int, default=32, help="K: neighbours of a query (32)")
     add("--segment", type=int, default=512, help="N: tokens read at a time (512)")
     add("--offset", type=float, help="added to the logits of neighbours (default: by the size of the memory)")
-    add("--calibrate", action="store_true", help="first learn from the document how much each head trusts the memory")
+    add("--calibrate", action="store_true", help="first learn from the document how heads use the memory")
     add("--calibration-steps", type=int, default=120, help="of --calibrate (120)")
     add("--save", type=_path, help="directory to write the memory to: what it learned and what it holds")
     add("--load", type=_path, help="directory that --save wrote; the options of the memory are those saved")

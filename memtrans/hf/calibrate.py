@@ -1,4 +1,4 @@
-"""Calibration: how each head is to ask a memory of which size and trust it, learned in minutes, and nothing else.
+"""Calibration: how each head is to ask a memory of which size and trust it, and what it is told, learned in minutes.
 
 On running text a memory helps a little nearly everywhere; a fact is found by a part of the heads. So both are trained
 on, at several sizes of the memory, with facts and text that are not seen twice.
@@ -58,7 +58,7 @@ def calibrate(
     report: Callable[[str], None] | None = None,
     words: Words | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Trains how the heads of a memory ask it and trust it, on planted facts and on running text; see `LayerMemory`.
+    """Trains how heads ask a memory and trust it, and what it holds for them, on planted facts and on running text.
 
     The documents are taken as one text. A lesson reads pieces of it with made-up facts in them, without a search. Each
     step asks for some of the facts, and for how passages of the pieces go on, and reads a segment of each piece again

@@ -35,6 +35,8 @@ class Entries:
         as_they_are: as given.
     """
 
+    as_they_are = False  # in a model that was saved whole by an earlier version
+
     def __init__(
         self, layers: Mapping[int, Layer], settings: MemorySettings, documents: int, as_they_are: bool = False
     ) -> None:

@@ -104,6 +104,8 @@ class LayerMemory(nn.Module):
     memory_across: nn.Parameter | None
     memory_value: nn.Parameter | None
     memory_next: nn.Parameter | None
+    kv_heads: int | None
+    value_width: int | None
 
     @torch.inference_mode(False)  # else what is made there has no gradient later
     def __init__(
@@ -123,6 +125,12 @@ class LayerMemory(nn.Module):
         self.memory_slope = nn.Parameter(torch.full((heads,), slope, device=device, dtype=torch.float32))
         for name in (*ASKING, *SAYING):
             self.register_parameter(name, None)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a model that an earlier version saved whole, too; `Layer.learned` tells it the sizes of values."""
+        super().__setstate__({"kv_heads": None, "value_width": None, **state})
+        for name in SAYING:
+            self._parameters.setdefault(name, None)
 
     @property
     def itself(self) -> LayerMemory:
@@ -151,6 +159,7 @@ class LayerMemory(nn.Module):
         """Of each parameter that a form may have."""
         heads, width = len(self.memory_offset), self.width
         of_asking = ((heads,), (heads, width), (heads, width, width), (heads * width, heads * width))
+        assert self.kv_heads is not None and self.value_width is not None
         of_saying = dict.fromkeys(SAYING, (self.kv_heads, self.value_width, self.value_width))
         return {**dict.fromkeys(TRUSTING, (heads,)), **dict(zip(ASKING, of_asking, strict=True)), **of_saying}
 

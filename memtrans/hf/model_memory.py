@@ -85,9 +85,10 @@ class ModelMemory:
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of a copy: it is outside of every context that this one is in."""
+        """Of a copy: it is outside of every context that this one is in, and has read no lesson of a calibration."""
         kept = {name: value for name, value in self.__dict__.items() if name not in vars(ModelMemory)}
-        return {**kept, "_held": {place: held for place, held in self._held.items() if place == READ}}
+        held = {place: held for place, held in self._held.items() if place == READ and not held.as_they_are}
+        return {**kept, "_held": held}
 
     # ------------------------------------------------------------------------------------------------------ entries
 
@@ -365,7 +366,7 @@ class ModelMemory:
         """Writes memtrans.safetensors, settings and what was learned, and memories.safetensors, what is held.
 
         directory: made if missing; each file takes the place of an older one at once and whole. Where no document was
-            read, the second is not there afterwards.
+            read, the second is not there afterwards, and what is held in a calibration is not written.
         """
         self._check_in_model()
         place = Path(directory)
@@ -377,7 +378,7 @@ class ModelMemory:
         }
         configuration = {**self.settings.to_json(), "layers": self.numbers}
         save_tensors(place / WEIGHTS, learned, KIND, configuration)
-        if self._entries is None:
+        if self._entries is None or self._entries.as_they_are:
             (place / ENTRIES).unlink(missing_ok=True)  # of an earlier save, which `load` would take for this one's
         else:
             self._entries.save(place / ENTRIES)
@@ -385,7 +386,8 @@ class ModelMemory:
     def load(self, directory: str | Path) -> None:
         """Takes up what `save` wrote of a memory in the same layers: what it learned and, if anything, what it held.
 
-        `parameters` are others afterwards where the form of what was learned is another one.
+        `parameters` are others afterwards where the form of what was learned is another one. Where the directory holds
+        nothing that was read, what is held stays as it was stored: read it again if `memory_value` is learned or was.
 
         Raises FileNotFoundError, or ValueError for a file that is damaged or of other layers; nothing changed then.
         """

@@ -47,7 +47,10 @@ class Layer:
     @property
     def learned(self) -> LayerMemory:
         """What the layer learns, once it has a memory; the copy that an active adapter learns instead of it."""
-        return self.attention.memtrans.itself  # type: ignore[return-value, union-attr]
+        found: LayerMemory = self.attention.memtrans.itself  # type: ignore[assignment, union-attr]
+        if found.kv_heads is None:  # it was saved whole by an earlier version
+            found.kv_heads, found.value_width = self.kv_heads, self.value_width
+        return found
 
     def held_width(self, as_they_are: bool) -> int:
         """Of values in its memory; where they are held as they are, each with the next one if that is learned of."""

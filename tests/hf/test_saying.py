@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from helpers.checks import PARITY, assert_close
 from helpers.hf_families import made, tokens
 from torch import Tensor
 
-from memtrans.hf import ModelMemory, add_memory, calibrate
+from memtrans.hf import ModelMemory, add_memory, calibrate, load_memory, memory_of
 from memtrans.hf.calibrate import SLOWER
 from memtrans.hf.layer_memory import LayerMemory, spoken
 
@@ -173,6 +175,51 @@ def test_a_calibration_learns_what_is_said_and_leaves_nothing_behind(form: str, 
     memory.read(ids, progress=False)
     assert memory._entries is not None and not memory._entries.as_they_are
     assert held(memory, 0).shape[-1] == 8
+
+
+def test_what_is_saved_and_copied_amid_a_calibration_holds_no_lesson(tmp_path: Path) -> None:
+    """Its values are no others' values: a memory of any other time could not take them up."""
+    model = made("llama", vocab_size=260)
+    memory, copies = add_memory(model, max_memories=700, k=8, segment=32), []
+
+    def report(line: str) -> None:
+        memory.save(tmp_path)
+        copies.append(copy.deepcopy(model))
+
+    text = "It was a bright cold day in the hills, and all the clocks were being wound again. " * 12
+    calibrate(model, memory, bytes_tokenizer(), [text], steps=2, facts=4, batch=1, form="next", report=report)
+    loaded = load_memory(made("llama", vocab_size=260), tmp_path)
+    copied = memory_of(copies[-1])
+    for one in (memory, loaded, copied):
+        assert one.lengths.tolist() == []
+        one.read(tokens(length=40), progress=False)
+    for one in (loaded, copied):
+        assert torch.equal(held(one, 1), held(memory, 1))
+
+
+def test_a_model_that_was_saved_whole_before_there_were_forms_of_values(tmp_path: Path) -> None:
+    """What is pickled of its memory has neither what is learned of values nor their sizes."""
+    model = made("llama")
+    memory = add_memory(model, **SIZES)
+    learn(memory, "mix")
+    memory.read(tokens(length=40), progress=False)
+    wanted = logits_of(model)
+    assert memory._entries is not None
+    del memory._entries.__dict__["as_they_are"]
+    for learned in [layer.learned for layer in memory.layers.values()]:
+        del learned.__dict__["kv_heads"], learned.__dict__["value_width"]
+        for name in OF_VALUES:
+            del learned._parameters[name]
+    torch.save(model, tmp_path / "whole.pt")
+    loaded = torch.load(tmp_path / "whole.pt", weights_only=False)
+    assert torch.equal(logits_of(loaded), wanted)
+    again = memory_of(loaded)
+    assert [again.layers[1].learned.saying(), again.bytes_per_document] == [None, memory.bytes_per_document]
+    learn(again, "next")
+    assert [tuple(parameter.shape) for parameter in values_of(again)] == [(2, 8, 8)] * 4
+    again.reset()
+    again.read(tokens(length=40), progress=False)
+    assert logits_of(loaded).isfinite().all()
 
 
 def test_a_lesson_takes_the_room_that_the_next_values_need() -> None:
