@@ -49,6 +49,21 @@ def test_places_and_names_of_a_calibration_are_others_than_those_that_a_memory_i
         assert not said & set(of.answers["name"])
 
 
+def test_a_name_may_be_any_token_that_could_be_one_but_those_that_a_memory_is_judged_by() -> None:
+    class Tokenizer:
+        tokens = (" Clara", " Adam", " of", "Harold", " Enoch", " McCoy", " Al", " 4")
+
+        def __len__(self) -> int:
+            return len(self.tokens)
+
+        def decode(self, ids: list[int]) -> str:
+            return self.tokens[ids[0]]
+
+    words = HF_FACTS.vocabulary_words(Tokenizer())
+    assert words.answers["name"] == ["Clara", "Enoch"]
+    assert {**words.answers, "name": None} == {**HF_FACTS.varied_words().answers, "name": None}
+
+
 def test_no_word_is_there_twice(found: Any) -> None:
     said = (found["of_people"], found["of_things"])
     forms = [forms for of in said for forms in of["forms"].values()]
