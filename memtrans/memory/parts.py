@@ -24,6 +24,21 @@ class Asking(NamedTuple):
     scale: Tensor
 
 
+class Weighing(NamedTuple):
+    """How a layer weighs what it attends to.
+
+    Attributes:
+        scale: (H,), what logits are multiplied by.
+        memory_offset, memory_gate, dropout_p, asking: as of `MemorySnapshot.attend`.
+    """
+
+    scale: Tensor
+    memory_offset: Tensor | None = None
+    memory_gate: Tensor | None = None
+    dropout_p: float = 0.0
+    asking: Asking | None = None
+
+
 def attend_to_local(query: Tensor, local: LocalKeys, scale: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
     """Attention of query (B, H, N, D) to the local keys alone: out (B, H, N, E) and lse (B, H, N)."""
     return local_attention(

@@ -40,7 +40,7 @@ from torch import Tensor
 from memtrans.local_keys import LocalKeys, seed_of
 from memtrans.memory.exchange import by_rank, exchange, from_all, side_by_side
 from memtrans.memory.ids import NOTHING, check_kept
-from memtrans.memory.parts import Asking
+from memtrans.memory.parts import Asking, Weighing
 from memtrans.memory.snapshot import MemorySnapshot
 from memtrans_kernels import knn_merge, knn_search, memory_attention, merge_attention
 from memtrans_kernels.backends import implements
@@ -178,7 +178,8 @@ class ShardedSnapshot(MemorySnapshot):
         if k is None:
             number = self.ring.ranks.size
             raise ValueError(f"attend_to must be 'neighbours' with a memory spread over {number} ranks, got 'all'")
-        return self.attend_in_parts(query, k, local, scale, memory_offset, memory_gate, dropout_p, asking)
+        weighing = Weighing(scale, memory_offset, memory_gate, dropout_p, asking)
+        return self.attend_in_parts(query, k, local, weighing)
 
     def entries_in(self, slots: Tensor) -> Tensor:
         """What `nearest` gives here are numbers of entries."""

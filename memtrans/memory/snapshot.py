@@ -19,7 +19,7 @@ from memtrans.memory.checks import check_mask, running_backward, scoping, widths
 from memtrans.memory.ids import check_kept, positions, read_ids
 from memtrans.memory.layout import in_slots
 from memtrans.memory.observation import Observation, as_given, keys_as_given, local_weights, retrieved_weights
-from memtrans.memory.parts import Asking, attend_to_local, mixed
+from memtrans.memory.parts import Asking, Weighing, attend_to_local, mixed
 from memtrans.memory.whole import attend_to_whole
 from memtrans_kernels import (
     Ledger,
@@ -176,10 +176,11 @@ class MemorySnapshot:
             dropout_p: probability of dropping a weight.
             asking: what the entries are found and weighed with. Default: `query` and `scale`.
         """
+        weighing = Weighing(scale, memory_offset, memory_gate, dropout_p, asking)
         if k is None:
-            return attend_to_whole(self, query, local, scale, memory_offset, memory_gate, dropout_p, asking)
+            return attend_to_whole(self, query, local, weighing)
         if memory_gate is not None or asking is not None:
-            return self.attend_in_parts(query, k, local, scale, memory_offset, memory_gate, dropout_p, asking)
+            return self.attend_in_parts(query, k, local, weighing)
         scores, slots = self._nearest_seen(query, k, local.query_mask)
         out, lse = memory_attention(
             query, local.key, local.value, self.keys, self.values, self.rows, scores, slots, scale,
@@ -191,18 +192,9 @@ class MemorySnapshot:
             self.tell(query, local, scores, slots, (scale, scale), (lse, lse), memory_offset)
         return out
 
-    def attend_in_parts(
-        self,
-        query: Tensor,
-        k: int,
-        local: LocalKeys,
-        scale: Tensor,
-        memory_offset: Tensor | None = None,
-        memory_gate: Tensor | None = None,
-        dropout_p: float = 0.0,
-        asking: Asking | None = None,
-    ) -> Tensor:
+    def attend_in_parts(self, query: Tensor, k: int, local: LocalKeys, weighing: Weighing) -> Tensor:
         """`attend`, by attention to the neighbours and attention to the local keys, put together at the end."""
+        scale, memory_offset, memory_gate, dropout_p, asking = weighing
         asked, memory_scale = (query, scale) if asking is None else asking
         to_memory, memory_lse, scores, slots = self.attend_to_retrieved(
             asked, k, memory_scale, dropout_p, local.query_mask, local.soft_cap

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from memtrans.local_keys import LocalKeys, seed_of
-from memtrans.memory.parts import Asking, attend_to_local, mixed
+from memtrans.memory.parts import Weighing, attend_to_local, mixed
 from memtrans_kernels import memory_attention, whole_attention
 from memtrans_kernels.backends import ATTENTION_MOST
 from memtrans_kernels.eager import is_differentiated_by_transform
@@ -29,22 +29,14 @@ MANY = 64  # queries of a head from which on a block of them is worth a kernel o
 TILE = 16  # queries of a head from which on a cast of the memory is read often enough to be made
 
 
-def attend_to_whole(
-    snapshot: MemorySnapshot,
-    query: Tensor,
-    local: LocalKeys,
-    scale: Tensor,
-    memory_offset: Tensor | None = None,
-    memory_gate: Tensor | None = None,
-    dropout_p: float = 0.0,
-    asking: Asking | None = None,
-) -> Tensor:
+def attend_to_whole(snapshot: MemorySnapshot, query: Tensor, local: LocalKeys, weighing: Weighing) -> Tensor:
     """Attention of query (B, H, N, D) to all entries that it may see and to the local keys: (B, H, N, E).
 
-    The arguments are those of `MemorySnapshot.attend`. Raises RuntimeError where somebody traces the memory.
+    Raises RuntimeError where somebody traces the memory.
     """
     if snapshot.ring.watch.looks:
         raise RuntimeError("attend_to must be 'neighbours' in a layer that is traced: all entries are no citation")
+    scale, memory_offset, memory_gate, dropout_p, asking = weighing
     to_local, local_lse = attend_to_local(query, local, scale, dropout_p)
     if asking is not None:
         query, scale = asking
