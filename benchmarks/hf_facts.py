@@ -6,14 +6,15 @@
 
 Forms of calibration are compared one after the other, each trained from the start for its share of the time that
 `--seconds` for all of it leaves, on facts of the calibration's own words, of the varied ones of `hf_words.json`
-(`--words varied`), or of these with any token for a name that could be one (`vocabulary`). After each the texts are
-read as documents with 64 facts each at even depths, of sentences, names and places that the calibration has not seen,
-and are asked for them at each size: `facts` of 64 sentences, and `alike` of 8, each said of 8 places, so that the
-place alone decides. Running text is what follows a document: as it is read on, segment by segment (`text`), and with
-the memory as it stood (`text_behind`), against the same segments without the memory. An entry for each form and size
-goes into results/<machine>/hf.json at once, and `in-context`, with as much of a document before each question as the
-model's positions allow. Last, with the form whose facts are best, a document of the largest size is read from
-nothing, and a token is written, as in `bench_hf.py`.
+(`--words varied`), or of these with thousands of names: any token that could be one (`vocabulary`), any word that the
+calibration's text capitalises amid a sentence (`text`). After each the texts are read as documents with 64 facts each
+at even depths, of sentences, names and places that the calibration has not seen, and are asked for them at each size:
+`facts` of 64 sentences, and `alike` of 8, each said of 8 places, so that the place alone decides. Running text is what
+follows a document: as it is read on, segment by segment (`text`), and with the memory as it stood (`text_behind`),
+against the same segments without the memory. An entry for each form and size goes into results/<machine>/hf.json at
+once, and `in-context`, with as much of a document before each question as the model's positions allow. Last, with the
+form whose facts are best, a document of the largest size is read from nothing, and a token is written, as in
+`bench_hf.py`.
 """
 
 from __future__ import annotations
@@ -106,18 +107,20 @@ def varied_words() -> Words:
     return Words(templates, {**found["answers"], **numbers}, found["syllables"], found["around"])
 
 
-def vocabulary_words(tokenizer: Any) -> Words:
-    """The varied words, but a name is any token that could be one: thousands, which nobody learns to tell apart."""
-    judged = {f" {name}" for words in KINDS.values() for name in words.answers["name"]}
-    tokens = [tokenizer.decode([number]) for number in range(len(tokenizer))]
-    names = sorted({token for token in tokens if re.fullmatch(" [A-Z][a-z]{2,}", token)} - judged)
+def words_of(kind: str, tokenizer: Any, texts: Sequence[str]) -> Words:
+    """What a calibration's facts are of, by `--words`: names may be thousands, which nobody learns to tell apart."""
+    if kind == "own":
+        return Words()
     words = varied_words()
-    return replace(words, answers={**words.answers, "name": [name.strip() for name in names]})
-
-
-def words_of(kind: str, tokenizer: Any) -> Words:
-    """What a calibration's facts are of, by `--words`."""
-    return Words() if kind == "own" else varied_words() if kind == "varied" else vocabulary_words(tokenizer)
+    if kind == "varied":
+        return words
+    if kind == "vocabulary":
+        tokens = (tokenizer.decode([number]) for number in range(len(tokenizer)))
+        found = {token.strip() for token in tokens if re.fullmatch(" [A-Z][a-z]{2,}", token)}
+    else:
+        found = {name for text in texts for name in re.findall(r"(?<=[a-z,;] )[A-Z][a-z]{2,}\b", text)}
+    judged = {name for words in KINDS.values() for name in words.answers["name"]}
+    return replace(words, answers={**words.answers, "name": sorted(found - judged)})
 
 
 class Documents(NamedTuple):
@@ -307,7 +310,7 @@ class Bench:
         """Learns a form in so many seconds, judges and saves it under the name of its entries."""
         options = self.options
         text = {"documents": self.calibration, "sizes": options.calibration_sizes, "report": self.clock.say}
-        words = words_of(options.words, self.tokenizer)
+        words = words_of(options.words, self.tokenizer.tokenizer, self.calibration)
         steps = {"steps": options.steps, "lesson_steps": options.lesson_steps, "seconds": seconds}
         steps |= {name: getattr(options, name) for name in ("rate", "text_weight") if getattr(options, name)}
         with self.memory() as memory:
@@ -365,7 +368,7 @@ def asked_for() -> argparse.Namespace:
     parser.add_argument("--texts", type=Path, nargs="+", required=True, help="documents, of other text")
     parser.add_argument("--sizes", type=int, nargs="+", default=[16384, 65536])
     parser.add_argument("--calibration-sizes", type=int, nargs="+", default=[4096, 16384, 65536])
-    kinds = ["own", "varied", "vocabulary"]
+    kinds = ["own", "varied", "vocabulary", "text"]
     parser.add_argument("--words", choices=kinds, default="own", help="what a calibration's facts are of")
     parser.add_argument("--forms", nargs="+", default=["mix", "gain", "offset"])
     parser.add_argument("--seconds", type=float, default=470.0, help="for all of it")
