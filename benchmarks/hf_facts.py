@@ -39,7 +39,7 @@ from memtrans.hf import ModelMemory, add_memory, calibrate, load_memory
 from memtrans.hf.calibrate import text_loss
 from memtrans.hf.facts import Fact, Words, facts
 from memtrans.hf.opening import open_model
-from memtrans.hf.planted import plant, questions
+from memtrans.hf.planted import BEHIND_A_STOP, plant, questions
 
 NAMES = (
     *("Adam", "Alice", "Amelia", "Andrew", "Anna", "Barbara", "Charles", "Charlotte", "Daniel", "David", "Diana"),
@@ -114,6 +114,8 @@ def words_of(kind: str, tokenizer: Any, texts: Sequence[str]) -> Words:
     words = varied_words()
     if kind == "varied":
         return words
+    if kind == "plain":
+        return replace(words, templates=[pair for pair in words.templates if pair[1] in ("name", "thousands")])
     if kind == "vocabulary":
         tokens = (tokenizer.decode([number]) for number in range(len(tokenizer)))
         found = {token.strip() for token in tokens if re.fullmatch(" [A-Z][a-z]{2,}", token)}
@@ -149,7 +151,8 @@ def judged(model: Any, memory: ModelMemory, documents: Documents, search: bool, 
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - begin
-    nats, right = asked(model, memory, documents, encode)
+    nats, right = asked(model, memory, documents, encode, "")
+    nats_behind_stop, right_behind_stop = asked(model, memory, documents, encode, BEHIND_A_STOP)
     segments = documents.behind.flatten(0, 1)  # (B · SEGMENTS, N)
     with memory.expand(SEGMENTS):
         behind = float(text_loss(model, segments))
@@ -158,15 +161,16 @@ def judged(model: Any, memory: ModelMemory, documents: Documents, search: bool, 
     with memory.writing():
         text = float(torch.stack([text_loss(model, part) for part in documents.behind.unbind(1)]).mean())
     found = {"nats": float(nats), "right": float(right), "text": text, "text_behind": behind, "text_without": plain}
+    found |= {"nats_behind_stop": float(nats_behind_stop), "right_behind_stop": float(right_behind_stop)}
     return {**found, "read_tokens_per_second": documents.ids.numel() / seconds}
 
 
-def asked(model: Any, memory: ModelMemory, documents: Documents, encode: Any) -> tuple[Tensor, Tensor]:
+def asked(model: Any, memory: ModelMemory, documents: Documents, encode: Any, before: str) -> tuple[Tensor, Tensor]:
     """Nats of an answer, and the share whose first token is the likeliest; some of each document's questions a pass."""
     parts = []
     for at in range(0, FACTS, QUESTIONS):
         chosen = [fact for known in documents.facts for fact in known[at : at + QUESTIONS]]
-        rows = questions(chosen, encode).to(torch.device(DEVICE))
+        rows = questions(chosen, encode, before=(before,)).to(torch.device(DEVICE))
         with memory.expand(len(chosen) // len(documents.facts)):
             parts.append(rows.losses(model(input_ids=rows.ids, use_cache=False).logits))
     nats, right = (torch.cat(part).float().mean() for part in zip(*parts, strict=True))
@@ -368,7 +372,7 @@ def asked_for() -> argparse.Namespace:
     parser.add_argument("--texts", type=Path, nargs="+", required=True, help="documents, of other text")
     parser.add_argument("--sizes", type=int, nargs="+", default=[16384, 65536])
     parser.add_argument("--calibration-sizes", type=int, nargs="+", default=[4096, 16384, 65536])
-    kinds = ["own", "varied", "vocabulary", "text"]
+    kinds = ["own", "varied", "vocabulary", "text", "plain"]
     parser.add_argument("--words", choices=kinds, default="own", help="what a calibration's facts are of")
     parser.add_argument("--forms", nargs="+", default=["mix", "gain", "offset"])
     parser.add_argument("--seconds", type=float, default=470.0, help="for all of it")

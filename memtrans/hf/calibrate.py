@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,6 @@ from memtrans.layers import evaluating
 from memtrans_kernels import checks
 from memtrans_kernels.backends import ATTENTION_MOST
 
-DECAY = 0.1  # of those: what does not help returns to the model's own query
 SLOWER = {  # than offsets these are learned
     "memory_sharpness": 0.2,
     "memory_gain": 0.2,
@@ -38,6 +38,9 @@ SLOWER = {  # than offsets these are learned
     "memory_value": 0.03,
     "memory_next": 0.03,
 }
+DECAY = {"memory_sharpness": 0.1, "memory_gain": 0.1}  # of those: what does not help returns to the model's own query
+DECAY_OF_MATRICES = 1.0  # which have room for every name by heart: two calibrations' were alike in a sixth of them
+TEXT_EVERY = 4  # steps: it is learned sooner than facts are
 
 
 def calibrate(
@@ -170,7 +173,7 @@ class Plan:
         groups = []
         for name, tensors in kinds.items():
             highest = SLOWER.get(name, 1.0) * self.rate
-            decay = DECAY if name in SLOWER else 0.0
+            decay = DECAY.get(name, DECAY_OF_MATRICES) if name in SLOWER else 0.0
             rate = torch.tensor(highest, device=tensors[0].device)
             groups.append({"params": tensors, "lr": rate, "highest": highest, "weight_decay": decay})
         on_gpu = memory.parameters()[0].is_cuda
@@ -229,22 +232,23 @@ def _train(model: Any, memory: ModelMemory, course: Course, plan: Plan, report: 
             while done < min(first + plan.each, plan.steps) and plan.passed(done, time.perf_counter() - begin) < 1.0:
                 step.run(1.0 - plan.passed(done, time.perf_counter() - begin))
                 done += 1
-            nats, text = (step.seen / max(1, done - first)).tolist()
+            nats, text = step.seen_on_average()
             if report is not None:
                 report(f"step {done}/{plan.steps}: {nats:.2f} nats an answer, {text:.3f} a token of text")
             if plan.passed(done, time.perf_counter() - begin) >= 1.0:
                 break
-    step.replay.release()
+    step.release()
     return done
 
 
 class Step:
-    """A step of a calibration: some facts, a segment of each document, and AdamW.
+    """A step of a calibration: some facts, now and then a segment of each document, and AdamW.
 
-    It works on buffers that stay where they are and never asks for a value, so that a GPU replays it as one graph.
+    It works on buffers that stay where they are and never asks for a value, so that a GPU replays it as one graph, or
+    one of two.
 
     Attributes:
-        seen: (2,), nats of an answer and of a token of text, the sum over the steps since `take_up`.
+        seen: (2,), nats of an answer and of a token of text, the sums over the steps since `take_up`.
     """
 
     def __init__(self, model: Any, memory: ModelMemory, course: Course, plan: Plan) -> None:
@@ -253,7 +257,8 @@ class Step:
         self.optimizer = plan.optimizer(memory)
         self.at = torch.zeros(1, dtype=torch.int64, device=model.device)
         self.bank: Questions | None = None
-        self.replay = Replay(self._step, model.device)
+        self.replays = [Replay(partial(self._step, reads), model.device) for reads in (False, True)]
+        self.done, self.counts = 0, [0, 0]
 
     def take_up(self, lesson: Lesson, drawn: Drawn) -> None:
         """Puts what the next steps are about into the buffers."""
@@ -266,23 +271,40 @@ class Step:
             mine.copy_(its)
         self.at.zero_()
         self.seen.zero_()
+        self.counts = [0, 0]
 
     def run(self, rate: float) -> None:
         """One step; rate: the share of the highest rate."""
         for group in self.optimizer.param_groups:
             group["lr"].fill_(rate * group["highest"])
-        self.replay()
+        reads = self.done % TEXT_EVERY == 0
+        self.replays[reads]()
+        self.done += 1
+        self.counts[0] += 1
+        self.counts[1] += reads
 
-    def _step(self) -> None:
+    def seen_on_average(self) -> tuple[float, float]:
+        """Nats of an answer and of a token of text, since `take_up`."""
+        nats, text = self.seen.tolist()
+        return nats / max(1, self.counts[0]), text / max(1, self.counts[1])
+
+    def release(self) -> None:
+        """Lets captured graphs go."""
+        for replay in self.replays:
+            replay.release()
+
+    def _step(self, reads: bool) -> None:
         assert self.bank is not None
         rows, place, size, behind = (tensor[self.at] for tensor in self.drawn)
         with self.memory.newest(size[0]):
             nats = fact_losses(self.model, self.memory, self.bank.rows(rows[0]), self.course.batch)[0].mean()
         nats.backward()
-        with self.memory.newest(size[0], behind[0]):
-            text = text_loss(self.model, self.segments.index_select(1, place)[:, 0])
-        (self.plan.text_weight * text).backward()
-        self.seen += torch.stack((nats, text)).detach()
+        self.seen[0] += nats.detach()
+        if reads:
+            with self.memory.newest(size[0], behind[0]):
+                text = text_loss(self.model, self.segments.index_select(1, place)[:, 0])
+            (TEXT_EVERY * self.plan.text_weight * text).backward()
+            self.seen[1] += text.detach()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
         self.at += 1

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from memtrans.hf.facts import Words, facts
 from memtrans.hf.model_memory import ModelMemory
-from memtrans.hf.planted import Planted, Questions, passages, plant, questions
+from memtrans.hf.planted import BEHIND_A_STOP, Planted, Questions, passages, plant, questions
 from memtrans_kernels import checks
 
 SIZES = (4096, 16384, 65536, 262144)
@@ -198,7 +198,7 @@ class Course:
 
     def _bank(self, document: Planted, draw: random.Random) -> tuple[list[int], Questions]:
         """The questions about a document, of facts and then of passages, and how far before its end each begins."""
-        asked = questions([fact for _, fact in document.facts], self.encode, self.width)
+        asked = questions([fact for _, fact in document.facts], self.encode, self.width, ("", BEHIND_A_STOP))
         distances = [distance for distance, _ in document.facts]
         ids = document.ids[0, -self.sizes[-1] :]
         low, places = 0, []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from memtrans.hf.facts import Fact
 
 FAR = 64  # tokens that a fact moves at most to stand behind a sentence
 GOES_ON = 4  # tokens of a passage's answer
+BEHIND_A_STOP = ". "  # a question's first token, which looks at no memory, is then none of its words
 Encode = Callable[[str], list[int]]
 
 
@@ -103,9 +105,14 @@ class Questions:
         return (nats * answers).sum(-1), right
 
 
-def questions(facts: Sequence[Fact], encode: Encode, width: int | None = None) -> Questions:
-    """The facts as questions, in rows of so many tokens, of which a longer one fills the last; default: the longest."""
-    parts = [(encode(fact.question), encode(fact.answer)) for fact in facts]
+def questions(
+    facts: Sequence[Fact], encode: Encode, width: int | None = None, before: Sequence[str] = ("",)
+) -> Questions:
+    """The facts as questions, in rows of so many tokens, of which a longer one fills the last; default: the longest.
+
+    before: what stands before questions, in turn.
+    """
+    parts = [(encode(lead + fact.question), encode(fact.answer)) for lead, fact in zip(cycle(before), facts)]
     width = max(len(question) + len(answer) for question, answer in parts) if width is None else width
     ids, answers = (
         torch.zeros(len(parts), width, dtype=torch.int64),
