@@ -5,24 +5,20 @@
 `hf_texts.py` makes such texts of Debian packages; the committed figures are of other stretches of the same ones.
 
 Forms of calibration are compared one after the other, each trained from the start for its share of the time that
-`--seconds` for all of it leaves, on facts of the calibration's own words, of the varied ones of `hf_words.json`
-(`--words varied`), or of these with thousands of names: any token that could be one (`vocabulary`), any word that the
-calibration's text capitalises amid a sentence (`text`). After each the texts are read as documents with 64 facts each
-at even depths, of sentences, names and places that the calibration has not seen, and are asked for them at each size:
-`facts` of 64 sentences, and `alike` of 8, each said of 8 places, so that the place alone decides. Running text is what
-follows a document: as it is read on, segment by segment (`text`), and with the memory as it stood (`text_behind`),
-against the same segments without the memory. An entry for each form and size goes into results/<machine>/hf.json at
-once, and `in-context`, with as much of a document before each question as the model's positions allow. Last, with the
-form whose facts are best, a document of the largest size is read from nothing, and a token is written, as in
-`bench_hf.py`.
+`--seconds` for all of it leaves. After each the texts are read as documents with 64 facts each at even depths, of
+sentences, names and places that the calibration has not seen, and are asked for them at each size: `facts` of 64
+sentences, and `alike` of 8, each said of 8 places, so that the place alone decides. A question is asked as it is, and
+behind a full stop (`behind_stop`). Running text is what follows a document: as it is read on, segment by segment
+(`text`), and with the memory as it stood (`text_behind`), against the same segments without the memory. An entry for
+each form and size goes into results/<machine>/hf.json at once, and `in-context`, with as much of a document before each
+question as the model's positions allow. Last, with the form whose facts are best, a document of the largest size is
+read from nothing, and a token is written, as in `bench_hf.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import re
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -88,41 +84,8 @@ VARIED = replace(
     ),
 )
 KINDS = {"facts": VARIED, "alike": WORDS}
-VARIED_WORDS = Path(__file__).with_name("hf_words.json")
 FACTS, SEGMENTS, QUESTIONS, CONTEXT = 64, 8, 16, 3500
 PART = 200_000  # characters
-
-
-def varied_words() -> Words:
-    """Words of a calibration that are more, and less alike, than its own: every form is said of every one."""
-    found = json.loads(VARIED_WORDS.read_text())
-    templates = [
-        (form.replace("{one}", one), kind)
-        for said in (found["of_people"], found["of_things"])
-        for kind, forms in said["forms"].items()
-        for form in forms
-        for one in said["ones"]
-    ]
-    numbers = {kind: range(*ends) for kind, ends in found["numbers"].items()}
-    return Words(templates, {**found["answers"], **numbers}, found["syllables"], found["around"])
-
-
-def words_of(kind: str, tokenizer: Any, texts: Sequence[str]) -> Words:
-    """What a calibration's facts are of, by `--words`: names may be thousands, which nobody learns to tell apart."""
-    if kind == "own":
-        return Words()
-    words = varied_words()
-    if kind == "varied":
-        return words
-    if kind == "plain":
-        return replace(words, templates=[pair for pair in words.templates if pair[1] in ("name", "thousands")])
-    if kind == "vocabulary":
-        tokens = (tokenizer.decode([number]) for number in range(len(tokenizer)))
-        found = {token.strip() for token in tokens if re.fullmatch(" [A-Z][a-z]{2,}", token)}
-    else:
-        found = {name for text in texts for name in re.findall(r"(?<=[a-z,;] )[A-Z][a-z]{2,}\b", text)}
-    judged = {name for words in KINDS.values() for name in words.answers["name"]}
-    return replace(words, answers={**words.answers, "name": sorted(found - judged)})
 
 
 class Documents(NamedTuple):
@@ -305,26 +268,25 @@ class Bench:
         place, options = self.options.save / form, self.options
         for k in options.other_k:
             with self.memory(place, k=k) as memory:
-                self.judge(memory, f"{form}-k{k}", options.sizes, words=options.words)
+                self.judge(memory, f"{form}-k{k}", options.sizes)
         if options.far:
             with self.memory(place, max_memories=max(options.far)) as memory:
-                self.judge(memory, form, options.far, words=options.words)
+                self.judge(memory, form, options.far)
 
-    def calibrated(self, form: str, entry: str, seconds: float) -> float:
-        """Learns a form in so many seconds, judges and saves it under the name of its entries."""
+    def calibrated(self, form: str, seconds: float) -> float:
+        """Learns a form in so many seconds, judges and saves it."""
         options = self.options
         text = {"documents": self.calibration, "sizes": options.calibration_sizes, "report": self.clock.say}
-        words = words_of(options.words, self.tokenizer.tokenizer, self.calibration)
         steps = {"steps": options.steps, "lesson_steps": options.lesson_steps, "seconds": seconds}
         steps |= {name: getattr(options, name) for name in ("rate", "text_weight") if getattr(options, name)}
         with self.memory() as memory:
             begin = time.perf_counter()
-            learned = calibrate(self.model, memory, self.tokenizer, form=form, words=words, **text, **steps)
+            learned = calibrate(self.model, memory, self.tokenizer, form=form, **text, **steps)
             took = time.perf_counter() - begin
-            self.clock.say(entry, learned)
-            memory.save(options.save / entry)
-            said = {"ms": took * 1e3, "training_s": min(took, seconds), "calibration": learned, "words": options.words}
-            return self.judge(memory, entry, options.sizes, **said)
+            self.clock.say(form, learned)
+            memory.save(options.save / form)
+            said = {"ms": took * 1e3, "training_s": min(took, seconds), "calibration": learned}
+            return self.judge(memory, form, options.sizes, **said)
 
     @torch.no_grad()
     def timed(self, memory: ModelMemory, form: str) -> None:
@@ -372,8 +334,6 @@ def asked_for() -> argparse.Namespace:
     parser.add_argument("--texts", type=Path, nargs="+", required=True, help="documents, of other text")
     parser.add_argument("--sizes", type=int, nargs="+", default=[16384, 65536])
     parser.add_argument("--calibration-sizes", type=int, nargs="+", default=[4096, 16384, 65536])
-    kinds = ["own", "varied", "vocabulary", "text", "plain"]
-    parser.add_argument("--words", choices=kinds, default="own", help="what a calibration's facts are of")
     parser.add_argument("--forms", nargs="+", default=["mix", "gain", "offset"])
     parser.add_argument("--seconds", type=float, default=470.0, help="for all of it")
     parser.add_argument("--most", type=float, default=300.0, help="seconds of training of a form")
@@ -386,7 +346,7 @@ def asked_for() -> argparse.Namespace:
     parser.add_argument("--text-weight", type=float, help="likewise")
     parser.add_argument("--no-times", dest="times", action="store_false", help="leave out what is timed at the end")
     parser.add_argument("--steps", type=int, default=100000)
-    parser.add_argument("--lesson-steps", type=int, default=50)
+    parser.add_argument("--lesson-steps", type=int, default=75)
     parser.add_argument("--segment", type=int, default=512)
     parser.add_argument("--context", type=int, default=CONTEXT)
     parser.add_argument("--together", type=int, default=4, help="documents that are read at once")
@@ -411,9 +371,8 @@ def main() -> None:
         if seconds <= 0:
             clock.say("no time for", form)
             continue
-        entry = form if options.words == "own" else f"{form}-{options.words}"
         with part_of(clock, form):
-            found[entry] = bench.calibrated(form, entry, min(seconds, options.most))
+            found[form] = bench.calibrated(form, min(seconds, options.most))
     for form in sorted(found, key=lambda form: found[form])[:1]:
         with part_of(clock, "otherwise"):
             bench.otherwise(form)

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,16 +30,22 @@ from memtrans.layers import evaluating
 from memtrans_kernels import checks
 from memtrans_kernels.backends import ATTENTION_MOST
 
-SLOWER = {  # than offsets these are learned
-    "memory_sharpness": 0.2,
-    "memory_gain": 0.2,
-    "memory_mix": 0.03,
-    "memory_across": 0.006,
-    "memory_value": 0.03,
-    "memory_next": 0.03,
+
+class Pace(NamedTuple):
+    """How fast a kind of parameter is learned, beside offsets, and how fast what does not help returns to nothing."""
+
+    rate: float = 1.0
+    decay: float = 0.0
+
+
+PACES = {
+    "memory_sharpness": Pace(0.2, 0.1),
+    "memory_gain": Pace(0.2, 0.1),
+    "memory_mix": Pace(0.03, 1.0),  # matrices have room to learn every name of a lesson by heart
+    "memory_across": Pace(0.006, 1.0),
+    "memory_value": Pace(0.03, 1.0),
+    "memory_next": Pace(0.03, 1.0),
 }
-DECAY = {"memory_sharpness": 0.1, "memory_gain": 0.1}  # of those: what does not help returns to the model's own query
-DECAY_OF_MATRICES = 1.0  # which have room for every name by heart: two calibrations' were alike in a sixth of them
 TEXT_EVERY = 4  # steps: it is learned sooner than facts are
 
 
@@ -52,9 +58,9 @@ def calibrate(
     sizes: Sequence[int] | None = None,
     facts: int = 96,
     batch: int = 4,
-    lesson_steps: int = 50,
+    lesson_steps: int = 75,
     rate: float = 0.05,
-    text_weight: float = 0.5,
+    text_weight: float = 0.25,
     form: str | None = None,
     seconds: float = math.inf,
     seed: int = 0,
@@ -64,9 +70,10 @@ def calibrate(
     """Trains how heads ask a memory and trust it, and what it holds for them, on planted facts and on running text.
 
     The documents are taken as one text. A lesson reads pieces of it with made-up facts in them, without a search. Each
-    step asks for some of the facts, and for how passages of the pieces go on, and reads a segment of each piece again
-    with what was read before it; both see as much of the memory as one of the sizes. Every lesson has facts and pieces
-    of its own. On a GPU a step replays one captured graph. The memory is empty afterwards.
+    step asks for some of the facts, half of them behind a full stop, and for how passages of the pieces go on; every
+    fourth one also reads a segment of each piece again with what was read before it. Both see as much of the memory as
+    one of the sizes. Every lesson has facts and pieces of its own. On a GPU a step replays a captured graph. The memory
+    is empty afterwards.
 
     Args:
         model: with the memory, in any mode. memory: of `add_memory`.
@@ -76,10 +83,10 @@ def calibrate(
             that the memory has room for and the documents fill, or else what there is.
         facts: planted in a piece. batch: pieces that are read at once; each takes the memory of a document.
         lesson_steps: after how many the memory is filled anew. rate: of AdamW for offsets, falling to 0.
-        text_weight: of a token's nats of text beside an answer's. form: what is learned, one of `offset`, `gain`,
-            `mix`, `across`, `value` and `next`; see `LayerMemory`. With `next` the values that the memory holds take
-            twice the room meanwhile. Default: `next`, or `value` where values are wider than 128: two of them, side
-            by side, have no kernel.
+        text_weight: of a token's nats of text beside an answer's, on average over steps.
+        form: what is learned, one of `offset`, `gain`, `mix`, `across`, `value` and `next`; see `LayerMemory`. With
+            `next` the values that the memory holds take twice the room meanwhile. Default: `next`, or `value` where
+            values are wider than 128: two of them, side by side, have no kernel.
         seconds: of training, after which it ends: the rate falls with both.
         seed: of pieces, facts and the order.
         report: called with a line of text after each lesson.
@@ -172,10 +179,10 @@ class Plan:
                 kinds.setdefault(name, []).append(tensor)
         groups = []
         for name, tensors in kinds.items():
-            highest = SLOWER.get(name, 1.0) * self.rate
-            decay = DECAY.get(name, DECAY_OF_MATRICES) if name in SLOWER else 0.0
+            pace = PACES.get(name, Pace())
+            highest = pace.rate * self.rate
             rate = torch.tensor(highest, device=tensors[0].device)
-            groups.append({"params": tensors, "lr": rate, "highest": highest, "weight_decay": decay})
+            groups.append({"params": tensors, "lr": rate, "highest": highest, "weight_decay": pace.decay})
         on_gpu = memory.parameters()[0].is_cuda
         return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True, capturable=on_gpu)
 

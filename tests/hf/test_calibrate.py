@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from memtrans.hf import ModelMemory, Words, add_memory, calibrate, load_memory
-from memtrans.hf.calibrate import DECAY, SLOWER, Plan, Step, fill, text_loss
+from memtrans.hf.calibrate import PACES, Pace, Plan, Step, fill, text_loss
 from memtrans.hf.facts import FIRST, LAST, MIDDLE, Fact, facts
 from memtrans.hf.lessons import Course, Drawn, Lesson
 from memtrans.hf.planted import plant, questions
@@ -262,8 +262,8 @@ def test_a_step_on_static_buffers_learns_what_one_by_hand_learns(form: str) -> N
     groups = [
         {
             "params": [getattr(layer.learned, name) for layer in by_hand.layers.values()],
-            "highest": 0.1 * SLOWER.get(name, 1.0),
-            "weight_decay": DECAY.get(name, 1.0) if name in SLOWER else 0.0,
+            "highest": 0.1 * PACES.get(name, Pace()).rate,
+            "weight_decay": PACES.get(name, Pace()).decay,
         }
         for name in sorted(kinds)
     ]

@@ -14,7 +14,7 @@ from helpers.hf_families import made, tokens
 from torch import Tensor
 
 from memtrans.hf import ModelMemory, add_memory, calibrate, load_memory, memory_of
-from memtrans.hf.calibrate import SLOWER
+from memtrans.hf.calibrate import PACES
 from memtrans.hf.layer_memory import LayerMemory, spoken
 
 SIZES: dict[str, Any] = {"max_memories": 100, "k": 8, "segment": 16}
@@ -168,7 +168,7 @@ def test_a_calibration_learns_what_is_said_and_leaves_nothing_behind(form: str, 
     found = calibrate(model, memory, bytes_tokenizer(), [text], steps=4, facts=4, batch=1, rate=0.5, form=form)
     assert found["after"]["steps"] == 4
     parameters = values_of(memory)
-    assert len(parameters) == 2 * learned and set(OF_VALUES) <= set(SLOWER)
+    assert len(parameters) == 2 * learned and set(OF_VALUES) <= set(PACES)
     assert all(float(parameter.detach().abs().max()) > 0.005 for parameter in parameters)
     assert not any(parameter.requires_grad for parameter in parameters)
     ids = torch.tensor([bytes_tokenizer()(text)["input_ids"][:100]])
