@@ -8,6 +8,12 @@
 Needs `transformers`, which the extra `memtrans[hf]` installs. Nothing outside this package imports it.
 """
 
+# Where to read on: `add_memory` asks whether a model can have what it is asked for (settings, families, probe) and
+# makes a `ModelMemory` (model_memory), which callers talk to between passes. That is made of the contexts it is inside
+# of (scope), of what it holds for documents (held, entries) and of readers (reading); its files are two (saved).
+# A pass of the model goes through hooks, which hand its layers a state (state, masks, rotation); attention asks the
+# memory in each of them as was learned (layer_memory), and tells who watches (telling).
+
 try:
     import transformers
 except ImportError as error:

@@ -13,10 +13,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from memtrans.hf.attention import NAME, configured, memory_attention_forward
 from memtrans.hf.families import chosen_of, decoder_of, device_of, most_positions
 from memtrans.hf.layer_memory import LayerMemory
-from memtrans.hf.model_memory import KIND, WEIGHTS, ModelMemory
+from memtrans.hf.model_memory import ModelMemory
 from memtrans.hf.probe import probed
+from memtrans.hf.saved import saved_arguments
 from memtrans.hf.settings import MemorySettings, checked
-from memtrans.storage import load_tensors
 
 
 def add_memory(
@@ -155,8 +155,7 @@ def load_memory(model: nn.Module, directory: str | Path, **overrides: Any) -> Mo
     >>> again.numbers, again.lengths.tolist()
     ([1], [9])
     """
-    _, configuration = load_tensors(Path(directory) / WEIGHTS, KIND)
-    memory = add_memory(model, **{**MemorySettings.from_json(configuration), **overrides})
+    memory = add_memory(model, **{**saved_arguments(Path(directory)), **overrides})
     try:
         memory.load(directory)
     except BaseException:

@@ -42,8 +42,8 @@ class Entries:
     ) -> None:
         self.documents, self.as_they_are = documents, as_they_are
         sizes: dict[str, Any] = {"max_memories": settings.max_memories, "num_indices": documents}
-        spare = max(settings.spare, settings.segment)
-        with made_together(0):  # `ModelMemory.reset` has said what they take
+        spare = _spare(settings)
+        with made_together(0):  # `Held.lay_out` has said what they take
             self.memories = {
                 number: KNNMemory(
                     dim=layer.width,
@@ -193,6 +193,20 @@ class Entries:
             counted = ids if read is not None else {**ids, "values": _counted(ids)}
             self.ids.load_state_dict(counted)
         self.read.copy_(self.lengths if read is None else read)
+
+
+def bytes_per_document(layers: Mapping[int, Layer], settings: MemorySettings, as_they_are: bool = False) -> int:
+    """Bytes that the memories of one document take, spare slots included; arguments as of `Entries`."""
+    slots = settings.max_memories + _spare(settings)
+    return slots * sum(
+        layer.kv_heads * (layer.width + layer.held_width(as_they_are)) * (settings.dtype or layer.dtype).itemsize
+        for layer in layers.values()
+    )
+
+
+def _spare(settings: MemorySettings) -> int:
+    """How many slots a document has beside those of the entries that it keeps."""
+    return max(settings.spare, settings.segment)
 
 
 def read_entries(path: Path) -> tuple[dict[str, Tensor], int]:

@@ -1,14 +1,12 @@
-"""The memory of a pretrained model: what it is told between forward passes.
+"""The memory of a pretrained model: what it is told between forward passes, and what a pass asks of it.
 
 Shapes: the letters of `memtrans_kernels`.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,30 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memtrans.checks import check_ids
 from memtrans.generation.generate import reading_bar
 from memtrans.hf.attention import BASE
-from memtrans.hf.entries import Entries, read_entries
+from memtrans.hf.entries import Entries, bytes_per_document
+from memtrans.hf.held import EVALUATED, READ, Held
 from memtrans.hf.hooks import COUNT, after_decoder, before_decoder
-from memtrans.hf.layer_memory import states_of
-from memtrans.hf.masks import padding_of
-from memtrans.hf.probe import Layer
-from memtrans.hf.reading import Reader, to_the_right
+from memtrans.hf.probe import Layer, learned_of
+from memtrans.hf.reading import Readers, aligned, check_documents
+from memtrans.hf.saved import read_memory, write_memory
+from memtrans.hf.scope import Scope
 from memtrans.hf.settings import MemorySettings
 from memtrans.hf.state import Watched
-from memtrans.hf.views import part_of, repeated
 from memtrans.inspection.trace import Trace
 from memtrans.memory.checks import running_backward
 from memtrans.memory.snapshot import MemorySnapshot
-from memtrans.storage import load_tensors, save_tensors
 from memtrans_kernels import checks
-
-WEIGHTS, ENTRIES = "memtrans.safetensors", "memories.safetensors"
-KIND = "memtrans.hf.ModelMemory"
-READ, EVALUATED = "read", "evaluated"  # entries of what is read, and of what an evaluation amid training reads
-LARGE = 1 << 30  # bytes from which a memory is announced as a warning
-
-log = logging.getLogger("memtrans.hf")
 
 
 class ModelMemory:
@@ -63,43 +52,39 @@ class ModelMemory:
     >>> memory.remove()
     """
 
-    # what the contexts below change, as it is outside of them
-    is_off = is_writing = _splits = _keeps_reader = _as_they_are = False
-    searches = True
-    _questions = 1
-    _newest: int | Tensor = 0
-    _behind: int | Tensor = 0
-    _kept_reader: Reader | None = None
-    _watched: Watched | None = None
-
     def __init__(self, decoder: nn.Module, layers: Mapping[int, Layer], settings: MemorySettings) -> None:
         self.decoder, self.layers, self.settings = decoder, dict(layers), settings
         self.numbers = list(layers)
         self.dtype = next(iter(layers.values())).dtype
         self.is_rotary = any(layer.rotation is not None for layer in layers.values())
-        self._held: dict[str, Entries] = {}
+        self._begin({})
         decoder.memtrans_memory = self  # type: ignore[assignment]  # for `memory_of`, of a copy of the model too
         self._handles = [
             decoder.register_forward_pre_hook(partial(before_decoder, self), with_kwargs=True),
             decoder.register_forward_hook(partial(after_decoder, self), with_kwargs=True),
         ]
 
+    def _begin(self, held: dict[str, Entries]) -> None:
+        """Makes what no copy shares with this one, outside of every context. held: entries by place."""
+        self._scope = Scope()
+        self._held = Held(self.layers, self.settings, held)
+        self._readers = Readers(self.decoder, self.settings.segment, COUNT)
+
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy: it is outside of every context that this one is in, and has read no lesson of a calibration."""
-        kept = {name: value for name, value in self.__dict__.items() if name not in vars(ModelMemory)}
-        held = {place: held for place, held in self._held.items() if place == READ and not held.as_they_are}
-        return {**kept, "_held": held}
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("_scope", "_readers")}
+        return {**kept, "_held": self._held.lasting()}
 
-    # ------------------------------------------------------------------------------------------------------ entries
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, and of a model that an earlier version saved whole, whose memory has the same state."""
+        self.__dict__.update(state)
+        self._begin(state["_held"])
+
+    # ------------------------------------------------------------------------------------------------- what is held
 
     @property
     def _entries(self) -> Entries | None:
-        return self._held.get(READ)
-
-    @property
-    def _place(self) -> str:
-        """Which entries a pass looks at."""
-        return EVALUATED if self._splits and not self.decoder.training else READ
+        return self._held.at(READ)
 
     @property
     def lengths(self) -> Tensor:
@@ -119,58 +104,7 @@ class ModelMemory:
     @property
     def bytes_per_document(self) -> int:
         """Bytes that the memories of one document take, spare slots included."""
-        return self._bytes(as_they_are=False)
-
-    def _bytes(self, as_they_are: bool) -> int:
-        slots = self.settings.max_memories + max(self.settings.spare, self.settings.segment)
-        return slots * sum(
-            layer.kv_heads
-            * (layer.width + layer.held_width(as_they_are))
-            * (self.settings.dtype or layer.dtype).itemsize
-            for layer in self.layers.values()
-        )
-
-    def entries_for(self, batch: int, writes: bool) -> Entries | None:
-        """What a pass of so many rows looks at; None where nothing was ever read and the pass adds nothing.
-
-        Raises ValueError for a batch of other documents than those that the memory holds, RuntimeError where a backward
-        pass runs the whole pass again: the memory is no longer what it saw.
-        """
-        if writes and self._questions > 1:
-            raise ValueError("a pass that writes must not be inside expand(), where several rows share a document")
-        held = self._held.get(self._place)
-        if (writes or held is not None) and running_backward() != -1:
-            raise RuntimeError(
-                "model must not be inside a checkpoint as a whole, got a forward pass that a backward pass runs again: "
-                "model.gradient_checkpointing_enable() runs layers again, which know what they saw"
-            )
-        if held is not None and held.documents * self._questions == batch:
-            held.follow(self.layers)
-            return held
-        if held is not None and int(held.lengths.max()) > 0:
-            raise ValueError(
-                f"a pass must have {self._questions} rows for each of the {held.documents} documents that the memory "
-                f"holds, got {batch} rows: reset() forgets them, inside expand(n) a document has n rows"
-            )
-        if not writes:
-            return None
-        self.reset(batch)
-        return self._held[self._place]
-
-    def views(self, snapshots: Mapping[int, MemorySnapshot]) -> dict[int, MemorySnapshot]:
-        """Every layer's memory as this pass sees it: rows repeated by `expand`, and no more entries than `newest`."""
-        return {number: self._view(snapshot) for number, snapshot in snapshots.items()}
-
-    def _view(self, snapshot: MemorySnapshot) -> MemorySnapshot:
-        if isinstance(self._newest, Tensor) or self._newest:
-            snapshot = part_of(snapshot, self._newest, self._behind)
-        return repeated(snapshot, self._questions) if self._questions > 1 else snapshot
-
-    def watched(self, entries: Entries) -> Watched | None:
-        """Who watches a pass that looks at these entries; None for nobody."""
-        if self._watched is None:
-            return None
-        return replace(self._watched, ids=None if entries.ids is None else entries.ids.snapshot())
+        return bytes_per_document(self.layers, self.settings)
 
     def reset(self, documents: int | None = None) -> None:
         """Forgets everything, and frees it.
@@ -180,13 +114,10 @@ class ModelMemory:
         if documents is not None:
             documents = checks.integer("documents", documents, low=1)
             self._check_in_model()
-        self._held.pop(self._place, None)
-        self._forget_reader()
+        self._held.forget(self._place)
+        self._readers.forget()
         if documents is not None:
-            size = documents * self._bytes(self._as_they_are)
-            text = f"a memory of {documents} documents in {len(self.layers)} layers takes {size / 1e9:.2f} GB"
-            log.log(logging.WARNING if size >= LARGE else logging.INFO, text)
-            self._held[self._place] = Entries(self.layers, self.settings, documents, self._as_they_are)
+            self._held.lay_out(self._place, documents, self._scope.as_they_are)
 
     def clear_rows(self, mask: Tensor) -> None:
         """Forgets the documents where mask (B,) bool is True; for a memory that holds none, nothing.
@@ -197,7 +128,11 @@ class ModelMemory:
         if self._entries is not None:
             self._entries.clear_rows(mask)
 
-    # ------------------------------------------------------------------------------------------------------- passes
+    def forget_evaluation(self) -> None:
+        """Frees what passes in `eval()` mode wrote inside `training()`."""
+        self._held.forget(EVALUATED)
+
+    # ------------------------------------------------------------------------------------------------------ reading
 
     @torch.no_grad()
     def read(
@@ -221,31 +156,10 @@ class ModelMemory:
         self._check_in_model()
         if self.is_off:
             raise ValueError("read must be called outside off(), where the model has no memory, got it inside")
-        self._check_ids(ids, attention_mask)
-        padding = padding_of(attention_mask, ids.shape[1])
-        real = None if padding is None else padding.real
-        ids = ids if padding is None else to_the_right(ids, padding)
-        reader = self._reader_for(ids, search)
-        with self._reading(search), reading_bar(ids.numel(), progress) as read:
-            reader.read(ids, real, read)
-        if reader is not self._kept_reader:
-            reader.release()
-
-    def _reader_for(self, ids: Tensor, search: bool) -> Reader:
-        """The one that is kept, where it fits."""
-        kind = (ids.shape[0], search)
-        if self._kept_reader is not None and self._kept_reader.kind == kind:
-            return self._kept_reader
-        reader = Reader(self.decoder, self.settings.segment, COUNT, kind)
-        if self._keeps_reader:
-            self._forget_reader()
-            self._kept_reader = reader
-        return reader
-
-    def _forget_reader(self) -> None:
-        if self._kept_reader is not None:
-            self._kept_reader.release()
-            self._kept_reader = None
+        check_documents(self.decoder, ids, attention_mask)
+        ids, real = aligned(ids, attention_mask)
+        with self._scope.within(is_writing=True, searches=search), reading_bar(ids.numel(), progress) as read:
+            self._readers.read(ids, real, search, read)
 
     @contextmanager
     def reading_again(self) -> Iterator[None]:
@@ -253,10 +167,10 @@ class ModelMemory:
 
         Whoever replaces what the memory holds inside, by `reset` or `load`, captures anew.
         """
-        try:
-            yield from self._with(_keeps_reader=True)
-        finally:
-            self._forget_reader()
+        with self._readers.keeping():
+            yield
+
+    # ----------------------------------------------------------------------------------------------------- contexts
 
     @contextmanager
     def learning(self, form: str) -> Iterator[None]:
@@ -266,13 +180,10 @@ class ModelMemory:
         `LayerMemory`), and is to be forgotten before the end.
         """
         self._check_in_model()
-        for layer in self.layers.values():
-            layer.learned.learn_to_ask(form)
-        yield from self._with(_as_they_are=True)
-
-    @contextmanager
-    def _reading(self, search: bool) -> Iterator[None]:
-        yield from self._with(is_writing=True, searches=search)
+        for layer in learned_of(self.layers).values():
+            layer.learn_to_ask(form)
+        with self._scope.within(as_they_are=True):
+            yield
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -281,22 +192,21 @@ class ModelMemory:
         Give `model(segment, new_document=flags)`, flags (B,) bool, where rows begin another document.
         """
         self._check_in_model()
-        yield from self._with(is_writing=True)
+        with self._scope.within(is_writing=True):
+            yield
 
     @contextmanager
     def training(self) -> Iterator[None]:
         """Like `writing()`, but passes in `eval()` mode have memories of their own: an evaluation amid training."""
         self._check_in_model()
-        yield from self._with(is_writing=True, _splits=True)
-
-    def forget_evaluation(self) -> None:
-        """Frees what passes in `eval()` mode wrote inside `training()`."""
-        self._held.pop(EVALUATED, None)
+        with self._scope.within(is_writing=True, splits=True):
+            yield
 
     @contextmanager
     def off(self) -> Iterator[None]:
         """Inside, the model is what it was without a memory, bit for bit."""
-        yield from self._with(is_off=True)
+        with self._scope.within(is_off=True):
+            yield
 
     @contextmanager
     def expand(self, questions: int) -> Iterator[None]:
@@ -304,7 +214,8 @@ class ModelMemory:
 
         questions: n; a pass has B·n rows, row i looks at document i // n, and nothing is written.
         """
-        yield from self._with(_questions=checks.integer("questions", questions, low=1))
+        with self._scope.within(questions=checks.integer("questions", questions, low=1)):
+            yield
 
     @contextmanager
     def newest(self, entries: int | Tensor, behind: int | Tensor = 0) -> Iterator[None]:
@@ -319,7 +230,8 @@ class ModelMemory:
             entries = checks.integer("entries", entries, low=1)
         if not isinstance(behind, Tensor):
             behind = checks.integer("behind", behind, low=0)
-        yield from self._with(_newest=entries, _behind=behind)
+        with self._scope.within(newest=entries, behind=behind):
+            yield
 
     @contextmanager
     def tracing(self, *, local: bool = False) -> Iterator[Trace]:
@@ -333,23 +245,63 @@ class ModelMemory:
         Yields a trace, which `memtrans.inspection.trace.Trace` describes. Raises ValueError inside another `tracing`.
         """
         self._check_in_model()
-        if self._watched is not None:
+        if self._scope.watched is not None:
             raise ValueError("a memory must be watched by one trace at a time, got a second one inside the first")
         trace = Trace()
         tell = {number: trace.watcher(number) for number in self.numbers}
-        self._watched = Watched(lambda layer, observation: tell[layer](observation), local)
-        try:
+        watched = Watched(lambda layer, observation: tell[layer](observation), local)
+        with self._scope.within(watched=watched):
             yield trace
-        finally:
-            self._watched = None
 
-    def _with(self, **fields: Any) -> Iterator[None]:
-        before = {name: getattr(self, name) for name in fields}
-        self.__dict__.update(fields)
-        try:
-            yield
-        finally:
-            self.__dict__.update(before)
+    # -------------------------------------------------------------------------------------------- what a pass asks
+
+    @property
+    def is_off(self) -> bool:
+        """Whether passes are those of the model without a memory."""
+        return self._scope.is_off
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether passes add what they saw."""
+        return self._scope.is_writing
+
+    @property
+    def searches(self) -> bool:
+        """Whether passes look at what is held."""
+        return self._scope.searches
+
+    @property
+    def _place(self) -> str:
+        """Which entries a pass looks at."""
+        return EVALUATED if self._scope.splits and not self.decoder.training else READ
+
+    def entries_for(self, batch: int, writes: bool) -> Entries | None:
+        """What a pass of so many rows looks at; None where nothing was ever read and the pass adds nothing.
+
+        Raises ValueError for a batch of other documents than those that the memory holds, RuntimeError where a backward
+        pass runs the whole pass again: the memory is no longer what it saw.
+        """
+        place, questions = self._place, self._scope.questions
+        if writes and questions > 1:
+            raise ValueError("a pass that writes must not be inside expand(), where several rows share a document")
+        if (writes or self._held.at(place) is not None) and running_backward() != -1:
+            raise RuntimeError(
+                "model must not be inside a checkpoint as a whole, got a forward pass that a backward pass runs again: "
+                "model.gradient_checkpointing_enable() runs layers again, which know what they saw"
+            )
+        found = self._held.for_rows(place, batch, questions)
+        if found is None and writes:
+            self.reset(batch)
+            found = self._held.at(place)
+        return found
+
+    def views(self, snapshots: Mapping[int, MemorySnapshot]) -> dict[int, MemorySnapshot]:
+        """Every layer's memory as this pass sees it: rows repeated by `expand`, and no more entries than `newest`."""
+        return self._scope.views(snapshots)
+
+    def watched(self, entries: Entries) -> Watched | None:
+        """Who watches a pass that looks at these entries; None for nobody."""
+        return self._scope.watched_at(entries)
 
     # -------------------------------------------------------------------------------------------- parameters, files
 
@@ -360,7 +312,7 @@ class ModelMemory:
         they changed is to be read again.
         """
         self._check_in_model()
-        return [parameter for layer in self.layers.values() for parameter in layer.learned.parameters()]
+        return [parameter for layer in learned_of(self.layers).values() for parameter in layer.parameters()]
 
     def save(self, directory: str | Path) -> None:
         """Writes memtrans.safetensors, settings and what was learned, and memories.safetensors, what is held.
@@ -369,19 +321,7 @@ class ModelMemory:
             read, the second is not there afterwards, and what is held in a calibration is not written.
         """
         self._check_in_model()
-        place = Path(directory)
-        place.mkdir(parents=True, exist_ok=True)
-        learned = {
-            f"{number}.{name}": tensor
-            for number, layer in self.layers.items()
-            for name, tensor in layer.learned.state_dict().items()
-        }
-        configuration = {**self.settings.to_json(), "layers": self.numbers}
-        save_tensors(place / WEIGHTS, learned, KIND, configuration)
-        if self._entries is None or self._entries.as_they_are:
-            (place / ENTRIES).unlink(missing_ok=True)  # of an earlier save, which `load` would take for this one's
-        else:
-            self._entries.save(place / ENTRIES)
+        write_memory(Path(directory), self.layers, self.settings, self._held.lasting().get(READ))
 
     def load(self, directory: str | Path) -> None:
         """Takes up what `save` wrote of a memory in the same layers: what it learned and, if anything, what it held.
@@ -392,20 +332,12 @@ class ModelMemory:
         Raises FileNotFoundError, or ValueError for a file that is damaged or of other layers; nothing changed then.
         """
         self._check_in_model()
-        place = Path(directory)
-        learned, configuration = load_tensors(place / WEIGHTS, KIND)
-        if configuration.get("layers") != self.numbers:
-            of_file = configuration.get("layers")
-            raise ValueError(f"directory must hold a memory of layers {self.numbers}, got {of_file}")
-        states = states_of(learned, {number: layer.learned for number, layer in self.layers.items()})
-        if (place / ENTRIES).exists():
-            state, documents = read_entries(place / ENTRIES)
-            entries = Entries(self.layers, self.settings, documents)
-            entries.load(state)
-            self._held[READ] = entries
-        self._forget_reader()
-        for number, layer in self.layers.items():
-            layer.learned.take(states[number])
+        saved = read_memory(Path(directory), self.layers, self.settings)
+        if saved.entries is not None:
+            self._held.put(READ, saved.entries)
+        self._readers.forget()
+        for number, layer in learned_of(self.layers).items():
+            layer.take(saved.learned[number])
 
     def remove(self) -> None:
         """Takes the memory out of the model, which is then what it was, bit for bit; once more, it does nothing.
@@ -426,13 +358,3 @@ class ModelMemory:
     def _check_in_model(self) -> None:
         if not self._handles:
             raise ValueError("memory must be in its model, got one that remove() took out: add_memory makes another")
-
-    def _check_ids(self, ids: Tensor, attention_mask: Tensor | None) -> None:
-        """Raises unless ids are of the vocabulary (B, N), and a mask is of their shape."""
-        table = self.decoder.get_input_embeddings()  # type: ignore[operator]
-        check_ids("ids", ids, getattr(table, "num_embeddings", None), None, None, validate=False)
-        if attention_mask is not None:
-            checks.tensors(attention_mask=attention_mask)
-            if attention_mask.shape != ids.shape:
-                of_ids, of_mask = tuple(ids.shape), tuple(attention_mask.shape)
-                raise ValueError(f"attention_mask must be (B, N) as ids are, {of_ids}, got {of_mask}")

@@ -57,6 +57,11 @@ class Layer:
         return self.value_width * self.learned.parts if as_they_are else self.value_width
 
 
+def learned_of(layers: Mapping[int, Layer]) -> dict[int, LayerMemory]:
+    """What each layer learns, by number; see `Layer.learned`."""
+    return {number: layer.learned for number, layer in layers.items()}
+
+
 def probed(decoder: PreTrainedModel, chosen: Mapping[int, nn.Module], combine: str, turn: int) -> dict[int, Layer]:
     """The chosen layers of a model, which is as it was afterwards. Raises ValueError for what cannot have a memory."""
     name = type(decoder).__name__

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from memtrans.hf import ModelMemory, add_memory, load_memory
 from memtrans.hf.layer_memory import FORMS
-from memtrans.hf.model_memory import ENTRIES, KIND, WEIGHTS
+from memtrans.hf.saved import ENTRIES, KIND, WEIGHTS
 from memtrans.storage import load_tensors, save_tensors
 
 SIZES: dict[str, Any] = {"max_memories": 100, "k": 8, "segment": 16}
@@ -84,10 +84,10 @@ def test_a_reader_that_was_kept_is_not_asked_with_former_parameters(tmp_path: Pa
     memory = calibrated(made("llama"), "gain")
     with memory.reading_again():
         memory.read(tokens(length=30), progress=False)
-        before = memory._kept_reader
+        before = memory._readers.kept
         memory.load(tmp_path)
         memory.read(tokens(length=30), progress=False)
-        assert before is not None and memory._kept_reader is not before
+        assert before is not None and memory._readers.kept is not before
 
 
 WRONG_WEIGHTS: list[tuple[Edit, str]] = [

@@ -291,6 +291,30 @@ def test_a_copy_of_a_model_alone_has_a_memory_that_is_found_outside_of_every_con
         memory_of(other)
 
 
+def test_a_copy_has_the_state_that_every_version_has_saved_whole(model: PreTrainedModel) -> None:
+    memory = add_memory(model, **SIZES)
+    memory.read(tokens(length=30))
+    fixed = {"decoder", "layers", "settings", "numbers", "dtype", "is_rotary", "_handles"}
+    with memory.training(), memory.newest(5), memory.reading_again():
+        logits_of(model, tokens(length=6))  # an evaluation's
+        state = memory.__getstate__()
+    assert set(state) == {*fixed, "_held"}
+    assert type(state["_held"]) is dict and {*state["_held"]} == {"read"}
+
+
+def test_a_context_that_ends_first_leaves_the_others_as_they_are(model: PreTrainedModel) -> None:
+    """A Trainer's callback enters and leaves one from hooks, whatever a caller does meanwhile."""
+    memory = add_memory(model, **SIZES)
+    memory.read(tokens(length=30))
+    writing, off = memory.writing(), memory.off()
+    writing.__enter__()
+    off.__enter__()
+    writing.__exit__(None, None, None)
+    assert (memory.is_writing, memory.is_off) == (False, True)
+    off.__exit__(None, None, None)
+    assert (memory.is_writing, memory.is_off) == (False, False)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_a_model_that_is_cast_goes_on_with_what_its_memory_holds(model: PreTrainedModel, dtype: torch.dtype) -> None:
     memory, question = add_memory(model, offset=0.5, **SIZES), tokens(length=6, seed=2)
@@ -320,6 +344,6 @@ def test_a_memory_has_the_dtype_of_the_keys() -> None:
 def test_a_large_memory_says_its_bytes_before_it_takes_them(
     model: PreTrainedModel, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("memtrans.hf.model_memory.LARGE", 100)
+    monkeypatch.setattr("memtrans.hf.held.LARGE", 100)
     add_memory(model, **SIZES).reset(3)
     assert "a memory of 3 documents in 2 layers takes 0.00 GB" in caplog.text

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from memtrans.hf import ModelMemory, add_memory, calibrate, load_memory, memory_of
 from memtrans.hf.calibrate import PACES
+from memtrans.hf.entries import bytes_per_document
 from memtrans.hf.layer_memory import LayerMemory, spoken
 
 SIZES: dict[str, Any] = {"max_memories": 100, "k": 8, "segment": 16}
@@ -225,7 +226,7 @@ def test_a_model_that_was_saved_whole_before_there_were_forms_of_values(tmp_path
 def test_a_lesson_takes_the_room_that_the_next_values_need() -> None:
     memory = add_memory(made("llama"), **SIZES)
     learn(memory, "next")
-    assert memory._bytes(as_they_are=True) * 2 == memory.bytes_per_document * 3
+    assert bytes_per_document(memory.layers, memory.settings, as_they_are=True) * 2 == memory.bytes_per_document * 3
 
 
 def test_values_of_each_group_are_its_heads() -> None:
