@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from memtrans.hf.attention import NAME, configured, memory_attention_forward
+from memtrans.hf.attention import configured
 from memtrans.hf.families import chosen_of, decoder_of, device_of, most_positions
 from memtrans.hf.layer_memory import LayerMemory
 from memtrans.hf.model_memory import ModelMemory
@@ -88,7 +87,6 @@ def add_memory(
     _check_positions(settings, most_positions(decoder))
     devices = {number: device_of(attention) for number, attention in chosen.items()}
     found = probed(decoder, chosen, settings.combine, settings.turn)
-    ALL_ATTENTION_FUNCTIONS.register(NAME, memory_attention_forward)
     for number, layer in found.items():
         sizes = {"kv_heads": layer.kv_heads, "value_width": layer.value_width}
         layer.attention.memtrans = LayerMemory(layer.heads, layer.width, settings.offset, devices[number], **sizes)

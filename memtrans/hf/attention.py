@@ -272,3 +272,7 @@ def _local_mask(mask: Any, query: Tensor, keys: int, window: int | None) -> dict
         table = query.new_zeros(query.shape[1], window + 1, dtype=torch.float32)
         said["bias_table"] = table.index_fill(1, torch.tensor([window], device=query.device), -torch.inf)
     return said
+
+
+# here, and not where a memory is added: a model that was saved whole asks for it in a process that adds none
+ALL_ATTENTION_FUNCTIONS.register(NAME, memory_attention_forward)

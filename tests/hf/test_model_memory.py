@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -289,6 +291,22 @@ def test_a_copy_of_a_model_alone_has_a_memory_that_is_found_outside_of_every_con
     its.remove()
     with pytest.raises(ValueError, match="model must have a memory, got LlamaForCausalLM without one: add_memory"):
         memory_of(other)
+
+
+def test_a_model_that_was_saved_whole_has_its_memory_in_a_process_that_adds_none(
+    model: PreTrainedModel, tmp_path: Path
+) -> None:
+    memory, question = add_memory(model, **SIZES), tokens(length=6, seed=2)
+    memory.read(tokens(length=30))
+    torch.save((model, question, logits_of(model, question)), tmp_path / "whole.pt")
+    load = """
+import sys, torch
+model, question, before = torch.load(sys.argv[1], weights_only=False)
+with torch.no_grad():
+    assert torch.equal(model(question).logits, before)
+"""
+    done = subprocess.run([sys.executable, "-c", load, tmp_path / "whole.pt"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_copy_has_the_state_that_every_version_has_saved_whole(model: PreTrainedModel) -> None:
