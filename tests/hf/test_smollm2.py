@@ -25,7 +25,7 @@ from memtrans.hf.planted import plant, questions
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from hf_facts import WORDS
+from hf_judge import WORDS
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TEMPLATES = WORDS.templates  # other sentences than those that a memory is calibrated with

@@ -1,4 +1,4 @@
-"""What `benchmarks/hf_facts.py` judges a memory by is nothing that a calibration is made of."""
+"""What `benchmarks/hf_judge.py` judges a memory by is nothing that a calibration is made of."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from helpers.scripts import benchmark_script
 from memtrans.hf import facts
 from memtrans.hf.facts import Words
 
-HF_FACTS = benchmark_script("hf_facts")
+HF_JUDGE = benchmark_script("hf_judge")
 OWN_ONES = (*facts._PEOPLE, *facts._THINGS)
-JUDGED_ONES = (*HF_FACTS.PEOPLE, *HF_FACTS.THINGS)
+JUDGED_ONES = (*HF_JUDGE.PEOPLE, *HF_JUDGE.THINGS)
 
 
 @pytest.fixture(params=["facts", "alike"])
 def judged(request: pytest.FixtureRequest) -> Words:
-    found: Words = HF_FACTS.KINDS[request.param]
+    found: Words = HF_JUDGE.KINDS[request.param]
     return found
 
 
