@@ -40,6 +40,7 @@ MODEL_LAYER = (
     "position",
     "vocabulary",
     "residual",
+    "recurrence",
     "segments",
     *FORMER,
 )

@@ -119,3 +119,52 @@ def mask_of(mask: Tensor | None, lengths: Tensor | None, length: int, causal: bo
         return mask
     real = torch.arange(length, device=lengths.device) < lengths[:, None]
     return real if mask is None else mask & real
+
+
+class Segment(NamedTuple):
+    """What is known of the N tokens of a segment, in the order in which layers read them.
+
+    Attributes:
+        length: N.
+        counted: (B,) int64, how many tokens of each row are real. Default: all.
+        padding: the order in which padding leads. Default: padding is at the tail, if there is any.
+        beginnings: of documents inside the segment. Default: none begins in it.
+    """
+
+    length: int
+    counted: Tensor | None = None
+    padding: Padding | None = None
+    beginnings: Beginnings | None = None
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """How many tokens of each row are real where padding is at the tail, (B,); None where it leads, or is none."""
+        return self.counted if self.padding is None else None
+
+    @property
+    def real(self) -> Tensor | None:
+        """Which tokens are real, (B, N) bool; None where all are."""
+        if self.padding is not None:
+            return self.padding.real
+        if self.counted is None:
+            return None
+        return torch.arange(self.length, device=self.counted.device) < self.counted[:, None]
+
+
+def segment_of(length: int, lengths: Tensor | None, mask: Tensor | None, causal: bool) -> Segment:
+    """A segment of N = `length` tokens, of which a mask (B, N) bool and lengths (B,) say what is real.
+
+    Padding leads in it where `mask_of` says that it has to be hidden.
+
+    >>> segment = segment_of(3, None, torch.tensor([[True, False, True]]), causal=True)
+    >>> segment.counted.tolist(), segment.lengths, segment.real.tolist()
+    ([2], None, [[False, True, True]])
+    >>> segment = segment_of(3, torch.tensor([2]), None, causal=True)
+    >>> segment.padding, segment.lengths.tolist(), segment.real.tolist()
+    (None, [2], [[True, True, False]])
+    """
+    real = mask_of(mask, lengths, length, causal)
+    if real is None:
+        return Segment(length, lengths)
+    padding = leading(real)
+    return Segment(length, length - padding.skipped, padding)

@@ -15,37 +15,25 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from memtrans.attention import Attention
-from memtrans.checks import check_count, check_finite, check_hidden, check_ids, check_tokens
+from memtrans.checks import check_finite, check_hidden, check_ids
 from memtrans.compatibility import UNUSED, warn_unused
 from memtrans.config import architecture_of, attention_arguments
 from memtrans.knn_attention import KNNAttention
 from memtrans.local_keys import LayerInputs
-from memtrans.memory.clearings import check_known, length_seen
-from memtrans.memory.given import snapshots_for
 from memtrans.memory.knn_memory import KNNMemory
 from memtrans.memory.makes_memories import MakesMemories
 from memtrans.memory.snapshot import MemorySnapshot
 from memtrans.position import T5RelativePositionBias
 from memtrans.pretrained import Pretrained, configuration_of
+from memtrans.recurrence import Recurrence
 from memtrans.residual import FeedForward, PreNormResidual
-from memtrans.segments import Beginnings, Padding, beginnings, leading, mask_of, ordered
+from memtrans.segments import Segment, ordered, segment_of
 from memtrans.trainers import Configuration, ForTrainers, without_memories
 from memtrans.vocabulary import Vocabulary
-from memtrans.xl_memories import (
-    XLMemories,
-    caches_attended,
-    caches_of,
-    check_caches,
-    check_said,
-    length_after,
-    length_found,
-    length_of,
-    longest_of,
-    mark,
-)
+from memtrans.xl_memories import caches_attended, longest_of
 
 
-class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
+class MemorizingTransformer(Vocabulary, Recurrence, MakesMemories, ForTrainers, Pretrained):
     """A decoder-only transformer with a memory in some layers and an XL cache in some.
 
     Args:
@@ -241,9 +229,9 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
 
         Returns:
             logits (B, N, V), or the loss with `labels`, or embeddings (B, N, dim); with `num_items_in_batch` alone a
-            dict of `loss` and `logits`; else paired with the new XL memories if
-            the model has any: a list, with `lengths` or `xl_length` one whose attribute `length` (B,) is the next
-            segment's `xl_length`, which each cache carries too.
+            dict of `loss` and `logits`; else paired with the new XL memories if the model has any: a list, with
+            `lengths` or `xl_length` one whose attribute `length` (B,) is the next segment's `xl_length`, which each
+            cache carries too.
 
         Raises:
             ValueError, IndexError: ids outside the vocabulary (checked on the CPU, or with `validate`), wrong numbers
@@ -272,65 +260,34 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         (batch, length, _), device = hidden.shape, hidden.device
         if from_trainer and without_memories(knn_memories, self.memorizing_layers):
             knn_memories, add_knn_memory = self.create_knn_memories(batch_size=batch, max_memories=1), False
-        caches = caches_of(xl_memories, self.xl_memory_layers)
-        if checked:
-            check_caches(caches, batch, self.kv_heads, (self.dim_head, self.value_dim_head), device)
-        xl_length = length_of(xl_memories) if xl_length is None else xl_length
+        caches, xl_length = self._caches_given(xl_memories, xl_length, batch, device)  # (B, X, 2, D) each, (B,)
         if checked:
             self.check_head((batch, length), labels, return_embeddings, device, reduction)
-            self._check(batch, length, device, caches, lengths, xl_length, mask)
+            self._check_segment(batch, length, device, caches, lengths, xl_length, mask)
         searched = self.snapshots(knn_memories, batch, length, device)
-        if checked and not self.legacy:
-            check_known(caches, xl_length, searched)
-        xl_length = length_found(caches, xl_length)
-        if not self.legacy:
-            xl_length = length_seen(caches, xl_length, searched)
+        xl_length = self._cached_seen(caches, xl_length, searched)  # (B,)
 
-        ids, padding, real = x, None, mask_of(mask, lengths, length, self.causal)
-        if real is not None:
-            hidden, ids, padding = self._padding_first(hidden, x, real)
-        lengths = lengths if padding is None else None
-        added_to, begun = searched, None
-        start, end = self.clear_memories_on_sos_token_id, self.clear_memories_on_eos_token_id
-        if ids is not None and not self.legacy and (start is not None or end is not None):
-            begun = beginnings(ids, start, end, _real_tokens(ids, lengths, padding))
-        if add_knn_memory and begun is not None:  # read-only calls clear nothing
-            added_to = [snapshot.cleared(begun.left >= 0) for snapshot in searched]
-            elsewhere = added_to[0].cleared_elsewhere if added_to else None
-            begun = begun if elsewhere is None else begun.beside(*elsewhere)
-        elif add_knn_memory and self.legacy and ids is not None and start is not None:
-            searched = added_to = self._clear(searched, ids, lengths, padding, start)
-        counted = lengths if padding is None else length - padding.skipped
-        attended = caches_attended(caches, self.shift_xl_memories_down, length, counted)
-        inputs = self._layer_inputs(length, device, attended, lengths, xl_length, padding, begun)
+        ids, segment = x, segment_of(length, lengths, mask, self.causal)
+        if segment.padding is not None:  # it leads from here on
+            hidden = ordered(hidden, segment.padding.order)
+            ids = None if ids is None else ordered(ids, segment.padding.order)  # (B, N)
+        added_to = searched
+        if ids is not None and self._clears_on_tokens:
+            segment, searched, added_to = self._begin_documents(ids, segment, searched, add_knn_memory)
+
+        inputs = self._layer_inputs(segment, device, caches, xl_length)
         unused = self._nothing_of_unused_bias(device)
         hidden = hidden if unused is None else hidden + unused
         hidden, stored, new_caches = self.run_layers(hidden, inputs, searched, add_knn_memory, added_to)
-        if add_knn_memory and self.legacy and ids is not None and end is not None:
-            self._clear(stored, ids, lengths, padding, end)
+        if ids is not None and self.legacy and add_knn_memory:
+            self._end_documents(ids, segment, stored)
+        if segment.padding is not None:
+            hidden = ordered(hidden, segment.padding.back)
 
-        if padding is not None:
-            hidden = ordered(hidden, padding.back)
         result = self.head(hidden, labels, return_embeddings, num_items_in_batch, reduction)  # (B, N, V)
         if not self.num_xl_memory_layers or num_items_in_batch is not None:
             return result
-        if "forward" in self.__dict__:  # accelerate's, which makes float32 copies of all else, and they say nothing
-            new_caches = [cache.float() for cache in new_caches]
-        held = length_after(caches, length, counted, xl_length)  # (B,)
-        if begun is not None:
-            held = _held_of_new_documents(begun, held, length, lengths, longest_of(caches) + length)
-        clearings = tuple(snapshot.clearings for snapshot in added_to)
-        if held is None:
-            mark(new_caches, None, clearings)
-        else:
-            new_caches = XLMemories(new_caches, held.clamp(max=new_caches[0].shape[-3]), clearings)
-        return result, new_caches
-
-    @staticmethod
-    def _padding_first(hidden: Tensor, ids: Tensor | None, real: Tensor) -> tuple[Tensor, Tensor | None, Padding]:
-        """Embeddings (B, N, dim) and ids (B, N) with all padding leading, where `real` (B, N) says what is none."""
-        padding = leading(real)
-        return ordered(hidden, padding.order), None if ids is None else ordered(ids, padding.order), padding
+        return result, self._caches_left(new_caches, caches, segment, xl_length, added_to)
 
     def _nothing_of_unused_bias(self, device: torch.device) -> Tensor | None:
         """0 () that gives the bias of the kind of layer that this model has none of a gradient; None without such.
@@ -343,30 +300,22 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         return 0.0 * unused.table(0, device).sum()
 
     def _layer_inputs(
-        self,
-        length: int,
-        device: torch.device,
-        caches: list[Tensor | None],
-        lengths: Tensor | None,
-        xl_length: Tensor | None,
-        padding: Padding | None,
-        begun: Beginnings | None,
+        self, segment: Segment, device: torch.device, caches: Sequence[Tensor | None], xl_length: Tensor | None
     ) -> list[LayerInputs]:
-        """For each layer the bias of its kind, and the XL cache that it attends to; of a segment of N = `length`.
-
-        caches: what each caching layer attends to.
-        """
-        free = longest_of(caches) if self.legacy else 0
+        """What the attention of each layer is given: the bias of its kind, and an XL cache of the caching layers'."""
+        attended = caches_attended(caches, self.shift_xl_memories_down, segment.length, segment.counted)
+        free = longest_of(attended) if self.legacy else 0
         plain, of_memory = (bias.table(free, device) for bias in (self.rel_pos_bias, self.knn_rel_pos_bias))
+        of_all = LayerInputs(lengths=segment.lengths, padding=segment.padding, beginnings=segment.beginnings)
         inputs = []
         for number in range(1, len(self.layers) + 1):
-            bias = of_memory if number in self.memorizing_layers else plain
+            bias = of_memory if number in self.memorizing_layers else plain  # (H, distances)
             cached = local_length = None
             if number in self.xl_memory_layers:
-                cached = caches[self.xl_memory_layers.index(number)]
+                cached = attended[self.xl_memory_layers.index(number)]  # (B, X, 2, D)
             if cached is not None and xl_length is not None:
-                local_length = xl_length.clamp(max=cached.shape[-3]) + length  # (B,)
-            inputs.append(LayerInputs(cached, bias, local_length, lengths, padding=padding, beginnings=begun))
+                local_length = xl_length.clamp(max=cached.shape[-3]) + segment.length  # (B,)
+            inputs.append(of_all._replace(xl_memory=cached, rel_pos_bias=bias, local_length=local_length))
         return inputs
 
     def run_layers(
@@ -414,72 +363,3 @@ class MemorizingTransformer(Vocabulary, MakesMemories, ForTrainers, Pretrained):
         """Which memory the memorizing layer at `place` searches and which it adds to; upstream's shift moved both."""
         searched = (place + self.shift_knn_memories_down) % self.num_memory_layers
         return searched, searched if self.legacy else place
-
-    # -------------------------------------------------------------------------------------------------- checks
-
-    def _check(
-        self,
-        batch: int,
-        length: int,
-        device: torch.device,
-        caches: Sequence[Tensor | None],
-        lengths: Tensor | None,
-        xl_length: Tensor | None,
-        mask: Tensor | None,
-    ) -> None:
-        """Raises unless counts and caches fit a segment (B, N); see `forward`."""
-        check_count("lengths", lengths, batch, device, length)
-        check_count("xl_length", xl_length, batch, device)
-        if mask is not None:
-            check_tokens("mask", mask, batch, length, device)
-        real = mask_of(mask, lengths, length, self.causal)
-        check_said(caches, lengths if real is None else real.sum(dim=1), xl_length, self.validate)
-
-    def snapshots(
-        self, memories: Sequence[KNNMemory | MemorySnapshot], batch: int, longest: int, device: torch.device
-    ) -> list[MemorySnapshot]:
-        """One snapshot per memory, taken before anything is added; raises where a memory is not this model's.
-
-        Args:
-            memories: one for each memorizing layer, of B = `batch` documents in scope.
-            longest: the memories make room for segments of so many tokens.
-            device: of the embeddings.
-
-        Raises:
-            ValueError, TypeError: another number of memories, no memory, or one of other sizes or another device.
-        """
-        return snapshots_for(
-            memories,
-            self.memorizing_layers,
-            batch=batch,
-            longest=longest,
-            device=device,
-            kv_heads=self.kv_heads,
-            width=self.dim_head,
-            value_width=self.value_dim_head,
-        )
-
-    @staticmethod
-    def _clear(
-        snapshots: list[MemorySnapshot], x: Tensor, lengths: Tensor | None, padding: Padding | None, token_id: int
-    ) -> list[MemorySnapshot]:
-        """Forgets, as upstream means it, the documents whose row of x has the token outside padding; on the device."""
-        found, real = x == token_id, _real_tokens(x, lengths, padding)
-        mask = (found if real is None else found & real).any(dim=-1)
-        return [snapshot.cleared(mask) for snapshot in snapshots]
-
-
-def _real_tokens(ids: Tensor, lengths: Tensor | None, padding: Padding | None) -> Tensor | None:
-    """Which of ids (B, N) are no padding: (B, N) bool; None where all are real."""
-    if padding is not None:
-        return padding.real
-    return None if lengths is None else torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-
-
-def _held_of_new_documents(
-    begun: Beginnings, held: Tensor | None, length: int, lengths: Tensor | None, all_of_them: int
-) -> Tensor:
-    """How many cached tokens are each row's document (B,), before a cache's size limits it: `held`, or `all_of_them`
-    where that is None, but for rows of which documents begin in a segment of N = `length` tokens."""
-    tail = 0 if lengths is None else length - lengths
-    return torch.where(begun.left < 0, all_of_them if held is None else held, begun.left - tail)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from memtrans.checks import check_cache
+from memtrans.segments import Segment
 from memtrans_kernels.checks import may_look
 
 LENGTH = "xl_length"  # of a cache: how many of its newest tokens are the row's document, (B,) int64; None for all
@@ -141,17 +142,25 @@ def length_found(caches: Sequence[Tensor | None], xl_length: Tensor | None) -> T
     return None if may_look(held) else held
 
 
-def length_after(
-    xl_memories: Sequence[Tensor | None], length: int, lengths: Tensor | None, xl_length: Tensor | None
-) -> Tensor | None:
-    """What `xl_length` is after a segment of N = `length` tokens, before a cache's size limits it: (B,), None for all.
+def length_after(caches: Sequence[Tensor | None], segment: Segment, xl_length: Tensor | None) -> Tensor | None:
+    """What `xl_length` is after a segment of N tokens, before a cache's size limits it: (B,), None for all.
 
-    xl_memories, xl_length: before it. lengths: (B,), real tokens of it. Default: all.
+    caches, xl_length: before it.
+
+    >>> cache, segment = torch.zeros(2, 4, 2, 8), Segment(3, torch.tensor([3, 1]))
+    >>> length_after([cache], segment, None).tolist(), length_after([cache], segment, torch.tensor([0, 2])).tolist()
+    ([7, 5], [3, 3])
     """
-    size = longest_of(xl_memories)
+    size, counted, begun = longest_of(caches), segment.counted, segment.beginnings
+    held = None
     if xl_length is not None:
-        return xl_length.clamp(max=size) + (length if lengths is None else lengths)
-    return None if lengths is None else size + lengths
+        held = xl_length.clamp(max=size) + (segment.length if counted is None else counted)  # (B,)
+    elif counted is not None:
+        held = size + counted
+    if begun is None:
+        return held
+    tail = 0 if segment.lengths is None else segment.length - segment.lengths
+    return torch.where(begun.left < 0, size + segment.length if held is None else held, begun.left - tail)
 
 
 def caches_of(xl_memories: Sequence[Tensor | None] | None, layers: Sequence[int]) -> list[Tensor | None]:
