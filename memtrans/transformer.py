@@ -162,7 +162,7 @@ class MemorizingTransformer(Vocabulary, Recurrence, MakesMemories, ForTrainers, 
         self.causal = causal
         self.value_dim_head = layers.dim_head if value_dim_head is None else value_dim_head
 
-        self.token_emb = None if layers.num_tokens is None else nn.Embedding(layers.num_tokens, layers.dim)
+        self.token_emb = None if layers.num_tokens is None else nn.Embedding(layers.num_tokens, layers.dim)  # (V, dim)
         position_scale = layers.dim_head**0.5
         self.rel_pos_bias = T5RelativePositionBias(scale=position_scale, heads=layers.heads)
         self.knn_rel_pos_bias = T5RelativePositionBias(scale=position_scale, heads=layers.knn_attn_heads)
@@ -173,7 +173,7 @@ class MemorizingTransformer(Vocabulary, Recurrence, MakesMemories, ForTrainers, 
             feed_forward = PreNormResidual(layers.dim, FeedForward(layers.dim, ff_mult, ff_dropout))
             self.layers.append(nn.ModuleList([attention, feed_forward]))
         last = () if layers.num_tokens is None else (nn.Linear(layers.dim, layers.num_tokens),)
-        self.to_logits = nn.Sequential(nn.LayerNorm(layers.dim), *last)
+        self.to_logits = nn.Sequential(nn.LayerNorm(layers.dim), *last)  # (B, N, dim) -> (B, N, V)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A pickle of old is of a causal model, whose values are as wide as its keys."""
