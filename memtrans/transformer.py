@@ -170,8 +170,8 @@ class MemorizingTransformer(Vocabulary, Recurrence, MakesMemories, ForTrainers, 
         for number in range(1, layers.depth + 1):
             kind = KNNAttention if number in layers.memorizing else Attention
             attention = PreNormResidual(layers.dim, kind(**attention_arguments(arguments, number, layers)))
-            feed_forward = PreNormResidual(layers.dim, FeedForward(layers.dim, ff_mult, ff_dropout))
-            self.layers.append(nn.ModuleList([attention, feed_forward]))
+            feed_forward = FeedForward(layers.dim, arguments["ff_mult"], arguments["ff_dropout"])
+            self.layers.append(nn.ModuleList([attention, PreNormResidual(layers.dim, feed_forward)]))
         last = () if layers.num_tokens is None else (nn.Linear(layers.dim, layers.num_tokens),)
         self.to_logits = nn.Sequential(nn.LayerNorm(layers.dim), *last)  # (B, N, dim) -> (B, N, V)
 

@@ -171,6 +171,14 @@ def test_numbers_may_be_those_of_numpy(tmp_path):
     assert loaded.config == build(**{**OPTIONS, "legacy": True, "clear_memories_on_eos_token_id": 3}).config
 
 
+@pytest.mark.parametrize("factor", [np.float32(0.7), torch.tensor(0.7)])
+def test_a_width_is_that_of_the_factor_that_is_saved(tmp_path, factor):
+    """In float32 10 * 0.7 is 7, and what is saved of it times 10 is less."""
+    model = build(dim=10, ff_mult=factor)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(MemorizingTransformer.from_pretrained(tmp_path)), logits_of(model))
+
+
 @pytest.fixture
 def one_rank() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
