@@ -239,9 +239,10 @@ def _train(model: Any, memory: ModelMemory, course: Course, plan: Plan, report: 
             while done < min(first + plan.each, plan.steps) and plan.passed(done, time.perf_counter() - begin) < 1.0:
                 step.run(1.0 - plan.passed(done, time.perf_counter() - begin))
                 done += 1
-            nats, text = step.seen_on_average()
             if report is not None:
-                report(f"step {done}/{plan.steps}: {nats:.2f} nats an answer, {text:.3f} a token of text")
+                nats, text = step.seen_on_average()
+                of_text = "" if text is None else f", {text:.3f} a token of text"
+                report(f"step {done}/{plan.steps}: {nats:.2f} nats an answer{of_text}")
             if plan.passed(done, time.perf_counter() - begin) >= 1.0:
                 break
     step.release()
@@ -290,10 +291,11 @@ class Step:
         self.counts[0] += 1
         self.counts[1] += reads
 
-    def seen_on_average(self) -> tuple[float, float]:
-        """Nats of an answer and of a token of text, since `take_up`."""
+    def seen_on_average(self) -> tuple[float, float | None]:
+        """Nats of an answer and of a token of text, since `take_up`; None where no text was read."""
+        asked, read = self.counts
         nats, text = self.seen.tolist()
-        return nats / max(1, self.counts[0]), text / max(1, self.counts[1])
+        return nats / max(1, asked), text / read if read else None
 
     def release(self) -> None:
         """Lets captured graphs go."""

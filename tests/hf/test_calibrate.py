@@ -291,6 +291,14 @@ def test_a_step_on_static_buffers_learns_what_one_by_hand_learns(form: str) -> N
         assert_close(mine.detach(), its.detach(), PARITY)
 
 
+def test_a_lesson_that_read_no_text_says_nothing_of_it(model: PreTrainedModel) -> None:
+    said: list[str] = []
+    memory = add_memory(model, max_memories=400, segment=32)
+    steps = {"steps": 2, "lesson_steps": 1, "facts": 4, "batch": 1}
+    calibrate(model, memory, bytes_tokenizer(), ["word " * 200], report=said.append, **steps)
+    assert ["a token of text" in line for line in said] == [True, False]
+
+
 class Unaskable(TorchDispatchMode):
     """Refuses what would make the host wait for the device, which a captured graph cannot hold."""
 
