@@ -157,8 +157,8 @@ class Bench:
         """Learns a form in so many seconds, judges and saves it."""
         options = self.options
         text = {"documents": self.calibration, "sizes": options.calibration_sizes, "report": self.clock.say}
-        steps = {"steps": options.steps, "lesson_steps": options.lesson_steps, "seconds": seconds}
-        steps |= {name: getattr(options, name) for name in ("rate", "text_weight") if getattr(options, name)}
+        given = {name: getattr(options, name) for name in ("rate", "text_weight", "lesson_steps")}
+        steps = {"steps": options.steps, "seconds": seconds, **{n: given[n] for n in given if given[n] is not None}}
         with self.memory() as memory:
             begin = time.perf_counter()
             learned = calibrate(self.model, memory, self.tokenizer, form=form, **text, **steps)
@@ -225,8 +225,8 @@ def asked_for() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, help="of the calibration; default: its own")
     parser.add_argument("--text-weight", type=float, help="likewise")
     parser.add_argument("--no-times", dest="times", action="store_false", help="leave out what is timed at the end")
+    parser.add_argument("--lesson-steps", type=int, help="likewise")
     parser.add_argument("--steps", type=int, default=100000)
-    parser.add_argument("--lesson-steps", type=int, default=75)
     parser.add_argument("--segment", type=int, default=512)
     parser.add_argument("--context", type=int, default=3500, help="tokens before a question")
     parser.add_argument("--together", type=int, default=4, help="documents that are read at once")

@@ -41,7 +41,7 @@ class Pace(NamedTuple):
 PACES = {
     "memory_sharpness": Pace(0.2, 0.1),
     "memory_gain": Pace(0.2, 0.1),
-    "memory_mix": Pace(0.03, 1.0),  # matrices have room to learn every name of a lesson by heart
+    "memory_mix": Pace(0.01, 1.0),  # matrices have room to learn every name of a lesson by heart
     "memory_across": Pace(0.006, 1.0),
     "memory_value": Pace(0.03, 1.0),
     "memory_next": Pace(0.03, 1.0),
@@ -56,9 +56,9 @@ def calibrate(
     documents: Sequence[str],
     steps: int = 2000,
     sizes: Sequence[int] | None = None,
-    facts: int = 96,
+    facts: int | None = None,
     batch: int = 4,
-    lesson_steps: int = 75,
+    lesson_steps: int = 60,
     rate: float = 0.05,
     text_weight: float = 0.25,
     form: str | None = None,
@@ -81,7 +81,8 @@ def calibrate(
         documents: texts, together longer than the largest size.
         steps: of AdamW. sizes: numbers of entries to calibrate for. Default: those of 4,096, 16,384, 65,536 and 262,144
             that the memory has room for and the documents fill, or else what there is.
-        facts: planted in a piece. batch: pieces that are read at once; each takes the memory of a document.
+        facts: planted in a piece, half of the smallest size's tokens at most within each. Default: 256, or as many as
+            words have places for. batch: pieces that are read at once; each takes the memory of a document.
         lesson_steps: after how many the memory is filled anew. rate: of AdamW for offsets, falling to 0.
         text_weight: of a token's nats of text beside an answer's, on average over steps.
         form: what is learned, one of `offset`, `gain`, `mix`, `across`, `value` and `next`; see `LayerMemory`. With
@@ -122,7 +123,8 @@ def calibrate(
     if all(module is not memory.decoder for module in model.modules()):
         raise ValueError(f"model must be the one that the memory is of, got another {type(model).__name__}")
     plan = Plan.of(steps, lesson_steps, rate, text_weight, seed, seconds)
-    made, batch = checks.integer("facts", facts, low=1), checks.integer("batch", batch, low=1)
+    made = None if facts is None else checks.integer("facts", facts, low=1)
+    batch = checks.integer("batch", batch, low=1)
     course = Course.of(memory, tokenizer, documents, sizes, made, batch, words)
     judge = course.lesson(plan.seed, len(course.ids) - course.tokens).to(model.device)  # type: ignore[arg-type]
     with memory.learning(form), _alone(model, memory), memory.reading_again():

@@ -6,8 +6,9 @@ Shapes: B documents, N tokens of a segment, Q questions.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ SIZES = (4096, 16384, 65536, 262144)
 SEGMENTS = 8  # of running text behind a document
 FEWEST = 64  # tokens of all documents together
 ASKED = 64  # questions of a step
+FACTS = 256  # of a piece: a step on those that were asked before teaches little
 MEASURED = 400  # facts at least, of every template
 ALIKE = 8  # facts that say the same of different places, in every other document
 
@@ -88,22 +90,27 @@ class Lesson:
         return self.bank.rows(torch.tensor(rows, device=self.ids.device))
 
     def draw(self, steps: int, asked: int, sizes: Sequence[int], seed: int) -> Drawn:
-        """What so many steps are about; a quarter of each document's questions are of passages."""
+        """What so many steps are about: each size as often as another, and a quarter of the questions of passages."""
         draw, each = random.Random(seed), asked // self.documents
         stored = self.stored.tolist()
-        chosen = [sizes[step % len(sizes)] for step in range(steps)]
-        known = {size: list(zip(self.known(size), self.known(size, True), strict=True)) for size in sizes}
+        chosen = list(islice(_shuffled(sizes, draw), steps))
+        decks = {size: [self._decks(row, size, draw) for row in range(self.documents)] for size in sizes}
         rows, places = [], []
         for size in chosen:
             drawn: list[int] = []
-            for of_facts, of_passages in known[size]:
-                some = draw.choices(of_passages, k=each // 4) if of_passages else []
-                drawn += some + draw.choices(of_facts, k=each - len(some))
+            for of_facts, of_passages in decks[size]:
+                some = list(islice(of_passages, each // 4))
+                drawn += [*some, *islice(of_facts, each - len(some))]
             rows.append(drawn)
             enough = 0.75 * min(size, stored[0])
             places.append(draw.choice([at for at, since in enumerate(stored) if stored[0] - since >= enough]))
         at = torch.tensor(places)
         return Drawn(torch.tensor(rows), at, torch.tensor(chosen), self.stored[at])
+
+    def _decks(self, row: int, size: int, draw: random.Random) -> tuple[Iterator[int], Iterator[int]]:
+        """A document's questions of facts and of passages within a size, without end; none twice before all were."""
+        of_facts, of_passages = self.known(size)[row], self.known(size, passages=True)[row]
+        return _shuffled(of_facts, draw), _shuffled(of_passages, draw)
 
 
 @dataclass(frozen=True)
@@ -134,11 +141,14 @@ class Course:
         tokenizer: Any,
         documents: Sequence[str],
         sizes: Sequence[int] | None,
-        count: int,
+        count: int | None,
         batch: int,
         words: Words | None = None,
     ) -> Course:
-        """Raises ValueError or TypeError for too little text, sizes that do not fit, or words of too few places."""
+        """Raises ValueError or TypeError for too little text, sizes that do not fit, or words of too few places.
+
+        count: of facts; see `calibrate`.
+        """
 
         def encode(text: str) -> list[int]:
             return list(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -158,7 +168,7 @@ class Course:
         if chosen[0] < longest:
             raise ValueError(f"sizes must have room for a fact of {longest} tokens, got {chosen[0]}")
         most = max(1, chosen[0] // (2 * longest))  # half of a text may be facts
-        count = min(max(count, len(chosen)), most * len(chosen))
+        count = min(max(min(FACTS, words.room) if count is None else count, len(chosen)), most * len(chosen))
         if count > words.room:
             raise ValueError(
                 f"words must have places for the {count} facts of a piece, got syllables of {words.room} places"
@@ -216,6 +226,12 @@ class Course:
         rest = max(0, tokens - whole * self.reads - self.sink)
         stored = [(whole - at) * (self.reads - self.sink) + rest for at in range(whole)]
         return torch.cat((parts, behind[:, :1]), 1), torch.tensor([*stored, 0])
+
+
+def _shuffled(numbers: Sequence[int], draw: random.Random) -> Iterator[int]:
+    """All of them in an order by chance, again and again."""
+    while numbers:
+        yield from draw.sample(numbers, len(numbers))
 
 
 def _sizes(asked: Sequence[int] | None, tokens: int, most: int) -> tuple[int, ...]:
