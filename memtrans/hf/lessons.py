@@ -22,7 +22,8 @@ from memtrans_kernels import checks
 SIZES = (4096, 16384, 65536, 262144)
 SEGMENTS = 8  # of running text behind a document
 FEWEST = 64  # tokens of all documents together
-ASKED = 64  # questions of a step
+ASKED = 32  # questions of a document in a step
+SPARE = 2  # tokens of a question's row, for what stands before it
 FACTS = 256  # of a piece: a step on those that were asked before teaches little
 MEASURED = 400  # facts at least, of every template
 ALIKE = 8  # facts that say the same of different places, in every other document
@@ -174,7 +175,7 @@ class Course:
                 f"words must have places for the {count} facts of a piece, got syllables of {words.room} places"
             )
         return Course(
-            ids, chosen, length, count, batch, max(1, ASKED // batch) * batch, encode, longest + 8,
+            ids, chosen, length, count, batch, ASKED * batch, encode, longest + SPARE,
             memory.settings.segment, memory.settings.sink, words,
         )  # fmt: skip
 

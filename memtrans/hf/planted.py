@@ -98,10 +98,10 @@ class Questions:
 
     def losses(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Of logits (Q, N, vocabulary): nats of each answer (Q,), and whether its first token is the likeliest (Q,)."""
-        ids, answers = self.ids[:, 1:], self.answers[:, 1:]
-        nats = cross_entropy(logits[:, :-1].float().transpose(1, 2), ids, reduction="none")
+        ids, answers, before = self.ids[:, 1:], self.answers[:, 1:], logits[:, :-1].flatten(0, 1)
+        nats = cross_entropy(before.float(), ids.flatten(), reduction="none").view_as(answers)
         first = answers & (answers.cumsum(-1) == 1)
-        right = ((logits[:, :-1].argmax(-1) == ids) & first).any(-1)
+        right = ((before.argmax(-1).view_as(ids) == ids) & first).any(-1)
         return (nats * answers).sum(-1), right
 
 

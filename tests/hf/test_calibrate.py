@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from memtrans.hf import ModelMemory, Words, add_memory, calibrate, load_memory
 from memtrans.hf.calibrate import PACES, TEXT_EVERY, Pace, Plan, Step, fill, text_loss
 from memtrans.hf.facts import FIRST, LAST, MIDDLE, Fact, facts
-from memtrans.hf.lessons import Course, Drawn, Lesson
+from memtrans.hf.lessons import SPARE, Course, Drawn, Lesson
 from memtrans.hf.planted import plant, questions
 from memtrans_kernels import memory_attention
 
@@ -243,7 +243,7 @@ def test_a_piece_has_as_many_facts_as_there_are_places_and_as_half_of_it_has_roo
     few = Words([("{place} has", "number")], {"number": range(10)}, [["Bel", "Cor", "Dun"], ["dale", "den"]])
     assert Course.of(memory, bytes_tokenizer(), [TEXT * 10], [600], None, 2, few).facts == few.room == 6
     course = Course.of(memory, bytes_tokenizer(), [TEXT * 10], [300, 600], None, 2)
-    assert course.facts == 2 * (300 // (2 * (course.width - 8)))
+    assert course.facts == 2 * (300 // (2 * (course.width - SPARE)))
 
 
 def test_a_segment_is_read_again_with_what_was_read_before_it(model: PreTrainedModel) -> None:
