@@ -33,6 +33,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         _leave_out([item for item in items if item.get_closest_marker("cpu")], config, items)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """On the CPU a GPU's tests would pass without having seen one, or fail by what they make there."""
+    if item.get_closest_marker("gpu") and DEVICE == "cpu":
+        pytest.fail("a test of a GPU needs MEMTRANS_TEST_DEVICE=cuda, which `make test-gpu` sets", pytrace=False)
+
+
 class OneOfSeveral:
     """Of the cases of each test that is left the first of every so many: interpreted kernels take their time."""
 
