@@ -158,7 +158,8 @@ class Bench:
         options = self.options
         text = {"documents": self.calibration, "sizes": options.calibration_sizes, "report": self.clock.say}
         given = {name: getattr(options, name) for name in ("rate", "text_weight", "lesson_steps")}
-        steps = {"steps": options.steps, "seconds": seconds, **{n: given[n] for n in given if given[n] is not None}}
+        steps = {"steps": options.steps, "seconds": seconds}
+        steps |= {name: value for name, value in given.items() if value is not None}
         with self.memory() as memory:
             begin = time.perf_counter()
             learned = calibrate(self.model, memory, self.tokenizer, form=form, **text, **steps)
@@ -224,8 +225,8 @@ def asked_for() -> argparse.Namespace:
     parser.add_argument("--other-k", type=int, nargs="+", default=[], help="neighbours, likewise")
     parser.add_argument("--rate", type=float, help="of the calibration; default: its own")
     parser.add_argument("--text-weight", type=float, help="likewise")
-    parser.add_argument("--no-times", dest="times", action="store_false", help="leave out what is timed at the end")
     parser.add_argument("--lesson-steps", type=int, help="likewise")
+    parser.add_argument("--no-times", dest="times", action="store_false", help="leave out what is timed at the end")
     parser.add_argument("--steps", type=int, default=100000)
     parser.add_argument("--segment", type=int, default=512)
     parser.add_argument("--context", type=int, default=3500, help="tokens before a question")

@@ -81,9 +81,9 @@ def calibrate(
         documents: texts, together longer than the largest size.
         steps: of AdamW. sizes: numbers of entries to calibrate for. Default: those of 4,096, 16,384, 65,536 and 262,144
             that the memory has room for and the documents fill, or else what there is.
-        facts: planted in a piece, half of the smallest size's tokens at most within each. Default: 256, or as many as
-            words have places for. batch: pieces that are read at once; each takes the memory of a document, and 32
-            questions of a step.
+        facts: planted in a piece, equally many for each size, and for none more than fill half of the smallest size.
+            Default: 256, or as many as words have places for.
+        batch: pieces that are read at once; each takes the memory of a document, and is asked 32 questions a step.
         lesson_steps: after how many the memory is filled anew. rate: of AdamW for offsets, falling to 0.
         text_weight: of a token's nats of text beside an answer's, on average over steps.
         form: what is learned, one of `offset`, `gain`, `mix`, `across`, `value` and `next`; see `LayerMemory`. With

@@ -95,7 +95,7 @@ class Lesson:
         draw, each = random.Random(seed), asked // self.documents
         stored = self.stored.tolist()
         chosen = list(islice(_shuffled(sizes, draw), steps))
-        decks = {size: [self._decks(row, size, draw) for row in range(self.documents)] for size in sizes}
+        decks = {size: self._decks(size, draw) for size in sizes}
         rows, places = [], []
         for size in chosen:
             drawn: list[int] = []
@@ -108,10 +108,10 @@ class Lesson:
         at = torch.tensor(places)
         return Drawn(torch.tensor(rows), at, torch.tensor(chosen), self.stored[at])
 
-    def _decks(self, row: int, size: int, draw: random.Random) -> tuple[Iterator[int], Iterator[int]]:
-        """A document's questions of facts and of passages within a size, without end; none twice before all were."""
-        of_facts, of_passages = self.known(size)[row], self.known(size, passages=True)[row]
-        return _shuffled(of_facts, draw), _shuffled(of_passages, draw)
+    def _decks(self, size: int, draw: random.Random) -> list[tuple[Iterator[int], Iterator[int]]]:
+        """Each document's questions of facts and of passages within a size, without end; none again before all were."""
+        both = zip(self.known(size), self.known(size, passages=True), strict=True)
+        return [(_shuffled(of_facts, draw), _shuffled(of_passages, draw)) for of_facts, of_passages in both]
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,8 @@ class Course:
         if chosen[0] < longest:
             raise ValueError(f"sizes must have room for a fact of {longest} tokens, got {chosen[0]}")
         most = max(1, chosen[0] // (2 * longest))  # half of a text may be facts
-        count = min(max(min(FACTS, words.room) if count is None else count, len(chosen)), most * len(chosen))
+        wanted = min(FACTS, words.room) if count is None else count
+        count = min(max(wanted, len(chosen)), most * len(chosen))
         if count > words.room:
             raise ValueError(
                 f"words must have places for the {count} facts of a piece, got syllables of {words.room} places"

@@ -8,21 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.checks import SAME_GRAPH, assert_close
-from helpers.devices import seeded
-
-from memtrans import MemorizingTransformer
-
-BATCH, LENGTH, VOCABULARY = 2, 8, 30
-SMALL = {"num_tokens": VOCABULARY, "dim": 16, "depth": 4, "dim_head": 8, "heads": 2, "num_retrieved_memories": 4}
-
-
-def build(**options) -> MemorizingTransformer:
-    torch.manual_seed(0)
-    return MemorizingTransformer(**{**SMALL, "max_knn_memories": 40, **options})
-
-
-def segments(count: int) -> torch.Tensor:
-    return torch.randint(2, VOCABULARY, (count, BATCH, LENGTH), generator=seeded(3))
+from helpers.small_models import BATCH, LENGTH, build, segments
 
 
 def test_from_a_start_token_on_and_behind_an_end_token_a_row_is_a_new_document():

@@ -5,22 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.checks import SAME_GRAPH, assert_close
-from helpers.devices import seeded
+from helpers.small_models import BATCH, LENGTH, VOCABULARY, build, segments
 
 from memtrans import MemorizingTransformer
 from memtrans_kernels import StaleMemoryError
-
-BATCH, LENGTH, VOCABULARY = 2, 8, 30
-SMALL = {"num_tokens": VOCABULARY, "dim": 16, "depth": 4, "dim_head": 8, "heads": 2, "num_retrieved_memories": 4}
-
-
-def build(**options) -> MemorizingTransformer:
-    torch.manual_seed(0)
-    return MemorizingTransformer(**{**SMALL, "max_knn_memories": 40, **options})
-
-
-def segments(count: int) -> torch.Tensor:
-    return torch.randint(2, VOCABULARY, (count, BATCH, LENGTH), generator=seeded(3))
 
 
 @pytest.fixture
