@@ -7,7 +7,7 @@ import torch
 from helpers.devices import about_the_cuda_module, seeded
 from helpers.rings import assert_exact, memory, search
 
-from memtrans_kernels import knn_search
+from memtrans_kernels import knn_search, native
 from memtrans_kernels.backends import SEARCH_WIDTHS
 
 pytestmark = [pytest.mark.gpu, about_the_cuda_module]
@@ -70,6 +70,7 @@ def test_queries_of_another_dtype_need_no_alignment() -> None:
 
 
 def test_the_operator_refuses_many_queries_of_another_dtype() -> None:
+    assert native.load("cuda"), "no other test of this process may have searched"
     held = memory([(0, keys_of(40, 64, torch.float16))], 40)
     arguments = (held.keys, torch.tensor([0]), held.start, held.cursor, 40, 4)
     with pytest.raises(RuntimeError, match="query must be of the keys' dtype where a row has more than 8 queries"):

@@ -9,6 +9,7 @@ import torch
 from helpers.devices import about_the_cuda_module, seeded
 from helpers.hard_keys import KINDS, hard_keys, queries_near
 from helpers.rings import assert_exact, memory, search
+from torch.nn.functional import normalize
 
 from memtrans_kernels.backends import SEARCH_WIDTHS
 
@@ -67,6 +68,19 @@ def test_a_few_different_keys_in_any_order(different: int, k: int) -> None:
     few = hard_keys("random", different, 64, torch.float16)
     keys = few[torch.randint(different, (9100,), generator=seeded(different))]
     check([(0, keys)], 8000, k, queries_near(keys, 60)[None], spare=512)
+
+
+@pytest.mark.parametrize("spare", [0, 70])
+@pytest.mark.parametrize("k", [1, 32, 128])
+@pytest.mark.parametrize("better", [4, 16, 64])
+def test_copies_that_a_few_keys_surpass(better: int, k: int, spare: int) -> None:
+    """K keys reach the score of hundreds of copies, a few of which are neighbours beside the keys that are nearer."""
+    few, noise = (hard_keys("random", count, 64, torch.float32, count) for count in (20, 60))
+    direction = hard_keys("random", 1, 64, torch.float32)
+    rise = torch.linspace(0, 1, 9100) * (torch.arange(9100) % better == 0)
+    keys = normalize(few[torch.randint(20, (9100,), generator=seeded(better))] + rise[:, None] * direction, dim=-1)
+    queries = normalize(few.repeat(3, 1) + direction + 0.4 * noise, dim=-1)
+    check([(0, keys.half())], 8000, k, queries.half()[None], spare=spare)
 
 
 @pytest.mark.parametrize("k", [1, 32, 128])

@@ -119,14 +119,27 @@ def milliseconds(kind: Keys, seed: int = 0) -> float:
 
 
 RANDOM = Keys(CAPACITY, 1, False, 0.3, 0.0, 1, 1, 0.0, 0.06, 0.0)
+# Hundreds of copies of each key, which have the score that K keys reach, and a few keys that surpass them.
+SURPASSED = Keys(128, 64, True, 0.0, 1.0, 16, 32, 0.0, 0.06, 0.0)
+KNOWN = (  # what earlier versions were slow with
+    SURPASSED,
+    SURPASSED._replace(together=4, block=16, equal=0.01),
+    SURPASSED._replace(better=64),
+    SURPASSED._replace(far=0.5),
+    SURPASSED._replace(centres=64),
+    SURPASSED._replace(rise=0.0),  # nothing but copies
+)
 
 
 def test_a_climb_towards_worse_keys_ends_below_five_times_random_ones() -> None:
-    """From several drawn kinds, a step to each that takes longer; the worst is in the message."""
+    """From several drawn kinds and the known ones, a step to each that takes longer; the worst is in the message.
+
+    Its times are worth something only where no other test uses the GPU.
+    """
     draw, ordinary = random.Random(0), milliseconds(RANDOM)
-    worst = (0.0, RANDOM)
-    for start in range(STARTS):
-        best = drawn_keys(draw)
+    known = [(milliseconds(keys), keys) for keys in KNOWN]
+    worst = max(known)
+    for start, best in enumerate([*(drawn_keys(draw) for _ in range(STARTS)), worst[1]]):
         slowest = milliseconds(best, start)
         for _ in range(STEPS):
             other = neighbour(best, draw)
