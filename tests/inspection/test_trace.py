@@ -153,7 +153,10 @@ def test_generate_is_traced_as_a_pass_over_the_same_text(options: dict[str, Any]
                 result = model(part[None], whole, xl_memories)
                 xl_memories = result[1] if model.num_xl_memory_layers else None
         for layer in trace.layers:
-            assert torch.equal(trace.positions(row, layer), expected.positions(0, layer))
+            of_trace, of_pass = trace.positions(row, layer), expected.positions(0, layer)
+            if layer == trace.layers[0]:  # the same token again is the same key there, up to how a machine rounds
+                of_trace, of_pass = (torch.where(found < 0, -1, text[found]) for found in (of_trace, of_pass))
+            assert torch.equal(of_trace, of_pass)
             assert_close(trace.weights(row, layer), expected.weights(0, layer), SAME_FORMULA, "weights")
         assert_close(trace.memory_share(row), expected.memory_share(0), SAME_FORMULA, "shares")
 
