@@ -93,7 +93,8 @@ check: $(TESTS_READY)
 	$(PYTHON_BIN) -m ruff check .
 	$(PYTHON_BIN) -m ruff format --check .
 	$(PYTHON_BIN) -m mypy
-	$(PYTHON_BIN) -c "import clang_format as f; f.clang_format()" --dry-run --Werror $(CSRC)
+	$(PYTHON_BIN) -c "import clang_format as f; f.clang_format()" --dry-run --Werror \
+	  $(CSRC) $(wildcard tests/kernels/on_cpu/*.* tests/kernels/on_cpu/*/*.*)
 	$(PYTHON_BIN) -c "from importlinter.cli import lint_imports_command; lint_imports_command()"
 	$(SITE)
 

@@ -64,6 +64,13 @@ __device__ inline void barrier_wait_idly(uint32_t barrier, uint32_t phase) {
   }
 }
 
+// ---- barriers of some of a block's threads, and what was stored becomes visible to the tensor cores ----
+__device__ inline void named_barrier(int number, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
+__device__ inline void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // ---- tensor-map loads into swizzled shared memory ----
 __device__ inline void load_tile_2d(uint32_t target, const CUtensorMap* map, uint32_t barrier, int c0, int c1) {
   asm volatile(

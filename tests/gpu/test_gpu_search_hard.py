@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 from helpers.devices import about_the_cuda_module, seeded
-from helpers.hard_keys import KINDS, hard_keys, queries_near
+from helpers.hard_keys import KINDS, hard_keys, queries_near, sampled_slots
 from helpers.rings import assert_exact, memory, search
 from torch.nn.functional import normalize
 
@@ -16,7 +16,7 @@ from memtrans_kernels.backends import SEARCH_WIDTHS
 pytestmark = [pytest.mark.gpu, about_the_cuda_module]
 
 NAN, INF = float("nan"), float("inf")
-SAMPLE_BLOCK, BOX = 1024, 128  # slots of which one in eight at most is sampled, and of a box of them that share a phase
+SAMPLE_BLOCK = 1024  # slots of which one in eight at most is sampled
 
 
 def check(entries, capacity, k, queries, *, spare=0, hidden=INF) -> torch.Tensor:
@@ -89,14 +89,6 @@ def test_neighbours_that_stand_where_no_sample_is_taken(k: int) -> None:
     keys = hard_keys("random", 8192, 64, torch.float16)
     keys[-500:] = hard_keys("runs", 500, 64, torch.float16, 1)
     check([(0, keys)], 8192, k, queries_near(keys[-500:], 60)[None], spare=512)
-
-
-def sampled_slots(slots: int) -> torch.Tensor:
-    """Which slots of a ring the search samples at most: those of each box's phase and of three phases after it."""
-    window = torch.arange(slots) // BOX
-    bits = (window * 0x9E3779B1) & 0xFFFFFFFF
-    bits = ((bits ^ (bits >> 15)) * 0x85EBCA77) & 0xFFFFFFFF
-    return (torch.arange(slots) - (bits >> 29)) % 8 % 2 == 0
 
 
 @pytest.mark.parametrize("k", [32, 128])

@@ -9,6 +9,8 @@ from helpers.devices import seeded
 from torch import Tensor
 from torch.nn.functional import normalize
 
+BOX = 128  # slots of a sample of the Hopper search that share a phase
+
 
 def _noise(count: int, width: int, seed: int) -> Tensor:
     return torch.randn(count, width, generator=seeded(seed))
@@ -75,3 +77,11 @@ def queries_near(keys: Tensor, count: int, seed: int = 0) -> Tensor:
     """Unit queries (count, D), each near one of the keys (C, D)."""
     near = keys[torch.randint(len(keys), (count,), generator=seeded(seed))].float()
     return normalize(near + 0.06 * _noise(*near.shape, seed + 1), dim=-1).to(keys.dtype)
+
+
+def sampled_slots(slots: int) -> torch.Tensor:
+    """Which slots of a ring the search samples at most: those of each box's phase and of three phases after it."""
+    window = torch.arange(slots) // BOX
+    bits = (window * 0x9E3779B1) & 0xFFFFFFFF
+    bits = ((bits ^ (bits >> 15)) * 0x85EBCA77) & 0xFFFFFFFF
+    return (torch.arange(slots) - (bits >> 29)) % 8 % 2 == 0

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cuda/knn_search/scan_plan.cuh"
+#include "cuda/predicated.cuh"
 
 namespace memtrans {
 
@@ -94,21 +95,6 @@ __device__ inline float group_threshold(float (&maxima)[16], int rank) {
   return fmaxf(low, kLowest);  // where no maximum is finite, the steps lead to -inf, which hidden slots would reach
 }
 
-#define MEMTRANS_APPEND(compare, type, larger, threshold)                                    \
-  asm volatile(                                                                              \
-      "{\n"                                                                                  \
-      ".reg .pred hit;\n"                                                                    \
-      ".reg .b64 address;\n" compare                                                         \
-      " hit, %1, %2;\n"                                                                      \
-      "mov.b64 address, {%0, %6};\n"                                                         \
-      "@hit st.global.v2.f32 [address], {%3, %4};\n"                                         \
-      "@hit st.global.u32 [address + 8], %5;\n"                                              \
-      "@hit add.u32 %0, %0, 16;\n"                                                           \
-      "}\n"                                                                                  \
-      : "+r"(next[e])                                                                        \
-      : type(larger), type(threshold), "f"(first), "f"(second), "r"(pair + 4 * i), "r"(high) \
-      : "memory")
-
 // A thread's lists, one for each of its two queries: where the next record {score, score of the next slot, slot / 2}
 // goes.
 struct HitLists {
@@ -124,10 +110,11 @@ struct HitLists {
     for (int i = 0; i < 4; ++i) {
       const float first = s[2 * i], second = s[2 * i + 1];
       if constexpr (positive)
-        MEMTRANS_APPEND(
-            "setp.ge.s32", "r", max(__float_as_int(first), __float_as_int(second)), __float_as_int(threshold));
+        append_reaching(
+            next[e], high, max(__float_as_int(first), __float_as_int(second)), __float_as_int(threshold), first, second,
+            pair + 4 * i);
       else
-        MEMTRANS_APPEND("setp.ge.f32", "f", fmaxf(first, second), threshold);
+        append_reaching(next[e], high, fmaxf(first, second), threshold, first, second, pair + 4 * i);
     }
   }
   __device__ const float4* records(int e) const {

@@ -130,11 +130,6 @@ __device__ inline float proven_bound(const char* maxima, int groups, int k) {
   }));
 }
 
-// The named barrier of one warpgroup, or of all consumers.
-__device__ inline void group_barrier(int number, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
-}
-
 template <typename T, int dim>
 struct RedoConsumer {
   using Shape = ScanShape<dim>;
@@ -150,7 +145,7 @@ struct RedoConsumer {
     constexpr int kUnits = dim / 8;  // of 16 bytes
     constexpr int kUnitsPerChunk = Shape::kColumns / 8;
     const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16;
-    group_barrier(1 + group, 128);  // the last job's products are made
+    named_barrier(1 + group, 128);  // the last job's products are made
     for (int number = lane; number < 16 * kUnits; number += 32) {
       const int i = number / kUnits, unit = number % kUnits, row = first % 64 + i;
       const int chunk = unit / kUnitsPerChunk, column = unit % kUnitsPerChunk;
@@ -162,8 +157,8 @@ struct RedoConsumer {
       }
       *reinterpret_cast<uint4*>(shared_queries + (chunk * 64 + row) * Shape::kRowBytes + swizzled * 16) = value;
     }
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    group_barrier(1 + group, 128);
+    async_proxy_fence();
+    named_barrier(1 + group, 128);
   }
 
   // Phase 1. Returns how many groups each thread has.
@@ -218,10 +213,10 @@ struct RedoConsumer {
   __device__ void merge(const RedoJob& job, volatile int* is_last) const {
     constexpr int kConsumers = 128 * Shape::kGroups;
     __threadfence();
-    group_barrier(5, kConsumers);
+    named_barrier(5, kConsumers);
     if (threadIdx.x == 0)
       *is_last = atomicAdd(arguments.redo_done + job.tile, 1u) == static_cast<uint32_t>(job.slices - 1);
-    group_barrier(5, kConsumers);
+    named_barrier(5, kConsumers);
     if (!*is_last)
       return;
     __threadfence();

@@ -3,6 +3,7 @@
 
 #include "cuda/hopper.cuh"
 #include "cuda/knn_search/scan_plan.cuh"
+#include "cuda/predicated.cuh"
 
 namespace memtrans {
 
@@ -252,23 +253,11 @@ struct ListSelection {
     if (kept > kMostKept)
       return kept;
     uint32_t place = shared_address(buffer + end - mine);
-    const auto store = [&](float score, int slot) {
-      asm volatile(
-          "{\n"
-          ".reg .pred kept;\n"
-          "setp.ge.f32 kept, %1, %3;\n"
-          "@kept st.shared.v2.b32 [%0], {%4, %2};\n"
-          "@kept add.u32 %0, %0, 8;\n"
-          "}\n"
-          : "+r"(place)
-          : "f"(score), "r"(slot), "f"(bound), "r"(__float_as_int(score))
-          : "memory");
-    };
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const int slot = 2 * __float_as_int(records[i].z);
-      store(records[i].x, slot);
-      store(records[i].y, slot + 1);
+      store_reaching(place, records[i].x, slot, bound);
+      store_reaching(place, records[i].y, slot + 1, bound);
     }
     __syncwarp();
     return kept;
@@ -294,15 +283,10 @@ struct ListSelection {
 
   static __device__ int reaching(const float4 (&records)[kLoads], float score, int& mine) {
     int first = 0, second = 0;
-    const auto count = [&](int& total, float value) {
-      asm("{\n.reg .pred reached;\nsetp.ge.f32 reached, %1, %2;\n@reached add.s32 %0, %0, 1;\n}\n"
-          : "+r"(total)
-          : "f"(value), "f"(score));
-    };
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      count(first, records[i].x);
-      count(second, records[i].y);
+      count_reaching(first, records[i].x, score);
+      count_reaching(second, records[i].y, score);
     }
     mine = first + second;
     return __reduce_add_sync(kAllLanes, mine);
@@ -381,12 +365,6 @@ struct ListSelection {
     }
     reaching(records, low, mine);
     return low;
-  }
-
-  static __device__ void count_above(int& total, uint64_t entry, uint64_t than) {
-    asm("{\n.reg .pred above;\nsetp.gt.u64 above, %1, %2;\n@above add.s32 %0, %0, 1;\n}\n"
-        : "+r"(total)
-        : "l"(entry), "l"(than));
   }
 
   // Writes the k best of the {score, slot} in the buffer, best first.
