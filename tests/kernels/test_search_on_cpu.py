@@ -40,8 +40,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 def check(
-    library: ctypes.CDLL, keys: Tensor, queries: Tensor, capacity: int, k: int, spare: int = 0, begin: int = 0
-) -> int:
+    library: ctypes.CDLL, keys: Tensor, queries: Tensor, capacity: int, k: int, spare: int = 0, begin: int = 0,
+    parts: int = 1,
+) -> int:  # fmt: skip
     """Searches the last of keys (C, D), in a ring, for up to 16 queries (Q, D); returns how many were given up."""
     slots, count = capacity + spare, len(keys)
     oldest = max(begin, count - capacity)
@@ -54,7 +55,7 @@ def check(
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (table, is_finite, scores, found)]
     given_up = library.search_scores(
         *pointers[:2], len(queries), slots, ctypes.c_int64(begin), ctypes.c_int64(count), capacity, k,
-        ctypes.c_uint64(count + k), *pointers[2:],
+        parts, ctypes.c_uint64(count + k), *pointers[2:],
     )  # fmt: skip
     assert given_up >= 0, "lanes of a warp do not meet"
     expected_scores, expected = nearest(table[:, visible % slots], visible % slots, is_finite.bool(), k)
@@ -112,11 +113,12 @@ def test_copies_that_a_few_keys_surpass(library: ctypes.CDLL, better: int, k: in
     check(library, keys.half(), queries.half(), 4000, k, spare=9)
 
 
-def test_queries_that_are_given_up_are_searched_again(library: ctypes.CDLL) -> None:
+@pytest.mark.parametrize(("parts", "k"), [(1, 128), (1, 32), (2, 128)])
+def test_queries_that_are_given_up_are_searched_again(library: ctypes.CDLL, parts: int, k: int) -> None:
     """Keys get better where no sample is taken: thresholds are so low that lists fill up again and again."""
     rise = torch.linspace(1, 3, 12000) * ~sampled_slots(12000)
     keys = rise[:, None] + 0.02 * torch.randn(12000, 4, generator=seeded(2))
-    assert check(library, keys, torch.rand(16, 4, generator=seeded(3)) + 0.1, 12000, 128) > 0
+    assert check(library, keys, torch.rand(16, 4, generator=seeded(3)) + 0.1, 12000, k, parts=parts) > 0
 
 
 @pytest.mark.parametrize("kind", ["random", "equal", "late"])
@@ -141,4 +143,5 @@ def test_drawn_shapes(library: ctypes.CDLL, seed: int) -> None:
     keys = draw.choice(kinds)()
     queries = queries_near(keys, draw.randint(1, 16), seed)
     begin = draw.choice([0, 0, draw.randint(0, count)])
-    check(library, keys, queries, capacity, draw.randint(1, 128), draw.randint(0, 300), begin)
+    k, spare, parts = draw.randint(1, 128), draw.randint(0, 300), draw.choice([1, 1, 2, 5])
+    check(library, keys, queries, capacity, k, spare, begin, parts)

@@ -17,6 +17,7 @@
 
 #include "cuda/hopper.cuh"
 #include "cuda/knn_search/scan_collect.cuh"
+#include "cuda/knn_search/scan_cut.cuh"
 #include "cuda/knn_search/scan_select.cuh"
 
 namespace memtrans {
@@ -118,13 +119,14 @@ struct ScanConsumer {
   }
 
   // All keys: visit(scores, half the slot of the thread's first column), where scores of hidden slots are -inf. When it
-  // returns false, pause(tile) is called before the next tile.
+  // returns false, and kLooks times whatever it does, pause(tile) is called before the next tile.
   template <typename Visit, typename Pause>
   __device__ void stream_visible(const TilePlan& plan, Visit visit, Pause pause) {
     constexpr int kPairs = kScanTile / 2;  // of a tile
     int edge = 0;                          // the next tile of which the window may hide a part
     for (int tile = 0; tile < plan.tiles;) {
-      const int slot = plan.tile_slot(tile), stop = tile == edge ? tile + 1 : edge;
+      const int slot = plan.tile_slot(tile), look = plan.next_look(tile),
+                stop = tile == edge ? tile + 1 : min(edge, look);
       const uint32_t hidden = tile == edge ? hidden_columns(plan.window, slot) : 0;
       if (tile == edge)
         edge = plan.next_edge(tile);
@@ -132,28 +134,32 @@ struct ScanConsumer {
       bool more;
       const int end = stream<kPairs>(pair, pair + (stop - tile) * kPairs, hidden, more, visit);
       tile += (end - slot / 2) / kPairs;
-      if (!more)
+      if (!more || tile == look)
         pause(tile - 1);
     }
   }
 
   // Phase 2: all keys, into the thread's lists. make_room(tile) is called after a tile that left one of the warp's
-  // lists long. It is rare, and has to be: while a warp is busy with it, the other three of its warpgroup wait.
+  // lists long, or at a look that found many longer than was to be expected. It is rare, and has to be: while a warp is
+  // busy with it, the other three of its warpgroup wait.
   template <typename MakeRoom>
   __device__ void collect(
       const TilePlan& plan, int k, const float (&threshold)[2], HitLists& hits, MakeRoom make_room) {
     const bool positive = __all_sync(kAllLanes, threshold[0] > 0.0f && threshold[1] > 0.0f);
-    hits.set_limit(kFirstLook);
     const auto visit = [&](const float (&scores)[64], int pair) {
       if (positive)
         collect_hits<true>(scores, threshold, hits, pair);
       else
         collect_hits<false>(scores, threshold, hits, pair);
-      if (kListsTurn && __any_sync(kAllLanes, cursor.position == 0))
+      if (__any_sync(kAllLanes, cursor.position == 0))
         hits.turn_on();
       return !hits.some_are_long();
     };
-    stream_visible(plan, visit, make_room);
+    hits.begin_first_look(k);
+    stream_visible(plan, visit, [&](int tile) {
+      if (hits.some_are_long() || hits.many_exceed(plan.many_records(tile)))
+        make_room(tile);
+    });
   }
 };
 
@@ -301,16 +307,19 @@ struct WarpLists {
     float threshold[2];
   };
 
-  // Leaves their K best in the lists that are long, and raises their thresholds; where all of a query's records tie,
-  // which is soon known, at the first look. A query whose lists were shortened more than `most` times collects no more.
-  // Out of line and by value, so that the loop that calls it keeps its registers.
+  // Where many lists are longer than was to be expected, drops what K of their entries surpass and raises the
+  // thresholds; lists that are long all the same are shortened to their K best, one query after the other. A query
+  // whose own lists were the long ones more than `most` times collects no more. Out of line and by value, so that the
+  // loop that calls it keeps its registers.
   static __device__ __noinline__ Progress make_room(WarpLists self, Progress now, int tile, int most) {
     const int next_age = self.scratch->plan.age_after(tile);
     now.hits.turn_back();
     __syncwarp();
+    if (now.hits.is_first_look() || now.hits.many_exceed(self.scratch->plan.many_records(tile))) {
 #pragma unroll
-    for (int e = 0; e < 2; ++e)
-      self.cut_ties(now, e, next_age, most);
+      for (int e = 0; e < 2; ++e)
+        self.cut(now, e, next_age, most);
+    }
     if (now.hits.longest() > kLongList) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
@@ -330,26 +339,31 @@ struct WarpLists {
       }
       __syncwarp();
     }
-    now.hits.set_limit(max(now.hits.longest(), kLongList));
+    now.hits.end_first_look();
     return now;
   }
-  // Where all of a query's records tie, the first ones are left. All queries of the warp side by side.
-  __device__ void cut_ties(Progress& now, int e, int next_age, int most) const {
-    const int lane = threadIdx.x % 32, i = lane / 4 + 8 * e, length = now.hits.length(e);
-    const bool is_long = (__ballot_sync(kAllLanes, length > kFirstLook) >> lane / 4 * 4 & 15u) != 0;
-    const Ties::Enough enough =
-        Ties::enough({now.hits.records(e), length}, scratch->plan.window, arguments.k, next_age, is_long);
-    const int times = min(scratch->shortened[i] + 1, 255);
+  // All queries of the warp side by side.
+  __device__ void cut(Progress& now, int e, int next_age, int most) const {
+    const int lane = threadIdx.x % 32, i = lane / 4 + 8 * e;
+    const bool is_long = (__ballot_sync(kAllLanes, now.hits.bytes(e) > now.hits.limit) >> lane / 4 * 4 & 15u) != 0;
+    const ListCut::Left left =
+        ListCut::cut({now.hits.records(e), now.hits.length(e), scratch->plan.window}, arguments.k);
+    const bool gives_up = counted_long(i, is_long, lane / 4 * 4) > most;
+    now.hits.cut(e, left.records);
+    now.threshold[e] = gives_up ? INFINITY : fmaxf(now.threshold[e], left.bound.threshold(next_age));
+    if (lane % 4 == 0)
+      scratch->floor[i] = fmaxf(scratch->floor[i], left.bound.score);
     __syncwarp();
-    if (enough.records >= 0) {
-      now.hits.cut(e, enough.records);
-      now.threshold[e] = times > most ? INFINITY : unsortable(sortable(enough.score) + 1);
-      if (lane % 4 == 0) {
-        scratch->shortened[i] = static_cast<unsigned char>(times);
-        scratch->floor[i] = enough.score;
-      }
+  }
+  // How often the lists of query i were the long ones. Only lane `source` reads and writes, and tells the others: lanes
+  // need not be at the same place here, and one that is behind would read what was counted already.
+  __device__ int counted_long(int i, bool once_more, int source) const {
+    int times = 0;
+    if (static_cast<int>(threadIdx.x % 32) == source) {
+      times = min(scratch->shortened[i] + once_more, 255);
+      scratch->shortened[i] = static_cast<unsigned char>(times);
     }
-    __syncwarp();
+    return __shfl_sync(kAllLanes, times, source);
   }
 
   __device__ void make_room(HitLists& hits, float (&threshold)[2], int tile, int most) const {
@@ -362,14 +376,10 @@ struct WarpLists {
   __device__ typename Selection::Shortened shorten(
       int i, const typename Selection::Lists& found, float threshold, int next_age, int most) const {
     typename Selection::Shortened left = Selection::shorten(selection(), found, threshold, next_age);
-    const int times = min(scratch->shortened[i] + 1, 255);
-    if (times > most)
+    if (counted_long(i, true, 0) > most)
       left.threshold = INFINITY;
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) {
-      scratch->shortened[i] = static_cast<unsigned char>(times);
+    if (threadIdx.x % 32 == 0)
       scratch->floor[i] = left.floor;
-    }
     __syncwarp();
     return left;
   }

@@ -100,7 +100,7 @@ __device__ inline float group_threshold(float (&maxima)[16], int rank) {
 struct HitLists {
   uint32_t next[2];  // low words of the addresses
   uint32_t high;     // high word of all of them
-  int limit = 0;     // bytes of a list that are worth a look at the warp's lists: after a tile more there is still room
+  int limit = 0;     // bytes of a list that can't wait for the next look: after a tile more there is still room
 
   // Appends those of four pairs of scores, 8 slots apart, of which one reaches the threshold; pair is half the first
   // slot.
@@ -117,18 +117,23 @@ struct HitLists {
         append_reaching(next[e], high, fmaxf(first, second), threshold, first, second, pair + 4 * i);
     }
   }
-  __device__ const float4* records(int e) const {
-    return reinterpret_cast<const float4*>(static_cast<uint64_t>(high) << 32 | (next[e] & ~(kListBytes - 1u)));
+  __device__ float4* records(int e) const {
+    return reinterpret_cast<float4*>(static_cast<uint64_t>(high) << 32 | (next[e] & ~(kListBytes - 1u)));
   }
   __device__ int bytes(int e) const { return static_cast<int>(next[e] & (kListBytes - 1)); }
   __device__ int length(int e) const { return bytes(e) / 16; }
   __device__ int longest() const { return __reduce_max_sync(kAllLanes, max(length(0), length(1))); }
   __device__ bool some_are_long() const { return __any_sync(kAllLanes, max(bytes(0), bytes(1)) > limit); }
-  __device__ void set_limit(int records) { limit = 16 * records; }
+  __device__ bool many_exceed(int records) const {
+    return __popc(__ballot_sync(kAllLanes, min(length(0), length(1)) > records)) >= kMany;
+  }
+  __device__ void begin_first_look(int k) { limit = 16 * first_look(k); }
+  __device__ bool is_first_look() const { return limit < 16 * kLongList; }
+  __device__ void end_first_look() { limit = 16 * kLongList; }
   // Each lane goes on with the next one's list, so that the copies of a key that stands again and again in the same
-  // columns of a tile fill all four of a query. Lists that are long only now are not worth a first look.
+  // columns of a tile fill all four of a query.
   __device__ void turn_on() {
-    limit = min(limit + 8 * (kLongList - kFirstLook), 16 * kLongList);
+    limit = min(limit + 16 * kLater, 16 * kLongList);
     turn();
   }
   __device__ void turn() {
@@ -142,78 +147,6 @@ struct HitLists {
   }
   // Leaves the first records of a list.
   __device__ void cut(int e, int records) { next[e] = (next[e] & ~(kListBytes - 1u)) + 16 * records; }
-};
-
-// The lane's list of a query of which all records may have the same best score, as those of equal keys do.
-struct Ties {
-  const float4* list;
-  int length;
-  float score = 0.0f;  // of the first record
-
-  // visit(age) for the slots of records [begin, end) that have the score, which is the best of all of them; returns
-  // whether it is. The same records of all lanes.
-  template <typename Visit>
-  __device__ bool visit(const Window& window, int begin, int end, Visit visit) const {
-    constexpr int kAtOnce = 4;
-    bool tied = true;
-#pragma unroll 1
-    for (int first = begin; first < end; first += kAtOnce) {
-      float4 records[kAtOnce];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i)
-        records[i] = __ldcg(list + (first + i < min(end, length) ? first + i : 0));
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const float4 record = records[i];
-        const bool counts = first + i < min(end, length);
-        tied = tied && (!counts || fmaxf(record.x, record.y) == score);
-        if (counts && record.x == score)
-          visit(window.age(2 * __float_as_int(record.z)));
-        if (counts && record.y == score)
-          visit(window.age(2 * __float_as_int(record.z) + 1));
-      }
-    }
-    return tied;
-  }
-
-  struct Enough {
-    int records;
-    float score;
-  };
-
-  // How many of the lane's records are enough where all of a query's tie, since the K oldest keys of that score are
-  // among those of its four lists, which win over all that are scored later and are no older than next_age; -1 if not.
-  // is_long: whether the lane's query is of interest.
-  static __device__ __noinline__ Enough enough(Ties self, Window window, int k, int next_age, bool is_long) {
-    const auto of_four = [](auto value, auto both) {
-#pragma unroll
-      for (int offset = 1; offset < 4; offset *= 2)
-        value = both(value, __shfl_xor_sync(kAllLanes, value, offset));
-      return value;
-    };
-    const auto sum = [](int a, int b) { return a + b; };
-    const float4 first = __ldcg(self.list);
-    const float own = self.length > 0 ? fmaxf(first.x, first.y) : -INFINITY;
-    self.score = of_four(own, [](float a, float b) { return fmaxf(a, b); });
-    bool tied = is_long && (self.length == 0 || own == self.score) && self.score < INFINITY;
-    const int longest = __reduce_max_sync(kAllLanes, of_four(static_cast<int>(tied), sum) == 4 ? self.length : 0);
-    // Ties; those that may be younger than what follows, as in a tile where the window ends and begins; ties that are
-    // left and older than the oldest one that is not.
-    int found = 0, young = 0, older = 0, dropped = next_age;
-    const auto count = [&](int age) {
-      ++found;
-      young += age >= next_age;
-    };
-    tied = self.visit(window, 0, longest, count) && tied;
-    found = of_four(found, sum);
-    young = of_four(young, sum);
-    const int most = min(self.length, self.length * (k + min(k, 16) + young) / max(found, 1) + 1);
-    self.visit(window, most, longest, [&](int age) { dropped = min(dropped, age); });
-    dropped = of_four(dropped, [](int a, int b) { return min(a, b); });
-    self.visit(window, 0, most, [&](int age) { older += age < dropped; });
-    const int all = of_four(static_cast<int>(tied), sum), oldest = of_four(older, sum);
-    return {all == 4 && oldest >= k ? most : -1, self.score};
-  }
 };
 
 // Does any of 8 scores reach the threshold?

@@ -11,9 +11,10 @@ constexpr int kSampleBlock = 8 * kScanTile;  // slots that one sample tile repre
 constexpr int kMaxima = 64;                  // group maxima per query
 constexpr int kListRecords = 128;            // records of one thread's list for one query
 constexpr int kTileRecords = 16;             // that one tile may append to it
-constexpr int kFirstLook = 28;     // records of a list that are looked at for the first time: do all of them tie?
-constexpr int kLongList = 96;      // records of a list that is shortened
-constexpr bool kListsTurn = true;  // now and then a thread goes on with the list of the next one
+constexpr int kLongList = 96;                // records of a list that is shortened
+constexpr int kLooks = 8;                    // times that lists are looked at: are many longer than was to be expected?
+constexpr int kMany = 8;                     // lanes of a warp, with two lists each, that are many
+constexpr int kLater = 34;  // records more that a list must have for a first look, each time that lists turn
 constexpr int kListBytes = kListRecords * 16;
 constexpr int kListAlignment = 16 * 4 * kListBytes;  // the lists of a warp: no 4 GB boundary among them
 static_assert(kLongList + kTileRecords < kListRecords, "a tile after the last look at a list still fits");
@@ -22,8 +23,11 @@ constexpr int kUnsampledLength = 640;   // so few visible keys, and the rest of 
 constexpr int kSampleBox = 16;          // sampled keys that lie 8 slots apart: a piece of a sample tile
 constexpr int kSampleBoxes = kScanTile / kSampleBox;
 constexpr int kSampleTurns = 8;     // how often a sample's columns go to other groups
-constexpr int kMostShortened = 8;   // times that knn_scan shortens the lists of a query before it leaves it to knn_redo
+constexpr int kMostShortened = 8;   // times that knn_scan shortens a query's long lists before it leaves it to knn_redo
 constexpr float kHitCost = 120.0f;  // of one candidate, in scanned keys
+
+// Records that a list has in the first tiles where so many keys reach a threshold that it is soon full.
+__device__ inline int first_look(int k) { return 20 + k / 4; }
 
 // Entries beyond K that may be left in lists that were shortened: it saves most of the steps to find the K-th.
 __device__ inline int shortened_slack(int k) { return min(k, 32); }
@@ -79,14 +83,15 @@ struct ScanJob {
 // The tiles that hold a window's keys, in the order of their ages.
 struct TilePlan {
   Window window;
-  int first_tile, tiles, tile_count;
+  int first_tile, tiles;
+  int expected = kLongList;  // records of a list at the end of a scan, if keys are in no order
 
   TilePlan() = default;
   __device__ explicit TilePlan(Window window) : window(window) {
-    tile_count = (window.slots + kScanTile - 1) / kScanTile;
     first_tile = window.first / kScanTile;
-    tiles = span(kScanTile, tile_count);
+    tiles = span(kScanTile, tile_count());
   }
+  __device__ int tile_count() const { return (window.slots + kScanTile - 1) / kScanTile; }  // of the ring
 
   __device__ int span(int size, int count) const {
     if (window.length == 0)
@@ -98,12 +103,21 @@ struct TilePlan {
   }
   __device__ int tile_slot(int i) const {
     const int tile = first_tile + i;
-    return (tile < tile_count ? tile : tile - tile_count) * kScanTile;
+    return (tile < tile_count() ? tile : tile - tile_count()) * kScanTile;
   }
   // The first tile after `tile` of which the window may hide a part or whose slot does not follow on the last one's.
   __device__ int next_edge(int tile) const {
-    const int ring_end = tile_count - 1 - first_tile, last = tiles - 1;
+    const int ring_end = tile_count() - 1 - first_tile, last = tiles - 1;
     return tile < ring_end ? min(ring_end, last) : tile == ring_end ? min(tile + 1, last) : last;
+  }
+  // The next tile before which lists are looked at.
+  __device__ int next_look(int tile) const {
+    const int stride = (tiles + kLooks - 1) / kLooks;
+    return tile - tile % stride + stride;
+  }
+  // A list that has more records after `tile` is longer than was to be expected.
+  __device__ int many_records(int tile) const {
+    return min(kLongList, 8 + (expected + expected / 2) * (tile + 1) / tiles);
   }
   // The age of the oldest key of the tiles after `tile`, of which there are some.
   __device__ int age_after(int tile) const { return window.age(tile_slot(tile + 1)); }
@@ -150,6 +164,7 @@ struct SamplePlan : TilePlan {
       phase_bits = max(0, 2 - step);
       skip_bits = max(0, step - 2);
       rank = static_cast<int>(groups);
+      this->expected = static_cast<int>(keys / fraction / 4.0f);
     }
   }
 
@@ -192,7 +207,7 @@ struct alignas(8) WarpScratch {
   float floor[16];              // scores of the lists' entries below it do not count
   TilePlan plan;                // here and not in registers, which the loop over the tiles needs
   int row;                      // of the memory
-  unsigned char shortened[16];  // how often the lists of a query were shortened; more than allowed: given up
+  unsigned char shortened[16];  // how often a query's lists were the long ones; more than allowed: given up
 };
 
 template <int dim>

@@ -2,6 +2,7 @@
 #include "warp.h"
 
 #include <cstddef>
+#include <numeric>
 #include <vector>
 
 #include "cuda/hopper.cuh"
@@ -14,7 +15,7 @@ using namespace memtrans;
 
 namespace {
 
-constexpr int kWidth = 32;
+constexpr int kWidth = 32, kBlocks = 132;
 using Consumer = ScanConsumer<float, kWidth>;
 
 alignas(kListAlignment) char lists[kListAlignment];
@@ -40,28 +41,37 @@ struct Table {
   }
 };
 
-void scan(const ScanArguments& arguments, const Table& table, uint64_t seed) {
-  const ScanJob job(arguments, 0, ScanShape<kWidth>::kQueries);
-  const SamplePlan plan(job.window, arguments.k);
-  score_of = [&](int query, int number, int column) {
-    const int tile = number - plan.sample_tiles();
-    return table.at(query, tile < 0 ? plan.sample_slot(number, column) : plan.tile_slot(tile) + column);
-  };
-  Warp::run(
-      [&](int) {
-        Consumer consumer{0, 0, 1024, {}};
-        consume<float, kWidth>(arguments, consumer, &scratch, kQueriesLoaded, 0);
-      },
-      seed);
+// Parts of the window one after the other, as if each had a block.
+void scan(ScanArguments arguments, const Table& table, uint64_t seed) {
+  gridDim.x = arguments.parts;
+  for (int part = 0; part < arguments.parts; ++part) {
+    arguments.lists = lists - int64_t{part} * ScanShape<kWidth>::kQueries * 4 * kListBytes;  // one block's serve all
+    const ScanJob job(arguments, part, ScanShape<kWidth>::kQueries);
+    const SamplePlan plan(job.window, arguments.k);
+    score_of = [&](int query, int number, int column) {
+      const int tile = number - plan.sample_tiles();
+      return table.at(query, tile < 0 ? plan.sample_slot(number, column) : plan.tile_slot(tile) + column);
+    };
+    blockIdx.x = part;
+    Warp::run(
+        [&](int) {
+          Consumer consumer{0, 0, 1024, {}};
+          consume<float, kWidth>(arguments, consumer, &scratch, kQueriesLoaded, 0);
+        },
+        seed + part);
+  }
+  blockIdx.x = 0;
 }
 
-// Slices one after the other, as if each had a block.
-void redo(const ScanArguments& arguments, const Table& table, uint64_t seed) {
-  const int slices = RedoJob::slices_of(arguments, 1);
+// Slices of what was given up one after the other, as if each had a block.
+void redo(const ScanArguments& arguments, Table table, uint64_t seed) {
+  gridDim.x = kBlocks;
+  const int tiles = *arguments.redo_tiles, slices = RedoJob::slices_of(arguments, tiles);
   int is_last = 0;
-  for (int slice = 0; slice < slices; ++slice) {
-    const RedoJob job(arguments, 1, slice, slices);
+  for (int number = 0; number < tiles * slices; ++number) {
+    const RedoJob job(arguments, tiles, number, slices);
     const TilePlan plan(job.window);
+    table.rows.assign(job.query, job.query + job.queries);
     score_of = [&](int query, int number, int column) {
       return table.at(query, plan.tile_slot(number % plan.tiles) + column);
     };
@@ -74,26 +84,40 @@ void redo(const ScanArguments& arguments, const Table& table, uint64_t seed) {
           if (slices > 1)
             again.merge(job, &is_last);
         },
-        seed + slice);
+        seed + number);
+  }
+}
+
+// As few_merge does.
+void merge_parts(const ScanArguments& arguments, const Window& window) {
+  for (int query = 0; query < arguments.queries_per_row; ++query) {
+    uint64_t* const first = arguments.entries + int64_t{query} * arguments.parts * arguments.k;
+    std::sort(first, first + arguments.parts * arguments.k, std::greater<uint64_t>());
+    ScanArguments whole = arguments;
+    whole.parts = 1;
+    const ScanResult result{whole, window, query, 0};
+    for (int rank = 0; rank < arguments.k; ++rank)
+      result.put(rank, first[rank]);
   }
 }
 
 }  // namespace
 
 // scores (queries, slots), is_finite (slots,): of the keys; found_scores and found_slots (queries, k). Up to 16
-// queries. Returns how many queries were given up, or -1 where lanes parted.
+// queries. Returns how many queries were given up, of each part, or -1 where lanes parted.
 extern "C" int search_scores(
     const float* scores, const uint8_t* is_finite, int queries, int slots, int64_t start, int64_t cursor, int capacity,
-    int k, uint64_t seed, float* found_scores, int32_t* found_slots) try {
+    int k, int parts, uint64_t seed, float* found_scores, int32_t* found_slots) try {
   shared_high = reinterpret_cast<uint64_t>(&scratch) >> 32;
   fill_with_noise(seed);
   std::vector<float> keys(static_cast<size_t>(slots) * kWidth);
   for (int slot = 0; slot < slots; ++slot)
     keys[static_cast<size_t>(slot) * kWidth] = is_finite[slot] ? 0.0f : INFINITY;
   const int64_t row = 0;
-  uint32_t tiles = 0, given_up = 0, numbers[16], done[132] = {};
-  uint2 tile[16];
-  std::vector<uint64_t> entries(size_t{132} * 16 * k);
+  uint32_t tiles = 0, done[kBlocks] = {};
+  std::vector<uint32_t> given_up(parts), numbers(size_t{16} * parts);
+  std::vector<uint2> tile(size_t{16} * parts);
+  std::vector<uint64_t> of_parts(size_t{16} * parts * k), of_slices(size_t{kBlocks} * 16 * k);
   ScanArguments arguments{};
   arguments.rows = &row;
   arguments.start = &start;
@@ -101,14 +125,16 @@ extern "C" int search_scores(
   arguments.keys = keys.data();
   arguments.scores = found_scores;
   arguments.slots = found_slots;
+  arguments.entries = of_parts.data();
   arguments.lists = lists;
   arguments.redo_tiles = &tiles;
-  arguments.redo_tile = tile;
-  arguments.redo_count = &given_up;
-  arguments.redo = numbers;
+  arguments.redo_tile = tile.data();
+  arguments.redo_count = given_up.data();
+  arguments.redo = numbers.data();
   arguments.redo_done = done;
-  arguments.redo_entries = entries.data();
-  arguments.row_count = arguments.parts = 1;
+  arguments.redo_entries = of_slices.data();
+  arguments.row_count = 1;
+  arguments.parts = parts;
   arguments.queries_per_row = queries;
   arguments.slot_count = slots;
   arguments.capacity = capacity;
@@ -118,11 +144,11 @@ extern "C" int search_scores(
   for (int query = 0; query < queries; ++query)
     table.rows.push_back(query);
   scan(arguments, table, seed);
-  if (given_up > 0) {
-    table.rows.assign(numbers, numbers + given_up);
+  if (tiles > 0)
     redo(arguments, table, seed);
-  }
-  return static_cast<int>(given_up);
+  if (parts > 1)
+    merge_parts(arguments, visible_window(&start, &cursor, row, capacity, slots));
+  return std::accumulate(given_up.begin(), given_up.end(), 0);
 } catch (const std::logic_error&) {
   return -1;
 }
