@@ -119,14 +119,14 @@ struct ScanConsumer {
   }
 
   // All keys: visit(scores, half the slot of the thread's first column), where scores of hidden slots are -inf. When it
-  // returns false, and kLooks times whatever it does, pause(tile) is called before the next tile.
+  // returns false, and at each look, pause(tile) is called before the next tile.
   template <typename Visit, typename Pause>
   __device__ void stream_visible(const TilePlan& plan, Visit visit, Pause pause) {
     constexpr int kPairs = kScanTile / 2;  // of a tile
     int edge = 0;                          // the next tile of which the window may hide a part
+    int look = plan.first_look();          // before which tile
     for (int tile = 0; tile < plan.tiles;) {
-      const int slot = plan.tile_slot(tile), look = plan.next_look(tile),
-                stop = tile == edge ? tile + 1 : min(edge, look);
+      const int slot = plan.tile_slot(tile), stop = tile == edge ? tile + 1 : min(edge, look);
       const uint32_t hidden = tile == edge ? hidden_columns(plan.window, slot) : 0;
       if (tile == edge)
         edge = plan.next_edge(tile);
@@ -134,8 +134,10 @@ struct ScanConsumer {
       bool more;
       const int end = stream<kPairs>(pair, pair + (stop - tile) * kPairs, hidden, more, visit);
       tile += (end - slot / 2) / kPairs;
-      if (!more || tile == look)
+      if (!more || (tile == look && tile < plan.tiles))
         pause(tile - 1);
+      if (tile == look)
+        look = plan.look_after(tile);
     }
   }
 
@@ -155,7 +157,7 @@ struct ScanConsumer {
         hits.turn_on();
       return !hits.some_are_long();
     };
-    hits.begin_first_look(k);
+    hits.begin_early(k);
     stream_visible(plan, visit, [&](int tile) {
       if (hits.some_are_long() || hits.many_exceed(plan.many_records(tile)))
         make_room(tile);
@@ -315,7 +317,7 @@ struct WarpLists {
     const int next_age = self.scratch->plan.age_after(tile);
     now.hits.turn_back();
     __syncwarp();
-    if (now.hits.is_first_look() || now.hits.many_exceed(self.scratch->plan.many_records(tile))) {
+    if (now.hits.is_early() || now.hits.many_exceed(self.scratch->plan.many_records(tile))) {
 #pragma unroll
       for (int e = 0; e < 2; ++e)
         self.cut(now, e, next_age, most);
@@ -339,7 +341,7 @@ struct WarpLists {
       }
       __syncwarp();
     }
-    now.hits.end_first_look();
+    now.hits.end_early();
     return now;
   }
   // All queries of the warp side by side.

@@ -127,9 +127,10 @@ struct HitLists {
   __device__ bool many_exceed(int records) const {
     return __popc(__ballot_sync(kAllLanes, min(length(0), length(1)) > records)) >= kMany;
   }
-  __device__ void begin_first_look(int k) { limit = 16 * first_look(k); }
-  __device__ bool is_first_look() const { return limit < 16 * kLongList; }
-  __device__ void end_first_look() { limit = 16 * kLongList; }
+  // In the first tiles fewer records make a list long, once.
+  __device__ void begin_early(int k) { limit = 16 * early_records(k); }
+  __device__ bool is_early() const { return limit < 16 * kLongList; }
+  __device__ void end_early() { limit = 16 * kLongList; }
   // Each lane goes on with the next one's list, so that the copies of a key that stands again and again in the same
   // columns of a tile fill all four of a query.
   __device__ void turn_on() {

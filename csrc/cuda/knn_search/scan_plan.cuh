@@ -12,9 +12,9 @@ constexpr int kMaxima = 64;                  // group maxima per query
 constexpr int kListRecords = 128;            // records of one thread's list for one query
 constexpr int kTileRecords = 16;             // that one tile may append to it
 constexpr int kLongList = 96;                // records of a list that is shortened
-constexpr int kLooks = 8;                    // times that lists are looked at: are many longer than was to be expected?
+constexpr int kTilesToLook = 16;             // before lists are looked at: are many longer than was to be expected?
 constexpr int kMany = 8;                     // lanes of a warp, with two lists each, that are many
-constexpr int kLater = 34;  // records more that a list must have for a first look, each time that lists turn
+constexpr int kLater = 34;                   // records more that a list may have, each time that lists turn
 constexpr int kListBytes = kListRecords * 16;
 constexpr int kListAlignment = 16 * 4 * kListBytes;  // the lists of a warp: no 4 GB boundary among them
 static_assert(kLongList + kTileRecords < kListRecords, "a tile after the last look at a list still fits");
@@ -26,8 +26,8 @@ constexpr int kSampleTurns = 8;     // how often a sample's columns go to other 
 constexpr int kMostShortened = 8;   // times that knn_scan shortens a query's long lists before it leaves it to knn_redo
 constexpr float kHitCost = 120.0f;  // of one candidate, in scanned keys
 
-// Records that a list has in the first tiles where so many keys reach a threshold that it is soon full.
-__device__ inline int first_look(int k) { return 20 + k / 4; }
+// Records that a list has in the first tiles only where so many keys reach a threshold that it is soon full.
+__device__ inline int early_records(int k) { return 20 + k / 4; }
 
 // Entries beyond K that may be left in lists that were shortened: it saves most of the steps to find the K-th.
 __device__ inline int shortened_slack(int k) { return min(k, 32); }
@@ -110,11 +110,9 @@ struct TilePlan {
     const int ring_end = tile_count() - 1 - first_tile, last = tiles - 1;
     return tile < ring_end ? min(ring_end, last) : tile == ring_end ? min(tile + 1, last) : last;
   }
-  // The next tile before which lists are looked at.
-  __device__ int next_look(int tile) const {
-    const int stride = (tiles + kLooks - 1) / kLooks;
-    return tile - tile % stride + stride;
-  }
+  // Lists are looked at after an eighth of the tiles, two, four and six of them; not so often where there are few.
+  __device__ int first_look() const { return max(tiles / 8, kTilesToLook); }
+  __device__ int look_after(int tile) const { return tile + min(tile, 2 * first_look()); }
   // A list that has more records after `tile` is longer than was to be expected.
   __device__ int many_records(int tile) const {
     return min(kLongList, 8 + (expected + expected / 2) * (tile + 1) / tiles);
