@@ -113,6 +113,49 @@ def test_copies_that_a_few_keys_surpass(library: ctypes.CDLL, better: int, k: in
     check(library, keys.half(), queries.half(), 4000, k, spare=9)
 
 
+@pytest.mark.parametrize("k", [1, 32, 128])
+@pytest.mark.parametrize("scores", ["random", "few", "equal", "rising", "infinite"])
+def test_a_cut_leaves_the_nearest_of_each_query_and_no_list_gets_longer(
+    library: ctypes.CDLL, scores: str, k: int
+) -> None:
+    draw = seeded(k)
+    lengths = torch.randint(113, (32,), generator=draw, dtype=torch.int32) * (torch.arange(32) % 5 > 0)
+    pairs = torch.rand(8, 4 * 128, generator=draw).argsort(dim=1).reshape(32, 128).sort(dim=1).values  # each slot once
+    pairs[torch.arange(128) >= lengths[:, None]] = -(2**29)  # as memory that was never written may be
+    values = {
+        "random": torch.randn(32, 128, 2, generator=draw),
+        "few": torch.randint(5, (32, 128, 2), generator=draw).float() - 2,
+        "equal": torch.zeros(32, 128, 2),
+        "rising": pairs[..., None] + torch.randn(32, 128, 2, generator=draw),
+        "infinite": torch.randn(32, 128, 2, generator=draw).masked_fill(
+            torch.rand(32, 128, 2, generator=draw) < 0.2, INF
+        ),
+    }[scores]
+    values[..., 1].masked_fill_(torch.rand(32, 128, generator=draw) < 0.5, -INF)  # one of two is no hit, as mostly
+    records = torch.cat([values, pairs.int().view(torch.float32)[..., None], torch.zeros(32, 128, 1)], dim=2)
+    before, length_before, bounds = records.clone(), lengths.clone(), torch.full((32,), 7.0)
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (records, lengths, bounds)]
+    library.cut_lists(pointers[0], pointers[1], k, 1024, pointers[2])
+    assert (lengths <= length_before).all()
+    for query in range(8):
+        listed, left = entries(before, length_before, query), entries(records, lengths, query)
+        finite = sorted((-score, slot) for score, slot in listed if score < INF)
+        assert set(left) <= set(listed) and len(set(left)) == len(left)
+        assert {(-score, slot) for score, slot in finite[:k]} <= set(left)
+        assert {entry for entry in listed if entry[0] == INF} <= set(left)
+        assert sum(-score >= float(bounds[4 * query]) for score, _ in finite) >= min(k, len(finite))
+        if scores == "equal" and len(finite) > 4 * k:
+            assert len(left) < 3 * len(listed) / 4, "the older ones of equal keys are enough"
+
+
+def entries(records: Tensor, lengths: Tensor, query: int) -> list[tuple[float, int]]:
+    """{score, slot} of what is in the four lists of a query, of records (32, R, 4)."""
+    pairs = records[..., 2].contiguous().view(torch.int32)
+    places = [(lane, i, c) for lane in range(4 * query, 4 * query + 4) for i in range(lengths[lane]) for c in range(2)]
+    both = [(float(records[lane, i, c]), 2 * int(pairs[lane, i]) + c) for lane, i, c in places]
+    return [entry for entry in both if entry[0] > -INF]
+
+
 @pytest.mark.parametrize(("parts", "k"), [(1, 128), (1, 32), (2, 128)])
 def test_queries_that_are_given_up_are_searched_again(library: ctypes.CDLL, parts: int, k: int) -> None:
     """Keys get better where no sample is taken: thresholds are so low that lists fill up again and again."""

@@ -153,6 +153,25 @@ extern "C" int search_scores(
   return -1;
 }
 
+// Cuts the lists of a warp's first eight queries, of which each lane has one: records (32, kListRecords) of {score,
+// score of the next slot, slot / 2, nothing} and lengths (32,), in place; bounds (32,) are scores, of each lane's
+// query.
+extern "C" void cut_lists(float* records, int32_t* lengths, int k, int slots, float* bounds) {
+  const Window window{0, slots, slots};
+  Warp::run(
+      [&](int lane) {
+        float4* const list = reinterpret_cast<float4*>(lists) + lane * kListRecords;
+        std::memcpy(list, records + lane * kListRecords * 4, kListBytes);
+        __syncwarp();
+        const ListCut::Left left = ListCut::cut({list, lengths[lane], window}, k);
+        lengths[lane] = left.records;
+        bounds[lane] = left.bound.score;
+        __syncwarp();
+        std::memcpy(records + lane * kListRecords * 4, list, kListBytes);
+      },
+      k);
+}
+
 // A kernel that hangs a GPU: a shuffle that only some lanes come to. Returns whether it was noticed.
 extern "C" int notices_lanes_that_part() {
   try {
