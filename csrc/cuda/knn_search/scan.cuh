@@ -8,8 +8,8 @@
 //   1. a strided sample: every thread keeps running maxima of its columns, 64 groups a query. The rank-th largest group
 //      maximum is the query's threshold: about rank / fraction keys are expected to reach it, rarely fewer than K.
 //   2. all visible keys: scores stay in registers; pairs of keys that reach the threshold go to a list private to the
-//      thread. Most groups of 8 scores cost 8 maxima and one comparison. Where lists get long the warp leaves the K
-//      best of the query in them and raises its threshold.
+//      thread. Most groups of 8 scores cost 8 maxima and one comparison. Where lists get long the warp cuts or shortens
+//      them to what may be a neighbour (scan_cut.cuh, scan_select.cuh) and raises thresholds.
 //   3. a warp per query selects the K best of its lists.
 // A query with fewer than K keys at its threshold, or whose lists were shortened too often, is left to scan_redo.cuh,
 // so the result is exact whatever the keys. Products are exact and accumulate in fp32. docs/search.md explains why.

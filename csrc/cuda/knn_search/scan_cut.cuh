@@ -2,9 +2,9 @@
 // keys that get better and better.
 //
 // Each of a query's four lanes proposes an entry of its list. Of the proposals that K of all entries come up to, the
-// best one is the query's bound: what does not come up to it is no neighbour, nor will a later key be. A warp does this
-// for all of its queries side by side, in two passes over their lists; lists are shortened to their K best, which is
-// exact and takes as long for one query, in scan_select.cuh.
+// best one is the query's bound: what does not come up to it is no neighbour, nor will a later key be. More than K
+// entries may be left, as no proposal need be the K-th. A warp does this for all of its queries side by side, in two
+// passes over their lists; scan_select.cuh shortens the lists of one query to its K best.
 #pragma once
 
 #include "cuda/knn_search/scan_plan.cuh"
@@ -66,7 +66,7 @@ struct ListCut {
 
   // The better entry of a record. Copies stand in the order of their ages, maybe two in a record, so the first lane's
   // is about the K-th of all from the front; keys that get better stand in the opposite order, so the last lane's is
-  // from the back. What stands in no order may be anywhere.
+  // from the back. What stands in no order may be anywhere, for which the other two are from the middle and behind it.
   __device__ Bound proposal(int k) const {
     const int lane = threadIdx.x % 4, share = length * k / max(of_four(length), 1);  // of K records
     const int early = share + share / 4 + 2, late = length - 2 * share - 1;
